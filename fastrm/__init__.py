@@ -1,0 +1,14 @@
+"""fastrm: the fastest exact way to train, evaluate and serve scalar multimodal reward models.
+
+`import fastrm` loads no torch; `fastrm.RewardModel` does when it is first used.
+"""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name == "RewardModel":
+        from fastrm.model.scorer import RewardModel
+
+        return RewardModel
+    raise AttributeError(f"module 'fastrm' has no attribute {name!r}")

@@ -1,0 +1,290 @@
+"""Encoded groups -> packs: one flat row of tokens each, with everything the model needs to read it.
+
+    group 1: P1 C R      group 2: P2 A B       (P prompt; C, R, A, B responses)
+    row:     [ P1 | C | R | P2 | A | B ]       segments; parents: P1 of C and R, P2 of A and B
+    anchors:        ^   ^        ^   ^         last token of each response -> reward
+
+Groups of one pack that begin with the same image share it (image -> question -> response).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fastrm.data.positions import mrope_positions
+from fastrm.data.record import ImageRef, Preference
+from fastrm.data.template import EncodedResponse
+from fastrm.data.tree import build_tree
+
+
+@dataclass(frozen=True)
+class EncodedGroup:
+    """One group ready to pack. `weights` are those of its preferences after all options."""
+
+    id: str
+    source: str
+    origin: str
+    responses: tuple[EncodedResponse, ...]
+    preferences: tuple[Preference, ...] = ()
+
+    @property
+    def images(self) -> dict[str, ImageRef]:
+        return {span.ref.key: span.ref for response in self.responses for span in response.images}
+
+    @property
+    def num_unshared_tokens(self) -> int:
+        return sum(len(response.tokens) for response in self.responses)
+
+
+@dataclass(frozen=True)
+class GroupInPack:
+    """Where a group's results are in its pack."""
+
+    id: str
+    source: str
+    origin: str
+    responses: slice
+    preferences: slice
+
+
+@dataclass
+class Pack:
+    """One forward pass. T tokens, R responses, E preferences, S segments, I distinct images.
+
+    Attributes:
+        input_ids: (T,) int64.
+        position_ids: (3, T) int64, M-RoPE; the three rows are equal for text.
+        lengths, parents: of each segment, in row order.
+        anchors: (R,) int64 row of each response's last token.
+        edges: (E, 2) int64 winner and loser; margin, weight: (E,) float32.
+        is_tie: (E,) bool, edges that stand for a tie and do not count for accuracy.
+        response_lengths: (R,) int64 tokens of each response's own text.
+        pixel_values: (patches, channels * temporal * patch * patch) float32, or None without images.
+        image_grid_thw: (I, 3) int64, or None.
+        image_rows, image_features: (image tokens in the row,) int64: row, and number of its vision
+            feature. An image that stands in two trees is encoded once and placed twice.
+        groups: the groups, in order of their responses.
+        num_unshared_tokens: tokens if every response were a row of its own, without padding; of a
+            plain pairwise trainer this is what each preference costs once per response.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: list[int]
+    parents: list[int]
+    anchors: torch.Tensor
+    edges: torch.Tensor
+    margin: torch.Tensor
+    weight: torch.Tensor
+    is_tie: torch.Tensor
+    response_lengths: torch.Tensor
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor | None
+    image_rows: torch.Tensor | None
+    image_features: torch.Tensor | None
+    groups: list[GroupInPack] = field(default_factory=list)
+    num_unshared_tokens: int = 0
+    num_pairwise_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_preferences(self) -> int:
+        return self.edges.shape[0]
+
+    def to(self, device) -> "Pack":
+        """The pack with its tensors on `device`; itself if they are there."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Pack(**moved)
+
+
+# Stock pixels of an image: (patches, channels * temporal * patch * patch) float32, and grid (3,).
+Pixels = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def build_pack(groups: Sequence[EncodedGroup], pixels: Pixels, *, merge_size: int = 2, share: bool = True) -> Pack:
+    """Pack groups into one row.
+
+    Args:
+        groups: at least one, each with at least one response.
+        pixels: by image key, for every image of the groups.
+        merge_size: side of the square of patches that makes one image token.
+        share: build prefix trees; False packs every response whole.
+    """
+    responses = [response for group in groups for response in group.responses]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(k for g in groups for k in g.images))}
+    owner = [number for number, group in enumerate(groups) for _ in group.responses]
+    row = _Row(responses, numbers)
+    for members in _families(groups, responses, owner, share):
+        row.add_tree(members, share)
+    edges, margin, weight, is_tie, placed = _edges(groups)
+    image = _image_tensors(row, responses, numbers, pixels, merge_size)
+    return Pack(
+        input_ids=torch.from_numpy(row.gather(lambda r: responses[r].tokens)),
+        position_ids=torch.from_numpy(row.gather(lambda r: row.positions[r])),
+        lengths=row.lengths,
+        parents=row.parents,
+        anchors=torch.tensor(row.anchors, dtype=torch.int64),
+        edges=edges,
+        margin=margin,
+        weight=weight,
+        is_tie=is_tie,
+        response_lengths=torch.tensor([r.num_response_tokens for r in responses], dtype=torch.int64),
+        groups=placed,
+        num_unshared_tokens=sum(group.num_unshared_tokens for group in groups),
+        num_pairwise_tokens=sum(
+            len(group.responses[p.winner].tokens) + len(group.responses[p.loser].tokens)
+            for group in groups
+            for p in group.preferences
+        ),
+        **image,
+    )
+
+
+class _Row:
+    """The row of a pack while its trees are added."""
+
+    def __init__(self, responses: list[EncodedResponse], image_numbers: dict[str, int]):
+        self.keys = [_content_keys(response, image_numbers) for response in responses]
+        self.positions = [
+            mrope_positions(len(r.tokens), [(s.start, s.height, s.width) for s in r.images]) for r in responses
+        ]
+        self.spans: list[tuple[int, int, int]] = []  # (response, start, stop) of each segment
+        self.parents: list[int] = []
+        self.starts: list[int] = []
+        self.num_tokens = 0
+        self.anchors = [0] * len(responses)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [stop - start for _, start, stop in self.spans]
+
+    def add_tree(self, members: list[int], share: bool) -> None:
+        tree = build_tree([self.keys[m] for m in members], share)
+        first = len(self.spans)
+        for (sequence, start, stop), parent in zip(tree.spans, tree.parents, strict=True):
+            self.spans.append((members[sequence], start, stop))
+            self.parents.append(parent + first if parent >= 0 else -1)
+            self.starts.append(self.num_tokens)
+            self.num_tokens += stop - start
+        for member, (segment, offset) in zip(members, tree.ends, strict=True):
+            self.anchors[member] = self.starts[first + segment] + offset
+
+    def gather(self, of_response) -> np.ndarray:
+        """Concatenate the segments' parts of a per-response array, over its last axis."""
+        return np.concatenate([of_response(r)[..., a:b] for r, a, b in self.spans], axis=-1)
+
+
+def _content_keys(response: EncodedResponse, image_numbers: dict[str, int]) -> np.ndarray:
+    """Tokens, with those of each image replaced by a number of its own: equal keys, equal content."""
+    keys = response.tokens.copy()
+    for span in response.images:
+        keys[span.start : span.start + span.num_tokens] = -1 - image_numbers[span.ref.key]
+    return keys
+
+
+def _families(groups, responses, owner, share) -> list[list[int]]:
+    """Responses that may share a prefix: those of one group, and of groups with the same first image."""
+    families: dict[object, list[int]] = {}
+    for number, response in enumerate(responses):
+        key = owner[number]
+        if share and response.images:
+            key = response.images[0].ref.key
+        families.setdefault(key, []).append(number)
+    return list(families.values())
+
+
+def _edges(groups):
+    """Edge tensors over the pack's responses, and where each group's parts are."""
+    edges, margins, weights, ties, placed = [], [], [], [], []
+    first = 0
+    for group in groups:
+        begin = len(edges)
+        for p in group.preferences:
+            edges.append((first + p.winner, first + p.loser))
+            margins.append(p.margin)
+            weights.append(p.weight)
+            ties.append(p.tie)
+        stop = first + len(group.responses)
+        placed.append(
+            GroupInPack(group.id, group.source, group.origin, slice(first, stop), slice(begin, len(edges)))
+        )
+        first = stop
+    return (
+        torch.tensor(edges, dtype=torch.int64).view(-1, 2),
+        torch.tensor(margins, dtype=torch.float32),
+        torch.tensor(weights, dtype=torch.float32),
+        torch.tensor(ties, dtype=torch.bool),
+        placed,
+    )
+
+
+def _image_tensors(row, responses, numbers, pixels, merge_size) -> dict:
+    if not numbers:
+        return dict.fromkeys(("pixel_values", "image_grid_thw", "image_rows", "image_features"))
+    grids = torch.stack([pixels[key][1] for key in numbers])  # (I, 3)
+    counts = grids.prod(-1) // merge_size**2
+    offsets = dict(zip(numbers, (counts.cumsum(0) - counts).tolist(), strict=True))
+    rows, features = [], []
+    for (response, start, stop), row_start in zip(row.spans, row.starts, strict=True):
+        for span in responses[response].images:
+            # A cut can only fall inside an image if another image differs there; sizes then differ too.
+            a, b = max(span.start, start), min(span.start + span.num_tokens, stop)
+            if a < b:
+                rows.append(np.arange(a, b) - start + row_start)
+                features.append(np.arange(a, b) - span.start + offsets[span.ref.key])
+    return {
+        "pixel_values": torch.cat([pixels[key][0] for key in numbers]),
+        "image_grid_thw": grids,
+        "image_rows": torch.from_numpy(np.concatenate(rows)),
+        "image_features": torch.from_numpy(np.concatenate(features)),
+    }
+
+
+def plan_packs(
+    groups: Sequence[int], num_tokens: Sequence[int], first_images: Sequence[str | None], budget: int
+) -> list[list[int]]:
+    """Cut one step's groups into packs of at most `budget` tokens.
+
+    First-fit decreasing, which uses at most 11/9 of the fewest packs; groups with the same first
+    image stay together where they fit, so that the image is encoded once.
+
+    Args:
+        groups: group numbers of the step.
+        num_tokens: of every group, each at most `budget`.
+        first_images: of every group, key of its first image or None.
+    """
+    families: dict[object, list[int]] = {}
+    for group in groups:
+        image = first_images[group]
+        families.setdefault(("group", group) if image is None else image, []).append(group)
+    bundles = []
+    for family in families.values():
+        bundle, total = [], 0
+        for group in family:
+            if total + num_tokens[group] > budget:
+                bundles.append((total, bundle))
+                bundle, total = [], 0
+            bundle.append(group)
+            total += num_tokens[group]
+        bundles.append((total, bundle))
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for total, bundle in sorted(bundles, key=lambda item: -item[0]):
+        place = next((number for number, left in enumerate(room) if left >= total), None)
+        if place is None:
+            packs.append([])
+            room.append(budget)
+            place = len(packs) - 1
+        packs[place] += bundle
+        room[place] -= total
+    return packs

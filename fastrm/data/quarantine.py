@@ -1,0 +1,94 @@
+"""The list of refused records: which file, which row, why. Nothing is dropped in silence."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from fastrm.errors import StorageError
+
+
+class Quarantine:
+    """Counts refused records by code and, given a path, appends one JSON row for each.
+
+    A row is ``{"source", "origin", "id", "code", "message"}`` and is in the file when `add` returns.
+    The same origin and code count once: a group that is refused again in a later epoch, or after a
+    resume that opens the same file, adds nothing.
+
+    Args:
+        path: the JSON-lines file, created with its folder if missing; None only counts.
+
+    Raises:
+        StorageError: the file cannot be opened, or (from `add`) written.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self._known: set[tuple[str, str]] = set()
+        self._file = None
+        if path is not None:
+            self._file = self._open(Path(path))
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def add(self, *, source: str, origin: str, record_id: str | None, code: str, message: str) -> None:
+        """Record one refusal, unless (origin, code) is known already."""
+        if (origin, code) in self._known:
+            return
+        row = {"source": source, "origin": origin, "id": record_id, "code": code, "message": message}
+        if self._file is not None:
+            # ASCII escapes, so that a row can name a record whose text UTF-8 cannot encode.
+            self._write(json.dumps(row).encode("ascii") + b"\n")
+        self._count(origin, code)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "Quarantine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _open(self, path: Path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Append mode and no buffer: a row is one write, which rows of other processes cannot split.
+            file = open(path, "a+b", buffering=0)
+            self._load(file)
+        except OSError as error:
+            raise StorageError(
+                f'quarantine file "{path}" cannot be opened: {error.strerror}; choose a writable folder'
+            ) from error
+        return file
+
+    def _load(self, file) -> None:
+        """Count the rows of an earlier run; end a last line that a crash cut short."""
+        file.seek(0)
+        line = b"\n"
+        for line in file:
+            try:
+                row = json.loads(line)
+                self._count(row["origin"], row["code"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a torn row: its record is refused, and written, again
+        if not line.endswith(b"\n"):
+            file.write(b"\n")
+
+    def _count(self, origin: str, code: str) -> None:
+        if (origin, code) not in self._known:
+            self._known.add((origin, code))
+            self.counts[code] += 1
+
+    def _write(self, line: bytes) -> None:
+        try:
+            num_bytes = self._file.write(line)
+        except OSError as error:
+            raise StorageError(f'quarantine file "{self.path}": {error.strerror}') from error
+        if num_bytes != len(line):
+            raise StorageError(f'quarantine file "{self.path}": the disk is full')

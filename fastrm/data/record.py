@@ -1,0 +1,110 @@
+"""The typed record that every reader produces and everything else consumes.
+
+A record is one prompt with N >= 1 responses and the preferences between them. Each response carries
+its whole conversation, so that a prompt or images that differ between two responses need no special
+case: what they share is found later, from the tokens (`tree.py`).
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where an image's encoded bytes are; nothing is opened until they are needed.
+
+    Exactly one form: a file (`path`), a member of a tar or zip archive (`path` and `member`), or
+    encoded bytes (`data`).
+    """
+
+    path: str | None = None
+    member: str | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> str:
+        """Equal keys mean equal image content; used to decode once and to share image tokens."""
+        if self.data is not None:
+            return "bytes:" + hashlib.sha256(self.data).hexdigest()
+        path = os.path.realpath(self.path)
+        return f"{path}!{self.member}" if self.member is not None else path
+
+    def __str__(self) -> str:
+        if self.data is not None:
+            return f"<{len(self.data):,} bytes in the record>"
+        return f"{self.path}!{self.member}" if self.member is not None else self.path
+
+
+Part = str | ImageRef  # a run of text, or an image
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation: a role from ROLES and its content in order."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response with the conversation that it ends: the last message is the assistant's."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def text(self) -> str:
+        return self.messages[-1].text
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        return tuple(p for m in self.messages for p in m.parts if isinstance(p, ImageRef))
+
+
+@dataclass(frozen=True)
+class Preference:
+    """`winner` is preferred to `loser` (indices into the responses).
+
+    `margin` is subtracted from the reward difference, `weight` multiplies the loss term. A tie says
+    that neither is preferred; `loss.ties` decides what happens with it.
+    """
+
+    winner: int
+    loser: int
+    margin: float = 0.0
+    weight: float = 1.0
+    tie: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """One prompt, its responses, and the preferences between them.
+
+    `origin` is `file:row` for messages and reports; `source` names the set for per-source metrics.
+    """
+
+    id: str
+    responses: tuple[Response, ...]
+    preferences: tuple[Preference, ...]
+    source: str
+    origin: str
+
+    @property
+    def prompt_key(self) -> tuple:
+        """Equal keys mean the same prompt and images; such records merge into one group."""
+        return tuple(
+            (m.role, tuple(p.key if isinstance(p, ImageRef) else p for p in m.parts))
+            for m in self.responses[0].messages[:-1]
+        )
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """The distinct images of all responses, in order of first use."""
+        return tuple({ref.key: ref for r in self.responses for ref in r.images}.values())

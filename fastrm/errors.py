@@ -1,0 +1,65 @@
+"""Errors that a user can act on, each with the exit code of the command that meets it.
+
+A message says what went wrong, where, what was found, what was wanted and what to do next. The
+codes follow sysexits.h where it has one: 64 usage or configuration, 65 data, 70 internal,
+74 input/output; 75 interrupted (resume), 76 diverged and 77 refused as unsafe are ours.
+"""
+
+
+class FastrmError(Exception):
+    """Base of all errors that fastrm raises for its users."""
+
+    exit_code = 70
+
+
+class ConfigError(FastrmError):
+    """The configuration, or the command line, is wrong."""
+
+    exit_code = 64
+
+
+class DataError(FastrmError):
+    """The data cannot be used at all. One bad record is not an error but a quarantine row."""
+
+    exit_code = 65
+
+
+class StorageError(FastrmError):
+    """A file or folder could not be read or written, or a checkpoint is damaged."""
+
+    exit_code = 74
+
+
+class InterruptedRun(FastrmError):
+    """The run was asked to stop. It saved its state and can be resumed."""
+
+    exit_code = 75
+
+
+class DivergedError(FastrmError):
+    """Loss or gradients stayed non-finite. Weights and checkpoints are those of the last good step."""
+
+    exit_code = 76
+
+
+class UnsafeError(FastrmError):
+    """Refused: loading this could run code or read outside the folders that were named."""
+
+    exit_code = 77
+
+
+class RecordError(Exception):
+    """One record or one group cannot be used; caught by the reader and written to the quarantine.
+
+    Args:
+        code: a stable upper-case word such as ``IMAGE_MISSING`` for counting and filtering.
+        message: what is wrong and what to do, without the file and row, which the caller adds.
+    """
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+    def __reduce__(self):
+        return type(self), (self.code, self.message)
