@@ -21,7 +21,7 @@ from fastrm.data.tree import build_tree
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """One group ready to pack. `weights` are those of its preferences after all options."""
+    """One group ready to pack; its preferences carry their final weights."""
 
     id: str
     source: str
@@ -36,6 +36,11 @@ class EncodedGroup:
     @property
     def num_unshared_tokens(self) -> int:
         return sum(len(response.tokens) for response in self.responses)
+
+    def num_tree_tokens(self, share: bool = True) -> int:
+        """Tokens of the group's own tree: an upper bound of what it adds to a pack."""
+        numbers = {key: number for number, key in enumerate(self.images)}
+        return sum(build_tree([_content_keys(r, numbers) for r in self.responses], share).lengths)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""Reading and writing model folders: stock key names, safetensors only, nothing that runs code.
+
+    model/
+      config.json               stock config, num_labels 1, and a `fastrm` section: head, anchor
+      model.safetensors         model.*, score.* (sharded with an index when large)
+      tokenizer files, chat template, preprocessor_config.json
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastrm.config import HeadConfig
+from fastrm.data.images import ImageLimits
+from fastrm.data.template import ConversationEncoder
+from fastrm.data.tokenizer import load_tokenizer
+from fastrm.errors import ConfigError, StorageError
+from fastrm.model.backbone import VISION_FAMILIES, check_family
+from fastrm.model.network import RewardNetwork
+
+FORMAT = 1
+
+
+def save_model(model: RewardNetwork, folder: Path) -> None:
+    """Write a network with its processor to `folder`, which must not exist or be empty."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(_untied_state(model), folder, safe_serialization=True)
+    config = model.model.config.to_dict()
+    config["num_labels"] = 1
+    config["problem_type"] = "regression"
+    config["architectures"] = [type(model.model).__name__]
+    config["fastrm"] = {"format": FORMAT, "head": model.head.model_dump(), "anchor": model.encoder.anchor}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    model.encoder.tokenizer.save_pretrained(folder)
+    if model.encoder.image_processor is not None:
+        model.encoder.image_processor.save_pretrained(folder)
+
+
+def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def load_model(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> RewardNetwork:
+    """A float32 network with its encoder, from a folder that `save_model` wrote.
+
+    Raises:
+        ConfigError: if the folder is not a fastrm reward model.
+        StorageError: if its weights are damaged or incomplete.
+    """
+    config_file = folder / "config.json"
+    try:
+        section = json.loads(config_file.read_text())["fastrm"]
+        head, anchor = HeadConfig(**section["head"]), section["anchor"]
+    except OSError as error:
+        raise ConfigError(f"{config_file}: {error.strerror}; wanted the model/ folder of a run") from None
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"{config_file}: not a fastrm reward model (no valid `fastrm` section); a backbone has no reward "
+            "head yet: train one with model.path"
+        ) from None
+    tokenizer = load_tokenizer(str(folder))
+    backbone = load_backbone(str(folder))
+    encoder = make_encoder(backbone.config, tokenizer, str(folder), anchor, ImageLimits(), min_pixels, max_pixels)
+    model = RewardNetwork(backbone, head, encoder)
+    load_head(model.score, folder)
+    return model
+
+
+def load_backbone(path: str) -> nn.Module:
+    """A stock base model with published or exported weights, in float32.
+
+    Raises:
+        ConfigError: if there is no such model or its family is not supported.
+        StorageError: if weights are missing or do not fit.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path {path!r}: no model configuration there ({reason}); wanted a folder with config.json "
+            "and safetensors, or a reachable hub id"
+        ) from None
+    check_family(config)
+    try:
+        model, report = AutoModel.from_pretrained(
+            path,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        # transformers, safetensors and the hub client raise many types here; all mean the same to the user.
+        reason = str(error).strip().splitlines()[0]
+        raise StorageError(f"model.path {path!r}: the weights cannot be loaded: {reason}") from error
+    broken = [*report["missing_keys"], *report.get("mismatched_keys", ())]
+    if broken:
+        raise StorageError(
+            f"model.path {path!r}: {len(broken)} weights are missing or have another shape, first {broken[0]}; "
+            "is it the whole checkpoint of this architecture?"
+        )
+    return model
+
+
+def load_head(score: nn.Module, folder: Path) -> None:
+    """Load `score.*` from a folder's safetensors into the head.
+
+    Raises:
+        StorageError: if keys or shapes do not fit.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    state = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = [name for name in tensors.keys() if name.startswith("score.")]  # noqa: SIM118
+                state |= {name.removeprefix("score."): tensors.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise StorageError(f"{file}: damaged: {error}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in score.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if wanted != found:
+        raise StorageError(f"{folder}: reward head: got {found or 'no score.* weights'}, wanted {wanted}")
+    score.load_state_dict(state)
+
+
+def has_head(path: str) -> bool:
+    """Is this local folder an exported reward model, whose head goes on training?"""
+    file = Path(path) / "config.json"
+    return file.is_file() and "fastrm" in json.loads(file.read_text())
+
+
+def make_encoder(
+    config, tokenizer, processor_path: str | None, anchor: str, limits: ImageLimits,
+    min_pixels: int | None = None, max_pixels: int | None = None,
+) -> ConversationEncoder:  # fmt: skip
+    """Tokeniser and image processor for a backbone's configuration.
+
+    The PIL variant of the stock image processor is used on every machine: the torchvision variant
+    resizes with other rounding, and rewards should not depend on what is installed.
+    """
+    if config.model_type not in VISION_FAMILIES:
+        return ConversationEncoder(tokenizer, None, anchor=anchor, limits=limits)
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    vision = config.vision_config
+    if processor_path is not None:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(processor_path)
+    else:
+        processor = Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+        )
+    size = dict(shortest_edge=processor.size["shortest_edge"], longest_edge=processor.size["longest_edge"])
+    size["shortest_edge"] = min_pixels or size["shortest_edge"]
+    size["longest_edge"] = max_pixels or size["longest_edge"]
+    processor.size = size
+    return ConversationEncoder(tokenizer, processor, anchor=anchor, limits=limits)

@@ -1,0 +1,46 @@
+from setuptools import setup
+
+setup(
+    name="fastrm",
+    version="0.1.0",
+    description="Fast exact training, evaluation and scoring of scalar multimodal reward models",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # Named one by one: `kernels/` is only a place, its package is fastrm_kernels.
+    packages=[
+        "fastrm",
+        "fastrm.data",
+        "fastrm.data.sources",
+        "fastrm.evaluate",
+        "fastrm.model",
+        "fastrm.train",
+        "fastrm_kernels",
+        "fastrm_kernels.preference_head",
+        "fastrm_kernels.tree_attention",
+    ],
+    package_dir={"fastrm": "fastrm", "fastrm_kernels": "kernels/fastrm_kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "huggingface_hub",
+        "jinja2>=3.1",
+        "matplotlib",
+        "numpy",
+        "pillow>=12.2",
+        "psutil",
+        "pyarrow",
+        "pydantic>=2.11",
+        "pyyaml",
+        "rich",
+        "safetensors>=0.8.0",
+        "scikit-learn",
+        "typer",
+    ],
+    extras_require={
+        "report": ["tensorboard", "wandb"],
+        "test": ["pytest>=8", "pytest-benchmark>=5", "ruff", "tensorboard", "trl>=1.0", "build"],
+    },
+    entry_points={"console_scripts": ["fastrm=fastrm.cli:main"]},
+)

@@ -1,0 +1,101 @@
+"""Tiny models of each family, and groups with every awkward shape, for the tests."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastrm.config import HeadConfig, ModelConfig
+from fastrm.data.images import ImageLimits
+from fastrm.data.record import ImageRef, Message, Preference, Record, Response
+from fastrm.data.tokenizer import train_tokenizer
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+FAMILIES = {
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl",
+        "text_config": {**TEXT, "rope_parameters": MROPE},
+        "vision_config": {
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+            "out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 56,
+        },
+    },
+    "qwen2_vl": {
+        "model_type": "qwen2_vl",
+        "text_config": {**TEXT, "rope_parameters": MROPE},
+        "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2},
+    },
+    "qwen2": {"model_type": "qwen2", **TEXT},
+    "qwen3": {"model_type": "qwen3", **TEXT, "head_dim": 16},
+    "llama": {"model_type": "llama", **TEXT},
+}  # fmt: skip
+WORDS = "the a red blue cat dog sits on under big small Is this? yes no maybe 1 2 3 \n because it is so".split(" ")
+
+
+def make_tokenizer():
+    texts = [" ".join(np.random.default_rng(i).choice(WORDS, 12)) for i in range(50)]
+    return train_tokenizer(texts, 300)
+
+
+def make_model(family, *, head=None, seed=0, dtype=torch.float32):
+    """A tiny random RewardNetwork with its encoder, ready for CPU."""
+    from fastrm.model.export import make_encoder
+    from fastrm.model.network import RewardNetwork, init_backbone
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    settings = ModelConfig(init=FAMILIES[family], tokenizer="unused")
+    backbone = init_backbone(settings, tokenizer)
+    # Default initialisation leaves all biases 0 and norms 1, which would hide a dropped one.
+    for parameter in backbone.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        else:
+            parameter.data.mul_(2.0)
+    encoder = make_encoder(backbone.config, tokenizer, None, "last_token", ImageLimits(), 28 * 28, 28 * 28 * 40)
+    model = RewardNetwork(backbone, head or HeadConfig(), encoder)
+    model.use_attention("sdpa", dtype)
+    return model.to(dtype)
+
+
+def make_image(width, height, seed=0) -> ImageRef:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return ImageRef(data=buffer.getvalue())
+
+
+def words(rng, count) -> str:
+    return " ".join(rng.choice(WORDS, count))
+
+
+def make_record(seed, *, num_responses=2, images=(), prompt_words=20, response_words=(1, 30), prompt=None, id=None):
+    """A record with all pairs (earlier response preferred) and random text."""
+    rng = np.random.default_rng(seed)
+    text = words(rng, prompt_words) if prompt is None else prompt
+    question = Message("user", (*images, text) if images else (text,))
+    responses = tuple(
+        Response((question, Message("assistant", (words(rng, int(rng.integers(*response_words))) + f" {n}",))))
+        for n in range(num_responses)
+    )
+    preferences = tuple(Preference(a, b) for a in range(num_responses) for b in range(a + 1, num_responses))
+    return Record(id or f"r{seed}", responses, preferences, "test", f"test:{seed}")
+
+
+def pack_of(model, records, share=True):
+    """One pack of all records."""
+    from fastrm.data.loader import PackBuilder, PackPlan
+
+    loaded = PackBuilder(records, model.encoder, share)[PackPlan(tuple(range(len(records))), 0, True)]
+    assert not loaded.refused, loaded.refused
+    return loaded.pack
