@@ -32,11 +32,9 @@ class PackPlan:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A record that could not be used when its turn came."""
+    """A group that could not be used when its turn came."""
 
-    source: str
-    origin: str
-    record_id: str
+    group: int
     code: str
     message: str
 
@@ -96,7 +94,7 @@ class PackBuilder(torch.utils.data.Dataset):
                         decoded[key] = (ref, decode_image(ref, self.encoder.limits))
                 groups.append(group)
             except RecordError as error:
-                refused.append(Refusal(record.source, record.origin, record.id, error.code, error.message))
+                refused.append(Refusal(number, error.code, error.message))
         if not groups:
             return LoadedPack(plan, None, refused)
         used = {key: decoded[key] for group in groups for key in group.images}

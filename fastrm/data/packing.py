@@ -35,7 +35,9 @@ class EncodedGroup:
 
     @property
     def num_unshared_tokens(self) -> int:
-        return sum(len(response.tokens) for response in self.responses)
+        """Tokens of a plain pairwise trainer: both conversations of every preference, whole."""
+        lengths = [len(response.tokens) for response in self.responses]
+        return sum(lengths[p.winner] + lengths[p.loser] for p in self.preferences)
 
     def num_tree_tokens(self, share: bool = True) -> int:
         """Tokens of the group's own tree: an upper bound of what it adds to a pack."""
@@ -71,8 +73,8 @@ class Pack:
         image_rows, image_features: (image tokens in the row,) int64: row, and number of its vision
             feature. An image that stands in two trees is encoded once and placed twice.
         groups: the groups, in order of their responses.
-        num_unshared_tokens: tokens if every response were a row of its own, without padding; of a
-            plain pairwise trainer this is what each preference costs once per response.
+        num_unshared_tokens: what a plain pairwise trainer would process for the same preferences:
+            both conversations of each, whole, without padding.
     """
 
     input_ids: torch.Tensor
@@ -91,7 +93,6 @@ class Pack:
     image_features: torch.Tensor | None
     groups: list[GroupInPack] = field(default_factory=list)
     num_unshared_tokens: int = 0
-    num_pairwise_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -146,11 +147,6 @@ def build_pack(groups: Sequence[EncodedGroup], pixels: Pixels, *, merge_size: in
         response_lengths=torch.tensor([r.num_response_tokens for r in responses], dtype=torch.int64),
         groups=placed,
         num_unshared_tokens=sum(group.num_unshared_tokens for group in groups),
-        num_pairwise_tokens=sum(
-            len(group.responses[p.winner].tokens) + len(group.responses[p.loser].tokens)
-            for group in groups
-            for p in group.preferences
-        ),
         **image,
     )
 

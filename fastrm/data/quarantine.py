@@ -1,7 +1,6 @@
 """The list of refused records: which file, which row, why. Nothing is dropped in silence."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class Quarantine:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Append mode and no buffer: a row is one write, which rows of other processes cannot split.
-            file = open(path, "a+b", buffering=0)
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115  (see close)
             self._load(file)
         except OSError as error:
             raise StorageError(

@@ -1,0 +1,26 @@
+"""Flat pairs: ``prompt`` or ``question``, ``chosen`` and ``rejected`` as texts, ``image`` or ``images``.
+
+MM-RLHF, RLAIF-V, MMPR, UnifiedReward and TRL's standard format with an explicit prompt. Columns other
+than these and ``margin`` are ignored.
+"""
+
+from fastrm.data.sources.conversation import prompt_messages, text_turn
+from fastrm.data.sources.draft import Draft, answer, pair
+from fastrm.data.sources.media import Resolve, row_images
+from fastrm.data.sources.values import check_text
+
+
+def matches(row: dict) -> bool:
+    return isinstance(row.get("prompt", row.get("question")), str) and not (
+        isinstance(row.get("chosen"), list) or isinstance(row.get("rejected"), list)
+    )
+
+
+def parse(row: dict, resolve: Resolve) -> Draft:
+    """See the module. Raises RecordError for a row that cannot be used."""
+    key = "prompt" if "prompt" in row else "question"
+    prompt = prompt_messages([text_turn("user", row.get(key), key)], row_images(row, resolve), strict=False)
+    chosen, rejected = (
+        answer(prompt, check_text(row.get(name), name), name) for name in ("chosen", "rejected")
+    )
+    return pair(chosen, rejected, row)

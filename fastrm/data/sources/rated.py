@@ -1,0 +1,44 @@
+"""Rated lists: ``{"prompt", "responses": [{"text", "score"}, ...]}``, as in caption contests.
+
+Each pair of responses becomes a preference for the higher score, equal scores a tie.
+"""
+
+from itertools import combinations
+
+from fastrm.data.record import Preference
+from fastrm.data.sources.draft import Draft, answer
+from fastrm.data.sources.groups import row_prompt
+from fastrm.data.sources.media import Resolve
+from fastrm.data.sources.values import bad_row, check_list, check_number, check_text
+
+_TEXT_KEYS = ("text", "caption", "response", "completion", "content", "answer", "output")
+
+
+def matches(row: dict) -> bool:
+    responses = row.get("responses")
+    return isinstance(responses, list) and bool(responses) and isinstance(responses[0], dict)
+
+
+def parse(row: dict, resolve: Resolve) -> Draft:
+    """See the module. Raises RecordError for a row that cannot be used."""
+    prompt = row_prompt(row, resolve)
+    responses, scores = [], []
+    for i, rated in enumerate(check_list(row.get("responses"), "responses", "a list of rated texts")):
+        text, score = _rated(rated, f"responses[{i}]")
+        responses.append(answer(prompt, text, f"responses[{i}]"))
+        scores.append(score)
+    pairs = combinations(range(len(scores)), 2)
+    return Draft(tuple(responses), tuple(_preference(a, b, scores) for a, b in pairs))
+
+
+def _rated(value: object, name: str) -> tuple[str, float]:
+    if not isinstance(value, dict):
+        raise bad_row(name, value, 'an object with "text" and "score"')
+    key = next((key for key in _TEXT_KEYS if value.get(key) is not None), "text")
+    return check_text(value.get(key), f"{name}.{key}"), check_number(value.get("score"), f"{name}.score")
+
+
+def _preference(a: int, b: int, scores: list[float]) -> Preference:
+    if scores[a] == scores[b]:
+        return Preference(a, b, tie=True)
+    return Preference(a, b) if scores[a] > scores[b] else Preference(b, a)

@@ -1,0 +1,65 @@
+"""TRL's preference format: standard or conversational, with an explicit or an implicit prompt.
+
+Without `prompt`, or when `chosen` and `rejected` start with the prompt's own turns (Skywork, Tulu,
+OLMo mixes), both are whole conversations. Images are `images` or `image`, at the image parts of the
+content or else before the first user turn. `margin` is optional.
+"""
+
+import os
+
+from fastrm.data.sources.conversation import Turn, prompt_messages, read_turns, response_text, text_turn
+from fastrm.data.sources.draft import Draft, answer, pair
+from fastrm.data.sources.media import Resolve, row_images
+from fastrm.data.sources.values import bad_row, check_text
+from fastrm.errors import RecordError
+
+
+def matches(row: dict) -> bool:
+    return "chosen" in row or "rejected" in row
+
+
+def parse(row: dict, resolve: Resolve) -> Draft:
+    """See the module. Raises RecordError for a row that cannot be used."""
+    if "prompt" not in row and isinstance(row.get("chosen"), str):
+        row = row | _split_prompt(row)
+    prompt = _prompt_turns(row.get("prompt"), resolve)
+    images = row_images(row, resolve)
+    responses = []
+    for name in ("chosen", "rejected"):
+        *turns, last = _conversation(prompt, row.get(name), resolve, name)
+        messages = prompt_messages(turns, images, strict=False)
+        responses.append(answer(messages, response_text(last, name), name))
+    return pair(*responses, row)
+
+
+def _prompt_turns(value: object, resolve: Resolve) -> list[Turn]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [text_turn("user", value, "prompt")]
+    if isinstance(value, list):
+        return read_turns(value, resolve, "prompt")
+    raise bad_row("prompt", value, "text or a list of messages")
+
+
+def _conversation(prompt: list[Turn], value: object, resolve: Resolve, name: str) -> list[Turn]:
+    """The whole conversation that ends with a response, which may repeat the prompt or follow it."""
+    if isinstance(value, str):
+        return [*prompt, text_turn("assistant", value, name)]
+    if not isinstance(value, list):
+        raise bad_row(name, value, "text or a list of messages")
+    turns = read_turns(value, resolve, name)
+    repeats_prompt = turns[0].role in ("system", "user")
+    return turns if repeats_prompt else [*prompt, *turns]
+
+
+def _split_prompt(row: dict) -> dict:
+    """Standard format without a prompt: the words that both texts begin with, as TRL extracts it."""
+    chosen, rejected = (check_text(row.get(name), name) for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise RecordError("IDENTICAL_RESPONSES", "chosen and rejected are equal; remove the row")
+    common = os.path.commonprefix([chosen, rejected])
+    cut = max(common.rfind(" "), common.rfind("\n"))
+    if cut <= 0:
+        raise RecordError("BAD_ROW", '"prompt" is missing, and chosen and rejected begin differently; add it')
+    return {"prompt": common[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}

@@ -1,0 +1,71 @@
+"""Rewards for prepared groups, record files and plain dicts; all through the same packs."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from fastrm.data.loader import LoadedPack, PackBuilder, load_packs, plan_once
+from fastrm.data.packing import Pack
+from fastrm.data.prepare import PreparedGroup, encode_group
+from fastrm.data.record import Record
+from fastrm.data.sources.groups import group_record
+from fastrm.errors import DataError, RecordError
+from fastrm.model.network import RewardNetwork
+
+Forward = Callable[[Pack], torch.Tensor]
+
+
+def run_packs(
+    forward: Forward, builder: PackBuilder, groups: Sequence[PreparedGroup], budget: int, num_workers: int = 0
+) -> Iterator[tuple[LoadedPack, torch.Tensor | None]]:
+    """Every group once, without gradients, with rewards (R,) on the CPU; None if all were refused."""
+    with torch.no_grad():
+        for loaded in load_packs(builder, plan_once(groups, budget), num_workers):
+            rewards = None if loaded.pack is None else forward(loaded.pack).float().cpu()
+            yield loaded, rewards
+
+
+def score_records(
+    network: RewardNetwork, records: Sequence[Record], tokens_per_pack: int, num_workers: int = 0
+) -> list[list[float] | RecordError]:
+    """Rewards of each record's responses, or why it could not be scored, in order."""
+    results: list[list[float] | RecordError | None] = [None] * len(records)
+    groups, numbers = [], []
+    for number, record in enumerate(records):
+        try:
+            group = encode_group(record, network.encoder)
+            size = group.num_tree_tokens()
+            if size > tokens_per_pack:
+                raise RecordError(
+                    "TOO_LONG", f"the group has {size:,} tokens, limit {tokens_per_pack:,}; raise --tokens-per-pack"
+                )
+            groups.append(PreparedGroup(record, size, 0, next(iter(group.images), None)))
+            numbers.append(number)
+        except RecordError as error:
+            results[number] = error
+    builder = PackBuilder([group.record for group in groups], network.encoder, share=True)
+
+    def forward(pack: Pack) -> torch.Tensor:
+        return network(pack.to(network.device))
+
+    for loaded, rewards in run_packs(forward, builder, groups, tokens_per_pack, num_workers):
+        problems = {r.group: RecordError(r.code, r.message) for r in loaded.refused}
+        placed = iter(loaded.pack.groups if loaded.pack is not None else ())
+        for group in loaded.plan.groups:
+            results[numbers[group]] = problems.get(group) or rewards[next(placed).responses].tolist()
+    return results
+
+
+def score_groups(network: RewardNetwork, groups: Sequence[dict], tokens_per_pack: int) -> list[list[float]]:
+    """See `RewardModel.score`."""
+    records = []
+    for number, group in enumerate(groups):
+        try:
+            records.append(group_record(group, number, allow_any_path=True, require_preferences=False))
+        except RecordError as error:
+            raise DataError(f"group {number}: {error.message} ({error.code})") from None
+    results = score_records(network, records, tokens_per_pack)
+    for number, result in enumerate(results):
+        if isinstance(result, RecordError):
+            raise DataError(f"group {number}: {result.message} ({result.code})")
+    return results

@@ -1,0 +1,94 @@
+"""Signals, the run folder's lock, and what to do about non-finite steps."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+from fastrm.errors import DivergedError, StorageError
+
+# Steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
+MAX_SKIPPED_STEPS = 3
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; the loop polls it and leaves in order. A second signal leaves at once."""
+
+    def __init__(self):
+        self.signal: str | None = None
+
+    def __enter__(self) -> "StopFlag":
+        self._before = {number: signal.signal(number, self._on) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on(self, number, frame) -> None:
+        if self.signal is not None:
+            os._exit(75)
+        self.signal = signal.Signals(number).name
+
+
+class RunLock:
+    """Exclusive use of a run folder, for as long as this process lives.
+
+    Raises:
+        StorageError: if another process holds it, or the folder cannot be written.
+    """
+
+    def __init__(self, run_dir: Path):
+        path = run_dir / ".lock"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+")
+        except OSError as error:
+            raise StorageError(
+                f"{run_dir}: the run folder cannot be written: {error.strerror}; choose another run.dir"
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            raise StorageError(f"{run_dir}: in use by {holder}; stop it or choose another run.dir") from None
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class StepGuard:
+    """Writes incidents.jsonl for skipped steps and stops a run that does nothing else.
+
+    A skipped step changed no weight and no moment; its records are named.
+    """
+
+    def __init__(self, path: Path, skipped_in_a_row: int = 0):
+        self._path = path
+        self.skipped_in_a_row = skipped_in_a_row
+
+    def after_step(self, step: int, applied: bool, loss: float, grad_norm: float, records: list[str]) -> None:
+        """Note one step.
+
+        Raises:
+            DivergedError: after MAX_SKIPPED_STEPS skipped steps in a row.
+        """
+        if applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        row = {"step": step, "loss": repr(loss), "grad_norm": repr(grad_norm), "records": records}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise DivergedError(
+                f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite, as in the "
+                f"{MAX_SKIPPED_STEPS - 1} steps before; the records are named in {self._path}; the last checkpoint "
+                "holds finite weights: lower optim.lr, or look at those records"
+            )

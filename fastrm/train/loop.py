@@ -1,0 +1,312 @@
+"""The training run: steps, evaluations, checkpoints, and an export at the end."""
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fastrm.config import Config
+from fastrm.data.loader import LoadedPack, PackBuilder, load_packs, plan_steps
+from fastrm.data.order import StepOrder
+from fastrm.data.quarantine import Quarantine
+from fastrm.errors import ConfigError, InterruptedRun
+from fastrm.evaluate.scoring import run_packs
+from fastrm.model.export import save_model
+from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint
+from fastrm.train.display import Display
+from fastrm.train.engine import LocalEngine
+from fastrm.train.guard import RunLock, StepGuard, StopFlag
+from fastrm.train.metrics import MetricsLog, PreferenceMeter, read_metrics
+from fastrm.train.optim import learning_rate
+from fastrm.train.report import draw_report, summary_table
+from fastrm.train.resume import check_config, find_start
+from fastrm.train.setup import Job, set_up
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds besides tensors. `position` alone says where the data stands."""
+
+    step: int = 0
+    position: int = 0
+    preferences: int = 0
+    tokens_processed: int = 0
+    tokens_unshared: int = 0
+    train_seconds: float = 0.0
+    skipped_in_a_row: int = 0
+    best_accuracy: float | None = None
+    best_checkpoint: str | None = None
+    last_eval: dict = field(default_factory=dict)
+
+
+def train(config: Config, resume: str = "no", display: Display | None = None) -> dict:
+    """Run a configuration to its end; returns what summary.json holds.
+
+    Args:
+        resume: no, auto, required, or the path of a checkpoint.
+
+    Raises:
+        InterruptedRun: after SIGTERM or SIGINT, when a checkpoint has been saved.
+        FastrmError: another subclass, for everything else that stops a run.
+    """
+    run_dir = Path(config.run.dir)
+    lock = RunLock(run_dir)
+    try:
+        with StopFlag() as stop, Quarantine(run_dir / "quarantine.jsonl") as quarantine:
+            with display or Display() as shown:
+                return _Run(config, run_dir, resume, quarantine, shown, stop).to_the_end()
+    finally:
+        lock.release()
+
+
+class _Run:
+    """The state of one run, and the few things that are done with it."""
+
+    def __init__(self, config: Config, run_dir: Path, resume: str, quarantine, display: Display, stop: StopFlag):
+        self.config, self.run_dir, self.quarantine = config, run_dir, quarantine
+        self.display, self.stop = display, stop
+        start = find_start(run_dir, resume, display.say)
+        self.job: Job = set_up(config, run_dir, quarantine, display)
+        self.engine = LocalEngine(self.job.network, config)
+        self.progress = Progress()
+        if start is not None:
+            self._restore(start)
+        self.order = StepOrder(
+            [group.num_preferences for group in self.job.train.groups], config.optim.batch_pairs, config.run.seed
+        )
+        epochs = range(config.run.epochs)
+        self.num_steps = config.run.max_steps or sum(self.order.steps_in_epoch(epoch) for epoch in epochs)
+        (run_dir / "config.yaml").write_text(config.to_yaml())
+        self.log = MetricsLog(
+            run_dir / "metrics.jsonl", self.progress.step, config.run.report_to, run_dir, config.model_dump(mode="json")
+        )
+        self.guard = StepGuard(run_dir / "incidents.jsonl", self.progress.skipped_in_a_row)
+        self.meter, self.saved_step = PreferenceMeter(), self.progress.step if start else -1
+        self.pending: list[tuple[int, int, int]] = []  # preferences, tokens, unshared tokens of the step's packs
+        self._announce(start)
+
+    def to_the_end(self) -> dict:
+        try:
+            self._steps()
+            if self.job.eval is not None and self.progress.last_eval.get("step") != self.progress.step:
+                self._evaluate()
+            self._save()
+            return self._finish()
+        finally:
+            self.log.close()
+
+    def _steps(self) -> None:
+        if self.progress.step >= self.num_steps:
+            return
+        update = self.display.task("training")
+        groups, data = self.job.train.groups, self.config.data
+        plans = plan_steps(groups, self.order, self.progress.position, self.config.optim.tokens_per_pack)
+        builder = PackBuilder([group.record for group in groups], self.job.network.encoder, data.share_prefixes)
+        members: list[int] = []
+        losses: list[tuple[float, float]] = []
+        window_started = step_started = time.perf_counter()
+        for loaded in load_packs(builder, plans, data.num_workers):
+            if self.stop.signal:
+                self._interrupt()
+            members += loaded.plan.groups
+            self._accumulate(loaded)
+            if not loaded.plan.is_last:
+                continue
+            losses.append(self._update(loaded.plan.position, members))
+            members = []
+            self.progress.train_seconds += time.perf_counter() - step_started
+            if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.num_steps:
+                note = self._log_row(losses, time.perf_counter() - window_started)
+                update(self.progress.step, self.num_steps, note)
+                losses, window_started = [], time.perf_counter()
+            before_extras = time.perf_counter()
+            self._evaluate_and_save_when_due()
+            window_started += time.perf_counter() - before_extras
+            if self.progress.step >= self.num_steps:
+                return
+            step_started = time.perf_counter()
+
+    def _accumulate(self, loaded: LoadedPack) -> None:
+        self._note_refusals(loaded, self.job.train)
+        if loaded.pack is None:
+            return
+        rewards = self.engine.accumulate(loaded.pack)
+        self.meter.add(loaded.pack, rewards)
+        self.pending.append((loaded.pack.num_preferences, loaded.pack.num_tokens, loaded.pack.num_unshared_tokens))
+
+    def _update(self, position: int, members: list[int]) -> tuple[float, float]:
+        """Take the optimizer step: (loss, gradient norm)."""
+        done = self.engine.update(learning_rate(self.progress.step, self.num_steps, self.config.optim))
+        self.progress.step += 1
+        self.progress.position = position
+        # Only now: a step that is interrupted half-way has processed nothing.
+        for preferences, tokens, unshared in self.pending:
+            self.progress.preferences += preferences
+            self.progress.tokens_processed += tokens
+            self.progress.tokens_unshared += unshared
+        self.pending.clear()
+        names = [self.job.train.groups[number].record.origin for number in members]
+        try:
+            self.guard.after_step(self.progress.step, done.applied, done.loss, done.grad_norm, names)
+        finally:
+            self.progress.skipped_in_a_row = self.guard.skipped_in_a_row
+        return done.loss, done.grad_norm
+
+    def _log_row(self, losses: list[tuple[float, float]], seconds: float) -> str:
+        row = {
+            "step": self.progress.step,
+            "epoch": self.progress.position / self.order.num_groups,
+            "loss": sum(loss for loss, _ in losses) / len(losses),
+            **self.meter.means(),
+            "grad_norm": sum(norm for _, norm in losses) / len(losses),
+            "lr": learning_rate(self.progress.step - 1, self.num_steps, self.config.optim),
+            "preferences_per_second": self.meter.num_preferences / seconds,
+            "tokens_per_second": self.meter.num_tokens / seconds,
+        }
+        self.log.write(row)
+        self.meter.clear()
+        return (
+            f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  margin {row['rewards/margins']:+.3f}  "
+            f"{row['preferences_per_second']:,.0f} pairs/s"
+        )
+
+    def _evaluate_and_save_when_due(self) -> None:
+        step, run = self.progress.step, self.config.run
+        if run.eval_every and self.job.eval is not None and step % run.eval_every == 0:
+            self._evaluate()
+            if self.progress.best_checkpoint == f"step-{step:08d}":
+                self._save()
+        if run.save_every and step % run.save_every == 0:
+            self._save()
+
+    def _evaluate(self) -> None:
+        network, prepared, config = self.job.network.eval(), self.job.eval, self.config
+        builder = PackBuilder([g.record for g in prepared.groups], network.encoder, config.data.share_prefixes)
+        meter, loss, weight = PreferenceMeter(), 0.0, 0.0
+        packs = run_packs(
+            self.engine.rewards, builder, prepared.groups, config.optim.tokens_per_pack, config.data.num_workers
+        )
+        for loaded, rewards in packs:
+            self._note_refusals(loaded, prepared)
+            if loaded.pack is not None:
+                meter.add(loaded.pack, rewards)
+                pack_weight = float(loaded.pack.weight.sum())
+                loss += float(self.engine.loss(rewards, loaded.pack)) * pack_weight
+                weight += pack_weight
+        network.train()
+        row = {
+            "step": self.progress.step,
+            "eval/loss": loss / max(weight, 1e-12),
+            "eval/accuracy": meter.accuracy,
+            "eval/margin": meter.means()["rewards/margins"],
+            "eval/sources": meter.by_source(),
+        }
+        self.log.write(row)
+        self.display.say(f"step {row['step']:,}: held-out accuracy {meter.accuracy:.4f}, loss {row['eval/loss']:.4f}")
+        self.progress.last_eval = row
+        if self.progress.best_accuracy is None or meter.accuracy > self.progress.best_accuracy:
+            self.progress.best_accuracy = meter.accuracy
+            self.progress.best_checkpoint = f"step-{row['step']:08d}"
+
+    def _save(self) -> None:
+        if self.saved_step == self.progress.step:
+            return
+        folder = self.run_dir / "checkpoints"
+        state = {
+            "progress": asdict(self.progress),
+            "config": self.config.model_dump(mode="json"),
+            "data_fingerprint": self.job.data_fingerprint,
+            "versions": versions(),
+        }
+        save_checkpoint(folder, self.progress.step, self.job.network, self.engine.optimizer, state)
+        self.saved_step = self.progress.step
+        prune(folder, self.config.run.keep_checkpoints, self.progress.best_checkpoint)
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = json.loads((checkpoint / "state.json").read_text())
+        check_config(state["config"], self.config)
+        if state["data_fingerprint"] != self.job.data_fingerprint:
+            raise ConfigError(
+                f"{checkpoint}: the training data has changed since (other rows, order or sizes); restore it, or "
+                "start a new run.dir"
+            )
+        load_checkpoint(checkpoint, self.job.network, self.engine.optimizer)
+        self.progress = Progress(**state["progress"])
+
+    def _interrupt(self) -> None:
+        self.engine.discard()
+        self._save()
+        raise InterruptedRun(
+            f"stopped by {self.stop.signal} after step {self.progress.step}; checkpoint saved; continue with "
+            "--resume auto"
+        )
+
+    def _note_refusals(self, loaded: LoadedPack, prepared) -> None:
+        for refusal in loaded.refused:
+            record = prepared.groups[refusal.group].record
+            self.quarantine.add(
+                source=record.source, origin=record.origin, record_id=record.id,
+                code=refusal.code, message=refusal.message,
+            )  # fmt: skip
+
+    def _announce(self, start: Path | None) -> None:
+        job, say = self.job, self.display.say
+        backend, why = job.network.attention
+        parameters = sum(p.numel() for p in job.network.parameters())
+        trainable = sum(p.numel() for p in job.network.parameters() if p.requires_grad)
+        say(f"model: {parameters:,} parameters, {trainable:,} trained, on {job.network.device}")
+        say(f"attention: {backend} ({why})")
+        say(
+            f"data: {len(job.train.groups):,} groups with {job.train.num_preferences:,} preferences from "
+            f"{job.train.num_records:,} records; {job.train.num_ties_ignored:,} ties ignored; "
+            f"{self.quarantine.total:,} records in quarantine"
+        )
+        say(f"run: {self.num_steps:,} steps of {self.config.optim.batch_pairs:,} preferences in {self.run_dir}")
+        if start is not None:
+            say(f"resumed from {start}")
+
+    def _finish(self) -> dict:
+        save_model(self.job.network, self.run_dir / "model")
+        progress = self.progress
+        summary = {
+            "eval_accuracy": progress.last_eval.get("eval/accuracy"),
+            "steps": progress.step,
+            "preferences": progress.preferences,
+            "tokens_processed": progress.tokens_processed,
+            "tokens_unshared": progress.tokens_unshared,
+            "preferences_per_second": progress.preferences / max(progress.train_seconds, 1e-9),
+            "peak_memory_bytes": peak_memory_bytes(self.job.network.device),
+            "quarantined": self.quarantine.total,
+            "eval_by_source": progress.last_eval.get("eval/sources", {}),
+            "best_checkpoint": progress.best_checkpoint,
+            "versions": versions(),
+        }
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        rows = read_metrics(self.run_dir / "metrics.jsonl")
+        draw_report(
+            [row for row in rows if "loss" in row],
+            [row for row in rows if "eval/accuracy" in row],
+            self.run_dir / "report.png",
+            f"{self.run_dir.name}: {progress.step:,} steps, {progress.preferences:,} preferences",
+        )
+        self.display.console.print(summary_table(summary, summary["eval_by_source"]))
+        self.display.say(f"model, report.png and summary.json are in {self.run_dir}")
+        return summary
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of this process: allocated CUDA memory, or resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def versions() -> dict[str, str]:
+    names = ("fastrm", "torch", "transformers", "tokenizers", "numpy", "pillow")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}

@@ -1,0 +1,147 @@
+"""What a step is measured by, and where the numbers go."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from fastrm.data.packing import Pack
+from fastrm.errors import ConfigError
+
+
+class PreferenceMeter:
+    """Sums over preferences; means come out under the field's usual names.
+
+    A preference counts as right if the winner's reward is strictly larger: equal rewards are wrong.
+    Ties count for nothing but the token totals.
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self.num_preferences = 0
+        self.num_tokens = 0
+        self.num_unshared_tokens = 0
+        self._right = defaultdict(int)  # by source
+        self._scored = defaultdict(int)
+        self._chosen = self._rejected = 0.0
+
+    def add(self, pack: Pack, rewards: torch.Tensor) -> None:
+        """Count a pack with its rewards (R,) on the CPU."""
+        self.num_preferences += pack.num_preferences
+        self.num_tokens += pack.num_tokens
+        self.num_unshared_tokens += pack.num_unshared_tokens
+        winners, losers = rewards[pack.edges[:, 0]].double(), rewards[pack.edges[:, 1]].double()
+        scored = ~pack.is_tie
+        right = (winners > losers) & scored
+        for group in pack.groups:
+            self._right[group.source] += int(right[group.preferences].sum())
+            self._scored[group.source] += int(scored[group.preferences].sum())
+        self._chosen += float(winners[scored].sum())
+        self._rejected += float(losers[scored].sum())
+
+    @property
+    def num_scored(self) -> int:
+        return sum(self._scored.values())
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self._right.values()) / max(1, self.num_scored)
+
+    def by_source(self) -> dict[str, dict]:
+        """{source: {"accuracy", "preferences"}}, sorted by name."""
+        return {
+            source: {"accuracy": self._right[source] / count, "preferences": count}
+            for source, count in sorted(self._scored.items())
+            if count
+        }
+
+    def means(self) -> dict[str, float]:
+        """rewards/{chosen,rejected,margins,accuracies}, per-source accuracies, sharing factor."""
+        count = max(1, self.num_scored)
+        row = {
+            "rewards/chosen": self._chosen / count,
+            "rewards/rejected": self._rejected / count,
+            "rewards/margins": (self._chosen - self._rejected) / count,
+            "rewards/accuracies": self.accuracy,
+            "sharing_factor": self.num_unshared_tokens / max(1, self.num_tokens),
+        }
+        sources = self.by_source()
+        if len(sources) > 1:
+            row |= {f"rewards/accuracies/{source}": values["accuracy"] for source, values in sources.items()}
+        return row
+
+
+class MetricsLog:
+    """metrics.jsonl, and the optional loggers of run.report_to.
+
+    Args:
+        path: appended to; rows after `step` are removed first, so that a resumed run's file reads
+            like that of an unbroken one.
+        step: the step that the run continues from.
+    """
+
+    def __init__(self, path: Path, step: int, report_to: list[str], run_dir: Path, config: dict):
+        self._file = _open_after(path, step)
+        self._sinks = [_SINKS[name](run_dir, config) for name in report_to]
+
+    def write(self, row: dict) -> None:
+        """Append one row; `row["step"]` is the number of steps done."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for sink in self._sinks:
+            sink(row)
+
+    def close(self) -> None:
+        self._file.close()
+        for sink in self._sinks:
+            sink(None)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def _open_after(path: Path, step: int):
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path.open("a")
+
+
+def _tensorboard(run_dir: Path, config: dict):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("run.report_to: tensorboard is not installed; pip install tensorboard") from None
+    writer = SummaryWriter(run_dir / "tensorboard")
+
+    def sink(row):
+        if row is None:
+            return writer.close()
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(name, value, row["step"])
+
+    return sink
+
+
+def _wandb(run_dir: Path, config: dict):
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("run.report_to: wandb is not installed; pip install wandb") from None
+    run = wandb.init(dir=run_dir, config=config)
+    return lambda row: run.finish() if row is None else run.log(row, step=row["step"])
+
+
+_SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}

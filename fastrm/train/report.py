@@ -1,0 +1,75 @@
+"""The end of a run for people: a table, and report.png."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+
+def draw_report(rows: list[dict], evaluations: list[dict], path: Path, title: str) -> None:
+    """report.png: loss, accuracy, margin and throughput over the steps.
+
+    Args:
+        rows: of metrics.jsonl with a `loss`.
+        evaluations: rows with `eval/accuracy`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    panels = [
+        ("loss", "Loss (mean of -log sigmoid of the margin)", "eval/loss"),
+        ("rewards/accuracies", "Pair accuracy", "eval/accuracy"),
+        ("rewards/margins", "Margin (chosen - rejected reward)", "eval/margin"),
+        ("preferences_per_second", "Preferences per second", None),
+    ]
+    for axes, (name, label, evaluated) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        steps = [row["step"] for row in rows]
+        values = [row[name] for row in rows]
+        axes.plot(steps, values, color="#9bb8d9", linewidth=0.8, label="each row")
+        axes.plot(steps, _smooth(values), color="#1f5fa8", linewidth=1.8, label="running mean")
+        held_out = [(row["step"], row[evaluated]) for row in evaluations if evaluated in row]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o-", color="#d1662a", markersize=4, label="held out")
+        if name == "rewards/accuracies":
+            axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+            axes.set_ylim(top=1.01)
+        if name == "preferences_per_second":
+            axes.set_ylim(bottom=0)
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _smooth(values: list[float], share: float = 0.05) -> list[float]:
+    """Exponential running mean, started at the first value, over about `share` of the run."""
+    decay = 1.0 - 1.0 / max(1.0, share * len(values))
+    smooth, mean = [], None
+    for value in values:
+        mean = value if mean is None else decay * mean + (1.0 - decay) * value
+        smooth.append(mean)
+    return smooth
+
+
+def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
+    """The short table at the end of a run."""
+    table = Table(title="Training done", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    accuracy = summary["eval_accuracy"]
+    table.add_row("held-out pair accuracy", "no data.eval" if accuracy is None else f"{accuracy:.4f}")
+    if len(by_source) > 1:
+        for source, values in by_source.items():
+            table.add_row(f"  {source} ({values['preferences']:,})", f"{values['accuracy']:.4f}")
+    table.add_row("steps", f"{summary['steps']:,}")
+    table.add_row("preferences", f"{summary['preferences']:,}")
+    table.add_row("preferences per second", f"{summary['preferences_per_second']:,.1f}")
+    table.add_row("tokens processed", f"{summary['tokens_processed']:,}")
+    sharing = summary["tokens_unshared"] / max(1, summary["tokens_processed"])
+    table.add_row("tokens a pairwise trainer needs", f"{summary['tokens_unshared']:,} ({sharing:.2f}x)")
+    table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    table.add_row("records in quarantine", f"{summary['quarantined']:,}")
+    return table

@@ -1,0 +1,70 @@
+"""Where a run starts: from nothing, or from a checkpoint that fits the configuration."""
+
+from pathlib import Path
+
+from fastrm.config import Config
+from fastrm.errors import ConfigError, StorageError
+from fastrm.train.checkpoint import newest_checkpoint, verify
+
+# Keys that may differ on resume: they change neither what is computed from a step on, nor what was.
+MAY_CHANGE = (
+    "run.dir", "run.epochs", "run.max_steps", "run.log_every", "run.eval_every", "run.save_every",
+    "run.keep_checkpoints", "run.report_to", "run.device", "data.eval", "data.num_workers",
+    "model.attention", "model.gradient_checkpointing", "optim.tokens_per_pack",
+)  # fmt: skip
+
+
+def find_start(run_dir: Path, resume: str, say) -> Path | None:
+    """The checkpoint to start from, or None for a fresh start.
+
+    Args:
+        resume: no, auto, required, or the path of a checkpoint.
+        say: takes a line of text about what was passed over.
+
+    Raises:
+        ConfigError: if the folder holds a run and resume is no, or resume is required and there is
+            nothing to resume.
+        StorageError: if checkpoints exist but none is intact.
+    """
+    folder = run_dir / "checkpoints"
+    if resume == "no":
+        if (run_dir / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{run_dir}: holds a run already; add --resume auto to continue it, or set run.dir to start another"
+            )
+        return None
+    if resume in ("auto", "required"):
+        found = newest_checkpoint(folder, say)
+        if found is None and resume == "required":
+            raise ConfigError(f"{folder}: --resume required, but there is no checkpoint; start without it")
+        if found is None:
+            say(f"{folder}: no checkpoint yet, starting from step 0")
+        return found
+    problem = verify(Path(resume))
+    if problem is not None:
+        raise StorageError(f"{resume}: not an intact checkpoint: {problem}; use --resume auto to find the newest")
+    return Path(resume)
+
+
+def check_config(saved: dict, config: Config) -> None:
+    """Refuse to resume under a configuration that would have computed something else.
+
+    Raises:
+        ConfigError: naming each field with its old and new value.
+    """
+    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        lines = "\n  ".join(changed)
+        raise ConfigError(f"cannot resume with another configuration:\n  {lines}\nset them back, or start a new run.dir")
+
+
+
+def _flat(tree, prefix: str = "") -> dict:
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): tree}

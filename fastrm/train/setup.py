@@ -1,0 +1,94 @@
+"""From a configuration to what the loop needs: data, tokeniser, network."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastrm.config import Config, TrainedTokenizer
+from fastrm.data.images import ImageLimits
+from fastrm.data.prepare import PreparedSet, prepare, read_records
+from fastrm.data.quarantine import Quarantine
+from fastrm.data.record import Record
+from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
+from fastrm.errors import ConfigError
+from fastrm.model.export import has_head, load_backbone, load_head, make_encoder
+from fastrm.model.network import RewardNetwork, init_backbone, pick_device
+from fastrm.train.display import Display
+
+
+@dataclass
+class Job:
+    """Everything that the configuration stands for, before the first step."""
+
+    config: Config
+    network: RewardNetwork
+    train: PreparedSet
+    eval: PreparedSet | None
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Changes when the training groups, their order or their sizes do."""
+        digest = hashlib.sha256()
+        for group in self.train.groups:
+            row = (group.record.origin, group.record.id, group.num_tokens, group.num_preferences)
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
+
+
+def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Display) -> Job:
+    """Read the data, make the tokeniser and the network, and prepare the groups.
+
+    Raises:
+        ConfigError, DataError, StorageError: whatever is wrong with what the configuration names.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train is empty; name at least one source, for example - {path: train.jsonl}")
+    records = {}
+    for split, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        records[split] = list(display.count(f"reading {split} records", read_records(sources, quarantine)))
+    tokenizer = make_tokenizer(config, records["train"], run_dir)
+    network = make_network(config, tokenizer)
+    prepared = {
+        split: prepare(found, network.encoder, config, quarantine, display.task(f"preparing {split} groups"))
+        for split, found in records.items()
+        if split == "train" or config.data.eval
+    }
+    return Job(config, network, prepared["train"], prepared.get("eval"))
+
+
+def make_tokenizer(config: Config, records: Iterable[Record], run_dir: Path):
+    """The model's tokeniser; a trained one is kept in the run folder and read back on resume."""
+    settings = config.model.tokenizer
+    if not isinstance(settings, TrainedTokenizer):
+        return load_tokenizer(settings or config.model.path)
+    kept = run_dir / "tokenizer"
+    if not (kept / "tokenizer.json").exists():
+        texts = (m.text for record in records for response in record.responses for m in response.messages)
+        train_tokenizer(texts, settings.train_vocab_size).save_pretrained(kept)
+    return load_tokenizer(str(kept))
+
+
+def make_network(config: Config, tokenizer) -> RewardNetwork:
+    """Network with weights, on its device, ready to train. Random weights follow run.seed."""
+    settings, data = config.model, config.data
+    torch.manual_seed(config.run.seed)
+    if settings.path is None:
+        backbone = init_backbone(settings, tokenizer)
+    else:
+        backbone = load_backbone(settings.path)
+    limits = ImageLimits(data.max_image_bytes, data.max_image_pixels)
+    encoder = make_encoder(
+        backbone.config, tokenizer, settings.path, settings.anchor, limits, data.min_pixels, data.max_pixels
+    )
+    network = RewardNetwork(backbone, settings.head, encoder)
+    if settings.path is not None and has_head(settings.path):
+        load_head(network.score, Path(settings.path))
+    network.freeze(settings.freeze)
+    network.to(pick_device(config.run.device))
+    network.use_attention(settings.attention, torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32)
+    if settings.gradient_checkpointing:
+        network.use_gradient_checkpointing()
+    return network.train()
