@@ -58,7 +58,7 @@ def _split_prompt(row: dict) -> dict:
     chosen, rejected = (check_text(row.get(name), name) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise RecordError("IDENTICAL_RESPONSES", "chosen and rejected are equal; remove the row")
-    common = os.path.commonprefix([chosen, rejected])
+    common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (by character is meant)
     cut = max(common.rfind(" "), common.rfind("\n"))
     if cut <= 0:
         raise RecordError("BAD_ROW", '"prompt" is missing, and chosen and rejected begin differently; add it')

@@ -1,0 +1,150 @@
+"""Trees from tokens, order, steps and packs: exact, and complete by enumeration."""
+
+import random
+
+import numpy as np
+import pytest
+from support import make_image, make_model, make_record, pack_of
+
+from fastrm.data.order import StepOrder, epoch_order
+from fastrm.data.packing import plan_packs
+from fastrm.data.tree import build_tree
+
+
+def _paths(tree, sequences):
+    """Every sequence, put together again from its segment's path."""
+    found = []
+    for segment, offset in tree.ends:
+        chain, node = [], segment
+        while node >= 0:
+            chain.insert(0, node)
+            node = tree.parents[node]
+        tokens = np.concatenate([sequences[s][a:b] for s, a, b in (tree.spans[n] for n in chain)])
+        cut = len(tokens) - (tree.lengths[segment] - 1 - offset)
+        found.append(tokens[:cut])
+    return found
+
+
+def _random_sequences(rng):
+    trunk = [rng.randrange(5) for _ in range(rng.randint(0, 60))]
+    sequences = []
+    for _ in range(rng.randint(1, 12)):
+        base = rng.choice([trunk, *[s.tolist() for s in sequences]]) if sequences else trunk
+        keep = rng.randint(0, len(base))
+        sequences.append(np.array(base[:keep] + [rng.randrange(5) for _ in range(rng.randint(0, 40))] or [0]))
+    return sequences
+
+
+@pytest.mark.parametrize("min_shared", [1, 4, 16])
+def test_every_sequence_is_a_path_of_its_tree(min_shared):
+    rng = random.Random(min_shared)
+    for _ in range(300):
+        sequences = _random_sequences(rng)
+        tree = build_tree(sequences, min_shared=min_shared)
+        assert all(np.array_equal(a, b) for a, b in zip(_paths(tree, sequences), sequences, strict=True))
+        assert all(-1 <= parent < number for number, parent in enumerate(tree.parents))
+        assert sum(tree.lengths) <= sum(map(len, sequences))
+        for number, (_, start, stop) in enumerate(tree.spans):
+            if number in tree.parents:
+                assert stop - start >= min_shared
+
+
+def test_sharing_is_complete_when_every_cut_is_allowed():
+    """With min_shared 1 the tree is a trie: as many tokens as there are distinct prefixes."""
+    rng = random.Random(7)
+    for _ in range(200):
+        sequences = _random_sequences(rng)
+        prefixes = {tuple(s[: n + 1]) for s in sequences for n in range(len(s))}
+        assert sum(build_tree(sequences, min_shared=1).lengths) == len(prefixes)
+
+
+def test_a_response_that_begins_another_ends_inside_it():
+    long, short = np.arange(50), np.arange(30)
+    tree = build_tree([long, short, short])
+    assert tree.spans == [(0, 0, 30), (0, 30, 50)]
+    assert tree.ends == [(1, 19), (0, 29), (0, 29)]
+
+
+def test_a_shared_run_too_short_for_all_is_still_shared_by_those_who_go_further():
+    common = [1, 2, 3]
+    deep = common + list(range(10, 60))
+    tree = build_tree([np.array(common + [9]), np.array(deep + [7]), np.array(deep + [8])])
+    assert tree.lengths == [4, 53, 1, 1] and tree.parents == [-1, -1, 1, 1]
+
+
+def test_not_sharing_gives_one_root_each():
+    tree = build_tree([np.arange(20), np.arange(20)], share=False)
+    assert tree.parents == [-1, -1] and tree.lengths == [20, 20] and tree.ends == [(0, 19), (1, 19)]
+
+
+def test_images_share_only_when_their_content_is_the_same():
+    network = make_model("qwen2_5_vl")
+    one, same, other = make_image(56, 56, 1), make_image(56, 56, 1), make_image(56, 56, 2)
+    sizes = {}
+    for name, pair in {"same": (one, same), "other": (one, other)}.items():
+        records = [make_record(1, images=[image], num_responses=1, prompt="Describe it.") for image in pair]
+        pack = pack_of(network, records)
+        sizes[name] = (len(pack.image_grid_thw), pack.num_tokens)
+    assert sizes["same"][0] == 1 and sizes["other"][0] == 2
+    assert sizes["same"][1] < sizes["other"][1]
+
+
+def test_order_is_pinned():
+    """Golden values: another order would make old runs impossible to resume."""
+    assert epoch_order(0, 0, 10).tolist() == [2, 5, 8, 9, 1, 4, 6, 0, 3, 7]
+    assert epoch_order(7, 3, 10).tolist() == [4, 8, 7, 6, 9, 2, 5, 0, 1, 3]
+
+
+def test_order_is_a_permutation_and_differs_by_seed_and_epoch():
+    seen = set()
+    for seed in range(5):
+        for epoch in range(5):
+            order = epoch_order(seed, epoch, 257)
+            assert sorted(order) == list(range(257))
+            seen.add(tuple(order))
+    assert len(seen) == 25
+
+
+def test_every_group_once_per_epoch_and_resume_at_every_step():
+    rng = random.Random(0)
+    for count in [*range(1, 40), 257]:
+        sizes = [rng.choice([1, 1, 1, 6, 15]) for _ in range(count)]
+        order = StepOrder(sizes, batch_pairs=8, seed=count)
+        steps = [step for step, _ in zip(order.steps_from(0), range(3 * count), strict=False)]
+        for epoch in range(2):
+            inside = [groups for after, groups in steps if epoch * count < after <= (epoch + 1) * count]
+            assert sorted(np.concatenate(inside)) == list(range(count))
+            assert len(inside) == order.steps_in_epoch(epoch)
+            for groups in inside[:-1]:
+                total = sum(sizes[g] for g in groups)
+                assert total >= 8 and total - sizes[groups[-1]] < 8
+        for number, (after, _) in enumerate(steps[:-1]):
+            position, groups = next(StepOrder(sizes, 8, count).steps_from(after))
+            assert (position, groups.tolist()) == (steps[number + 1][0], steps[number + 1][1].tolist())
+
+
+def test_plain_pairs_make_batches_of_exactly_the_wanted_size():
+    order = StepOrder([1] * 1000, batch_pairs=128, seed=0)
+    assert [len(groups) for _, (_, groups) in zip(range(8), order.steps_from(0), strict=False)] == [128] * 7 + [104]
+
+
+def test_a_position_inside_a_step_is_refused():
+    with pytest.raises(ValueError, match="no step starts at position 3"):
+        next(StepOrder([1] * 100, 10, 0).steps_from(3))
+
+
+def test_packs_hold_every_group_once_within_the_budget():
+    rng = random.Random(0)
+    for _ in range(300):
+        count = rng.randint(1, 60)
+        sizes = [rng.randint(1, 100) for _ in range(count)]
+        images = [rng.choice([None, "a", "b"]) for _ in range(count)]
+        packs = plan_packs(range(count), sizes, images, budget=120)
+        assert sorted(g for pack in packs for g in pack) == list(range(count))
+        assert all(sum(sizes[g] for g in pack) <= 120 for pack in packs)
+        assert len(packs) <= 11 / 9 * sum(sizes) / 60 + 2  # a full pack is more than half full
+
+
+def test_groups_with_the_same_image_share_a_pack_where_they_fit():
+    packs = plan_packs(range(6), [10] * 6, ["a", "b"] * 3, budget=30)
+    assert sorted(map(sorted, packs)) == [[0, 2, 4], [1, 3, 5]]
