@@ -80,5 +80,5 @@ def test_text_that_utf8_cannot_encode_is_written(tmp_path):
 
 def test_unwritable_path_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be opened.*choose a writable folder"):
+    with pytest.raises(StorageError, match=r"cannot be opened.*choose a writable folder"):
         Quarantine(tmp_path / "file" / "quarantine.jsonl")

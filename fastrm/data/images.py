@@ -78,7 +78,11 @@ def decode_image(ref: ImageRef, limits: ImageLimits) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB pixels of any Pillow image, transparency composited onto white (transformers >= 5.23)."""
+    """RGB pixels of any Pillow image, transparency composited onto white.
+
+    As transformers does since 5.21. Earlier versions drop the alpha channel, which shows whatever
+    colour clear pixels happen to have; here the pixels do not depend on the installed version.
+    """
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -77,7 +77,7 @@ def load_backbone(path: str) -> nn.Module:
         ConfigError: if there is no such model or its family is not supported.
         StorageError: if weights are missing or do not fit.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -88,8 +88,11 @@ def load_backbone(path: str) -> nn.Module:
             "and safetensors, or a reachable hub id"
         ) from None
     check_family(config)
+    is_vision = config.model_type in VISION_FAMILIES
+    # Only the full vision classes know both names of published weights, `visual.*` and `model.visual.*`.
+    auto_class = AutoModelForImageTextToText if is_vision else AutoModel
     try:
-        model, report = AutoModel.from_pretrained(
+        model, report = auto_class.from_pretrained(
             path,
             dtype=torch.float32,
             attn_implementation="eager",
@@ -102,12 +105,13 @@ def load_backbone(path: str) -> nn.Module:
         reason = str(error).strip().splitlines()[0]
         raise StorageError(f"model.path {path!r}: the weights cannot be loaded: {reason}") from error
     broken = [*report["missing_keys"], *report.get("mismatched_keys", ())]
+    broken = [name for name in broken if name != "lm_head.weight"]  # never read; our exports have none
     if broken:
         raise StorageError(
             f"model.path {path!r}: {len(broken)} weights are missing or have another shape, first {broken[0]}; "
             "is it the whole checkpoint of this architecture?"
         )
-    return model
+    return model.model if is_vision else model
 
 
 def load_head(score: nn.Module, folder: Path) -> None:

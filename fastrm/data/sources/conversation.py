@@ -1,5 +1,6 @@
 """Turns as datasets write them -> messages, with every image at its place."""
 
+from reprlib import repr as brief
 from typing import NamedTuple
 
 from fastrm.data.record import ROLES, ImageRef, Message, Part
@@ -51,7 +52,7 @@ def read_turn(value: object, resolve: Resolve, name: str) -> Turn:
     role = _ROLE_NAMES.get(written) if isinstance(written, str) else None
     if role is None:
         raise RecordError(
-            "BAD_ROW", f'"{name}.{role_key}" is {written!r}, wanted one of {", ".join(_ROLE_NAMES)}'
+            "BAD_ROW", f'"{name}.{role_key}" is {brief(written)}, wanted one of {", ".join(_ROLE_NAMES)}'
         )
     content = value.get(content_key)
     name = f"{name}.{content_key}"
@@ -111,7 +112,7 @@ def _read_part(part: object, resolve: Resolve, name: str) -> Part | None:
         return None if key is None else image_ref(part[key], resolve, f"{name}.{key}")
     if kind in ("video", "video_url", "audio", "audio_url"):
         raise RecordError("UNSUPPORTED_MEDIA", f'"{name}" is {kind}; only text and images are supported')
-    raise RecordError("BAD_ROW", f'"{name}.type" is {kind!r}, wanted "text" or "image"')
+    raise RecordError("BAD_ROW", f'"{name}.type" is {brief(kind)}, wanted "text" or "image"')
 
 
 def _split_placeholders(parts: tuple[str, ...]) -> tuple[str | None, ...]:
@@ -136,8 +137,8 @@ def _fill(turns: list[Turn], images: list[ImageRef]) -> tuple[Message, ...]:
     if num_places != len(images):
         raise RecordError(
             "IMAGE_COUNT",
-            f"the prompt has places for {num_places} images ({PLACEHOLDER} or image parts) "
-            f"and the row has {len(images)}; make them equal",
+            f"the number of image places in the prompt ({PLACEHOLDER} or image parts) is {num_places}, "
+            f"of images in the row {len(images)}; make them equal",
         )
     source = iter(images)
     return tuple(

@@ -5,6 +5,8 @@
 scoring, `preferences` are optional.
 """
 
+from reprlib import repr as brief
+
 from fastrm.data.record import Preference, Record
 from fastrm.data.sources.conversation import prompt_messages, read_turns, text_turn
 from fastrm.data.sources.draft import Draft, answer, to_record
@@ -70,12 +72,12 @@ def _preferences(value: object, num_responses: int) -> tuple[Preference, ...]:
 
 def _preference(value: object, num_responses: int, name: str) -> Preference:
     if not isinstance(value, (list, tuple)) or len(value) not in (2, 3):
-        raise RecordError("BAD_PREFERENCE", f'"{name}" is {value!r}, wanted [winner, loser, margin?]')
+        raise RecordError("BAD_PREFERENCE", f'"{name}" is {brief(value)}, wanted [winner, loser, margin?]')
     winner, loser = value[:2]
     for index in (winner, loser):
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_responses:
             raise RecordError(
-                "BAD_PREFERENCE", f'"{name}" has index {index!r}, wanted 0 to {num_responses - 1}'
+                "BAD_PREFERENCE", f'"{name}" has index {brief(index)}, wanted 0 to {num_responses - 1}'
             )
     if winner == loser:
         raise RecordError("BAD_PREFERENCE", f'"{name}" prefers response {winner} to itself; name two')

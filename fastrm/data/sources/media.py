@@ -83,7 +83,13 @@ def row_images(row: dict, resolve: Resolve) -> list[ImageRef]:
 def image_ref(value: object, resolve: Resolve, name: str) -> ImageRef:
     """One image: a path, a base64 data URI, bytes, ``{"bytes", "path"}`` (bytes win) or a Pillow image."""
     if isinstance(value, dict):
-        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), value)
+        key = next((key for key in ("bytes", "path", "url") if value.get(key) is not None), "bytes")
+        # JSON cannot hold bytes: text under that key is base64 that wants to be a data URI.
+        if (key == "bytes") != isinstance(value.get(key), bytes):
+            raise bad_row(
+                f"{name}.{key}", value.get(key), "bytes" if key == "bytes" else "a path or data URI"
+            )
+        value = value[key]
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and value:

@@ -1,0 +1,198 @@
+"""What the benchmarks measure, whichever two variants they compare: agreement, time, memory, FLOPs."""
+
+import ctypes
+import gc
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+ROUNDS = 7
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+
+class Variant(Protocol):
+    """One way to train: the same weights, batches and optimizer as its rival."""
+
+    name: str
+
+    def step(self, number: int) -> None:
+        """Forward, backward and update on batch `number` (any integer; batches repeat)."""
+
+    def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
+        """Mean loss of the batch and its gradient by parameter name; changes no weight."""
+
+    def num_tokens(self, number: int) -> int:
+        """Tokens that the model processes for the batch, padding included."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step over the timed rounds."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One variant on one workload. `peak_mib` is the rise of resident memory during a step."""
+
+    variant: str
+    times: Times
+    tokens: int
+    flops: int
+    peak_mib: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """fastrm against a rival on one workload; ratios above 1 say that fastrm needs less."""
+
+    workload: str
+    pairs_per_step: int
+    fastrm: Measurement
+    rival: Measurement
+    floor: float
+
+    @property
+    def time_ratio(self) -> float:
+        return self.rival.times.median / self.fastrm.times.median
+
+    @property
+    def token_ratio(self) -> float:
+        return self.rival.tokens / self.fastrm.tokens
+
+    @property
+    def flop_ratio(self) -> float:
+        return self.rival.flops / self.fastrm.flops
+
+    def pairs_per_second(self, side: Measurement) -> float:
+        return self.pairs_per_step / side.times.median
+
+    def to_json(self) -> dict:
+        sides = {
+            side.variant: {
+                **asdict(side),
+                "median_s": side.times.median,
+                "quartiles_s": side.times.quartiles,
+                "pairs_per_second": self.pairs_per_second(side),
+            }
+            for side in (self.fastrm, self.rival)
+        }
+        ratios = {"time": self.time_ratio, "tokens": self.token_ratio, "flops": self.flop_ratio, "floor": self.floor}
+        return {"workload": self.workload, "pairs_per_step": self.pairs_per_step, "ratios": ratios, "sides": sides}
+
+
+def compare(workload: str, fastrm: Variant, rival: Variant, pairs_per_step: int, floor: float, benchmark):
+    """Gate, then time both variants in alternation: a `Comparison`, or None under --benchmark-disable.
+
+    pytest-benchmark drives the rounds and keeps fastrm's times; the rival runs in each round's setup,
+    on the same batch, so that a slow phase of the machine falls on both.
+    """
+    variants = (fastrm, rival)
+    flops = check_agreement(fastrm, rival)
+    if benchmark.disabled:
+        benchmark(fastrm.step, 0)
+        return None
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+
+    def timed(variant: Variant) -> None:
+        times = seconds[variant.name]
+        # The first call is the warm-up round; round n then runs batch n.
+        number = len(times)
+        started = time.perf_counter()
+        variant.step(number)
+        times.append(time.perf_counter() - started)
+
+    benchmark.pedantic(timed, args=(fastrm,), setup=lambda: timed(rival), rounds=ROUNDS, warmup_rounds=1)
+    sides = [
+        Measurement(
+            variant.name,
+            Times(seconds[variant.name][1:]),
+            sum(variant.num_tokens(number) for number in range(1, ROUNDS + 1)),
+            flops[variant.name],
+            peak_mib(lambda variant=variant: variant.step(0)),
+        )
+        for variant in variants
+    ]
+    return Comparison(workload, pairs_per_step, *sides, floor)
+
+
+def check_agreement(fastrm: Variant, rival: Variant) -> dict[str, int]:
+    """Assert equal losses and gradients on batch 0; returns the FLOPs of each variant there.
+
+    No speed figure on a red gate: two variants that compute different things cannot be compared.
+    """
+    found, flops = {}, {}
+    for variant in (fastrm, rival):
+        with flop_counter() as counter:
+            found[variant.name] = variant.gradients(0)
+        flops[variant.name] = counter.get_total_flops()
+    (loss, ours), (wanted, theirs) = found[fastrm.name], found[rival.name]
+    assert abs(wanted - math.log(2)) > 0.01, f"loss {wanted:.4f} says nothing: it is that of equal rewards"
+    assert abs(loss - wanted) <= LOSS_TOLERANCE * wanted, f"loss: got {loss:.8f}, {rival.name} has {wanted:.8f}"
+    assert ours.keys() == theirs.keys(), f"parameters of one variant only: {ours.keys() ^ theirs.keys()}"
+    norm = _norm(theirs)
+    error = _norm({name: ours[name] - theirs[name] for name in ours}) / norm
+    assert error <= GRADIENT_TOLERANCE, (  # also false for NaN
+        f"gradient: relative error {error:.2e} of a norm of {norm:.4g}, wanted at most {GRADIENT_TOLERANCE:.0e}"
+    )
+    return flops
+
+
+def _norm(gradients: dict[str, torch.Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm([gradient.double() for gradient in gradients.values()]))
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, taught the CPU attention kernel. Attention counts whole, causal or not."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {
+        attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda upstream, query, key, value, *_, **__: sdpa_backward_flop_count(upstream, query, key, value)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def peak_mib(step: Callable[[], None]) -> float | None:
+    """Rise of this process's resident memory during one step, in MiB; None where Linux's /proc is missing."""
+    if sys.platform != "linux":
+        return None
+    gc.collect()
+    # Pages that the allocator keeps from earlier steps would hide this step's rise.
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets VmHWM to the present
+    resting = _status_kib("VmRSS")
+    step()
+    return (_status_kib("VmHWM") - resting) / 1024
+
+
+def process_peak_mib() -> float:
+    """Highest resident memory of the whole process so far, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _status_kib(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))

@@ -1,0 +1,164 @@
+"""fastrm's training step against TRL's RewardTrainer, on text pairs and a small Qwen2.
+
+TRL gets the raw messages and does its own tokenising, collating and training step; gradient
+checkpointing and bf16, which it switches on by default, are off for both.
+"""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from measure import ROUNDS, compare
+from torch.nn.utils import clip_grad_norm_
+from workloads import TEXT, FastrmStep, random_network, take_gradients, train_config
+
+from fastrm.config import HeadConfig
+from fastrm.data.prepare import encode_group
+from fastrm.data.quarantine import Quarantine
+from fastrm.data.record import Message, Preference, Record, Response
+from fastrm.data.sources import read_source
+from fastrm.data.template import ConversationEncoder
+from fastrm.data.tokenizer import train_tokenizer
+from fastrm.train.optim import make_optimizer
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+MAX_TOKENS = 1024  # TRL's default max_length: longer pairs are left out, for both
+VOCABULARY = 4096
+
+
+def chat_records() -> list[Record]:
+    """LLaMA-Factory's English DPO demo: long, often with several turns before the responses."""
+    return list(read_source(DATA / "llamafactory_dpo_demo" / "dpo_en_demo.json", quarantine=Quarantine(None)))
+
+
+def instruction_records() -> list[Record]:
+    """PandaLM's test set: one short instruction, two short responses; pairs with a majority verdict."""
+    records = []
+    for row in json.loads((DATA / "pandalm" / "testset-v1.json").read_text(encoding="utf-8")):
+        votes = [row[f"annotator{n}"] for n in (1, 2, 3)]
+        verdict = next((choice for choice in (1, 2) if votes.count(choice) >= 2), None)
+        texts = row["response1"], row["response2"]
+        if verdict is not None and all(isinstance(text, str) and text for text in texts):
+            prompt = "\n".join(part for part in (row["instruction"], row["input"]) if part)
+            records.append(_record(f"pandalm {row['idx']}", prompt, texts if verdict == 1 else texts[::-1]))
+    return records
+
+
+def synthetic_records(prompt_words: tuple[int, int], response_words: tuple[int, int], count: int = 128) -> list[Record]:
+    """Random words with log-normal lengths, (median, 90th percentile), for machines without the data."""
+    rng = np.random.default_rng(0)
+    vocabulary = [f"word{n}" for n in range(1000)]
+
+    def text(words):
+        median, high = words
+        return " ".join(rng.choice(vocabulary, 1 + int(median * (high / median) ** (rng.standard_normal() / 1.28))))
+
+    return [
+        _record(f"synthetic {n}", text(prompt_words), (text(response_words), text(response_words)))
+        for n in range(count)
+    ]
+
+
+def _record(name: str, prompt: str, responses: tuple[str, str]) -> Record:
+    """The first response is preferred."""
+    question = Message("user", (prompt,))
+    conversations = tuple(Response((question, Message("assistant", (text,)))) for text in responses)
+    return Record(name, conversations, (Preference(0, 1),), "bench", name)
+
+
+class TrlStep:
+    """RewardTrainer's own training step on batches from its own data loader."""
+
+    name = "trl"
+
+    def __init__(self, network, records: list[Record], pairs_per_step: int, folder: Path):
+        from datasets import Dataset
+        from transformers import Qwen2ForSequenceClassification
+        from trl import RewardConfig, RewardTrainer
+
+        config = network.model.config
+        config.num_labels = 1
+        model = Qwen2ForSequenceClassification(config)
+        model.load_state_dict(network.state_dict())
+        model.set_attn_implementation("sdpa")
+        settings = train_config("qwen2").optim
+        arguments = RewardConfig(
+            str(folder), per_device_train_batch_size=pairs_per_step, max_grad_norm=settings.max_grad_norm,
+            train_sampling_strategy="sequential", max_length=None, gradient_checkpointing=False, bf16=False,
+            use_cpu=True, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        self.trainer = RewardTrainer(
+            model, arguments, train_dataset=Dataset.from_list([_trl_row(record) for record in records]),
+            processing_class=network.encoder.tokenizer, optimizers=(make_optimizer(model, settings), None),
+        )  # fmt: skip
+        # `train()` sets this attribute, which `training_step` reads.
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.batches = list(self.trainer.get_train_dataloader())
+
+    def step(self, number: int) -> None:
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        self._backward(number)
+        clip_grad_norm_(model.parameters(), self.trainer.args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
+        return float(self._backward(number)), take_gradients(self.trainer.model)
+
+    def num_tokens(self, number: int) -> int:
+        return self._batch(number)["input_ids"].numel()
+
+    def _backward(self, number: int) -> torch.Tensor:
+        return self.trainer.training_step(self.trainer.model, dict(self._batch(number)))
+
+    def _batch(self, number: int) -> dict[str, torch.Tensor]:
+        return self.batches[number % len(self.batches)]
+
+
+def _trl_row(record: Record) -> dict:
+    chosen, rejected = (
+        [{"role": message.role, "content": message.text} for message in record.responses[n].messages]
+        for n in (record.preferences[0].winner, record.preferences[0].loser)
+    )
+    return {"chosen": chosen, "rejected": rejected}
+
+
+# name: (reader, prompt and response words for synthetic records, pairs a step, floor)
+WORKLOADS = {
+    "llamafactory-dpo": (chat_records, ((120, 600), (180, 350)), 4, 1.3),
+    "pandalm": (instruction_records, ((30, 60), (30, 100)), 16, 1.3),
+}
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_training_step_beats_trl(workload, tmp_path, benchmark, comparisons):
+    pytest.importorskip("trl")
+    from transformers import Qwen2Config
+
+    read, words, pairs_per_step, floor = WORKLOADS[workload]
+    name = workload if DATA.is_dir() else f"{workload} (synthetic)"
+    records = read() if DATA.is_dir() else synthetic_records(*words)
+    texts = (m.text for record in records for response in record.responses for m in response.messages)
+    encoder = ConversationEncoder(train_tokenizer(texts, VOCABULARY))
+    chosen, groups = [], []
+    fitting = _fitting(records, encoder)
+    for record, group in islice(fitting, pairs_per_step * (ROUNDS + 1)):
+        chosen.append(record)
+        groups.append(group)
+    config = Qwen2Config(**{**TEXT, "vocab_size": len(encoder.tokenizer)}, pad_token_id=encoder.tokenizer.pad_token_id)
+    network = random_network(config, HeadConfig(layers=1, bias=False), encoder)
+    batches = [groups[first : first + pairs_per_step] for first in range(0, len(groups), pairs_per_step)]
+    fastrm = FastrmStep.of_groups(network, batches, {})
+    trl = TrlStep(network, chosen, pairs_per_step, tmp_path)
+    comparisons.add(compare(name, fastrm, trl, pairs_per_step, floor, benchmark), benchmark)
+
+
+def _fitting(records, encoder):
+    """(record, encoded group) of the records that TRL's length filter would keep."""
+    for record in records:
+        group = encode_group(record, encoder)
+        if all(len(response.tokens) <= MAX_TOKENS for response in group.responses):
+            yield record, group

@@ -1,0 +1,158 @@
+"""The model, the preference groups, and fastrm's own training step, as the benchmarks use them."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel
+
+from fastrm.config import Config, HeadConfig, ModelConfig, OptimConfig, PrecisionConfig
+from fastrm.data.packing import EncodedGroup, Pack, Pixels, build_pack
+from fastrm.data.record import ImageRef, Preference
+from fastrm.data.template import EncodedResponse, ImageSpan
+from fastrm.model.network import RewardNetwork
+from fastrm.train.engine import LocalEngine
+
+VOCABULARY = 4096
+VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 1, 2, 3, 4
+FIRST_WORD = 16  # smaller ids are special
+
+# Large enough that matrix products dominate, small enough for 0.3 to 2 s a step on two cores.
+# Proportions are those of Qwen2.5-VL: GQA, an MLP three times as wide, a windowed vision tower.
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.06,  # the usual 0.02 suits widths in the thousands
+    "use_cache": False,
+}
+VISION = {
+    "depth": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "out_hidden_size": 256,
+    "window_size": 112,
+    "fullatt_block_indexes": [3],
+    "initializer_range": 0.06,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+PATCH_VALUES = 3 * 2 * 14 * 14  # channels, frames, patch height and width
+
+
+def vision_config():
+    """A small Qwen2.5-VL."""
+    return AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config={**TEXT, "rope_parameters": MROPE},
+        vision_config=VISION,
+        image_token_id=IMAGE_PAD,
+        video_token_id=VIDEO_PAD,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+
+
+def random_network(config, head: HeadConfig, encoder=None) -> RewardNetwork:
+    """A network with random float32 weights, the same at every call."""
+    torch.manual_seed(0)
+    network = RewardNetwork(AutoModel.from_config(config, dtype=torch.float32), head, encoder)
+    for parameter in network.model.parameters():
+        # Default biases of 0 and norms of 1 would hide one that a variant leaves out.
+        if parameter.ndim == 1:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    for parameter in network.score.parameters():
+        # Rewards of about 1: with rewards near 0 the loss is log 2, whatever the model does.
+        parameter.data.mul_(3.0)
+    return network.train()
+
+
+def image_groups(
+    num_groups: int, num_responses: int, prefix_tokens: int, response_tokens: int, grid: tuple[int, int]
+) -> tuple[list[EncodedGroup], Pixels]:
+    """Groups with all their pairs and exact token counts: one image and random words in the prefix.
+
+    Args:
+        grid: merged patches of the image, height and width; its tokens count as prefix.
+    """
+    rng = np.random.default_rng(0)
+    groups, pixels = [], {}
+    for number in range(num_groups):
+        ref = ImageRef(data=bytes([number]))
+        patches = 4 * grid[0] * grid[1]
+        values = rng.standard_normal((patches, PATCH_VALUES), dtype=np.float32)
+        pixels[ref.key] = torch.from_numpy(values), torch.tensor([1, 2 * grid[0], 2 * grid[1]])
+        image = [VISION_START, *[IMAGE_PAD] * (grid[0] * grid[1]), VISION_END]
+        prefix = np.concatenate([image, _words(rng, prefix_tokens - len(image))])
+        responses = tuple(
+            EncodedResponse(
+                np.concatenate([prefix, _words(rng, response_tokens)]), (ImageSpan(1, *grid, ref),), response_tokens
+            )
+            for _ in range(num_responses)
+        )
+        pairs = [Preference(a, b) for a in range(num_responses) for b in range(a + 1, num_responses)]
+        groups.append(EncodedGroup(f"group {number}", "random", "random", responses, tuple(pairs)))
+    return groups, pixels
+
+
+def _words(rng, count: int) -> np.ndarray:
+    return rng.integers(FIRST_WORD, VOCABULARY, count, dtype=np.int64)
+
+
+def train_config(model_type: str) -> Config:
+    """Settings of all variants: float32, AdamW with clipping, and a rate that barely moves the weights."""
+    return Config(
+        model=ModelConfig(init={"model_type": model_type}, tokenizer="none"),
+        optim=OptimConfig(lr=1e-6),
+        precision=PrecisionConfig(dtype="fp32"),
+    )
+
+
+@dataclass
+class FastrmStep:
+    """fastrm's training step: each batch is one pack."""
+
+    engine: LocalEngine
+    packs: list[Pack]
+    name: str = "fastrm"
+
+    @classmethod
+    def of_groups(cls, network: RewardNetwork, batches: list[list[EncodedGroup]], pixels: Pixels) -> "FastrmStep":
+        network = copy.deepcopy(network)
+        network.use_attention("sdpa", torch.float32)
+        packs = [
+            build_pack(groups, {key: pixels[key] for group in groups for key in group.images}) for groups in batches
+        ]
+        return cls(LocalEngine(network, train_config(network.model.config.model_type)), packs)
+
+    def step(self, number: int) -> None:
+        self.engine.accumulate(self._pack(number))
+        assert self.engine.update(self.engine.config.optim.lr).applied
+
+    def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
+        pack = self._pack(number)
+        loss = self.engine.loss(self.engine.rewards(pack), pack)
+        loss.backward()
+        found = take_gradients(self.engine.network)
+        return float(loss.detach()), found
+
+    def num_tokens(self, number: int) -> int:
+        return self._pack(number).num_tokens
+
+    def _pack(self, number: int) -> Pack:
+        return self.packs[number % len(self.packs)]
+
+
+def take_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients by parameter name, taken off the parameters."""
+    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return found

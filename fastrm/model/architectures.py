@@ -1,0 +1,152 @@
+"""Shapes of models without their weights: published architectures, and networks on torch's meta device."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastrm.config import ModelConfig, TrainedTokenizer
+from fastrm.errors import ConfigError
+from fastrm.model.backbone import check_family
+from fastrm.model.network import RewardNetwork
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint: keyword arguments of its transformers config, and its size.
+
+    Attributes:
+        options: model_type, text_config and vision_config, from the checkpoint's config.json.
+        num_parameters: of the checkpoint with its LM head, as its hub page states them; a head that is
+            tied to the embeddings counts once.
+    """
+
+    options: dict
+    num_parameters: int
+
+
+def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, tied: bool, context: int) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        # The sizes with tied embeddings kept the tokenizer's own vocabulary, the others were padded.
+        "vocab_size": 151_936 if tied else 152_064,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]},
+    }
+
+
+def _qwen2_5_vl(*text, vision_intermediate: int, num_parameters: int, tied: bool = False) -> Published:
+    vision = {"hidden_size": 1280, "intermediate_size": vision_intermediate, "out_hidden_size": text[0]}
+    options = {"text_config": _text(*text, tied, 128_000), "vision_config": vision}
+    return Published({"model_type": "qwen2_5_vl", **options}, num_parameters)
+
+
+def _qwen2_vl(*text, num_parameters: int, tied: bool = False) -> Published:
+    # Here `hidden_size` is the width that the merger puts out; the tower's own is `embed_dim`.
+    vision = {"embed_dim": 1280, "hidden_size": text[0], "mlp_ratio": 4}
+    options = {"text_config": _text(*text, tied, 32_768), "vision_config": vision}
+    return Published({"model_type": "qwen2_vl", **options}, num_parameters)
+
+
+# Hub names without their organisation. Text dimensions: hidden, intermediate, layers, heads, KV heads.
+PUBLISHED = {
+    "Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(
+        2048, 11008, 36, 16, 2, vision_intermediate=3420, num_parameters=3_754_622_976, tied=True
+    ),
+    "Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(
+        3584, 18944, 28, 28, 4, vision_intermediate=3420, num_parameters=8_292_166_656
+    ),
+    "Qwen2.5-VL-32B-Instruct": _qwen2_5_vl(
+        5120, 27648, 64, 40, 8, vision_intermediate=3456, num_parameters=33_452_718_336
+    ),
+    "Qwen2.5-VL-72B-Instruct": _qwen2_5_vl(
+        8192, 29568, 80, 64, 8, vision_intermediate=3456, num_parameters=73_410_777_344
+    ),
+    "Qwen2-VL-2B-Instruct": _qwen2_vl(1536, 8960, 28, 12, 2, num_parameters=2_208_985_600, tied=True),
+    "Qwen2-VL-7B-Instruct": _qwen2_vl(3584, 18944, 28, 28, 4, num_parameters=8_291_375_616),
+}
+
+
+def find_architecture(settings: ModelConfig) -> tuple[object, str]:
+    """The transformers config that the settings stand for, and where it was found. Reads no weights.
+
+    Looks at model.init, then at config.json in the folder model.path, then for the path's last part
+    among PUBLISHED; never on the network.
+
+    Raises:
+        ConfigError: if the family is not supported or transformers refuses the config.
+        LookupError: if nothing here knows the architecture; the message says why.
+    """
+    if settings.init is not None:
+        config, origin = _initial_config(settings), "model.init"
+    elif (Path(settings.path) / "config.json").is_file():
+        config, origin = _local_config(settings.path), f"{settings.path}/config.json"
+    elif Path(settings.path).name in PUBLISHED:
+        name = Path(settings.path).name
+        config, origin = _make_config(PUBLISHED[name].options, "published config"), f"published config of {name}"
+    else:
+        raise LookupError(f"no config.json in {settings.path!r}, and its name is not one of {', '.join(PUBLISHED)}")
+    check_family(config)
+    return config, origin
+
+
+def meta_network(config, settings: ModelConfig) -> RewardNetwork:
+    """The network of a training run with its frozen parts, on torch's meta device: shapes, no memory.
+
+    Raises:
+        ConfigError: if model.freeze does not fit the architecture.
+    """
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        network = RewardNetwork(backbone, settings.head)
+    network.freeze(settings.freeze)
+    return network
+
+
+def _initial_config(settings: ModelConfig):
+    """model.init with the vocabulary of its tokenizer; a trained one has at most the size asked for."""
+    # The defaults of these ids can lie outside a small vocabulary, which embeddings refuse.
+    sizes = {"vocab_size": _vocab_size(settings.tokenizer), **dict.fromkeys(("pad_token_id", "bos_token_id"))}
+    options = dict(settings.init)
+    if "text_config" in options:
+        options["text_config"] = {**options["text_config"], **sizes}
+    else:
+        options |= sizes
+    return _make_config(options, "model.init")
+
+
+def _vocab_size(tokenizer: str | TrainedTokenizer) -> int:
+    if isinstance(tokenizer, TrainedTokenizer):
+        return tokenizer.train_vocab_size
+    if not Path(tokenizer).is_dir():
+        raise LookupError(f"the vocabulary of model.init is that of {tokenizer!r}, which is not a local folder")
+    from fastrm.data.tokenizer import load_tokenizer
+
+    return len(load_tokenizer(tokenizer))
+
+
+def _make_config(options: dict, what: str):
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**options)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{what}: transformers refuses it: {error}") from None
+
+
+def _local_config(path: str):
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{path}/config.json: not a model configuration: {reason}; is the download whole?") from None

@@ -1,0 +1,352 @@
+"""Training runs end to end: what they leave behind, and what bad input does to them."""
+
+import json
+import os
+
+import pytest
+import torch
+from PIL import Image
+from runs import fastrm, text_rows, tiny_config, write_rows
+from safetensors.torch import load_file
+
+import fastrm as package
+from fastrm.config import load_config
+from fastrm.errors import ConfigError, DataError, DivergedError, StorageError
+from fastrm.train.loop import train
+from fastrm.train.metrics import read_metrics
+
+
+def run(path, *overrides, resume="no"):
+    return train(load_config(path, overrides), resume)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run on the digits, with evaluation."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = tiny_config(folder, "digits:train", "digits:eval", run={"max_steps": 4, "eval_every": 2})
+    return folder / "run", run(path)
+
+
+def test_a_run_leaves_everything_behind(finished):
+    folder, summary = finished
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "report.png", "checkpoints", "model"} <= names
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 4 and summary["quarantined"] == 0
+    assert 0 <= summary["eval_accuracy"] <= 1
+    assert 32 <= summary["preferences"] <= 4 * 10
+    assert summary["tokens_unshared"] > 1.5 * summary["tokens_processed"] > 0
+    assert summary["preferences_per_second"] > 0 and summary["peak_memory_bytes"] > 2**20
+    assert summary["versions"]["torch"] == torch.__version__
+    assert Image.open(folder / "report.png").size[0] > 800
+    assert load_config(folder / "config.yaml").run.max_steps == 4
+
+
+def test_metrics_have_the_fields_names(finished):
+    rows = read_metrics(finished[0] / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    wanted = {
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
+        "preferences_per_second", "tokens_per_second", "sharing_factor", "epoch", "rewards/accuracies/digits/which",
+    }  # fmt: skip
+    assert wanted <= steps[0].keys()
+    for row in steps:
+        assert abs(row["rewards/chosen"] - row["rewards/rejected"] - row["rewards/margins"]) < 1e-9
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [2, 4]
+
+
+def test_the_export_has_stock_names_and_scores_like_the_run(finished):
+    folder, summary = finished
+    state = load_file(folder / "model" / "model.safetensors")
+    assert {"score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias"} <= state.keys()
+    assert any(name.startswith("model.visual.blocks.0.") for name in state)
+    assert any(name.startswith("model.language_model.layers.0.") for name in state)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert config["num_labels"] == 1 and config["problem_type"] == "regression"
+    assert config["fastrm"]["anchor"] == "last_token" and config["fastrm"]["head"]["activation"] == "silu"
+    result = fastrm("eval", folder / "model", "digits:eval", "--json", folder / "eval.json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((folder / "eval.json").read_text())
+    assert report["accuracy"] == summary["eval_accuracy"]
+    assert set(report["sources"]) == {"digits/which", "digits/parity", "digits/size"}
+    assert "digits/parity" in result.stdout
+
+
+def test_the_export_loads_in_stock_transformers(finished):
+    from transformers import AutoModelForImageTextToText
+
+    model, report = AutoModelForImageTextToText.from_pretrained(finished[0] / "model", output_loading_info=True)
+    assert set(report["missing_keys"]) == {"lm_head.weight"}
+    assert set(report["unexpected_keys"]) == {"score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias"}
+    ours = package.RewardModel.from_pretrained(finished[0] / "model").network.model.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in model.model.state_dict().items())
+
+
+def test_a_text_model_with_a_linear_head_loads_as_a_stock_classifier(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    rows = write_rows(tmp_path / "t.jsonl", text_rows(20))
+    text = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    path = tiny_config(
+        tmp_path, rows, model={"init": text, "head": {"layers": 1, "bias": False, "activation": "none"}},
+        run={"max_steps": 2},
+    )  # fmt: skip
+    run(path)
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
+    ours = package.RewardModel.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = ours.network.encoder.tokenizer
+    messages = [{"role": "user", "content": "Is 4 even?"}, {"role": "assistant", "content": "yes it is"}]
+    inputs = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt")
+    expected = stock(**inputs).logits.item()
+    assert abs(ours.score([{"prompt": "Is 4 even?", "responses": ["yes it is"]}])[0][0] - expected) <= 1e-5
+
+
+def test_training_goes_on_from_an_exported_model_with_its_head(finished, tmp_path):
+    folder, _ = finished
+    exported = load_file(folder / "model" / "model.safetensors")
+    model = {"init": None, "tokenizer": None, "path": str(folder / "model")}
+    path = tiny_config(tmp_path, "digits:train", model=model, run={"max_steps": 1}, optim={"lr": 1e-12})
+    run(path)
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert after.keys() == exported.keys()
+    assert all((after[name] - exported[name]).abs().max() <= 1e-9 for name in exported)
+
+
+def test_weights_do_not_depend_on_workers_or_the_token_budget(tmp_path):
+    finals = []
+    for name, changes in {
+        "a": {},
+        "b": {"num_workers": 2},
+        "c": {"max_tokens_per_group": 512, "tokens_per_pack": 512},
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        optim = {"tokens_per_pack": changes.pop("tokens_per_pack", 2048)}
+        path = tiny_config(folder, "digits:train", data=changes, optim=optim)
+        run(path)
+        finals.append(load_file(folder / "run" / "model" / "model.safetensors"))
+    assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
+    # Other packs sum in another order, and AdamW's first steps divide by their own size.
+    assert all((finals[0][key] - finals[2][key]).abs().max() <= 2e-4 for key in finals[0])
+
+
+def test_bad_rows_are_named_and_the_run_goes_on(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (60, 60), "red").save(images / "good.png")
+    Image.new("RGB", (400, 400)).save(images / "whole.jpg", quality=95)
+    (images / "cut.jpg").write_bytes((images / "whole.jpg").read_bytes()[:900])
+    (images / "bomb.png").write_bytes(_png_header(30_000, 30_000))
+    pair = {"prompt": "What?", "chosen": "red", "rejected": "blue"}
+    rows = [
+        *[{**pair, "id": f"ok{n}", "image": "images/good.png", "prompt": f"What is {n}?"} for n in range(8)],
+        {**pair, "id": "missing", "image": "images/none.png"},
+        {**pair, "id": "cut", "image": "images/cut.jpg"},
+        {**pair, "id": "bomb", "image": "images/bomb.png"},
+        '{"id": "broken", "prompt": ',
+        {**pair, "id": "empty", "chosen": ""},
+        {**pair, "id": "same", "rejected": "red"},
+        {**pair, "id": "typed", "image": "images/good.png", "prompt": "<|image_pad|> is typed"},
+        {**pair, "id": "long", "prompt": "very long " * 3000},
+    ]
+    path = tiny_config(tmp_path, write_rows(tmp_path / "rows.jsonl", rows), run={"max_steps": 4})
+    summary = run(path)
+    quarantine = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    codes = {row["origin"].rpartition(":")[2]: row["code"] for row in quarantine}
+    assert codes == {
+        "9": "IMAGE_MISSING", "10": "IMAGE_DAMAGED", "11": "IMAGE_TOO_LARGE", "12": "BAD_JSON",
+        "13": "EMPTY_RESPONSE", "14": "IDENTICAL_RESPONSES", "16": "TOO_LONG",
+    }  # fmt: skip
+    assert summary["quarantined"] == len(quarantine) == 7
+    assert summary["steps"] == 4
+    long = next(row for row in quarantine if row["code"] == "TOO_LONG")
+    assert "limit 2,048; raise data.max_tokens_per_group" in long["message"]
+
+
+def _png_header(width, height) -> bytes:
+    import struct
+    import zlib
+
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def test_records_of_one_prompt_merge_into_groups(tmp_path):
+    rows = [{"prompt": f"q{n // 3}", "chosen": f"good {n}", "rejected": "bad"} for n in range(24)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    results = {}
+    for merge in (True, False):
+        folder = tmp_path / str(merge)
+        folder.mkdir()
+        path = tiny_config(folder, data, data={"merge_groups": merge}, run={"max_steps": 3})
+        results[merge] = run(path)
+    assert results[True]["preferences"] >= results[False]["preferences"] == 24
+    assert results[True]["tokens_processed"] < results[False]["tokens_processed"]
+
+
+@pytest.mark.parametrize("ties, preferences", [("ignore", 8), ("half", 24)])
+def test_ties_are_ignored_and_counted_or_trained_as_halves(tmp_path, ties, preferences):
+    rows = [
+        {"prompt": f"q{n}", "responses": [{"text": t, "score": s} for t, s in (("a", 2), ("b", 1), ("c", 1))]}
+        for n in range(6)
+    ]
+    path = tiny_config(
+        tmp_path, write_rows(tmp_path / "rows.jsonl", rows), loss={"ties": ties}, run={"max_steps": 1},
+        optim={"batch_pairs": 8 if ties == "ignore" else 24},
+    )  # fmt: skip
+    assert run(path)["preferences"] == preferences
+
+
+def test_group_weight_counts_each_group_once(tmp_path):
+    from fastrm.config import Config
+    from fastrm.data.prepare import resolve_preferences
+    from support import make_record
+
+    config = Config.model_validate({"model": {"path": "x"}, "optim": {"group_weight": "group"}})
+    record, _ = resolve_preferences(make_record(0, num_responses=4), config)
+    assert sum(p.weight for p in record.preferences) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        ("loss", "center", 0.1), ("loss", "label_smoothing", 0.2), ("loss", "length_normalization", True),
+        ("optim", "lr", 5e-3), ("optim", "betas", [0.5, 0.9]), ("optim", "eps", 1e-2), ("optim", "weight_decay", 1.0),
+        ("optim", "schedule", "constant"), ("optim", "warmup_ratio", 0.9), ("optim", "min_lr_ratio", 0.9),
+        ("optim", "max_grad_norm", 1e-3), ("optim", "batch_pairs", 3), ("optim", "group_weight", "group"),
+        ("run", "seed", 1), ("precision", "dtype", "bf16"), ("model", "anchor", "end_of_turn"),
+        ("model", "head", {"layers": 3}), ("model", "head", {"activation": "tanh"}), ("model", "head", {"bias": False}),
+        ("model", "freeze", ["language"]), ("data", "min_pixels", 28 * 28 * 9), ("data", "max_pixels", 28 * 28),
+    ],
+    ids=lambda value: str(value),
+)  # fmt: skip
+def test_every_setting_changes_the_trained_model(finished_plain, tmp_path, section, key, value):
+    changes = {section: {key: value}}
+    if key == "min_pixels":
+        changes["data"]["max_pixels"] = 28 * 28 * 16
+    path = tiny_config(tmp_path, "digits:train", **changes)
+    run(path)
+    changed = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert changed.keys() != finished_plain.keys() or any(
+        changed[name].shape != finished_plain[name].shape or not torch.equal(changed[name], finished_plain[name])
+        for name in changed
+    )
+
+
+@pytest.fixture(scope="module")
+def finished_plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    run(tiny_config(folder, "digits:train"))
+    return load_file(folder / "run" / "model" / "model.safetensors")
+
+
+def test_source_weight_scales_its_part_of_the_loss(tmp_path):
+    heavy = write_rows(tmp_path / "heavy.jsonl", text_rows(8))
+    light = write_rows(tmp_path / "light.jsonl", [{**row, "prompt": "q " + row["prompt"]} for row in text_rows(8)])
+    finals = []
+    for weight in (1.0, 50.0):
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        sources = [{"path": str(heavy), "weight": weight}, {"path": str(light)}]
+        path = tiny_config(folder, heavy, data={"train": sources}, run={"max_steps": 1})
+        run(path)
+        finals.append(read_metrics(folder / "run" / "metrics.jsonl")[0]["grad_norm"])
+    assert finals[0] != finals[1]
+
+
+def test_tensorboard_gets_the_rows(tmp_path):
+    path = tiny_config(tmp_path, "digits:train", run={"max_steps": 1, "report_to": ["tensorboard"]})
+    run(path)
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_run_folder_in_use_or_used_is_refused(finished, tmp_path):
+    path = tiny_config(tmp_path, "digits:train")
+    with pytest.raises(ConfigError, match="holds a run already; add --resume auto"):
+        run(path, f"run.dir={finished[0]}")
+    with pytest.raises(ConfigError, match="--resume required, but there is no checkpoint"):
+        run(path, resume="required")
+
+
+def test_an_unwritable_run_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tiny_config(tmp_path, "digits:train")
+    with pytest.raises(StorageError, match="the run folder cannot be written"):
+        run(path, f"run.dir={tmp_path / 'file' / 'run'}")
+
+
+def test_two_runs_in_one_folder_the_second_is_refused(tmp_path):
+    from fastrm.train.guard import RunLock
+
+    lock = RunLock(tmp_path / "run")
+    with pytest.raises(StorageError, match=f"in use by pid {os.getpid()} on"):
+        run(tiny_config(tmp_path, "digits:train"))
+    lock.release()
+
+
+def test_missing_data_and_unusable_data_stop_before_training(tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        run(tiny_config(tmp_path, tmp_path / "none.jsonl"))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    with pytest.raises(DataError, match="no usable group in 0 records"):
+        run(tiny_config(tmp_path, rows), f"run.dir={tmp_path / 'other'}")
+
+
+def test_a_diverged_run_stops_names_its_records_and_keeps_its_weights(tmp_path, monkeypatch):
+    from fastrm.train.engine import LocalEngine
+
+    original = LocalEngine.loss
+    calls = []
+
+    def poisoned(self, rewards, pack):
+        calls.append(1)
+        return original(self, rewards, pack) * (float("nan") if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(LocalEngine, "loss", poisoned)
+    path = tiny_config(tmp_path, "digits:train", run={"max_steps": 8, "save_every": 1, "keep_checkpoints": 9})
+    with pytest.raises(DivergedError, match="loss nan and gradient norm nan are not finite"):
+        run(path)
+    incidents = [json.loads(line) for line in (tmp_path / "run" / "incidents.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in incidents] == [3, 4, 5]
+    assert all(name.startswith("digits:train:") for row in incidents for name in row["records"])
+    good, skipped = (
+        load_file(tmp_path / "run" / "checkpoints" / f"step-{n:08d}" / "model.safetensors") for n in (2, 4)
+    )
+    assert all(torch.equal(good[name], skipped[name]) for name in good)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, text",
+    [
+        (["train", "{config}", "optim.lrr=1"], 64, "unknown key optim.lrr; did you mean optim.lr?"),
+        (["train", "{folder}/none.yaml"], 64, "cannot read the configuration"),
+        (["train"], 64, "Missing argument"),
+        (["train", "{config}", "data.train.0.path={folder}/none.jsonl"], 65, "none.jsonl"),
+        (["score", "{folder}", "{folder}/x.jsonl", "--out", "{folder}/o"], 65, "x.jsonl"),
+    ],
+)  # fmt: skip
+def test_the_command_line_fails_with_code_message_and_json(tmp_path, arguments, code, text):
+    config = tiny_config(tmp_path, "digits:train")
+    result = fastrm(*[a.format(config=config, folder=tmp_path) for a in arguments])
+    assert result.returncode == code and text in result.stderr
+    last = json.loads(result.stderr.strip().splitlines()[-1])
+    assert last["exit_code"] == code and text in last["message"]
+    assert "Traceback" not in result.stderr
+
+
+def test_help_is_instant_and_loads_no_torch():
+    import time
+
+    started = time.perf_counter()
+    assert fastrm("--help").returncode == 0
+    assert time.perf_counter() - started < 1.5  # 0.3 s on an idle machine
+    result = fastrm("--help")
+    assert "train" in result.stdout and "score" in result.stdout
+    import subprocess
+    import sys
+
+    code = "import sys, fastrm, fastrm.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
