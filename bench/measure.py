@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-ROUNDS = 7
+ROUNDS = 5
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 

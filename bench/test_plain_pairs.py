@@ -46,7 +46,7 @@ class Shape:
 
 
 SHAPES = {
-    "pairs-400-100": Shape(4, 2, 400, 100, (16, 16), floor=1.3),
+    "pairs-400-100": Shape(2, 2, 400, 100, (16, 16), floor=1.3),
     "pairs-640-300": Shape(2, 2, 640, 300, (20, 20), floor=1.2),
     "groups4-400-100": Shape(1, 4, 400, 100, (16, 16), floor=2.5),
     "groups4-640-300": Shape(1, 4, 640, 300, (20, 20), floor=2.5),

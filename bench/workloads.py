@@ -22,10 +22,10 @@ FIRST_WORD = 16  # smaller ids are special
 # Proportions are those of Qwen2.5-VL: GQA, an MLP three times as wide, a windowed vision tower.
 TEXT = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 768,
+    "hidden_size": 192,
+    "intermediate_size": 576,
     "num_hidden_layers": 6,
-    "num_attention_heads": 4,
+    "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-6,
@@ -36,10 +36,10 @@ TEXT = {
 }
 VISION = {
     "depth": 4,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_heads": 4,
-    "out_hidden_size": 256,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_heads": 3,
+    "out_hidden_size": 192,
     "window_size": 112,
     "fullatt_block_indexes": [3],
     "initializer_range": 0.06,

@@ -73,6 +73,29 @@ def text_rows(count: int) -> list[dict]:
     ]
 
 
+def colour_rows(folder: Path, count: int = 48) -> Path:
+    """Groups about one-coloured images of several shapes, from two sources, half of them with N = 3."""
+    from PIL import Image
+
+    colours = ["red", "green", "blue", "yellow"]
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for n in range(count):
+        colour, other, third = (colours[(n + k) % 4] for k in range(3))
+        Image.new("RGB", (40 + 9 * (n % 5), 40 + 7 * (n % 3)), colour).save(folder / "images" / f"{n}.png")
+        rows.append(
+            {
+                "id": f"c{n}",
+                "source": "three" if n % 2 else "two",
+                "prompt": f"Which colour has picture {n}?",
+                "images": [f"images/{n}.png"],
+                "responses": [colour, other, third] if n % 2 else [other, colour],
+                "preferences": [[0, 1], [0, 2]] if n % 2 else [[1, 0]],
+            }
+        )
+    return write_rows(folder / "colours.jsonl", rows)
+
+
 def fastrm(*arguments, **kwargs) -> subprocess.CompletedProcess:
     """The real command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

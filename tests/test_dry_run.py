@@ -1,16 +1,19 @@
 """The dry run: counts against dimensions and published sizes, costs against what torch does."""
 
+import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import fastrm.model.attention
 import pytest
 import support
 import torch
 import yaml
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastrm.model.attention
 from fastrm.config import HeadConfig, ModelConfig, load_config
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.errors import ConfigError
@@ -27,8 +30,6 @@ from fastrm.train.cost import (
     zero_state_bytes,
 )
 from fastrm.train.dry_run import dry_run
-from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +40,7 @@ def network_of(**settings):
 
 
 def quiet():
-    return Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    return Console(file=io.StringIO())
 
 
 @pytest.fixture
@@ -58,9 +59,6 @@ def small_config(tmp_path):
         return load_config(file, overrides)
 
     return make
-
-
-# Parameters
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -128,9 +126,6 @@ def test_architecture_of_other_family_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ConfigError, match="model type 'gpt2' is not supported"):
         find_architecture(ModelConfig(path=str(tmp_path)))
-
-
-# Memory
 
 
 def test_zero_state_divides_by_stage():
@@ -259,9 +254,6 @@ def test_activations_are_what_autograd_keeps(medium_network, family, bf16, check
     assert num_bytes == pytest.approx(expected, rel=0.03)
 
 
-# Operations
-
-
 @pytest.mark.parametrize(
     ("family", "freeze"),
     [
@@ -307,9 +299,6 @@ def test_workload_counts_pairs_of_a_drawn_mask():
     assert load.attention_pairs(shared=True) == 3 * tree.sum()
     assert load.anchor_pairs == 3 * 2 * (prompt + response)
     assert (load.num_tokens(False), load.num_tokens(True)) == (3 * 18, 3 * 13)
-
-
-# The command
 
 
 def test_dry_run_prints_full_recipe_and_ends_well(tmp_path):

@@ -1,12 +1,13 @@
 """Training runs end to end: what they leave behind, and what bad input does to them."""
 
 import json
-import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
-from runs import fastrm, text_rows, tiny_config, write_rows
+from runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
 from safetensors.torch import load_file
 
 import fastrm as package
@@ -18,6 +19,11 @@ from fastrm.train.metrics import read_metrics
 
 def run(path, *overrides, resume="no"):
     return train(load_config(path, overrides), resume)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    return colour_rows(tmp_path_factory.mktemp("colours"))
 
 
 @pytest.fixture(scope="module")
@@ -104,18 +110,18 @@ def test_a_text_model_with_a_linear_head_loads_as_a_stock_classifier(tmp_path):
     assert abs(ours.score([{"prompt": "Is 4 even?", "responses": ["yes it is"]}])[0][0] - expected) <= 1e-5
 
 
-def test_training_goes_on_from_an_exported_model_with_its_head(finished, tmp_path):
+def test_training_goes_on_from_an_exported_model_with_its_head(finished, colours, tmp_path):
     folder, _ = finished
     exported = load_file(folder / "model" / "model.safetensors")
     model = {"init": None, "tokenizer": None, "path": str(folder / "model")}
-    path = tiny_config(tmp_path, "digits:train", model=model, run={"max_steps": 1}, optim={"lr": 1e-12})
+    path = tiny_config(tmp_path, colours, model=model, run={"max_steps": 1}, optim={"lr": 1e-12})
     run(path)
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert after.keys() == exported.keys()
     assert all((after[name] - exported[name]).abs().max() <= 1e-9 for name in exported)
 
 
-def test_weights_do_not_depend_on_workers_or_the_token_budget(tmp_path):
+def test_weights_do_not_depend_on_workers_or_the_token_budget(colours, tmp_path):
     finals = []
     for name, changes in {
         "a": {},
@@ -125,7 +131,7 @@ def test_weights_do_not_depend_on_workers_or_the_token_budget(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         optim = {"tokens_per_pack": changes.pop("tokens_per_pack", 2048)}
-        path = tiny_config(folder, "digits:train", data=changes, optim=optim)
+        path = tiny_config(folder, colours, data=changes, optim=optim)
         run(path)
         finals.append(load_file(folder / "run" / "model" / "model.safetensors"))
     assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
@@ -170,8 +176,11 @@ def _png_header(width, height) -> bytes:
     import struct
     import zlib
 
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"")
 
 
 def test_records_of_one_prompt_merge_into_groups(tmp_path):
@@ -223,11 +232,11 @@ def test_group_weight_counts_each_group_once(tmp_path):
     ],
     ids=lambda value: str(value),
 )  # fmt: skip
-def test_every_setting_changes_the_trained_model(finished_plain, tmp_path, section, key, value):
+def test_every_setting_changes_the_trained_model(finished_plain, colours, tmp_path, section, key, value):
     changes = {section: {key: value}}
     if key == "min_pixels":
         changes["data"]["max_pixels"] = 28 * 28 * 16
-    path = tiny_config(tmp_path, "digits:train", **changes)
+    path = tiny_config(tmp_path, colours, **changes)
     run(path)
     changed = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert changed.keys() != finished_plain.keys() or any(
@@ -237,9 +246,9 @@ def test_every_setting_changes_the_trained_model(finished_plain, tmp_path, secti
 
 
 @pytest.fixture(scope="module")
-def finished_plain(tmp_path_factory):
+def finished_plain(colours, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    run(tiny_config(folder, "digits:train"))
+    run(tiny_config(folder, colours))
     return load_file(folder / "run" / "model" / "model.safetensors")
 
 
@@ -257,14 +266,14 @@ def test_source_weight_scales_its_part_of_the_loss(tmp_path):
     assert finals[0] != finals[1]
 
 
-def test_tensorboard_gets_the_rows(tmp_path):
-    path = tiny_config(tmp_path, "digits:train", run={"max_steps": 1, "report_to": ["tensorboard"]})
+def test_tensorboard_gets_the_rows(colours, tmp_path):
+    path = tiny_config(tmp_path, colours, run={"max_steps": 1, "report_to": ["tensorboard"]})
     run(path)
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_a_run_folder_in_use_or_used_is_refused(finished, tmp_path):
-    path = tiny_config(tmp_path, "digits:train")
+def test_a_run_folder_in_use_or_used_is_refused(finished, colours, tmp_path):
+    path = tiny_config(tmp_path, colours)
     with pytest.raises(ConfigError, match="holds a run already; add --resume auto"):
         run(path, f"run.dir={finished[0]}")
     with pytest.raises(ConfigError, match="--resume required, but there is no checkpoint"):
@@ -278,13 +287,17 @@ def test_an_unwritable_run_folder_is_named(tmp_path):
         run(path, f"run.dir={tmp_path / 'file' / 'run'}")
 
 
-def test_two_runs_in_one_folder_the_second_is_refused(tmp_path):
-    from fastrm.train.guard import RunLock
-
-    lock = RunLock(tmp_path / "run")
-    with pytest.raises(StorageError, match=f"in use by pid {os.getpid()} on"):
-        run(tiny_config(tmp_path, "digits:train"))
-    lock.release()
+def test_two_runs_in_one_folder_the_second_is_refused(colours, tmp_path):
+    code = "import sys, time; from fastrm.train.guard import RunLock; from pathlib import Path\n"
+    code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    path = tiny_config(tmp_path, colours, run={"max_steps": 1})
+    with pytest.raises(StorageError, match=f"in use by pid {holder.pid} on"):
+        run(path)
+    holder.kill()
+    holder.wait()
+    assert run(path)["steps"] == 1
 
 
 def test_missing_data_and_unusable_data_stop_before_training(tmp_path):
@@ -295,7 +308,7 @@ def test_missing_data_and_unusable_data_stop_before_training(tmp_path):
         run(tiny_config(tmp_path, rows), f"run.dir={tmp_path / 'other'}")
 
 
-def test_a_diverged_run_stops_names_its_records_and_keeps_its_weights(tmp_path, monkeypatch):
+def test_a_diverged_run_stops_names_its_records_and_keeps_its_weights(colours, tmp_path, monkeypatch):
     from fastrm.train.engine import LocalEngine
 
     original = LocalEngine.loss
@@ -306,12 +319,12 @@ def test_a_diverged_run_stops_names_its_records_and_keeps_its_weights(tmp_path, 
         return original(self, rewards, pack) * (float("nan") if len(calls) > 2 else 1.0)
 
     monkeypatch.setattr(LocalEngine, "loss", poisoned)
-    path = tiny_config(tmp_path, "digits:train", run={"max_steps": 8, "save_every": 1, "keep_checkpoints": 9})
+    path = tiny_config(tmp_path, colours, run={"max_steps": 8, "save_every": 1, "keep_checkpoints": 9})
     with pytest.raises(DivergedError, match="loss nan and gradient norm nan are not finite"):
         run(path)
     incidents = [json.loads(line) for line in (tmp_path / "run" / "incidents.jsonl").read_text().splitlines()]
     assert [row["step"] for row in incidents] == [3, 4, 5]
-    assert all(name.startswith("digits:train:") for row in incidents for name in row["records"])
+    assert all("colours.jsonl:" in name for row in incidents for name in row["records"])
     good, skipped = (
         load_file(tmp_path / "run" / "checkpoints" / f"step-{n:08d}" / "model.safetensors") for n in (2, 4)
     )
@@ -345,8 +358,5 @@ def test_help_is_instant_and_loads_no_torch():
     assert time.perf_counter() - started < 1.5  # 0.3 s on an idle machine
     result = fastrm("--help")
     assert "train" in result.stdout and "score" in result.stdout
-    import subprocess
-    import sys
-
     code = "import sys, fastrm, fastrm.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,6 +8,7 @@ case: what they share is found later, from the tokens (`tree.py`).
 import hashlib
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -24,7 +25,7 @@ class ImageRef:
     member: str | None = None
     data: bytes | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Equal keys mean equal image content; used to decode once and to share image tokens."""
         if self.data is not None:

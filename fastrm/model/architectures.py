@@ -114,7 +114,8 @@ def meta_network(config, settings: ModelConfig) -> RewardNetwork:
 def _initial_config(settings: ModelConfig):
     """model.init with the vocabulary of its tokenizer; a trained one has at most the size asked for."""
     # The defaults of these ids can lie outside a small vocabulary, which embeddings refuse.
-    sizes = {"vocab_size": _vocab_size(settings.tokenizer), **dict.fromkeys(("pad_token_id", "bos_token_id"))}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    sizes = {"vocab_size": _vocab_size(settings.tokenizer), **ids}
     options = dict(settings.init)
     if "text_config" in options:
         options["text_config"] = {**options["text_config"], **sizes}

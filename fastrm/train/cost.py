@@ -200,9 +200,7 @@ class Flops:
     recomputed: int = 0
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(
-            self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed
-        )
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
 
     @property
     def total(self) -> int:

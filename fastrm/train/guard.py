@@ -50,7 +50,9 @@ class RunLock:
                 f"{run_dir}: the run folder cannot be written: {error.strerror}; choose another run.dir"
             ) from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A POSIX record lock: unlike flock's it is not inherited by data workers, which may outlive
+            # a killed run by seconds and would keep its folder locked.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"

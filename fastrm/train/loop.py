@@ -14,7 +14,7 @@ from fastrm.config import Config
 from fastrm.data.loader import LoadedPack, PackBuilder, load_packs, plan_steps
 from fastrm.data.order import StepOrder
 from fastrm.data.quarantine import Quarantine
-from fastrm.errors import ConfigError, InterruptedRun
+from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.evaluate.scoring import run_packs
 from fastrm.model.export import save_model
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint
@@ -26,6 +26,9 @@ from fastrm.train.optim import learning_rate
 from fastrm.train.report import draw_report, summary_table
 from fastrm.train.resume import check_config, find_start
 from fastrm.train.setup import Job, set_up
+
+# Saves in a row that may fail, for a full disk say, before the run stops.
+MAX_FAILED_SAVES = 3
 
 
 @dataclass
@@ -87,6 +90,7 @@ class _Run:
         )
         self.guard = StepGuard(run_dir / "incidents.jsonl", self.progress.skipped_in_a_row)
         self.meter, self.saved_step = PreferenceMeter(), self.progress.step if start else -1
+        self.failed_saves = 0
         self.pending: list[tuple[int, int, int]] = []  # preferences, tokens, unshared tokens of the step's packs
         self._announce(start)
 
@@ -180,9 +184,9 @@ class _Run:
         if run.eval_every and self.job.eval is not None and step % run.eval_every == 0:
             self._evaluate()
             if self.progress.best_checkpoint == f"step-{step:08d}":
-                self._save()
+                self._try_to_save()
         if run.save_every and step % run.save_every == 0:
-            self._save()
+            self._try_to_save()
 
     def _evaluate(self) -> None:
         network, prepared, config = self.job.network.eval(), self.job.eval, self.config
@@ -212,6 +216,17 @@ class _Run:
         if self.progress.best_accuracy is None or meter.accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy = meter.accuracy
             self.progress.best_checkpoint = f"step-{row['step']:08d}"
+
+    def _try_to_save(self) -> None:
+        """Save, but let training go on if the disk will not: the next save may succeed."""
+        try:
+            self._save()
+            self.failed_saves = 0
+        except StorageError as error:
+            self.failed_saves += 1
+            self.display.say(f"warning: {error} (failure {self.failed_saves} of {MAX_FAILED_SAVES} in a row)")
+            if self.failed_saves >= MAX_FAILED_SAVES:
+                raise
 
     def _save(self) -> None:
         if self.saved_step == self.progress.step:
