@@ -40,7 +40,7 @@ setup(
     ],
     extras_require={
         "report": ["tensorboard", "wandb"],
-        "test": ["pytest>=8", "pytest-benchmark>=5", "ruff", "tensorboard", "trl>=1.0", "build"],
+        "test": ["build", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist", "ruff", "tensorboard", "trl>=1.0"],
     },
     entry_points={"console_scripts": ["fastrm=fastrm.cli:main"]},
 )

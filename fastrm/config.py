@@ -59,7 +59,7 @@ class SourceConfig(_Section):
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Multiplies the loss weight of every preference of this source."""
     name: str | None = None
-    """Name in per-source metrics. Default: the row's own `source`, else the file's name."""
+    """Name of all its rows in per-source metrics. Default: the row's own `source`, else the file's name."""
 
 
 class DataConfig(_Section):
@@ -194,7 +194,7 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration; loading it again gives an equal `Config`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -206,6 +206,16 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+# PyYAML lets these out of its converters, for example for 2020-13-45, 0b_ and !!bool x.
+_NOT_YAML = (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -233,8 +243,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def _parse_yaml(text: str, path: str) -> tuple[dict, dict[tuple, str]]:
     """Plain objects, and for every key path the `file:line` where it stands."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         places: dict[tuple, str] = {}
         if root is not None:
@@ -243,8 +254,12 @@ def _parse_yaml(text: str, path: str) -> tuple[dict, dict[tuple, str]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except _NOT_YAML as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"{path}: not valid YAML: {reason}; quote texts that look like numbers or dates") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: got a {type(tree).__name__}, wanted sections such as `model:` and `data:`")
     return tree, places
@@ -271,12 +286,12 @@ def _note_places(node: yaml.Node, prefix: tuple, path: str, places: dict[tuple, 
 def _apply_override(tree: dict, places: dict[tuple, str], override: str) -> None:
     where = f"override {override!r}"
     key, separator, value = override.partition("=")
-    names = [int(name) if name.isdigit() else name for name in key.split(".")]
+    names = [int(name) if name.isdecimal() else name for name in key.split(".")]
     if not separator or "" in names:
         raise ConfigError(f"{where}: wanted the form section.key=value, for example optim.lr=1e-5")
     try:
         parsed = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
+    except _NOT_YAML:
         raise ConfigError(f"{where}: the value is not valid YAML; quote it") from None
     node: Any = tree
     for depth, name in enumerate(names[:-1]):

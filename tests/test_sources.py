@@ -304,7 +304,8 @@ def test_ids_sources_and_origins(read_json_rows, tmp_path):
     assert [r.id for r in records] == ["x", "7", "rows:3"]
     assert [r.source for r in records] == ["rows", "mine", "rows"]
     assert [r.origin for r in records] == [f"{path}:{n}" for n in (1, 2, 3)]
-    assert [r.source for r in read_json_rows(*rows, name="set")[0]] == ["set", "mine", "set"]
+    assert [r.source for r in read_json_rows(*rows, name="set")[0]] == ["set", "set", "set"]
+    assert [r.source for r in read_json_rows(*rows)[0]][1] == "mine"
 
 
 def test_origin_is_the_path_as_given(tmp_path, monkeypatch):

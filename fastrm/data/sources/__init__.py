@@ -50,7 +50,7 @@ def read_source(
         path: a .jsonl, .json or .parquet file, a folder of them, ``digits:train`` or ``digits:eval``.
         format: a name of FORMATS; ``auto`` decides for each row by its keys.
         images: folder or .tar/.zip archive that image paths are relative to; default the file's folder.
-        name: `Record.source` of rows without their own `source`; default the file's stem.
+        name: `Record.source` of every row; default the row's own `source`, else the file's stem.
         quarantine: takes the rows that cannot be used.
         require_preferences: refuse groups without preferences, which only scoring can use.
 
@@ -91,7 +91,7 @@ class _RowReader:
         for key in _OTHER_MEDIA:
             if row.get(key):
                 raise RecordError("UNSUPPORTED_MEDIA", f'the row has "{key}"; only text and images work')
-        own_source = row.get("source")
+        own_source = None if self.name else row.get("source")
         return to_record(
             (self.layout or _detect(row)).parse(row, self.resolve),
             record_id=check_text(record_id, "id"),

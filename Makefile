@@ -1,0 +1,39 @@
+# make quickstart   install, then train a small reward model on real images
+# make test         install, then run the tests
+# make bench        install, then run the benchmarks
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test bench clean
+
+quickstart: $(INSTALLED)
+	rm -rf runs/quickstart
+	$(BIN)/fastrm train configs/quickstart.yaml
+
+# One thread for each of the test processes, instead of all threads for each of them.
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+bench: $(INSTALLED)
+	$(BIN)/pytest bench/
+
+# A CUDA build of torch that is there already is used as it is; without one, the pinned version is
+# installed, for which the CPU tests are run.
+$(INSTALLED): setup.py pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fastrm needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	@if $(PYTHON) -c 'import torch; assert torch.version.cuda' 2>/dev/null; then \
+		echo "using the CUDA build of torch that is installed"; \
+		$(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+		$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet torch==2.13.0; \
+	fi
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

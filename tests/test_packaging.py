@@ -1,0 +1,28 @@
+"""What gets installed: exactly two top-level packages, and everything in them."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in names} == {"fastrm", "fastrm_kernels"}
+    sources = [(ROOT / "fastrm", ROOT), (ROOT / "kernels" / "fastrm_kernels", ROOT / "kernels")]
+    wanted = {str(path.relative_to(base)) for top, base in sources for path in top.rglob("*.py")}
+    assert names == wanted
+
+
+def test_version_is_the_same_everywhere():
+    from importlib.metadata import version
+
+    import fastrm
+
+    assert fastrm.__version__ == version("fastrm")
