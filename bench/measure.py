@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import math
-import resource
 import statistics
 import sys
 import time
@@ -52,7 +51,14 @@ class Times:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant on one workload. `peak_mib` is the rise of resident memory during a step."""
+    """One variant on one workload.
+
+    Attributes:
+        times: of the timed rounds.
+        tokens: processed in the timed rounds together, padding included.
+        flops: of forward and backward on batch 0, as counted by torch.
+        peak_mib: rise of the process's resident memory during a step.
+    """
 
     variant: str
     times: Times
@@ -185,12 +191,6 @@ def peak_mib(step: Callable[[], None]) -> float | None:
     resting = _status_kib("VmRSS")
     step()
     return (_status_kib("VmHWM") - resting) / 1024
-
-
-def process_peak_mib() -> float:
-    """Highest resident memory of the whole process so far, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _status_kib(field: str) -> int:

@@ -1,6 +1,7 @@
 """The model, the preference groups, and fastrm's own training step, as the benchmarks use them."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,7 +126,7 @@ class FastrmStep:
     name: str = "fastrm"
 
     @classmethod
-    def of_groups(cls, network: RewardNetwork, batches: list[list[EncodedGroup]], pixels: Pixels) -> "FastrmStep":
+    def of_groups(cls, network: RewardNetwork, batches: Sequence[Sequence[EncodedGroup]], pixels: Pixels) -> "FastrmStep":
         network = copy.deepcopy(network)
         network.use_attention("sdpa", torch.float32)
         packs = [

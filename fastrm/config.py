@@ -273,14 +273,14 @@ def _note_places(node: yaml.Node, prefix: tuple, path: str, places: dict[tuple, 
     places.setdefault(prefix, f"{path}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
-            key = prefix + (key_node.value,)
+            key = (*prefix, key_node.value)
             if key in places:
                 raise ConfigError(f"{path}:{key_node.start_mark.line + 1}: key {_dotted(key)} stands twice")
             places[key] = f"{path}:{key_node.start_mark.line + 1}"
             _note_places(value_node, key, path, places, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _note_places(item, prefix + (index,), path, places, seen)
+            _note_places(item, (*prefix, index), path, places, seen)
 
 
 def _apply_override(tree: dict, places: dict[tuple, str], override: str) -> None:
@@ -330,7 +330,7 @@ def _explain(problem: dict, places: dict[tuple, str], path: str) -> str:
     if problem["type"] == "extra_forbidden":
         section = _model_at(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), section, n=1, cutoff=0.4)
-        hint = f"did you mean {_dotted(location[:-1] + (near[0],))}?" if near else f"keys: {', '.join(section)}"
+        hint = f"did you mean {_dotted((*location[:-1], near[0]))}?" if near else f"keys: {', '.join(section)}"
         return f"{where}: unknown key {_dotted(location)}; {hint}"
     if problem["type"] == "value_error":
         return f"{where}: {problem['ctx']['error']}"

@@ -68,7 +68,7 @@ def test_a_response_that_begins_another_ends_inside_it():
 def test_a_shared_run_too_short_for_all_is_still_shared_by_those_who_go_further():
     common = [1, 2, 3]
     deep = common + list(range(10, 60))
-    tree = build_tree([np.array(common + [9]), np.array(deep + [7]), np.array(deep + [8])])
+    tree = build_tree([np.array([*common, 9]), np.array([*deep, 7]), np.array([*deep, 8])])
     assert tree.lengths == [4, 53, 1, 1] and tree.parents == [-1, -1, 1, 1]
 
 

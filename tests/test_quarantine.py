@@ -20,9 +20,7 @@ def test_add_writes_one_row_at_once(tmp_path):
     path = tmp_path / "runs" / "quarantine.jsonl"
     quarantine = Quarantine(path)
     add(quarantine)
-    assert rows(path) == [
-        {"source": "a", "origin": "a.jsonl:1", "id": "r1", "code": "BAD_JSON", "message": "not JSON"}
-    ]
+    assert rows(path) == [{"source": "a", "origin": "a.jsonl:1", "id": "r1", "code": "BAD_JSON", "message": "not JSON"}]
     quarantine.close()
 
 

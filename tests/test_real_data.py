@@ -37,8 +37,8 @@ def test_rated_lists_train_as_groups_of_sixteen(tmp_path):
         data={"max_tokens_per_group": 8192, "max_pixels": 28 * 28 * 16},
     )  # fmt: skip
     summary = train(load_config(path))
-    # Each step is one group of 16: 120 pairs less a few of equal score.
-    assert 200 <= summary["preferences"] <= 240 and summary["quarantined"] == 0
+    # A group of 16 has 120 pairs, less those of equal score.
+    assert summary["preferences"] >= 200 and summary["quarantined"] == 0
     assert summary["tokens_unshared"] > 10 * summary["tokens_processed"]
 
 

@@ -5,13 +5,13 @@ import json
 import pytest
 from PIL import Image
 from runs import colour_rows, fastrm, tiny_config, write_rows
+from support import make_record
 
 import fastrm as package
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.evaluate.pair_accuracy import PairAccuracy, wilson_interval
 from fastrm.train.loop import train
-from support import make_record
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,7 @@ def test_paths_bytes_and_pil_images_are_the_same(folder, model):
     path = folder / "images" / "0.png"
     group = {"prompt": "Which colour?", "responses": ["red", "blue"]}
     scores = [
-        model.score([{**group, "images": [image]}])[0]
-        for image in (str(path), path.read_bytes(), Image.open(path))
+        model.score([{**group, "images": [image]}])[0] for image in (str(path), path.read_bytes(), Image.open(path))
     ]
     assert scores[0] == scores[1] == scores[2]
     assert model.score([group])[0] != scores[0]

@@ -235,9 +235,7 @@ def test_tool_turns_keep_their_roles(read_one):
         {"from": "function_call", "value": "{}"},
         {"from": "observation", "value": "rain"},
     ]
-    roles = [
-        m.role for m in read_one({**SHAREGPT, "conversations": agent, "images": []}).responses[0].messages
-    ]
+    roles = [m.role for m in read_one({**SHAREGPT, "conversations": agent, "images": []}).responses[0].messages]
     assert roles == ["user", "assistant", "tool", "assistant"]
 
 
@@ -266,9 +264,7 @@ def test_trl_standard_format_without_a_prompt_splits_between_words(read_one):
 
 
 def test_trl_conversations_may_differ_before_the_response(read_one):
-    record = read_one(
-        {"chosen": turns("Hi", "Ho", "So?", "yes"), "rejected": turns("Hi", "Ha", "So?", "yes")}
-    )
+    record = read_one({"chosen": turns("Hi", "Ho", "So?", "yes"), "rejected": turns("Hi", "Ha", "So?", "yes")})
     assert [shape(record, i)[1] for i in (0, 1)] == [("assistant", "Ho"), ("assistant", "Ha")]
 
 
@@ -359,9 +355,7 @@ def test_placeholder_without_images_is_plain_text_in_loose_layouts(read_one, key
     assert shape(read_one(row), 0)[0] == ("user", "Is <image> HTML?")
 
 
-@pytest.mark.parametrize(
-    "key", ["llamafactory sharegpt", "llamafactory alpaca", "swift", "swift, old columns"]
-)
+@pytest.mark.parametrize("key", ["llamafactory sharegpt", "llamafactory alpaca", "swift", "swift, old columns"])
 @pytest.mark.parametrize("images", [[], ["a.png", "b.png"]])
 def test_placeholder_count_is_checked_in_strict_layouts(refusal, key, images):
     row = {k: v for k, v in SAME_PAIR[key].items() if k != "image"}
@@ -435,9 +429,7 @@ def test_images_folder_and_absolute_paths_inside_it(read_one, tmp_path):
 def test_images_archive(read_json_rows, tmp_path, suffix):
     archive = tmp_path / f"images.{suffix}"
     archive.write_bytes(b"not opened by the reader")
-    rows = [
-        {**FLAT, "image": path} for path in ("x/a.png", "./x//a.png", "/x/a.png", "../a.png", "x/../..", ".")
-    ]
+    rows = [{**FLAT, "image": path} for path in ("x/a.png", "./x//a.png", "/x/a.png", "../a.png", "x/../..", ".")]
     records, refused = read_json_rows(*rows, images=archive)
     assert [r.images for r in records] == [(ImageRef(path=str(archive), member="x/a.png"),)] * 2
     assert [code for _, code, _ in refused] == ["IMAGE_PATH"] * 4
@@ -462,9 +454,7 @@ def test_sibling_folder_with_the_same_beginning_is_outside(refusal, tmp_path):
     assert refusal({**FLAT, "image": path}, images=tmp_path / "images")[0] == "IMAGE_PATH"
 
 
-@pytest.mark.parametrize(
-    "uri", ["data:image/png;base64,@@@", "data:image/png;base64,", "data:image/png,abc", "data:"]
-)
+@pytest.mark.parametrize("uri", ["data:image/png;base64,@@@", "data:image/png;base64,", "data:image/png,abc", "data:"])
 def test_bad_data_uris(refusal, uri):
     assert refusal({**FLAT, "image": uri})[0] == "BAD_BASE64"
 
@@ -840,9 +830,7 @@ def test_digits_splits_share_no_image(digits):
 
 def test_digits_answers_are_true(digits):
     sklearn_digits = pytest.importorskip("sklearn.datasets").load_digits()
-    labels = {
-        im.tobytes(): int(d) for im, d in zip(sklearn_digits.images, sklearn_digits.target, strict=True)
-    }
+    labels = {im.tobytes(): int(d) for im, d in zip(sklearn_digits.images, sklearn_digits.target, strict=True)}
     names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     for record in digits["eval"]:
         image = np.asarray(decode_image(record.images[0], ImageLimits()))
@@ -860,9 +848,7 @@ def test_digits_answers_are_true(digits):
 
 
 def test_digits_number_and_order_of_responses_vary(digits):
-    seen = Counter(
-        (len(r.responses), r.preferences[0].winner) for r in digits["train"] if r.source == "digits/which"
-    )
+    seen = Counter((len(r.responses), r.preferences[0].winner) for r in digits["train"] if r.source == "digits/which")
     assert set(seen) == {(n, at) for n in (2, 3, 4) for at in range(n)}
     assert min(seen.values()) > 100
 
@@ -910,9 +896,7 @@ def test_real_set_is_read_whole(name):
     expected = REAL_SETS[name]
     images = SHARED / expected["images"] if "images" in expected else None
     records, refused = read(path, images=images)
-    num_rows = (
-        len(json.loads(path.read_text())) if path.suffix == ".json" else len(path.read_text().splitlines())
-    )
+    num_rows = len(json.loads(path.read_text())) if path.suffix == ".json" else len(path.read_text().splitlines())
     assert Counter(code for _, code, _ in refused) == expected.get("refused", {})
     assert len(records) + len(refused) == num_rows
     if expected.get("has_images", True):

@@ -61,7 +61,10 @@ def test_special_tokens_typed_in_text_stay_text(vision, special):
 def test_special_tokens_split_over_parts_and_messages_stay_text(vision):
     image = make_image(56, 56)
     split = Response(
-        (Message("user", (image, "<|image_", "pad|> <|im_")), Message("assistant", ("end|> <|vision_start|><|image_pad|>",)))
+        (
+            Message("user", (image, "<|image_", "pad|> <|im_")),
+            Message("assistant", ("end|> <|vision_start|><|image_pad|>",)),
+        )
     )
     encoded = vision.encode(split)
     assert (encoded.tokens == vision.image_token_id).sum() == 4

@@ -216,9 +216,7 @@ def _edges(groups):
             weights.append(p.weight)
             ties.append(p.tie)
         stop = first + len(group.responses)
-        placed.append(
-            GroupInPack(group.id, group.source, group.origin, slice(first, stop), slice(begin, len(edges)))
-        )
+        placed.append(GroupInPack(group.id, group.source, group.origin, slice(first, stop), slice(begin, len(edges))))
         first = stop
     return (
         torch.tensor(edges, dtype=torch.int64).view(-1, 2),

@@ -157,9 +157,7 @@ def _join(parts: list[Record]) -> Record:
 
 
 def _content_key(response: Response) -> tuple:
-    return tuple(
-        (m.role, tuple(p.key if isinstance(p, ImageRef) else p for p in m.parts)) for m in response.messages
-    )
+    return tuple((m.role, tuple(p.key if isinstance(p, ImageRef) else p for p in m.parts)) for m in response.messages)
 
 
 def _fit(parts, encoder, config, quarantine) -> list[tuple[Record, EncodedGroup]]:

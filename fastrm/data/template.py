@@ -186,9 +186,9 @@ class ConversationEncoder:
     def _tokenize_runs(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
-        )["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
+            "input_ids"
+        ]
 
     def _check_against_stock(self) -> None:
         """Tokenizers that treat the start of a string differently cannot be cut at special tokens."""

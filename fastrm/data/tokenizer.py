@@ -101,7 +101,5 @@ def load_tokenizer(path: str):
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer {path!r}: is a slow tokenizer; convert it to tokenizer.json")
     if not tokenizer.chat_template:
-        raise ConfigError(
-            f"model.tokenizer {path!r}: has no chat template; add chat_template.jinja to the folder"
-        )
+        raise ConfigError(f"model.tokenizer {path!r}: has no chat template; add chat_template.jinja to the folder")
     return tokenizer

@@ -53,10 +53,7 @@ def _grow(tree, sequences, members, start, parent, min_shared) -> None:
     pending = _split(tree, sequences, members, start, parent)
     while pending:
         group, agreed = pending.pop(0)
-        if len(group) == 1:
-            stop = len(sequences[group[0]])
-        else:
-            stop = _common_stop(sequences, group, agreed)
+        stop = len(sequences[group[0]]) if len(group) == 1 else _common_stop(sequences, group, agreed)
         if len(group) > 1 and stop - start < min_shared:
             # Too short to pay for all of them, but some may agree further than that.
             short = [m for m in group if len(sequences[m]) == stop]

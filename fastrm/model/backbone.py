@@ -34,7 +34,7 @@ def check_family(config) -> None:
         )
     text = config.get_text_config()
     if getattr(text, "attention_dropout", 0.0):
-        raise ConfigError(f"{config.model_type}: attention_dropout {text.attention_dropout} is not supported; set it to 0")
+        raise ConfigError(f"{config.model_type}: attention_dropout is {text.attention_dropout}, only 0 is supported")
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise ConfigError(
             f"{config.model_type}: sliding-window layers are not supported; set use_sliding_window: false if the "

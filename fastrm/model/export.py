@@ -1,9 +1,9 @@
 """Reading and writing model folders: stock key names, safetensors only, nothing that runs code.
 
-    model/
-      config.json               stock config, num_labels 1, and a `fastrm` section: head, anchor
-      model.safetensors         model.*, score.* (sharded with an index when large)
-      tokenizer files, chat template, preprocessor_config.json
+model/
+  config.json               stock config, num_labels 1, and a `fastrm` section: head, anchor
+  model.safetensors         model.*, score.* (sharded with an index when large)
+  tokenizer files, chat template, preprocessor_config.json
 """
 
 import json
@@ -165,7 +165,7 @@ def make_encoder(
             merge_size=vision.spatial_merge_size,
             temporal_patch_size=vision.temporal_patch_size,
         )
-    size = dict(shortest_edge=processor.size["shortest_edge"], longest_edge=processor.size["longest_edge"])
+    size = {"shortest_edge": processor.size["shortest_edge"], "longest_edge": processor.size["longest_edge"]}
     size["shortest_edge"] = min_pixels or size["shortest_edge"]
     size["longest_edge"] = max_pixels or size["longest_edge"]
     processor.size = size

@@ -60,8 +60,7 @@ def check_config(saved: dict, config: Config) -> None:
     ]
     if changed:
         lines = "\n  ".join(changed)
-        raise ConfigError(f"cannot resume with another configuration:\n  {lines}\nset them back, or start a new run.dir")
-
+        raise ConfigError(f"cannot resume under another configuration:\n  {lines}\nset it back, or use a new run.dir")
 
 
 def _flat(tree, prefix: str = "") -> dict:

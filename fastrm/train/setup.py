@@ -75,10 +75,7 @@ def make_network(config: Config, tokenizer) -> RewardNetwork:
     """Network with weights, on its device, ready to train. Random weights follow run.seed."""
     settings, data = config.model, config.data
     torch.manual_seed(config.run.seed)
-    if settings.path is None:
-        backbone = init_backbone(settings, tokenizer)
-    else:
-        backbone = load_backbone(settings.path)
+    backbone = init_backbone(settings, tokenizer) if settings.path is None else load_backbone(settings.path)
     limits = ImageLimits(data.max_image_bytes, data.max_image_pixels)
     encoder = make_encoder(
         backbone.config, tokenizer, settings.path, settings.anchor, limits, data.min_pixels, data.max_pixels

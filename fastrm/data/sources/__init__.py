@@ -123,9 +123,7 @@ def _detect(row: dict) -> ModuleType:
         if layout.matches(row):
             return layout
     keys = ", ".join(f'"{key}"' for key in list(row)[:12]) or "none"
-    raise RecordError(
-        "BAD_ROW", f"no known layout has the keys {keys}; wanted prompt, chosen and rejected, say"
-    )
+    raise RecordError("BAD_ROW", f"no known layout has the keys {keys}; wanted prompt, chosen and rejected, say")
 
 
 def _row_id(row: object) -> str | None:

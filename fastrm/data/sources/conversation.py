@@ -51,9 +51,7 @@ def read_turn(value: object, resolve: Resolve, name: str) -> Turn:
     written = value.get(role_key)
     role = _ROLE_NAMES.get(written) if isinstance(written, str) else None
     if role is None:
-        raise RecordError(
-            "BAD_ROW", f'"{name}.{role_key}" is {brief(written)}, wanted one of {", ".join(_ROLE_NAMES)}'
-        )
+        raise RecordError("BAD_ROW", f'"{name}.{role_key}" is {brief(written)}, wanted one of {", ".join(_ROLE_NAMES)}')
     content = value.get(content_key)
     name = f"{name}.{content_key}"
     if isinstance(content, list):
@@ -142,8 +140,7 @@ def _fill(turns: list[Turn], images: list[ImageRef]) -> tuple[Message, ...]:
         )
     source = iter(images)
     return tuple(
-        Message(turn.role, _merged([next(source) if part is None else part for part in turn.parts]))
-        for turn in turns
+        Message(turn.role, _merged([next(source) if part is None else part for part in turn.parts])) for turn in turns
     )
 
 

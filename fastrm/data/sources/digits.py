@@ -63,9 +63,7 @@ def _load(split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(
-            f'data source "{PREFIX}{split}" needs scikit-learn; pip install scikit-learn'
-        ) from error
+        raise DataError(f'data source "{PREFIX}{split}" needs scikit-learn; pip install scikit-learn') from error
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     chosen = order[:NUM_TRAIN_IMAGES] if split == "train" else order[NUM_TRAIN_IMAGES:]

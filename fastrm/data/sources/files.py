@@ -25,9 +25,7 @@ def data_files(path: str) -> list[str]:
     if not entry.exists():
         raise DataError(f'data source "{path}" does not exist; wanted {wanted}, or a folder of them')
     if entry.is_dir():
-        files = sorted(
-            f for f in entry.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != "."
-        )
+        files = sorted(f for f in entry.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != ".")
         if not files:
             raise DataError(f'data source "{path}" is a folder without data files; wanted {wanted}')
         return [str(file) for file in files]
@@ -62,9 +60,7 @@ def _parse_line(line: bytes) -> object:
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return RecordError(
-            "BAD_TEXT", f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8"
-        )
+        return RecordError("BAD_TEXT", f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8")
     except (ValueError, RecursionError) as error:
         return RecordError("BAD_JSON", f"the line is not JSON: {error}; correct or remove it")
 
@@ -102,9 +98,7 @@ def _parquet_rows(file: str) -> Iterator[NumberedRow]:
                     number += 1
                     yield number, row
     except pyarrow.ArrowException as error:
-        raise DataError(
-            f'data file "{file}" is damaged after row {number}: {error}; make it again'
-        ) from error
+        raise DataError(f'data file "{file}" is damaged after row {number}: {error}; make it again') from error
 
 
 def _batch_rows(batch) -> list:

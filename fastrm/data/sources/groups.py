@@ -24,9 +24,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     prompt = row_prompt(row, resolve)
     texts = check_list(row.get("responses"), "responses", "a list of texts")
     names = [f"responses[{i}]" for i in range(len(texts))]
-    responses = tuple(
-        answer(prompt, check_text(text, name), name) for text, name in zip(texts, names, strict=True)
-    )
+    responses = tuple(answer(prompt, check_text(text, name), name) for text, name in zip(texts, names, strict=True))
     return Draft(responses, _preferences(row.get("preferences", []), len(responses)))
 
 
@@ -38,9 +36,7 @@ def row_prompt(row: dict, resolve: Resolve) -> tuple:
     return prompt_messages(turns, row_images(row, resolve), strict=False)
 
 
-def group_record(
-    group: dict, index: int, *, allow_any_path: bool = True, require_preferences: bool = False
-) -> Record:
+def group_record(group: dict, index: int, *, allow_any_path: bool = True, require_preferences: bool = False) -> Record:
     """One group from the Python API, in this module's layout, as a record.
 
     Args:
@@ -76,9 +72,7 @@ def _preference(value: object, num_responses: int, name: str) -> Preference:
     winner, loser = value[:2]
     for index in (winner, loser):
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < num_responses:
-            raise RecordError(
-                "BAD_PREFERENCE", f'"{name}" has index {brief(index)}, wanted 0 to {num_responses - 1}'
-            )
+            raise RecordError("BAD_PREFERENCE", f'"{name}" has index {brief(index)}, wanted 0 to {num_responses - 1}')
     if winner == loser:
         raise RecordError("BAD_PREFERENCE", f'"{name}" prefers response {winner} to itself; name two')
     return Preference(winner, loser, check_number(value[2], f"{name}[2]") if len(value) == 3 else 0.0)

@@ -86,9 +86,7 @@ def image_ref(value: object, resolve: Resolve, name: str) -> ImageRef:
         key = next((key for key in ("bytes", "path", "url") if value.get(key) is not None), "bytes")
         # JSON cannot hold bytes: text under that key is base64 that wants to be a data URI.
         if (key == "bytes") != isinstance(value.get(key), bytes):
-            raise bad_row(
-                f"{name}.{key}", value.get(key), "bytes" if key == "bytes" else "a path or data URI"
-            )
+            raise bad_row(f"{name}.{key}", value.get(key), "bytes" if key == "bytes" else "a path or data URI")
         value = value[key]
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -105,17 +103,13 @@ def _encoded(image: Image.Image, name: str) -> bytes:
     try:
         return encode_png(image)
     except (OSError, ValueError) as error:
-        raise RecordError(
-            "IMAGE_DAMAGED", f'"{name}" cannot be decoded: {error}; replace the image'
-        ) from error
+        raise RecordError("IMAGE_DAMAGED", f'"{name}" cannot be decoded: {error}; replace the image') from error
 
 
 def _data_uri(uri: str, name: str) -> ImageRef:
     match = _DATA_URI.match(uri)
     if match is None:
-        raise RecordError(
-            "BAD_BASE64", f'"{name}" is a data URI but not base64; write data:image/png;base64,...'
-        )
+        raise RecordError("BAD_BASE64", f'"{name}" is a data URI but not base64; write data:image/png;base64,...')
     try:
         data = base64.b64decode(uri[match.end() :], validate=True)
     except (binascii.Error, ValueError) as error:

@@ -73,7 +73,5 @@ def _rejected_images(row: dict, images: list[ImageRef], resolve: Resolve) -> lis
         return image_refs(row["rejected_images"], resolve, "rejected_images")
     if "rejected_messages" in row and images:
         # Copied images would be a guess, and no images a pair that is told apart by their absence.
-        raise RecordError(
-            "IMAGE_COUNT", '"rejected_messages" comes without "rejected_images"; repeat the images there'
-        )
+        raise RecordError("IMAGE_COUNT", '"rejected_messages" comes without "rejected_images"; repeat the images there')
     return images

@@ -52,9 +52,7 @@ def reward_head(hidden, anchors, layers, *, activation="silu", norm_weight=None,
     return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
-def preference_loss(
-    rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None
-):
+def preference_loss(rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None):
     """Weighted mean preference loss over an edge list; the formula is in the module's docstring.
 
     Args:
