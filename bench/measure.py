@@ -35,17 +35,22 @@ class Variant(Protocol):
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one step over the timed rounds."""
+    """Seconds of one step over the timed rounds: by the clock, and of CPU time over all threads."""
 
-    seconds: list[float]
+    wall: list[float]
+    cpu: list[float]
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.wall)
+
+    @property
+    def cpu_median(self) -> float:
+        return statistics.median(self.cpu)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        low, _, high = statistics.quantiles(self.wall, n=4, method="inclusive")
         return low, high
 
 
@@ -82,6 +87,10 @@ class Comparison:
         return self.rival.times.median / self.fastrm.times.median
 
     @property
+    def cpu_ratio(self) -> float:
+        return self.rival.times.cpu_median / self.fastrm.times.cpu_median
+
+    @property
     def token_ratio(self) -> float:
         return self.rival.tokens / self.fastrm.tokens
 
@@ -102,7 +111,13 @@ class Comparison:
             }
             for side in (self.fastrm, self.rival)
         }
-        ratios = {"time": self.time_ratio, "tokens": self.token_ratio, "flops": self.flop_ratio, "floor": self.floor}
+        ratios = {
+            "time": self.time_ratio,
+            "cpu": self.cpu_ratio,
+            "tokens": self.token_ratio,
+            "flops": self.flop_ratio,
+            "floor": self.floor,
+        }
         return {"workload": self.workload, "pairs_per_step": self.pairs_per_step, "ratios": ratios, "sides": sides}
 
 
@@ -117,21 +132,21 @@ def compare(workload: str, fastrm: Variant, rival: Variant, pairs_per_step: int,
     if benchmark.disabled:
         benchmark(fastrm.step, 0)
         return None
-    seconds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    seconds: dict[str, list[tuple[float, float]]] = {variant.name: [] for variant in variants}
 
     def timed(variant: Variant) -> None:
         times = seconds[variant.name]
         # The first call is the warm-up round; round n then runs batch n.
         number = len(times)
-        started = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         variant.step(number)
-        times.append(time.perf_counter() - started)
+        times.append((time.perf_counter() - wall, time.process_time() - cpu))
 
     benchmark.pedantic(timed, args=(fastrm,), setup=lambda: timed(rival), rounds=ROUNDS, warmup_rounds=1)
     sides = [
         Measurement(
             variant.name,
-            Times(seconds[variant.name][1:]),
+            Times(*map(list, zip(*seconds[variant.name][1:], strict=True))),
             sum(variant.num_tokens(number) for number in range(1, ROUNDS + 1)),
             flops[variant.name],
             peak_mib(lambda variant=variant: variant.step(0)),

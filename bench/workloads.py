@@ -126,7 +126,9 @@ class FastrmStep:
     name: str = "fastrm"
 
     @classmethod
-    def of_groups(cls, network: RewardNetwork, batches: Sequence[Sequence[EncodedGroup]], pixels: Pixels) -> "FastrmStep":
+    def of_groups(
+        cls, network: RewardNetwork, batches: Sequence[Sequence[EncodedGroup]], pixels: Pixels
+    ) -> "FastrmStep":
         network = copy.deepcopy(network)
         network.use_attention("sdpa", torch.float32)
         packs = [

@@ -39,11 +39,7 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", **TEXT, "head_dim": 16},
     "llama": {"model_type": "llama", **TEXT},
 }  # fmt: skip
-WORDS = (
-    "the a red blue cat dog sits on under big small Is this? yes no maybe 1 2 3".split()
-    + ["\n"]
-    + "because it is so".split()
-)
+WORDS = ["the", "a", "red", "blue", "cat", "dog", "sits", "on", "Is", "this?", "yes", "no", "1", "2", "3", "\n", "so"]
 
 
 def make_tokenizer():

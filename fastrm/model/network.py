@@ -61,7 +61,9 @@ class RewardNetwork(nn.Module):
 
     def use_gradient_checkpointing(self) -> None:
         """Recompute activations layer by layer in the backward pass."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed the method between the oldest and the newest version that we support.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
         # transformers now asks for a gradient of every embedding and patch, which only reentrant
         # checkpointing needs; a frozen vision tower would get a whole backward pass from it.
         self.model.disable_input_require_grads()

@@ -60,9 +60,12 @@ def train(config: Config, resume: str = "no", display: Display | None = None) ->
     run_dir = Path(config.run.dir)
     lock = RunLock(run_dir)
     try:
-        with StopFlag() as stop, Quarantine(run_dir / "quarantine.jsonl") as quarantine:
-            with display or Display() as shown:
-                return _Run(config, run_dir, resume, quarantine, shown, stop).to_the_end()
+        with (
+            StopFlag() as stop,
+            Quarantine(run_dir / "quarantine.jsonl") as quarantine,
+            display or Display() as shown,
+        ):
+            return _Run(config, run_dir, resume, quarantine, shown, stop).to_the_end()
     finally:
         lock.release()
 
