@@ -73,6 +73,10 @@ class DataConfig(_Section):
     """Images are enlarged to at least this many pixels (the stock image processor's rule)."""
     max_pixels: Positive = 28 * 28 * 1280
     """Images are shrunk to at most this many pixels (the stock image processor's rule)."""
+    image_mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
+    """Red, green and blue (0 to 1) that the image processor subtracts. Default: the model's own."""
+    image_std: Annotated[list[Annotated[float, Field(gt=0.0)]], Field(min_length=3, max_length=3)] | None = None
+    """What it divides by then. Set both for a model that starts at random, on unusual images only."""
     max_image_pixels: Positive = 50_000_000
     """An image file that declares more pixels is refused before it is decoded."""
     max_image_bytes: Positive = 64 * 2**20

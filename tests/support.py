@@ -44,7 +44,7 @@ WORDS = ["the", "a", "red", "blue", "cat", "dog", "sits", "on", "Is", "this?", "
 
 def make_tokenizer():
     texts = [" ".join(np.random.default_rng(i).choice(WORDS, 12)) for i in range(50)]
-    return train_tokenizer(texts, 300)
+    return train_tokenizer([(Message("user", (text,)),) for text in texts], 300)
 
 
 def make_model(family, *, head=None, seed=0, dtype=torch.float32):
@@ -62,7 +62,9 @@ def make_model(family, *, head=None, seed=0, dtype=torch.float32):
             parameter.data.add_(0.1 * torch.randn_like(parameter))
         else:
             parameter.data.mul_(2.0)
-    encoder = make_encoder(backbone.config, tokenizer, None, "last_token", ImageLimits(), 28 * 28, 28 * 28 * 40)
+    encoder = make_encoder(
+        backbone.config, tokenizer, None, "last_token", ImageLimits(), min_pixels=28 * 28, max_pixels=28 * 28 * 40
+    )
     model = RewardNetwork(backbone, head or HeadConfig(), encoder)
     model.use_attention("sdpa", dtype)
     return model.to(dtype)

@@ -4,8 +4,9 @@ The trained one is byte-level BPE with Qwen2.5-VL's pre-tokenisation, special to
 so that everything downstream is the same as for the published models.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from fastrm.data.record import Message
 from fastrm.errors import ConfigError
 
 # Order fixes the ids. Source: the Qwen2.5-VL tokenizer's added tokens.
@@ -26,11 +27,13 @@ _PRETOKENIZE = (
     r"|\s+(?!\S)|\s+"
 )
 
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
 # Qwen2.5-VL's layout: a default system turn, <|im_start|>role ... <|im_end|> turns, images in place.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if loop.first and message.role != 'system' -%}
-{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{{ '<|im_start|>system\\n@SYSTEM@<|im_end|>\\n' }}
 {%- endif -%}
 {{ '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content is string -%}
@@ -49,11 +52,15 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
 {{ '<|im_start|>assistant\\n' }}
 {%- endif -%}
-"""
+""".replace("@SYSTEM@", DEFAULT_SYSTEM)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """Byte-level BPE over `texts`; deterministic. Returns a transformers tokenizer."""
+def train_tokenizer(conversations: Iterable[Sequence[Message]], vocab_size: int):
+    """Byte-level BPE over conversations as the template renders them; deterministic.
+
+    The template's own words are counted too: they stand in every conversation, and spelt out in
+    bytes the default system turn would be the longest part of a short one.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,7 +79,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((_plain_rendering(turns) for turns in conversations), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=CHAT_TEMPLATE,
@@ -80,6 +87,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
         pad_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def _plain_rendering(turns: Sequence[Message]) -> str:
+    """What CHAT_TEMPLATE makes of a conversation, less the special tokens."""
+    system = "" if turns[0].role == "system" else f"system\n{DEFAULT_SYSTEM}\n"
+    return system + "".join(f"{turn.role}\n{turn.text}\n" for turn in turns)
 
 
 def load_tokenizer(path: str):

@@ -64,7 +64,7 @@ def load_model(folder: Path, min_pixels: int | None = None, max_pixels: int | No
         ) from None
     tokenizer = load_tokenizer(str(folder))
     backbone = load_backbone(str(folder))
-    encoder = make_encoder(backbone.config, tokenizer, str(folder), anchor, ImageLimits(), min_pixels, max_pixels)
+    encoder = make_encoder(backbone.config, tokenizer, str(folder), anchor, ImageLimits(), min_pixels=min_pixels, max_pixels=max_pixels)
     model = RewardNetwork(backbone, head, encoder)
     load_head(model.score, folder)
     return model
@@ -144,10 +144,11 @@ def has_head(path: str) -> bool:
 
 
 def make_encoder(
-    config, tokenizer, processor_path: str | None, anchor: str, limits: ImageLimits,
+    config, tokenizer, processor_path: str | None, anchor: str, limits: ImageLimits, *,
     min_pixels: int | None = None, max_pixels: int | None = None,
+    image_mean: list[float] | None = None, image_std: list[float] | None = None,
 ) -> ConversationEncoder:  # fmt: skip
-    """Tokeniser and image processor for a backbone's configuration.
+    """Tokeniser and image processor for a backbone's configuration; None keeps the processor's setting.
 
     The PIL variant of the stock image processor is used on every machine: the torchvision variant
     resizes with other rounding, and rewards should not depend on what is installed.
@@ -169,4 +170,6 @@ def make_encoder(
     size["shortest_edge"] = min_pixels or size["shortest_edge"]
     size["longest_edge"] = max_pixels or size["longest_edge"]
     processor.size = size
+    processor.image_mean = image_mean or processor.image_mean
+    processor.image_std = image_std or processor.image_std
     return ConversationEncoder(tokenizer, processor, anchor=anchor, limits=limits)

@@ -66,8 +66,8 @@ def make_tokenizer(config: Config, records: Iterable[Record], run_dir: Path):
         return load_tokenizer(settings or config.model.path)
     kept = run_dir / "tokenizer"
     if not (kept / "tokenizer.json").exists():
-        texts = (m.text for record in records for response in record.responses for m in response.messages)
-        train_tokenizer(texts, settings.train_vocab_size).save_pretrained(kept)
+        conversations = (response.messages for record in records for response in record.responses)
+        train_tokenizer(conversations, settings.train_vocab_size).save_pretrained(kept)
     return load_tokenizer(str(kept))
 
 
@@ -78,8 +78,10 @@ def make_network(config: Config, tokenizer) -> RewardNetwork:
     backbone = init_backbone(settings, tokenizer) if settings.path is None else load_backbone(settings.path)
     limits = ImageLimits(data.max_image_bytes, data.max_image_pixels)
     encoder = make_encoder(
-        backbone.config, tokenizer, settings.path, settings.anchor, limits, data.min_pixels, data.max_pixels
-    )
+        backbone.config, tokenizer, settings.path, settings.anchor, limits,
+        min_pixels=data.min_pixels, max_pixels=data.max_pixels,
+        image_mean=data.image_mean, image_std=data.image_std,
+    )  # fmt: skip
     network = RewardNetwork(backbone, settings.head, encoder)
     if settings.path is not None and has_head(settings.path):
         load_head(network.score, Path(settings.path))
