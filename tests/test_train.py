@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
 from safetensors.torch import load_file
 
 import fastrm as package
@@ -15,6 +14,7 @@ from fastrm.config import load_config
 from fastrm.errors import ConfigError, DataError, DivergedError, StorageError
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_metrics
+from runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
 
 
 def run(path, *overrides, resume="no"):

@@ -4,6 +4,7 @@ Workers get plans (which groups make which pack) and return packs in the order o
 they return is a pure function of the plan, so the number of workers changes nothing but the speed.
 """
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -130,6 +131,12 @@ def load_packs(builder: PackBuilder, plans: Iterable[PackPlan], num_workers: int
         num_workers=num_workers,
         prefetch_factor=PREFETCH_PACKS if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,
-        pin_memory=False,
+        worker_init_fn=_ignore_interrupts,
     )
     yield from loader
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; only the training process decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

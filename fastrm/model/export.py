@@ -64,7 +64,9 @@ def load_model(folder: Path, min_pixels: int | None = None, max_pixels: int | No
         ) from None
     tokenizer = load_tokenizer(str(folder))
     backbone = load_backbone(str(folder))
-    encoder = make_encoder(backbone.config, tokenizer, str(folder), anchor, ImageLimits(), min_pixels=min_pixels, max_pixels=max_pixels)
+    encoder = make_encoder(
+        backbone.config, tokenizer, str(folder), anchor, ImageLimits(), min_pixels=min_pixels, max_pixels=max_pixels
+    )
     model = RewardNetwork(backbone, head, encoder)
     load_head(model.score, folder)
     return model

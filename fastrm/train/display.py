@@ -15,6 +15,8 @@ class Display:
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)
+        self.poll: Callable[[], None] | None = None
+        """Called at every update; may raise to leave long work."""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -45,6 +47,8 @@ class Display:
 
         def update(done: int, total: int | None, note: str = "") -> None:
             nonlocal last
+            if self.poll is not None:
+                self.poll()
             self._progress.update(task, completed=done, total=total, note=note)
             now = time.monotonic()
             if not self.console.is_terminal and (done == total or now - last >= PLAIN_SECONDS):
@@ -61,6 +65,8 @@ class Display:
         update, number = self.task(description), 0
         for number, item in enumerate(items, 1):
             if number % 256 == 0:
+                if self.poll is not None:
+                    self.poll()
                 self._progress.update(self._progress.task_ids[-1], completed=number)
             yield item
         update(number, number)

@@ -5,6 +5,7 @@ at the update. So the result does not depend on how the step was cut into packs,
 not be known before the first backward pass.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,11 @@ from fastrm.train.optim import make_optimizer
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer step did. `applied` is False if loss or gradient was not finite."""
+    """What an optimizer step did. If loss or gradient was not finite, it changed nothing."""
 
     loss: float
     grad_norm: float
-    applied: bool
+    finite: bool
 
 
 class LocalEngine:
@@ -75,8 +76,9 @@ class LocalEngine:
         scale = 1.0 / self._weight_sum if self._weight_sum > 0 else 0.0
         norm = float(torch.nn.utils.get_total_norm(gradients)) * scale if gradients else 0.0
         loss = self._loss_sum * scale
-        applied = bool(gradients) and torch.isfinite(torch.tensor([norm, loss])).all().item()
-        if applied:
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        # A step has no gradient when all of its records were refused.
+        if finite and gradients:
             limit = self.config.optim.max_grad_norm
             clip = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
             torch._foreach_mul_(gradients, scale * clip)
@@ -84,7 +86,7 @@ class LocalEngine:
                 group["lr"] = lr
             self.optimizer.step()
         self.discard()
-        return Update(loss, norm, applied)
+        return Update(loss, norm, finite)
 
     def discard(self) -> None:
         """Forget the accumulated gradient."""

@@ -75,13 +75,13 @@ class StepGuard:
         self._path = path
         self.skipped_in_a_row = skipped_in_a_row
 
-    def after_step(self, step: int, applied: bool, loss: float, grad_norm: float, records: list[str]) -> None:
+    def after_step(self, step: int, finite: bool, loss: float, grad_norm: float, records: list[str]) -> None:
         """Note one step.
 
         Raises:
             DivergedError: after MAX_SKIPPED_STEPS skipped steps in a row.
         """
-        if applied:
+        if finite:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1

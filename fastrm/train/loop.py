@@ -45,6 +45,9 @@ class Progress:
     best_accuracy: float | None = None
     best_checkpoint: str | None = None
     last_eval: dict = field(default_factory=dict)
+    # The row of metrics.jsonl that is being collected: a resumed run writes the same one.
+    window_losses: list[list[float]] = field(default_factory=list)  # (loss, gradient norm) of each step
+    window_meter: dict = field(default_factory=dict)
 
 
 def train(config: Config, resume: str = "no", display: Display | None = None) -> dict:
@@ -77,7 +80,9 @@ class _Run:
         self.config, self.run_dir, self.quarantine = config, run_dir, quarantine
         self.display, self.stop = display, stop
         start = find_start(run_dir, resume, display.say)
+        display.poll = self._leave_before_the_first_step
         self.job: Job = set_up(config, run_dir, quarantine, display)
+        display.poll = None
         self.engine = LocalEngine(self.job.network, config)
         self.progress = Progress()
         if start is not None:
@@ -93,8 +98,10 @@ class _Run:
         )
         self.guard = StepGuard(run_dir / "incidents.jsonl", self.progress.skipped_in_a_row)
         self.meter, self.saved_step = PreferenceMeter(), self.progress.step if start else -1
+        if self.progress.window_meter:
+            self.meter.restore(self.progress.window_meter)
         self.failed_saves = 0
-        self.pending: list[tuple[int, int, int]] = []  # preferences, tokens, unshared tokens of the step's packs
+        self.step_meter = PreferenceMeter()  # of the step under way
         self._announce(start)
 
     def to_the_end(self) -> dict:
@@ -115,7 +122,6 @@ class _Run:
         plans = plan_steps(groups, self.order, self.progress.position, self.config.optim.tokens_per_pack)
         builder = PackBuilder([group.record for group in groups], self.job.network.encoder, data.share_prefixes)
         members: list[int] = []
-        losses: list[tuple[float, float]] = []
         window_started = step_started = time.perf_counter()
         for loaded in load_packs(builder, plans, data.num_workers):
             if self.stop.signal:
@@ -124,13 +130,13 @@ class _Run:
             self._accumulate(loaded)
             if not loaded.plan.is_last:
                 continue
-            losses.append(self._update(loaded.plan.position, members))
+            self._update(loaded.plan.position, members)
             members = []
             self.progress.train_seconds += time.perf_counter() - step_started
             if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.num_steps:
-                note = self._log_row(losses, time.perf_counter() - window_started)
+                note = self._log_row(time.perf_counter() - window_started)
                 update(self.progress.step, self.num_steps, note)
-                losses, window_started = [], time.perf_counter()
+                window_started = time.perf_counter()
             before_extras = time.perf_counter()
             self._evaluate_and_save_when_due()
             window_started += time.perf_counter() - before_extras
@@ -143,28 +149,27 @@ class _Run:
         if loaded.pack is None:
             return
         rewards = self.engine.accumulate(loaded.pack)
-        self.meter.add(loaded.pack, rewards)
-        self.pending.append((loaded.pack.num_preferences, loaded.pack.num_tokens, loaded.pack.num_unshared_tokens))
+        self.step_meter.add(loaded.pack, rewards)
 
-    def _update(self, position: int, members: list[int]) -> tuple[float, float]:
-        """Take the optimizer step: (loss, gradient norm)."""
+    def _update(self, position: int, members: list[int]) -> None:
+        """Take the optimizer step, and only then count it: half a step has processed nothing."""
         done = self.engine.update(learning_rate(self.progress.step, self.num_steps, self.config.optim))
         self.progress.step += 1
         self.progress.position = position
-        # Only now: a step that is interrupted half-way has processed nothing.
-        for preferences, tokens, unshared in self.pending:
-            self.progress.preferences += preferences
-            self.progress.tokens_processed += tokens
-            self.progress.tokens_unshared += unshared
-        self.pending.clear()
+        self.progress.preferences += self.step_meter.num_preferences
+        self.progress.tokens_processed += self.step_meter.num_tokens
+        self.progress.tokens_unshared += self.step_meter.num_unshared_tokens
+        self.meter.merge(self.step_meter)
+        self.step_meter.clear()
+        self.progress.window_losses.append([done.loss, done.grad_norm])
         names = [self.job.train.groups[number].record.origin for number in members]
         try:
-            self.guard.after_step(self.progress.step, done.applied, done.loss, done.grad_norm, names)
+            self.guard.after_step(self.progress.step, done.finite, done.loss, done.grad_norm, names)
         finally:
             self.progress.skipped_in_a_row = self.guard.skipped_in_a_row
-        return done.loss, done.grad_norm
 
-    def _log_row(self, losses: list[tuple[float, float]], seconds: float) -> str:
+    def _log_row(self, seconds: float) -> str:
+        losses = self.progress.window_losses
         row = {
             "step": self.progress.step,
             "epoch": self.progress.position / self.order.num_groups,
@@ -177,6 +182,7 @@ class _Run:
         }
         self.log.write(row)
         self.meter.clear()
+        losses.clear()
         return (
             f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  margin {row['rewards/margins']:+.3f}  "
             f"{row['preferences_per_second']:,.0f} pairs/s"
@@ -199,6 +205,9 @@ class _Run:
             self.engine.rewards, builder, prepared.groups, config.optim.tokens_per_pack, config.data.num_workers
         )
         for loaded, rewards in packs:
+            if self.stop.signal:
+                network.train()
+                self._interrupt()
             self._note_refusals(loaded, prepared)
             if loaded.pack is not None:
                 meter.add(loaded.pack, rewards)
@@ -235,6 +244,7 @@ class _Run:
         if self.saved_step == self.progress.step:
             return
         folder = self.run_dir / "checkpoints"
+        self.progress.window_meter = self.meter.state()
         state = {
             "progress": asdict(self.progress),
             "config": self.config.model_dump(mode="json"),
@@ -263,6 +273,10 @@ class _Run:
             f"stopped by {self.stop.signal} after step {self.progress.step}; checkpoint saved; continue with "
             "--resume auto"
         )
+
+    def _leave_before_the_first_step(self) -> None:
+        if self.stop.signal:
+            raise InterruptedRun(f"stopped by {self.stop.signal} before the first step; start again with --resume auto")
 
     def _note_refusals(self, loaded: LoadedPack, prepared) -> None:
         for refusal in loaded.refused:

@@ -28,6 +28,27 @@ class PreferenceMeter:
         self._scored = defaultdict(int)
         self._chosen = self._rejected = 0.0
 
+    def state(self) -> dict:
+        """The sums as JSON; `restore` takes them back exactly."""
+        return {name.lstrip("_"): value for name, value in vars(self).items()}
+
+    def restore(self, state: dict) -> None:
+        self.clear()
+        for name in vars(self):
+            self._add(name, state[name.lstrip("_")])
+
+    def merge(self, other: "PreferenceMeter") -> None:
+        """Add what another meter has counted."""
+        for name, value in vars(other).items():
+            self._add(name, value)
+
+    def _add(self, name: str, value) -> None:
+        if isinstance(value, dict):
+            for source, count in value.items():
+                getattr(self, name)[source] += count
+        else:
+            setattr(self, name, getattr(self, name) + value)
+
     def add(self, pack: Pack, rewards: torch.Tensor) -> None:
         """Count a pack with its rewards (R,) on the CPU."""
         self.num_preferences += pack.num_preferences
