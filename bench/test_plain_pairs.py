@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import compare
 from torch import nn
+
+from fastrm.config import HeadConfig, OptimConfig
+from fastrm.train.optim import make_optimizer
+from measure import compare
 from workloads import (
     IMAGE_PAD,
     FastrmStep,
@@ -21,9 +24,6 @@ from workloads import (
     train_config,
     vision_config,
 )
-
-from fastrm.config import HeadConfig, OptimConfig
-from fastrm.train.optim import make_optimizer
 
 PAD = 0
 

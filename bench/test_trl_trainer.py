@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from measure import ROUNDS, compare
 from torch.nn.utils import clip_grad_norm_
-from workloads import TEXT, VOCABULARY, FastrmStep, random_network, take_gradients, train_config
 
 from fastrm.config import HeadConfig
 from fastrm.data.packing import EncodedGroup
@@ -27,6 +25,8 @@ from fastrm.data.sources import read_source
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.train.optim import make_optimizer
+from measure import ROUNDS, compare
+from workloads import TEXT, VOCABULARY, FastrmStep, random_network, take_gradients, train_config
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MAX_TOKENS = 1024  # TRL's default max_length; longer pairs are left out for both
@@ -155,8 +155,8 @@ def test_training_step_beats_trl(name, tmp_path, benchmark, comparisons):
     pytest.importorskip("trl")
     workload = WORKLOADS[name]
     records = workload.records()
-    texts = (message.text for record in records for response in record.responses for message in response.messages)
-    encoder = ConversationEncoder(train_tokenizer(texts, VOCABULARY))
+    conversations = (response.messages for record in records for response in record.responses)
+    encoder = ConversationEncoder(train_tokenizer(conversations, VOCABULARY))
     size = workload.pairs_per_step
     chosen, groups = zip(*islice(_fitting(records, encoder), size * (ROUNDS + 1)), strict=True)
     network = random_network(_text_config(encoder.tokenizer), HeadConfig(layers=1, bias=False), encoder)

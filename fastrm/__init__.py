@@ -1,4 +1,4 @@
-"""fastrm: the fastest exact way to train, evaluate and serve scalar multimodal reward models.
+"""fastrm: train and evaluate scalar reward models for multimodal LLMs, and score responses with them.
 
 `import fastrm` loads no torch; `fastrm.RewardModel` does when it is first used.
 """

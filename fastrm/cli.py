@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import traceback
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +13,37 @@ import typer
 from fastrm.errors import FastrmError
 
 app = typer.Typer(
-    help="Train, evaluate and serve scalar reward models for multimodal LLMs.",
+    help="Train and evaluate scalar reward models for multimodal LLMs, and score responses with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(StrEnum):
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+Model = Annotated[Path, typer.Argument(help="model/ folder of a run")]
+Images = Annotated[str | None, typer.Option(help="Folder or archive of the images")]
+DataFormat = Annotated[str, typer.Option("--format", help="Layout of the rows")]
+TokensPerPack = Annotated[int, typer.Option(min=1, help="Token budget of one forward pass; each group must fit")]
+NumWorkers = Annotated[int, typer.Option(min=0, help="Processes that decode images ahead")]
+DeviceChoice = Annotated[Device, typer.Option(help="auto: cuda if there is one")]
+DtypeChoice = Annotated[Dtype, typer.Option(help="Precision of the backbone; auto: bf16 on cuda, else fp32")]
+MaxImagePixels = Annotated[int, typer.Option(min=1, help="Refuse images that declare more, before decoding")]
+MaxImageBytes = Annotated[int, typer.Option(min=1, help="Refuse image files with more bytes, before reading")]
+# Those of fastrm.data.images.ImageLimits, whose import would slow --help down.
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_IMAGE_BYTES = 64 * 2**20
 
 
 @app.command()
@@ -43,42 +70,50 @@ def train(
 
 @app.command()
 def score(
-    model: Annotated[Path, typer.Argument(help="model/ folder of a run")],
+    model: Model,
     data: Annotated[str, typer.Argument(help="Groups to score: JSON Lines, JSON or Parquet, in any known layout")],
     out: Annotated[Path, typer.Option(help="JSON Lines: {id, rewards} for each group, in input order")],
-    images: Annotated[str | None, typer.Option(help="Folder or archive of the images")] = None,
-    data_format: Annotated[str, typer.Option("--format", help="Layout of the rows")] = "auto",
-    tokens_per_pack: Annotated[int, typer.Option(help="Token budget of one forward pass")] = 16384,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16")] = "auto",
+    images: Images = None,
+    data_format: DataFormat = "auto",
+    tokens_per_pack: TokensPerPack = 32768,
+    num_workers: NumWorkers = 1,
+    device: DeviceChoice = Device.AUTO,
+    dtype: DtypeChoice = Dtype.AUTO,
+    max_image_pixels: MaxImagePixels = MAX_IMAGE_PIXELS,
+    max_image_bytes: MaxImageBytes = MAX_IMAGE_BYTES,
 ) -> None:
     """Write the rewards of a file's responses."""
-    from fastrm.evaluate.files import score_file
+    from fastrm.evaluate.files import ScoringOptions, score_file
 
-    score_file(
-        model, data, out, images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, device=device,
-        dtype=dtype,
+    options = ScoringOptions(
+        images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, num_workers=num_workers,
+        device=device, dtype=dtype, max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes,
     )  # fmt: skip
+    score_file(model, data, out, options)
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="model/ folder of a run")],
+    model: Model,
     data: Annotated[str, typer.Argument(help="Preferences in any known layout")],
-    images: Annotated[str | None, typer.Option(help="Folder or archive of the images")] = None,
-    data_format: Annotated[str, typer.Option("--format", help="Layout of the rows")] = "auto",
+    images: Images = None,
+    data_format: DataFormat = "auto",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too")] = None,
-    tokens_per_pack: Annotated[int, typer.Option(help="Token budget of one forward pass")] = 16384,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16")] = "auto",
+    tokens_per_pack: TokensPerPack = 32768,
+    num_workers: NumWorkers = 1,
+    device: DeviceChoice = Device.AUTO,
+    dtype: DtypeChoice = Dtype.AUTO,
+    max_image_pixels: MaxImagePixels = MAX_IMAGE_PIXELS,
+    max_image_bytes: MaxImageBytes = MAX_IMAGE_BYTES,
 ) -> None:
     """Print pair accuracy, overall and per source; equal rewards count as wrong."""
-    from fastrm.evaluate.files import evaluate_file
+    from fastrm.evaluate.files import ScoringOptions, evaluate_file
 
-    evaluate_file(
-        model, data, json_out, images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, device=device,
-        dtype=dtype,
+    options = ScoringOptions(
+        images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, num_workers=num_workers,
+        device=device, dtype=dtype, max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes,
     )  # fmt: skip
+    evaluate_file(model, data, json_out, options)
 
 
 def main() -> None:
@@ -89,6 +124,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except FastrmError as error:
         code = _fail(error.exit_code, type(error).__name__, str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail(75, "Interrupted", "stopped by Ctrl-C; nothing was written")
     except typer.Exit as leave:
         code = leave.exit_code
     except OSError as error:
@@ -96,7 +133,7 @@ def main() -> None:
     except Exception as error:
         # Usage errors come from click, which typer may carry inside itself: known by what they offer.
         if hasattr(error, "format_message"):
-            code = _fail(64, "UsageError", f"{error.format_message()}; see fastrm --help")
+            code = _fail(64, "UsageError", f"{error.format_message().rstrip('.')}; see fastrm --help")
         else:
             traceback.print_exc()
             code = _fail(70, type(error).__name__, f"internal error: {error}; please report it with the lines above")

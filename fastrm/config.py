@@ -112,7 +112,7 @@ class TrainedTokenizer(_Section):
 
 class ModelConfig(_Section):
     path: str | None = None
-    """Folder or hub id of a backbone or of an exported reward model (its head is then kept)."""
+    """Folder or hub id of a backbone, or folder of an exported reward model, whose head is then kept."""
     init: dict[str, Any] | None = None
     """A transformers config (with model_type) to initialise at random instead of `path`."""
     tokenizer: str | TrainedTokenizer | None = None
@@ -153,7 +153,7 @@ class LossConfig(_Section):
 class OptimConfig(_Section):
     lr: Annotated[float, Field(gt=0.0)] = 3e-6
     """Peak learning rate of AdamW."""
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """On weight matrices only; biases, norms and embeddings have none."""

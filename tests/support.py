@@ -67,7 +67,10 @@ def make_model(family, *, head=None, seed=0, dtype=torch.float32):
     )
     model = RewardNetwork(backbone, head or HeadConfig(), encoder)
     model.use_attention("sdpa", dtype)
-    return model.to(dtype)
+    # As transformers loads them: buffers, the rotary frequencies, stay float32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def make_image(width, height, seed=0) -> ImageRef:

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import support
 import torch
 import yaml
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrm.model.attention
+import support
 from fastrm.config import HeadConfig, ModelConfig, load_config
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.errors import ConfigError

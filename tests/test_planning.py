@@ -1,14 +1,17 @@
 """Trees from tokens, order, steps and packs: exact, and complete by enumeration."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from support import make_image, make_model, make_record, pack_of
 
 from fastrm.data.order import StepOrder, epoch_order
 from fastrm.data.packing import plan_packs
+from fastrm.data.prepare import encode_group
+from fastrm.data.record import Message, Response
 from fastrm.data.tree import build_tree
+from support import make_image, make_model, make_record, pack_of
 
 
 def _paths(tree, sequences):
@@ -131,6 +134,23 @@ def test_plain_pairs_make_batches_of_exactly_the_wanted_size():
 def test_a_position_inside_a_step_is_refused():
     with pytest.raises(ValueError, match="no step starts at position 3"):
         next(StepOrder([1] * 100, 10, 0).steps_from(3))
+
+
+def test_a_pack_is_never_longer_than_its_groups_were_counted():
+    """Also when the responses of one group have different images, and groups share theirs."""
+    network = make_model("qwen2_5_vl")
+    rng = np.random.default_rng(0)
+    images = [make_image(56, 56, n) for n in range(3)]
+    for seed in range(20):
+        records = []
+        for number in range(int(rng.integers(1, 4))):
+            record = make_record(100 * seed + number, num_responses=3, prompt="same " * 30)
+            answers = [response.messages[-1] for response in record.responses]
+            prompts = [Message("user", ("same " * 30, images[rng.integers(3)])) for _ in answers]
+            pairs = zip(prompts, answers, strict=True)
+            records.append(replace(record, responses=tuple(Response((prompt, answer)) for prompt, answer in pairs)))
+        counted = [encode_group(record, network.encoder).num_tree_tokens() for record in records]
+        assert pack_of(network, records).num_tokens <= sum(counted)
 
 
 def test_packs_hold_every_group_once_within_the_budget():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fastrm_kernels import preference_loss, reward_head
 
 

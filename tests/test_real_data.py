@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import fastrm, tiny_config
 
 from fastrm.config import load_config
 from fastrm.train.loop import train
+from runs import fastrm, tiny_config
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder shared/data beside the project")

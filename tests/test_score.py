@@ -1,17 +1,23 @@
 """Scoring through Python and through files: the same rewards, whatever is packed with them."""
 
+import inspect
 import json
+import shutil
 
 import pytest
+import torch
 from PIL import Image
-from runs import colour_rows, fastrm, tiny_config, write_rows
-from support import make_record
 
 import fastrm as package
-from fastrm.config import load_config
+from fastrm import cli
+from fastrm.config import Config, load_config
+from fastrm.data.images import ImageLimits
 from fastrm.errors import ConfigError, DataError, StorageError
+from fastrm.evaluate import files
 from fastrm.evaluate.pair_accuracy import PairAccuracy, wilson_interval
 from fastrm.train.loop import train
+from runs import colour_rows, fastrm, tiny_config, write_rows
+from support import make_record
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,143 @@ def test_a_group_that_cannot_be_scored_is_named(model):
         model.score([good], tokens_per_pack=8)
 
 
+def test_bf16_rounds_the_backbone_but_not_the_reward_nor_the_rotary_frequencies(folder, model):
+    half = package.RewardModel.from_pretrained(folder / "run" / "model", dtype="bf16")
+    groups = groups_of(folder)
+    exact, rounded = (
+        torch.tensor([reward for rewards in m.score(groups) for reward in rewards]) for m in (model, half)
+    )
+    assert {p.dtype for p in half.network.model.parameters()} == {torch.bfloat16}
+    # Of float32 values one in 65,536 happens to be a bf16 value.
+    assert (rounded.bfloat16().float() == rounded).float().mean() < 0.1
+    error = (rounded - exact).abs().max()
+    assert 0 < error < 0.25 * exact.std(), (error, exact)
+    frequencies = dict(model.network.named_buffers())
+    assert any("inv_freq" in name for name in frequencies)
+    assert all(torch.equal(buffer, frequencies[name]) for name, buffer in half.network.named_buffers())
+
+
+def test_a_replaced_image_file_is_read_anew(folder, model, tmp_path):
+    path = tmp_path / "picture.png"
+    shutil.copy(folder / "images" / "0.png", path)
+    group = {"prompt": "Which colour?", "images": [str(path)], "responses": ["red", "blue"]}
+    before = model.score([group])
+    Image.new("RGB", (84, 28), "green").save(path)
+    assert model.score([group]) != before
+    assert model.score([group]) == model.score([{**group, "images": [path.read_bytes()]}])
+
+
+def test_workers_change_no_reward(folder, model):
+    groups = groups_of(folder)[:8]
+    budget = 512
+    assert model.score(groups, tokens_per_pack=budget, num_workers=2) == model.score(groups, tokens_per_pack=budget)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"dtype": "bf17"}, "dtype: got 'bf17', wanted one of auto, fp32, bf16"),
+        ({"device": "gpu"}, "device: got 'gpu', wanted one of auto, cpu, cuda"),
+        ({"attention": "fast"}, "attention: got 'fast', wanted one of auto, sdpa, flash"),
+    ],
+    ids=["dtype", "device", "attention"],
+)
+def test_a_setting_that_does_not_exist_is_refused(folder, setting, message):
+    with pytest.raises(ConfigError) as error:
+        package.RewardModel.from_pretrained(folder / "run" / "model", **setting)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("command", ["score", "eval"])
+@pytest.mark.parametrize(
+    ("option", "choices"), [("--dtype=bf17", "auto fp32 bf16"), ("--device=gpu", "auto cpu cuda")], ids=str
+)
+def test_a_choice_that_does_not_exist_is_a_usage_error(monkeypatch, capsys, tmp_path, command, option, choices):
+    out = ["--out", str(tmp_path / "out")] if command == "score" else []
+    monkeypatch.setattr("sys.argv", ["fastrm", command, "model", "data.jsonl", *out, option])
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
+    assert leave.value.code == 64
+    message = json.loads(capsys.readouterr().err.splitlines()[-1])["message"]
+    assert all(f"'{choice}'" in message for choice in choices.split())
+
+
+@pytest.mark.parametrize("limit", ["max_image_pixels", "max_image_bytes"])
+def test_image_limits_can_be_set(folder, limit):
+    limited = package.RewardModel.from_pretrained(folder / "run" / "model", **{limit: 50})
+    group = {"prompt": "Which colour?", "images": [str(folder / "images" / "0.png")], "responses": ["red"]}
+    with pytest.raises(DataError, match=f"limit .*raise data.{limit}.*IMAGE_TOO_LARGE"):
+        limited.score([group])
+    out = folder / f"{limit}.jsonl"
+    files.score_file(folder / "run" / "model", str(folder / "colours.jsonl"), out, options(**{limit: 50}))
+    assert all("IMAGE_TOO_LARGE" in json.loads(line)["error"] for line in out.read_text().splitlines())
+
+
+def test_the_commands_defaults_are_those_of_the_api_and_of_training():
+    of_training = Config.model_validate({"model": {"path": "m"}, "data": {"train": [{"path": "t"}]}})
+    assert inspect.signature(package.RewardModel.score).parameters["tokens_per_pack"].default == 32768
+    for command in (cli.score, cli.evaluate):
+        defaults = {name: p.default for name, p in inspect.signature(command).parameters.items()}
+        assert defaults["tokens_per_pack"] == of_training.data.max_tokens_per_group == 32768
+        assert ImageLimits(defaults["max_image_bytes"], defaults["max_image_pixels"]) == ImageLimits()
+        assert defaults["num_workers"] == 1
+
+
+def options(**changes) -> files.ScoringOptions:
+    usual = {
+        "images": None, "data_format": "auto", "tokens_per_pack": 2048, "num_workers": 0, "device": "cpu",
+        "dtype": "fp32", "max_image_pixels": ImageLimits.max_pixels, "max_image_bytes": ImageLimits.max_bytes,
+    }  # fmt: skip
+    return files.ScoringOptions(**usual | changes)
+
+
+@pytest.mark.parametrize("run", [files.score_file, files.evaluate_file], ids=["score", "eval"])
+def test_an_output_that_cannot_be_made_fails_before_the_work(tmp_path, run):
+    """The model and the data do not exist either: what is named is what was looked at first."""
+    with pytest.raises(StorageError, match=f"there is no folder {tmp_path}/none; make it"):
+        run(tmp_path / "model", "data.jsonl", tmp_path / "none" / "out", options())
+    with pytest.raises(StorageError, match="is a folder"):
+        run(tmp_path / "model", "data.jsonl", tmp_path, options())
+
+
+@pytest.mark.parametrize("run", [files.score_file, files.evaluate_file], ids=["score", "eval"])
+@pytest.mark.parametrize("error", [OSError(5, "broken disk of images"), KeyboardInterrupt()], ids=["io", "ctrl-c"])
+def test_an_error_while_scoring_leaves_no_file_and_keeps_its_name(folder, tmp_path, monkeypatch, run, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(files, "score_records", fail)
+    with pytest.raises(type(error)) as raised:
+        run(folder / "run" / "model", str(folder / "colours.jsonl"), tmp_path / "out", options())
+    assert raised.value is error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_and_leaves_no_file(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(StorageError, match=f"{tmp_path}/out: cannot be written: No space left"):
+        files.score_file(folder / "run" / "model", str(folder / "colours.jsonl"), tmp_path / "out", options())
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_as_json_counts_what_scoring_orders(folder, model):
+    data, out = folder / "colours.jsonl", folder / "eval.json"
+    files.evaluate_file(folder / "run" / "model", str(data), out, options())
+    report = json.loads(out.read_text())
+    groups = groups_of(folder)
+    pairs = [
+        (rewards[winner], rewards[loser])
+        for group, rewards in zip(groups, model.score(groups), strict=True)
+        for winner, loser in group["preferences"]
+    ]
+    assert report["preferences"] == len(pairs)
+    assert report["accuracy"] == pytest.approx(sum(a > b for a, b in pairs) / len(pairs))
+    assert set(report["sources"]) == {"two", "three"}
+
+
 def test_files_give_one_line_per_row_in_order(folder):
     rows = [json.loads(line) for line in (folder / "colours.jsonl").read_text().splitlines()][:5]
     rows.insert(2, '{"id": "broken"')
@@ -99,8 +242,6 @@ def test_a_folder_that_is_no_reward_model_is_refused(folder, tmp_path):
 
 
 def test_a_damaged_model_is_refused(folder, tmp_path):
-    import shutil
-
     shutil.copytree(folder / "run" / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -2,16 +2,16 @@
 
 import numpy as np
 import pytest
-import stock
 import torch
-from support import make_image, make_model, make_tokenizer
 from tokenizers import AddedToken
 
+import stock
 from fastrm.data.positions import mrope_positions
 from fastrm.data.record import Message, Response
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from fastrm.errors import ConfigError, RecordError
+from support import make_image, make_model, make_tokenizer
 
 ODD_TEXTS = [
     "plain words",

@@ -13,7 +13,7 @@ import fastrm as package
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, DataError, DivergedError, StorageError
 from fastrm.train.loop import train
-from fastrm.train.metrics import read_metrics
+from fastrm.train.metrics import read_rows
 from runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
 
 
@@ -50,7 +50,7 @@ def test_a_run_leaves_everything_behind(finished):
 
 
 def test_metrics_have_the_fields_names(finished):
-    rows = read_metrics(finished[0] / "metrics.jsonl")
+    rows = read_rows(finished[0] / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     wanted = {
@@ -151,6 +151,7 @@ def test_bad_rows_are_named_and_the_run_goes_on(tmp_path):
         *[{**pair, "id": f"ok{n}", "image": "images/good.png", "prompt": f"What is {n}?"} for n in range(8)],
         {**pair, "id": "missing", "image": "images/none.png"},
         {**pair, "id": "cut", "image": "images/cut.jpg"},
+        {**pair, "id": "cut too", "image": "images/cut.jpg", "chosen": "one that merges with it"},
         {**pair, "id": "bomb", "image": "images/bomb.png"},
         '{"id": "broken", "prompt": ',
         {**pair, "id": "empty", "chosen": ""},
@@ -163,10 +164,10 @@ def test_bad_rows_are_named_and_the_run_goes_on(tmp_path):
     quarantine = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     codes = {row["origin"].rpartition(":")[2]: row["code"] for row in quarantine}
     assert codes == {
-        "9": "IMAGE_MISSING", "10": "IMAGE_DAMAGED", "11": "IMAGE_TOO_LARGE", "12": "BAD_JSON",
-        "13": "EMPTY_RESPONSE", "14": "IDENTICAL_RESPONSES", "16": "TOO_LONG",
+        "9": "IMAGE_MISSING", "10": "IMAGE_DAMAGED", "11": "IMAGE_DAMAGED", "12": "IMAGE_TOO_LARGE",
+        "13": "BAD_JSON", "14": "EMPTY_RESPONSE", "15": "IDENTICAL_RESPONSES", "17": "TOO_LONG",
     }  # fmt: skip
-    assert summary["quarantined"] == len(quarantine) == 7
+    assert summary["quarantined"] == len(quarantine) == 8
     assert summary["steps"] == 4
     long = next(row for row in quarantine if row["code"] == "TOO_LONG")
     assert "limit 2,048; raise data.max_tokens_per_group" in long["message"]
@@ -210,10 +211,9 @@ def test_ties_are_ignored_and_counted_or_trained_as_halves(tmp_path, ties, prefe
 
 
 def test_group_weight_counts_each_group_once(tmp_path):
-    from support import make_record
-
     from fastrm.config import Config
     from fastrm.data.prepare import resolve_preferences
+    from support import make_record
 
     config = Config.model_validate({"model": {"path": "x"}, "optim": {"group_weight": "group"}})
     record, _ = resolve_preferences(make_record(0, num_responses=4), config)
@@ -253,6 +253,79 @@ def finished_plain(colours, tmp_path_factory):
     return load_file(folder / "run" / "model" / "model.safetensors")
 
 
+def test_settings_of_memory_and_sharing_do_what_they_say(finished_plain, colours, tmp_path):
+    """These change how much is computed or kept, and must not change what is learned."""
+    results = {}
+    for name, changes in {
+        "plain": {},
+        "rows": {"data": {"share_prefixes": False}},
+        "recomputed": {"model": {"gradient_checkpointing": True}},
+        "pruned": {"run": {"save_every": 1, "keep_checkpoints": 3}},
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        results[name] = run(tiny_config(folder, colours, **changes))
+        weights = load_file(folder / "run" / "model" / "model.safetensors")
+        assert all((weights[key] - finished_plain[key]).abs().max() <= 2e-4 for key in weights), name
+    assert results["rows"]["tokens_processed"] > 1.2 * results["plain"]["tokens_processed"]
+    assert len(list((tmp_path / "pruned" / "run" / "checkpoints").iterdir())) == 3
+    assert len(list((tmp_path / "plain" / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_epochs_count_when_there_are_no_max_steps(colours, tmp_path):
+    summary = run(tiny_config(tmp_path, colours, run={"max_steps": None, "epochs": 3}))
+    assert summary["preferences"] == 3 * 72
+
+
+@pytest.mark.parametrize("limit", [{"max_image_pixels": 1000}, {"max_image_bytes": 100}], ids=str)
+def test_image_limits_refuse_what_is_larger(colours, tmp_path, limit):
+    with pytest.raises(DataError, match=r"no usable group .*IMAGE_TOO_LARGE 48"):
+        run(tiny_config(tmp_path, colours, data=limit))
+
+
+def test_an_image_that_changes_during_the_run_is_refused_by_name(tmp_path, monkeypatch):
+    from fastrm.train import loop
+
+    rows = colour_rows(tmp_path)
+    original = loop.set_up
+
+    def set_up_then_change(*arguments):
+        job = original(*arguments)
+        Image.new("RGB", (56, 140), "red").save(tmp_path / "images" / "5.png")
+        return job
+
+    monkeypatch.setattr(loop, "set_up", set_up_then_change)
+    summary = run(tiny_config(tmp_path, rows, run={"max_steps": None, "epochs": 1}))
+    quarantine = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["code"]) for row in quarantine] == [("c5", "IMAGE_CHANGED")]
+    assert summary["preferences"] == 70
+
+
+def test_an_exported_head_goes_on_training_only_as_what_it_was(finished, colours, tmp_path):
+    model = {"init": None, "tokenizer": None, "path": str(finished[0] / "model"), "head": {"activation": "tanh"}}
+    with pytest.raises(ConfigError, match=r"exported with .*silu"):
+        run(tiny_config(tmp_path, colours, model=model))
+
+
+def test_a_step_of_refused_records_only_is_not_a_divergence(tmp_path):
+    rows = colour_rows(tmp_path)
+    for path in (tmp_path / "images").glob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])  # the header, and hardly any pixels
+    summary = run(tiny_config(tmp_path, rows, run={"max_steps": 5}))
+    assert summary["steps"] == 5 and summary["preferences"] == 0 and summary["quarantined"] > 30
+    assert not (tmp_path / "run" / "incidents.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.init.text_config.hidden_size=abc", "model.init.vision_config=x", "model.init.text_config.hidden_size=-4",
+     "model.init.text_config.num_attention_heads=0", "model.init.model_type=gpt2"],
+)  # fmt: skip
+def test_a_model_that_cannot_be_made_is_a_configuration_error(colours, tmp_path, override):
+    with pytest.raises(ConfigError, match=r"model.init|model type"):
+        run(tiny_config(tmp_path, colours), override)
+
+
 def test_source_weight_scales_its_part_of_the_loss(tmp_path):
     heavy = write_rows(tmp_path / "heavy.jsonl", text_rows(8))
     light = write_rows(tmp_path / "light.jsonl", [{**row, "prompt": "q " + row["prompt"]} for row in text_rows(8)])
@@ -263,7 +336,7 @@ def test_source_weight_scales_its_part_of_the_loss(tmp_path):
         sources = [{"path": str(heavy), "weight": weight}, {"path": str(light)}]
         path = tiny_config(folder, heavy, data={"train": sources}, run={"max_steps": 1})
         run(path)
-        finals.append(read_metrics(folder / "run" / "metrics.jsonl")[0]["grad_norm"])
+        finals.append(read_rows(folder / "run" / "metrics.jsonl")[0]["grad_norm"])
     assert finals[0] != finals[1]
 
 
@@ -271,6 +344,14 @@ def test_tensorboard_gets_the_rows(colours, tmp_path):
     path = tiny_config(tmp_path, colours, run={"max_steps": 1, "report_to": ["tensorboard"]})
     run(path)
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_missing_logger_is_named_before_any_work(colours, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    path = tiny_config(tmp_path, colours, run={"report_to": ["wandb"]})
+    with pytest.raises(ConfigError, match="run.report_to: wandb is not installed; pip install wandb"):
+        run(path)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_run_folder_in_use_or_used_is_refused(finished, colours, tmp_path):

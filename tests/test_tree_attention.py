@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
 

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 
 from fastrm.data.images import decode_image
 from fastrm.data.order import StepOrder
-from fastrm.data.packing import Pack, Pixels, build_pack, plan_packs
+from fastrm.data.packing import EncodedGroup, Pack, Pixels, build_pack, plan_packs
 from fastrm.data.prepare import PreparedGroup, encode_group
 from fastrm.data.record import ImageRef, Record
 from fastrm.data.template import ConversationEncoder
-from fastrm.errors import FastrmError, RecordError
+from fastrm.errors import RecordError, StorageError
 
 # Packs that each worker prepares ahead.
 PREFETCH_PACKS = 4
@@ -79,20 +80,27 @@ def plan_once(groups: Sequence[PreparedGroup], budget: int) -> list[PackPlan]:
 class PackBuilder(torch.utils.data.Dataset):
     """Carries out a plan: `builder[plan]` is a LoadedPack. Runs in the workers."""
 
-    def __init__(self, records: Sequence[Record], encoder: ConversationEncoder, share: bool):
+    def __init__(
+        self,
+        records: Sequence[Record],
+        encoder: ConversationEncoder,
+        share: bool,
+        encoded: Sequence[EncodedGroup] | None = None,
+    ):
         self.records = records
         self.encoder = encoder
         self.share = share
+        self.encoded = encoded  # the records' groups, if they are tokenised already
 
     def __getitem__(self, plan: PackPlan) -> LoadedPack:
         groups, decoded, refused = [], {}, []
         for number in plan.groups:
             record = self.records[number]
             try:
-                group = encode_group(record, self.encoder)
+                group = encode_group(record, self.encoder) if self.encoded is None else self.encoded[number]
                 for key, ref in group.images.items():
                     if key not in decoded:
-                        decoded[key] = (ref, decode_image(ref, self.encoder.limits))
+                        decoded[key] = self._decode(ref)
                 groups.append(group)
             except RecordError as error:
                 refused.append(Refusal(number, error.code, error.message))
@@ -104,21 +112,20 @@ class PackBuilder(torch.utils.data.Dataset):
         pack = build_pack(groups, self._pixels(used), merge_size=merge_size, share=self.share)
         return LoadedPack(plan, pack, refused)
 
-    def _pixels(self, decoded: dict[str, tuple[ImageRef, object]]) -> Pixels:
+    def _decode(self, ref: ImageRef) -> Image.Image:
+        image = decode_image(ref, self.encoder.limits)
+        if self.encoder.merged_grid(*image.size, ref) != self.encoder.grid(ref):
+            # The conversation was tokenised for the size that the file had then.
+            raise RecordError("IMAGE_CHANGED", f'image "{ref}" has another size than when it was first read')
+        return image
+
+    def _pixels(self, decoded: dict[str, Image.Image]) -> Pixels:
         """Stock preprocessing of decoded images."""
         if not decoded:
             return {}
-        processor = self.encoder.image_processor
-        batch = processor(images=[image for _, image in decoded.values()], return_tensors="pt")
+        batch = self.encoder.image_processor(images=list(decoded.values()), return_tensors="pt")
         grids = batch["image_grid_thw"]
         patches = torch.split(batch["pixel_values"], grids.prod(-1).tolist())
-        for (ref, _), grid in zip(decoded.values(), grids.tolist(), strict=True):
-            height, width = self.encoder.grid(ref)
-            if grid != [1, height * processor.merge_size, width * processor.merge_size]:
-                raise FastrmError(
-                    f'image "{ref}": the image processor made a grid of {grid} patches, its header promised '
-                    f"{height} x {width} merged ones; was the file changed during the run?"
-                )
         return dict(zip(decoded, zip(patches, grids, strict=True), strict=True))
 
 
@@ -131,12 +138,20 @@ def load_packs(builder: PackBuilder, plans: Iterable[PackPlan], num_workers: int
         num_workers=num_workers,
         prefetch_factor=PREFETCH_PACKS if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
     )
-    yield from loader
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise StorageError(
+            f"a data worker died ({str(error).splitlines()[0]}); it was killed or ran out of memory: use fewer workers"
+        ) from error
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; only the training process decides what it means."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the training process decides
+    what they mean. Workers whose parent is gone leave by themselves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

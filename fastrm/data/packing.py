@@ -130,7 +130,7 @@ def build_pack(groups: Sequence[EncodedGroup], pixels: Pixels, *, merge_size: in
     numbers = {key: number for number, key in enumerate(dict.fromkeys(k for g in groups for k in g.images))}
     owner = [number for number, group in enumerate(groups) for _ in group.responses]
     row = _Row(responses, numbers)
-    for members in _families(groups, responses, owner, share):
+    for members in _families(groups, owner, share):
         row.add_tree(members, share)
     edges, margin, weight, is_tie, placed = _edges(groups)
     image = _image_tensors(row, responses, numbers, pixels, merge_size)
@@ -193,14 +193,13 @@ def _content_keys(response: EncodedResponse, image_numbers: dict[str, int]) -> n
     return keys
 
 
-def _families(groups, responses, owner, share) -> list[list[int]]:
+def _families(groups, owner, share) -> list[list[int]]:
     """Responses that may share a prefix: those of one group, and of groups with the same first image."""
     families: dict[object, list[int]] = {}
-    for number, response in enumerate(responses):
-        key = owner[number]
-        if share and response.images:
-            key = response.images[0].ref.key
-        families.setdefault(key, []).append(number)
+    for number, group in enumerate(owner):
+        # By the group's image, not the response's: the responses of one group always share a tree.
+        image = next(iter(groups[group].images), None) if share else None
+        families.setdefault(group if image is None else image, []).append(number)
     return list(families.values())
 
 

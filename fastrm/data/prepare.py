@@ -4,6 +4,7 @@ Counting tokenises every conversation and reads image headers only; images are d
 needs them. Afterwards the order and the packs of every step follow from the counts alone.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -22,9 +23,10 @@ MAX_MERGED_RESPONSES = 16
 
 @dataclass(frozen=True)
 class PreparedGroup:
-    """A group and what planning needs to know of it."""
+    """A group and what planning needs to know of it. `members`: (origin, id) of the records in it."""
 
     record: Record
+    members: tuple[tuple[str, str], ...]
     num_tokens: int
     num_preferences: int
     first_image: str | None
@@ -32,11 +34,15 @@ class PreparedGroup:
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """The groups of one or more sources, in reading order, and how they came about."""
+    """The groups of one or more sources, in reading order, and how they came about.
+
+    `fingerprint` changes with the groups' texts, images (by path or bytes), preferences and order.
+    """
 
     groups: list[PreparedGroup]
     num_records: int
     num_ties_ignored: int
+    fingerprint: str
 
     @property
     def num_preferences(self) -> int:
@@ -72,24 +78,26 @@ def prepare(
         DataError: if no group is left.
     """
     merged = _merge(records) if config.data.merge_groups else [[record] for record in records]
-    groups, ties = [], 0
+    groups, ties, digest = [], 0, hashlib.sha256()
     for done, parts in enumerate(merged):
         progress(done, len(merged))
-        for record, group in _fit(parts, encoder, config, quarantine):
+        for members, record, group in _fit(parts, encoder, config, quarantine):
             record, ignored = resolve_preferences(record, config)
             ties += ignored
             if record.preferences:
                 image = next(iter(group.images), None)
                 num_tokens = group.num_tree_tokens(config.data.share_prefixes)
-                groups.append(PreparedGroup(record, num_tokens, len(record.preferences), image))
+                groups.append(PreparedGroup(record, members, num_tokens, len(record.preferences), image))
+                content = [_content_key(response) for response in record.responses]
+                digest.update(repr((members, content, record.preferences, num_tokens)).encode())
             else:
                 message = "every preference is a tie; set loss.ties: half to train on ties"
-                _refuse(quarantine, record, RecordError("ONLY_TIES", message))
+                refuse(quarantine, record.source, members, RecordError("ONLY_TIES", message))
     progress(len(merged), len(merged))
     if not groups:
         reasons = ", ".join(f"{code} {count}" for code, count in quarantine.counts.most_common()) or "no rows"
         raise DataError(f"no usable group in {len(records)} records ({reasons}); see quarantine.jsonl")
-    return PreparedSet(groups, len(records), ties)
+    return PreparedSet(groups, len(records), ties, digest.hexdigest())
 
 
 def encode_group(record: Record, encoder: ConversationEncoder) -> EncodedGroup:
@@ -160,16 +168,21 @@ def _content_key(response: Response) -> tuple:
     return tuple((m.role, tuple(p.key if isinstance(p, ImageRef) else p for p in m.parts)) for m in response.messages)
 
 
-def _fit(parts, encoder, config, quarantine) -> list[tuple[Record, EncodedGroup]]:
-    """The records as one group, or as several if one would be too long or a part is bad."""
+def _fit(parts, encoder, config, quarantine) -> list[tuple[tuple, Record, EncodedGroup]]:
+    """The records as one group, or as several if one would be too long or a part is bad.
+
+    Returns:
+        ((origin, id) of the members, record, tokens) of each group.
+    """
     record = _join(parts)
+    members = tuple((part.origin, part.id) for part in parts)
     try:
         group = encode_group(record, encoder)
         check_length(group, config)
-        return [(record, group)]
+        return [(members, record, group)]
     except RecordError as error:
         if len(parts) == 1:
-            _refuse(quarantine, record, error)
+            refuse(quarantine, record.source, members, error)
             return []
     middle = len(parts) // 2
     return _fit(parts[:middle], encoder, config, quarantine) + _fit(parts[middle:], encoder, config, quarantine)
@@ -190,7 +203,7 @@ def check_length(group: EncodedGroup, config: Config) -> None:
         )
 
 
-def _refuse(quarantine: Quarantine, record: Record, error: RecordError) -> None:
-    quarantine.add(
-        source=record.source, origin=record.origin, record_id=record.id, code=error.code, message=error.message
-    )
+def refuse(quarantine: Quarantine, source: str, members: Iterable[tuple[str, str]], error: RecordError) -> None:
+    """Name every record of a refused group: (origin, id) each."""
+    for origin, record_id in members:
+        quarantine.add(source=source, origin=origin, record_id=record_id, code=error.code, message=error.message)

@@ -118,10 +118,19 @@ class ConversationEncoder:
         """(height, width) of an image in merged patches, from its header alone."""
         if ref.key not in self._grids:
             width, height = image_size(ref, self.limits)
-            self._grids[ref.key] = self._merged_grid(width, height, ref)
+            self._grids[ref.key] = self.merged_grid(width, height, ref)
         return self._grids[ref.key]
 
-    def _merged_grid(self, width, height, ref) -> tuple[int, int]:
+    def forget_images(self) -> None:
+        """Look at every image file anew: it may have been replaced."""
+        self._grids.clear()
+
+    def merged_grid(self, width: int, height: int, ref: ImageRef) -> tuple[int, int]:
+        """(height, width) in merged patches of an image of this many pixels.
+
+        Raises:
+            RecordError: IMAGE_ASPECT.
+        """
         processor = self.image_processor
         factor = processor.patch_size * processor.merge_size
         size = processor.size

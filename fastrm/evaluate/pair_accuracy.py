@@ -8,16 +8,17 @@ from fastrm.data.record import Record
 
 
 class PairAccuracy:
-    """Counts preferences, overall and by source. Equal rewards are wrong; ties are left out and counted."""
+    """Counts preferences, overall and by source. Equal rewards are wrong; ties are counted apart."""
 
     def __init__(self):
-        self._right: dict[str, int] = defaultdict(int)
-        self._count: dict[str, int] = defaultdict(int)
+        self._right: dict[str, int] = defaultdict(int)  # by source
+        self._scored: dict[str, int] = defaultdict(int)
         self.num_ties = 0
 
     @property
-    def num_preferences(self) -> int:
-        return sum(self._count.values())
+    def num_scored(self) -> int:
+        """Preferences that are not ties."""
+        return sum(self._scored.values())
 
     def add(self, record: Record, rewards: Sequence[float]) -> None:
         """Count one record's preferences given its responses' rewards."""
@@ -25,13 +26,13 @@ class PairAccuracy:
             if preference.tie:
                 self.num_ties += 1
                 continue
-            self._count[record.source] += 1
+            self._scored[record.source] += 1
             self._right[record.source] += rewards[preference.winner] > rewards[preference.loser]
 
     def report(self) -> dict:
         """{"accuracy", "preferences", "interval", "ties", "sources": {name: the first three}}."""
-        sources = {name: _figures(self._right[name], count) for name, count in sorted(self._count.items())}
-        total = _figures(sum(self._right.values()), self.num_preferences)
+        sources = {name: _figures(self._right[name], count) for name, count in sorted(self._scored.items())}
+        total = _figures(sum(self._right.values()), self.num_scored)
         return {**total, "ties": self.num_ties, "sources": sources}
 
 

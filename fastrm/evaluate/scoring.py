@@ -30,7 +30,8 @@ def score_records(
 ) -> list[list[float] | RecordError]:
     """Rewards of each record's responses, or why it could not be scored, in order."""
     results: list[list[float] | RecordError | None] = [None] * len(records)
-    groups, numbers = [], []
+    groups, encoded, numbers = [], [], []
+    network.encoder.forget_images()  # a file may have been replaced since the last call
     for number, record in enumerate(records):
         try:
             group = encode_group(record, network.encoder)
@@ -39,11 +40,13 @@ def score_records(
                 raise RecordError(
                     "TOO_LONG", f"the group has {size:,} tokens, limit {tokens_per_pack:,}; raise --tokens-per-pack"
                 )
-            groups.append(PreparedGroup(record, size, 0, next(iter(group.images), None)))
+            image = next(iter(group.images), None)
+            groups.append(PreparedGroup(record, members=(), num_tokens=size, num_preferences=0, first_image=image))
+            encoded.append(group)
             numbers.append(number)
         except RecordError as error:
             results[number] = error
-    builder = PackBuilder([group.record for group in groups], network.encoder, share=True)
+    builder = PackBuilder([group.record for group in groups], network.encoder, share=True, encoded=encoded)
 
     def forward(pack: Pack) -> torch.Tensor:
         return network(pack.to(network.device))
@@ -56,7 +59,9 @@ def score_records(
     return results
 
 
-def score_groups(network: RewardNetwork, groups: Sequence[dict], tokens_per_pack: int) -> list[list[float]]:
+def score_groups(
+    network: RewardNetwork, groups: Sequence[dict], tokens_per_pack: int, num_workers: int = 0
+) -> list[list[float]]:
     """See `RewardModel.score`."""
     records = []
     for number, group in enumerate(groups):
@@ -64,7 +69,7 @@ def score_groups(network: RewardNetwork, groups: Sequence[dict], tokens_per_pack
             records.append(group_record(group, number, allow_any_path=True, require_preferences=False))
         except RecordError as error:
             raise DataError(f"group {number}: {error.message} ({error.code})") from None
-    results = score_records(network, records, tokens_per_pack)
+    results = score_records(network, records, tokens_per_pack, num_workers)
     for number, result in enumerate(results):
         if isinstance(result, RecordError):
             raise DataError(f"group {number}: {result.message} ({result.code})")

@@ -5,10 +5,10 @@ The layout travels as a keyword argument of the model call: `tree_layout` for th
 """
 
 import torch
-from fastrm_kernels import TreeLayout, tree_attention
 from transformers import AttentionInterface
 
 from fastrm.errors import ConfigError
+from fastrm_kernels import TreeLayout, tree_attention
 
 # config value -> implementation of tree_attention
 BACKENDS = {"sdpa": "eager", "flash": "varlen"}

@@ -9,13 +9,13 @@ nothing else of it is read.
 import sys
 
 import torch
-from fastrm_kernels import TreeLayout
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
 from fastrm.model.attention import VisionLayouts
+from fastrm_kernels import TreeLayout
 
 VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 TEXT_FAMILIES = ("qwen2", "qwen3", "llama")

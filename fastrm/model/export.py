@@ -7,12 +7,13 @@ model/
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fastrm.config import HeadConfig
+from fastrm.config import HeadConfig, ModelConfig
 from fastrm.data.images import ImageLimits
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
@@ -24,10 +25,12 @@ FORMAT = 1
 
 
 def save_model(model: RewardNetwork, folder: Path) -> None:
-    """Write a network with its processor to `folder`, which must not exist or be empty."""
+    """Write a network with its processor; `folder` appears, or is replaced, when it is complete."""
     from huggingface_hub import save_torch_state_dict
 
-    folder.mkdir(parents=True, exist_ok=True)
+    target, folder = folder, folder.with_name(folder.name + ".part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     save_torch_state_dict(_untied_state(model), folder, safe_serialization=True)
     config = model.model.config.to_dict()
     config["num_labels"] = 1
@@ -38,6 +41,8 @@ def save_model(model: RewardNetwork, folder: Path) -> None:
     model.encoder.tokenizer.save_pretrained(folder)
     if model.encoder.image_processor is not None:
         model.encoder.image_processor.save_pretrained(folder)
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)
 
 
 def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -137,6 +142,21 @@ def load_head(score: nn.Module, folder: Path) -> None:
     if wanted != found:
         raise StorageError(f"{folder}: reward head: got {found or 'no score.* weights'}, wanted {wanted}")
     score.load_state_dict(state)
+
+
+def check_same_head(folder: Path, settings: ModelConfig) -> None:
+    """An exported head goes on training only as what it was.
+
+    Raises:
+        ConfigError: if model.head or model.anchor differs from the export's.
+    """
+    section = json.loads((folder / "config.json").read_text())["fastrm"]
+    wanted = {"head": settings.head.model_dump(), "anchor": settings.anchor}
+    found = {"head": HeadConfig(**section["head"]).model_dump(), "anchor": section["anchor"]}
+    if wanted != found:
+        raise ConfigError(
+            f"model.path {str(folder)!r}: exported with {found}, the configuration has {wanted}; set it so"
+        )
 
 
 def has_head(path: str) -> bool:

@@ -1,10 +1,10 @@
 """The reward head as a module with stock key names, on the shared `reward_head` operation."""
 
 import torch
-from fastrm_kernels import reward_head
 from torch import nn
 
 from fastrm.config import HeadConfig
+from fastrm_kernels import reward_head
 
 _MODULES = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 

@@ -121,5 +121,10 @@ def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
         check_family(config)
         # Any attention will do until `use_attention` chooses, but a stock one must not be checked for.
         return AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"model.init: transformers refuses it: {error}") from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        # Whatever a wrong size or type runs into, deep inside: it is the configuration's fault.
+        raise ConfigError(
+            f"model.init: transformers refuses it: {str(error).strip() or type(error).__name__}"
+        ) from error

@@ -5,8 +5,14 @@ from pathlib import Path
 
 import torch
 
+from fastrm.data.images import ImageLimits
+from fastrm.errors import ConfigError
+from fastrm.model.attention import BACKENDS
 from fastrm.model.export import load_model
 from fastrm.model.network import RewardNetwork, pick_device
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RewardModel:
@@ -32,40 +38,67 @@ class RewardModel:
         attention: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_image_pixels: int = ImageLimits.max_pixels,
+        max_image_bytes: int = ImageLimits.max_bytes,
     ) -> "RewardModel":
         """Load the `model/` folder of a run, or any folder of the same layout.
 
         Args:
             device: auto (cuda if there is one), cpu, cuda.
-            dtype: auto (bf16 on cuda, fp32 on cpu), fp32, bf16: of weights and computation.
+            dtype: auto (bf16 on cuda, fp32 on cpu), fp32, bf16: of the backbone. The final
+                norm of a response's last state and the head compute in float32 either way.
             attention: auto, sdpa, flash.
-            min_pixels, max_pixels: image size limits; default: those of the training run.
+            min_pixels, max_pixels: images are resized to these limits; default: those of the training run.
+            max_image_pixels, max_image_bytes: an image that declares more is refused before it is decoded.
 
         Raises:
-            ConfigError: if the folder is not a reward model, or the device cannot do what is asked.
+            ConfigError: for a value that is none of the choices, if the folder is not a reward model, or
+                if the device cannot do what is asked.
             StorageError: if its weights are damaged or incomplete.
         """
+        _check_choice("device", device, DEVICES)
+        _check_choice("dtype", dtype, ("auto", *DTYPES))
+        _check_choice("attention", attention, ("auto", *BACKENDS))
         target = pick_device(device)
         if dtype == "auto":
             dtype = "bf16" if target.type == "cuda" else "fp32"
-        torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        network = load_model(Path(path), min_pixels, max_pixels).to(device=target, dtype=torch_dtype)
-        network.use_attention(attention, torch_dtype)
+        network = load_model(Path(path), min_pixels, max_pixels)
+        network.encoder.limits = ImageLimits(max_image_bytes, max_image_pixels)
+        _cast_backbone(network, DTYPES[dtype])
+        network.to(target)
+        network.use_attention(attention, DTYPES[dtype])
         return cls(network)
 
-    def score(self, groups: Sequence[dict], *, tokens_per_pack: int = 16384) -> list[list[float]]:
+    def score(self, groups: Sequence[dict], *, tokens_per_pack: int = 32768, num_workers: int = 0) -> list[list[float]]:
         """Rewards of every response, in the order of the groups.
 
-        All responses of a group share one pass over its prompt and images.
+        All responses of a group share one pass over its prompt and images. Image files are read anew at
+        every call.
 
         Args:
             groups: {"prompt": str or messages, "images": [path | bytes | PIL image], "responses":
                 [str, ...]}; images may be left out.
             tokens_per_pack: token budget of one forward pass; the largest group must fit.
+            num_workers: processes that decode images ahead of the forward passes; 0 = in this one.
 
         Raises:
             DataError: for a group that cannot be scored, naming it and the reason.
         """
         from fastrm.evaluate.scoring import score_groups
 
-        return score_groups(self.network, groups, tokens_per_pack)
+        return score_groups(self.network, groups, tokens_per_pack, num_workers)
+
+
+def _cast_backbone(network: RewardNetwork, dtype: torch.dtype) -> None:
+    """Cast the backbone's weights alone.
+
+    The head costs nothing and rounds the reward itself. Buffers are the frequencies of the rotary
+    embedding, in float32 in every stock model: rounded ones would turn late tokens by whole radians.
+    """
+    for parameter in network.model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: got {value!r}, wanted one of {', '.join(choices)}")

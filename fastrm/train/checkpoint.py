@@ -125,6 +125,15 @@ def newest_checkpoint(folder: Path, report) -> Path | None:
     return None
 
 
+def set_newer_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints after `step` to abandoned-*: they are damaged, or of a future that will not be."""
+    for path in list_checkpoints(folder):
+        if int(_NAME.fullmatch(path.name)[1]) > step:
+            aside = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def prune(folder: Path, keep: int, best: str | None) -> None:
     """Delete all but the newest `keep` checkpoints and the one named `best`."""
     for path in list_checkpoints(folder)[keep:]:

@@ -44,16 +44,18 @@ class Display:
         """A function update(done, total, note="") for one piece of work."""
         task = self._progress.add_task(description, total=None, note="")
         started = last = time.monotonic()
+        first: tuple[int, float] | None = None  # of the first call: work done before does not count
 
         def update(done: int, total: int | None, note: str = "") -> None:
-            nonlocal last
+            nonlocal last, first
             if self.poll is not None:
                 self.poll()
             self._progress.update(task, completed=done, total=total, note=note)
             now = time.monotonic()
+            first = first or (done, now)
             if not self.console.is_terminal and (done == total or now - last >= PLAIN_SECONDS):
                 last = now
-                rate = done / max(1e-9, now - started)
+                rate = (done - first[0]) / max(1e-9, now - first[1])
                 eta = f", ETA {(total - done) / rate:,.0f} s" if rate and total and done < total else ""
                 of = f"/{total:,}" if total else ""
                 self.say(f"{description}: {done:,}{of} {note} [{now - started:,.0f} s{eta}]")

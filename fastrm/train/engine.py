@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from fastrm_kernels import preference_loss
 
 from fastrm.config import Config
 from fastrm.data.packing import Pack
 from fastrm.model.network import RewardNetwork
 from fastrm.train.optim import make_optimizer
+from fastrm_kernels import preference_loss
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class LocalEngine:
 
     def accumulate(self, pack: Pack) -> torch.Tensor:
         """Add a pack's gradient; returns its rewards (R,) on the CPU."""
+        pack = pack.to(self.network.device)
         rewards = self.rewards(pack)
         weight = float(pack.weight.double().sum())
         total = self.loss(rewards, pack) * weight

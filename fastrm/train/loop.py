@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -13,15 +14,16 @@ import torch
 from fastrm.config import Config
 from fastrm.data.loader import LoadedPack, PackBuilder, load_packs, plan_steps
 from fastrm.data.order import StepOrder
+from fastrm.data.prepare import refuse
 from fastrm.data.quarantine import Quarantine
-from fastrm.errors import ConfigError, InterruptedRun, StorageError
+from fastrm.errors import ConfigError, InterruptedRun, RecordError, StorageError
 from fastrm.evaluate.scoring import run_packs
 from fastrm.model.export import save_model
-from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint
+from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.display import Display
 from fastrm.train.engine import LocalEngine
 from fastrm.train.guard import RunLock, StepGuard, StopFlag
-from fastrm.train.metrics import MetricsLog, PreferenceMeter, read_metrics
+from fastrm.train.metrics import MetricsLog, PreferenceMeter, check_loggers, keep_rows, read_rows
 from fastrm.train.optim import learning_rate
 from fastrm.train.report import draw_report, summary_table
 from fastrm.train.resume import check_config, find_start
@@ -48,6 +50,7 @@ class Progress:
     # The row of metrics.jsonl that is being collected: a resumed run writes the same one.
     window_losses: list[list[float]] = field(default_factory=list)  # (loss, gradient norm) of each step
     window_meter: dict = field(default_factory=dict)
+    window_seconds: float = 0.0
 
 
 def train(config: Config, resume: str = "no", display: Display | None = None) -> dict:
@@ -63,23 +66,38 @@ def train(config: Config, resume: str = "no", display: Display | None = None) ->
     run_dir = Path(config.run.dir)
     lock = RunLock(run_dir)
     try:
-        with (
-            StopFlag() as stop,
-            Quarantine(run_dir / "quarantine.jsonl") as quarantine,
-            display or Display() as shown,
-        ):
-            return _Run(config, run_dir, resume, quarantine, shown, stop).to_the_end()
+        with StopFlag() as stop, display or Display() as shown:
+            start = find_start(run_dir, resume, shown.say)
+            if start is None:
+                _clear_failed_start(run_dir)
+            with Quarantine(run_dir / "quarantine.jsonl") as quarantine:
+                return _Run(config, run_dir, start, quarantine, shown, stop).to_the_end()
     finally:
         lock.release()
+
+
+def _clear_failed_start(run_dir: Path) -> None:
+    """What a start that reached no checkpoint has left would count in this run, or be taken for its own."""
+    for name in ("quarantine.jsonl", "incidents.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)
 
 
 class _Run:
     """The state of one run, and the few things that are done with it."""
 
-    def __init__(self, config: Config, run_dir: Path, resume: str, quarantine, display: Display, stop: StopFlag):
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        start: Path | None,
+        quarantine: Quarantine,
+        display: Display,
+        stop: StopFlag,
+    ):
         self.config, self.run_dir, self.quarantine = config, run_dir, quarantine
         self.display, self.stop = display, stop
-        start = find_start(run_dir, resume, display.say)
+        check_loggers(config.run.report_to)
         display.poll = self._leave_before_the_first_step
         self.job: Job = set_up(config, run_dir, quarantine, display)
         display.poll = None
@@ -94,8 +112,9 @@ class _Run:
         self.num_steps = config.run.max_steps or sum(self.order.steps_in_epoch(epoch) for epoch in epochs)
         (run_dir / "config.yaml").write_text(config.to_yaml())
         self.log = MetricsLog(
-            run_dir / "metrics.jsonl", self.progress.step, config.run.report_to, run_dir, config.model_dump(mode="json")
+            run_dir / "metrics.jsonl", self.progress, config.run.report_to, run_dir, config.model_dump(mode="json")
         )
+        keep_rows(run_dir / "incidents.jsonl", lambda row: row["step"] <= self.progress.step)
         self.guard = StepGuard(run_dir / "incidents.jsonl", self.progress.skipped_in_a_row)
         self.meter, self.saved_step = PreferenceMeter(), self.progress.step if start else -1
         if self.progress.window_meter:
@@ -109,20 +128,25 @@ class _Run:
             self._steps()
             if self.job.eval is not None and self.progress.last_eval.get("step") != self.progress.step:
                 self._evaluate()
+            # The export first: if the disk has room for one of the two only, it is the one to keep.
+            summary = self._finish()
             self._save()
-            return self._finish()
+            return summary
         finally:
             self.log.close()
 
     def _steps(self) -> None:
         if self.progress.step >= self.num_steps:
             return
+        if self.progress.step > 0 and self.progress.last_eval.get("step") != self.progress.step:
+            # The run was stopped during the evaluation that belongs to this step.
+            self._evaluate_and_save_when_due()
         update = self.display.task("training")
         groups, data = self.job.train.groups, self.config.data
         plans = plan_steps(groups, self.order, self.progress.position, self.config.optim.tokens_per_pack)
         builder = PackBuilder([group.record for group in groups], self.job.network.encoder, data.share_prefixes)
         members: list[int] = []
-        window_started = step_started = time.perf_counter()
+        step_started = time.perf_counter()
         for loaded in load_packs(builder, plans, data.num_workers):
             if self.stop.signal:
                 self._interrupt()
@@ -132,14 +156,12 @@ class _Run:
                 continue
             self._update(loaded.plan.position, members)
             members = []
-            self.progress.train_seconds += time.perf_counter() - step_started
+            seconds = time.perf_counter() - step_started
+            self.progress.train_seconds += seconds
+            self.progress.window_seconds += seconds
             if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.num_steps:
-                note = self._log_row(time.perf_counter() - window_started)
-                update(self.progress.step, self.num_steps, note)
-                window_started = time.perf_counter()
-            before_extras = time.perf_counter()
+                update(self.progress.step, self.num_steps, self._log_row())
             self._evaluate_and_save_when_due()
-            window_started += time.perf_counter() - before_extras
             if self.progress.step >= self.num_steps:
                 return
             step_started = time.perf_counter()
@@ -162,14 +184,15 @@ class _Run:
         self.meter.merge(self.step_meter)
         self.step_meter.clear()
         self.progress.window_losses.append([done.loss, done.grad_norm])
-        names = [self.job.train.groups[number].record.origin for number in members]
+        groups = self.job.train.groups
+        names = [origin for number in members for origin, _ in groups[number].members]
         try:
             self.guard.after_step(self.progress.step, done.finite, done.loss, done.grad_norm, names)
         finally:
             self.progress.skipped_in_a_row = self.guard.skipped_in_a_row
 
-    def _log_row(self, seconds: float) -> str:
-        losses = self.progress.window_losses
+    def _log_row(self) -> str:
+        losses, seconds = self.progress.window_losses, self.progress.window_seconds
         row = {
             "step": self.progress.step,
             "epoch": self.progress.position / self.order.num_groups,
@@ -183,6 +206,7 @@ class _Run:
         self.log.write(row)
         self.meter.clear()
         losses.clear()
+        self.progress.window_seconds = 0.0
         return (
             f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  margin {row['rewards/margins']:+.3f}  "
             f"{row['preferences_per_second']:,.0f} pairs/s"
@@ -191,9 +215,10 @@ class _Run:
     def _evaluate_and_save_when_due(self) -> None:
         step, run = self.progress.step, self.config.run
         if run.eval_every and self.job.eval is not None and step % run.eval_every == 0:
+            before = self.progress.best_accuracy, self.progress.best_checkpoint
             self._evaluate()
-            if self.progress.best_checkpoint == f"step-{step:08d}":
-                self._try_to_save()
+            if self.progress.best_checkpoint == f"step-{step:08d}" and not self._try_to_save():
+                self.progress.best_accuracy, self.progress.best_checkpoint = before
         if run.save_every and step % run.save_every == 0:
             self._try_to_save()
 
@@ -223,22 +248,25 @@ class _Run:
             "eval/sources": meter.by_source(),
         }
         self.log.write(row)
+        self.saved_step = -1  # a checkpoint of this step does not hold the evaluation yet
         self.display.say(f"step {row['step']:,}: held-out accuracy {meter.accuracy:.4f}, loss {row['eval/loss']:.4f}")
         self.progress.last_eval = row
         if self.progress.best_accuracy is None or meter.accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy = meter.accuracy
             self.progress.best_checkpoint = f"step-{row['step']:08d}"
 
-    def _try_to_save(self) -> None:
+    def _try_to_save(self) -> bool:
         """Save, but let training go on if the disk will not: the next save may succeed."""
         try:
             self._save()
             self.failed_saves = 0
+            return True
         except StorageError as error:
             self.failed_saves += 1
             self.display.say(f"warning: {error} (failure {self.failed_saves} of {MAX_FAILED_SAVES} in a row)")
             if self.failed_saves >= MAX_FAILED_SAVES:
                 raise
+            return False
 
     def _save(self) -> None:
         if self.saved_step == self.progress.step:
@@ -248,7 +276,7 @@ class _Run:
         state = {
             "progress": asdict(self.progress),
             "config": self.config.model_dump(mode="json"),
-            "data_fingerprint": self.job.data_fingerprint,
+            "data_fingerprint": self.job.train.fingerprint,
             "versions": versions(),
         }
         save_checkpoint(folder, self.progress.step, self.job.network, self.engine.optimizer, state)
@@ -258,13 +286,16 @@ class _Run:
     def _restore(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / "state.json").read_text())
         check_config(state["config"], self.config)
-        if state["data_fingerprint"] != self.job.data_fingerprint:
+        if state["data_fingerprint"] != self.job.train.fingerprint:
             raise ConfigError(
-                f"{checkpoint}: the training data has changed since (other rows, order or sizes); restore it, or "
-                "start a new run.dir"
+                f"{checkpoint}: the training data has changed since (texts, images, preferences, order); "
+                "restore it, or start a new run.dir"
             )
         load_checkpoint(checkpoint, self.job.network, self.engine.optimizer)
         self.progress = Progress(**state["progress"])
+        if state["config"]["data"]["eval"] != self.config.model_dump(mode="json")["data"]["eval"]:
+            self.progress.last_eval, self.progress.best_accuracy, self.progress.best_checkpoint = {}, None, None
+        set_newer_aside(self.run_dir / "checkpoints", self.progress.step)
 
     def _interrupt(self) -> None:
         self.engine.discard()
@@ -280,11 +311,8 @@ class _Run:
 
     def _note_refusals(self, loaded: LoadedPack, prepared) -> None:
         for refusal in loaded.refused:
-            record = prepared.groups[refusal.group].record
-            self.quarantine.add(
-                source=record.source, origin=record.origin, record_id=record.id,
-                code=refusal.code, message=refusal.message,
-            )  # fmt: skip
+            group = prepared.groups[refusal.group]
+            refuse(self.quarantine, group.record.source, group.members, RecordError(refusal.code, refusal.message))
 
     def _announce(self, start: Path | None) -> None:
         job, say = self.job, self.display.say
@@ -311,6 +339,7 @@ class _Run:
             "preferences": progress.preferences,
             "tokens_processed": progress.tokens_processed,
             "tokens_unshared": progress.tokens_unshared,
+            "train_seconds": progress.train_seconds,
             "preferences_per_second": progress.preferences / max(progress.train_seconds, 1e-9),
             "peak_memory_bytes": peak_memory_bytes(self.job.network.device),
             "quarantined": self.quarantine.total,
@@ -319,7 +348,7 @@ class _Run:
             "versions": versions(),
         }
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        rows = read_metrics(self.run_dir / "metrics.jsonl")
+        rows = read_rows(self.run_dir / "metrics.jsonl")
         draw_report(
             [row for row in rows if "loss" in row],
             [row for row in rows if "eval/accuracy" in row],

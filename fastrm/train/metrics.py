@@ -1,7 +1,9 @@
 """What a step is measured by, and where the numbers go."""
 
+import importlib.util
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +32,9 @@ class PreferenceMeter:
 
     def state(self) -> dict:
         """The sums as JSON; `restore` takes them back exactly."""
-        return {name.lstrip("_"): value for name, value in vars(self).items()}
+        return {
+            name.lstrip("_"): dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()
+        }
 
     def restore(self, state: dict) -> None:
         self.clear()
@@ -99,13 +103,15 @@ class MetricsLog:
     """metrics.jsonl, and the optional loggers of run.report_to.
 
     Args:
-        path: appended to; rows after `step` are removed first, so that a resumed run's file reads
-            like that of an unbroken one.
-        step: the step that the run continues from.
+        path: appended to; rows that the run is going to write again are removed first, so that a
+            resumed run's file reads like that of an unbroken one.
+        progress: where the run continues from: its `step`, and its `last_eval`.
     """
 
-    def __init__(self, path: Path, step: int, report_to: list[str], run_dir: Path, config: dict):
-        self._file = _open_after(path, step)
+    def __init__(self, path: Path, progress, report_to: list[str], run_dir: Path, config: dict):
+        evaluated = progress.last_eval.get("step", -1)
+        keep_rows(path, lambda row: row["step"] <= (evaluated if "eval/accuracy" in row else progress.step))
+        self._file = path.open("a")
         self._sinks = [_SINKS[name](run_dir, config) for name in report_to]
 
     def write(self, row: dict) -> None:
@@ -121,8 +127,8 @@ class MetricsLog:
             sink(None)
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Rows of metrics.jsonl; a last line cut off by a kill is left out."""
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSON Lines file, none if it is missing; a last line cut off by a kill is left out."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -133,17 +139,26 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
-def _open_after(path: Path, step: int):
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path.open("a")
+def keep_rows(path: Path, wanted: Callable[[dict], bool]) -> None:
+    """Remove the other rows of a JSON Lines file, if it exists."""
+    if path.exists():
+        path.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if wanted(row)))
+
+
+def check_loggers(report_to: list[str]) -> None:
+    """Before any work is done: is every logger of run.report_to installed?
+
+    Raises:
+        ConfigError: naming the package to install.
+    """
+    for name in report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"run.report_to: {name} is not installed; pip install {name}")
 
 
 def _tensorboard(run_dir: Path, config: dict):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("run.report_to: tensorboard is not installed; pip install tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(run_dir / "tensorboard")
 
     def sink(row):
@@ -157,10 +172,8 @@ def _tensorboard(run_dir: Path, config: dict):
 
 
 def _wandb(run_dir: Path, config: dict):
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("run.report_to: wandb is not installed; pip install wandb") from None
+    import wandb
+
     run = wandb.init(dir=run_dir, config=config)
     return lambda row: run.finish() if row is None else run.log(row, step=row["step"])
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError, StorageError
-from fastrm.train.checkpoint import newest_checkpoint, verify
+from fastrm.train.checkpoint import list_checkpoints, newest_checkpoint, verify
 
-# Keys that may differ on resume: they change neither what is computed from a step on, nor what was.
+# Keys that may differ on resume: they do not change what a step computes. More or fewer steps in all
+# do change the learning rates to come, which is what a user who sets them wants.
 MAY_CHANGE = (
     "run.dir", "run.epochs", "run.max_steps", "run.log_every", "run.eval_every", "run.save_every",
     "run.keep_checkpoints", "run.report_to", "run.device", "data.eval", "data.num_workers",
@@ -28,7 +29,8 @@ def find_start(run_dir: Path, resume: str, say) -> Path | None:
     """
     folder = run_dir / "checkpoints"
     if resume == "no":
-        if (run_dir / "metrics.jsonl").exists():
+        metrics = run_dir / "metrics.jsonl"
+        if list_checkpoints(folder) or (metrics.exists() and metrics.stat().st_size):
             raise ConfigError(
                 f"{run_dir}: holds a run already; add --resume auto to continue it, or set run.dir to start another"
             )

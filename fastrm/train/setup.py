@@ -1,6 +1,5 @@
 """From a configuration to what the loop needs: data, tokeniser, network."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record
 from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
 from fastrm.errors import ConfigError
-from fastrm.model.export import has_head, load_backbone, load_head, make_encoder
+from fastrm.model.export import check_same_head, has_head, load_backbone, load_head, make_encoder
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.train.display import Display
 
@@ -27,15 +26,6 @@ class Job:
     network: RewardNetwork
     train: PreparedSet
     eval: PreparedSet | None
-
-    @property
-    def data_fingerprint(self) -> str:
-        """Changes when the training groups, their order or their sizes do."""
-        digest = hashlib.sha256()
-        for group in self.train.groups:
-            row = (group.record.origin, group.record.id, group.num_tokens, group.num_preferences)
-            digest.update(repr(row).encode())
-        return digest.hexdigest()
 
 
 def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Display) -> Job:
@@ -65,9 +55,11 @@ def make_tokenizer(config: Config, records: Iterable[Record], run_dir: Path):
     if not isinstance(settings, TrainedTokenizer):
         return load_tokenizer(settings or config.model.path)
     kept = run_dir / "tokenizer"
-    if not (kept / "tokenizer.json").exists():
+    if not kept.exists():
         conversations = (response.messages for record in records for response in record.responses)
-        train_tokenizer(conversations, settings.train_vocab_size).save_pretrained(kept)
+        partial = run_dir / "tokenizer.part"
+        train_tokenizer(conversations, settings.train_vocab_size).save_pretrained(partial)
+        partial.rename(kept)
     return load_tokenizer(str(kept))
 
 
@@ -84,6 +76,7 @@ def make_network(config: Config, tokenizer) -> RewardNetwork:
     )  # fmt: skip
     network = RewardNetwork(backbone, settings.head, encoder)
     if settings.path is not None and has_head(settings.path):
+        check_same_head(Path(settings.path), settings)
         load_head(network.score, Path(settings.path))
     network.freeze(settings.freeze)
     network.to(pick_device(config.run.device))
