@@ -42,7 +42,15 @@ setup(
     ],
     extras_require={
         "report": ["tensorboard", "wandb"],
-        "test": ["build", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist", "ruff", "tensorboard", "trl>=1.0"],
+        "test": [
+            "build",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist",
+            "ruff==0.17.6",
+            "tensorboard",
+            "trl>=1.0",
+        ],
     },
     entry_points={"console_scripts": ["fastrm=fastrm.cli:main"]},
 )

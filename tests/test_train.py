@@ -349,7 +349,7 @@ def test_tensorboard_gets_the_rows(colours, tmp_path):
 def test_a_missing_logger_is_named_before_any_work(colours, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     path = tiny_config(tmp_path, colours, run={"report_to": ["wandb"]})
-    with pytest.raises(ConfigError, match="run.report_to: wandb is not installed; pip install wandb"):
+    with pytest.raises(ConfigError, match=r"run\.report_to: wandb is not installed; pip install wandb"):
         run(path)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
