@@ -34,6 +34,7 @@ def save_model(model: RewardNetwork, folder: Path) -> None:
     save_torch_state_dict(_untied_state(model), folder, safe_serialization=True)
     config = model.model.config.to_dict()
     config["num_labels"] = 1
+    config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}
     config["problem_type"] = "regression"
     config["architectures"] = [type(model.model).__name__]
     config["fastrm"] = {"format": FORMAT, "head": model.head.model_dump(), "anchor": model.encoder.anchor}
@@ -85,6 +86,7 @@ def load_backbone(path: str) -> nn.Module:
         StorageError: if weights are missing or do not fit.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+    from transformers.utils import logging
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -98,6 +100,9 @@ def load_backbone(path: str) -> nn.Module:
     is_vision = config.model_type in VISION_FAMILIES
     # Only the full vision classes know both names of published weights, `visual.*` and `model.visual.*`.
     auto_class = AutoModelForImageTextToText if is_vision else AutoModel
+    # Its report of unknown and missing keys would name the head as unknown; ours follows below.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         model, report = auto_class.from_pretrained(
             path,
@@ -111,6 +116,8 @@ def load_backbone(path: str) -> nn.Module:
         # transformers, safetensors and the hub client raise many types here; all mean the same to the user.
         reason = str(error).strip().splitlines()[0]
         raise StorageError(f"model.path {path!r}: the weights cannot be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     broken = [*report["missing_keys"], *report.get("mismatched_keys", ())]
     broken = [name for name in broken if name != "lm_head.weight"]  # never read; our exports have none
     if broken:
