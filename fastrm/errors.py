@@ -2,7 +2,7 @@
 
 A message says what went wrong, where, what was found, what was wanted and what to do next. The
 codes follow sysexits.h where it has one: 64 usage or configuration, 65 data, 70 internal,
-74 input/output; 75 interrupted (resume), 76 diverged and 77 refused as unsafe are ours.
+74 input/output; 75 interrupted (resume) and 76 diverged are ours.
 """
 
 
@@ -40,12 +40,6 @@ class DivergedError(FastrmError):
     """Loss or gradients stayed non-finite. Weights and checkpoints are those of the last good step."""
 
     exit_code = 76
-
-
-class UnsafeError(FastrmError):
-    """Refused: loading this could run code or read outside the folders that were named."""
-
-    exit_code = 77
 
 
 class RecordError(Exception):
