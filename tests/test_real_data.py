@@ -76,4 +76,4 @@ def test_easy_vqa_is_learned_from_random_weights(tmp_path):
             f"data.eval.0.images={DATA / 'easy_vqa' / 'images_test.tar'}",
         ],
     )
-    assert train(config)["eval_accuracy"] >= 0.70
+    assert train(config)["eval_accuracy"] >= 0.85  # 0.907 when it was measured; 0.5 without the image
