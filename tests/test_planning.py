@@ -9,7 +9,7 @@ import pytest
 from fastrm.data.order import StepOrder, epoch_order
 from fastrm.data.packing import plan_packs
 from fastrm.data.prepare import encode_group
-from fastrm.data.record import Message, Response
+from fastrm.data.record import Message, Record, Response
 from fastrm.data.tree import build_tree
 from support import make_image, make_model, make_record, pack_of
 
@@ -81,12 +81,14 @@ def test_not_sharing_gives_one_root_each():
 
 
 def test_images_share_only_when_their_content_is_the_same():
+    """Also inside one group, where nothing but the tokens' content keys keeps two images apart."""
     network = make_model("qwen2_5_vl")
     one, same, other = make_image(56, 56, 1), make_image(56, 56, 1), make_image(56, 56, 2)
+    answer = Message("assistant", ("yes",))
     sizes = {}
     for name, pair in {"same": (one, same), "other": (one, other)}.items():
-        records = [make_record(1, images=[image], num_responses=1, prompt="Describe it.") for image in pair]
-        pack = pack_of(network, records)
+        responses = tuple(Response((Message("user", (image, "Describe it.")), answer)) for image in pair)
+        pack = pack_of(network, [Record("images", responses, (), "test", "test:1")])
         sizes[name] = (len(pack.image_grid_thw), pack.num_tokens)
     assert sizes["same"][0] == 1 and sizes["other"][0] == 2
     assert sizes["same"][1] < sizes["other"][1]
