@@ -2,43 +2,83 @@
 
 import torch
 
+from fastrm_kernels.dispatch import choose, obstacle_to_triton
+from fastrm_kernels.tree_attention.autograd import tree_attention_triton
 from fastrm_kernels.tree_attention.eager import tree_attention_eager
 from fastrm_kernels.tree_attention.varlen import tree_attention_varlen
 
-IMPLEMENTATIONS = {"eager": tree_attention_eager, "varlen": tree_attention_varlen}
+IMPLEMENTATIONS = {
+    "triton": tree_attention_triton,
+    "eager": tree_attention_eager,
+    "varlen": tree_attention_varlen,
+}
+HEAD_DIMENSIONS = (16, 32, 64, 80, 96, 128)  # that the Triton kernels have
+# Tiles are placed by 64-bit offsets; within one, of at most 128 rows, offsets have 32 bits.
+FARTHEST_ROWS = 2**31 // 128
 
 
 def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="auto"):
     """Attention of packed query tokens to their paths in a prefix tree.
 
     Args:
-        query: (Tq, H, K); Tq is the sum of the layout's query lengths.
+        query: (Tq, H, K), with Tq = layout.num_queries.
         key, value: (T, Hkv, K) with H a multiple of Hkv and T = layout.num_keys.
         layout: a `TreeLayout` on the same device.
         scale: of the scores; default K ** -0.5.
-        causal: each run causal, aligned at the bottom right; else every query sees its whole run.
-        impl: auto (varlen on CUDA in half precision, else eager), eager, or varlen.
+        causal: every token sees its path up to itself. False, for a layout of independent sequences
+            only: every token sees its whole sequence.
+        impl: auto (see `choose_implementation`), triton, eager, or varlen.
 
     Returns:
-        (Tq, H, K), like `query`. Deterministic, forward and backward, with eager on CPU.
+        (Tq, H, K), like `query`. Deterministic, forward and backward, with triton, and with eager on CPU.
 
     Raises:
-        ValueError: for shapes that do not fit the layout, an unknown impl, or an impl that cannot
-            run these inputs.
+        ValueError: for shapes that do not fit the layout, causal=False on a tree, an unknown impl, or
+            an impl that cannot run these inputs.
     """
-    if query.shape[0] != sum(layout.query_lengths) or key.shape[0] != layout.num_keys:
+    _check_shapes(query, key, value, layout)
+    if not causal and not layout.is_flat:
+        raise ValueError("causal=False: got a tree, wanted independent sequences (all parents -1)")
+    if impl == "auto":
+        impl = choose_implementation(query)[0]
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: got {impl!r}, wanted auto or one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "triton":
+        _check_triton(query, key, value)
+    return IMPLEMENTATIONS[impl](query, key, value, layout, scale=scale, causal=causal)
+
+
+def choose_implementation(query) -> tuple[str, str]:
+    """What `auto` means for a query, and why.
+
+    The measured winner on its device; where nothing was measured, torch's varlen FlashAttention on CUDA
+    in half precision and eager elsewhere.
+    """
+    impl, why = choose("tree_attention", query)
+    if impl == "eager" and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return "varlen", f"torch's varlen FlashAttention; {why}"
+    return impl, why
+
+
+def _check_shapes(query, key, value, layout):
+    if query.shape[0] != layout.num_queries or key.shape[0] != layout.num_keys:
         raise ValueError(
             f"got {query.shape[0]} query and {key.shape[0]} key rows, the layout has "
-            f"{sum(layout.query_lengths)} and {layout.num_keys}"
+            f"{layout.num_queries} and {layout.num_keys}"
         )
     if key.shape != value.shape or query.shape[1] % key.shape[1] or query.shape[2] != key.shape[2]:
         raise ValueError(
             f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; wanted "
             "(Tq, H, K), (T, Hkv, K), (T, Hkv, K) with H a multiple of Hkv"
         )
-    if impl == "auto":
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        impl = "varlen" if query.device.type == "cuda" and half else "eager"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: got {impl!r}, wanted auto or one of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[impl](query, key, value, layout, scale=scale, causal=causal)
+
+
+def _check_triton(query, *others):
+    obstacle = obstacle_to_triton(query)
+    if obstacle is None and query.shape[2] not in HEAD_DIMENSIONS:
+        obstacle = f"got head dimension {query.shape[2]}, wanted one of {', '.join(map(str, HEAD_DIMENSIONS))}"
+    farthest = max(x.stride(0) for x in (query, *others))
+    if obstacle is None and farthest >= FARTHEST_ROWS:
+        obstacle = f"got rows {farthest:,} elements apart, wanted less than {FARTHEST_ROWS:,}"
+    if obstacle is not None:
+        raise ValueError(f"tree_attention with impl='triton': {obstacle}; pass impl='eager', which runs everywhere")

@@ -9,7 +9,8 @@ keys are themselves; only the other children need the ancestors' keys again:
     runs:  queries [P C] with keys [P C],  queries [R] with keys [P R]
 
 Within a run the mask is causal and aligned at the bottom right: query i of q sees the first
-k - q + i + 1 keys.
+k - q + i + 1 keys. Runs serve the eager and varlen implementations; the Triton kernels read shared
+keys in place and follow the work lists of `tiles.py` instead.
 """
 
 from bisect import bisect_right
@@ -17,26 +18,35 @@ from dataclasses import dataclass, field
 
 import torch
 
+Spans = tuple[tuple[int, int], ...]  # (start, stop) rows, in order, none empty, none touching
+
 
 @dataclass(frozen=True)
 class TreeLayout:
     """Query runs of one packed row and the keys of each run; all index tensors on one device.
 
     Attributes:
-        num_keys: T, the rows of key and value.
+        lengths, parents: of the segments, as given.
+        paths: of each segment, the row spans of its ancestors and itself.
+        query_rows: rows of the queries; None when every row is one.
+        num_queries, num_keys: Tq and T, the rows of query and of key and value.
         query_lengths, key_lengths: tokens of each of the B runs, as Python integers.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 cumulative lengths.
         key_index: (sum of key_lengths,) int64 rows of key and value, run by run; None when that
             is simply 0 .. T - 1, so that nothing has to be gathered.
     """
 
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+    paths: tuple[Spans, ...]
+    query_rows: tuple[int, ...] | None
+    num_queries: int
     num_keys: int
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     key_index: torch.Tensor | None
-    _segments: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = field(repr=False, default=())
     _plans: dict = field(repr=False, compare=False, default_factory=dict)
 
     @staticmethod
@@ -51,65 +61,102 @@ class TreeLayout:
         Raises:
             ValueError: if a parent does not stand before its child, or a length is negative.
         """
-        lengths, parents = [int(n) for n in lengths], [int(p) for p in parents]
+        lengths, parents = tuple(int(n) for n in lengths), tuple(int(p) for p in parents)
         if len(lengths) != len(parents):
             raise ValueError(f"got {len(lengths)} lengths and {len(parents)} parents, wanted one of each a segment")
-        starts, end = [], 0
+        paths: list[Spans] = []
+        queries, keys = [], []  # of each run: its tokens, and its key spans
+        tail = -1  # last segment of the run that is open
+        start = 0
         for segment, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
             if length < 0 or not -1 <= parent < segment:
                 raise ValueError(
                     f"segment {segment}: got length {length} and parent {parent}, "
                     f"wanted a length >= 0 and a parent in -1..{segment - 1}"
                 )
-            starts.append(end)
-            end += length
-        paths = []  # of each segment: the (start, stop) spans of its ancestors and itself, joined
-        queries, keys = [], []  # of each run: (start, stop), and its key spans
-        tail = -1  # last segment of the run that is open
-        for segment, (start, length, parent) in enumerate(zip(starts, lengths, parents, strict=True)):
             above = paths[parent] if parent >= 0 else ()
             paths.append(_join(above, (start, start + length)))
+            start += length
             if parent >= 0 and parent == tail:
-                queries[-1] = (queries[-1][0], start + length)
+                queries[-1] += length
                 keys[-1] = paths[-1]
             elif length:
-                queries.append((start, start + length))
+                queries.append(length)
                 keys.append(paths[-1])
             else:
                 continue
             tail = segment
-        segments = tuple((a, path) for a, n, path in zip(starts, lengths, paths, strict=True) if n)
-        return _from_runs(end, [b - a for a, b in queries], keys, segments, device)
+        return _from_runs(lengths, parents, tuple(paths), None, queries, keys, device)
 
     @staticmethod
     def from_lengths(lengths, device=None) -> "TreeLayout":
         """Independent sequences, one after another (plain varlen)."""
         return TreeLayout.build(lengths, [-1] * len(lengths), device)
 
-    def at_rows(self, rows: torch.Tensor) -> "TreeLayout":
-        """Layout for queries at `rows` (R,) only, one run each, against the same keys.
+    def at_rows(self, rows) -> "TreeLayout":
+        """Layout for queries at `rows` only, one run each, against the same keys.
 
         A row sees what it sees in the full layout: its path up to and including itself.
+
+        Args:
+            rows: R integers; a tensor on a GPU is waited for, so hand over a list or a CPU tensor.
+
+        Raises:
+            ValueError: for a row outside 0 .. T - 1.
         """
-        starts = [start for start, _ in self._segments]
+        rows = tuple(rows.tolist() if isinstance(rows, torch.Tensor) else rows)
+        if rows and not 0 <= min(rows) <= max(rows) < self.num_keys:
+            raise ValueError(f"rows: got {min(rows)} to {max(rows)}, wanted 0 to {self.num_keys - 1}")
+        owners = [segment for segment, length in enumerate(self.lengths) if length]
+        starts = self.starts
+        firsts = [starts[segment] for segment in owners]
         keys = []
-        for row in rows.tolist():
-            path = self._segments[bisect_right(starts, row) - 1][1]
-            keys.append((*path[:-1], (path[-1][0], row + 1)))
-        return _from_runs(self.num_keys, [1] * len(keys), keys, (), rows.device)
+        for row in rows:
+            *above, own = self.paths[owners[bisect_right(firsts, row) - 1]]
+            keys.append((*above, (own[0], row + 1)))
+        device = self.cu_seqlens_q.device
+        return _from_runs(self.lengths, self.parents, self.paths, rows, [1] * len(keys), keys, device)
+
+    @property
+    def starts(self) -> list[int]:
+        """First row of each segment."""
+        starts, end = [], 0
+        for length in self.lengths:
+            starts.append(end)
+            end += length
+        return starts
+
+    @property
+    def is_flat(self) -> bool:
+        """Are these independent sequences?"""
+        return all(parent < 0 for parent in self.parents)
+
+    def prepare(self, dtype: torch.dtype, head_dim: int, *, causal: bool = True) -> None:
+        """Build what the Triton kernels need of this layout now, for inputs of this kind.
+
+        Otherwise the first call does it, which torch.compile cannot trace.
+        """
+        from fastrm_kernels.tree_attention.tiles import choose_blocks, work_lists
+
+        work_lists(self, choose_blocks(dtype, head_dim, self.query_rows is not None), causal)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens_q.device
 
     def to(self, device) -> "TreeLayout":
-        """The same layout with its index tensors on `device`."""
-        if self.cu_seqlens_q.device == torch.device(device):
+        """The same layout with its index tensors, work lists included, on `device`."""
+        if self.device == torch.device(device):
             return self
         index = None if self.key_index is None else self.key_index.to(device)
         return TreeLayout(
-            self.num_keys, self.query_lengths, self.key_lengths,
-            self.cu_seqlens_q.to(device), self.cu_seqlens_k.to(device), index, self._segments,
+            self.lengths, self.parents, self.paths, self.query_rows, self.num_queries, self.num_keys,
+            self.query_lengths, self.key_lengths, self.cu_seqlens_q.to(device), self.cu_seqlens_k.to(device), index,
+            {key: plan.to(device) for key, plan in self._plans.items() if hasattr(plan, "to")},
         )  # fmt: skip
 
 
-def _join(spans, span):
+def _join(spans: Spans, span: tuple[int, int]) -> Spans:
     """Append a (start, stop) span, merging it with the last one where they touch."""
     if span[0] == span[1]:
         return spans
@@ -118,18 +165,25 @@ def _join(spans, span):
     return (*spans, span)
 
 
-def _from_runs(num_keys, query_lengths, key_spans, segments, device) -> TreeLayout:
-    key_lengths = [sum(b - a for a, b in spans) for spans in key_spans]
+def _from_runs(lengths, parents, paths, query_rows, query_lengths, key_spans, device) -> TreeLayout:
+    num_keys = sum(lengths)
     flat = [span for spans in key_spans for span in spans]
     identity = [0] + [b for _, b in flat] == [a for a, _ in flat] + [num_keys]
-    index = None
-    if not identity:
-        ranges = [torch.arange(a, b, device=device) for a, b in flat]
-        index = torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64, device=device)
+    key_lengths = [sum(b - a for a, b in spans) for spans in key_spans]
     return TreeLayout(
-        num_keys, tuple(query_lengths), tuple(key_lengths),
-        _cumulative(query_lengths, device), _cumulative(key_lengths, device), index, segments,
+        lengths, parents, paths, query_rows, sum(query_lengths), num_keys, tuple(query_lengths), tuple(key_lengths),
+        _cumulative(query_lengths, device), _cumulative(key_lengths, device),
+        None if identity else expand_spans(flat).to(device),
     )  # fmt: skip
+
+
+def expand_spans(spans) -> torch.Tensor:
+    """(start, stop) spans -> all their rows, one after another, int64 on the CPU."""
+    bounds = torch.tensor(list(spans), dtype=torch.int64).view(-1, 2)
+    counts = bounds[:, 1] - bounds[:, 0]
+    ends = counts.cumsum(0)
+    # Row n of the result is the n-th place minus where its span begins there, plus where it begins in the row.
+    return torch.arange(int(counts.sum())) + torch.repeat_interleave(bounds[:, 0] - (ends - counts), counts)
 
 
 def _cumulative(lengths, device):

@@ -1,0 +1,53 @@
+"""Which implementation runs an operation. An explicit choice never falls back to another."""
+
+from types import SimpleNamespace
+
+import torch
+
+from fastrm_kernels.launch import triton_obstacle
+
+# (operation, device name) -> the implementation that was faster there. Entries come from bench/results
+# only: a figure measured on that very device, with the correctness gate green. None was measured yet.
+MEASURED: dict[tuple[str, str], str] = {}
+
+
+def choose(op: str, tensor: torch.Tensor) -> tuple[str, str]:
+    """What `auto` means for these inputs: the implementation and, in words, the reason."""
+    obstacle = obstacle_to_triton(tensor)
+    if obstacle is not None:
+        return "eager", f"Triton cannot run {op} here: {obstacle}"
+    device = _device_name(tensor.device)
+    if (op, device) not in MEASURED:
+        return "eager", f"{op} was not measured on {device}; ask for triton by name to use it"
+    return MEASURED[op, device], f"the faster one for {op} in bench/results of {device}"
+
+
+def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
+    """"triton" or "eager" for an `impl` of auto, triton or eager.
+
+    Raises:
+        ValueError: for another name, or for triton where it cannot run.
+    """
+    if impl == "auto":
+        return choose(op, tensor)[0]
+    if impl not in ("triton", "eager"):
+        raise ValueError(f"impl: got {impl!r}, wanted one of auto, triton, eager")
+    obstacle = obstacle_to_triton(tensor) if impl == "triton" else None
+    if obstacle is not None:
+        raise ValueError(f"{op} with impl='triton': {obstacle}; pass impl='eager', which runs everywhere")
+    return impl
+
+
+def obstacle_to_triton(tensor: torch.Tensor) -> str | None:
+    """Why Triton cannot run on this tensor, or None; torch.compile takes the answer as a constant."""
+    return _obstacle(tensor.dtype, tensor.device)
+
+
+@torch.compiler.assume_constant_result
+def _obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    return triton_obstacle(SimpleNamespace(dtype=dtype, device=device))
+
+
+@torch.compiler.assume_constant_result
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,109 @@
+"""The Triton kernels as operators of torch: autograd, torch.compile, meta tensors.
+
+A layout's work lists travel as their six tensors, because an operator takes tensors and numbers only.
+"""
+
+import torch
+
+from fastrm_kernels.tree_attention import tiles
+from fastrm_kernels.tree_attention.tiles import WorkLists
+
+
+def tree_attention_triton(query, key, value, layout, *, scale=None, causal=True):
+    """Same contract as `tree_attention`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    single_rows = layout.query_rows is not None
+    work = tiles.work_lists(layout, tiles.choose_blocks(query.dtype, query.shape[-1], single_rows), causal)
+    output, _ = tree_attention_forward(query, key, value, work.tensors(), single_rows, scale)
+    return output
+
+
+@torch.library.custom_op("fastrm::tree_attention", mutates_args=())
+def tree_attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: list[torch.Tensor],
+    single_rows: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """output (Tq, H, K) in query's dtype, and the base-2 log-sum-exp of every row, (H, Tq) float32."""
+    from fastrm_kernels.tree_attention.triton_forward import launch_tree_attention_fwd
+
+    query, key, value = _dense_columns(query, key, value)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+    work, blocks = WorkLists.from_tensors(lists), tiles.choose_blocks(query.dtype, query.shape[-1], single_rows)
+    launch_tree_attention_fwd(query, key, value, output, lse, work, blocks, scale)
+    return output, lse
+
+
+@tree_attention_forward.register_fake
+def _(query, key, value, lists, single_rows, scale):
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return output, query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastrm::tree_attention_backward", mutates_args=())
+def tree_attention_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    upstream: torch.Tensor,
+    lists: list[torch.Tensor],
+    single_rows: bool,
+    scale: float,
+    need_key_value: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; those of key and value are empty where they are not needed."""
+    from fastrm_kernels.tree_attention.triton_backward import (
+        launch_tree_attention_bwd_key_value,
+        launch_tree_attention_bwd_query,
+    )
+
+    query, key, value, upstream = _dense_columns(query, key, value, upstream)
+    query_grad, key_grad, value_grad = _gradients(query, key, value, need_key_value)
+    delta = torch.empty_like(lse)
+    work, blocks = WorkLists.from_tensors(lists), tiles.choose_blocks(query.dtype, query.shape[-1], single_rows)
+    # Also where the query needs no gradient: it computes delta, which the other kernel reads.
+    launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, work, blocks, scale)
+    if need_key_value:
+        launch_tree_attention_bwd_key_value(
+            query, key, value, upstream, lse, delta, key_grad, value_grad, work, blocks, scale
+        )
+    return query_grad, key_grad, value_grad
+
+
+@tree_attention_backward.register_fake
+def _(query, key, value, output, lse, upstream, lists, single_rows, scale, need_key_value):
+    return _gradients(query, key, value, need_key_value)
+
+
+def _gradients(query, key, value, need_key_value):
+    shapes = [query.shape, *(x.shape if need_key_value else (0,) for x in (key, value))]
+    return tuple(query.new_empty(shape) for shape in shapes)
+
+
+def _setup(ctx, inputs, output):
+    query, key, value, lists, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output, *lists)
+
+
+def _backward(ctx, upstream, _):
+    query, key, value, output, lse, *lists = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    gradients = tree_attention_backward(
+        query, key, value, output, lse, upstream, lists, *ctx.settings, needs[1] or needs[2]
+    )
+    kept = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    return (*kept, [None] * len(lists), None, None)
+
+
+tree_attention_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def _dense_columns(*tensors):
+    """The kernels step through rows and heads by any stride, but need the values of a head side by side."""
+    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]

@@ -1,0 +1,394 @@
+"""The Triton kernels of tree attention: work lists against the definition, values against float64.
+
+Without a GPU they run in Triton's interpreter, which cannot multiply bfloat16: those cases are for the
+GPU marker.
+"""
+
+import itertools
+import random
+
+import pytest
+import torch
+from precision import assert_within_budget
+from test_tree_attention import random_tree
+
+from fastrm_kernels import TreeLayout, tree_attention
+from fastrm_kernels.tree_attention import tiles
+from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
+from fastrm_kernels.tree_attention.tiles import Blocks, work_lists
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+NAMES = ("output", "query gradient", "key gradient", "value gradient")
+SMALL = Blocks(16, 16, 16, 16, 4, 4, 1, 1, 1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Many tiles and steps from few tokens."""
+    monkeypatch.setattr(tiles, "choose_blocks", lambda *_: SMALL)
+
+
+def inputs(layout, heads=2, kv_heads=1, width=16, dtype=torch.float32):
+    """Values that `dtype` holds exactly, in float64."""
+    shapes = [
+        (layout.num_queries, heads, width),
+        (layout.num_keys, kv_heads, width),
+        (layout.num_keys, kv_heads, width),
+    ]
+    return [torch.randn(shape, device=DEVICE).to(dtype).double().requires_grad_() for shape in shapes]
+
+
+def forward_and_gradients(function, arguments, upstream):
+    output = function(*arguments)
+    return (output, *torch.autograd.grad(output, arguments, upstream))
+
+
+def check(layout, dtype, *, causal=True, heads=2, kv_heads=1, width=16, scale=None):
+    """Kernel against eager of the same dtype, and both against the reference in float64."""
+    exact = inputs(layout, heads, kv_heads, width, dtype)
+    upstream = torch.randn(layout.num_queries, heads, width, device=DEVICE).to(dtype)
+    truth = forward_and_gradients(
+        lambda *x: tree_attention_reference(*x, layout, causal=causal, scale=scale), exact, upstream.double()
+    )
+    results = {}
+    for impl in ("eager", "triton"):
+        rounded = [x.detach().to(dtype).requires_grad_() for x in exact]
+        results[impl] = forward_and_gradients(
+            lambda *x, impl=impl: tree_attention(*x, layout, causal=causal, scale=scale, impl=impl), rounded, upstream
+        )
+        assert all(x.dtype == dtype for x in results[impl])
+    assert_within_budget(NAMES, results["triton"], results["eager"], truth)
+
+
+def shuffled_tree(rng):
+    """Parents before children, but not depth first."""
+    lengths = [rng.choice([0, 1, 2, 17, 33]) for _ in range(rng.randint(2, 12))]
+    return lengths, [rng.randint(-1, segment - 1) for segment in range(len(lengths))]
+
+
+# --- work lists ---------------------------------------------------------------------------------
+
+
+def seen_by_steps(listed, num_rows, num_others):
+    """How often the steps of a tile list join each (row, other row), and which of them need no mask."""
+    count = torch.zeros(num_rows, num_others, dtype=torch.int32)
+    unmasked = torch.zeros(num_rows, num_others, dtype=torch.bool)
+    for start, end, begin, masked, last in listed.tiles.tolist():
+        for step in range(begin, last):
+            a, b = listed.steps[step].tolist()
+            count[start:end, a:b] += 1
+            if step < masked:
+                unmasked[start:end, a:b] = True
+    return count, unmasked
+
+
+def layouts(rng):
+    for case in range(120):
+        lengths, parents = shuffled_tree(rng) if case % 3 == 0 else random_tree(rng, max_segments=14)
+        layout = TreeLayout.build(lengths, parents)
+        if case % 4 == 3 and layout.num_keys:
+            layout = layout.at_rows([rng.randrange(layout.num_keys) for _ in range(rng.randint(1, 9))])
+        yield layout, True
+        yield TreeLayout.from_lengths(lengths), False
+
+
+def test_work_lists_join_every_visible_pair_once():
+    rng = random.Random(0)
+    for layout, causal in layouts(rng):
+        blocks = Blocks(
+            rng.choice([4, 16, 128]), rng.choice([4, 16]), rng.choice([4, 16, 64]), rng.choice([4, 32]), *[0] * 5
+        )
+        work = work_lists(layout, blocks, causal)
+        truth = visible(layout, causal)
+        low, high, rank = work.key_low, work.key_high, work.query_rank
+        assert torch.equal((low <= rank[:, None]) & (rank[:, None] < high), truth)
+        for listed, shown, rows, step in (
+            (work.query_tiles, truth, blocks.query_tile, blocks.key_step),
+            (work.key_tiles, truth.T, blocks.key_tile, blocks.query_step),
+        ):
+            count, unmasked = seen_by_steps(listed, *shown.shape)
+            assert (count <= 1).all()
+            assert (count[shown] == 1).all(), (layout.lengths, layout.parents)
+            assert shown[unmasked].all(), (layout.lengths, layout.parents)
+            bounds = sorted(tuple(tile[:2]) for tile in listed.tiles.tolist())
+            assert [row for a, b in bounds for row in range(a, b)] == list(range(shown.shape[0]))
+            assert all(0 < b - a <= rows for a, b in bounds)
+            sizes = [last - begin for _, _, begin, _, last in listed.tiles.tolist()]
+            assert sizes == sorted(sizes, reverse=True)
+            for _, _, begin, masked, _ in listed.tiles.tolist():
+                # Steps without a mask read whole blocks.
+                assert all(b - a == step for a, b in listed.steps[begin:masked].tolist())
+
+
+def num_steps(layout, causal=True):
+    return len(work_lists(layout, Blocks(128, 64, 128, 64, 8, 8, 3, 2, 2), causal).query_tiles.steps)
+
+
+def test_short_responses_share_tiles_against_their_prefix():
+    # 1280 prefix rows are ten tiles of 2, 4, .. 20 steps. 16 responses of 40 tokens are five tiles of 20
+    # prefix steps and at most 3 of their own, where a tile for each would take 16 * 21.
+    prefix = num_steps(TreeLayout.from_lengths([1280]))
+    assert prefix == 110
+    assert num_steps(TreeLayout.build([1280] + [40] * 16, [-1] + [0] * 16)) <= prefix + 5 * 23
+
+
+def test_a_tile_does_not_straddle_two_trees_for_nothing():
+    alone = num_steps(TreeLayout.from_lengths([1280]))
+    assert num_steps(TreeLayout.from_lengths([100, 1280, 1280])) <= 2 * alone + 2 + 20
+
+
+def test_small_windows_share_tiles():
+    work = work_lists(TreeLayout.from_lengths([64] * 10), Blocks(128, 64, 128, 64, 8, 8, 3, 2, 2), False)
+    assert len(work.query_tiles.tiles) == 5
+
+
+def test_work_lists_are_built_once_and_move_with_the_layout():
+    layout = TreeLayout.build([30, 10], [-1, 0])
+    first = work_lists(layout, SMALL, True)
+    assert work_lists(layout, SMALL, True) is first
+    moved = layout.to("meta")
+    assert work_lists(moved, SMALL, True).query_tiles.steps.device.type == "meta"
+    assert [x.shape for x in work_lists(moved, SMALL, True).tensors()] == [x.shape for x in first.tensors()]
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 80, 96, 128])
+def test_head_dimensions(width, dtype):
+    torch.manual_seed(width)
+    check(TreeLayout.build([65, 20, 9, 1], [-1, 0, 0, 2]), dtype, width=width)
+    check(TreeLayout.from_lengths([30, 64, 7]), dtype, width=width, causal=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 1), (6, 2), (3, 3)])
+def test_grouped_queries(heads, kv_heads, dtype):
+    torch.manual_seed(heads)
+    check(TreeLayout.build([40, 20, 30], [-1, 0, 0]), dtype, heads=heads, kv_heads=kv_heads, scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_trees(dtype, small_blocks):
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    for case in range(12):
+        layout = TreeLayout.build(*(shuffled_tree(rng) if case % 3 == 0 else random_tree(rng, max_segments=10)))
+        check(layout, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_segments_in_real_blocks(dtype):
+    torch.manual_seed(0)
+    check(TreeLayout.build([300, 90, 1, 129, 64, 40, 40], [-1, 0, 0, 2, -1, 4, 4], DEVICE), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_large_random_trees(seed):
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    lengths, parents = random_tree(rng)
+    lengths = [rng.randint(1, 300) for _ in lengths]
+    check(TreeLayout.build(lengths, parents, DEVICE), rng.choice([torch.float32, torch.float16]), width=64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chosen_rows(dtype):
+    torch.manual_seed(0)
+    layout = TreeLayout.build([70, 20, 33, 5, 90, 6], [-1, 0, 0, -1, 3, 3], DEVICE)
+    check(layout.at_rows([122, 89, 127, 0, 222, 223]), dtype, width=64)
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1], [1, 1, 1]], ids=str)
+def test_nothing_and_single_tokens(lengths):
+    check(TreeLayout.build(lengths, [-1] * len(lengths)), torch.float32)
+
+
+def test_keys_that_nobody_sees_get_zero_gradients():
+    layout = TreeLayout.build([10, 10], [-1, -1]).at_rows([3])
+    arguments = [x.detach().float().requires_grad_() for x in inputs(layout)]
+    output = tree_attention(*arguments, layout, impl="triton")
+    _, key_grad, value_grad = torch.autograd.grad(output.sum(), arguments)
+    assert value_grad[:4].abs().min() > 0
+    assert not key_grad[4:].any() and not value_grad[4:].any()
+
+
+def test_large_scores_do_not_overflow():
+    layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
+    check(layout, torch.float32, scale=300.0)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_every_output_element_is_written(small_blocks):
+    torch.manual_seed(0)
+    layout = TreeLayout.build([37, 20, 0, 9, 3], [-1, 0, 1, 0, -1])
+    torch.use_deterministic_algorithms(True)  # torch then fills fresh memory with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        check(layout, torch.float32)
+        check(layout.at_rows([50, 3]), torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("width", [16, 80])
+def test_nothing_is_written_outside(width, small_blocks):
+    from fastrm_kernels.tree_attention.triton_backward import (
+        launch_tree_attention_bwd_key_value,
+        launch_tree_attention_bwd_query,
+    )
+    from fastrm_kernels.tree_attention.triton_forward import launch_tree_attention_fwd
+
+    layout = TreeLayout.build([37, 20, 9], [-1, 0, 0])
+    work = work_lists(layout, SMALL, True)
+    query, key, value = (x.detach().float() for x in inputs(layout, width=width))
+    canary = 12345.0
+
+    def guarded(*shape):
+        """A tensor inside a larger one that is full of canaries, between heads and rows too."""
+        padded = torch.full([n + 2 for n in shape], canary, device=DEVICE)
+        return padded, padded[tuple(slice(1, n + 1) for n in shape)]
+
+    buffers = [guarded(*x.shape) for x in (query, query, key, value)]
+    output, query_grad, key_grad, value_grad = (inner for _, inner in buffers)
+    flat = torch.full((2 * 66 + 10,), canary, device=DEVICE)
+    lse, delta = flat[5:-5].view(2, 66), torch.empty(2, 66, device=DEVICE)
+    launch_tree_attention_fwd(query, key, value, output, lse, work, SMALL, 0.25)
+    upstream = torch.randn_like(query)
+    launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, work, SMALL, 0.25)
+    launch_tree_attention_bwd_key_value(
+        query, key, value, upstream, lse, delta, key_grad, value_grad, work, SMALL, 0.25
+    )
+    for padded, inner in buffers:
+        assert not (inner == canary).any()
+        inner.fill_(canary)
+        assert (padded == canary).all()
+    assert (flat[:5] == canary).all() and (flat[-5:] == canary).all()
+
+
+def test_offsets_beyond_32_bits():
+    """300 rows 2^23 elements apart. Memory that nobody touches is never allocated."""
+    torch.manual_seed(0)
+    layout = TreeLayout.build([250, 50], [-1, 0])
+    dense = [x.detach().half() for x in inputs(layout, heads=1)]
+    far = torch.empty(300 * 2**23, dtype=torch.float16, device=DEVICE)
+    spread = [far.as_strided(x.shape, (2**23, 16, 1), 16 * n).copy_(x) for n, x in enumerate(dense)]
+    upstream = torch.randn(300, 1, 16).half()
+    results = []
+    for arguments in (dense, spread):
+        arguments = [x.requires_grad_() for x in arguments]
+        results.append(forward_and_gradients(lambda *x: tree_attention(*x, layout, impl="triton"), arguments, upstream))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_rows_too_far_apart_are_refused():
+    layout = TreeLayout.build([2], [-1])
+    far = torch.empty(2**24 + 16, dtype=torch.float16, device=DEVICE).as_strided((2, 1, 16), (2**24, 16, 1))
+    with pytest.raises(ValueError, match="rows 16,777,216 elements apart, wanted less than 16,777,216"):
+        tree_attention(far, far, far, layout, impl="triton")
+
+
+def test_strided_inputs_and_expanded_gradients(small_blocks):
+    torch.manual_seed(0)
+    layout = TreeLayout.build([20, 15, 9], [-1, 0, 0])
+    dense = [x.detach().float() for x in inputs(layout, heads=4, kv_heads=2)]
+    # Heads outermost, as transformers hands them over; columns apart; rows of a wider buffer.
+    views = [
+        dense[0].transpose(0, 1).contiguous().transpose(0, 1),
+        dense[1].transpose(1, 2).contiguous().transpose(1, 2),
+        torch.cat([dense[2], dense[2]], -1)[..., :16],
+    ]
+    results = []
+    for arguments in (dense, views):
+        arguments = [x.requires_grad_() for x in arguments]
+        output = tree_attention(*arguments, layout, impl="triton")
+        for upstream in (torch.ones(1, 1, 1), torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1))):
+            results.append(torch.autograd.grad(output, arguments, upstream.expand_as(output), retain_graph=True))
+    assert all(torch.equal(a, b) for n in (0, 1) for a, b in zip(results[n], results[n + 2], strict=True))
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+def test_each_subset_of_gradients(needed, small_blocks):
+    torch.manual_seed(0)
+    layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
+    exact = [x.detach().float() for x in inputs(layout)]
+    everything = [x.clone().requires_grad_() for x in exact]
+    output = tree_attention(*everything, layout, impl="triton")
+    want = torch.autograd.grad(output.square().sum(), everything)
+    some = [x.clone().requires_grad_(need) for x, need in zip(exact, needed, strict=True)]
+    tree_attention(*some, layout, impl="triton").square().sum().backward()
+    for x, need, gradient in zip(some, needed, want, strict=True):
+        assert torch.equal(x.grad, gradient) if need else x.grad is None
+
+
+# --- promises -----------------------------------------------------------------------------------
+
+
+def test_runs_repeat_bitwise_and_responses_are_isolated(small_blocks):
+    torch.manual_seed(0)
+    layout = TreeLayout.build([25, 12, 7, 30], [-1, 0, 0, -1])
+    arguments = [x.detach().float() for x in inputs(layout)]
+    first = tree_attention(*arguments, layout, impl="triton")
+    assert torch.equal(first, tree_attention(*arguments, layout, impl="triton"))
+    changed = [x.clone() for x in arguments]
+    for x in changed:
+        x[25:37] = 100 * torch.randn_like(x[25:37])
+    second = tree_attention(*changed, layout, impl="triton")
+    others = [*range(25), *range(37, 74)]
+    assert torch.equal(first[others], second[others])
+    assert not torch.equal(first[25:37], second[25:37])
+
+
+def test_operators_pass_torchs_checks(small_blocks):
+    from fastrm_kernels.tree_attention.autograd import tree_attention_backward, tree_attention_forward
+
+    layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
+    query, key, value = (x.detach().float() for x in inputs(layout))
+    lists = work_lists(layout, SMALL, True).tensors()
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    torch.library.opcheck(tree_attention_forward, (*leaves, lists, False, 0.25))
+    output, lse = tree_attention_forward(query, key, value, lists, False, 0.25)
+    torch.library.opcheck(
+        tree_attention_backward, (query, key, value, output, lse, torch.randn_like(output), lists, False, 0.25, True)
+    )
+
+
+def test_compiles_as_one_graph(small_blocks):
+    torch.manual_seed(0)
+    compiled = torch.compile(
+        lambda q, k, v, layout: 2 * tree_attention(q, k, v, layout, impl="triton"), fullgraph=True, backend="aot_eager"
+    )
+    for lengths in ([20, 5, 5], [30, 7, 9], [12, 50, 3]):
+        layout = TreeLayout.build(lengths, [-1, 0, 0])
+        arguments = [x.detach().float().requires_grad_() for x in inputs(layout)]
+        layout.prepare(torch.float32, 16)
+        upstream = torch.randn(layout.num_queries, 2, 16)
+        got = forward_and_gradients(lambda *x, layout=layout: compiled(*x, layout), arguments, upstream)
+        want = forward_and_gradients(
+            lambda *x, layout=layout: 2 * tree_attention(*x, layout, impl="triton"), arguments, upstream
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_compiling_with_a_layout_that_is_not_prepared_says_so():
+    layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
+    compiled = torch.compile(lambda *x: tree_attention(*x, layout, impl="triton"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"call layout\.prepare"):
+        compiled(*[x.detach().float() for x in inputs(layout)])
+
+
+def test_what_the_kernels_cannot_do_is_said():
+    layout = TreeLayout.build([10, 5], [-1, 0])
+    with pytest.raises(
+        ValueError, match="got head dimension 24, wanted one of 16, 32, 64, 80, 96, 128; pass impl='eager'"
+    ):
+        tree_attention(*[x.float() for x in inputs(layout, width=24)], layout, impl="triton")
+    with pytest.raises(ValueError, match=r"got torch\.float64, wanted float16, bfloat16 or float32"):
+        tree_attention(*inputs(layout), layout, impl="triton")
+    with pytest.raises(ValueError, match="causal=False: got a tree, wanted independent sequences"):
+        tree_attention(*inputs(layout), layout, causal=False)
