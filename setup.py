@@ -26,6 +26,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
+        "triton>=3.6; platform_system == 'Linux'",
         "huggingface_hub",
         "jinja2>=3.1",
         "matplotlib",

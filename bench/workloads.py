@@ -130,7 +130,7 @@ class FastrmStep:
         cls, network: RewardNetwork, batches: Sequence[Sequence[EncodedGroup]], pixels: Pixels
     ) -> "FastrmStep":
         network = copy.deepcopy(network)
-        network.use_attention("sdpa", torch.float32)
+        network.use_kernels(torch.float32, attention="sdpa")
         packs = [
             build_pack(groups, {key: pixels[key] for group in groups for key in group.images}) for groups in batches
         ]

@@ -123,8 +123,9 @@ class ModelConfig(_Section):
     <|im_end|>), or the last special token that ends the turn. Stored in the export."""
     freeze: list[Literal["vision", "projector", "language"]] = []
     """Parts without gradient: the vision tower's blocks, its merger, the language model."""
-    attention: Literal["auto", "sdpa", "flash"] = "auto"
-    """sdpa runs anywhere; flash = torch's varlen FlashAttention, CUDA with bf16 only."""
+    attention: Literal["auto", "sdpa", "flash", "triton"] = "auto"
+    """sdpa runs anywhere; flash = torch's varlen FlashAttention, CUDA with bf16 only; triton = our
+    kernel, CUDA; auto follows `kernels`."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
 
@@ -179,6 +180,9 @@ class PrecisionConfig(_Section):
 
 
 class Config(_Section):
+    kernels: Literal["auto", "triton", "eager"] = "auto"
+    """Head, loss and attention: triton = our kernels, CUDA; eager = PyTorch's own operations; auto = for
+    each of them the one that was measured to be faster on this device, eager where none was."""
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastrm.data.record import ImageRef
+from fastrm.model.attention import use_backend
 
 # Without this term the loss would not see the head's last bias, and its gradient would prove nothing.
 CENTER = 0.1
@@ -59,7 +60,7 @@ def stock_rewards(network, records) -> torch.Tensor:
                 inputs["pixel_values"] = inputs["pixel_values"].to(network.model.dtype)
             hidden = network.model(**inputs, use_cache=False).last_hidden_state
             rewards.append(network.score(hidden[0, -1]).squeeze(-1))
-    network.use_attention("sdpa", network.model.dtype)
+    use_backend(network.model, network.attention[0])
     return torch.stack(rewards)
 
 

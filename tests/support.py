@@ -66,7 +66,7 @@ def make_model(family, *, head=None, seed=0, dtype=torch.float32):
         backbone.config, tokenizer, None, "last_token", ImageLimits(), min_pixels=28 * 28, max_pixels=28 * 28 * 40
     )
     model = RewardNetwork(backbone, head or HeadConfig(), encoder)
-    model.use_attention("sdpa", dtype)
+    model.use_kernels(dtype, attention="sdpa")
     # As transformers loads them: buffers, the rotary frequencies, stay float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

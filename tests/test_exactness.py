@@ -9,7 +9,7 @@ from fastrm.data.loader import PackBuilder, PackPlan
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.train.engine import LocalEngine
 from fastrm_kernels import preference_loss
-from support import FAMILIES, make_image, make_model, make_record, pack_of
+from support import FAMILIES, MROPE, make_image, make_model, make_record, pack_of
 
 VISION = [name for name in FAMILIES if "vl" in name]
 
@@ -81,6 +81,38 @@ def test_packed_equals_alone_in_stock_transformers(family, share):
         assert (got[name] - gradient).abs().max() <= 1e-5, name
     if share:
         assert pack.num_tokens < 0.6 * pack_of(network, records, share=False).num_tokens
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen2"])
+def test_triton_kernels_equal_stock_transformers(family, monkeypatch):
+    # Two heads of 16: the kernels have no head dimension of 8.
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    options = dict(FAMILIES[family])
+    if family in VISION:
+        options["text_config"] = {
+            **options["text_config"],
+            **heads,
+            "rope_parameters": {**MROPE, "mrope_section": [4, 2, 2]},
+        }
+    monkeypatch.setitem(FAMILIES, family, options if family in VISION else options | heads)
+    network = make_model(family)
+    network.use_kernels(torch.float32, kernels="triton")
+    assert network.attention[0] == network.head_kernels[0] == "triton"
+    a, _, _, d = _images()
+    records = [make_record(1, num_responses=4), make_record(2, images=[a, d] if family in VISION else ())]
+    loss, rewards = stock.stock_loss(network, records)
+    loss.backward()
+    expected = _gradients(network)
+
+    pack = pack_of(network, records)
+    packed = network(pack)
+    ours = preference_loss(packed, pack.edges, center=stock.CENTER, impl="triton")
+    ours.backward()
+    got = _gradients(network)
+    assert (packed - rewards).abs().max() <= 1e-5
+    assert got.keys() == expected.keys() == dict(network.named_parameters()).keys()
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= 1e-5, name
 
 
 @pytest.mark.parametrize("layers, activation", [(1, "none"), (2, "tanh"), (3, "relu"), (5, "silu")])

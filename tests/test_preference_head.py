@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fastrm_kernels import preference_loss, reward_head
+from fastrm_kernels import dispatch, preference_loss, reward_head
+from fastrm_kernels.preference_head import preference_head_gradients, preference_head_loss
 
 
 def _log_sigmoid(x):
@@ -97,9 +98,105 @@ def test_rewards_of_half_precision_are_float32():
     assert reward_head(hidden, torch.tensor([1]), [(weight, None)]).dtype == torch.float32
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_operands_are_taken_in_the_dtype_of_hidden(weight_dtype):
+    """Also under autocast, which would take them in its own."""
+    torch.manual_seed(0)
+    hidden, anchors = torch.randn(4, 8), torch.tensor([2, 0])
+    layers = [(torch.randn(6, 8, dtype=weight_dtype), None), (torch.randn(1, 6, dtype=weight_dtype), None)]
+    norm_weight = torch.rand(8, dtype=weight_dtype)
+    expected = reward_head(hidden, anchors, [(w.float(), None) for w, _ in layers], norm_weight=norm_weight.float())
+    assert torch.equal(reward_head(hidden, anchors, layers, norm_weight=norm_weight), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reward_head(hidden, anchors, layers, norm_weight=norm_weight), expected)
+
+
+def test_no_anchors_means_all_rows():
+    hidden, layers = torch.randn(5, 8), [(torch.randn(1, 8), torch.randn(1))]
+    assert torch.equal(reward_head(hidden, None, layers), reward_head(hidden, torch.arange(5), layers))
+
+
+def test_head_and_loss_in_one_are_the_two():
+    torch.manual_seed(0)
+    hidden, anchors, edges = torch.randn(9, 8), torch.tensor([8, 1, 1]), torch.tensor([[0, 1], [2, 0]])
+    layers = [(torch.randn(6, 8), torch.randn(6)), (torch.randn(1, 6), torch.randn(1))]
+    options = {"weight": torch.tensor([0.5, 2.0]), "margin": torch.tensor([0.1, 0.0]), "label_smoothing": 0.1}
+    leaf = hidden.clone().requires_grad_()
+    rewards = reward_head(leaf, anchors, layers, activation="tanh", norm_weight=torch.ones(8))
+    loss = preference_loss(rewards, edges, center=0.01, **options)
+    gradient = torch.autograd.grad(loss, leaf)[0]
+    one = leaf.detach().requires_grad_()
+    found = preference_head_loss(
+        one, anchors, layers, edges, activation="tanh", norm_weight=torch.ones(8), center=0.01, **options
+    )
+    assert torch.equal(found[0], loss) and torch.equal(found[1], rewards)
+    assert torch.equal(torch.autograd.grad(found[0], one)[0], gradient)
+    parts = preference_head_gradients(
+        hidden, anchors, layers, edges, activation="tanh", norm_weight=torch.ones(8), center=0.01, grad_loss=4.0,
+        **options,
+    )  # fmt: skip
+    dense = torch.zeros(9, 8).index_add_(0, parts.anchors, parts.rows)
+    assert parts.rows.shape == (3, 8) and (dense - 4.0 * gradient).abs().max() <= 1e-5
+
+
+def test_auto_is_what_was_measured_on_the_device(monkeypatch):
+    rewards = torch.zeros(2)
+    assert dispatch.choose("preference_head", rewards)[0] == "eager"
+    half = dispatch.choose("preference_head", rewards.double())
+    assert half == ("eager", "Triton cannot run preference_head here: got torch.float64, wanted float16, bfloat16 or "
+                             "float32")  # fmt: skip
+    monkeypatch.setattr(dispatch, "obstacle_to_triton", lambda tensor: None)
+    assert dispatch.choose("preference_head", rewards) == (
+        "eager", "preference_head was not measured on cpu; ask for triton by name to use it",
+    )  # fmt: skip
+    monkeypatch.setitem(dispatch.MEASURED, ("preference_head", "cpu"), "triton")
+    assert dispatch.choose("preference_head", rewards)[0] == "triton"
+    assert dispatch.choose("preference_loss", rewards)[0] == "eager"
+    assert dispatch.resolve("preference_head", "eager", rewards) == "eager"
+
+
 def test_wrong_head_is_refused():
     hidden = torch.randn(4, 8)
     with pytest.raises(ValueError, match="got 'gelu', wanted one of none, tanh, relu, silu"):
         reward_head(hidden, torch.tensor([0]), [(torch.randn(1, 8), None)], activation="gelu")
     with pytest.raises(ValueError, match="wanted a last weight of shape"):
         reward_head(hidden, torch.tensor([0]), [(torch.randn(2, 8), None)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4, 8, dtype=torch.int64)}, r"hidden: got \(4, 8\) torch.int64, wanted \(T, D\) f"),
+        ({"hidden": torch.zeros(2, 4, 8)}, r"hidden: got \(2, 4, 8\) torch.float32, wanted \(T, D\)"),
+        ({"hidden": torch.zeros(0, 8)}, "anchors: got 2 rows of a hidden that has none"),
+        ({"anchors": torch.tensor([0, 1], dtype=torch.int32)}, r"anchors: got \(2,\) torch.int32, .* call .long\(\)"),
+        ({"layers": []}, "layers: wanted a last weight"),
+        ({"layers": [(torch.zeros(3, 8), None), (torch.zeros(1, 4), None)]},
+         r"layers\[1\]: got a weight \(1, 4\), wanted 3 input columns"),
+        ({"layers": [(torch.zeros(1, 8), torch.zeros(2))]}, r"layers\[0\]: got a bias \(2,\), wanted \(1,\)"),
+        ({"norm_weight": torch.ones(7)}, r"norm_weight: got \(7,\), wanted \(8,\)"),
+        ({"activation": "gelu"}, "activation: got 'gelu', wanted one of none, tanh, relu, silu"),
+        ({"edges": torch.tensor([0, 1])}, r"edges: got \(2,\) torch.int64, wanted \(E, 2\) int64, winner then loser"),
+        ({"edges": torch.tensor([[0, 1]]).int()}, r"edges: got \(1, 2\) torch.int32, wanted \(E, 2\) int64"),
+        ({"label_smoothing": 0.5}, "label_smoothing: got 0.5, wanted 0 <= value < 0.5"),
+        ({"center": -0.1}, "center: got -0.1, wanted a coefficient >= 0"),
+        ({"margin": torch.zeros(2)}, r"margin: got \(2,\), wanted \(1,\)"),
+        ({"weight": torch.zeros(1, 1)}, r"weight: got \(1, 1\), wanted \(1,\)"),
+        ({"lengths": torch.ones(3)}, r"lengths: got \(3,\), wanted \(2,\)"),
+        ({"impl": "cuda"}, "impl: got 'cuda', wanted one of auto, triton, eager"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = {
+        "hidden": torch.zeros(4, 8), "anchors": torch.tensor([0, 1]), "layers": [(torch.zeros(1, 8), None)],
+        "edges": torch.tensor([[0, 1]]), **change,
+    }  # fmt: skip
+    for function in (preference_head_loss, preference_head_gradients):
+        with pytest.raises(ValueError, match=message):
+            function(**arguments)
+
+
+def test_rewards_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"rewards: got \(2,\) torch.bfloat16, wanted \(R,\) float32; call .float"):
+        preference_loss(torch.zeros(2, dtype=torch.bfloat16), torch.tensor([[0, 1]]))

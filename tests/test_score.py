@@ -119,7 +119,7 @@ def test_workers_change_no_reward(folder, model):
     [
         ({"dtype": "bf17"}, "dtype: got 'bf17', wanted one of auto, fp32, bf16"),
         ({"device": "gpu"}, "device: got 'gpu', wanted one of auto, cpu, cuda"),
-        ({"attention": "fast"}, "attention: got 'fast', wanted one of auto, sdpa, flash"),
+        ({"attention": "fast"}, "attention: got 'fast', wanted one of auto, sdpa, flash, triton"),
     ],
     ids=["dtype", "device", "attention"],
 )

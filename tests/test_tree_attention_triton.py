@@ -6,16 +6,18 @@ GPU marker.
 
 import itertools
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from precision import assert_within_budget
 from test_tree_attention import random_tree
 
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention import tiles
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
 from fastrm_kernels.tree_attention.tiles import Blocks, work_lists
+from precision import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -392,3 +394,24 @@ def test_what_the_kernels_cannot_do_is_said():
         tree_attention(*inputs(layout), layout, impl="triton")
     with pytest.raises(ValueError, match="causal=False: got a tree, wanted independent sequences"):
         tree_attention(*inputs(layout), layout, causal=False)
+
+
+# --- documentation ------------------------------------------------------------------------------
+
+
+def test_the_readmes_table_of_efficiency_is_true():
+    """Visible pairs over products done, in the query tiles of packs of about 16,000 tokens."""
+    text = (Path(tiles.__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) / (\d+) \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    blocks = tiles.choose_blocks(torch.bfloat16, 128, False)
+    for prefix, response, cells in ((int(p), int(r), cells.split(" | ")) for p, r, cells in rows):
+        for number, cell in zip((2, 4, 8, 16), cells, strict=True):
+            trees = max(1, 16384 // (prefix + number * response))
+            parents = [
+                root if n else -1 for root in range(0, trees * (number + 1), number + 1) for n in range(number + 1)
+            ]
+            layout = TreeLayout.build(([prefix] + [response] * number) * trees, parents)
+            visible_pairs = prefix * (prefix + 1) // 2 + number * (prefix * response + response * (response + 1) // 2)
+            done = len(work_lists(layout, blocks, True).query_tiles.steps) * blocks.query_tile * blocks.key_step
+            assert f"{visible_pairs * trees / done:.2f}" == cell, (prefix, response, number)

@@ -7,11 +7,10 @@ The layout travels as a keyword argument of the model call: `tree_layout` for th
 import torch
 from transformers import AttentionInterface
 
-from fastrm.errors import ConfigError
 from fastrm_kernels import TreeLayout, tree_attention
 
 # config value -> implementation of tree_attention
-BACKENDS = {"sdpa": "eager", "flash": "varlen"}
+BACKENDS = {"sdpa": "eager", "flash": "varlen", "triton": "triton"}
 
 
 class VisionLayouts:
@@ -43,24 +42,6 @@ def use_backend(model, backend: str) -> None:
         model.set_attn_implementation({"": model.config._attn_implementation, **names})
     else:
         model.set_attn_implementation(f"fastrm_tree_{backend}")
-
-
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(backend, why) for model.attention; decided once, at start.
-
-    Raises:
-        ConfigError: if an explicit choice cannot run on this device and precision.
-    """
-    half = dtype in (torch.bfloat16, torch.float16)
-    possible = device.type == "cuda" and half
-    what = f"{dtype} on {device.type}".replace("torch.", "")
-    if requested == "auto":
-        return ("flash", f"auto: {what} has varlen FlashAttention") if possible else ("sdpa", f"auto: {what}")
-    if requested == "flash" and not possible:
-        raise ConfigError(
-            f"model.attention: flash cannot run {what}; it needs cuda and precision.dtype bf16; use sdpa or auto"
-        )
-    return requested, "set in the configuration"
 
 
 def _tree_interface(implementation: str):

@@ -23,14 +23,19 @@ def make_head(hidden_size: int, head: HeadConfig) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(hidden_size, 1, bias=head.bias))
 
 
-def head_rewards(score: nn.Module, activation: str, states: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+def head_rewards(score: nn.Module, activation: str, states: torch.Tensor, norm: nn.Module, impl: str) -> torch.Tensor:
     """Rewards (R,) float32 from the anchors' hidden states (R, D) before the final norm.
 
     The head runs in its own precision, outside autocast: R rows cost nothing, and the reward is
     what everything else is measured by.
+
+    Args:
+        norm: the model's final RMSNorm.
+        impl: of `reward_head`.
     """
     linears = [module for module in score.modules() if isinstance(module, nn.Linear)]
     with torch.autocast(states.device.type, enabled=False):
-        states = norm(states.to(linears[0].weight.dtype))
-        anchors = torch.arange(states.shape[0], device=states.device)
-        return reward_head(states, anchors, [(m.weight, m.bias) for m in linears], activation=activation)
+        return reward_head(
+            states.to(linears[0].weight.dtype), None, [(m.weight, m.bias) for m in linears], activation=activation,
+            norm_weight=norm.weight, norm_eps=norm.variance_epsilon, impl=impl,
+        )  # fmt: skip

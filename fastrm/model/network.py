@@ -9,9 +9,10 @@ from fastrm.config import HeadConfig, ModelConfig
 from fastrm.data.packing import Pack
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError
-from fastrm.model.attention import choose_backend, use_backend
+from fastrm.model.attention import use_backend
 from fastrm.model.backbone import BackboneRunner, check_family
 from fastrm.model.head import head_rewards, make_head
+from fastrm.model.kernels import choose_backend, choose_head_kernels
 
 
 class RewardNetwork(nn.Module):
@@ -24,7 +25,8 @@ class RewardNetwork(nn.Module):
         score: the head, an nn.Linear or nn.Sequential.
         head: its settings.
         encoder: tokeniser and image processor of the model.
-        attention: the backend in use and why.
+        attention: the attention backend in use and why.
+        head_kernels: the implementation of head and loss in use and why.
     """
 
     def __init__(self, model: nn.Module, head: HeadConfig, encoder: ConversationEncoder | None = None):
@@ -34,6 +36,7 @@ class RewardNetwork(nn.Module):
         self.score = make_head(model.config.get_text_config().hidden_size, head)
         self.encoder = encoder
         self.attention = ("", "not chosen yet")
+        self.head_kernels = ("eager", "not chosen yet")
         self._runner = BackboneRunner(model)
 
     @property
@@ -47,17 +50,23 @@ class RewardNetwork(nn.Module):
     def forward(self, pack: Pack) -> torch.Tensor:
         """Rewards (R,) float32 in the order of the pack's responses."""
         states = self._runner.anchor_states(pack)
-        return head_rewards(self.score, self.head.activation, states, self._runner.language.norm)
+        norm = self._runner.language.norm
+        return head_rewards(self.score, self.head.activation, states, norm, self.head_kernels[0])
 
-    def use_attention(self, requested: str, dtype: torch.dtype) -> None:
-        """Choose the attention backend for the device that the weights are on.
+    def use_kernels(self, dtype: torch.dtype, *, kernels: str = "auto", attention: str = "auto") -> None:
+        """Choose implementations for the device that the weights are on.
+
+        Args:
+            dtype: of the backbone's matrix products.
+            kernels: auto, triton or eager, for attention, head and loss.
+            attention: auto to follow `kernels`, or a backend: sdpa, flash, triton.
 
         Raises:
             ConfigError: if an explicit choice cannot run there.
         """
-        backend, why = choose_backend(requested, self.device, dtype)
-        use_backend(self.model, backend)
-        self.attention = (backend, why)
+        self.head_kernels = choose_head_kernels(kernels, self.device)
+        self.attention = choose_backend(attention, kernels, self.device, dtype)
+        use_backend(self.model, self.attention[0])
 
     def use_gradient_checkpointing(self) -> None:
         """Recompute activations layer by layer in the backward pass."""
@@ -119,7 +128,7 @@ def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
         else:
             config = AutoConfig.for_model(model_type, **{**options, "vocab_size": len(tokenizer), **shared})
         check_family(config)
-        # Any attention will do until `use_attention` chooses, but a stock one must not be checked for.
+        # Any attention will do until `use_kernels` chooses, but a stock one must not be checked for.
         return AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
     except ConfigError:
         raise

@@ -9,6 +9,7 @@ from fastrm.data.images import ImageLimits
 from fastrm.errors import ConfigError
 from fastrm.model.attention import BACKENDS
 from fastrm.model.export import load_model
+from fastrm.model.kernels import CHOICES
 from fastrm.model.network import RewardNetwork, pick_device
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -35,6 +36,7 @@ class RewardModel:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        kernels: str = "auto",
         attention: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -47,7 +49,8 @@ class RewardModel:
             device: auto (cuda if there is one), cpu, cuda.
             dtype: auto (bf16 on cuda, fp32 on cpu), fp32, bf16: of the backbone. The final
                 norm of a response's last state and the head compute in float32 either way.
-            attention: auto, sdpa, flash.
+            kernels: auto, triton, eager: as in a training configuration.
+            attention: auto to follow `kernels`, sdpa, flash, triton.
             min_pixels, max_pixels: images are resized to these limits; default: those of the training run.
             max_image_pixels, max_image_bytes: an image that declares more is refused before it is decoded.
 
@@ -58,6 +61,7 @@ class RewardModel:
         """
         _check_choice("device", device, DEVICES)
         _check_choice("dtype", dtype, ("auto", *DTYPES))
+        _check_choice("kernels", kernels, CHOICES)
         _check_choice("attention", attention, ("auto", *BACKENDS))
         target = pick_device(device)
         if dtype == "auto":
@@ -66,7 +70,7 @@ class RewardModel:
         network.encoder.limits = ImageLimits(max_image_bytes, max_image_pixels)
         _cast_backbone(network, DTYPES[dtype])
         network.to(target)
-        network.use_attention(attention, DTYPES[dtype])
+        network.use_kernels(DTYPES[dtype], kernels=kernels, attention=attention)
         return cls(network)
 
     def score(self, groups: Sequence[dict], *, tokens_per_pack: int = 32768, num_workers: int = 0) -> list[list[float]]:

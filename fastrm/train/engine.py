@@ -55,6 +55,7 @@ class LocalEngine:
             label_smoothing=settings.label_smoothing,
             center=settings.center,
             lengths=pack.response_lengths if settings.length_normalization else None,
+            impl=self.network.head_kernels[0],
         )
 
     def accumulate(self, pack: Pack) -> torch.Tensor:

@@ -316,11 +316,11 @@ class _Run:
 
     def _announce(self, start: Path | None) -> None:
         job, say = self.job, self.display.say
-        backend, why = job.network.attention
         parameters = sum(p.numel() for p in job.network.parameters())
         trainable = sum(p.numel() for p in job.network.parameters() if p.requires_grad)
         say(f"model: {parameters:,} parameters, {trainable:,} trained, on {job.network.device}")
-        say(f"attention: {backend} ({why})")
+        for part, (choice, why) in (("attention", job.network.attention), ("head and loss", job.network.head_kernels)):
+            say(f"{part}: {choice} ({why})")
         say(
             f"data: {len(job.train.groups):,} groups with {job.train.num_preferences:,} preferences from "
             f"{job.train.num_records:,} records; {job.train.num_ties_ignored:,} ties ignored; "

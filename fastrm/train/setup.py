@@ -80,7 +80,8 @@ def make_network(config: Config, tokenizer) -> RewardNetwork:
         load_head(network.score, Path(settings.path))
     network.freeze(settings.freeze)
     network.to(pick_device(config.run.device))
-    network.use_attention(settings.attention, torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    network.use_kernels(dtype, kernels=config.kernels, attention=settings.attention)
     if settings.gradient_checkpointing:
         network.use_gradient_checkpointing()
     return network.train()

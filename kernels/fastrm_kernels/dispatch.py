@@ -11,6 +11,12 @@ from fastrm_kernels.launch import triton_obstacle
 MEASURED: dict[tuple[str, str], str] = {}
 
 
+def _constant(function):
+    """torch.compiler.assume_constant_result, without the import of torch._dynamo, and of Triton, that it costs."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def choose(op: str, tensor: torch.Tensor) -> tuple[str, str]:
     """What `auto` means for these inputs: the implementation and, in words, the reason."""
     obstacle = obstacle_to_triton(tensor)
@@ -43,11 +49,11 @@ def obstacle_to_triton(tensor: torch.Tensor) -> str | None:
     return _obstacle(tensor.dtype, tensor.device)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     return triton_obstacle(SimpleNamespace(dtype=dtype, device=device))
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

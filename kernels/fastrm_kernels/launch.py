@@ -1,7 +1,7 @@
 """One door for all Triton launches, so that what runs can also be recorded and compiled ahead of time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,18 @@ class Launch:
 
 
 def launch(kernel, grid, *, num_warps: int, num_stages: int, **arguments) -> None:
-    """Run a kernel on the current device, or note it down inside `record_launches`."""
+    """Run a kernel on its tensors' device, or note it down inside `record_launches`."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, tuple(grid), arguments, num_warps, num_stages))
     elif min(grid) > 0:
-        kernel[tuple(grid)](**arguments, num_warps=num_warps, num_stages=num_stages)
+        with _device_of(arguments):
+            kernel[tuple(grid)](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+def _device_of(arguments):
+    """Makes the tensors' device the current one: Triton launches there, whatever the tensors are on."""
+    tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @contextmanager

@@ -19,54 +19,36 @@ ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "relu": F.relu, "silu": 
 
 
 def reward_head(hidden, anchors, layers, *, activation="silu", norm_weight=None, norm_eps=1e-6):
-    """Scalar rewards from the hidden states of the anchor tokens.
+    """Scalar rewards (R,) from the hidden states of the anchor tokens; arguments as in api.py.
 
-    Args:
-        hidden: (T, D) floating point.
-        anchors: (R,) int64 rows of `hidden`.
-        layers: [(weight, bias or None), ...] shaped as nn.Linear's; the last weight is (1, F).
-        activation: one of ACTIVATIONS, applied between the layers.
-        norm_weight: (D,) weight of a final RMSNorm applied to the anchors first, or None.
-        norm_eps: epsilon of that norm.
-
-    Returns:
-        rewards (R,) in float32, or float64 if `hidden` is.
-
-    Raises:
-        ValueError: for an unknown activation or a last layer that is not (1, F).
+    Every step runs in hidden's dtype, whatever that of the parameters; the norm's mean in float32.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
-    if not layers or layers[-1][0].shape[0] != 1:
-        raise ValueError("layers: wanted a last weight of shape (1, F), for one reward per anchor")
-    states = hidden.index_select(0, anchors)  # (R, D)
+    states = hidden if anchors is None else hidden.index_select(0, anchors)  # (R, D)
     if norm_weight is not None:
-        wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm_eps)
-        states = norm_weight * wide.to(states.dtype)
-    for number, (weight, bias) in enumerate(layers):
-        if number > 0:
-            states = ACTIVATIONS[activation](states)
-        states = F.linear(states, weight, bias)
-    rewards = states.squeeze(-1)
+        states = rms_norm(states, norm_weight, norm_eps)
+    rewards = mlp(states, layers, activation).squeeze(-1)
     return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
+def rms_norm(states, weight, eps):
+    """(R, D) scaled to a root mean square of one, times `weight`, as the norms of transformers do it."""
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight.to(states.dtype) * wide.to(states.dtype)
+
+
+def mlp(states, layers, activation):
+    """Linear layers with the activation between them, operands in the dtype of `states`."""
+    with torch.autocast(states.device.type, enabled=False):
+        for number, (weight, bias) in enumerate(layers):
+            if number > 0:
+                states = ACTIVATIONS[activation](states)
+            states = F.linear(states, weight.to(states.dtype), None if bias is None else bias.to(states.dtype))
+    return states
+
+
 def preference_loss(rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None):
-    """Weighted mean preference loss over an edge list; the formula is in the module's docstring.
-
-    Args:
-        rewards: (R,) float32 or float64.
-        edges: (E, 2) int64, winner then loser, indices into `rewards`.
-        margin: (E,) subtracted from the reward difference, or None for 0.
-        weight: (E,) >= 0, or None for 1.
-        label_smoothing: probability in [0, 0.5) that a label is flipped.
-        center: coefficient of (r_w + r_l)^2.
-        lengths: (R,) response lengths in tokens (>= 1) for length normalisation, or None.
-
-    Returns:
-        scalar, divided by the sum of the weights (0 when there are no edges or all weights are 0).
-    """
+    """Weighted mean preference loss over an edge list, a scalar; arguments as in api.py."""
     if lengths is not None:
         rewards = rewards / torch.log(lengths.to(rewards.dtype) + 1.0)
     winners, losers = rewards[edges[:, 0]], rewards[edges[:, 1]]

@@ -1,0 +1,57 @@
+"""Which implementation runs attention, reward head and loss: decided once, at start, and printed."""
+
+import torch
+
+from fastrm.errors import ConfigError
+from fastrm.model.attention import BACKENDS
+from fastrm_kernels.dispatch import choose, obstacle_to_triton
+from fastrm_kernels.tree_attention.api import choose_implementation
+
+CHOICES = ("auto", "triton", "eager")
+
+
+def choose_backend(requested: str, kernels: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(backend, why) for model.attention; decided once, at start.
+
+    Args:
+        requested: auto, or a key of BACKENDS.
+        kernels: auto, triton or eager; what auto follows.
+
+    Raises:
+        ConfigError: if an explicit choice cannot run on this device and precision.
+    """
+    what = f"{dtype} on {device.type}".replace("torch.", "")
+    probe = torch.empty(0, dtype=dtype, device=device)
+    if requested == "triton" or (requested == "auto" and kernels == "triton"):
+        key = "model.attention" if requested == "triton" else "kernels"
+        obstacle = obstacle_to_triton(probe)
+        if obstacle is not None:
+            raise ConfigError(f"{key}: triton cannot run {what}: {obstacle}; use auto")
+        return "triton", f"set by {key} in the configuration"
+    varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if requested == "flash" and not varlen:
+        raise ConfigError(
+            f"model.attention: flash cannot run {what}; it needs cuda and precision.dtype bf16; use sdpa or auto"
+        )
+    if requested != "auto":
+        return requested, "set by model.attention in the configuration"
+    if kernels == "eager":
+        return ("flash" if varlen else "sdpa"), f"kernels: eager, {what}"
+    implementation, why = choose_implementation(probe)
+    return next(name for name, value in BACKENDS.items() if value == implementation), f"auto: {what}; {why}"
+
+
+def choose_head_kernels(kernels: str, device: torch.device) -> tuple[str, str]:
+    """(implementation, why) of the reward head and the loss, which compute in float32.
+
+    Raises:
+        ConfigError: if an explicit choice cannot run on this device.
+    """
+    probe = torch.empty(0, device=device)
+    if kernels == "auto":
+        implementation, why = choose("preference_head", probe)
+        return implementation, f"auto: {why}"
+    obstacle = obstacle_to_triton(probe)
+    if kernels == "triton" and obstacle is not None:
+        raise ConfigError(f"kernels: triton cannot run the head on {device.type}: {obstacle}; use auto")
+    return kernels, "set by kernels in the configuration"

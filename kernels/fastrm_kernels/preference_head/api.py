@@ -1,0 +1,211 @@
+"""Public functions of the preference head: checks shared by all implementations, then dispatch.
+
+The formulas are in reference.py, the kernels' derivation in README.md.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastrm_kernels.dispatch import resolve
+from fastrm_kernels.preference_head import autograd, reference
+from fastrm_kernels.preference_head.reference import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class HeadGradients:
+    """Gradients of the preference loss, without autograd and without anything of size (T, D).
+
+    Attributes:
+        loss: scalar float32.
+        rewards: (R,) float32.
+        rows: (R, D), dtype of hidden: gradient of hidden[anchors]; add row i to row anchors[i].
+        anchors: (R,) int64, as given; None where row i is row i of hidden.
+        layers: [(gradient of weight, gradient of bias or None), ...] in the parameters' dtypes.
+        norm_weight: (D,) gradient of the norm's weight, or None without a norm.
+    """
+
+    loss: torch.Tensor
+    rewards: torch.Tensor
+    rows: torch.Tensor
+    anchors: torch.Tensor | None
+    layers: list[tuple[torch.Tensor, torch.Tensor | None]]
+    norm_weight: torch.Tensor | None
+
+
+def reward_head(hidden, anchors, layers, *, activation="silu", norm_weight=None, norm_eps=1e-6, impl="auto"):
+    """Scalar rewards from the hidden states of the anchor tokens.
+
+    Matrix products take their operands in hidden's dtype, also where the weights have another one
+    and under autocast; they are accumulated in float32.
+
+    Args:
+        hidden: (T, D) float16, bfloat16, float32, or float64 (eager only).
+        anchors: (R,) int64 rows of `hidden`, repeats allowed; None for all rows in order. One that is
+            out of range raises in eager mode and makes its reward NaN in Triton's.
+        layers: [(weight, bias or None), ...] shaped as nn.Linear's; the last weight is (1, F). Triton
+            runs the last two, layers before those run eagerly on the (R, D) rows.
+        activation: one of none, tanh, relu, silu, applied between the layers.
+        norm_weight: (D,) weight of a final RMSNorm applied to the anchors first, or None.
+        norm_eps: epsilon of that norm.
+        impl: auto, triton or eager; an explicit one never falls back.
+
+    Returns:
+        rewards (R,) in float32, or float64 if `hidden` is. Bitwise the same from run to run, with its
+        gradients, with impl triton.
+
+    Raises:
+        ValueError: for shapes that do not fit, an unknown activation, or an impl that cannot run here.
+    """
+    _check_head(hidden, anchors, layers, activation, norm_weight)
+    run = _head(resolve("preference_head", impl, hidden))
+    return run(hidden, anchors, layers, activation=activation, norm_weight=norm_weight, norm_eps=norm_eps)
+
+
+def preference_loss(
+    rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, impl="auto"
+):
+    """Weighted mean preference loss over an edge list; the formula is in reference.py.
+
+    Args:
+        rewards: (R,) float32, or float64 (eager only).
+        edges: (E, 2) int64, winner then loser, indices into `rewards`. One that is out of range raises
+            in eager mode and makes the loss NaN in Triton's.
+        margin: (E,) subtracted from the reward difference, or None for 0.
+        weight: (E,) >= 0, or None for 1.
+        label_smoothing: probability in [0, 0.5) that a label is flipped.
+        center: coefficient of (r_w + r_l)^2.
+        lengths: (R,) response lengths in tokens (>= 1) for length normalisation, or None.
+        impl: auto, triton or eager; triton gives gradients of rewards alone.
+
+    Returns:
+        scalar, divided by the sum of the weights (0 when there are no edges or all weights are 0).
+
+    Raises:
+        ValueError: for shapes or values that do not fit, or an impl that cannot run here.
+    """
+    _check_rewards(rewards)
+    options = _loss_options(rewards.shape[0], rewards, edges, margin, weight, label_smoothing, center, lengths)
+    chosen = resolve("preference_loss", impl, rewards)
+    if chosen == "eager":
+        return reference.preference_loss(rewards, edges, **options)
+    _check_constants(margin=margin, weight=weight, lengths=lengths)
+    return autograd.preference_loss(rewards, edges, **options)
+
+
+def preference_head_loss(
+    hidden, anchors, layers, edges, *, activation="silu", norm_weight=None, norm_eps=1e-6,
+    margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, impl="auto",
+):  # fmt: skip
+    """`reward_head` and `preference_loss` in one: (loss, rewards), both differentiable.
+
+    Arguments, results and errors are those of the two.
+    """
+    num_rewards = _check_head(hidden, anchors, layers, activation, norm_weight)
+    options = _loss_options(num_rewards, hidden, edges, margin, weight, label_smoothing, center, lengths)
+    head = {"activation": activation, "norm_weight": norm_weight, "norm_eps": norm_eps}
+    if resolve("preference_head", impl, hidden) == "eager":
+        rewards = reference.reward_head(hidden, anchors, layers, **head)
+        return reference.preference_loss(rewards, edges, **options), rewards
+    _check_constants(margin=margin, weight=weight, lengths=lengths)
+    return autograd.preference_head_loss(hidden, anchors, layers, edges, **head, **options)
+
+
+def preference_head_gradients(
+    hidden, anchors, layers, edges, *, activation="silu", norm_weight=None, norm_eps=1e-6,
+    margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, grad_loss=1.0, impl="auto",
+) -> HeadGradients:  # fmt: skip
+    """Loss, rewards and all gradients at once, for engines that run their own backward pass.
+
+    Arguments are those of `preference_head_loss`, and `grad_loss`, a float by which every gradient is
+    multiplied (a loss scale, or the sum of the weights to undo the division by it). The gradient of
+    hidden comes as rows and their index.
+
+    Raises:
+        ValueError: as `preference_head_loss`.
+    """
+    _check_head(hidden, anchors, layers, activation, norm_weight)
+    rows = hidden if anchors is None else hidden.index_select(0, anchors)
+    leaves = [rows, norm_weight, *(part for layer in layers for part in layer)]
+    leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        loss, rewards = preference_head_loss(
+            leaves[0], None, list(zip(leaves[2::2], leaves[3::2], strict=True)), edges, activation=activation,
+            norm_weight=leaves[1], norm_eps=norm_eps, margin=margin, weight=weight,
+            label_smoothing=label_smoothing, center=center, lengths=lengths, impl=impl,
+        )  # fmt: skip
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    found = iter(torch.autograd.grad(loss, wanted, loss.new_full((), grad_loss)))
+    rows, norm, *parts = [None if leaf is None else next(found) for leaf in leaves]
+    pairs = list(zip(parts[::2], parts[1::2], strict=True))
+    return HeadGradients(loss.detach(), rewards.detach(), rows, anchors, pairs, norm)
+
+
+def _head(chosen):
+    return autograd.reward_head if chosen == "triton" else reference.reward_head
+
+
+def _check_head(hidden, anchors, layers, activation, norm_weight) -> int:
+    """Raise ValueError for what no implementation accepts; returns the number of rewards."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+    if hidden.dim() != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden: got {tuple(hidden.shape)} {hidden.dtype}, wanted (T, D) floating point")
+    num_rewards = hidden.shape[0]
+    if anchors is not None:
+        if anchors.dim() != 1 or anchors.dtype != torch.int64:
+            raise ValueError(f"anchors: got {tuple(anchors.shape)} {anchors.dtype}, wanted (R,) int64; call .long()")
+        num_rewards = anchors.shape[0]
+        if num_rewards > 0 and hidden.shape[0] == 0:
+            raise ValueError(f"anchors: got {num_rewards} rows of a hidden that has none")
+    _check_layers(layers, hidden.shape[1])
+    if norm_weight is not None and norm_weight.shape != hidden.shape[1:]:
+        raise ValueError(f"norm_weight: got {tuple(norm_weight.shape)}, wanted ({hidden.shape[1]},) as hidden's rows")
+    return num_rewards
+
+
+def _check_layers(layers, width) -> None:
+    if not layers or layers[-1][0].dim() != 2 or layers[-1][0].shape[0] != 1:
+        raise ValueError("layers: wanted a last weight of shape (1, F), for one reward per anchor")
+    for number, (weight, bias) in enumerate(layers):
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(f"layers[{number}]: got a weight {tuple(weight.shape)}, wanted {width} input columns")
+        width = weight.shape[0]
+        if bias is not None and bias.shape != (width,):
+            raise ValueError(f"layers[{number}]: got a bias {tuple(bias.shape)}, wanted ({width},) as its weight")
+
+
+def _check_rewards(rewards) -> None:
+    if rewards.dim() != 1 or rewards.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"rewards: got {tuple(rewards.shape)} {rewards.dtype}, wanted (R,) float32; call .float()")
+
+
+def _loss_options(num_rewards, like, edges, margin, weight, label_smoothing, center, lengths) -> dict:
+    """The loss's keywords, checked, with margin and weight in the dtype that the loss is computed in."""
+    if edges.dim() != 2 or edges.shape[1] != 2 or edges.dtype != torch.int64:
+        raise ValueError(f"edges: got {tuple(edges.shape)} {edges.dtype}, wanted (E, 2) int64, winner then loser")
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, wanted 0 <= value < 0.5, a share of flips")
+    if not center >= 0.0:
+        raise ValueError(f"center: got {center}, wanted a coefficient >= 0")
+    wanted = {"margin": (margin, edges.shape[:1]), "weight": (weight, edges.shape[:1]), "lengths": (lengths, None)}
+    for name, (value, shape) in wanted.items():
+        shape = (num_rewards,) if shape is None else tuple(shape)
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"{name}: got {tuple(value.shape)}, wanted {shape}")
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return {
+        "margin": None if margin is None else margin.to(dtype),
+        "weight": None if weight is None else weight.to(dtype),
+        "label_smoothing": float(label_smoothing),
+        "center": float(center),
+        "lengths": lengths,
+    }
+
+
+def _check_constants(**tensors) -> None:
+    """The kernels give no gradient of these; better an error than a gradient that is silently zero."""
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: got a tensor that requires grad, which impl='triton' does not give; "
+                             f"pass {name}.detach(), or impl='eager'")  # fmt: skip

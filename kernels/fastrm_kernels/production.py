@@ -1,0 +1,130 @@
+"""The launches of every operation at the sizes of real models, recorded with tensors on the meta device.
+
+`aot.py` compiles them. A label says what sets a launch apart: D and R for the heads, which are as wide as the
+model (F = D), K and the numbers of query and key heads for attention.
+"""
+
+from typing import Any
+
+import torch
+
+from fastrm_kernels.launch import Launch, record_launches
+from fastrm_kernels.preference_head.autograd import FUSED_REWARDS
+from fastrm_kernels.preference_head.triton_backward import launch_reward_head_bwd
+from fastrm_kernels.preference_head.triton_forward import launch_reward_head_fwd
+from fastrm_kernels.preference_head.triton_linear import launch_linear_head_bwd, launch_linear_head_fwd
+from fastrm_kernels.preference_head.triton_loss import launch_preference_loss
+from fastrm_kernels.tree_attention import TreeLayout
+from fastrm_kernels.tree_attention.tiles import choose_blocks, work_lists
+from fastrm_kernels.tree_attention.triton_backward import (
+    launch_tree_attention_bwd_key_value,
+    launch_tree_attention_bwd_query,
+)
+from fastrm_kernels.tree_attention.triton_forward import launch_tree_attention_fwd
+
+WIDTHS, ROWS = (1536, 2048, 3584, 5120), (8, 64, 256)
+HEADS, HEAD_DIMENSIONS = ((28, 4), (16, 2), (16, 16)), (64, 80, 96, 128)
+# A pack's tokens are rarely a multiple of 16, and Triton compiles another kernel where they are.
+NUM_TOKENS = 8191
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+Label = dict[str, Any]
+
+
+def production_launches() -> list[tuple[Label, Launch]]:
+    """(label, launch) of everything that training or scoring launches at the sizes above."""
+    found: list[tuple[Label, Launch]] = []
+
+    def record(label, run, *arguments):
+        with record_launches() as launches:
+            run(*arguments)
+        found.extend((label, launch) for launch in launches)
+
+    for dtype, name in DTYPES.items():
+        for width in WIDTHS:
+            for num_rows in ROWS:
+                _record_heads(record, {"D": width, "R": num_rows, "dtype": name}, dtype, width, num_rows)
+    _record_attention(record)
+    return found
+
+
+def _record_heads(record, label, dtype, width, num_rows) -> None:
+    for norm in (True, False):
+        for training in (True, False):
+            run = {**label, "norm": "norm" if norm else "no norm", "pass": "training" if training else "scoring"}
+            # The fastrm trainer gathers the anchors itself, keeps its head in float32, and always has a norm.
+            for gathered in (False, True) if dtype == torch.float32 and norm else (False,):
+                case = {**run, "rows": "gathered" if gathered else "anchors"}
+                record(case, _two_layers, dtype, width, num_rows, norm, training, gathered)
+                record(case, _one_layer, dtype, width, num_rows, norm, training, gathered)
+
+
+def _two_layers(dtype, width, num_rows, norm, training, gathered) -> None:
+    """The loss rides along where it may, and where the rows are not gathered; else it is a launch of its own."""
+    inputs = _rows(dtype, width, num_rows, gathered)
+    layers = [_meta(*shape, dtype=dtype) for shape in ((width, width), (width,), (1, width), (1,))]
+    norm_weight = _meta(width, dtype=dtype) if norm else None
+    edges, num_edges = _meta(num_rows // 2, 2, dtype=torch.int64), num_rows // 2
+    lengths = _meta(num_rows, dtype=torch.int64) if gathered else None
+    loss = (edges, _meta(num_edges), _meta(num_edges), lengths, 0.0, 0.0)
+    rides_along = training and not gathered and num_rows <= FUSED_REWARDS
+    rewards, *saved, _, slopes = launch_reward_head_fwd(
+        *inputs, norm_weight, 1e-6, *layers, "silu", training, loss if rides_along else None
+    )
+    if not training:
+        return
+    if not rides_along:
+        launch_preference_loss(rewards, *loss)
+    upstream = (_meta(), slopes, None) if rides_along else (None, None, _meta(num_rows))
+    launch_reward_head_bwd(*upstream, *inputs, norm_weight, *layers, *saved, [True] * 6)
+
+
+def _one_layer(dtype, width, num_rows, norm, training, gathered) -> None:
+    inputs = _rows(dtype, width, num_rows, gathered)
+    norm_weight, layer = _meta(width, dtype=dtype) if norm else None, (_meta(1, width, dtype=dtype), None)
+    _, *saved = launch_linear_head_fwd(*inputs, norm_weight, 1e-6, *layer, training)
+    if training:
+        launch_linear_head_bwd(_meta(num_rows), *inputs, norm_weight, *layer, *saved, [True] * 4)
+
+
+def _rows(dtype, width, num_rows, gathered):
+    """(hidden, anchors)"""
+    if gathered:
+        return _meta(num_rows, width, dtype=dtype), None
+    return _meta(NUM_TOKENS, width, dtype=dtype), _meta(num_rows, dtype=torch.int64)
+
+
+def _record_attention(record) -> None:
+    trees = TreeLayout.build([1300, 301, 300], [-1, 0, 0], device="meta")
+    windows = TreeLayout.from_lengths([64] * 16 + [48, 36], device="meta")
+    for width in HEAD_DIMENSIONS:
+        for heads in HEADS:
+            record(_attention_label(width, heads, "trees"), _attention, *heads, width, trees, True)
+    record(_attention_label(80, (16, 16), "windows"), _attention, 16, 16, 80, windows, False)
+    anchors = trees.at_rows([1600, 1900])
+    record(_attention_label(128, (28, 4), "anchors of trees"), _attention, 28, 4, 128, anchors, True)
+    # Heads before rows: beyond 2^31 elements a head, Triton makes the strides 64-bit.
+    record(_attention_label(128, (28, 4), "64-bit strides"), _attention, 28, 4, 128, trees, True, 2**31)
+
+
+def _attention_label(width, heads, layout) -> Label:
+    return {"K": width, "heads": "{}:{}".format(*heads), "dtype": "bf16", "layout": layout}
+
+
+def _attention(heads, key_heads, width, layout, causal, head_stride=None) -> None:
+    def rows(count, heads):
+        strides = (heads * width, width, 1) if head_stride is None else (width, head_stride, 1)
+        return torch.empty_strided((count, heads, width), strides, dtype=torch.bfloat16, device="meta")
+
+    query, output, upstream, query_grad = (rows(layout.num_queries, heads) for _ in range(4))
+    key, value, key_grad, value_grad = (rows(layout.num_keys, key_heads) for _ in range(4))
+    lse, delta = (_meta(heads, layout.num_queries) for _ in range(2))
+    blocks = choose_blocks(query.dtype, width, layout.query_rows is not None)
+    settings = work_lists(layout, blocks, causal), blocks, width**-0.5
+    launch_tree_attention_fwd(query, key, value, output, lse, *settings)
+    launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, *settings)
+    launch_tree_attention_bwd_key_value(query, key, value, upstream, lse, delta, key_grad, value_grad, *settings)
+
+
+def _meta(*shape, dtype=torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

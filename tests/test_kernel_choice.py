@@ -1,0 +1,76 @@
+"""`kernels: auto|triton|eager`: what runs, what is printed, and that it computes the same."""
+
+import json
+
+import pytest
+import torch
+
+from fastrm.config import load_config
+from fastrm.errors import ConfigError
+from fastrm.model.kernels import choose_backend, choose_head_kernels
+from fastrm_kernels import dispatch
+from runs import colour_rows, fastrm, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_a_run_on_triton_kernels_learns_the_same_and_says_so(tmp_path):
+    results = {}
+    for kernels in ("eager", "triton"):
+        folder = tmp_path / kernels
+        folder.mkdir()
+        path = tiny_config(folder, colour_rows(folder, 12), run={"max_steps": 3}, optim={"tokens_per_pack": 2048})
+        done = fastrm("train", path, f"kernels={kernels}")
+        assert done.returncode == 0, done.stderr
+        results[kernels] = losses(folder)
+        said = " ".join((done.stdout + done.stderr).split())
+        attention = "triton (set by kernels in the configuration)" if kernels == "triton" else "sdpa (kernels: eager"
+        assert f"attention: {attention}" in said
+        assert f"head and loss: {kernels} (set by kernels in the configuration)" in said
+    assert len(results["triton"]) == 3
+    assert results["triton"] == pytest.approx(results["eager"], abs=2e-4)
+    assert results["triton"] != results["eager"]  # the kernels did run
+
+
+def test_without_a_measurement_auto_is_eager_and_says_why():
+    assert dispatch.MEASURED.get(("tree_attention", "cpu")) is None
+    backend, why = choose_backend("auto", "auto", CPU, torch.float32)
+    assert backend == "sdpa" and "was not measured on cpu" in why
+    implementation, why = choose_head_kernels("auto", CPU)
+    assert implementation == "eager" and "was not measured on cpu" in why
+
+
+def test_auto_takes_the_measured_winner(monkeypatch):
+    monkeypatch.setitem(dispatch.MEASURED, ("tree_attention", "cpu"), "triton")
+    monkeypatch.setitem(dispatch.MEASURED, ("preference_head", "cpu"), "triton")
+    assert choose_backend("auto", "auto", CPU, torch.float32)[0] == "triton"
+    assert choose_head_kernels("auto", CPU)[0] == "triton"
+    assert choose_backend("auto", "eager", CPU, torch.float32)[0] == "sdpa"
+    assert choose_head_kernels("eager", CPU)[0] == "eager"
+
+
+def test_an_attention_backend_set_by_name_wins_over_kernels():
+    assert choose_backend("sdpa", "triton", CPU, torch.float32)[0] == "sdpa"
+    assert choose_backend("triton", "eager", CPU, torch.float32)[0] == "triton"
+
+
+def test_triton_where_it_cannot_run_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    message = r"triton cannot run .* on cpu: got a tensor on cpu, wanted cuda .*; use auto"
+    with pytest.raises(ConfigError, match="kernels: " + message):
+        choose_backend("auto", "triton", CPU, torch.float32)
+    with pytest.raises(ConfigError, match=r"model\.attention: " + message):
+        choose_backend("triton", "auto", CPU, torch.float32)
+    with pytest.raises(ConfigError, match="kernels: " + message):
+        choose_head_kernels("triton", CPU)
+
+
+def test_a_value_that_does_not_exist_is_refused(tmp_path):
+    path = tiny_config(tmp_path, "digits:train")
+    with pytest.raises(ConfigError, match="kernels"):
+        load_config(path, ["kernels=cuda"])
