@@ -1,20 +1,21 @@
 """Collects the comparisons of a run: a table at its end, and JSON with --save-results."""
 
 import json
-import os
 import platform
-import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
-RESULTS = Path(__file__).parent / "results"
+from kernel_results import RESULTS, cpu_name, file_stem, package_versions
+from run_kernels import BUDGET_SECONDS, Run
+
 COLUMNS = (
     f"{'workload':<28} {'variant':<7} {'s/step':>7} {'quartiles':>15} {'pairs/s':>8} "
     f"{'peak MiB':>8} {'time x':>7} {'CPU x':>6} {'tokens x':>8} {'FLOPs x':>8} {'floor':>6}"
 )
 _KEY = pytest.StashKey()
+_KERNELS_KEY = pytest.StashKey()
+OURS = ("triton", "triton+graph", "varlen", "eager")
 
 
 def pytest_addoption(parser):
@@ -46,9 +47,40 @@ class Comparisons:
         )
 
 
+class Kernels:
+    """The kernel benchmarks of this run: those of run_kernels.py, with pytest-benchmark as their driver."""
+
+    def __init__(self):
+        self.run = Run(BUDGET_SECONDS)
+
+    def compare(self, op: str, shape, benchmark) -> None:
+        """Gate and time a shape; the test fails if a variant of this package does."""
+
+        def drive(ours, rest, rounds):
+            benchmark.pedantic(ours, setup=rest, rounds=rounds)
+
+        entry = self.run.measure(op, shape, self.run.budget, drive)
+        if entry is None:
+            pytest.skip("out of time")
+        if not benchmark.disabled:
+            self.run.entries.append(entry)
+            benchmark.extra_info.update(entry)
+        failed = {name: variant["failed"] for name, variant in entry["variants"].items() if variant["failed"]}
+        ours = [f"{name}: {why}" for name, why in failed.items() if name in OURS or why.startswith("red gate")]
+        assert not ours, "\n".join(ours)
+
+
 @pytest.fixture
 def comparisons(request) -> Comparisons:
     return request.config.stash[_KEY]
+
+
+@pytest.fixture
+def kernels(request) -> Kernels:
+    stash = request.config.stash
+    if _KERNELS_KEY not in stash:
+        stash[_KERNELS_KEY] = Kernels()
+    return stash[_KERNELS_KEY]
 
 
 def pytest_configure(config):
@@ -56,6 +88,24 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    _summarize_steps(terminalreporter, config)
+    _summarize_kernels(terminalreporter, config)
+
+
+def _summarize_kernels(terminalreporter, config):
+    if _KERNELS_KEY not in config.stash:
+        return
+    run = config.stash[_KERNELS_KEY].run
+    if not run.entries:
+        return
+    terminalreporter.section("kernels")
+    for line in run.lines():
+        terminalreporter.write_line(line)
+    if config.getoption("--save-results"):
+        terminalreporter.write_line(f"saved to {run.save(RESULTS)}")
+
+
+def _summarize_steps(terminalreporter, config):
     done = config.stash[_KEY].done
     if not done:
         return
@@ -87,35 +137,14 @@ def _lines(comparison):
 def _save(done) -> Path:
     import torch
 
-    device = _device_name()
+    device = cpu_name()
     report = {
         "device": device,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | _versions("torch", "transformers", "trl", "numpy"),
+        "versions": {"python": platform.python_version()} | package_versions("torch", "transformers", "trl", "numpy"),
         "comparisons": [comparison.to_json() for comparison in done],
     }
-    file = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+    file = RESULTS / f"{file_stem(device)}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(report, indent=2) + "\n")
     return file
-
-
-def _versions(*packages) -> dict[str, str | None]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _device_name() -> str:
-    """The CPU's model and the cores that this process may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        cores = len(os.sched_getaffinity(0))
-    except (OSError, StopIteration):
-        model, cores = platform.processor() or platform.machine(), os.cpu_count()
-    return f"{model}, {cores} cores"

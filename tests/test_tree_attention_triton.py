@@ -152,6 +152,8 @@ def test_work_lists_are_built_once_and_move_with_the_layout():
     moved = layout.to("meta")
     assert work_lists(moved, SMALL, True).query_tiles.steps.device.type == "meta"
     assert [x.shape for x in work_lists(moved, SMALL, True).tensors()] == [x.shape for x in first.tensors()]
+    for x in first.tensors():
+        assert x.is_contiguous() and x.data_ptr() % 16 == 0
 
 
 # --- values -------------------------------------------------------------------------------------

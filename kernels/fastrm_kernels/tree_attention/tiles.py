@@ -93,13 +93,19 @@ class WorkLists:
     key_tiles: TileList
 
     def to(self, device) -> "WorkLists":
-        """The same lists on `device`, moved as one tensor: many small copies would each cost a launch."""
+        """The same lists on `device`, moved as one tensor: many small copies would each cost a launch.
+
+        Each part starts at a multiple of 16 bytes: Triton compiles a kernel anew where one does not.
+        """
         parts = self.tensors()
-        packed = torch.cat([part.reshape(-1) for part in parts]).to(device, non_blocking=True)
-        rank, low, high, *lists = (
-            piece.view(part.shape) for piece, part in zip(packed.split([p.numel() for p in parts]), parts, strict=True)
+        rooms = [-(-part.numel() // 4) * 4 for part in parts]
+        packed = torch.zeros(sum(rooms), dtype=torch.int32)
+        for piece, part in zip(packed.split(rooms), parts, strict=True):
+            piece[: part.numel()] = part.reshape(-1)
+        packed = packed.to(device, non_blocking=True)
+        return WorkLists.from_tensors(
+            [piece[: part.numel()].view(part.shape) for piece, part in zip(packed.split(rooms), parts, strict=True)]
         )
-        return WorkLists.from_tensors([rank, low, high, *lists])
 
     @staticmethod
     def from_tensors(tensors) -> "WorkLists":

@@ -55,7 +55,7 @@ def query_gradient_steps(
     return acc_a, acc_b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def tree_attention_bwd_query_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, upstream_ptr, lse_ptr, delta_ptr, query_grad_ptr,
     query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,
@@ -159,7 +159,7 @@ def key_gradient_steps(
     return key_acc_a, key_acc_b, value_acc_a, value_acc_b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def tree_attention_bwd_key_value_kernel(
     query_ptr, key_ptr, value_ptr, upstream_ptr, lse_ptr, delta_ptr, key_grad_ptr, value_grad_ptr,
     query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,

@@ -83,7 +83,8 @@ def attend_steps(
     return acc_a, acc_b, row_max, row_sum
 
 
-@triton.jit
+# Tokens change with every pack; one that happens to be a multiple of 16 is not worth another kernel.
+@triton.jit(do_not_specialize=["num_queries"])
 def tree_attention_fwd_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr,
     query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,

@@ -1,0 +1,261 @@
+"""Results of the kernel benchmarks: the file of each device, the figures in it, and the goals.
+
+A file is <device>-kernels.json, beside the training-step results of the same device. Each operation in it
+has its own date and versions, so that measuring one again leaves the other as it was.
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from kernel_shapes import STEP
+
+RESULTS = Path(__file__).parent / "results"
+SUFFIX = "-kernels.json"
+HEAD, ATTENTION = "preference_head", "tree_attention"
+NOT_MEASURED = "not measured"
+
+
+# What was measured, and where
+
+
+def device_name() -> str:
+    """The GPU, or without one the CPU's model and the cores that this process may use."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        cores = len(os.sched_getaffinity(0))
+    except (OSError, StopIteration):
+        model, cores = platform.processor() or platform.machine(), os.cpu_count()
+    return f"{model}, {cores} cores"
+
+
+def file_stem(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def package_versions(*packages: str) -> dict[str, str | None]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def environment() -> dict:
+    """Date and versions of what decides a kernel's speed."""
+    import torch
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__,
+            "triton": package_versions("triton")["triton"], "cuda": torch.version.cuda, "driver": _driver(),
+        },
+    }  # fmt: skip
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def save(entries: Sequence[dict], facts: dict, folder: Path, *, quick: bool = False) -> Path:
+    """Write the entries of this run; operations that it did not measure keep what the file has of them.
+
+    Args:
+        facts: of the run: device, copy_bytes_per_second, left_out, and those of `environment`.
+        quick: a run of few shapes, which goes to a file of its own that no table is made from.
+    """
+    device = facts["device"]
+    file = folder / (file_stem(device) + (SUFFIX.replace(".json", "-quick.json") if quick else SUFFIX))
+    report = json.loads(file.read_text()) if file.exists() else {"device": device, "operations": {}}
+    for op in (HEAD, ATTENTION):
+        mine = [entry for entry in entries if entry["op"] == op]
+        left_out = [text for where, text in facts["left_out"] if where == op]
+        if mine or left_out:
+            kept = {key: value for key, value in facts.items() if key not in ("device", "left_out")}
+            report["operations"][op] = {**kept, "left_out": left_out, "entries": mine}
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    return file
+
+
+def load_all(folder: Path = RESULTS) -> list[dict]:
+    """The reports of all devices."""
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*" + SUFFIX))]
+
+
+# Figures of one entry
+
+
+def median(entry: dict, variant: str, direction: str = STEP) -> float | None:
+    """Seconds, or None where there is no figure."""
+    found = entry["variants"].get(variant)
+    return found["seconds"].get(direction, {}).get("median") if found and not found["failed"] else None
+
+
+def ratio(entry: dict, ours: str, theirs: str, direction: str = STEP) -> float | None:
+    """How many times as fast ours is as theirs."""
+    a, b = median(entry, ours, direction), median(entry, theirs, direction)
+    return b / a if a and b else None
+
+
+def floor_ratio(entry: dict, variant: str, copy_bytes_per_second: float | None) -> float | None:
+    """Time of a head over the time in which its bytes could be copied."""
+    seconds = median(entry, variant)
+    return seconds * copy_bytes_per_second / entry["floor_bytes"] if seconds and copy_bytes_per_second else None
+
+
+# Goals
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A target of the kernels' issue (number 3, section 4), for an H100 or H200.
+
+    Attributes:
+        text: what is compared, and where.
+        at_least: wanted ratio; None for a goal of at most.
+        measure: (entry, copy bandwidth) -> the ratio.
+        applies: does the goal speak of this shape? Given the entry's "shape".
+    """
+
+    op: str
+    text: str
+    measure: Callable[[dict, float | None], float | None]
+    applies: Callable[[dict], bool]
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def wanted(self) -> str:
+        return f"at least {self.at_least:g}x" if self.at_least is not None else f"at most {self.at_most:g}x"
+
+    def met(self, value: float) -> bool:
+        return value >= self.at_least if self.at_least is not None else value <= self.at_most
+
+
+def _of_floor(entry, copy):
+    return floor_ratio(entry, "triton+graph", copy)
+
+
+def _of_eager(entry, _):
+    return ratio(entry, "triton+graph", "eager")
+
+
+def _over(rival: str):
+    return lambda entry, _: ratio(entry, "triton", rival)
+
+
+def _is_issue_head(shape: dict) -> bool:
+    # The shape whose floor section 1 of the issue works out.
+    return (shape["width"], shape["rows"], shape["dtype"]) == (3584, 8, "bf16")
+
+
+def _trees(num_responses: int, prefix: int | None = None, response: int | None = None, up_to: int | None = None):
+    def applies(shape):
+        return (
+            shape["num_responses"] == num_responses
+            and prefix in (None, shape["prefix"])
+            and response in (None, shape["response"])
+            and (up_to is None or shape["response"] <= up_to)
+        )
+
+    return applies
+
+
+GOALS = [
+    Goal(HEAD, "head in a graph, of the bandwidth floor: D=F=3584, R=8, bf16", _of_floor, _is_issue_head, at_most=1.5),
+    Goal(HEAD, "head in a graph, of the bandwidth floor: the other shapes", _of_floor,
+         lambda shape: not _is_issue_head(shape), at_most=1.5),
+    Goal(HEAD, "head in a graph against eager: D=F=3584, R=8, bf16", _of_eager, _is_issue_head, at_least=3),
+    Goal(HEAD, "head in a graph against eager: the other shapes", _of_eager,
+         lambda shape: not _is_issue_head(shape), at_least=3),
+    Goal(ATTENTION, "attention against FlashAttention-2 with copied K/V: N=2", _over("varlen"), _trees(2), at_least=1),
+    Goal(ATTENTION, "attention against FlashAttention-2 with copied K/V: N=8, responses of 150 tokens or fewer",
+         _over("varlen"), _trees(8, up_to=150), at_least=1.5),
+    Goal(ATTENTION, "attention against duplicated sequences: 1300/300, N=2 (work 1.49x)", _over("duplicated"),
+         _trees(2, 1300, 300), at_least=1.4),
+    Goal(ATTENTION, "attention against duplicated sequences: 1300/300, N=8 (work 2.37x)", _over("duplicated"),
+         _trees(8, 1300, 300), at_least=2.1),
+]  # fmt: skip
+
+
+def is_goal_device(device: str) -> bool:
+    return "H100" in device or "H200" in device
+
+
+def verdict(goal: Goal, report: dict | None) -> tuple[str, str]:
+    """(what was measured, met or not) for a report of one device; each shape has to meet the goal."""
+    part = report["operations"].get(goal.op) if report else None
+    if part is None:
+        return NOT_MEASURED, NOT_MEASURED
+    values = {}
+    num_shapes = 0
+    for entry in part["entries"]:
+        if goal.applies(entry["shape"]):
+            num_shapes += 1
+            value = goal.measure(entry, part["copy_bytes_per_second"])
+            if value is not None:
+                values[entry["name"]] = value
+    if not values:
+        return NOT_MEASURED, NOT_MEASURED
+    low, high = min(values.values()), max(values.values())
+    shown = f"{low:.2f}x" if len(values) == 1 else f"{low:.2f}x to {high:.2f}x"
+    missed = [name for name, value in values.items() if not goal.met(value)]
+    if missed:
+        worst = (min if goal.at_least is not None else max)(missed, key=values.get)
+        return shown, f"not met on {len(missed)} of {len(values)} shapes, worst {worst}"
+    if len(values) < num_shapes:
+        return shown, f"met on the {len(values)} of {num_shapes} shapes that have figures"
+    return shown, "met" if len(values) == 1 else f"met on all {len(values)} shapes"
+
+
+# What `auto` should choose
+
+
+def proposals(entries: Sequence[dict], device: str) -> list[str]:
+    """Lines for dispatch.MEASURED: the winner by the geometric mean over all shapes, uncaptured, forward + backward.
+
+    The trainer launches without graphs, so that is what `auto` has to be right about. The table knows no
+    dtypes, so where they disagree the line shows it.
+    """
+    lines = []
+    for op, rival in ((HEAD, "eager"), (ATTENTION, "varlen")):
+        found = [(e["shape"]["dtype"], x) for e in entries if e["op"] == op and (x := ratio(e, "triton", rival))]
+        if not found:
+            continue
+        values = [value for _, value in found]
+        mean = _geometric_mean(values)
+        by_dtype = {d: _geometric_mean([v for e, v in found if e == d]) for d in dict.fromkeys(d for d, _ in found)}
+        winner = "triton" if mean >= 1 else rival
+        lines.append(
+            f'    ("{op}", "{device}"): "{winner}",  # triton is {mean:.2f}x as fast as {rival} '
+            f"over {len(values)} shapes ({min(values):.2f}x to {max(values):.2f}x; "
+            + ", ".join(f"{dtype} {value:.2f}x" for dtype, value in by_dtype.items()) + ")"
+        )
+    return lines
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))

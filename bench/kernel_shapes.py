@@ -1,0 +1,225 @@
+"""The shapes that kernels are measured and tested at, and the work that each one holds. Needs no torch.
+
+Useful work is what the operation must do, whichever way it is computed: every variant of a shape is
+judged by the same number of operations and bytes.
+"""
+
+from dataclasses import dataclass
+
+WIDTHS = (1536, 2048, 3584, 5120)
+ROWS = (8, 2, 32, 64, 256)
+PREFIX_RESPONSE = ((1300, 150), (1300, 300), (300, 300), (4100, 300), (1300, 1200))
+RESPONSES = (2, 8, 4, 16)
+HEADS = ((28, 4), (16, 2))
+HEAD_DIM = 128
+PACK_TOKENS = 16_384
+
+VISION_HEADS, VISION_HEAD_DIM = 16, 80
+MERGED_GRID = (37, 35)  # an image of 5,180 patches, in merged units of 2 x 2 patches
+NUM_IMAGES = 3
+WINDOW = 4  # merged units a side: 64 patches, fewer at the right and lower edges
+
+ITEM_BYTES = {"bf16": 2, "fp32": 4}
+FORWARD, STEP = "forward", "forward+backward"
+
+Tree = tuple[tuple[int, ...], tuple[int, ...]]  # lengths of the segments, and their parents
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """A two-layer head with norm and biases: D = F = width, R = rows; weights and rows in `dtype`."""
+
+    width: int
+    rows: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"D={self.width} R={self.rows} {self.dtype}"
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.width * self.width * ITEM_BYTES[self.dtype]
+
+    @property
+    def floor_bytes(self) -> int:
+        """Fewest bytes of forward and backward: the weights read in each, their gradients written."""
+        return 3 * self.weight_bytes
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward: three products of (R, D) by (D, F), the last layer's vector left out."""
+        return 6 * self.rows * self.width * self.width
+
+    def edges(self) -> list[tuple[int, int]]:
+        """Winner and loser of all pairs within groups of four responses, of two where there are only two."""
+        size = min(self.rows, 4)
+        groups = range(0, self.rows - size + 1, size)
+        return [(g + a, g + b) for g in groups for a in range(size) for b in range(a + 1, size)]
+
+    def to_json(self) -> dict:
+        return {"width": self.width, "rows": self.rows, "dtype": self.dtype}
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """A pack and its heads.
+
+    Attributes:
+        name: of the pack.
+        prefix, response, num_responses: tokens and responses of each tree; 0 for the vision tower.
+        trees: one after another in the row.
+        causal: False for the vision tower, where every patch sees its whole sequence.
+    """
+
+    name: str
+    prefix: int
+    response: int
+    num_responses: int
+    trees: tuple[Tree, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool = True
+    dtype: str = "bf16"
+
+    @property
+    def lengths(self) -> list[int]:
+        return [length for lengths, _ in self.trees for length in lengths]
+
+    @property
+    def parents(self) -> list[int]:
+        """Of the whole row: -1, or the parent's place among all segments."""
+        found: list[int] = []
+        for _, parents in self.trees:
+            first = len(found)
+            found.extend(parent if parent < 0 else first + parent for parent in parents)
+        return found
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of one head in which the query sees the key."""
+        if not self.causal:
+            return sum(length * length for length in self.lengths)
+        return sum(visible_pairs(*tree) for tree in self.trees)
+
+    @property
+    def duplicated_pairs(self) -> int:
+        """The same when each response is a sequence of its own, prefix included."""
+        length = self.prefix + self.response
+        return len(self.trees) * self.num_responses * (length * (length + 1) // 2)
+
+    @property
+    def work_ratio(self) -> float | None:
+        """Pairs of duplicated sequences over those of the tree; None where nothing is shared."""
+        return self.duplicated_pairs / self.pairs if self.num_responses else None
+
+    def flops(self, direction: str) -> int:
+        """Two products of K per pair forward, five backward, each of 2 K operations."""
+        return self.pairs * self.heads * self.head_dim * {FORWARD: 4, STEP: 14}[direction]
+
+    def duplicated_rows(self) -> list[int]:
+        """Rows of the pack, in the order in which duplicated sequences hold them: prefix, response, prefix, ..."""
+        rows, start = [], 0
+        for lengths, _ in self.trees:
+            prefix, *responses = lengths
+            own = start + prefix
+            for response in responses:
+                rows += [*range(start, start + prefix), *range(own, own + response)]
+                own += response
+            start = own
+        return rows
+
+    def to_json(self) -> dict:
+        shown = ("prefix", "response", "num_responses", "heads", "kv_heads", "head_dim", "causal", "dtype")
+        return {name: getattr(self, name) for name in shown} | {
+            "num_trees": len(self.trees), "num_tokens": self.num_tokens, "pairs": self.pairs,
+            "work_ratio": self.work_ratio,
+        }  # fmt: skip
+
+
+Shape = HeadShape | AttentionShape
+
+
+def visible_pairs(lengths, parents) -> int:
+    """Causal pairs of a tree: every token sees its ancestors and its own segment up to itself."""
+    above: list[int] = []  # tokens of all ancestors
+    pairs = 0
+    for length, parent in zip(lengths, parents, strict=True):
+        above.append(above[parent] + lengths[parent] if parent >= 0 else 0)
+        pairs += length * above[-1] + length * (length + 1) // 2
+    return pairs
+
+
+def tree_pack(
+    prefix: int, response: int, num_responses: int, heads: tuple[int, int], *, pack_tokens: int = PACK_TOKENS,
+    head_dim: int = HEAD_DIM, dtype: str = "bf16",
+) -> AttentionShape:  # fmt: skip
+    """As many trees of one kind as fit in `pack_tokens`, at least one."""
+    tree = (prefix, *[response] * num_responses), (-1, *[0] * num_responses)
+    num_trees = max(1, pack_tokens // sum(tree[0]))
+    name = f"{prefix}/{response} N={num_responses} {heads[0]}/{heads[1]}"
+    return AttentionShape(name, prefix, response, num_responses, (tree,) * num_trees, *heads, head_dim, True, dtype)
+
+
+def sequences(name: str, lengths, heads: int, head_dim: int, dtype: str = "bf16") -> AttentionShape:
+    """Independent sequences that see all of themselves."""
+    trees = tuple(((length,), (-1,)) for length in lengths)
+    return AttentionShape(f"{name} {heads}/{heads}", 0, 0, 0, trees, heads, heads, head_dim, False, dtype)
+
+
+def window_lengths(grid: tuple[int, int], side: int = WINDOW) -> list[int]:
+    """Patches of an image's windows, row by row, as Qwen2.5-VL cuts a grid of merged units."""
+    height, width = grid
+    return [
+        4 * min(side, height - top) * min(side, width - left)
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
+
+
+def _vision() -> list[AttentionShape]:
+    height, width = MERGED_GRID
+    return [
+        sequences("vision windows", window_lengths(MERGED_GRID) * NUM_IMAGES, VISION_HEADS, VISION_HEAD_DIM),
+        sequences("vision images", [4 * height * width] * NUM_IMAGES, VISION_HEADS, VISION_HEAD_DIM),
+    ]
+
+
+# Those that the goals speak of come first: a run that is short of time measures from the front.
+HEAD_SHAPES = [HeadShape(width, rows, dtype) for dtype in ("bf16", "fp32") for width in (3584, 1536, 2048, 5120)
+               for rows in ROWS]  # fmt: skip
+ATTENTION_SHAPES = [
+    *_vision()[:1],
+    *(tree_pack(*sizes, count, heads) for count in RESPONSES for sizes in PREFIX_RESPONSE for heads in HEADS),
+    *_vision()[1:],
+]
+
+# Without a GPU: the same kinds, small.
+SMALL_HEAD_SHAPES = [HeadShape(256, 8, "fp32"), HeadShape(256, 64, "fp32"), HeadShape(256, 8, "bf16")]
+SMALL_ATTENTION_SHAPES = [
+    tree_pack(96, 24, 2, (4, 2), pack_tokens=300, head_dim=32, dtype="fp32"),
+    tree_pack(96, 24, 8, (4, 2), pack_tokens=300, head_dim=32, dtype="fp32"),
+    sequences("vision windows", window_lengths((9, 6)), 2, 20, "fp32"),
+]
+
+
+def head_shapes(on_gpu: bool, quick: bool = False) -> list[HeadShape]:
+    """In order of importance."""
+    if not on_gpu:
+        return SMALL_HEAD_SHAPES[:1] if quick else SMALL_HEAD_SHAPES
+    return [s for s in HEAD_SHAPES if s.width == 3584 and s.rows in (8, 64)] if quick else HEAD_SHAPES
+
+
+def attention_shapes(on_gpu: bool, quick: bool = False) -> list[AttentionShape]:
+    """In order of importance."""
+    if not on_gpu:
+        return SMALL_ATTENTION_SHAPES[1:] if quick else SMALL_ATTENTION_SHAPES
+    if not quick:
+        return ATTENTION_SHAPES
+    return [s for s in ATTENTION_SHAPES if not s.causal or (s.prefix == 1300 and s.response < 1000 and s.heads == 28
+                                                            and s.num_responses in (2, 8))]  # fmt: skip
