@@ -59,7 +59,7 @@ def run_of_a_spilling_kernel():
     """(exit status, standard output) of the command, with one kernel that cannot pass."""
     from fastrm_kernels import production
 
-    production.production_launches = lambda: [({"case": "test", "dtype": "fp32"}, spilling_launch())]
+    production.production_launches = lambda: [({"inputs": "fp32"}, spilling_launch())]
     with redirect_stdout(io.StringIO()) as output:
         status = aot.main([])
     return status, output.getvalue()
@@ -203,7 +203,7 @@ def test_figures_show_spills_and_the_matrix_unit():
 def test_command_fails_on_a_kernel_that_spills():
     status, output = call("run_of_a_spilling_kernel")
     assert status == 1
-    assert "spilling_kernel, test, fp32: spills" in output
+    assert "spilling_kernel, fp32: spills" in output
     assert "wanted 0; take smaller blocks or more warps" in output
 
 
@@ -257,8 +257,8 @@ def test_tensor_memory_limits_ctas():
     assert [aot.ctas_per_sm(100, 32, 0, 4, columns) for columns in (0, 128, 512)] == [16, 4, 1]
 
 
-def binary(kernel=MATRIX_KERNEL):
-    return aot.Binary("module", kernel, {}, {}, {}, 8, 2)
+def binary(kernel=MATRIX_KERNEL, pointer="*bf16"):
+    return aot.Binary("module", kernel, {"a_ptr": pointer}, {}, {}, 8, 2)
 
 
 def compiled(**changes):
@@ -269,7 +269,7 @@ def compiled(**changes):
     return aot.Compiled(**{**good, **changes})
 
 
-ATTENTION, HEAD = {"K": 128, "dtype": "bf16"}, {"D": 3584, "R": 8, "dtype": "bf16"}
+ATTENTION, HEAD = {"K": 128, "inputs": "bf16"}, {"D": 3584, "R": 8, "inputs": "bf16"}
 
 
 @pytest.mark.parametrize(
@@ -282,13 +282,16 @@ ATTENTION, HEAD = {"K": 128, "dtype": "bf16"}, {"D": 3584, "R": 8, "dtype": "bf1
         (HEAD, "head_fwd_kernel", {"matrix_unit": "mma.sync"}, None),
         (HEAD, "head_fwd_kernel", {"matrix_unit": "none"}, "matrix unit: got none, wanted wgmma or mma.sync"),
         ({**HEAD, "R": 256}, "head_fwd_kernel", {"matrix_unit": "mma.sync"}, "matrix unit: got mma.sync, wanted wgmma"),
-        ({**HEAD, "dtype": "fp32"}, "head_fwd_kernel", {"matrix_unit": "none"}, None),
         (HEAD, "head_finish_kernel", {"matrix_unit": "none"}, None),
     ],
 )
 def test_broken_limits_are_named(label, kernel, changes, message):
     found = aot.broken_limits(label, binary(kernel), compiled(**changes))
     assert [text[: len(message)] for text in found] == [message] if message else found == []
+
+
+def test_float32_products_need_no_matrix_unit():
+    assert aot.broken_limits(HEAD, binary("head_fwd_kernel", "*fp32"), compiled(matrix_unit="none")) == []
 
 
 def test_a_binary_that_does_not_compile_is_a_problem_everywhere():

@@ -62,7 +62,8 @@ class Case:
             activation=self.activation, norm_weight=norm, impl=impl, **options,
         )  # fmt: skip
         wanted = [x for x in (leaf, *rest) if x is not None]
-        upstream = [self.upstream_loss.to(loss.dtype), self.upstream_rewards.to(loss.dtype)]
+        # A scalar upstream gradient becomes one of stride 0, as that of a sum is.
+        upstream = [self.upstream_loss.to(loss.dtype), self.upstream_rewards.to(loss.dtype).expand(rewards.shape)]
         gradients = torch.autograd.grad([loss, rewards], wanted, upstream)
         assert [g.dtype for g in gradients] == [x.dtype for x in wanted]
         return loss, rewards, *gradients
@@ -70,7 +71,8 @@ class Case:
     def gradient_of_rewards(self, rewards):
         leaf = rewards.detach().requires_grad_()
         outputs = [preference_loss(leaf, self.edges, **self.options), leaf]
-        return torch.autograd.grad(outputs, leaf, [self.upstream_loss, self.upstream_rewards])[0]
+        upstream = [self.upstream_loss, self.upstream_rewards.expand(leaf.shape)]
+        return torch.autograd.grad(outputs, leaf, upstream)[0]
 
     @property
     def names(self):
@@ -224,17 +226,24 @@ def test_expanded_upstream_gradients():
     """The gradient of a sum has stride 0: its one element must not be read as a whole row."""
     for num_rows, widths in ((7, (33, 20)), (70, (33, 20)), (7, (33,))):
         case = make(num_rows, widths)
-        case.upstream_rewards = torch.full((), 0.7, device=DEVICE).double().expand(num_rows)
+        case.upstream_rewards = torch.tensor(0.7, device=DEVICE)
         check(case, torch.float32)
+        gradients = []
+        for upstream in (torch.ones(num_rows, device=DEVICE), torch.ones((), device=DEVICE).expand(num_rows)):
+            leaves = [x.float().requires_grad_() for x in case.tensors]
+            pairs = list(zip(leaves[2::2], leaves[3::2], strict=True))
+            rewards = reward_head(leaves[0], case.anchors, pairs, norm_weight=leaves[1], impl="triton")
+            gradients.append(torch.autograd.grad(rewards, leaves, upstream))
+        assert equal(*gradients)
 
 
 def test_offsets_beyond_32_bits():
-    """Rows 2^28 elements apart. Memory that nobody touches is never allocated."""
-    for widths in ((24, 20), (24,)):
-        case = make(9, widths, torch.float16)
+    """Rows 2^29 elements apart. Memory that nobody touches is never allocated."""
+    for widths, anchors in itertools.product([(24, 20), (24,)], [True, False]):
+        case = make(7, widths, torch.float16, anchors=anchors)
         expected = case.run("triton", torch.float16)
-        far = torch.empty(case.tensors[0].shape[0] << 28, dtype=torch.float16, device=DEVICE)
-        spread = far.as_strided(case.tensors[0].shape, (1 << 28, 1)).copy_(case.tensors[0])
+        far = torch.empty(case.tensors[0].shape[0] << 29, dtype=torch.float16, device=DEVICE)
+        spread = far.as_strided(case.tensors[0].shape, (1 << 29, 1)).copy_(case.tensors[0])
         ours = case.run("triton", torch.float16, layout=lambda hidden, spread=spread: _Follow.apply(hidden, spread))
         assert equal(ours, expected)
 
@@ -343,6 +352,12 @@ def test_loss_in_its_own_launch_equals_the_fused_one(monkeypatch):
 
 def test_many_rewards_and_edges():
     check(make(300, (24, 20), edges=1500), torch.float32)
+
+
+def test_a_reward_without_edges_has_no_say():
+    rewards = torch.tensor([torch.nan, 1.0, 2.0], device=DEVICE, dtype=torch.float64)
+    loss, gradient = loss_and_gradient(rewards, torch.tensor([[1, 2]], device=DEVICE), "triton", torch.float32)
+    assert torch.isfinite(loss) and float(gradient[0]) == 0.0 and float(gradient[1]) == -float(gradient[2]) < 0.0
 
 
 def test_an_index_out_of_range_gives_nan():

@@ -25,6 +25,11 @@ NAMES = ("output", "query gradient", "key gradient", "value gradient")
 SMALL = Blocks(16, 16, 16, 16, 4, 4, 1, 1, 1)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Many tiles and steps from few tokens."""
@@ -176,7 +181,6 @@ def test_grouped_queries(heads, kv_heads, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_trees(dtype, small_blocks):
-    torch.manual_seed(0)
     rng = random.Random(0)
     for case in range(12):
         layout = TreeLayout.build(*(shuffled_tree(rng) if case % 3 == 0 else random_tree(rng, max_segments=10)))
@@ -185,7 +189,6 @@ def test_random_trees(dtype, small_blocks):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_segments_in_real_blocks(dtype):
-    torch.manual_seed(0)
     check(TreeLayout.build([300, 90, 1, 129, 64, 40, 40], [-1, 0, 0, 2, -1, 4, 4], DEVICE), dtype)
 
 
@@ -201,14 +204,27 @@ def test_large_random_trees(seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chosen_rows(dtype):
-    torch.manual_seed(0)
     layout = TreeLayout.build([70, 20, 33, 5, 90, 6], [-1, 0, 0, -1, 3, 3], DEVICE)
     check(layout.at_rows([122, 89, 127, 0, 222, 223]), dtype, width=64)
 
 
-@pytest.mark.parametrize("lengths", [[], [0, 0], [1], [1, 1, 1]], ids=str)
-def test_nothing_and_single_tokens(lengths):
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
+def test_nothing(lengths):
     check(TreeLayout.build(lengths, [-1] * len(lengths)), torch.float32)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1]], ids=str)
+def test_single_tokens_return_their_values(lengths):
+    layout = TreeLayout.from_lengths(lengths)
+    arguments = [x.detach().float().requires_grad_() for x in inputs(layout)]
+    upstream = torch.randn(layout.num_queries, 2, 16)
+    output, query_grad, key_grad, value_grad = forward_and_gradients(
+        lambda *x: tree_attention(*x, layout, impl="triton"), arguments, upstream
+    )
+    assert torch.equal(output, arguments[2].expand_as(output))
+    assert torch.equal(value_grad, upstream.sum(1, keepdim=True))
+    # Zero but for the rounding of two sums of 16 products, which a budget of zero would not allow.
+    assert max(query_grad.abs().max(), key_grad.abs().max()) <= 1e-5
 
 
 def test_keys_that_nobody_sees_get_zero_gradients():
@@ -221,15 +237,23 @@ def test_keys_that_nobody_sees_get_zero_gradients():
 
 
 def test_large_scores_do_not_overflow():
+    """Scores of thousands: the softmax is one key. The budget would compare two roundings of that size."""
     layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
-    check(layout, torch.float32, scale=300.0)
+    exact = inputs(layout)
+    upstream = torch.randn(30, 2, 16, dtype=torch.float64)
+    truth = forward_and_gradients(lambda *x: tree_attention_reference(*x, layout, scale=300.0), exact, upstream)
+    rounded = [x.detach().float().requires_grad_() for x in exact]
+    ours = forward_and_gradients(
+        lambda *x: tree_attention(*x, layout, scale=300.0, impl="triton"), rounded, upstream.float()
+    )
+    for a, b in zip(ours, truth, strict=True):
+        assert (a - b).abs().max() <= 1e-3 * b.abs().max()
 
 
 # --- memory -------------------------------------------------------------------------------------
 
 
 def test_every_output_element_is_written(small_blocks):
-    torch.manual_seed(0)
     layout = TreeLayout.build([37, 20, 0, 9, 3], [-1, 0, 1, 0, -1])
     torch.use_deterministic_algorithms(True)  # torch then fills fresh memory with NaN
     try:
@@ -277,7 +301,6 @@ def test_nothing_is_written_outside(width, small_blocks):
 
 def test_offsets_beyond_32_bits():
     """300 rows 2^23 elements apart. Memory that nobody touches is never allocated."""
-    torch.manual_seed(0)
     layout = TreeLayout.build([250, 50], [-1, 0])
     dense = [x.detach().half() for x in inputs(layout, heads=1)]
     far = torch.empty(300 * 2**23, dtype=torch.float16, device=DEVICE)
@@ -298,7 +321,6 @@ def test_rows_too_far_apart_are_refused():
 
 
 def test_strided_inputs_and_expanded_gradients(small_blocks):
-    torch.manual_seed(0)
     layout = TreeLayout.build([20, 15, 9], [-1, 0, 0])
     dense = [x.detach().float() for x in inputs(layout, heads=4, kv_heads=2)]
     # Heads outermost, as transformers hands them over; columns apart; rows of a wider buffer.
@@ -318,7 +340,6 @@ def test_strided_inputs_and_expanded_gradients(small_blocks):
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:], ids=str)
 def test_each_subset_of_gradients(needed, small_blocks):
-    torch.manual_seed(0)
     layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
     exact = [x.detach().float() for x in inputs(layout)]
     everything = [x.clone().requires_grad_() for x in exact]
@@ -334,7 +355,6 @@ def test_each_subset_of_gradients(needed, small_blocks):
 
 
 def test_runs_repeat_bitwise_and_responses_are_isolated(small_blocks):
-    torch.manual_seed(0)
     layout = TreeLayout.build([25, 12, 7, 30], [-1, 0, 0, -1])
     arguments = [x.detach().float() for x in inputs(layout)]
     first = tree_attention(*arguments, layout, impl="triton")
@@ -363,7 +383,6 @@ def test_operators_pass_torchs_checks(small_blocks):
 
 
 def test_compiles_as_one_graph(small_blocks):
-    torch.manual_seed(0)
     compiled = torch.compile(
         lambda q, k, v, layout: 2 * tree_attention(q, k, v, layout, impl="triton"), fullgraph=True, backend="aot_eager"
     )

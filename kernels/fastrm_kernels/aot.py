@@ -75,6 +75,10 @@ class Binary:
     num_warps: int
     num_stages: int
 
+    @property
+    def is_bf16(self) -> bool:
+        return "*bf16" in self.signature.values()
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -201,11 +205,10 @@ def distinct(launches, arch: int) -> list[tuple[list, Binary]]:
 
 
 def sample(groups) -> list[tuple[list, Binary]]:
-    """One binary for each kernel, dtype and number of rows or head dimension."""
+    """One binary for each kernel, dtype and head dimension."""
     chosen = {}
     for labels, binary in groups:
-        first = labels[0]
-        chosen.setdefault((binary.kernel, first["dtype"], first.get("R"), first.get("K")), (labels, binary))
+        chosen.setdefault((binary.kernel, binary.is_bf16, labels[0].get("K")), (labels, binary))
     return list(chosen.values())
 
 
@@ -250,7 +253,7 @@ def broken_limits(label, binary: Binary, compiled: Compiled) -> list[str]:
     if compiled.shared_bytes > SHARED_PER_CTA[90]:
         shared = f"{compiled.shared_bytes:,} bytes of shared memory, limit {SHARED_PER_CTA[90]:,}"
         found.append(f"takes {shared}; take smaller blocks or fewer stages")
-    if label["dtype"] == "bf16" and binary.kernel in WGMMA_FROM_ROWS:
+    if binary.is_bf16 and binary.kernel in WGMMA_FROM_ROWS:
         large = label.get("R", 0) >= WGMMA_FROM_ROWS[binary.kernel]
         if compiled.matrix_unit == "none" or (large and compiled.matrix_unit != "wgmma"):
             found.append(f"matrix unit: got {compiled.matrix_unit}, wanted wgmma{'' if large else ' or mma.sync'}")
@@ -348,7 +351,7 @@ def compare(lines: list[str]) -> list[str]:
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastrm_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_PER_SM), default=90)
-    parser.add_argument("--sample", action="store_true", help="one binary per kernel, dtype and size class")
+    parser.add_argument("--sample", action="store_true", help="one binary per kernel, dtype and head dimension")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--write", action="store_true", help="write the table to kernels/README.md")
     action.add_argument("--check", action="store_true", help="compare the table with kernels/README.md")

@@ -1,4 +1,9 @@
-"""One door for all Triton launches, so that what runs can also be recorded and compiled ahead of time."""
+"""One door for all Triton launches, so that what runs can also be recorded and compiled ahead of time.
+
+Triton compiles a kernel once for every combination of its integers being 1, a multiple of 16, or neither.
+Kernels therefore name the counts that change with every pack (rows, tokens, edges) in `do_not_specialize`: a
+new pack must not stop training for a compilation.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

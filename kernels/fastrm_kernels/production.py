@@ -4,6 +4,7 @@
 model (F = D), K and the numbers of query and key heads for attention.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -26,7 +27,14 @@ WIDTHS, ROWS = (1536, 2048, 3584, 5120), (8, 64, 256)
 HEADS, HEAD_DIMENSIONS = ((28, 4), (16, 2), (16, 16)), (64, 80, 96, 128)
 # A pack's tokens are rarely a multiple of 16, and Triton compiles another kernel where they are.
 NUM_TOKENS = 8191
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+# What the heads are given: dtype, with the final norm, rows gathered before rather than read through anchors.
+# The third is the fastrm trainer, which keeps its head in float32.
+HEAD_INPUTS = {
+    "bf16 with norm": (torch.bfloat16, True, False),
+    "bf16": (torch.bfloat16, False, False),
+    "fp32 gathered with norm": (torch.float32, True, True),
+    "fp32": (torch.float32, False, False),
+}
 
 Label = dict[str, Any]
 
@@ -40,26 +48,16 @@ def production_launches() -> list[tuple[Label, Launch]]:
             run(*arguments)
         found.extend((label, launch) for launch in launches)
 
-    for dtype, name in DTYPES.items():
-        for width in WIDTHS:
-            for num_rows in ROWS:
-                _record_heads(record, {"D": width, "R": num_rows, "dtype": name}, dtype, width, num_rows)
+    for inputs, settings in HEAD_INPUTS.items():
+        for width, num_rows, training in product(WIDTHS, ROWS, (True, False)):
+            label = {"D": width, "R": num_rows, "inputs": inputs, "pass": "training" if training else "scoring"}
+            record(label, _two_layers, width, num_rows, training, *settings)
+            record(label, _one_layer, width, num_rows, training, *settings)
     _record_attention(record)
     return found
 
 
-def _record_heads(record, label, dtype, width, num_rows) -> None:
-    for norm in (True, False):
-        for training in (True, False):
-            run = {**label, "norm": "norm" if norm else "no norm", "pass": "training" if training else "scoring"}
-            # The fastrm trainer gathers the anchors itself, keeps its head in float32, and always has a norm.
-            for gathered in (False, True) if dtype == torch.float32 and norm else (False,):
-                case = {**run, "rows": "gathered" if gathered else "anchors"}
-                record(case, _two_layers, dtype, width, num_rows, norm, training, gathered)
-                record(case, _one_layer, dtype, width, num_rows, norm, training, gathered)
-
-
-def _two_layers(dtype, width, num_rows, norm, training, gathered) -> None:
+def _two_layers(width, num_rows, training, dtype, norm, gathered) -> None:
     """The loss rides along where it may, and where the rows are not gathered; else it is a launch of its own."""
     inputs = _rows(dtype, width, num_rows, gathered)
     layers = [_meta(*shape, dtype=dtype) for shape in ((width, width), (width,), (1, width), (1,))]
@@ -79,7 +77,7 @@ def _two_layers(dtype, width, num_rows, norm, training, gathered) -> None:
     launch_reward_head_bwd(*upstream, *inputs, norm_weight, *layers, *saved, [True] * 6)
 
 
-def _one_layer(dtype, width, num_rows, norm, training, gathered) -> None:
+def _one_layer(width, num_rows, training, dtype, norm, gathered) -> None:
     inputs = _rows(dtype, width, num_rows, gathered)
     norm_weight, layer = _meta(width, dtype=dtype) if norm else None, (_meta(1, width, dtype=dtype), None)
     _, *saved = launch_linear_head_fwd(*inputs, norm_weight, 1e-6, *layer, training)
@@ -108,7 +106,7 @@ def _record_attention(record) -> None:
 
 
 def _attention_label(width, heads, layout) -> Label:
-    return {"K": width, "heads": "{}:{}".format(*heads), "dtype": "bf16", "layout": layout}
+    return {"K": width, "heads": "{}:{}".format(*heads), "inputs": "bf16", "layout": layout}
 
 
 def _attention(heads, key_heads, width, layout, causal, head_stride=None) -> None:

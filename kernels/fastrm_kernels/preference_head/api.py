@@ -69,8 +69,8 @@ def preference_loss(
 
     Args:
         rewards: (R,) float32, or float64 (eager only).
-        edges: (E, 2) int64, winner then loser, indices into `rewards`. One that is out of range raises
-            in eager mode and makes the loss NaN in Triton's.
+        edges: (E, 2) int64, winner then loser, indices into `rewards`, >= 0. One that is too large
+            raises in eager mode and makes the loss NaN in Triton's.
         margin: (E,) subtracted from the reward difference, or None for 0.
         weight: (E,) >= 0, or None for 1.
         label_smoothing: probability in [0, 0.5) that a label is flipped.

@@ -115,7 +115,7 @@ def vector_gradients(
         tl.store(grad_out_bias_ptr, tl.sum(grad_out_bias, 0).to(grad_out_bias_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def head_bwd_kernel(
     hidden_ptr, anchors_ptr, norm_ptr, weight_ptr, active_ptr, gains_ptr, rstd_ptr, slopes_ptr,
     grad_loss_ptr, loss_slopes_ptr, grad_rewards_ptr, grad_rows_ptr, norm_parts_ptr, grad_weight_ptr,
@@ -167,7 +167,7 @@ def head_bwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def head_bwd_input_kernel(
     hidden_ptr, anchors_ptr, norm_ptr, weight_ptr, gains_ptr, rstd_ptr, slopes_ptr,
     grad_loss_ptr, loss_slopes_ptr, grad_rewards_ptr, grad_rows_ptr, norm_parts_ptr,
@@ -193,7 +193,7 @@ def head_bwd_input_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def head_bwd_weight_kernel(
     hidden_ptr, anchors_ptr, norm_ptr, gains_ptr, rstd_ptr,
     grad_loss_ptr, loss_slopes_ptr, grad_rewards_ptr, grad_weight_ptr,
@@ -219,7 +219,7 @@ def head_bwd_weight_kernel(
     tl.store(ptrs, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def head_bwd_vector_kernel(
     active_ptr, gains_ptr, grad_loss_ptr, loss_slopes_ptr, grad_rewards_ptr,
     grad_bias_ptr, grad_out_weight_ptr, grad_out_bias_ptr, num_rows, features, grad_stride,
@@ -243,8 +243,8 @@ def backward_blocks(kernel: str, num_rows: int, itemsize: int) -> dict:
             features, stages = (128, 5) if rows == 16 else (64, 5)
         return {"BLOCK_R": rows, "BLOCK_F": features, "BLOCK_D": 32, "num_warps": 4, "num_stages": stages}
     if itemsize == 4:
-        rows, features = (64, 16) if kernel == "input" else (16, 64)
-        return {"BLOCK_R": rows, "BLOCK_F": features, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
+        rows, features, warps = (64, 16, 8) if kernel == "input" else (16, 64, 4)
+        return {"BLOCK_R": rows, "BLOCK_F": features, "BLOCK_D": 64, "num_warps": warps, "num_stages": 4}
     features = 64 if kernel == "input" else 128
     return {"BLOCK_R": 64, "BLOCK_F": features, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3}
 

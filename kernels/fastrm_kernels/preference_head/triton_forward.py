@@ -18,7 +18,7 @@ from fastrm_kernels.preference_head.triton_primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def head_fwd_kernel(
     hidden_ptr, anchors_ptr, norm_ptr, weight_ptr, bias_ptr, out_weight_ptr,
     active_ptr, gains_ptr, rstd_ptr, reward_parts_ptr, slope_parts_ptr,
@@ -88,7 +88,7 @@ def sum_parts(parts_ptr, offs_r, num_rows, num_parts, BLOCK_P: tl.constexpr, BLO
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "num_parts", "num_edges"])
 def head_finish_kernel(
     reward_parts_ptr, slope_parts_ptr, anchors_ptr, out_bias_ptr, rewards_ptr, slopes_ptr,
     num_rows, num_tokens, num_parts,
@@ -124,7 +124,7 @@ def forward_blocks(num_rows: int, itemsize: int) -> dict:
     few, some = num_rows <= 16, num_rows <= 64
     if itemsize == 4:
         # Without tensor cores a thread holds its operands for all of BLOCK_D in registers.
-        rows, features, width, stages = (16, 16, 64, 6) if few else (64, 32, 32, 7) if some else (64, 64, 16, 4)
+        rows, features, width, stages = (16, 16, 64, 6) if few else (64, 32, 16, 8) if some else (64, 64, 16, 4)
     else:
         rows, features, width, stages = (16, 16, 128, 8) if few else (64, 32, 64, 7) if some else (128, 64, 64, 4)
     return {
@@ -194,6 +194,8 @@ def _finish(parts, slope_parts, anchors, out_bias, rewards, slopes, num_tokens, 
     names = ("edges_ptr", "margin_ptr", "weight_ptr", "lengths_ptr")
     arguments = loss_arguments(*loss) if loss else {**dict.fromkeys(names), "smoothing": 0.0, "center": 0.0}
     block = round_up(num_rows, 16, max(16, triton.next_power_of_2(num_rows)) if loss else 64)
+    # As many parts as possible at once: one after another would pay the memory's latency each time.
+    block_p = round_up(num_parts, 16, max(32, 4096 // block))
     launch(
         head_finish_kernel, (max(1, triton.cdiv(num_rows, block)) if loss else triton.cdiv(num_rows, block),),
         reward_parts_ptr=parts, slope_parts_ptr=slope_parts, anchors_ptr=contiguous(anchors), out_bias_ptr=out_bias,
@@ -201,6 +203,6 @@ def _finish(parts, slope_parts, anchors, out_bias, rewards, slopes, num_tokens, 
         num_rows=num_rows, num_tokens=num_tokens, num_parts=num_parts,
         loss_ptr=value if loss else None, loss_slopes_ptr=value_slopes if loss else None,
         num_edges=loss[0].shape[0] if loss else 0, **arguments,
-        BLOCK_P=32, BLOCK_R=block, BLOCK_E=BLOCK_E, num_warps=8 if block > 64 else 4, num_stages=2,
+        BLOCK_P=block_p, BLOCK_R=block, BLOCK_E=BLOCK_E, num_warps=8 if block > 64 else 4, num_stages=2,
     )  # fmt: skip
     return value, value_slopes

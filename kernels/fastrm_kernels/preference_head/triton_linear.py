@@ -25,7 +25,7 @@ from fastrm_kernels.preference_head.triton_primitives import (
 MAX_PARTS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def linear_head_fwd_kernel(
     hidden_ptr, anchors_ptr, norm_ptr, weight_ptr, bias_ptr, rewards_ptr, dots_ptr, rstd_ptr,
     num_rows, num_tokens, width, hidden_stride, eps,
@@ -65,7 +65,7 @@ def linear_head_fwd_kernel(
     tl.store(rewards_ptr + offs_r, rewards, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "rows_per_part"])
 def linear_head_bwd_kernel(
     hidden_ptr, anchors_ptr, norm_ptr, weight_ptr, dots_ptr, rstd_ptr, grad_ptr, grad_rows_ptr, parts_ptr,
     num_rows, num_tokens, width, hidden_stride, grad_stride, rows_per_part,
@@ -103,7 +103,7 @@ def linear_head_bwd_kernel(
         tl.store(part, tl.sum(total, 0), mask=offs_d < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def linear_head_sum_kernel(
     parts_ptr, norm_ptr, weight_ptr, grad_ptr, grad_norm_ptr, grad_weight_ptr, grad_bias_ptr,
     num_parts, num_rows, width, grad_stride,

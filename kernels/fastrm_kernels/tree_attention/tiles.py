@@ -56,10 +56,10 @@ def choose_blocks(dtype: torch.dtype, head_dim: int, single_rows: bool) -> Block
     """
     if dtype == torch.float32:
         return Blocks(32, 32, 32, 32, 8, 8, 1, 1, 1)
-    query_tile, query_warps = (64, 4) if single_rows else (128, 8)
-    # With a head dimension of 128, two accumulators of 128 x 128 leave no registers for steps of 64.
-    query_step = 32 if head_dim > 96 or single_rows else 64
-    return Blocks(query_tile, 64, 128, query_step, query_warps, 8, 3, 2, 2)
+    # Steps of 64 rows, or of 32 where the accumulators leave too few registers for them (docs/experiments.md).
+    if single_rows:
+        return Blocks(64, 32, 128, 32, 4, 8, 3, 2, 2)
+    return Blocks(128, 64, 128, 32 if head_dim > 64 else 64, 8, 8, 3, 2, 2)
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,11 @@ def query_gradient_steps(
 def tree_attention_bwd_query_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, upstream_ptr, lse_ptr, delta_ptr, query_grad_ptr,
     query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,
-    num_queries, scale, scale_log2,
+    num_queries, group, scale, scale_log2,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     output_stride, output_head_stride, upstream_stride, upstream_head_stride,
     query_grad_stride, query_grad_head_stride,
-    GROUP: tl.constexpr, WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
+    WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: delta and the query gradient of one query tile of one head."""
@@ -75,8 +75,8 @@ def tree_attention_bwd_query_kernel(
     step_masked = tl.load(tile_ptr + 3)
     step_end = tl.load(tile_ptr + 4)
     query_ptr += head * query_head_stride
-    key_ptr += head // GROUP * key_head_stride
-    value_ptr += head // GROUP * value_head_stride
+    key_ptr += head // group * key_head_stride
+    value_ptr += head // group * value_head_stride
     output_ptr += head * output_head_stride
     upstream_ptr += head * upstream_head_stride
     query_grad_ptr += head * query_grad_head_stride
@@ -235,14 +235,15 @@ def launch_tree_attention_bwd_query(
         lse_ptr=lse, delta_ptr=delta, query_grad_ptr=query_grad,
         query_rank_ptr=work.query_rank, key_low_ptr=work.key_low, key_high_ptr=work.key_high,
         tiles_ptr=listed.tiles, steps_ptr=listed.steps,
-        num_queries=query.shape[0], scale=scale, scale_log2=scale * LOG2_E,
+        num_queries=query.shape[0], group=query.shape[1] // key.shape[1],
+        scale=scale, scale_log2=scale * LOG2_E,
         query_stride=query.stride(0), query_head_stride=query.stride(1),
         key_stride=key.stride(0), key_head_stride=key.stride(1),
         value_stride=value.stride(0), value_head_stride=value.stride(1),
         output_stride=output.stride(0), output_head_stride=output.stride(1),
         upstream_stride=upstream.stride(0), upstream_head_stride=upstream.stride(1),
         query_grad_stride=query_grad.stride(0), query_grad_head_stride=query_grad.stride(1),
-        GROUP=query.shape[1] // key.shape[1], WIDTH_A=width_a, WIDTH_B=width_b,
+        WIDTH_A=width_a, WIDTH_B=width_b,
         TILE_ROWS=blocks.query_tile, STEP_ROWS=blocks.key_step,
         PRECISION=precision_of(query.dtype),
     )  # fmt: skip

@@ -83,15 +83,14 @@ def attend_steps(
     return acc_a, acc_b, row_max, row_sum
 
 
-# Tokens change with every pack; one that happens to be a multiple of 16 is not worth another kernel.
 @triton.jit(do_not_specialize=["num_queries"])
 def tree_attention_fwd_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr,
     query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,
-    num_queries, scale_log2,
+    num_queries, group, scale_log2,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     output_stride, output_head_stride,
-    GROUP: tl.constexpr, WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
+    WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one query tile of one head. Heads vary fastest, so the long tiles all start first."""
@@ -103,8 +102,8 @@ def tree_attention_fwd_kernel(
     step_masked = tl.load(tile_ptr + 3)
     step_end = tl.load(tile_ptr + 4)
     query_ptr += head * query_head_stride
-    key_ptr += head // GROUP * key_head_stride
-    value_ptr += head // GROUP * value_head_stride
+    key_ptr += head // group * key_head_stride
+    value_ptr += head // group * value_head_stride
 
     rows = tile_start + tl.arange(0, TILE_ROWS)
     inside = rows < tile_end
@@ -159,12 +158,12 @@ def launch_tree_attention_fwd(query, key, value, output, lse, work: WorkLists, b
         query_ptr=query, key_ptr=key, value_ptr=value, output_ptr=output, lse_ptr=lse,
         query_rank_ptr=work.query_rank, key_low_ptr=work.key_low, key_high_ptr=work.key_high,
         tiles_ptr=listed.tiles, steps_ptr=listed.steps,
-        num_queries=query.shape[0], scale_log2=scale * LOG2_E,
+        num_queries=query.shape[0], group=query.shape[1] // key.shape[1], scale_log2=scale * LOG2_E,
         query_stride=query.stride(0), query_head_stride=query.stride(1),
         key_stride=key.stride(0), key_head_stride=key.stride(1),
         value_stride=value.stride(0), value_head_stride=value.stride(1),
         output_stride=output.stride(0), output_head_stride=output.stride(1),
-        GROUP=query.shape[1] // key.shape[1], WIDTH_A=width_a, WIDTH_B=width_b,
+        WIDTH_A=width_a, WIDTH_B=width_b,
         TILE_ROWS=blocks.query_tile, STEP_ROWS=blocks.key_step,
         PRECISION=precision_of(query.dtype),
     )  # fmt: skip
