@@ -50,7 +50,7 @@ def choose_head_kernels(kernels: str, device: torch.device) -> tuple[str, str]:
     probe = torch.empty(0, device=device)
     if kernels == "auto":
         implementation, why = choose("preference_head", probe)
-        return implementation, f"auto: {why}"
+        return implementation, f"auto: float32 on {device.type}; {why}"
     obstacle = obstacle_to_triton(probe)
     if kernels == "triton" and obstacle is not None:
         raise ConfigError(f"kernels: triton cannot run the head on {device.type}: {obstacle}; use auto")

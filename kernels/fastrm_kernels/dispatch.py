@@ -21,7 +21,8 @@ def choose(op: str, tensor: torch.Tensor) -> tuple[str, str]:
     """What `auto` means for these inputs: the implementation and, in words, the reason."""
     obstacle = obstacle_to_triton(tensor)
     if obstacle is not None:
-        return "eager", f"Triton cannot run {op} here: {obstacle}"
+        on_cpu = tensor.device.type == "cpu"
+        return "eager", "Triton needs CUDA" if on_cpu else f"Triton cannot run {op} here: {obstacle}"
     device = _device_name(tensor.device)
     if (op, device) not in MEASURED:
         return "eager", f"{op} was not measured on {device}; ask for triton by name to use it"
