@@ -22,6 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 SUFFIX = "-kernels.json"
 HEAD, ATTENTION = "preference_head", "tree_attention"
 NOT_MEASURED = "not measured"
+TORCH_DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 
 
 # What was measured, and where
@@ -235,25 +236,23 @@ def verdict(goal: Goal, report: dict | None) -> tuple[str, str]:
 
 
 def proposals(entries: Sequence[dict], device: str) -> list[str]:
-    """Lines for dispatch.MEASURED: the winner by the geometric mean over all shapes, uncaptured, forward + backward.
+    """Lines for dispatch.MEASURED: winners by geometric mean over the shapes of a dtype, uncaptured, both passes.
 
-    The trainer launches without graphs, so that is what `auto` has to be right about. The table knows no
-    dtypes, so where they disagree the line shows it.
+    The trainer launches without graphs, so that is what `auto` has to be right about.
     """
     lines = []
     for op, rival in ((HEAD, "eager"), (ATTENTION, "varlen")):
-        found = [(e["shape"]["dtype"], x) for e in entries if e["op"] == op and (x := ratio(e, "triton", rival))]
-        if not found:
-            continue
-        values = [value for _, value in found]
-        mean = _geometric_mean(values)
-        by_dtype = {d: _geometric_mean([v for e, v in found if e == d]) for d in dict.fromkeys(d for d, _ in found)}
-        winner = "triton" if mean >= 1 else rival
-        lines.append(
-            f'    ("{op}", "{device}"): "{winner}",  # triton is {mean:.2f}x as fast as {rival} '
-            f"over {len(values)} shapes ({min(values):.2f}x to {max(values):.2f}x; "
-            + ", ".join(f"{dtype} {value:.2f}x" for dtype, value in by_dtype.items()) + ")"
-        )
+        ratios: dict[str, list[float]] = {}
+        for entry in entries:
+            if entry["op"] == op and (value := ratio(entry, "triton", rival)):
+                ratios.setdefault(entry["shape"]["dtype"], []).append(value)
+        for dtype, values in ratios.items():
+            mean = _geometric_mean(values)
+            winner = "triton" if mean >= 1 else rival
+            lines.append(
+                f'    ("{op}", "{device}", {TORCH_DTYPES[dtype]}): "{winner}",  # triton is {mean:.2f}x as fast as '
+                f"{rival} over {len(values)} shapes ({min(values):.2f}x to {max(values):.2f}x)"
+            )
     return lines
 
 

@@ -52,13 +52,13 @@ class Trial:
 
 
 def attention_trials(shape: AttentionShape) -> list[Trial]:
-    """Tiles 64 and 128, steps 32 to 128, 4 and 8 warps, 2 to 4 stages."""
+    """Tiles 64 and 128, steps 32 to 128, 4 and 8 warps, two to four steps in flight."""
     names = {
         "forward": ("query_tile", "key_step", "query_warps", "fwd_stages"),
         "query": ("query_tile", "key_step", "query_warps", "query_stages"),
         "key_value": ("key_tile", "query_step", "key_warps", "key_stages"),
     }
-    values = list(itertools.product((128, 64), (64, 32, 128), (8, 4), (3, 2, 4)))
+    values = list(itertools.product((128, 64), (64, 32, 128), (8, 4), (5, 2, 8)))
     return _trials(ATTENTION, shape, {kernel: [tuple(zip(fields, v, strict=True)) for v in values]
                                       for kernel, fields in names.items()})  # fmt: skip
 
@@ -95,7 +95,12 @@ def _prepare_attention(trial: Trial):
     pack = _pack(shape)
     query, key, value = (leaf.detach() for leaf in pack.leaves)
     base = tiles.choose_blocks(query.dtype, shape.head_dim, False)
-    output, query_grad, key_grad, value_grad = (torch.empty_like(x) for x in (query, query, key, value))
+    output, query_grad = (torch.empty_like(query) for _ in range(2))
+    num_parts = tiles.work_lists(pack.layout, base, shape.causal).key_tiles.parts_wanted(
+        key.shape[1], shape.heads // key.shape[1]
+    )
+    dtype = query.dtype if num_parts == 1 else torch.float32
+    key_grad, value_grad = (torch.empty((num_parts, *x.shape), dtype=dtype, device=x.device) for x in (key, value))
     lse = query.new_empty((shape.heads, shape.num_tokens), dtype=torch.float32)
     delta = torch.empty_like(lse)
 

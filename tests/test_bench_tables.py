@@ -269,15 +269,16 @@ def test_proposals_name_the_winner_of_the_geometric_mean():
         attention_entry(shapes[0], triton=1e-3, varlen=4e-3), attention_entry(shapes[1], triton=2e-3, varlen=1e-3),
     ]  # fmt: skip
     (line,) = proposals(entries, GPU)
-    assert line.startswith('    ("tree_attention", "NVIDIA H200"): "triton",  # triton is 1.41x as fast as varlen')
+    assert line.startswith('    ("tree_attention", "NVIDIA H200", torch.bfloat16): "triton",  # triton is 1.41x')
     (line,) = proposals([attention_entry(shapes[0], triton=2e-3, varlen=1e-3)], GPU)
     assert '"varlen"' in line and "0.50x" in line
     mixed = [
         head_entry(HeadShape(3584, 8, dtype), triton=1e-3, eager=eager)
         for dtype, eager in (("bf16", 4e-3), ("fp32", 5e-4))
     ]
-    (line,) = proposals(mixed, GPU)
-    assert '"preference_head"' in line and "bf16 4.00x, fp32 0.50x" in line
+    half, full = proposals(mixed, GPU)
+    assert half.startswith('    ("preference_head", "NVIDIA H200", torch.bfloat16): "triton",  # triton is 4.00x')
+    assert full.startswith('    ("preference_head", "NVIDIA H200", torch.float32): "eager",  # triton is 0.50x')
 
 
 # Tables

@@ -7,9 +7,10 @@ import torch
 
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
-from fastrm.model.kernels import choose_backend, choose_head_kernels
+from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
 from fastrm_kernels import dispatch
 from runs import colour_rows, fastrm, tiny_config
+from support import make_model
 
 CPU = torch.device("cpu")
 
@@ -38,36 +39,55 @@ def test_a_run_on_triton_kernels_learns_the_same_and_says_so(tmp_path):
 
 
 def test_without_a_measurement_auto_is_eager_and_says_why():
-    assert dispatch.MEASURED.get(("tree_attention", "cpu")) is None
-    backend, why = choose_backend("auto", "auto", CPU, torch.float32)
-    assert backend == "sdpa" and "was not measured on cpu" in why
+    assert ("tree_attention", "cpu", torch.float32) not in dispatch.MEASURED
+    backend, why = choose_backend("auto", "auto", CPU, torch.float32, [64])
+    assert backend == "sdpa" and "was not measured for float32 on cpu" in why
     implementation, why = choose_head_kernels("auto", CPU)
-    assert implementation == "eager" and "was not measured on cpu" in why
+    assert implementation == "eager" and "was not measured for float32 on cpu" in why
 
 
 def test_auto_takes_the_measured_winner(monkeypatch):
-    monkeypatch.setitem(dispatch.MEASURED, ("tree_attention", "cpu"), "triton")
-    monkeypatch.setitem(dispatch.MEASURED, ("preference_head", "cpu"), "triton")
-    assert choose_backend("auto", "auto", CPU, torch.float32)[0] == "triton"
+    monkeypatch.setitem(dispatch.MEASURED, ("tree_attention", "cpu", torch.float32), "triton")
+    monkeypatch.setitem(dispatch.MEASURED, ("preference_head", "cpu", torch.float32), "triton")
+    assert choose_backend("auto", "auto", CPU, torch.float32, [64])[0] == "triton"
     assert choose_head_kernels("auto", CPU)[0] == "triton"
-    assert choose_backend("auto", "eager", CPU, torch.float32)[0] == "sdpa"
+    assert choose_backend("auto", "eager", CPU, torch.float32, [64])[0] == "sdpa"
     assert choose_head_kernels("eager", CPU)[0] == "eager"
 
 
 def test_an_attention_backend_set_by_name_wins_over_kernels():
-    assert choose_backend("sdpa", "triton", CPU, torch.float32)[0] == "sdpa"
-    assert choose_backend("triton", "eager", CPU, torch.float32)[0] == "triton"
+    assert choose_backend("sdpa", "triton", CPU, torch.float32, [64])[0] == "sdpa"
+    assert choose_backend("triton", "eager", CPU, torch.float32, [64])[0] == "triton"
 
 
 def test_triton_where_it_cannot_run_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     message = r"triton cannot run .* on cpu: got a tensor on cpu, wanted cuda .*; use auto"
     with pytest.raises(ConfigError, match="kernels: " + message):
-        choose_backend("auto", "triton", CPU, torch.float32)
+        choose_backend("auto", "triton", CPU, torch.float32, [64])
     with pytest.raises(ConfigError, match=r"model\.attention: " + message):
-        choose_backend("triton", "auto", CPU, torch.float32)
+        choose_backend("triton", "auto", CPU, torch.float32, [64])
     with pytest.raises(ConfigError, match="kernels: " + message):
         choose_head_kernels("triton", CPU)
+
+
+@pytest.mark.parametrize(
+    ("family", "dims"), [("qwen2_5_vl", {8, 16}), ("qwen2_vl", {8, 16}), ("qwen2", {8}), ("qwen3", {16})]
+)
+def test_a_head_dimension_that_triton_has_not_is_refused_at_the_start(family, dims):
+    model = make_model(family)
+    assert head_dims_of(model.model.config) == dims
+    if 8 in dims:
+        with pytest.raises(ConfigError, match="got head dimension 8, wanted one of 16, 32, 64, 80, 96, 128; use auto"):
+            model.use_kernels(torch.float32, kernels="triton")
+    else:
+        model.use_kernels(torch.float32, kernels="triton")
+
+
+def test_auto_passes_over_a_winner_that_cannot_run_the_model(monkeypatch):
+    monkeypatch.setitem(dispatch.MEASURED, ("tree_attention", "cpu", torch.float32), "triton")
+    backend, why = choose_backend("auto", "auto", CPU, torch.float32, [64, 24])
+    assert backend == "sdpa" and "got head dimension 24" in why
 
 
 def test_a_value_that_does_not_exist_is_refused(tmp_path):

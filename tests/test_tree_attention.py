@@ -1,5 +1,6 @@
 """tree_attention against its dense specification, and the layout against a definition of its own."""
 
+import inspect
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
+from fastrm_kernels.tree_attention.varlen import varlen_arguments, varlen_options
 
 CASES = 40
 
@@ -139,6 +141,15 @@ def test_an_explicit_implementation_never_falls_back():
 def test_a_parent_after_its_child_is_refused():
     with pytest.raises(ValueError, match="segment 0: got length 3 and parent 1"):
         TreeLayout.build([3, 2], [1, -1])
+
+
+def test_the_call_of_varlen_fits_the_torch_that_is_installed():
+    from torch.nn.attention.varlen import varlen_attn
+
+    layout = TreeLayout.build([10, 4, 3], [-1, 0, 0])
+    arguments = varlen_arguments(*random_qkv(17), layout)
+    bound = inspect.signature(varlen_attn).bind(*arguments, **varlen_options(4, 2, 0.5, True))
+    assert bound.arguments["window_size"] == (-1, 0) and bound.arguments["scale"] == 0.5
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ GPU marker.
 import itertools
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def inputs(layout, heads=2, kv_heads=1, width=16, dtype=torch.float32):
         (layout.num_keys, kv_heads, width),
     ]
     return [torch.randn(shape, device=DEVICE).to(dtype).double().requires_grad_() for shape in shapes]
+
+
+def tree(lengths, parents):
+    return TreeLayout.build(lengths, parents, DEVICE)
+
+
+def flat(lengths):
+    return TreeLayout.from_lengths(lengths, DEVICE)
 
 
 def forward_and_gradients(function, arguments, upstream):
@@ -168,28 +177,28 @@ def test_work_lists_are_built_once_and_move_with_the_layout():
 @pytest.mark.parametrize("width", [64, 80, 96, 128])
 def test_head_dimensions(width, dtype):
     torch.manual_seed(width)
-    check(TreeLayout.build([65, 20, 9, 1], [-1, 0, 0, 2]), dtype, width=width)
-    check(TreeLayout.from_lengths([30, 64, 7]), dtype, width=width, causal=False)
+    check(tree([65, 20, 9, 1], [-1, 0, 0, 2]), dtype, width=width)
+    check(flat([30, 64, 7]), dtype, width=width, causal=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 1), (6, 2), (3, 3)])
 def test_grouped_queries(heads, kv_heads, dtype):
     torch.manual_seed(heads)
-    check(TreeLayout.build([40, 20, 30], [-1, 0, 0]), dtype, heads=heads, kv_heads=kv_heads, scale=0.3)
+    check(tree([40, 20, 30], [-1, 0, 0]), dtype, heads=heads, kv_heads=kv_heads, scale=0.3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_trees(dtype, small_blocks):
     rng = random.Random(0)
     for case in range(12):
-        layout = TreeLayout.build(*(shuffled_tree(rng) if case % 3 == 0 else random_tree(rng, max_segments=10)))
+        layout = tree(*(shuffled_tree(rng) if case % 3 == 0 else random_tree(rng, max_segments=10)))
         check(layout, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_segments_in_real_blocks(dtype):
-    check(TreeLayout.build([300, 90, 1, 129, 64, 40, 40], [-1, 0, 0, 2, -1, 4, 4], DEVICE), dtype)
+    check(tree([300, 90, 1, 129, 64, 40, 40], [-1, 0, 0, 2, -1, 4, 4]), dtype)
 
 
 @pytest.mark.slow
@@ -199,25 +208,25 @@ def test_large_random_trees(seed):
     rng = random.Random(seed)
     lengths, parents = random_tree(rng)
     lengths = [rng.randint(1, 300) for _ in lengths]
-    check(TreeLayout.build(lengths, parents, DEVICE), rng.choice([torch.float32, torch.float16]), width=64)
+    check(tree(lengths, parents), rng.choice([torch.float32, torch.float16]), width=64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chosen_rows(dtype):
-    layout = TreeLayout.build([70, 20, 33, 5, 90, 6], [-1, 0, 0, -1, 3, 3], DEVICE)
+    layout = tree([70, 20, 33, 5, 90, 6], [-1, 0, 0, -1, 3, 3])
     check(layout.at_rows([122, 89, 127, 0, 222, 223]), dtype, width=64)
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
 def test_nothing(lengths):
-    check(TreeLayout.build(lengths, [-1] * len(lengths)), torch.float32)
+    check(tree(lengths, [-1] * len(lengths)), torch.float32)
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1]], ids=str)
 def test_single_tokens_return_their_values(lengths):
-    layout = TreeLayout.from_lengths(lengths)
+    layout = flat(lengths)
     arguments = [x.detach().float().requires_grad_() for x in inputs(layout)]
-    upstream = torch.randn(layout.num_queries, 2, 16)
+    upstream = torch.randn(layout.num_queries, 2, 16, device=DEVICE)
     output, query_grad, key_grad, value_grad = forward_and_gradients(
         lambda *x: tree_attention(*x, layout, impl="triton"), arguments, upstream
     )
@@ -228,7 +237,7 @@ def test_single_tokens_return_their_values(lengths):
 
 
 def test_keys_that_nobody_sees_get_zero_gradients():
-    layout = TreeLayout.build([10, 10], [-1, -1]).at_rows([3])
+    layout = tree([10, 10], [-1, -1]).at_rows([3])
     arguments = [x.detach().float().requires_grad_() for x in inputs(layout)]
     output = tree_attention(*arguments, layout, impl="triton")
     _, key_grad, value_grad = torch.autograd.grad(output.sum(), arguments)
@@ -238,9 +247,9 @@ def test_keys_that_nobody_sees_get_zero_gradients():
 
 def test_large_scores_do_not_overflow():
     """Scores of thousands: the softmax is one key. The budget would compare two roundings of that size."""
-    layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
+    layout = tree([20, 5, 5], [-1, 0, 0])
     exact = inputs(layout)
-    upstream = torch.randn(30, 2, 16, dtype=torch.float64)
+    upstream = torch.randn(30, 2, 16, dtype=torch.float64, device=DEVICE)
     truth = forward_and_gradients(lambda *x: tree_attention_reference(*x, layout, scale=300.0), exact, upstream)
     rounded = [x.detach().float().requires_grad_() for x in exact]
     ours = forward_and_gradients(
@@ -254,7 +263,7 @@ def test_large_scores_do_not_overflow():
 
 
 def test_every_output_element_is_written(small_blocks):
-    layout = TreeLayout.build([37, 20, 0, 9, 3], [-1, 0, 1, 0, -1])
+    layout = tree([37, 20, 0, 9, 3], [-1, 0, 1, 0, -1])
     torch.use_deterministic_algorithms(True)  # torch then fills fresh memory with NaN
     try:
         assert torch.empty(3).isnan().all()
@@ -272,7 +281,7 @@ def test_nothing_is_written_outside(width, small_blocks):
     )
     from fastrm_kernels.tree_attention.triton_forward import launch_tree_attention_fwd
 
-    layout = TreeLayout.build([37, 20, 9], [-1, 0, 0])
+    layout = tree([37, 20, 9], [-1, 0, 0])
     work = work_lists(layout, SMALL, True)
     query, key, value = (x.detach().float() for x in inputs(layout, width=width))
     canary = 12345.0
@@ -282,16 +291,14 @@ def test_nothing_is_written_outside(width, small_blocks):
         padded = torch.full([n + 2 for n in shape], canary, device=DEVICE)
         return padded, padded[tuple(slice(1, n + 1) for n in shape)]
 
-    buffers = [guarded(*x.shape) for x in (query, query, key, value)]
-    output, query_grad, key_grad, value_grad = (inner for _, inner in buffers)
+    buffers = [guarded(*shape) for shape in (query.shape, query.shape, (2, *key.shape), (2, *value.shape))]
+    output, query_grad, *key_grads = (inner for _, inner in buffers)
     flat = torch.full((2 * 66 + 10,), canary, device=DEVICE)
     lse, delta = flat[5:-5].view(2, 66), torch.empty(2, 66, device=DEVICE)
     launch_tree_attention_fwd(query, key, value, output, lse, work, SMALL, 0.25)
     upstream = torch.randn_like(query)
     launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, work, SMALL, 0.25)
-    launch_tree_attention_bwd_key_value(
-        query, key, value, upstream, lse, delta, key_grad, value_grad, work, SMALL, 0.25
-    )
+    launch_tree_attention_bwd_key_value(query, key, value, upstream, lse, delta, *key_grads, work, SMALL, 0.25)
     for padded, inner in buffers:
         assert not (inner == canary).any()
         inner.fill_(canary)
@@ -301,11 +308,11 @@ def test_nothing_is_written_outside(width, small_blocks):
 
 def test_offsets_beyond_32_bits():
     """300 rows 2^23 elements apart. Memory that nobody touches is never allocated."""
-    layout = TreeLayout.build([250, 50], [-1, 0])
+    layout = tree([250, 50], [-1, 0])
     dense = [x.detach().half() for x in inputs(layout, heads=1)]
     far = torch.empty(300 * 2**23, dtype=torch.float16, device=DEVICE)
     spread = [far.as_strided(x.shape, (2**23, 16, 1), 16 * n).copy_(x) for n, x in enumerate(dense)]
-    upstream = torch.randn(300, 1, 16).half()
+    upstream = torch.randn(300, 1, 16, device=DEVICE).half()
     results = []
     for arguments in (dense, spread):
         arguments = [x.requires_grad_() for x in arguments]
@@ -314,14 +321,14 @@ def test_offsets_beyond_32_bits():
 
 
 def test_rows_too_far_apart_are_refused():
-    layout = TreeLayout.build([2], [-1])
+    layout = tree([2], [-1])
     far = torch.empty(2**24 + 16, dtype=torch.float16, device=DEVICE).as_strided((2, 1, 16), (2**24, 16, 1))
     with pytest.raises(ValueError, match="rows 16,777,216 elements apart, wanted less than 16,777,216"):
         tree_attention(far, far, far, layout, impl="triton")
 
 
 def test_strided_inputs_and_expanded_gradients(small_blocks):
-    layout = TreeLayout.build([20, 15, 9], [-1, 0, 0])
+    layout = tree([20, 15, 9], [-1, 0, 0])
     dense = [x.detach().float() for x in inputs(layout, heads=4, kv_heads=2)]
     # Heads outermost, as transformers hands them over; columns apart; rows of a wider buffer.
     views = [
@@ -329,18 +336,18 @@ def test_strided_inputs_and_expanded_gradients(small_blocks):
         dense[1].transpose(1, 2).contiguous().transpose(1, 2),
         torch.cat([dense[2], dense[2]], -1)[..., :16],
     ]
-    results = []
+    results, row = [], torch.randn(1, 4, 16, device=DEVICE)
     for arguments in (dense, views):
         arguments = [x.requires_grad_() for x in arguments]
         output = tree_attention(*arguments, layout, impl="triton")
-        for upstream in (torch.ones(1, 1, 1), torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1))):
+        for upstream in (torch.ones(1, 1, 1, device=DEVICE), row):
             results.append(torch.autograd.grad(output, arguments, upstream.expand_as(output), retain_graph=True))
     assert all(torch.equal(a, b) for n in (0, 1) for a, b in zip(results[n], results[n + 2], strict=True))
 
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:], ids=str)
 def test_each_subset_of_gradients(needed, small_blocks):
-    layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
+    layout = tree([20, 5, 5], [-1, 0, 0])
     exact = [x.detach().float() for x in inputs(layout)]
     everything = [x.clone().requires_grad_() for x in exact]
     output = tree_attention(*everything, layout, impl="triton")
@@ -354,8 +361,28 @@ def test_each_subset_of_gradients(needed, small_blocks):
 # --- promises -----------------------------------------------------------------------------------
 
 
+def test_the_heads_of_a_group_are_divided_where_one_prefix_is_long():
+    blocks = tiles.choose_blocks(torch.bfloat16, 128, False)
+    even = work_lists(TreeLayout.from_lengths([256] * 64), blocks, True).key_tiles
+    long = work_lists(TreeLayout.build([300] + [300] * 16, [-1] + [0] * 16), blocks, True).key_tiles
+    assert even.parts_wanted(4, 7) == 1
+    assert long.parts_wanted(4, 7) == 7
+    for parts in (1, 2, 3, 6):
+        # By hand: the first divisor with which the longest program is within half of each multiprocessor's share.
+        wanted = long.parts_wanted(2, 6)
+        share = len(long.steps) * 2 * 6 / 132
+        assert (parts >= wanted) == (long.longest * 6 / parts <= share / 2) or wanted == 6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_every_division_of_a_group_gives_the_same(parts, dtype, small_blocks, monkeypatch):
+    monkeypatch.setattr(tiles.TileList, "parts_wanted", lambda *_: parts)
+    check(tree([30, 20, 9], [-1, 0, 0]), dtype, heads=12, kv_heads=2)
+
+
 def test_runs_repeat_bitwise_and_responses_are_isolated(small_blocks):
-    layout = TreeLayout.build([25, 12, 7, 30], [-1, 0, 0, -1])
+    layout = tree([25, 12, 7, 30], [-1, 0, 0, -1])
     arguments = [x.detach().float() for x in inputs(layout)]
     first = tree_attention(*arguments, layout, impl="triton")
     assert torch.equal(first, tree_attention(*arguments, layout, impl="triton"))
@@ -371,14 +398,14 @@ def test_runs_repeat_bitwise_and_responses_are_isolated(small_blocks):
 def test_operators_pass_torchs_checks(small_blocks):
     from fastrm_kernels.tree_attention.autograd import tree_attention_backward, tree_attention_forward
 
-    layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
+    layout = tree([20, 5, 5], [-1, 0, 0])
     query, key, value = (x.detach().float() for x in inputs(layout))
     lists = work_lists(layout, SMALL, True).tensors()
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    torch.library.opcheck(tree_attention_forward, (*leaves, lists, False, 0.25))
-    output, lse = tree_attention_forward(query, key, value, lists, False, 0.25)
+    torch.library.opcheck(tree_attention_forward, (*leaves, lists, False, 2, 0.25))
+    output, lse = tree_attention_forward(query, key, value, lists, False, 2, 0.25)
     torch.library.opcheck(
-        tree_attention_backward, (query, key, value, output, lse, torch.randn_like(output), lists, False, 0.25, True)
+        tree_attention_backward, (query, key, value, output, lse, torch.randn_like(output), lists, False, 2, 0.25, True)
     )
 
 
@@ -387,10 +414,10 @@ def test_compiles_as_one_graph(small_blocks):
         lambda q, k, v, layout: 2 * tree_attention(q, k, v, layout, impl="triton"), fullgraph=True, backend="aot_eager"
     )
     for lengths in ([20, 5, 5], [30, 7, 9], [12, 50, 3]):
-        layout = TreeLayout.build(lengths, [-1, 0, 0])
+        layout = tree(lengths, [-1, 0, 0])
         arguments = [x.detach().float().requires_grad_() for x in inputs(layout)]
         layout.prepare(torch.float32, 16)
-        upstream = torch.randn(layout.num_queries, 2, 16)
+        upstream = torch.randn(layout.num_queries, 2, 16, device=DEVICE)
         got = forward_and_gradients(lambda *x, layout=layout: compiled(*x, layout), arguments, upstream)
         want = forward_and_gradients(
             lambda *x, layout=layout: 2 * tree_attention(*x, layout, impl="triton"), arguments, upstream
@@ -399,14 +426,14 @@ def test_compiles_as_one_graph(small_blocks):
 
 
 def test_compiling_with_a_layout_that_is_not_prepared_says_so():
-    layout = TreeLayout.build([20, 5, 5], [-1, 0, 0])
+    layout = tree([20, 5, 5], [-1, 0, 0])
     compiled = torch.compile(lambda *x: tree_attention(*x, layout, impl="triton"), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"call layout\.prepare"):
         compiled(*[x.detach().float() for x in inputs(layout)])
 
 
 def test_what_the_kernels_cannot_do_is_said():
-    layout = TreeLayout.build([10, 5], [-1, 0])
+    layout = tree([10, 5], [-1, 0])
     with pytest.raises(
         ValueError, match="got head dimension 24, wanted one of 16, 32, 64, 80, 96, 128; pass impl='eager'"
     ):
@@ -415,6 +442,43 @@ def test_what_the_kernels_cannot_do_is_said():
         tree_attention(*inputs(layout), layout, impl="triton")
     with pytest.raises(ValueError, match="causal=False: got a tree, wanted independent sequences"):
         tree_attention(*inputs(layout), layout, causal=False)
+
+
+# --- what only a GPU can show -----------------------------------------------------------------------
+
+
+def gpu_case():
+    layout = tree([1300, 150, 150, 40, 300], [-1, 0, 0, 0, -1])
+    arguments = [x.detach().bfloat16().requires_grad_() for x in inputs(layout, 28, 4, 128, torch.bfloat16)]
+    return layout, arguments, torch.randn(layout.num_queries, 28, 128, device=DEVICE).bfloat16()
+
+
+@pytest.mark.gpu
+def test_a_hundred_runs_on_a_gpu_are_bitwise_equal():
+    layout, arguments, upstream = gpu_case()
+    run = partial(forward_and_gradients, lambda *x: tree_attention(*x, layout, impl="triton"), arguments, upstream)
+    first = run()
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_repeats_what_it_captured():
+    layout, arguments, upstream = gpu_case()
+    run = partial(forward_and_gradients, lambda *x: tree_attention(*x, layout, impl="triton"), arguments, upstream)
+    want = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for x in captured:
+        x.detach().fill_(float("nan"))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
 
 
 # --- documentation ------------------------------------------------------------------------------

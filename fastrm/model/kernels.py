@@ -1,30 +1,35 @@
 """Which implementation runs attention, reward head and loss: decided once, at start, and printed."""
 
+from collections.abc import Iterable
+
 import torch
 
 from fastrm.errors import ConfigError
 from fastrm.model.attention import BACKENDS
 from fastrm_kernels.dispatch import choose, obstacle_to_triton
-from fastrm_kernels.tree_attention.api import choose_implementation
+from fastrm_kernels.tree_attention.api import choose_implementation, triton_attention_obstacle
 
 CHOICES = ("auto", "triton", "eager")
 
 
-def choose_backend(requested: str, kernels: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def choose_backend(
+    requested: str, kernels: str, device: torch.device, dtype: torch.dtype, head_dims: Iterable[int]
+) -> tuple[str, str]:
     """(backend, why) for model.attention; decided once, at start.
 
     Args:
         requested: auto, or a key of BACKENDS.
         kernels: auto, triton or eager; what auto follows.
+        head_dims: of all attention layers, the vision tower's included.
 
     Raises:
         ConfigError: if an explicit choice cannot run on this device and precision.
     """
     what = f"{dtype} on {device.type}".replace("torch.", "")
-    probe = torch.empty(0, dtype=dtype, device=device)
+    probes = [torch.empty(0, 1, head_dim, dtype=dtype, device=device) for head_dim in head_dims]
     if requested == "triton" or (requested == "auto" and kernels == "triton"):
         key = "model.attention" if requested == "triton" else "kernels"
-        obstacle = obstacle_to_triton(probe)
+        obstacle = next(filter(None, map(triton_attention_obstacle, probes)), None)
         if obstacle is not None:
             raise ConfigError(f"{key}: triton cannot run {what}: {obstacle}; use auto")
         return "triton", f"set by {key} in the configuration"
@@ -37,7 +42,9 @@ def choose_backend(requested: str, kernels: str, device: torch.device, dtype: to
         return requested, "set by model.attention in the configuration"
     if kernels == "eager":
         return ("flash" if varlen else "sdpa"), f"kernels: eager, {what}"
-    implementation, why = choose_implementation(probe)
+    choices = [choose_implementation(probe) for probe in probes]
+    # One backend serves the whole model: the first layer that needs another decides.
+    implementation, why = next((choice for choice in choices if choice[0] != "triton"), choices[0])
     return next(name for name, value in BACKENDS.items() if value == implementation), f"auto: {what}; {why}"
 
 
@@ -55,3 +62,14 @@ def choose_head_kernels(kernels: str, device: torch.device) -> tuple[str, str]:
     if kernels == "triton" and obstacle is not None:
         raise ConfigError(f"kernels: triton cannot run the head on {device.type}: {obstacle}; use auto")
     return kernels, "set by kernels in the configuration"
+
+
+def head_dims_of(config) -> set[int]:
+    """Head dimensions of a transformers model's attention layers."""
+    text = config.get_text_config()
+    found = {getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads}
+    vision = getattr(config, "vision_config", None)
+    if vision is not None:
+        # Qwen2-VL's hidden_size is what the tower puts out, its own width is embed_dim.
+        found.add(getattr(vision, "embed_dim", vision.hidden_size) // vision.num_heads)
+    return found

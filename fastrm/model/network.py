@@ -12,7 +12,7 @@ from fastrm.errors import ConfigError
 from fastrm.model.attention import use_backend
 from fastrm.model.backbone import BackboneRunner, check_family
 from fastrm.model.head import head_rewards, make_head
-from fastrm.model.kernels import choose_backend, choose_head_kernels
+from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
 
 
 class RewardNetwork(nn.Module):
@@ -65,7 +65,7 @@ class RewardNetwork(nn.Module):
             ConfigError: if an explicit choice cannot run there.
         """
         self.head_kernels = choose_head_kernels(kernels, self.device)
-        self.attention = choose_backend(attention, kernels, self.device, dtype)
+        self.attention = choose_backend(attention, kernels, self.device, dtype, head_dims_of(self.model.config))
         use_backend(self.model, self.attention[0])
 
     def use_gradient_checkpointing(self) -> None:

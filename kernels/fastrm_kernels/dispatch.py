@@ -6,9 +6,9 @@ import torch
 
 from fastrm_kernels.launch import triton_obstacle
 
-# (operation, device name) -> the implementation that was faster there. Entries come from bench/results
+# (operation, device name, dtype) -> the implementation that was faster there. Entries come from bench/results
 # only: a figure measured on that very device, with the correctness gate green. None was measured yet.
-MEASURED: dict[tuple[str, str], str] = {}
+MEASURED: dict[tuple[str, str, torch.dtype], str] = {}
 
 
 def _constant(function):
@@ -24,9 +24,10 @@ def choose(op: str, tensor: torch.Tensor) -> tuple[str, str]:
         on_cpu = tensor.device.type == "cpu"
         return "eager", "Triton needs CUDA" if on_cpu else f"Triton cannot run {op} here: {obstacle}"
     device = _device_name(tensor.device)
-    if (op, device) not in MEASURED:
-        return "eager", f"{op} was not measured on {device}; ask for triton by name to use it"
-    return MEASURED[op, device], f"the faster one for {op} in bench/results of {device}"
+    if (op, device, tensor.dtype) not in MEASURED:
+        what = f"{tensor.dtype} on {device}".replace("torch.", "")
+        return "eager", f"{op} was not measured for {what}; ask for triton by name to use it"
+    return MEASURED[op, device, tensor.dtype], f"the faster one for {op} in bench/results of {device}"
 
 
 def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:

@@ -115,13 +115,17 @@ def _attention(heads, key_heads, width, layout, causal, head_stride=None) -> Non
         return torch.empty_strided((count, heads, width), strides, dtype=torch.bfloat16, device="meta")
 
     query, output, upstream, query_grad = (rows(layout.num_queries, heads) for _ in range(4))
-    key, value, key_grad, value_grad = (rows(layout.num_keys, key_heads) for _ in range(4))
+    key, value = (rows(layout.num_keys, key_heads) for _ in range(2))
     lse, delta = (_meta(heads, layout.num_queries) for _ in range(2))
     blocks = choose_blocks(query.dtype, width, layout.query_rows is not None)
     settings = work_lists(layout, blocks, causal), blocks, width**-0.5
     launch_tree_attention_fwd(query, key, value, output, lse, *settings)
     launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, *settings)
-    launch_tree_attention_bwd_key_value(query, key, value, upstream, lse, delta, key_grad, value_grad, *settings)
+    # One program for all query heads of a key head, or one for each.
+    for num_parts in {1, heads // key_heads}:
+        dtype = query.dtype if num_parts == 1 else torch.float32
+        grads = (_meta(num_parts, *key.shape, dtype=dtype) for _ in range(2))
+        launch_tree_attention_bwd_key_value(query, key, value, upstream, lse, delta, *grads, *settings)
 
 
 def _meta(*shape, dtype=torch.float32) -> torch.Tensor:

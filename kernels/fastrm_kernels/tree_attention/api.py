@@ -36,31 +36,65 @@ def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="
         ValueError: for shapes that do not fit the layout, causal=False on a tree, an unknown impl, or
             an impl that cannot run these inputs.
     """
-    _check_shapes(query, key, value, layout)
+    _check_inputs(query, key, value, layout)
     if not causal and not layout.is_flat:
         raise ValueError("causal=False: got a tree, wanted independent sequences (all parents -1)")
     if impl == "auto":
-        impl = choose_implementation(query)[0]
+        impl = choose_implementation(query, key, value)[0]
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, wanted auto or one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton":
-        _check_triton(query, key, value)
+    obstacle = triton_attention_obstacle(query, key, value) if impl == "triton" else None
+    if obstacle is not None:
+        raise ValueError(f"tree_attention with impl='triton': {obstacle}; pass impl='eager', which runs everywhere")
     return IMPLEMENTATIONS[impl](query, key, value, layout, scale=scale, causal=causal)
 
 
-def choose_implementation(query) -> tuple[str, str]:
-    """What `auto` means for a query, and why.
+def choose_implementation(query, *others) -> tuple[str, str]:
+    """What `auto` means for these inputs, (.., heads, K) each, and why.
 
-    The measured winner on its device; where nothing was measured, torch's varlen FlashAttention on CUDA
-    in half precision and eager elsewhere.
+    The measured winner on their device, where it can run them; else torch's varlen FlashAttention on
+    CUDA in half precision, and eager elsewhere.
     """
     impl, why = choose("tree_attention", query)
-    if impl == "eager" and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
-        return "varlen", f"torch's varlen FlashAttention; {why}"
-    return impl, why
+    if impl == "triton":
+        obstacle = triton_attention_obstacle(query, *others)
+        if obstacle is None:
+            return impl, why
+        why = f"Triton cannot run tree_attention here: {obstacle}"
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return "varlen", why if impl == "varlen" else f"torch's varlen FlashAttention; {why}"
+    return "eager", why
 
 
-def _check_shapes(query, key, value, layout):
+def triton_attention_obstacle(query, *others) -> str | None:
+    """Why the Triton kernels cannot run these inputs, or None."""
+    obstacle = obstacle_to_triton(query)
+    if obstacle is not None:
+        return obstacle
+    if query.shape[-1] not in HEAD_DIMENSIONS:
+        return f"got head dimension {query.shape[-1]}, wanted one of {', '.join(map(str, HEAD_DIMENSIONS))}"
+    farthest = max(x.stride(0) for x in (query, *others))
+    if farthest >= FARTHEST_ROWS:
+        return f"got rows {farthest:,} elements apart, wanted less than {FARTHEST_ROWS:,}"
+    return None
+
+
+def _check_inputs(query, key, value, layout):
+    if not query.ndim == key.ndim == value.ndim == 3:
+        raise ValueError(
+            f"got query, key and value of {query.ndim}, {key.ndim} and {value.ndim} dimensions, wanted 3: "
+            "(tokens, heads, K), without a batch"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"got query {query.dtype}, key {key.dtype}, value {value.dtype}; wanted one dtype (autocast may have "
+            "cast some of them)"
+        )
+    if not query.device == key.device == value.device == layout.device:
+        raise ValueError(
+            f"got query on {query.device}, key on {key.device}, value on {value.device}, layout on {layout.device}; "
+            "wanted one device (layout.to(device))"
+        )
     if query.shape[0] != layout.num_queries or key.shape[0] != layout.num_keys:
         raise ValueError(
             f"got {query.shape[0]} query and {key.shape[0]} key rows, the layout has "
@@ -71,14 +105,3 @@ def _check_shapes(query, key, value, layout):
             f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; wanted "
             "(Tq, H, K), (T, Hkv, K), (T, Hkv, K) with H a multiple of Hkv"
         )
-
-
-def _check_triton(query, *others):
-    obstacle = obstacle_to_triton(query)
-    if obstacle is None and query.shape[2] not in HEAD_DIMENSIONS:
-        obstacle = f"got head dimension {query.shape[2]}, wanted one of {', '.join(map(str, HEAD_DIMENSIONS))}"
-    farthest = max(x.stride(0) for x in (query, *others))
-    if obstacle is None and farthest >= FARTHEST_ROWS:
-        obstacle = f"got rows {farthest:,} elements apart, wanted less than {FARTHEST_ROWS:,}"
-    if obstacle is not None:
-        raise ValueError(f"tree_attention with impl='triton': {obstacle}; pass impl='eager', which runs everywhere")

@@ -1,6 +1,6 @@
 """The Triton kernels as operators of torch: autograd, torch.compile, meta tensors.
 
-A layout's work lists travel as their six tensors, because an operator takes tensors and numbers only.
+A layout's work lists travel as their tensors, because an operator takes tensors and numbers only.
 """
 
 import torch
@@ -14,7 +14,8 @@ def tree_attention_triton(query, key, value, layout, *, scale=None, causal=True)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     single_rows = layout.query_rows is not None
     work = tiles.work_lists(layout, tiles.choose_blocks(query.dtype, query.shape[-1], single_rows), causal)
-    output, _ = tree_attention_forward(query, key, value, work.tensors(), single_rows, scale)
+    num_parts = work.key_tiles.parts_wanted(key.shape[1], query.shape[1] // key.shape[1])
+    output, _ = tree_attention_forward(query, key, value, work.tensors(), single_rows, num_parts, scale)
     return output
 
 
@@ -25,6 +26,7 @@ def tree_attention_forward(
     value: torch.Tensor,
     lists: list[torch.Tensor],
     single_rows: bool,
+    num_parts: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """output (Tq, H, K) in query's dtype, and the base-2 log-sum-exp of every row, (H, Tq) float32."""
@@ -39,7 +41,7 @@ def tree_attention_forward(
 
 
 @tree_attention_forward.register_fake
-def _(query, key, value, lists, single_rows, scale):
+def _(query, key, value, lists, single_rows, num_parts, scale):
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return output, query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
 
@@ -54,6 +56,7 @@ def tree_attention_backward(
     upstream: torch.Tensor,
     lists: list[torch.Tensor],
     single_rows: bool,
+    num_parts: int,
     scale: float,
     need_key_value: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,41 +67,47 @@ def tree_attention_backward(
     )
 
     query, key, value, upstream = _dense_columns(query, key, value, upstream)
-    query_grad, key_grad, value_grad = _gradients(query, key, value, need_key_value)
+    query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     delta = torch.empty_like(lse)
     work, blocks = WorkLists.from_tensors(lists), tiles.choose_blocks(query.dtype, query.shape[-1], single_rows)
     # Also where the query needs no gradient: it computes delta, which the other kernel reads.
     launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, work, blocks, scale)
-    if need_key_value:
-        launch_tree_attention_bwd_key_value(
-            query, key, value, upstream, lse, delta, key_grad, value_grad, work, blocks, scale
-        )
-    return query_grad, key_grad, value_grad
+    if not need_key_value:
+        return query_grad, query.new_empty(0), query.new_empty(0)
+    # Parts are summed in float32 and in their order; a single part is the gradient itself.
+    dtype = query.dtype if num_parts == 1 else torch.float32
+    key_parts, value_parts = (torch.empty((num_parts, *x.shape), dtype=dtype, device=x.device) for x in (key, value))
+    launch_tree_attention_bwd_key_value(
+        query, key, value, upstream, lse, delta, key_parts, value_parts, work, blocks, scale
+    )
+    if num_parts == 1:
+        return query_grad, key_parts.view(key.shape), value_parts.view(value.shape)
+    return query_grad, key_parts.sum(0).to(key.dtype), value_parts.sum(0).to(value.dtype)
 
 
 @tree_attention_backward.register_fake
-def _(query, key, value, output, lse, upstream, lists, single_rows, scale, need_key_value):
-    return _gradients(query, key, value, need_key_value)
-
-
-def _gradients(query, key, value, need_key_value):
+def _(query, key, value, output, lse, upstream, lists, single_rows, num_parts, scale, need_key_value):
     shapes = [query.shape, *(x.shape if need_key_value else (0,) for x in (key, value))]
     return tuple(query.new_empty(shape) for shape in shapes)
 
 
 def _setup(ctx, inputs, output):
     query, key, value, lists, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output, *lists)
 
 
 def _backward(ctx, upstream, _):
+    if upstream is None:
+        return None, None, None, [None] * (len(ctx.saved_tensors) - 5), None, None, None
     query, key, value, output, lse, *lists = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     gradients = tree_attention_backward(
         query, key, value, output, lse, upstream, lists, *ctx.settings, needs[1] or needs[2]
     )
     kept = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    return (*kept, [None] * len(lists), None, None)
+    return (*kept, [None] * len(lists), None, None, None)
 
 
 tree_attention_forward.register_autograd(_backward, setup_context=_setup)

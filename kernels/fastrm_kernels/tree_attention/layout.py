@@ -21,7 +21,7 @@ import torch
 Spans = tuple[tuple[int, int], ...]  # (start, stop) rows, in order, none empty, none touching
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TreeLayout:
     """Query runs of one packed row and the keys of each run; all index tensors on one device.
 
@@ -146,7 +146,8 @@ class TreeLayout:
 
     def to(self, device) -> "TreeLayout":
         """The same layout with its index tensors, work lists included, on `device`."""
-        if self.device == torch.device(device):
+        # "cuda" and "cuda:0" are unequal: ask where a tensor would land.
+        if self.device == torch.empty(0, device=device).device:
             return self
         index = None if self.key_index is None else self.key_index.to(device)
         return TreeLayout(

@@ -23,6 +23,8 @@ import torch
 
 from fastrm_kernels.tree_attention.layout import Spans, TreeLayout
 
+MULTIPROCESSORS = 132  # of an H100 or H200; only a yardstick for how evenly work must be divided
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -33,7 +35,8 @@ class Blocks:
             the forward pass and for the gradient of the queries.
         key_tile, query_step: the same with the roles exchanged, for the gradient of keys and values.
         query_warps, key_warps: warps of a program that holds query rows, or key rows.
-        fwd_stages, query_stages, key_stages: software-pipelining depth of the three kernels.
+        fwd_stages, query_stages, key_stages: num_stages of the three kernels. Triton divides them between
+            the load of a step's place and the loads at that place: 5 keep three steps in flight, 2 to 4 two.
     """
 
     query_tile: int
@@ -55,11 +58,11 @@ def choose_blocks(dtype: torch.dtype, head_dim: int, single_rows: bool) -> Block
             tree only, rarely more than 64.
     """
     if dtype == torch.float32:
-        return Blocks(32, 32, 32, 32, 8, 8, 1, 1, 1)
+        return Blocks(32, 32, 32, 32, 8, 8, 1, 1, 1)  # exact products have no use for a pipeline
     # Steps of 64 rows, or of 32 where the accumulators leave too few registers for them (docs/experiments.md).
     if single_rows:
-        return Blocks(64, 32, 128, 32, 4, 8, 3, 2, 2)
-    return Blocks(128, 64, 128, 32 if head_dim > 64 else 64, 8, 8, 3, 2, 2)
+        return Blocks(64, 32, 128, 32, 4, 8, 5, 5, 5)
+    return Blocks(128, 64, 128, 32 if head_dim > 64 else 64, 8, 8, 5, 5, 5)
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,23 @@ class TileList:
     Attributes:
         tiles: (N, 5) int32: first row, end row, first step, first step that needs the mask, end step.
         steps: (M, 2) int32: first row, end row.
+        longest: steps of the longest tile.
     """
 
     tiles: torch.Tensor
     steps: torch.Tensor
+    longest: int = 0
+
+    def parts_wanted(self, heads: int, group: int) -> int:
+        """Into how many programs to divide the `group` query heads that a tile of keys takes in turn.
+
+        The longest tile, begun first, should end well before the rest: within half of what every
+        multiprocessor has to do. Otherwise most of them would wait for a long prefix that all responses
+        see. The parts are summed afterwards, so no more of them than that takes.
+        """
+        share = self.steps.shape[0] * heads * group / MULTIPROCESSORS
+        divisors = [d for d in range(1, group + 1) if group % d == 0]
+        return next((d for d in divisors if self.longest * group / d <= share / 2), group)
 
 
 @dataclass(frozen=True)
@@ -103,15 +119,15 @@ class WorkLists:
         for piece, part in zip(packed.split(rooms), parts, strict=True):
             piece[: part.numel()] = part.reshape(-1)
         packed = packed.to(device, non_blocking=True)
-        return WorkLists.from_tensors(
-            [piece[: part.numel()].view(part.shape) for piece, part in zip(packed.split(rooms), parts, strict=True)]
-        )
+        split = zip(packed.split(rooms), parts, strict=True)
+        pieces = [piece[: part.numel()].view(part.shape) for piece, part in split]
+        return WorkLists.from_tensors(pieces, (self.query_tiles.longest, self.key_tiles.longest))
 
     @staticmethod
-    def from_tensors(tensors) -> "WorkLists":
-        """The inverse of `tensors`."""
+    def from_tensors(tensors, longest: tuple[int, int] = (0, 0)) -> "WorkLists":
+        """The inverse of `tensors`; launching takes nothing else."""
         rank, low, high, *lists = tensors
-        return WorkLists(rank, low, high, TileList(*lists[:2]), TileList(*lists[2:]))
+        return WorkLists(rank, low, high, TileList(*lists[:2], longest[0]), TileList(*lists[2:], longest[1]))
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them, in a fixed order, for an operator that takes tensors only."""
@@ -174,7 +190,8 @@ def _tile_list(tiles, seen, step_rows: int) -> TileList:
     rows = torch.tensor(tiles, dtype=torch.int64).view(-1, 2)
     table = torch.stack([rows[:, 0], rows[:, 1], last - per_tile, first_masked, last], 1)
     longest_first = torch.argsort(per_tile, descending=True, stable=True)
-    return TileList(table[longest_first].int(), torch.stack([starts, ends], 1)[order].int())
+    steps = torch.stack([starts, ends], 1)[order].int()
+    return TileList(table[longest_first].int(), steps, int(per_tile.max()) if len(tiles) else 0)
 
 
 def _tops(owners, starts, seen) -> torch.Tensor:

@@ -59,7 +59,7 @@ def query_gradient_steps(
 def tree_attention_bwd_query_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, upstream_ptr, lse_ptr, delta_ptr, query_grad_ptr,
     query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,
-    num_queries, group, scale, scale_log2,
+    num_queries, num_heads, group, scale, scale_log2,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     output_stride, output_head_stride, upstream_stride, upstream_head_stride,
     query_grad_stride, query_grad_head_stride,
@@ -67,8 +67,8 @@ def tree_attention_bwd_query_kernel(
     TILE_ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: delta and the query gradient of one query tile of one head."""
-    head = tl.program_id(0).to(tl.int64)
-    tile_ptr = tiles_ptr + 5 * tl.program_id(1)
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    tile_ptr = tiles_ptr + 5 * (tl.program_id(0) // num_heads)
     tile_start = tl.load(tile_ptr)
     tile_end = tl.load(tile_ptr + 1)
     step_begin = tl.load(tile_ptr + 2)
@@ -163,16 +163,22 @@ def key_gradient_steps(
 def tree_attention_bwd_key_value_kernel(
     query_ptr, key_ptr, value_ptr, upstream_ptr, lse_ptr, delta_ptr, key_grad_ptr, value_grad_ptr,
     query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,
-    num_queries, scale, scale_log2,
+    num_queries, num_key_heads, num_parts, scale, scale_log2,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     upstream_stride, upstream_head_stride,
-    key_grad_stride, key_grad_head_stride, value_grad_stride, value_grad_head_stride,
-    GROUP: tl.constexpr, WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
+    key_grad_part_stride, key_grad_stride, key_grad_head_stride,
+    value_grad_part_stride, value_grad_stride, value_grad_head_stride,
+    MEMBERS: tl.constexpr, WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradients of one key tile of one key/value head, over all queries that see it."""
-    key_head = tl.program_id(0).to(tl.int64)
-    tile_ptr = tiles_ptr + 5 * tl.program_id(1)
+    """One program: one key tile of one key/value head, over the queries of MEMBERS query heads that see it.
+
+    Where several programs share a key head, each writes a part of its own, (parts, T, Hkv, K).
+    """
+    part_heads = num_key_heads * num_parts
+    key_head = (tl.program_id(0) % part_heads // num_parts).to(tl.int64)
+    part = (tl.program_id(0) % num_parts).to(tl.int64)
+    tile_ptr = tiles_ptr + 5 * (tl.program_id(0) // part_heads)
     tile_start = tl.load(tile_ptr)
     tile_end = tl.load(tile_ptr + 1)
     step_begin = tl.load(tile_ptr + 2)
@@ -196,8 +202,8 @@ def tree_attention_bwd_key_value_kernel(
     if WIDTH_B > 0:
         key_b = load_rows(key_ptr + WIDTH_A, tile_start, tile_end, key_stride, TILE_ROWS, WIDTH_B, True)
         value_b = load_rows(value_ptr + WIDTH_A, tile_start, tile_end, value_stride, TILE_ROWS, WIDTH_B, True)
-    for member in range(GROUP):
-        head = key_head * GROUP + member
+    for member in range(MEMBERS):
+        head = (key_head * num_parts + part) * MEMBERS + member
         key_acc_a, key_acc_b, value_acc_a, value_acc_b = key_gradient_steps(
             key_acc_a, key_acc_b, value_acc_a, value_acc_b, key_a, key_b, value_a, value_b, low, high,
             query_ptr + head * query_head_stride, upstream_ptr + head * upstream_head_stride,
@@ -212,8 +218,8 @@ def tree_attention_bwd_key_value_kernel(
             steps_ptr, step_masked, step_end, scale_log2, query_stride, upstream_stride,
             WIDTH_A, WIDTH_B, STEP_ROWS, True, PRECISION,
         )  # fmt: skip
-    key_grad_ptr += key_head * key_grad_head_stride
-    value_grad_ptr += key_head * value_grad_head_stride
+    key_grad_ptr += part * key_grad_part_stride + key_head * key_grad_head_stride
+    value_grad_ptr += part * value_grad_part_stride + key_head * value_grad_head_stride
     store_rows(key_grad_ptr, tile_start, tile_end, key_grad_stride, key_acc_a * scale, TILE_ROWS, WIDTH_A)
     store_rows(value_grad_ptr, tile_start, tile_end, value_grad_stride, value_acc_a, TILE_ROWS, WIDTH_A)
     if WIDTH_B > 0:
@@ -229,13 +235,13 @@ def launch_tree_attention_bwd_query(
     width_a, width_b = split_width(query.shape[-1])
     listed = work.query_tiles
     launch(
-        tree_attention_bwd_query_kernel, (query.shape[1], listed.tiles.shape[0]),
+        tree_attention_bwd_query_kernel, (query.shape[1] * listed.tiles.shape[0],),
         num_warps=blocks.query_warps, num_stages=blocks.query_stages,
         query_ptr=query, key_ptr=key, value_ptr=value, output_ptr=output, upstream_ptr=upstream,
         lse_ptr=lse, delta_ptr=delta, query_grad_ptr=query_grad,
         query_rank_ptr=work.query_rank, key_low_ptr=work.key_low, key_high_ptr=work.key_high,
         tiles_ptr=listed.tiles, steps_ptr=listed.steps,
-        num_queries=query.shape[0], group=query.shape[1] // key.shape[1],
+        num_queries=query.shape[0], num_heads=query.shape[1], group=query.shape[1] // key.shape[1],
         scale=scale, scale_log2=scale * LOG2_E,
         query_stride=query.stride(0), query_head_stride=query.stride(1),
         key_stride=key.stride(0), key_head_stride=key.stride(1),
@@ -252,24 +258,29 @@ def launch_tree_attention_bwd_query(
 def launch_tree_attention_bwd_key_value(
     query, key, value, upstream, lse, delta, key_grad, value_grad, work: WorkLists, blocks: Blocks, scale: float
 ) -> None:
-    """Fill key_grad and value_grad (T, Hkv, K), every row of them."""
+    """Fill key_grad and value_grad (P, T, Hkv, K), every row of them; P divides the query heads of a key head.
+
+    The gradients are the sums over the P parts.
+    """
     width_a, width_b = split_width(query.shape[-1])
-    listed = work.key_tiles
+    listed, num_parts = work.key_tiles, key_grad.shape[0]
     launch(
-        tree_attention_bwd_key_value_kernel, (key.shape[1], listed.tiles.shape[0]),
+        tree_attention_bwd_key_value_kernel, (num_parts * key.shape[1] * listed.tiles.shape[0],),
         num_warps=blocks.key_warps, num_stages=blocks.key_stages,
         query_ptr=query, key_ptr=key, value_ptr=value, upstream_ptr=upstream, lse_ptr=lse, delta_ptr=delta,
         key_grad_ptr=key_grad, value_grad_ptr=value_grad,
         query_rank_ptr=work.query_rank, key_low_ptr=work.key_low, key_high_ptr=work.key_high,
         tiles_ptr=listed.tiles, steps_ptr=listed.steps,
-        num_queries=query.shape[0], scale=scale, scale_log2=scale * LOG2_E,
+        num_queries=query.shape[0], num_key_heads=key.shape[1], num_parts=num_parts,
+        scale=scale, scale_log2=scale * LOG2_E,
         query_stride=query.stride(0), query_head_stride=query.stride(1),
         key_stride=key.stride(0), key_head_stride=key.stride(1),
         value_stride=value.stride(0), value_head_stride=value.stride(1),
         upstream_stride=upstream.stride(0), upstream_head_stride=upstream.stride(1),
-        key_grad_stride=key_grad.stride(0), key_grad_head_stride=key_grad.stride(1),
-        value_grad_stride=value_grad.stride(0), value_grad_head_stride=value_grad.stride(1),
-        GROUP=query.shape[1] // key.shape[1], WIDTH_A=width_a, WIDTH_B=width_b,
-        TILE_ROWS=blocks.key_tile, STEP_ROWS=blocks.query_step,
-        PRECISION=precision_of(query.dtype),
+        key_grad_part_stride=key_grad.stride(0), key_grad_stride=key_grad.stride(1),
+        key_grad_head_stride=key_grad.stride(2),
+        value_grad_part_stride=value_grad.stride(0), value_grad_stride=value_grad.stride(1),
+        value_grad_head_stride=value_grad.stride(2),
+        MEMBERS=query.shape[1] // (key.shape[1] * num_parts), WIDTH_A=width_a, WIDTH_B=width_b,
+        TILE_ROWS=blocks.key_tile, STEP_ROWS=blocks.query_step, PRECISION=precision_of(query.dtype),
     )  # fmt: skip

@@ -87,15 +87,15 @@ def attend_steps(
 def tree_attention_fwd_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr,
     query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,
-    num_queries, group, scale_log2,
+    num_queries, num_heads, group, scale_log2,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     output_stride, output_head_stride,
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one query tile of one head. Heads vary fastest, so the long tiles all start first."""
-    head = tl.program_id(0).to(tl.int64)
-    tile_ptr = tiles_ptr + 5 * tl.program_id(1)
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    tile_ptr = tiles_ptr + 5 * (tl.program_id(0) // num_heads)
     tile_start = tl.load(tile_ptr)
     tile_end = tl.load(tile_ptr + 1)
     step_begin = tl.load(tile_ptr + 2)
@@ -153,12 +153,13 @@ def launch_tree_attention_fwd(query, key, value, output, lse, work: WorkLists, b
     width_a, width_b = split_width(query.shape[-1])
     listed = work.query_tiles
     launch(
-        tree_attention_fwd_kernel, (query.shape[1], listed.tiles.shape[0]),
+        tree_attention_fwd_kernel, (query.shape[1] * listed.tiles.shape[0],),
         num_warps=blocks.query_warps, num_stages=blocks.fwd_stages,
         query_ptr=query, key_ptr=key, value_ptr=value, output_ptr=output, lse_ptr=lse,
         query_rank_ptr=work.query_rank, key_low_ptr=work.key_low, key_high_ptr=work.key_high,
         tiles_ptr=listed.tiles, steps_ptr=listed.steps,
-        num_queries=query.shape[0], group=query.shape[1] // key.shape[1], scale_log2=scale * LOG2_E,
+        num_queries=query.shape[0], num_heads=query.shape[1], group=query.shape[1] // key.shape[1],
+        scale_log2=scale * LOG2_E,
         query_stride=query.stride(0), query_head_stride=query.stride(1),
         key_stride=key.stride(0), key_head_stride=key.stride(1),
         value_stride=value.stride(0), value_head_stride=value.stride(1),

@@ -5,6 +5,8 @@ aligned at the bottom right, which is exactly a run's mask. The keys of shared s
 once per extra child: under GQA that is Hkv / H of a query-sized tensor.
 """
 
+import inspect
+
 import torch
 
 from fastrm_kernels.tree_attention.gather import take_rows
@@ -35,8 +37,24 @@ def tree_attention_varlen(query, key, value, layout, *, scale=None, causal=True)
         )
     if layout.key_index is not None:
         key, value = (take_rows(rows, layout.key_index) for rows in (key, value))
-    return varlen_attn(
+    options = varlen_options(heads, key.shape[1], scale, causal)
+    return varlen_attn(*varlen_arguments(query, key, value, layout), **options)
+
+
+def varlen_arguments(query, key, value, layout) -> tuple:
+    """Positional arguments of torch's varlen_attn; key and value are gathered already."""
+    return (
         query.contiguous(), key.contiguous(), value.contiguous(),
         layout.cu_seqlens_q, layout.cu_seqlens_k, max(layout.query_lengths), max(layout.key_lengths),
-        scale=scale, window_size=(-1, 0) if causal else (-1, -1), enable_gqa=heads != key.shape[1],
     )  # fmt: skip
+
+
+def varlen_options(heads: int, key_heads: int, scale: float | None, causal: bool) -> dict:
+    """Keyword arguments of the varlen_attn that is installed."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
+    # Up to torch 2.11 grouped heads need no leave; later versions want it said.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = heads != key_heads
+    return options
