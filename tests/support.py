@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -39,6 +40,10 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", **TEXT, "head_dim": 16},
     "llama": {"model_type": "llama", **TEXT},
 }  # fmt: skip
+# For what the interpreter alone can do, or what would only compile for minutes on a GPU.
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="runs in Triton's interpreter: hide the GPU with CUDA_VISIBLE_DEVICES="
+)
 WORDS = ["the", "a", "red", "blue", "cat", "dog", "sits", "on", "Is", "this?", "yes", "no", "1", "2", "3", "\n", "so"]
 
 

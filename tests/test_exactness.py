@@ -9,7 +9,7 @@ from fastrm.data.loader import PackBuilder, PackPlan
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.train.engine import LocalEngine
 from fastrm_kernels import preference_loss
-from support import FAMILIES, MROPE, make_image, make_model, make_record, pack_of
+from support import FAMILIES, MROPE, make_image, make_model, make_record, needs_interpreter, pack_of
 
 VISION = [name for name in FAMILIES if "vl" in name]
 
@@ -83,6 +83,7 @@ def test_packed_equals_alone_in_stock_transformers(family, share):
         assert pack.num_tokens < 0.6 * pack_of(network, records, share=False).num_tokens
 
 
+@needs_interpreter
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen2"])
 def test_triton_kernels_equal_stock_transformers(family, monkeypatch):
     # Two heads of 16: the kernels have no head dimension of 8.

@@ -10,7 +10,7 @@ from fastrm.errors import ConfigError
 from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
 from fastrm_kernels import dispatch
 from runs import colour_rows, fastrm, tiny_config
-from support import make_model
+from support import make_model, needs_interpreter
 
 CPU = torch.device("cpu")
 
@@ -38,6 +38,7 @@ def test_a_run_on_triton_kernels_learns_the_same_and_says_so(tmp_path):
     assert results["triton"] != results["eager"]  # the kernels did run
 
 
+@needs_interpreter
 def test_without_a_measurement_auto_is_eager_and_says_why():
     assert ("tree_attention", "cpu", torch.float32) not in dispatch.MEASURED
     backend, why = choose_backend("auto", "auto", CPU, torch.float32, [64])
@@ -46,6 +47,7 @@ def test_without_a_measurement_auto_is_eager_and_says_why():
     assert implementation == "eager" and "was not measured for float32 on cpu" in why
 
 
+@needs_interpreter
 def test_auto_takes_the_measured_winner(monkeypatch):
     monkeypatch.setitem(dispatch.MEASURED, ("tree_attention", "cpu", torch.float32), "triton")
     monkeypatch.setitem(dispatch.MEASURED, ("preference_head", "cpu", torch.float32), "triton")
@@ -55,13 +57,14 @@ def test_auto_takes_the_measured_winner(monkeypatch):
     assert choose_head_kernels("eager", CPU)[0] == "eager"
 
 
+@needs_interpreter
 def test_an_attention_backend_set_by_name_wins_over_kernels():
     assert choose_backend("sdpa", "triton", CPU, torch.float32, [64])[0] == "sdpa"
     assert choose_backend("triton", "eager", CPU, torch.float32, [64])[0] == "triton"
 
 
 def test_triton_where_it_cannot_run_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     message = r"triton cannot run .* on cpu: got a tensor on cpu, wanted cuda .*; use auto"
     with pytest.raises(ConfigError, match="kernels: " + message):
         choose_backend("auto", "triton", CPU, torch.float32, [64])
@@ -71,6 +74,7 @@ def test_triton_where_it_cannot_run_is_refused(monkeypatch):
         choose_head_kernels("triton", CPU)
 
 
+@needs_interpreter
 @pytest.mark.parametrize(
     ("family", "dims"), [("qwen2_5_vl", {8, 16}), ("qwen2_vl", {8, 16}), ("qwen2", {8}), ("qwen3", {16})]
 )
@@ -84,6 +88,7 @@ def test_a_head_dimension_that_triton_has_not_is_refused_at_the_start(family, di
         model.use_kernels(torch.float32, kernels="triton")
 
 
+@needs_interpreter
 def test_auto_passes_over_a_winner_that_cannot_run_the_model(monkeypatch):
     monkeypatch.setitem(dispatch.MEASURED, ("tree_attention", "cpu", torch.float32), "triton")
     backend, why = choose_backend("auto", "auto", CPU, torch.float32, [64, 24])

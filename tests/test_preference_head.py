@@ -142,14 +142,13 @@ def test_head_and_loss_in_one_are_the_two():
 def test_auto_is_what_was_measured_on_the_device(monkeypatch):
     rewards = torch.zeros(2)
     assert dispatch.choose("preference_head", rewards)[0] == "eager"
-    half = dispatch.choose("preference_head", rewards.double())
-    assert half == ("eager", "Triton cannot run preference_head here: got torch.float64, wanted float16, bfloat16 or "
-                             "float32")  # fmt: skip
+    assert dispatch.choose("preference_head", rewards.double()) == ("eager", "Triton needs CUDA")
     monkeypatch.setattr(dispatch, "obstacle_to_triton", lambda tensor: None)
     assert dispatch.choose("preference_head", rewards) == (
-        "eager", "preference_head was not measured on cpu; ask for triton by name to use it",
+        "eager", "preference_head was not measured for float32 on cpu; ask for triton by name to use it",
     )  # fmt: skip
-    monkeypatch.setitem(dispatch.MEASURED, ("preference_head", "cpu"), "triton")
+    monkeypatch.setitem(dispatch.MEASURED, ("preference_head", "cpu", torch.float32), "triton")
+    assert dispatch.choose("preference_head", rewards.half())[0] == "eager"
     assert dispatch.choose("preference_head", rewards)[0] == "triton"
     assert dispatch.choose("preference_loss", rewards)[0] == "eager"
     assert dispatch.resolve("preference_head", "eager", rewards) == "eager"
@@ -173,6 +172,10 @@ def test_wrong_head_is_refused():
         ({"layers": []}, "layers: wanted a last weight"),
         ({"layers": [(torch.zeros(3, 8), None), (torch.zeros(1, 4), None)]},
          r"layers\[1\]: got a weight \(1, 4\), wanted 3 input columns"),
+        ({"hidden": torch.zeros(4, 0), "layers": [(torch.zeros(1, 0), None)]},
+         r"layers\[0\]: got a weight \(1, 0\), wanted at least one input column"),
+        ({"layers": [(torch.zeros(0, 8), None), (torch.zeros(1, 0), None)]},
+         r"layers\[1\]: got a weight \(1, 0\), wanted at least one input column"),
         ({"layers": [(torch.zeros(1, 8), torch.zeros(2))]}, r"layers\[0\]: got a bias \(2,\), wanted \(1,\)"),
         ({"norm_weight": torch.ones(7)}, r"norm_weight: got \(7,\), wanted \(8,\)"),
         ({"activation": "gelu"}, "activation: got 'gelu', wanted one of none, tanh, relu, silu"),

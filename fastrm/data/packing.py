@@ -64,7 +64,9 @@ class Pack:
         input_ids: (T,) int64.
         position_ids: (3, T) int64, M-RoPE; the three rows are equal for text.
         lengths, parents: of each segment, in row order.
-        anchors: (R,) int64 row of each response's last token.
+        anchor_rows: row of each response's last token, as Python integers: layouts are built from them,
+            and reading them back from a GPU would wait for all that it has been given to do.
+        anchors: (R,) int64, the same.
         edges: (E, 2) int64 winner and loser; margin, weight: (E,) float32.
         is_tie: (E,) bool, edges that stand for a tie and do not count for accuracy.
         response_lengths: (R,) int64 tokens of each response's own text.
@@ -81,6 +83,7 @@ class Pack:
     position_ids: torch.Tensor
     lengths: list[int]
     parents: list[int]
+    anchor_rows: list[int]
     anchors: torch.Tensor
     edges: torch.Tensor
     margin: torch.Tensor
@@ -139,6 +142,7 @@ def build_pack(groups: Sequence[EncodedGroup], pixels: Pixels, *, merge_size: in
         position_ids=torch.from_numpy(row.gather(lambda r: row.positions[r])),
         lengths=row.lengths,
         parents=row.parents,
+        anchor_rows=row.anchors,
         anchors=torch.tensor(row.anchors, dtype=torch.int64),
         edges=edges,
         margin=margin,

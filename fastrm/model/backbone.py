@@ -64,7 +64,7 @@ class BackboneRunner:
             hidden = layer(
                 hidden, attention_mask=None, position_embeddings=rotary, position_ids=None, tree_layout=layout
             )
-        pruned = layout.at_rows(pack.anchors)
+        pruned = layout.at_rows(pack.anchor_rows)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(_last_layer, last, hidden, rotary, pack.anchors, pruned, use_reentrant=False)
         return _last_layer(last, hidden, rotary, pack.anchors, pruned)

@@ -60,9 +60,9 @@ class LocalEngine:
 
     def accumulate(self, pack: Pack) -> torch.Tensor:
         """Add a pack's gradient; returns its rewards (R,) on the CPU."""
+        weight = float(pack.weight.double().sum())  # read before it is on a GPU, which would have to be waited for
         pack = pack.to(self.network.device)
         rewards = self.rewards(pack)
-        weight = float(pack.weight.double().sum())
         total = self.loss(rewards, pack) * weight
         total.backward()
         self._loss_sum += float(total.detach())

@@ -11,7 +11,7 @@ from fastrm_kernels.launch import triton_obstacle
 MEASURED: dict[tuple[str, str, torch.dtype], str] = {}
 
 
-def _constant(function):
+def constant(function):
     """torch.compiler.assume_constant_result, without the import of torch._dynamo, and of Triton, that it costs."""
     function._dynamo_marked_constant = True
     return function
@@ -51,11 +51,11 @@ def obstacle_to_triton(tensor: torch.Tensor) -> str | None:
     return _obstacle(tensor.dtype, tensor.device)
 
 
-@_constant
+@constant
 def _obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     return triton_obstacle(SimpleNamespace(dtype=dtype, device=device))
 
 
-@_constant
+@constant
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -95,21 +95,20 @@ def _rows(dtype, width, num_rows, gathered):
 def _record_attention(record) -> None:
     trees = TreeLayout.build([1300, 301, 300], [-1, 0, 0], device="meta")
     windows = TreeLayout.from_lengths([64] * 16 + [48, 36], device="meta")
-    for width in HEAD_DIMENSIONS:
-        for heads in HEADS:
-            record(_attention_label(width, heads, "trees"), _attention, *heads, width, trees, True)
-    record(_attention_label(80, (16, 16), "windows"), _attention, 16, 16, 80, windows, False)
     anchors = trees.at_rows([1600, 1900])
-    record(_attention_label(128, (28, 4), "anchors of trees"), _attention, 28, 4, 128, anchors, True)
+    cases = [(width, heads, "trees", trees, None) for width in HEAD_DIMENSIONS for heads in HEADS]
+    cases += [(80, (16, 16), "windows", windows, None), (128, (28, 4), "anchors of trees", anchors, None)]
     # Heads before rows: beyond 2^31 elements a head, Triton makes the strides 64-bit.
-    record(_attention_label(128, (28, 4), "64-bit strides"), _attention, 28, 4, 128, trees, True, 2**31)
+    cases += [(128, (28, 4), "64-bit strides", trees, 2**31)]
+    for width, (heads, key_heads), name, layout, head_stride in cases:
+        # The query heads of a key head are taken by one program together, or by one each.
+        for num_parts in sorted({1, heads // key_heads}):
+            label = {"K": width, "heads": f"{heads}:{key_heads}", "inputs": "bf16", "layout": name}
+            label["query heads"] = "divided" if num_parts > 1 else "together"
+            record(label, _attention, heads, key_heads, width, layout, num_parts, head_stride)
 
 
-def _attention_label(width, heads, layout) -> Label:
-    return {"K": width, "heads": "{}:{}".format(*heads), "inputs": "bf16", "layout": layout}
-
-
-def _attention(heads, key_heads, width, layout, causal, head_stride=None) -> None:
+def _attention(heads, key_heads, width, layout, num_parts, head_stride) -> None:
     def rows(count, heads):
         strides = (heads * width, width, 1) if head_stride is None else (width, head_stride, 1)
         return torch.empty_strided((count, heads, width), strides, dtype=torch.bfloat16, device="meta")
@@ -118,14 +117,12 @@ def _attention(heads, key_heads, width, layout, causal, head_stride=None) -> Non
     key, value = (rows(layout.num_keys, key_heads) for _ in range(2))
     lse, delta = (_meta(heads, layout.num_queries) for _ in range(2))
     blocks = choose_blocks(query.dtype, width, layout.query_rows is not None)
-    settings = work_lists(layout, blocks, causal), blocks, width**-0.5
+    settings = work_lists(layout, blocks, causal=len(layout.lengths) == 3), blocks, width**-0.5
     launch_tree_attention_fwd(query, key, value, output, lse, *settings)
     launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, *settings)
-    # One program for all query heads of a key head, or one for each.
-    for num_parts in {1, heads // key_heads}:
-        dtype = query.dtype if num_parts == 1 else torch.float32
-        grads = (_meta(num_parts, *key.shape, dtype=dtype) for _ in range(2))
-        launch_tree_attention_bwd_key_value(query, key, value, upstream, lse, delta, *grads, *settings)
+    dtype = query.dtype if num_parts == 1 else torch.float32
+    grads = (_meta(num_parts, *key.shape, dtype=dtype) for _ in range(2))
+    launch_tree_attention_bwd_key_value(query, key, value, upstream, lse, delta, *grads, *settings)
 
 
 def _meta(*shape, dtype=torch.float32) -> torch.Tensor:

@@ -1,6 +1,9 @@
 """Public functions of the preference head: checks shared by all implementations, then dispatch.
 
 The formulas are in reference.py, the kernels' derivation in README.md.
+
+Indices (anchors, edges) must be in range; nobody checks them, since that would wait for the GPU. README.md
+says what becomes of one that is not.
 """
 
 from dataclasses import dataclass
@@ -41,14 +44,14 @@ def reward_head(hidden, anchors, layers, *, activation="silu", norm_weight=None,
 
     Args:
         hidden: (T, D) float16, bfloat16, float32, or float64 (eager only).
-        anchors: (R,) int64 rows of `hidden`, repeats allowed; None for all rows in order. One that is
-            out of range raises in eager mode and makes its reward NaN in Triton's.
+        anchors: (R,) int64 rows of `hidden`, 0 <= anchor < T, repeats allowed; None for all rows in order.
         layers: [(weight, bias or None), ...] shaped as nn.Linear's; the last weight is (1, F). Triton
             runs the last two, layers before those run eagerly on the (R, D) rows.
         activation: one of none, tanh, relu, silu, applied between the layers.
         norm_weight: (D,) weight of a final RMSNorm applied to the anchors first, or None.
         norm_eps: epsilon of that norm.
-        impl: auto, triton or eager; an explicit one never falls back.
+        impl: auto, triton or eager; an explicit one never falls back, auto is eager where Triton cannot run.
+            Triton gives first derivatives, and torch raises RuntimeError for second ones.
 
     Returns:
         rewards (R,) in float32, or float64 if `hidden` is. Bitwise the same from run to run, with its
@@ -57,8 +60,9 @@ def reward_head(hidden, anchors, layers, *, activation="silu", norm_weight=None,
     Raises:
         ValueError: for shapes that do not fit, an unknown activation, or an impl that cannot run here.
     """
-    _check_head(hidden, anchors, layers, activation, norm_weight)
-    run = _head(resolve("preference_head", impl, hidden))
+    num_rewards = _check_head(hidden, anchors, layers, activation, norm_weight)
+    chosen = _choose("preference_head", impl, hidden, _head_obstacle(num_rewards, layers))
+    run = autograd.reward_head if chosen == "triton" else reference.reward_head
     return run(hidden, anchors, layers, activation=activation, norm_weight=norm_weight, norm_eps=norm_eps)
 
 
@@ -69,14 +73,14 @@ def preference_loss(
 
     Args:
         rewards: (R,) float32, or float64 (eager only).
-        edges: (E, 2) int64, winner then loser, indices into `rewards`, >= 0. One that is too large
-            raises in eager mode and makes the loss NaN in Triton's.
+        edges: (E, 2) int64, winner then loser, indices into `rewards`, 0 <= index < R.
         margin: (E,) subtracted from the reward difference, or None for 0.
         weight: (E,) >= 0, or None for 1.
         label_smoothing: probability in [0, 0.5) that a label is flipped.
         center: coefficient of (r_w + r_l)^2.
         lengths: (R,) response lengths in tokens (>= 1) for length normalisation, or None.
-        impl: auto, triton or eager; triton gives gradients of rewards alone.
+        impl: auto, triton or eager, as in `reward_head`. Triton gives gradients of rewards alone: with a
+            margin, weight or lengths that requires grad, triton raises and auto is eager.
 
     Returns:
         scalar, divided by the sum of the weights (0 when there are no edges or all weights are 0).
@@ -86,11 +90,9 @@ def preference_loss(
     """
     _check_rewards(rewards)
     options = _loss_options(rewards.shape[0], rewards, edges, margin, weight, label_smoothing, center, lengths)
-    chosen = resolve("preference_loss", impl, rewards)
-    if chosen == "eager":
-        return reference.preference_loss(rewards, edges, **options)
-    _check_constants(margin=margin, weight=weight, lengths=lengths)
-    return autograd.preference_loss(rewards, edges, **options)
+    chosen = _choose("preference_loss", impl, rewards, _loss_obstacle(rewards, edges, margin, weight, lengths))
+    run = autograd.preference_loss if chosen == "triton" else reference.preference_loss
+    return run(rewards, edges, **options)
 
 
 def preference_head_loss(
@@ -104,10 +106,10 @@ def preference_head_loss(
     num_rewards = _check_head(hidden, anchors, layers, activation, norm_weight)
     options = _loss_options(num_rewards, hidden, edges, margin, weight, label_smoothing, center, lengths)
     head = {"activation": activation, "norm_weight": norm_weight, "norm_eps": norm_eps}
-    if resolve("preference_head", impl, hidden) == "eager":
+    obstacle = _head_obstacle(num_rewards, layers) or _loss_obstacle(hidden, edges, margin, weight, lengths)
+    if _choose("preference_head", impl, hidden, obstacle) == "eager":
         rewards = reference.reward_head(hidden, anchors, layers, **head)
         return reference.preference_loss(rewards, edges, **options), rewards
-    _check_constants(margin=margin, weight=weight, lengths=lengths)
     return autograd.preference_head_loss(hidden, anchors, layers, edges, **head, **options)
 
 
@@ -141,8 +143,31 @@ def preference_head_gradients(
     return HeadGradients(loss.detach(), rewards.detach(), rows, anchors, pairs, norm)
 
 
-def _head(chosen):
-    return autograd.reward_head if chosen == "triton" else reference.reward_head
+def _choose(op, impl, tensor, obstacle) -> str:
+    """What `resolve` says, unless there is an `obstacle`, a reason why Triton cannot run these very inputs."""
+    chosen = resolve(op, impl, tensor)
+    if chosen == "triton" and obstacle is not None:
+        if impl == "triton":
+            raise ValueError(f"{op} with impl='triton': {obstacle}, or impl='eager'")
+        return "eager"
+    return chosen
+
+
+def _head_obstacle(num_rewards, layers) -> str | None:
+    if len(layers) > 1 and num_rewards > autograd.MAX_ROWS:
+        return f"got {num_rewards} rows, wanted at most {autograd.MAX_ROWS}; pass them in parts"
+    return None
+
+
+def _loss_obstacle(like, edges, margin, weight, lengths) -> str | None:
+    """The kernels give no gradient of the constants; better an error than one that is silently zero."""
+    for name, value in {"margin": margin, "weight": weight, "lengths": lengths}.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            return f"{name}: got a tensor that requires grad, wanted a constant; pass {name}.detach()"
+    if edges.device != like.device:
+        # Eager code indexes a CUDA tensor with a CPU one; a kernel cannot read that.
+        return f"edges: got a tensor on {edges.device}, wanted {like.device}; pass edges.to({str(like.device)!r})"
+    return None
 
 
 def _check_head(hidden, anchors, layers, activation, norm_weight) -> int:
@@ -168,8 +193,9 @@ def _check_layers(layers, width) -> None:
     if not layers or layers[-1][0].dim() != 2 or layers[-1][0].shape[0] != 1:
         raise ValueError("layers: wanted a last weight of shape (1, F), for one reward per anchor")
     for number, (weight, bias) in enumerate(layers):
-        if weight.dim() != 2 or weight.shape[1] != width:
-            raise ValueError(f"layers[{number}]: got a weight {tuple(weight.shape)}, wanted {width} input columns")
+        if weight.dim() != 2 or weight.shape[1] != width or width == 0:
+            wanted = f"{width} input columns" if width else "at least one input column"
+            raise ValueError(f"layers[{number}]: got a weight {tuple(weight.shape)}, wanted {wanted}")
         width = weight.shape[0]
         if bias is not None and bias.shape != (width,):
             raise ValueError(f"layers[{number}]: got a bias {tuple(bias.shape)}, wanted ({width},) as its weight")
@@ -201,11 +227,3 @@ def _loss_options(num_rewards, like, edges, margin, weight, label_smoothing, cen
         "center": float(center),
         "lengths": lengths,
     }
-
-
-def _check_constants(**tensors) -> None:
-    """The kernels give no gradient of these; better an error than a gradient that is silently zero."""
-    for name, value in tensors.items():
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: got a tensor that requires grad, which impl='triton' does not give; "
-                             f"pass {name}.detach(), or impl='eager'")  # fmt: skip

@@ -2,7 +2,8 @@
 
 Operators: fastrm::reward_head (two layers), fastrm::reward_head_loss (the same with the loss in the same
 launches), fastrm::linear_head, fastrm::preference_loss, their backward passes, and fastrm::take_rows with
-fastrm::dense_rows, a row gather whose gradient adds repeated rows in a fixed order.
+fastrm::dense_rows, a row gather whose gradient adds repeated rows in a fixed order. Every backward pass is
+an operator that has none itself, so that torch raises where a second derivative is asked for.
 
 Triton is imported when an operator runs, not before.
 """
@@ -16,6 +17,10 @@ from fastrm_kernels.preference_head.reference import ACTIVATIONS, mlp, rms_norm
 
 # The loss joins the head's last launch, a single program, up to this many rewards and edges.
 FUSED_REWARDS, FUSED_EDGES = 128, 1024
+
+# Row blocks of a two-layer head lie along the second axis of a grid, which CUDA ends at 65,535; none is
+# smaller than this where there are as many.
+MAX_ROWS = 65_535 * 64
 
 _op = torch.library.custom_op
 
@@ -278,14 +283,25 @@ def _(rewards, edges, margin, weight, lengths, label_smoothing, center):
     return _float32(rewards), _float32(rewards, rewards.shape[0])
 
 
+@_op("fastrm::preference_loss_backward", mutates_args=())
+def _loss_backward(grad_loss: Tensor, slopes: Tensor, rewards: Tensor) -> Tensor:
+    # The rewards are there to be differentiated, which raises; the slopes alone would count as constants.
+    return grad_loss * slopes
+
+
+@_loss_backward.register_fake
+def _(grad_loss, slopes, rewards):
+    return torch.empty_like(slopes)
+
+
 def _setup_loss(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
 
 
 def _loss_gradients(ctx, grad_loss, _slopes):
-    gradient = None if grad_loss is None else grad_loss * ctx.saved_tensors[0]
+    gradient = None if grad_loss is None else _loss_backward(grad_loss, *ctx.saved_tensors)
     return gradient, None, None, None, None, None, None
 
 

@@ -9,6 +9,10 @@ in bf16 rounds its reward to 8 bits, steps of 1/32 around a reward of 4, right b
 small differences. The Triton kernels pass their float32 accumulator on; the eager path rounds where
 torch's linear does, so that its bf16 rewards are the stock ones in a wider dtype. Under autocast the
 products take operands in autocast's dtype, as those of the stock nn.Linear do; the output is float32 too.
+
+A model's forward gives its head all positions. The Triton kernels save act(z) and its gains in float32 for the
+backward pass of an MLP head, 8 F bytes a row where the stock one in half precision saves 4 F: for 16,384 rows
+and F = 3,584 470 MB against 235 MB. A head of one layer saves nothing of that size.
 """
 
 import copy

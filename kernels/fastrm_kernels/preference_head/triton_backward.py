@@ -24,6 +24,11 @@ from fastrm_kernels.preference_head.triton_primitives import (
 
 # One launch does everything up to here; beyond, rows are cut into blocks and a product gets its own launch.
 ONE_LAUNCH_ROWS = 64
+# Elements of a tile of the small vectors' gradients in that launch; a head of few columns and many features
+# has few programs to share them out among, and they get a launch of their own.
+MAX_VECTOR_TILE = 4096
+
+VECTORS = ("grad_bias_ptr", "grad_out_weight_ptr", "grad_out_bias_ptr")
 
 
 @triton.jit
@@ -313,20 +318,21 @@ def _blocks(kernel, arguments) -> dict:
 def _one_launch(arguments, outputs) -> None:
     blocks = _blocks("all", arguments)
     grid = triton.cdiv(arguments["width"], blocks["BLOCK_D"])
-    vectors = ("grad_bias_ptr", "grad_out_weight_ptr", "grad_out_bias_ptr")
-    norm = outputs["norm_parts_ptr"]
+    needs_vectors = any(outputs[name] is not None for name in VECTORS)
+    share = triton.next_power_of_2(triton.cdiv(arguments["features"], grid))
+    apart = share * blocks["BLOCK_R"] > MAX_VECTOR_TILE
     # One block of rows: its part of the norm weight's gradient is the whole, in the parameter's dtype.
     launch(
         head_bwd_kernel, (grid,), **arguments, **outputs, **blocks,
-        NEEDS_ROWS=outputs["grad_rows_ptr"] is not None or norm is not None,
-        NEEDS_VECTORS=any(outputs[name] is not None for name in vectors),
-        BLOCK_V=triton.next_power_of_2(triton.cdiv(arguments["features"], grid)),
+        NEEDS_ROWS=outputs["grad_rows_ptr"] is not None or outputs["norm_parts_ptr"] is not None,
+        NEEDS_VECTORS=needs_vectors and not apart, BLOCK_V=1 if apart else share,
     )  # fmt: skip
+    if needs_vectors and apart:
+        _launch_vectors(arguments, outputs)
 
 
 def _launch_products(arguments, outputs) -> None:
     rows, norm, weight = (outputs[name] for name in ("grad_rows_ptr", "norm_parts_ptr", "grad_weight_ptr"))
-    vectors = {name: outputs[name] for name in ("grad_bias_ptr", "grad_out_weight_ptr", "grad_out_bias_ptr")}
     num_rows, width, features = (arguments[name] for name in ("num_rows", "width", "features"))
     if rows is not None or norm is not None:
         blocks = _blocks("input", arguments)
@@ -348,10 +354,14 @@ def _launch_products(arguments, outputs) -> None:
             **{name: value for name, value in arguments.items() if name not in unused}, **blocks,
             grad_weight_ptr=weight,
         )  # fmt: skip
-    if any(pointer is not None for pointer in vectors.values()):
-        used = ("active_ptr", "gains_ptr", "grad_loss_ptr", "loss_slopes_ptr", "grad_rewards_ptr", "num_rows",
-                "features", "grad_stride")  # fmt: skip
-        launch(
-            head_bwd_vector_kernel, (triton.cdiv(features, 32),), **{name: arguments[name] for name in used},
-            **vectors, BLOCK_F=32, BLOCK_R=64, num_warps=4, num_stages=3,
-        )  # fmt: skip
+    if any(outputs[name] is not None for name in VECTORS):
+        _launch_vectors(arguments, outputs)
+
+
+def _launch_vectors(arguments, outputs) -> None:
+    used = ("active_ptr", "gains_ptr", "grad_loss_ptr", "loss_slopes_ptr", "grad_rewards_ptr", "num_rows",
+            "features", "grad_stride")  # fmt: skip
+    launch(
+        head_bwd_vector_kernel, (triton.cdiv(arguments["features"], 32),), **{name: arguments[name] for name in used},
+        **{name: outputs[name] for name in VECTORS}, BLOCK_F=32, BLOCK_R=64, num_warps=4, num_stages=3,
+    )  # fmt: skip

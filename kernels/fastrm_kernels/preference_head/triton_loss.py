@@ -36,7 +36,7 @@ def log1p_below_one(x):
 def edge_end(rewards_ptr, lengths_ptr, index, num_rewards):
     """Reward of one end of each edge, divided by log(length + 1) if there are lengths; and that divisor.
 
-    An index out of range gives NaN: nothing can raise here, and NaN stops any trainer.
+    An index out of range is not read and gives NaN: nothing can raise here, and NaN stops any trainer.
     """
     valid = (index >= 0) & (index < num_rewards)
     safe = tl.where(valid, index, 0)

@@ -32,20 +32,23 @@ def contiguous(tensor):
 def row_offsets(anchors_ptr, offs_r, num_rows, num_tokens, stride):
     """Offsets (BLOCK_R,) of the rows' first elements, int64: T * D passes 2^31 at 600,000 tokens of 3,584.
 
-    Rows that do not exist, and anchors out of range, read row 0; their rewards become NaN or are not
-    stored.
+    Rows past the last one repeat it, for products with a 0 from elsewhere: no other row would do, since
+    0 * NaN is NaN, and a row that no anchor names may hold anything. num_rows must be at least 1. Anchors
+    out of range read row 0; their rewards become NaN.
     """
-    live = offs_r < num_rows
-    row = tl.where(live, offs_r, 0).to(tl.int64)
+    near = tl.minimum(offs_r, num_rows - 1)
+    row = near.to(tl.int64)
     if anchors_ptr is not None:
-        row = tl.load(anchors_ptr + offs_r, mask=live, other=0)
+        row = tl.load(anchors_ptr + near)
         row = tl.where((row >= 0) & (row < num_tokens), row, 0)
     return row * stride
 
 
 @triton.jit
 def tanh(x):
-    """Within 2 ulp in float32: 1 - 2 / (e^2x + 1) would cancel near 0, so an odd polynomial takes over there."""
+    """Within 5 eps in float32, with a GPU's approximate exp and division too: 1 - 2 / (e^2x + 1) would cancel
+    near 0, so an odd polynomial takes over there.
+    """
     size = tl.abs(x)
     square = x * x
     # Cephes tanhf, for |x| < 0.625.

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastrm_kernels.dispatch import choose, obstacle_to_triton
+from fastrm_kernels.dispatch import choose, constant, obstacle_to_triton
 from fastrm_kernels.tree_attention.autograd import tree_attention_triton
 from fastrm_kernels.tree_attention.eager import tree_attention_eager
 from fastrm_kernels.tree_attention.varlen import tree_attention_varlen
@@ -15,6 +15,7 @@ IMPLEMENTATIONS = {
 HEAD_DIMENSIONS = (16, 32, 64, 80, 96, 128)  # that the Triton kernels have
 # Tiles are placed by 64-bit offsets; within one, of at most 128 rows, offsets have 32 bits.
 FARTHEST_ROWS = 2**31 // 128
+SHARED_BYTES = 165_888  # 162 KB: the most that a kernel takes (kernels/README.md), at head dimension 128
 
 
 def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="auto"):
@@ -73,10 +74,19 @@ def triton_attention_obstacle(query, *others) -> str | None:
         return obstacle
     if query.shape[-1] not in HEAD_DIMENSIONS:
         return f"got head dimension {query.shape[-1]}, wanted one of {', '.join(map(str, HEAD_DIMENSIONS))}"
+    if query.device.type == "cuda" and query.dtype != torch.float32:
+        shared_bytes = _shared_bytes(query.device)
+        if shared_bytes < SHARED_BYTES:
+            return f"got a GPU with {shared_bytes:,} bytes of shared memory a program, wanted {SHARED_BYTES:,}"
     farthest = max(x.stride(0) for x in (query, *others))
     if farthest >= FARTHEST_ROWS:
         return f"got rows {farthest:,} elements apart, wanted less than {FARTHEST_ROWS:,}"
     return None
+
+
+@constant
+def _shared_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _check_inputs(query, key, value, layout):

@@ -24,6 +24,7 @@ import torch
 from fastrm_kernels.tree_attention.layout import Spans, TreeLayout
 
 MULTIPROCESSORS = 132  # of an H100 or H200; only a yardstick for how evenly work must be divided
+LONGEST_SHARE = 0.7  # how much of a multiprocessor's share the longest program may take; docs/experiments.md
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ class TileList:
     def parts_wanted(self, heads: int, group: int) -> int:
         """Into how many programs to divide the `group` query heads that a tile of keys takes in turn.
 
-        The longest tile, begun first, should end well before the rest: within half of what every
-        multiprocessor has to do. Otherwise most of them would wait for a long prefix that all responses
-        see. The parts are summed afterwards, so no more of them than that takes.
+        The longest tile, begun first, should end well before the rest. Otherwise most multiprocessors would
+        wait for a long prefix that all responses see. The parts are written in float32 and summed
+        afterwards, so no more of them than that takes.
         """
         share = self.steps.shape[0] * heads * group / MULTIPROCESSORS
         divisors = [d for d in range(1, group + 1) if group % d == 0]
-        return next((d for d in divisors if self.longest * group / d <= share / 2), group)
+        return next((d for d in divisors if self.longest * group / d <= LONGEST_SHARE * share), group)
 
 
 @dataclass(frozen=True)
