@@ -11,11 +11,10 @@ import triton.language as tl
 from fastrm_kernels.launch import launch
 from fastrm_kernels.tree_attention.tiles import Blocks, WorkLists
 from fastrm_kernels.tree_attention.triton_forward import (
-    LOG2_E,
     load_rows,
-    precision_of,
-    split_width,
+    shared_arguments,
     store_rows,
+    strides,
     visible,
 )
 
@@ -232,26 +231,15 @@ def launch_tree_attention_bwd_query(
     query, key, value, output, upstream, lse, delta, query_grad, work: WorkLists, blocks: Blocks, scale: float
 ) -> None:
     """Fill delta (H, Tq) float32 and query_grad (Tq, H, K)."""
-    width_a, width_b = split_width(query.shape[-1])
-    listed = work.query_tiles
+    num_heads, listed = query.shape[1], work.query_tiles
     launch(
-        tree_attention_bwd_query_kernel, (query.shape[1] * listed.tiles.shape[0],),
+        tree_attention_bwd_query_kernel, (num_heads * listed.tiles.shape[0],),
         num_warps=blocks.query_warps, num_stages=blocks.query_stages,
-        query_ptr=query, key_ptr=key, value_ptr=value, output_ptr=output, upstream_ptr=upstream,
-        lse_ptr=lse, delta_ptr=delta, query_grad_ptr=query_grad,
-        query_rank_ptr=work.query_rank, key_low_ptr=work.key_low, key_high_ptr=work.key_high,
-        tiles_ptr=listed.tiles, steps_ptr=listed.steps,
-        num_queries=query.shape[0], num_heads=query.shape[1], group=query.shape[1] // key.shape[1],
-        scale=scale, scale_log2=scale * LOG2_E,
-        query_stride=query.stride(0), query_head_stride=query.stride(1),
-        key_stride=key.stride(0), key_head_stride=key.stride(1),
-        value_stride=value.stride(0), value_head_stride=value.stride(1),
-        output_stride=output.stride(0), output_head_stride=output.stride(1),
-        upstream_stride=upstream.stride(0), upstream_head_stride=upstream.stride(1),
-        query_grad_stride=query_grad.stride(0), query_grad_head_stride=query_grad.stride(1),
-        WIDTH_A=width_a, WIDTH_B=width_b,
+        **shared_arguments(query, key, value, work, listed, scale),
+        output_ptr=output, upstream_ptr=upstream, lse_ptr=lse, delta_ptr=delta, query_grad_ptr=query_grad,
+        **strides("output", output), **strides("upstream", upstream), **strides("query_grad", query_grad),
+        num_heads=num_heads, group=num_heads // key.shape[1], scale=scale,
         TILE_ROWS=blocks.query_tile, STEP_ROWS=blocks.key_step,
-        PRECISION=precision_of(query.dtype),
     )  # fmt: skip
 
 
@@ -262,25 +250,15 @@ def launch_tree_attention_bwd_key_value(
 
     The gradients are the sums over the P parts.
     """
-    width_a, width_b = split_width(query.shape[-1])
-    listed, num_parts = work.key_tiles, key_grad.shape[0]
+    (num_parts, _, num_key_heads, _), listed = key_grad.shape, work.key_tiles
     launch(
-        tree_attention_bwd_key_value_kernel, (num_parts * key.shape[1] * listed.tiles.shape[0],),
+        tree_attention_bwd_key_value_kernel, (num_parts * num_key_heads * listed.tiles.shape[0],),
         num_warps=blocks.key_warps, num_stages=blocks.key_stages,
-        query_ptr=query, key_ptr=key, value_ptr=value, upstream_ptr=upstream, lse_ptr=lse, delta_ptr=delta,
-        key_grad_ptr=key_grad, value_grad_ptr=value_grad,
-        query_rank_ptr=work.query_rank, key_low_ptr=work.key_low, key_high_ptr=work.key_high,
-        tiles_ptr=listed.tiles, steps_ptr=listed.steps,
-        num_queries=query.shape[0], num_key_heads=key.shape[1], num_parts=num_parts,
-        scale=scale, scale_log2=scale * LOG2_E,
-        query_stride=query.stride(0), query_head_stride=query.stride(1),
-        key_stride=key.stride(0), key_head_stride=key.stride(1),
-        value_stride=value.stride(0), value_head_stride=value.stride(1),
-        upstream_stride=upstream.stride(0), upstream_head_stride=upstream.stride(1),
-        key_grad_part_stride=key_grad.stride(0), key_grad_stride=key_grad.stride(1),
-        key_grad_head_stride=key_grad.stride(2),
-        value_grad_part_stride=value_grad.stride(0), value_grad_stride=value_grad.stride(1),
-        value_grad_head_stride=value_grad.stride(2),
-        MEMBERS=query.shape[1] // (key.shape[1] * num_parts), WIDTH_A=width_a, WIDTH_B=width_b,
-        TILE_ROWS=blocks.key_tile, STEP_ROWS=blocks.query_step, PRECISION=precision_of(query.dtype),
+        **shared_arguments(query, key, value, work, listed, scale),
+        upstream_ptr=upstream, lse_ptr=lse, delta_ptr=delta, key_grad_ptr=key_grad, value_grad_ptr=value_grad,
+        **strides("upstream", upstream), **strides("key_grad", key_grad[0]), **strides("value_grad", value_grad[0]),
+        key_grad_part_stride=key_grad.stride(0), value_grad_part_stride=value_grad.stride(0),
+        num_key_heads=num_key_heads, num_parts=num_parts, scale=scale,
+        MEMBERS=query.shape[1] // (num_key_heads * num_parts),
+        TILE_ROWS=blocks.key_tile, STEP_ROWS=blocks.query_step,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastrm_kernels.launch import launch
-from fastrm_kernels.tree_attention.tiles import Blocks, WorkLists
+from fastrm_kernels.tree_attention.tiles import Blocks, TileList, WorkLists
 
 LOG2_E = 1.4426950408889634
 
@@ -148,23 +148,32 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def strides(name: str, tensor) -> dict[str, int]:
+    """Arguments for the rows and heads of a (T, heads, K) tensor."""
+    return {f"{name}_stride": tensor.stride(0), f"{name}_head_stride": tensor.stride(1)}
+
+
+def shared_arguments(query, key, value, work: WorkLists, listed: TileList, scale: float) -> dict:
+    """What all three kernels take: inputs, mask, tiles with their steps, and constants."""
+    width_a, width_b = split_width(query.shape[-1])
+    return {
+        "query_ptr": query, "key_ptr": key, "value_ptr": value,
+        "query_rank_ptr": work.query_rank, "key_low_ptr": work.key_low, "key_high_ptr": work.key_high,
+        "tiles_ptr": listed.tiles, "steps_ptr": listed.steps,
+        "num_queries": query.shape[0], "scale_log2": scale * LOG2_E,
+        **strides("query", query), **strides("key", key), **strides("value", value),
+        "WIDTH_A": width_a, "WIDTH_B": width_b, "PRECISION": precision_of(query.dtype),
+    }  # fmt: skip
+
+
 def launch_tree_attention_fwd(query, key, value, output, lse, work: WorkLists, blocks: Blocks, scale: float) -> None:
     """Fill output (Tq, H, K) and lse (H, Tq) float32, the base-2 logarithm of each row's softmax sum."""
-    width_a, width_b = split_width(query.shape[-1])
-    listed = work.query_tiles
+    num_heads, listed = query.shape[1], work.query_tiles
     launch(
-        tree_attention_fwd_kernel, (query.shape[1] * listed.tiles.shape[0],),
+        tree_attention_fwd_kernel, (num_heads * listed.tiles.shape[0],),
         num_warps=blocks.query_warps, num_stages=blocks.fwd_stages,
-        query_ptr=query, key_ptr=key, value_ptr=value, output_ptr=output, lse_ptr=lse,
-        query_rank_ptr=work.query_rank, key_low_ptr=work.key_low, key_high_ptr=work.key_high,
-        tiles_ptr=listed.tiles, steps_ptr=listed.steps,
-        num_queries=query.shape[0], num_heads=query.shape[1], group=query.shape[1] // key.shape[1],
-        scale_log2=scale * LOG2_E,
-        query_stride=query.stride(0), query_head_stride=query.stride(1),
-        key_stride=key.stride(0), key_head_stride=key.stride(1),
-        value_stride=value.stride(0), value_head_stride=value.stride(1),
-        output_stride=output.stride(0), output_head_stride=output.stride(1),
-        WIDTH_A=width_a, WIDTH_B=width_b,
+        **shared_arguments(query, key, value, work, listed, scale),
+        output_ptr=output, lse_ptr=lse, **strides("output", output),
+        num_heads=num_heads, group=num_heads // key.shape[1],
         TILE_ROWS=blocks.query_tile, STEP_ROWS=blocks.key_step,
-        PRECISION=precision_of(query.dtype),
     )  # fmt: skip
