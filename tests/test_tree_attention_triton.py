@@ -367,11 +367,10 @@ def test_the_heads_of_a_group_are_divided_where_one_prefix_is_long():
     long = work_lists(TreeLayout.build([300] + [300] * 16, [-1] + [0] * 16), blocks, True).key_tiles
     assert even.parts_wanted(4, 7) == 1
     assert long.parts_wanted(4, 7) == 7
-    for parts in (1, 2, 3, 6):
-        # By hand: the first divisor with which the longest program is within 0.7 of each multiprocessor's share.
-        wanted = long.parts_wanted(2, 6)
-        share = len(long.steps) * 2 * 6 / 132
-        assert (parts >= wanted) == (long.longest * 6 / parts <= 0.7 * share) or wanted == 6
+    # By hand: the longest of 790 steps in all is 160, so 960 for six heads. With 32 key heads a multiprocessor's
+    # share is 790 * 32 * 6 / 132 = 1149, of which 0.7 are 804: two parts of 480. With 16 it is 402: three of 320.
+    assert (len(long.steps), long.longest) == (790, 160)
+    assert [long.parts_wanted(heads, 6) for heads in (32, 16, 2)] == [2, 3, 6]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
