@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fastrm.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# YAML 1.1 reads an unquoted `off` as false.
+_Off = BeforeValidator(lambda value: "off" if value is False else value)
 
 
 class _Section(BaseModel):
@@ -47,6 +49,9 @@ class RunConfig(_Section):
     """Loggers besides metrics.jsonl, which is always written."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda if there is one, else cpu."""
+    num_processes: Positive | None = None
+    """Ranks to start on this machine, one for each GPU. Default: all GPUs, or 1 on a CPU. Under torchrun or
+    the deepspeed launcher, that launcher decides."""
 
 
 class SourceConfig(_Section):
@@ -126,8 +131,11 @@ class ModelConfig(_Section):
     attention: Literal["auto", "sdpa", "flash", "triton"] = "auto"
     """sdpa runs anywhere; flash = torch's varlen FlashAttention, CUDA with bf16 only; triton = our
     kernel, CUDA; auto follows `kernels`."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing; everything of a layer but its
+    matrix products and attention; or whole layers."""
+    fuse_projections: bool = False
+    """Compute q, k and v in one matrix product, and gate and up in one. Files keep the stock names."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -172,23 +180,40 @@ class OptimConfig(_Section):
     """preference: every preference counts 1. group: every group counts 1, shared by its preferences."""
     tokens_per_pack: Positive = 32768
     """Token budget of one forward pass; the gradient of a step does not depend on it."""
+    states: Literal["fp32", "8bit"] = "fp32"
+    """AdamW's two moments: float32, or torchao's blockwise 8-bit."""
 
 
 class PrecisionConfig(_Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """bf16: float32 weights and optimizer, matrix products in bfloat16 (autocast)."""
+    """bf16: matrix products in bfloat16 (autocast)."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """Trained weights of the backbone: float32, or bfloat16 with stochastically rounded updates, which need a
+    quarter of the memory."""
+    fp8: Annotated[Literal["off", "tensorwise", "rowwise", "rowwise_gw_hp"], _Off] = "off"
+    """Large linears of the language model in FP8: one scale a tensor, one a row, or one a row with weight
+    gradients in bfloat16."""
+
+
+class EngineConfig(_Section):
+    zero_stage: Literal[1, 2, 3] = 2
+    """DeepSpeed ZeRO: divides over the ranks the optimizer states; also gradients; also weights. One process
+    divides nothing and does not use DeepSpeed."""
 
 
 class Config(_Section):
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Head, loss and attention: triton = our kernels, CUDA; eager = PyTorch's own operations; auto = for
     each of them the one that was measured to be faster on this device, eager where none was."""
+    compile: Annotated[Literal["off", "layers"], _Off] = "off"
+    """layers: decoder layers and vision blocks through torch.compile, for any number of tokens."""
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")
     def _check(self):

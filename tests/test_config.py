@@ -45,7 +45,7 @@ def complaint(load, text, *overrides) -> str:
             MINIMAL + "data:\n  train:\n    - path: a.jsonl\n    - path: b.jsonl\n      wheight: 2.0\n",
             "c.yaml:7: unknown key data.train.1.wheight; did you mean data.train.1.weight?",
         ),
-        (MINIMAL + "precision:\n  zzz: 1\n", "c.yaml:4: unknown key precision.zzz; keys: dtype"),
+        (MINIMAL + "precision:\n  zzz: 1\n", "c.yaml:4: unknown key precision.zzz; keys: dtype, weights, fp8"),
     ],
     ids=["section", "top", "nested", "list", "nothing-near"],
 )
@@ -284,4 +284,4 @@ def test_full_recipe_is_the_papers():
     assert (config.optim.schedule, config.optim.warmup_ratio, config.precision.dtype) == ("cosine", 0.1, "bf16")
     assert (config.loss.center, config.loss.length_normalization) == (0.0, False)
     assert len(config.data.train) == 7
-    assert config.model.gradient_checkpointing and config.data.max_pixels == 640 * 28 * 28
+    assert config.model.activation_checkpointing == "full" and config.data.max_pixels == 640 * 28 * 28

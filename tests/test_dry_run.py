@@ -378,7 +378,7 @@ def test_dry_run_sizes_follow_the_configuration(small_config):
 
 
 def test_dry_run_marks_the_configured_activations(small_config, capsys):
-    dry_run(small_config("model.gradient_checkpointing=true"))
+    dry_run(small_config("model.activation_checkpointing=full"))
     assert "activations with gradient checkpointing (as configured)" in capsys.readouterr().out
     dry_run(small_config())
     assert "activations (as configured)" in capsys.readouterr().out

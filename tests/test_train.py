@@ -264,7 +264,7 @@ def test_settings_of_memory_and_sharing_do_what_they_say(finished_plain, colours
     for name, changes in {
         "plain": {},
         "rows": {"data": {"share_prefixes": False}},
-        "recomputed": {"model": {"gradient_checkpointing": True}},
+        "recomputed": {"model": {"activation_checkpointing": "full"}},
         "pruned": {"run": {"save_every": 1, "keep_checkpoints": 3}},
     }.items():
         folder = tmp_path / name

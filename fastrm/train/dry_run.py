@@ -156,7 +156,7 @@ def _ways(config: Config, network: RewardNetwork, load: Workload) -> dict[str, d
     if share:
         ways["shared prompts"] = {"shared": True, "images_once": True, "pruned": False}
     ways["fastrm"] = {"shared": share, "images_once": True, "pruned": True}
-    checkpointing = config.model.gradient_checkpointing
+    checkpointing = config.model.activation_checkpointing == "full"
     return {
         name: {
             "tokens": load.num_tokens(way["shared"]),
@@ -215,7 +215,7 @@ def _print_memory(console: Console, memory: dict, config: Config) -> None:
         "  the 12, stage 2 also the gradients, stage 3 also the weights (arXiv 1910.02054, section 3).",
     )
     table = _table("besides the above", "GiB")
-    checkpointing = config.model.gradient_checkpointing
+    checkpointing = config.model.activation_checkpointing == "full"
     for name, label in (("whole", "activations"), ("checkpointed", "activations with gradient checkpointing")):
         is_set = checkpointing == (name == "checkpointed")
         table.add_row(label + " (as configured)" * is_set, _gib(memory["activations"][name]))

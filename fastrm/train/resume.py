@@ -11,7 +11,8 @@ from fastrm.train.checkpoint import list_checkpoints, newest_checkpoint, verify
 MAY_CHANGE = (
     "run.dir", "run.epochs", "run.max_steps", "run.log_every", "run.eval_every", "run.save_every",
     "run.keep_checkpoints", "run.report_to", "run.device", "data.eval", "data.num_workers",
-    "kernels", "model.attention", "model.gradient_checkpointing", "optim.tokens_per_pack",
+    "run.num_processes", "engine", "compile", "kernels", "model.attention", "model.activation_checkpointing",
+    "optim.tokens_per_pack",
 )  # fmt: skip
 
 

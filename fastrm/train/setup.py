@@ -82,6 +82,6 @@ def make_network(config: Config, tokenizer) -> RewardNetwork:
     network.to(pick_device(config.run.device))
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     network.use_kernels(dtype, kernels=config.kernels, attention=settings.attention)
-    if settings.gradient_checkpointing:
+    if settings.activation_checkpointing == "full":
         network.use_gradient_checkpointing()
     return network.train()
