@@ -43,7 +43,7 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8"],
-        "fp8": ["torchao>=0.18"],
+        "torchao": ["torchao>=0.18"],
         "liger": ["liger-kernel>=0.8.5"],
         "report": ["tensorboard", "wandb"],
         "test": [

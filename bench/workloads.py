@@ -138,7 +138,7 @@ class FastrmStep:
 
     def step(self, number: int) -> None:
         self.engine.accumulate(self._pack(number))
-        assert self.engine.update(self.engine.config.optim.lr).finite
+        assert self.engine.update(self.engine.config.optim.lr, number).finite
 
     def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
         pack = self._pack(number)

@@ -181,18 +181,34 @@ class OptimConfig(_Section):
     tokens_per_pack: Positive = 32768
     """Token budget of one forward pass; the gradient of a step does not depend on it."""
     states: Literal["fp32", "8bit"] = "fp32"
-    """AdamW's two moments: float32, or torchao's blockwise 8-bit."""
+    """AdamW's two moments: float32, or for the backbone's matrices torchao's 8-bit code, one scale for 256."""
 
 
 class PrecisionConfig(_Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """bf16: matrix products in bfloat16 (autocast)."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """Trained weights of the backbone: float32, or bfloat16 with stochastically rounded updates, which need a
-    quarter of the memory."""
+    """Weight matrices of the backbone: float32, or bfloat16 with stochastically rounded updates, in half the
+    memory. Norms, biases, embeddings and the head stay float32, and so do all gradients."""
     fp8: Annotated[Literal["off", "tensorwise", "rowwise", "rowwise_gw_hp"], _Off] = "off"
-    """Large linears of the language model in FP8: one scale a tensor, one a row, or one a row with weight
-    gradients in bfloat16."""
+    """Large linears of the language model in FP8 (torchao's recipes; needs dtype bf16, and compile: layers to be
+    fast). tensorwise: one scale a tensor, so that a reward depends slightly on what else is in its pack; the
+    least casts. rowwise: one scale a token and an output; rewards do not depend on the pack. rowwise_gw_hp: the
+    same with weight gradients in bfloat16; the nearest to bf16, with two thirds of the gain."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.fp8 != "off" and self.dtype != "bf16":
+            raise ValueError(
+                f"precision.fp8 {self.fp8} with precision.dtype {self.dtype}: FP8 is for bfloat16 matrix products; set "
+                "precision.dtype: bf16, or precision.fp8: off"
+            )
+        if self.weights == "bf16" and self.dtype != "bf16":
+            raise ValueError(
+                f"precision.weights bf16 with precision.dtype {self.dtype}: bfloat16 weights are for bfloat16 matrix "
+                "products; set precision.dtype: bf16, or precision.weights: fp32"
+            )
+        return self
 
 
 class EngineConfig(_Section):

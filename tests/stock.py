@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from fastrm.data.record import ImageRef
-from fastrm.model.attention import use_backend
 
 # Without this term the loss would not see the head's last bias, and its gradient would prove nothing.
 CENTER = 0.1
@@ -50,7 +49,7 @@ def set_stock_attention(network) -> None:
 
 
 def stock_rewards(network, records) -> torch.Tensor:
-    """Rewards (R,) of all responses of all records; leaves the network on tree attention again."""
+    """Rewards (R,) of all responses of all records."""
     set_stock_attention(network)
     rewards = []
     for record in records:
@@ -60,7 +59,6 @@ def stock_rewards(network, records) -> torch.Tensor:
                 inputs["pixel_values"] = inputs["pixel_values"].to(network.model.dtype)
             hidden = network.model(**inputs, use_cache=False).last_hidden_state
             rewards.append(network.score(hidden[0, -1]).squeeze(-1))
-    use_backend(network.model, network.attention[0])
     return torch.stack(rewards)
 
 

@@ -5,7 +5,8 @@ import torch
 
 import stock
 from fastrm.config import Config, HeadConfig
-from fastrm.data.loader import PackBuilder, PackPlan
+from fastrm.data.loader import PackBuilder
+from fastrm.data.plan import PackPlan
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.train.engine import LocalEngine
 from fastrm_kernels import preference_loss
@@ -202,12 +203,12 @@ def test_gradient_of_a_step_does_not_depend_on_the_packs(family):
             assert (other[name] - gradient).abs().max() <= 1e-6 + 1e-5 * gradient.abs().max(), name
 
 
-def test_gradient_checkpointing_changes_no_bit():
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_no_bit(mode):
     results = []
-    for checkpointing in (False, True):
+    for chosen in ("none", mode):
         network = make_model("qwen2_5_vl").train()
-        if checkpointing:
-            network.use_gradient_checkpointing()
+        network.use_activation_checkpointing(chosen)
         pack = pack_of(network, _cases("qwen2_5_vl"))
         preference_loss(network(pack), pack.edges).backward()
         results.append(_gradients(network))
@@ -229,4 +230,4 @@ def test_an_image_is_encoded_once_per_pack():
     network = make_model("qwen2_5_vl")
     image = make_image(112, 112, 1)
     records = [make_record(n, num_responses=4, images=[image]) for n in range(3)]
-    assert pack_of(network, records).image_grid_thw.tolist() == [[1, 8, 8]]
+    assert pack_of(network, records).image_grids == [(1, 8, 8)]

@@ -2,13 +2,16 @@
 
 import random
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
 
+from fastrm.data.balance import CostModel
+from fastrm.data.loader import PackBuilder
 from fastrm.data.order import StepOrder, epoch_order
-from fastrm.data.packing import plan_packs
-from fastrm.data.prepare import encode_group
+from fastrm.data.plan import PackPlan, plan_packs, plan_steps
+from fastrm.data.prepare import GroupImage, PreparedGroup, encode_group
 from fastrm.data.record import Message, Record, Response
 from fastrm.data.tree import build_tree
 from support import make_image, make_model, make_record, pack_of
@@ -89,7 +92,7 @@ def test_images_share_only_when_their_content_is_the_same():
     for name, pair in {"same": (one, same), "other": (one, other)}.items():
         responses = tuple(Response((Message("user", (image, "Describe it.")), answer)) for image in pair)
         pack = pack_of(network, [Record("images", responses, (), "test", "test:1")])
-        sizes[name] = (len(pack.image_grid_thw), pack.num_tokens)
+        sizes[name] = (len(pack.image_grids), pack.num_tokens)
     assert sizes["same"][0] == 1 and sizes["other"][0] == 2
     assert sizes["same"][1] < sizes["other"][1]
 
@@ -170,3 +173,110 @@ def test_packs_hold_every_group_once_within_the_budget():
 def test_groups_with_the_same_image_share_a_pack_where_they_fit():
     packs = plan_packs(range(6), [10] * 6, ["a", "b"] * 3, budget=30)
     assert sorted(map(sorted, packs)) == [[0, 2, 4], [1, 3, 5]]
+
+
+COST = CostModel(1.0, 1e-3, per_image_token=3.0, per_image_pair=0.01, per_window_pair=0.02, window=4)
+BUDGET = 500
+
+
+def _prepared(rng, count) -> list[PreparedGroup]:
+    """Groups of every size that fits, some with many preferences, some of one image."""
+    groups = []
+    for _ in range(count):
+        num_tokens = min(BUDGET, int(rng.lognormvariate(4, 1)) + 1)
+        image = GroupImage(rng.choice("abcdefgh"), rng.randint(1, 9), rng.randint(1, 9))
+        images = (image,) if num_tokens > 90 and rng.random() < 0.5 else ()
+        pairs = rng.randint(0, num_tokens**2 // 2)
+        groups.append(PreparedGroup(None, (), num_tokens, rng.choice([1, 1, 6]), pairs, images, 20 * len(images)))
+    return groups
+
+
+def _steps(plans, count) -> list[list[PackPlan]]:
+    """The packs of the first `count` steps."""
+    steps = [[]]
+    while len(steps) <= count:
+        steps[-1].append(next(plans))
+        if steps[-1][-1].is_last:
+            steps.append([])
+    return steps[:-1]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 8, 50])
+def test_ranks_divide_every_step_completely_into_as_many_packs_each(num_ranks):
+    for seed in range(25):
+        rng = random.Random(seed)
+        groups = _prepared(rng, rng.randint(1, 120))
+        order = StepOrder([group.num_preferences for group in groups], rng.randint(1, 100), seed)
+        cost = rng.choice([COST, None])
+        alone = _steps(plan_steps(groups, order, 0, BUDGET), 4)
+        ranks = [
+            _steps(plan_steps(groups, order, 0, BUDGET, rank=rank, num_ranks=num_ranks, cost=cost), 4)
+            for rank in range(num_ranks)
+        ]
+        for wanted, found in zip(alone, zip(*ranks, strict=True), strict=True):
+            members = sorted(group for pack in wanted for group in pack.groups)
+            assert sorted(group for packs in found for pack in packs for group in pack.groups) == members
+            assert {pack.position for packs in found for pack in packs} == {wanted[0].position}
+            assert len({len(packs) for packs in found}) == 1
+            for packs in found:
+                assert [pack.is_last for pack in packs] == [False] * (len(packs) - 1) + [True]
+                assert all(sum(groups[g].num_tokens for g in pack.groups) <= BUDGET for pack in packs)
+            # Nobody waits for a pack that none of them has.
+            assert all(any(packs[slot].groups for packs in found) for slot in range(len(found[0])))
+
+
+def test_plans_resume_at_every_step_on_every_rank():
+    groups = _prepared(random.Random(3), 90)
+    order = StepOrder([group.num_preferences for group in groups], 20, 3)
+    for rank in range(3):
+        options = {"rank": rank, "num_ranks": 3, "cost": COST}
+        steps = _steps(plan_steps(groups, order, 0, BUDGET, **options), 12)
+        for number, step in enumerate(steps[:-1]):
+            resumed = plan_steps(groups, order, step[-1].position, BUDGET, **options)
+            assert list(islice(resumed, len(steps[number + 1]))) == steps[number + 1]
+
+
+def test_plan_of_one_rank_is_pinned():
+    """Golden values, from before ranks were planned for: old runs resume to the bit."""
+    sizes = [30, 70, 20, 90, 45, 60, 10, 80]
+    images = [None, "a", "b", "a", None, "b", "b", None]
+    groups = [
+        PreparedGroup(None, (), size, 1, 0, (GroupImage(image, 1, 1),) if image else ())
+        for size, image in zip(sizes, images, strict=True)
+    ]
+    plans = list(islice(plan_steps(groups, StepOrder([1] * 8, 5, 0), 0, 120), 8))
+    assert plans[:4] == [
+        PackPlan((2, 5, 6), 5, False),
+        PackPlan((1, 4), 5, True),
+        PackPlan((3, 0), 8, False),
+        PackPlan((7,), 8, True),
+    ]
+    assert [plan.groups for plan in plans[4:]] == [(3, 0), (7,), (1,), (5,)]
+
+
+def test_a_rank_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="rank 2 of 2: wanted 0 to 1"):
+        next(plan_steps([], StepOrder([1], 1, 0), 0, 10, rank=2, num_ranks=2))
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_a_rank_without_groups_has_an_empty_plan_and_no_pack(num_groups):
+    groups = [PreparedGroup(None, (), 10, 1)] * num_groups
+    order = StepOrder([1] * num_groups, num_groups, 0)
+    plans = [next(plan_steps(groups, order, 0, 100, rank=rank, num_ranks=4)) for rank in range(4)]
+    assert sorted(map(len, (plan.groups for plan in plans))) == [0] * (4 - num_groups) + [1] * num_groups
+    assert all(plan.is_last for plan in plans)
+    empty = next(plan for plan in plans if not plan.groups)
+    loaded = PackBuilder([], make_model("qwen2").encoder, share=True)[empty]
+    assert (loaded.plan, loaded.pack, loaded.refused) == (empty, None, [])
+
+
+def test_packs_of_all_ranks_are_alike_in_turn():
+    """Where ranks wait for one another at every pack, that costs little more than once a step."""
+    rng = random.Random(5)
+    groups = [PreparedGroup(None, (), rng.randint(5, 60), 1) for _ in range(400)]
+    order = StepOrder([1] * 400, 400, 0)
+    ranks = [_steps(plan_steps(groups, order, 0, BUDGET, rank=rank, num_ranks=8), 1)[0] for rank in range(8)]
+    costs = np.array([[sum(groups[g].num_tokens for g in pack.groups) for pack in packs] for packs in ranks])
+    assert costs.shape == (8, 4)
+    assert costs.max(0).sum() <= 1.03 * costs.sum() / 8

@@ -5,31 +5,25 @@ they return is a pure function of the plan, so the number of workers changes not
 """
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 
 from fastrm.data.images import decode_image
-from fastrm.data.order import StepOrder
-from fastrm.data.packing import EncodedGroup, Pack, Pixels, build_pack, plan_packs
-from fastrm.data.prepare import PreparedGroup, encode_group
+from fastrm.data.packing import EncodedGroup, Pack, build_pack
+from fastrm.data.patches import Grid, PatchFormat
+from fastrm.data.plan import PackPlan
+from fastrm.data.prepare import encode_group
 from fastrm.data.record import ImageRef, Record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError, StorageError
 
 # Packs that each worker prepares ahead.
 PREFETCH_PACKS = 4
-
-
-@dataclass(frozen=True)
-class PackPlan:
-    """One pack of one step: the groups in it, and where the data stands after the step."""
-
-    groups: tuple[int, ...]
-    position: int
-    is_last: bool
 
 
 @dataclass(frozen=True)
@@ -49,36 +43,22 @@ class LoadedPack:
     pack: Pack | None
     refused: list[Refusal] = field(default_factory=list)
 
-
-def plan_steps(groups: Sequence[PreparedGroup], order: StepOrder, position: int, budget: int) -> Iterator[PackPlan]:
-    """Endless pack plans from a step's start on; the last pack of each step says so."""
-    sizes = [group.num_tokens for group in groups]
-    images = [group.first_image for group in groups]
-    for after, members in order.steps_from(position):
-        packs = plan_packs(members.tolist(), sizes, images, budget)
-        for number, pack in enumerate(packs):
-            yield PackPlan(tuple(pack), after, number == len(packs) - 1)
-
-
-def plan_once(groups: Sequence[PreparedGroup], budget: int) -> list[PackPlan]:
-    """Plans that hold every group once, for evaluation and scoring.
-
-    Groups are taken in runs of neighbours, so that results come back roughly in reading order.
-    """
-    plans, run, total = [], [], 0
-    sizes = [group.num_tokens for group in groups]
-    images = [group.first_image for group in groups]
-    for number, size in enumerate(sizes):
-        run.append(number)
-        total += size
-        if total >= 8 * budget or number == len(sizes) - 1:
-            plans += [PackPlan(tuple(p), number + 1, False) for p in plan_packs(run, sizes, images, budget)]
-            run, total = [], 0
-    return plans
+    def pin_memory(self) -> "LoadedPack":
+        """The same with its pack in page-locked memory (the interface of torch's DataLoader)."""
+        return self if self.pack is None else replace(self, pack=self.pack.pin_memory())
 
 
 class PackBuilder(torch.utils.data.Dataset):
-    """Carries out a plan: `builder[plan]` is a LoadedPack. Runs in the workers."""
+    """Carries out a plan: `builder[plan]` is a LoadedPack. Runs in the workers.
+
+    Args:
+        records: of all groups.
+        encoder: tokeniser and image processor.
+        share: pack responses as prefix trees.
+        encoded: the records' groups, if they are tokenised already.
+        multiple: rows are padded to a multiple of this many tokens.
+        finish: makes of a pack what the model wants to find in `Pack.prepared`; picklable.
+    """
 
     def __init__(
         self,
@@ -86,11 +66,17 @@ class PackBuilder(torch.utils.data.Dataset):
         encoder: ConversationEncoder,
         share: bool,
         encoded: Sequence[EncodedGroup] | None = None,
+        *,
+        multiple: int = 1,
+        finish: Callable[[Pack], Any] | None = None,
     ):
         self.records = records
         self.encoder = encoder
         self.share = share
-        self.encoded = encoded  # the records' groups, if they are tokenised already
+        self.encoded = encoded
+        self.multiple = multiple
+        self.finish = finish
+        self._format = None if encoder.image_processor is None else PatchFormat.of(encoder.image_processor)
 
     def __getitem__(self, plan: PackPlan) -> LoadedPack:
         groups, decoded, refused = [], {}, []
@@ -106,31 +92,52 @@ class PackBuilder(torch.utils.data.Dataset):
                 refused.append(Refusal(number, error.code, error.message))
         if not groups:
             return LoadedPack(plan, None, refused)
-        used = {key: decoded[key] for group in groups for key in group.images}
-        processor = self.encoder.image_processor
-        merge_size = processor.merge_size if processor is not None else 1
-        pack = build_pack(groups, self._pixels(used), merge_size=merge_size, share=self.share)
+        pixels = {key: decoded[key] for group in groups for key in group.images}
+        pack = build_pack(groups, pixels, self._format, share=self.share, multiple=self.multiple)
+        if self.finish is not None:
+            pack.prepared = self.finish(pack)
         return LoadedPack(plan, pack, refused)
 
-    def _decode(self, ref: ImageRef) -> Image.Image:
+    def _decode(self, ref: ImageRef) -> tuple[np.ndarray, Grid]:
+        """Patches and grid of an image."""
         image = decode_image(ref, self.encoder.limits)
-        if self.encoder.merged_grid(*image.size, ref) != self.encoder.grid(ref):
+        height, width = self.encoder.merged_grid(*image.size, ref)
+        if (height, width) != self.encoder.grid(ref):
             # The conversation was tokenised for the size that the file had then.
             raise RecordError("IMAGE_CHANGED", f'image "{ref}" has another size than when it was first read')
-        return image
-
-    def _pixels(self, decoded: dict[str, Image.Image]) -> Pixels:
-        """Stock preprocessing of decoded images."""
-        if not decoded:
-            return {}
-        batch = self.encoder.image_processor(images=list(decoded.values()), return_tensors="pt")
-        grids = batch["image_grid_thw"]
-        patches = torch.split(batch["pixel_values"], grids.prod(-1).tolist())
-        return dict(zip(decoded, zip(patches, grids, strict=True), strict=True))
+        return self._format.cut(image, height, width)
 
 
-def load_packs(builder: PackBuilder, plans: Iterable[PackPlan], num_workers: int) -> Iterator[LoadedPack]:
-    """Packs in the order of `plans`, built by `num_workers` processes ahead of time (0: here, when asked)."""
+@dataclass
+class Waiting:
+    """Seconds that the taker of packs has waited for them."""
+
+    seconds: float = 0.0
+
+    def take(self) -> float:
+        """The seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def load_packs(
+    builder: PackBuilder,
+    plans: Iterable[PackPlan],
+    num_workers: int,
+    *,
+    pin_memory: bool = False,
+    waiting: Waiting | None = None,
+) -> Iterator[LoadedPack]:
+    """Packs in the order of `plans`.
+
+    Args:
+        num_workers: processes that build packs ahead of time; 0 builds each here, when asked for.
+        pin_memory: hand packs over in page-locked memory; needs an accelerator.
+        waiting: told how long the taker waits.
+
+    Raises:
+        StorageError: if a worker process dies.
+    """
     loader = torch.utils.data.DataLoader(
         builder,
         batch_size=None,
@@ -139,15 +146,27 @@ def load_packs(builder: PackBuilder, plans: Iterable[PackPlan], num_workers: int
         prefetch_factor=PREFETCH_PACKS if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_ignore_signals,
+        pin_memory=pin_memory,
     )
     try:
-        yield from loader
+        yield from loader if waiting is None else _timed(loader, waiting)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise StorageError(
             f"a data worker died ({str(error).splitlines()[0]}); it was killed or ran out of memory: use fewer workers"
         ) from error
+
+
+def _timed(loader: Iterable[LoadedPack], waiting: Waiting) -> Iterator[LoadedPack]:
+    packs = iter(loader)
+    while True:
+        started = time.perf_counter()
+        loaded = next(packs, None)
+        waiting.seconds += time.perf_counter() - started
+        if loaded is None:
+            return
+        yield loaded
 
 
 def _ignore_signals(worker: int) -> None:

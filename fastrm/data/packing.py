@@ -7,16 +7,19 @@
 Groups of one pack that begin with the same image share it (image -> question -> response).
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from fastrm.data.patches import Grid, PatchFormat
 from fastrm.data.positions import mrope_positions
 from fastrm.data.record import ImageRef, Preference
 from fastrm.data.template import EncodedResponse
-from fastrm.data.tree import build_tree
+from fastrm.data.tree import Tree, build_tree
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,14 @@ class EncodedGroup:
         lengths = [len(response.tokens) for response in self.responses]
         return sum(lengths[p.winner] + lengths[p.loser] for p in self.preferences)
 
+    def tree(self, share: bool = True) -> Tree:
+        """The prefix tree of the group by itself."""
+        numbers = {key: number for number, key in enumerate(self.images)}
+        return build_tree([_content_keys(r, numbers) for r in self.responses], share)
+
     def num_tree_tokens(self, share: bool = True) -> int:
         """Tokens of the group's own tree: an upper bound of what it adds to a pack."""
-        numbers = {key: number for number, key in enumerate(self.images)}
-        return sum(build_tree([_content_keys(r, numbers) for r in self.responses], share).lengths)
+        return sum(self.tree(share).lengths)
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,16 @@ class Pack:
         edges: (E, 2) int64 winner and loser; margin, weight: (E,) float32.
         is_tie: (E,) bool, edges that stand for a tie and do not count for accuracy.
         response_lengths: (R,) int64 tokens of each response's own text.
-        pixel_values: (patches, channels * temporal * patch * patch) float32, or None without images.
-        image_grid_thw: (I, 3) int64, or None.
+        patches: (patches, channels * patch * patch) uint8, or None without images.
+        patch_format: how `pixel_values` come from them.
+        image_grids: frames, rows and columns of each image's patches, as Python integers for the same reason.
         image_rows, image_features: (image tokens in the row,) int64: row, and number of its vision
             feature. An image that stands in two trees is encoded once and placed twice.
         groups: the groups, in order of their responses.
         num_unshared_tokens: what a plain pairwise trainer would process for the same preferences:
             both conversations of each, whole, without padding.
+        num_padding_tokens: rows at the end that belong to no group and see only each other.
+        prepared: what the model has made of the pack in a worker, with a method `to`.
     """
 
     input_ids: torch.Tensor
@@ -90,16 +100,25 @@ class Pack:
     weight: torch.Tensor
     is_tie: torch.Tensor
     response_lengths: torch.Tensor
-    pixel_values: torch.Tensor | None
-    image_grid_thw: torch.Tensor | None
+    patches: torch.Tensor | None
+    image_grids: list[Grid]
     image_rows: torch.Tensor | None
     image_features: torch.Tensor | None
+    patch_format: PatchFormat | None = None
     groups: list[GroupInPack] = field(default_factory=list)
     num_unshared_tokens: int = 0
+    num_padding_tokens: int = 0
+    prepared: Any = None
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.shape[0]
+        """Tokens of the groups, without padding."""
+        return self.input_ids.shape[0] - self.num_padding_tokens
+
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        """(patches, channels * frames * patch * patch) float32 as of the stock processor, made anew at each call."""
+        return None if self.patches is None else self.patch_format.normalize(self.patches)
 
     @property
     def num_preferences(self) -> int:
@@ -107,27 +126,42 @@ class Pack:
 
     def to(self, device) -> "Pack":
         """The pack with its tensors on `device`; itself if they are there."""
-        if self.input_ids.device == torch.device(device):
+        # "cuda" and "cuda:0" are unequal: ask where a tensor would land.
+        if self.input_ids.device == torch.empty(0, device=device).device:
             return self
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Pack(**moved)
+        moved = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
+        return replace(self, **moved, prepared=None if self.prepared is None else self.prepared.to(device))
+
+    def pin_memory(self) -> "Pack":
+        """The pack with its tensors in page-locked memory, from which a GPU copies while it computes."""
+        pinned = {name: value.pin_memory() for name, value in self._tensors().items()}
+        return replace(self, **pinned, prepared=None if self.prepared is None else self.prepared.pin_memory())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
-# Stock pixels of an image: (patches, channels * temporal * patch * patch) float32, and grid (3,).
-Pixels = dict[str, tuple[torch.Tensor, torch.Tensor]]
+# Patches of an image, (N, channels * patch * patch) uint8, and its grid.
+Pixels = dict[str, tuple[np.ndarray, Grid]]
 
 
-def build_pack(groups: Sequence[EncodedGroup], pixels: Pixels, *, merge_size: int = 2, share: bool = True) -> Pack:
+def build_pack(
+    groups: Sequence[EncodedGroup],
+    pixels: Pixels,
+    patch_format: PatchFormat | None = None,
+    *,
+    share: bool = True,
+    multiple: int = 1,
+) -> Pack:
     """Pack groups into one row.
 
     Args:
         groups: at least one, each with at least one response.
         pixels: by image key, for every image of the groups.
-        merge_size: side of the square of patches that makes one image token.
+        patch_format: of the patches; needed where there are images.
         share: build prefix trees; False packs every response whole.
+        multiple: the row is padded to a multiple of this many tokens, with a tree of its own that no
+            response belongs to (FP8 products want 16).
     """
     responses = [response for group in groups for response in group.responses]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(k for g in groups for k in g.images))}
@@ -136,12 +170,18 @@ def build_pack(groups: Sequence[EncodedGroup], pixels: Pixels, *, merge_size: in
     for members in _families(groups, owner, share):
         row.add_tree(members, share)
     edges, margin, weight, is_tie, placed = _edges(groups)
-    image = _image_tensors(row, responses, numbers, pixels, merge_size)
+    image = _image_tensors(row, responses, numbers, pixels, patch_format)
+    padding = -row.num_tokens % multiple
+    # Token 0, whatever it is: nothing reads these rows.
+    input_ids = np.pad(row.gather(lambda r: responses[r].tokens), (0, padding))
+    position_ids = np.concatenate(
+        [row.gather(lambda r: row.positions[r]), np.tile(np.arange(padding), (3, 1))], axis=1, dtype=np.int64
+    )
     return Pack(
-        input_ids=torch.from_numpy(row.gather(lambda r: responses[r].tokens)),
-        position_ids=torch.from_numpy(row.gather(lambda r: row.positions[r])),
-        lengths=row.lengths,
-        parents=row.parents,
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        lengths=row.lengths + [padding] * (padding > 0),
+        parents=row.parents + [-1] * (padding > 0),
         anchor_rows=row.anchors,
         anchors=torch.tensor(row.anchors, dtype=torch.int64),
         edges=edges,
@@ -151,6 +191,7 @@ def build_pack(groups: Sequence[EncodedGroup], pixels: Pixels, *, merge_size: in
         response_lengths=torch.tensor([r.num_response_tokens for r in responses], dtype=torch.int64),
         groups=placed,
         num_unshared_tokens=sum(group.num_unshared_tokens for group in groups),
+        num_padding_tokens=padding,
         **image,
     )
 
@@ -230,12 +271,12 @@ def _edges(groups):
     )
 
 
-def _image_tensors(row, responses, numbers, pixels, merge_size) -> dict:
+def _image_tensors(row, responses, numbers, pixels, patch_format) -> dict:
     if not numbers:
-        return dict.fromkeys(("pixel_values", "image_grid_thw", "image_rows", "image_features"))
-    grids = torch.stack([pixels[key][1] for key in numbers])  # (I, 3)
-    counts = grids.prod(-1) // merge_size**2
-    offsets = dict(zip(numbers, (counts.cumsum(0) - counts).tolist(), strict=True))
+        return {"patches": None, "image_grids": [], "image_rows": None, "image_features": None}
+    grids = [pixels[key][1] for key in numbers]
+    counts = [frames * rows * columns // patch_format.merge**2 for frames, rows, columns in grids]
+    offsets = dict(zip(numbers, itertools.accumulate([0, *counts]), strict=False))
     rows, features = [], []
     for (response, start, stop), row_start in zip(row.spans, row.starts, strict=True):
         for span in responses[response].images:
@@ -245,48 +286,9 @@ def _image_tensors(row, responses, numbers, pixels, merge_size) -> dict:
                 rows.append(np.arange(a, b) - start + row_start)
                 features.append(np.arange(a, b) - span.start + offsets[span.ref.key])
     return {
-        "pixel_values": torch.cat([pixels[key][0] for key in numbers]),
-        "image_grid_thw": grids,
+        "patches": torch.from_numpy(np.concatenate([pixels[key][0] for key in numbers])),
+        "patch_format": patch_format,
+        "image_grids": grids,
         "image_rows": torch.from_numpy(np.concatenate(rows)),
         "image_features": torch.from_numpy(np.concatenate(features)),
     }
-
-
-def plan_packs(
-    groups: Sequence[int], num_tokens: Sequence[int], first_images: Sequence[str | None], budget: int
-) -> list[list[int]]:
-    """Cut one step's groups into packs of at most `budget` tokens.
-
-    First-fit decreasing, which uses at most 11/9 of the fewest packs; groups with the same first
-    image stay together where they fit, so that the image is encoded once.
-
-    Args:
-        groups: group numbers of the step.
-        num_tokens: of every group, each at most `budget`.
-        first_images: of every group, key of its first image or None.
-    """
-    families: dict[object, list[int]] = {}
-    for group in groups:
-        image = first_images[group]
-        families.setdefault(("group", group) if image is None else image, []).append(group)
-    bundles = []
-    for family in families.values():
-        bundle, total = [], 0
-        for group in family:
-            if total + num_tokens[group] > budget:
-                bundles.append((total, bundle))
-                bundle, total = [], 0
-            bundle.append(group)
-            total += num_tokens[group]
-        bundles.append((total, bundle))
-    packs: list[list[int]] = []
-    room: list[int] = []
-    for total, bundle in sorted(bundles, key=lambda item: -item[0]):
-        place = next((number for number, left in enumerate(room) if left >= total), None)
-        if place is None:
-            packs.append([])
-            room.append(budget)
-            place = len(packs) - 1
-        packs[place] += bundle
-        room[place] -= total
-    return packs

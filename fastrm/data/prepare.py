@@ -7,6 +7,7 @@ needs them. Afterwards the order and the packs of every step follow from the cou
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from fastrm.config import Config, SourceConfig
 from fastrm.data.packing import EncodedGroup
@@ -21,15 +22,57 @@ from fastrm.errors import DataError, RecordError
 MAX_MERGED_RESPONSES = 16
 
 
+class GroupImage(NamedTuple):
+    """An image of a group: its key, and its size in merged patches, which are its tokens."""
+
+    key: str
+    height: int
+    width: int
+
+
 @dataclass(frozen=True)
 class PreparedGroup:
-    """A group and what planning needs to know of it. `members`: (origin, id) of the records in it."""
+    """A group and what planning needs to know of it.
+
+    Attributes:
+        members: (origin, id) of the records in it.
+        num_tokens: of the group's tree.
+        num_attention_pairs: query-key pairs of one causal layer over the tree.
+        images: distinct images, in order.
+        num_lead_tokens: tokens up to the end of the first image, which groups that begin with the same
+            image share in a pack; 0 without an image, or if nothing is shared.
+    """
 
     record: Record
     members: tuple[tuple[str, str], ...]
     num_tokens: int
     num_preferences: int
-    first_image: str | None
+    num_attention_pairs: int = 0
+    images: tuple[GroupImage, ...] = ()
+    num_lead_tokens: int = 0
+
+    @classmethod
+    def of(
+        cls, record: Record, members: tuple[tuple[str, str], ...], group: EncodedGroup, share: bool = True
+    ) -> "PreparedGroup":
+        """Count a tokenised group; `share`: packs will hold it as a prefix tree."""
+        tree = group.tree(share)
+        spans = [span for response in group.responses for span in response.images]
+        images = {span.ref.key: GroupImage(span.ref.key, span.height, span.width) for span in spans}
+        lead = spans[0].start + spans[0].num_tokens if share and spans else 0
+        return cls(
+            record=record,
+            members=members,
+            num_tokens=sum(tree.lengths),
+            num_preferences=len(record.preferences),
+            num_attention_pairs=tree.num_attention_pairs,
+            images=tuple(images.values()),
+            num_lead_tokens=lead,
+        )
+
+    @property
+    def first_image(self) -> str | None:
+        return self.images[0].key if self.images else None
 
 
 @dataclass(frozen=True)
@@ -85,11 +128,9 @@ def prepare(
             record, ignored = resolve_preferences(record, config)
             ties += ignored
             if record.preferences:
-                image = next(iter(group.images), None)
-                num_tokens = group.num_tree_tokens(config.data.share_prefixes)
-                groups.append(PreparedGroup(record, members, num_tokens, len(record.preferences), image))
+                groups.append(PreparedGroup.of(record, members, group, config.data.share_prefixes))
                 content = [_content_key(response) for response in record.responses]
-                digest.update(repr((members, content, record.preferences, num_tokens)).encode())
+                digest.update(repr((members, content, record.preferences, groups[-1].num_tokens)).encode())
             else:
                 message = "every preference is a tie; set loss.ties: half to train on ties"
                 refuse(quarantine, record.source, members, RecordError("ONLY_TIES", message))

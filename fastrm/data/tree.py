@@ -30,6 +30,17 @@ class Tree:
     def lengths(self) -> list[int]:
         return [stop - start for _, start, stop in self.spans]
 
+    @property
+    def num_attention_pairs(self) -> int:
+        """Query-key pairs of one layer of causal attention: each token sees its path up to itself."""
+        # Before a segment's first token, its path is as long as the sequence that the segment was cut from.
+        return sum(causal_pairs(stop) - causal_pairs(start) for _, start, stop in self.spans)
+
+
+def causal_pairs(num_tokens: int) -> int:
+    """Query-key pairs of causal attention over a sequence."""
+    return num_tokens * (num_tokens + 1) // 2
+
 
 def build_tree(sequences: list[np.ndarray], share: bool = True, min_shared: int = MIN_SHARED_TOKENS) -> Tree:
     """Share the common prefixes of non-empty sequences (any integer dtype).

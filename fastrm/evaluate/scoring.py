@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from fastrm.data.loader import LoadedPack, PackBuilder, load_packs, plan_once
+from fastrm.data.loader import LoadedPack, PackBuilder, load_packs
 from fastrm.data.packing import Pack
+from fastrm.data.plan import plan_once
 from fastrm.data.prepare import PreparedGroup, encode_group
 from fastrm.data.record import Record
 from fastrm.data.sources.groups import group_record
@@ -35,13 +36,13 @@ def score_records(
     for number, record in enumerate(records):
         try:
             group = encode_group(record, network.encoder)
-            size = group.num_tree_tokens()
-            if size > tokens_per_pack:
+            prepared = PreparedGroup.of(record, (), group)
+            if prepared.num_tokens > tokens_per_pack:
                 raise RecordError(
-                    "TOO_LONG", f"the group has {size:,} tokens, limit {tokens_per_pack:,}; raise --tokens-per-pack"
+                    "TOO_LONG",
+                    f"the group has {prepared.num_tokens:,} tokens, limit {tokens_per_pack:,}; raise --tokens-per-pack",
                 )
-            image = next(iter(group.images), None)
-            groups.append(PreparedGroup(record, members=(), num_tokens=size, num_preferences=0, first_image=image))
+            groups.append(prepared)
             encoded.append(group)
             numbers.append(number)
         except RecordError as error:

@@ -1,74 +1,88 @@
-"""Tree attention for stock transformers models, through their registered attention interface.
+"""Attention of one forward pass: the implementation, and what it needs to know of the pack's layout."""
 
-The layout travels as a keyword argument of the model call: `tree_layout` for the language model,
-`vision_layouts` for the vision tower. No transformers class is changed.
-"""
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers import AttentionInterface
 
 from fastrm_kernels import TreeLayout, tree_attention
+from fastrm_kernels.tree_attention.traced import Plan, plan_attention, tree_attention_planned
 
 # config value -> implementation of tree_attention
 BACKENDS = {"sdpa": "eager", "flash": "varlen", "triton": "triton"}
 
 
-class VisionLayouts:
-    """Layouts of the vision tower's sequences (windows, images), each built once per forward pass.
+@dataclass(frozen=True)
+class AttentionShape:
+    """Heads of all attention layers of one kind: of the language model, or of the vision tower."""
 
-    The tower hands the same cu_seqlens tensor object to all its blocks; identity is the key, and the
-    reference kept here makes sure that it stays one.
+    heads: int
+    key_heads: int
+    head_dim: int
+
+    @staticmethod
+    def of_language(config) -> "AttentionShape":
+        """From a transformers text config."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return AttentionShape(config.num_attention_heads, config.num_key_value_heads, head_dim)
+
+    @staticmethod
+    def of_vision(config) -> "AttentionShape":
+        """From the vision config of Qwen2-VL or Qwen2.5-VL."""
+        # Qwen2-VL's hidden_size is what the tower puts out, its own width is embed_dim.
+        width = getattr(config, "embed_dim", config.hidden_size)
+        return AttentionShape(config.num_heads, config.num_heads, width // config.num_heads)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How one kind of layers attends.
+
+    Attributes:
+        impl: of `tree_attention`.
+        shape: of the layers.
+        causal: False in the vision tower.
+        traced: attention is called inside torch.compile.
     """
 
-    def __init__(self):
-        self._known: dict[int, tuple[torch.Tensor, TreeLayout]] = {}
+    impl: str
+    shape: AttentionShape
+    causal: bool
+    traced: bool = False
 
-    def of(self, cu_seqlens: torch.Tensor) -> TreeLayout:
-        if id(cu_seqlens) not in self._known:
-            layout = TreeLayout.from_lengths(cu_seqlens.diff().tolist(), cu_seqlens.device)
-            self._known[id(cu_seqlens)] = (cu_seqlens, layout)
-        return self._known[id(cu_seqlens)][1]
+    def plan(self, layout: TreeLayout, dtype: torch.dtype) -> TreeLayout | Plan:
+        """What `attend` takes for a layout: the layout itself, or in a compiled layer its traceable form."""
+        if not self.traced:
+            return layout
+        shape = self.shape
+        return plan_attention(
+            layout, self.impl, dtype, shape.heads, shape.key_heads, shape.head_dim, causal=self.causal
+        )
 
-
-def use_backend(model, backend: str) -> None:
-    """Let a stock base model attend through `backend`, a key of BACKENDS.
-
-    The vision tower's name contains "flash": transformers then hands over cu_seqlens for the whole
-    row instead of calling the attention once per window from Python. The top-level configuration
-    keeps its own setting, because for that one transformers would go and look for a flash package.
-    """
-    if hasattr(model.config, "vision_config"):
-        names = {"text_config": f"fastrm_tree_{backend}", "vision_config": f"fastrm_flash_vision_{backend}"}
-        model.set_attn_implementation({"": model.config._attn_implementation, **names})
-    else:
-        model.set_attn_implementation(f"fastrm_tree_{backend}")
-
-
-def _tree_interface(implementation: str):
-    def attend(module, query, key, value, attention_mask, scaling=None, *, tree_layout, **_):
-        return _attend(query, key, value, tree_layout, scaling, True, implementation)
-
-    return attend
+    def attend(self, query, key, value, plan: TreeLayout | Plan, scale: float) -> torch.Tensor:
+        """(Tq, H, K), (T, Hkv, K), (T, Hkv, K) -> (Tq, H, K), in the dtype of the matrix products."""
+        if torch.is_autocast_enabled(query.device.type):
+            # Rotary embedding computes in float32; SDPA would cast back by itself, the other backends not.
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if isinstance(plan, TreeLayout):
+            return tree_attention(query, key, value, plan, scale=scale, causal=self.causal, impl=self.impl)
+        return tree_attention_planned(query, key, value, plan, scale)
 
 
-def _vision_interface(implementation: str):
-    def attend(module, query, key, value, attention_mask, scaling=None, *, vision_layouts, cu_seq_lens_q, **_):
-        return _attend(query, key, value, vision_layouts.of(cu_seq_lens_q), scaling, False, implementation)
+class _KeepAlive(torch.autograd.Function):
+    """Identity whose backward node holds the layouts, which compiled attention knows by number only."""
 
-    return attend
+    @staticmethod
+    def forward(ctx, states, layouts):
+        ctx.layouts = layouts
+        return states.view_as(states)
 
-
-def _attend(query, key, value, layout, scale, causal, implementation):
-    """query (1, H, Tq, K), key and value (1, Hkv, T, K) -> (1, Tq, H, K), as transformers wants it."""
-    if torch.is_autocast_enabled(query.device.type):
-        # Rotary embedding computes in float32; SDPA would cast back by itself, the other backends not.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    output = tree_attention(query, key, value, layout, scale=scale, causal=causal, impl=implementation)
-    return output.unsqueeze(0), None
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream, None
 
 
-for _backend, _implementation in BACKENDS.items():
-    AttentionInterface.register(f"fastrm_tree_{_backend}", _tree_interface(_implementation))
-    AttentionInterface.register(f"fastrm_flash_vision_{_backend}", _vision_interface(_implementation))
+def keep_alive(states: torch.Tensor, layouts: Sequence[TreeLayout]) -> torch.Tensor:
+    """`states`; the layouts live as long as its autograd graph."""
+    return _KeepAlive.apply(states, layouts)

@@ -6,16 +6,27 @@ decoder layer computes queries, output projection and MLP for the anchor tokens 
 nothing else of it is read.
 """
 
-import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
-from fastrm.model.attention import VisionLayouts
-from fastrm_kernels import TreeLayout
+from fastrm.model import checkpointing
+from fastrm.model.attention import Attention, AttentionShape, keep_alive
+from fastrm.model.compiled import mark_dynamic
+from fastrm.model.inputs import LayoutPlanner, PackLayouts
+from fastrm.model.layers import (
+    LayerKernels,
+    decoder_layer,
+    last_decoder_layer,
+    rotation,
+    stock_gate,
+    stock_norm,
+    vision_block,
+)
+from fastrm.model.vision import VisionPlan, VisionShape, embed_patches, reorder, rotary
 
 VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 TEXT_FAMILIES = ("qwen2", "qwen3", "llama")
@@ -43,71 +54,128 @@ def check_family(config) -> None:
 
 
 class BackboneRunner:
-    """Runs a stock model on packs. Holds no weights; `model` is a transformers base model."""
+    """Runs a stock model on packs. Holds no weights; `model` is a transformers base model.
+
+    Attributes:
+        language, visual: its parts; `visual` is None for a text model.
+        checkpointing: none, selective or full (checkpointing.py).
+        always_see: run the vision tower also for packs without images. ZeRO needs every rank to run the
+            same modules: else ranks would wait for each other's parameters or gradients for ever.
+        compiled: layers run as graphs of torch.compile.
+    """
 
     def __init__(self, model: nn.Module):
         check_family(model.config)
         self.model = model
         self.is_vision = model.config.model_type in VISION_FAMILIES
         self.language = model.language_model if self.is_vision else model
-        self.gradient_checkpointing = False
+        self.visual = model.visual if self.is_vision else None
+        self.vision_shape = VisionShape.of(model.config.vision_config) if self.is_vision else None
+        self.checkpointing = "none"
+        self.always_see = False
+        self.compiled = False
+        self._layer: Callable = decoder_layer
+        self._block: Callable = vision_block
+        self.choose("eager")
+
+    def choose(self, impl: str, norm: Callable = stock_norm, gate: Callable = stock_gate) -> None:
+        """Set the implementation of attention, RMSNorm and SwiGLU of all layers."""
+        text = self.model.config.get_text_config()
+        attention = Attention(impl, AttentionShape.of_language(text), True, self.compiled)
+        rotate = rotation(self.language.layers[0].self_attn)
+        self._kernels = LayerKernels(attention, rotate, norm, gate)
+        if self.is_vision:
+            attention = Attention(impl, AttentionShape.of_vision(self.model.config.vision_config), False, self.compiled)
+            self._vision_kernels = LayerKernels(attention, rotation(self.visual.blocks[0].attn), norm, gate)
+
+    def compile(self, backend) -> None:
+        """Run decoder layers and vision blocks as graphs of torch.compile, each for any number of tokens.
+
+        Args:
+            backend: as torch.compile takes it.
+        """
+        self.compiled = True
+        # Whole graphs or an error: a break in silence would be the slow path in disguise. `dynamic` is not
+        # set, because it would make inputs of the constants too; `mark_dynamic` names what changes.
+        options = {"backend": backend, "fullgraph": True}
+        self._layer = torch.compile(decoder_layer, **options)
+        self._block = torch.compile(vision_block, **options)
+        self.choose(self._kernels.attention.impl, self._kernels.norm, self._kernels.gate)
+
+    def planner(self, dtype: torch.dtype) -> LayoutPlanner:
+        """Makes the layouts of packs, anywhere; `dtype` is that of the attention's inputs."""
+        triton = None
+        if self._kernels.attention.impl == "triton":
+            vision = self._vision_kernels.attention.shape.head_dim if self.is_vision else 0
+            triton = (dtype, self._kernels.attention.shape.head_dim, vision)
+        return LayoutPlanner(self.vision_shape, triton)
 
     def anchor_states(self, pack: Pack) -> torch.Tensor:
         """Hidden states (R, D) of the anchors after the last layer, before the final norm."""
-        layout = TreeLayout.build(pack.lengths, pack.parents, pack.input_ids.device)
-        hidden = self._embed(pack)  # (1, T, D)
+        layouts = pack.prepared if pack.prepared is not None else LayoutPlanner(self.vision_shape)(pack)
+        layouts = layouts.to(pack.input_ids.device)
+        hidden = self._embed(pack, layouts)  # (T, D)
         # Text models read one row of positions; M-RoPE models all three.
         position_ids = pack.position_ids[:, None] if self.is_vision else pack.position_ids[:1]
-        rotary = self.language.rotary_emb(hidden, position_ids)  # cos, sin: (1, T, K)
+        cos, sin = (part[0] for part in self.language.rotary_emb(hidden, position_ids))  # (T, K)
+        plan = self._kernels.attention.plan(layouts.tree, _product_dtype(hidden))
+        if self.compiled:
+            mark_dynamic(cos, sin, plan)
         *layers, last = self.language.layers
         for layer in layers:
-            hidden = layer(
-                hidden, attention_mask=None, position_embeddings=rotary, position_ids=None, tree_layout=layout
-            )
-        pruned = layout.at_rows(pack.anchor_rows)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(_last_layer, last, hidden, rotary, pack.anchors, pruned, use_reentrant=False)
-        return _last_layer(last, hidden, rotary, pack.anchors, pruned)
+            hidden = self._run(self._layer, layer, hidden, cos, sin, plan, self._kernels)
+        # Never compiled: that would be a graph of its own for one layer in many.
+        plan = self._kernels.attention.plan(layouts.anchors, _product_dtype(hidden))
+        hidden = checkpointing.run(
+            self.checkpointing, False, last_decoder_layer, last, hidden, cos, sin, pack.anchors, plan, self._kernels
+        )
+        return keep_alive(hidden, layouts.trees) if self.compiled else hidden
 
-    def _embed(self, pack: Pack) -> torch.Tensor:
+    def _run(self, function: Callable, layer: nn.Module, hidden: torch.Tensor, *arguments) -> torch.Tensor:
+        if self.compiled:
+            mark_dynamic(hidden)
+        return checkpointing.run(self.checkpointing, self.compiled, function, layer, hidden, *arguments)
+
+    def _embed(self, pack: Pack, layouts: PackLayouts) -> torch.Tensor:
         embeddings = self.language.embed_tokens(pack.input_ids)  # (T, D)
-        if pack.pixel_values is not None:
-            features = self.image_features(pack.pixel_values, pack.image_grid_thw)
+        if layouts.vision is not None:
+            features = self.image_features(pack.pixel_values, layouts.vision)
             features = features.index_select(0, pack.image_features).to(embeddings.dtype)
-            embeddings = embeddings.index_copy(0, pack.image_rows, features)
-        return embeddings[None]
+            return embeddings.index_copy(0, pack.image_rows, features)
+        if self.always_see:
+            return embeddings + 0 * self._see_nothing(embeddings).to(embeddings.dtype)
+        return embeddings
 
-    def image_features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """(merged patches, D) of all images of a pack, each encoded once."""
-        visual = self.model.visual
-        output = visual(pixel_values.to(visual.dtype), grid_thw=grid_thw, vision_layouts=VisionLayouts())
-        return output.pooler_output
+    def image_features(self, pixel_values: torch.Tensor, plan: VisionPlan) -> torch.Tensor:
+        """(image tokens, D) of all images of a pack, each encoded once.
+
+        Args:
+            pixel_values: (N, channels * frames * patch^2) float.
+            plan: of the images, on the same device.
+        """
+        visual, merge = self.visual, self.vision_shape.merge
+        # Before the embedding: what a compiled block gets must be no view, or it is traced once more.
+        hidden = embed_patches(visual, reorder(pixel_values, plan.order, merge))  # (N, D of the tower)
+        cos, sin = rotary(visual, plan.positions)
+        attention, dtype = self._vision_kernels.attention, _product_dtype(hidden)
+        whole = attention.plan(plan.images, dtype)
+        windows = None if plan.windows is None else attention.plan(plan.windows, dtype)
+        if self.compiled:
+            mark_dynamic(cos, sin, whole, windows)
+        for number, block in enumerate(visual.blocks):
+            layout = whole if number in self.vision_shape.whole else windows
+            hidden = self._run(self._block, block, hidden, cos, sin, layout, self._vision_kernels)
+        features = visual.merger(hidden)
+        return features if plan.restore is None else features.index_select(0, plan.restore)
+
+    def _see_nothing(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The sum of the features of one blank image token, ()."""
+        merge, width = self.vision_shape.merge, self.visual.patch_embed.proj.weight[0].numel()
+        plan = VisionPlan.build([(1, merge, merge)], self.vision_shape).to(embeddings.device)
+        return self.image_features(embeddings.new_zeros(merge**2, width), plan).sum()
 
 
-def _last_layer(layer, hidden, rotary, anchors, layout) -> torch.Tensor:
-    """A stock decoder layer of the Llama/Qwen kind, evaluated at the anchors: (1, T, D) -> (R, D).
-
-    Keys and values need every token; everything else only the anchors.
-    """
-    attention = layer.self_attn
-    module = sys.modules[type(attention).__module__]
-    residual = hidden[:, anchors]  # (1, R, D)
-    states = layer.input_layernorm(hidden)
-    queries = _heads(attention, attention.q_proj(states[:, anchors]), "q_norm")  # (1, H, R, K)
-    keys = _heads(attention, attention.k_proj(states), "k_norm")  # (1, Hkv, T, K)
-    values = _heads(attention, attention.v_proj(states))
-    cos, sin = rotary
-    _, keys = module.apply_rotary_pos_emb(keys, keys, cos, sin)
-    queries, _ = module.apply_rotary_pos_emb(queries, queries, cos[:, anchors], sin[:, anchors])
-    attend = module.ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-    mixed, _ = attend(attention, queries, keys, values, None, scaling=attention.scaling, tree_layout=layout)
-    states = residual + attention.o_proj(mixed.flatten(2))
-    return (states + layer.mlp(layer.post_attention_layernorm(states)))[0]
-
-
-def _heads(attention, projected, norm=None) -> torch.Tensor:
-    """(1, T, heads * K) -> (1, heads, T, K), normalised per head where the family does (Qwen3)."""
-    heads = projected.view(*projected.shape[:2], -1, attention.head_dim)
-    if norm is not None and hasattr(attention, norm):
-        heads = getattr(attention, norm)(heads)
-    return heads.transpose(1, 2)
+def _product_dtype(states: torch.Tensor) -> torch.dtype:
+    """dtype in which matrix products of these states come out."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype

@@ -47,7 +47,17 @@ def save_model(model: RewardNetwork, folder: Path) -> None:
 
 
 def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return {name: host_copy(tensor) for name, tensor in model.state_dict().items()}
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the host's memory, contiguous, in storage of its own, as safetensors wants it.
+
+    The parts of a fused projection share one storage; on a CPU nothing else is copied.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    shares = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+    return tensor.clone() if shares else tensor
 
 
 def load_model(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> RewardNetwork:

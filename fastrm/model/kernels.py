@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from fastrm.errors import ConfigError
-from fastrm.model.attention import BACKENDS
+from fastrm.model.attention import BACKENDS, AttentionShape
 from fastrm_kernels.dispatch import choose, obstacle_to_triton
 from fastrm_kernels.tree_attention.api import choose_implementation, triton_attention_obstacle
 
@@ -66,10 +66,7 @@ def choose_head_kernels(kernels: str, device: torch.device) -> tuple[str, str]:
 
 def head_dims_of(config) -> set[int]:
     """Head dimensions of a transformers model's attention layers."""
-    text = config.get_text_config()
-    found = {getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads}
-    vision = getattr(config, "vision_config", None)
-    if vision is not None:
-        # Qwen2-VL's hidden_size is what the tower puts out, its own width is embed_dim.
-        found.add(getattr(vision, "embed_dim", vision.hidden_size) // vision.num_heads)
+    found = {AttentionShape.of_language(config.get_text_config()).head_dim}
+    if hasattr(config, "vision_config"):
+        found.add(AttentionShape.of_vision(config.vision_config).head_dim)
     return found

@@ -1,6 +1,6 @@
 """`RewardNetwork`: a stock backbone and a reward head, from packs to rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -9,10 +9,14 @@ from fastrm.config import HeadConfig, ModelConfig
 from fastrm.data.packing import Pack
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError
-from fastrm.model.attention import use_backend
+from fastrm.model.attention import BACKENDS
 from fastrm.model.backbone import BackboneRunner, check_family
+from fastrm.model.checkpointing import MODES
+from fastrm.model.compiled import CompiledGraphs
+from fastrm.model.fusion import FusedLinear, fuse_projections
 from fastrm.model.head import head_rewards, make_head
 from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
+from fastrm.model.layers import choose_norm_and_gate
 
 
 class RewardNetwork(nn.Module):
@@ -27,6 +31,8 @@ class RewardNetwork(nn.Module):
         encoder: tokeniser and image processor of the model.
         attention: the attention backend in use and why.
         head_kernels: the implementation of head and loss in use and why.
+        norm_and_gate: what RMSNorm and SwiGLU are in use, and why.
+        planner: makes the layouts of packs, in a data worker or where the network runs.
     """
 
     def __init__(self, model: nn.Module, head: HeadConfig, encoder: ConversationEncoder | None = None):
@@ -37,7 +43,9 @@ class RewardNetwork(nn.Module):
         self.encoder = encoder
         self.attention = ("", "not chosen yet")
         self.head_kernels = ("eager", "not chosen yet")
+        self.norm_and_gate = "not chosen yet"
         self._runner = BackboneRunner(model)
+        self.planner = self._runner.planner(torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -53,12 +61,21 @@ class RewardNetwork(nn.Module):
         norm = self._runner.language.norm
         return head_rewards(self.score, self.head.activation, states, norm, self.head_kernels[0])
 
+    def fuse_projections(self) -> int:
+        """Compute q, k, v in one product and gate, up in one; returns the number of fused matrices.
+
+        The state dict keeps its stock names. Call it before an optimizer is made.
+        """
+        return fuse_projections(self._runner.language.layers)
+
     def use_kernels(self, dtype: torch.dtype, *, kernels: str = "auto", attention: str = "auto") -> None:
         """Choose implementations for the device that the weights are on.
 
+        Call it after `fuse_projections` and `compile_layers`, which it takes into account.
+
         Args:
             dtype: of the backbone's matrix products.
-            kernels: auto, triton or eager, for attention, head and loss.
+            kernels: auto, triton or eager, for attention, head and loss, RMSNorm and SwiGLU.
             attention: auto to follow `kernels`, or a backend: sdpa, flash, triton.
 
         Raises:
@@ -66,17 +83,39 @@ class RewardNetwork(nn.Module):
         """
         self.head_kernels = choose_head_kernels(kernels, self.device)
         self.attention = choose_backend(attention, kernels, self.device, dtype, head_dims_of(self.model.config))
-        use_backend(self.model, self.attention[0])
+        fused = any(isinstance(module, FusedLinear) for module in self.model.modules())
+        norm, gate, self.norm_and_gate = choose_norm_and_gate(kernels, self._runner.compiled, fused, self.device)
+        self._runner.choose(BACKENDS[self.attention[0]], norm, gate)
+        self.planner = self._runner.planner(dtype)
 
-    def use_gradient_checkpointing(self) -> None:
-        """Recompute activations layer by layer in the backward pass."""
-        # transformers renamed the method between the oldest and the newest version that we support.
-        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-        # transformers now asks for a gradient of every embedding and patch, which only reentrant
-        # checkpointing needs; a frozen vision tower would get a whole backward pass from it.
-        self.model.disable_input_require_grads()
-        self._runner.gradient_checkpointing = True
+    def compile_layers(self, backend: str | Callable = "inductor") -> CompiledGraphs:
+        """Run decoder layers and vision blocks through torch.compile; returns the count of graphs made.
+
+        Args:
+            backend: name of a torch.compile backend, or a function that is one.
+        """
+        graphs = CompiledGraphs(backend)
+        self._runner.compile(graphs)
+        return graphs
+
+    def use_activation_checkpointing(self, mode: str) -> None:
+        """What the backward pass recomputes: none, selective or full (see checkpointing.py).
+
+        Raises:
+            ValueError: for another mode.
+        """
+        if mode not in MODES:
+            raise ValueError(f"activation checkpointing: got {mode!r}, wanted one of {', '.join(MODES)}")
+        self._runner.checkpointing = mode
+
+    @property
+    def always_see(self) -> bool:
+        """Run the vision tower also for packs without images, on a blank one of weight 0."""
+        return self._runner.always_see
+
+    @always_see.setter
+    def always_see(self, value: bool) -> None:
+        self._runner.always_see = value and self.is_vision
 
     def freeze(self, parts: Sequence[str]) -> None:
         """Take parts out of training: vision (tower without merger), projector (its merger), language.

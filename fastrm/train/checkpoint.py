@@ -11,18 +11,20 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from fastrm.errors import StorageError
+from fastrm.model.export import host_copy
 
 _NAME = re.compile(r"step-(\d{8,})")
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
 
-def save_checkpoint(folder: Path, step: int, network, optimizer, state: dict) -> Path:
+def save_checkpoint(folder: Path, step: int, engine, state: dict) -> Path:
     """Write `folder/step-<N>` and return it. `state` is JSON: what resuming needs besides tensors.
 
     Raises:
@@ -34,8 +36,8 @@ def save_checkpoint(folder: Path, step: int, network, optimizer, state: dict) ->
     try:
         _clean(folder)
         temporary.mkdir(parents=True)
-        save_file(_contiguous(network.state_dict()), temporary / MODEL)
-        save_file(_contiguous(_optimizer_tensors(network, optimizer)), temporary / OPTIMIZER)
+        save_file(_on_host(engine.model_tensors()), temporary / MODEL)
+        save_file(_on_host(engine.optimizer_tensors()), temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
         files = {name: _seal(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
@@ -54,30 +56,18 @@ def save_checkpoint(folder: Path, step: int, network, optimizer, state: dict) ->
     return target
 
 
-def load_checkpoint(path: Path, network, optimizer) -> dict:
-    """Load weights and optimizer from a checkpoint that `verify` accepts; returns its state.
+def load_checkpoint(path: Path, engine) -> dict:
+    """Load weights and optimizer states from a checkpoint that `verify` accepts; returns its state.
 
     Raises:
-        StorageError: if its tensors are not those of this network.
+        StorageError: if its tensors are not those of this engine's network and optimizers.
     """
-    device = network.device
     try:
-        network.load_state_dict(load_file(path / MODEL, device=str(device)))
-    except RuntimeError as error:
-        raise StorageError(f"{path}: not a checkpoint of this model: {str(error).splitlines()[-1].strip()}") from None
-    state = json.loads((path / STATE).read_text())
-    tensors = load_file(path / OPTIMIZER, device=str(device))
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            if f"exp_avg.{name}" in tensors:
-                optimizer.state[parameter] = {
-                    "step": tensors[f"step.{name}"],
-                    "exp_avg": tensors[f"exp_avg.{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
-                }
-    return state
+        # From the host's memory: a second copy of everything might not fit the device.
+        engine.load_tensors(load_file(path / MODEL), load_file(path / OPTIMIZER))
+    except StorageError as error:
+        raise StorageError(f"{path}: {error}") from None
+    return json.loads((path / STATE).read_text())
 
 
 def verify(path: Path) -> str | None:
@@ -141,17 +131,8 @@ def prune(folder: Path, keep: int, best: str | None) -> None:
             shutil.rmtree(path)
 
 
-def _optimizer_tensors(network, optimizer) -> dict[str, torch.Tensor]:
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    return {
-        f"{key}.{names[id(parameter)]}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-
-
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+def _on_host(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: host_copy(tensor) for name, tensor in tensors}
 
 
 def _seal(path: Path) -> dict:

@@ -3,17 +3,21 @@
 Packs add the SUM of their weighted loss terms; the division by the step's total weight happens once,
 at the update. So the result does not depend on how the step was cut into packs, and the total need
 not be known before the first backward pass.
+
+On a GPU nothing waits for the device until the update, which reads loss and gradient norm at once.
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from fastrm.config import Config
 from fastrm.data.packing import Pack
+from fastrm.errors import StorageError
 from fastrm.model.network import RewardNetwork
-from fastrm.train.optim import make_optimizer
+from fastrm.train.optim import load_state_tensors, make_optimizers, state_tensors, store_matrices_in_bf16
 from fastrm_kernels import preference_loss
 
 
@@ -27,15 +31,22 @@ class Update:
 
 
 class LocalEngine:
-    """Training state of a single process: network, optimizer and the gradient under way."""
+    """Training state of a single process: network, optimizers and the gradient under way.
+
+    With precision.weights bf16 it rounds the network's matrices when it is made.
+    """
+
+    rank, num_ranks = 0, 1
 
     def __init__(self, network: RewardNetwork, config: Config):
         self.network = network
         self.config = config
-        self.optimizer = make_optimizer(network, config.optim)
-        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._loss_sum = 0.0
-        self._weight_sum = 0.0
+        if config.precision.weights == "bf16":
+            store_matrices_in_bf16(network)
+        self.optimizers = make_optimizers(network, config)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._parameters = [p for group in groups for p in group["params"]]
+        self.discard()
 
     def rewards(self, pack: Pack) -> torch.Tensor:
         """Rewards (R,) in the configured precision."""
@@ -58,39 +69,74 @@ class LocalEngine:
             impl=self.network.head_kernels[0],
         )
 
-    def accumulate(self, pack: Pack) -> torch.Tensor:
-        """Add a pack's gradient; returns its rewards (R,) on the CPU."""
+    def accumulate(self, pack: Pack | None) -> torch.Tensor | None:
+        """Add a pack's gradient; returns its rewards (R,) on the CPU, or None for no pack.
+
+        The rewards are being copied from the device: read them after `update`, which waits for that.
+        """
+        if pack is None:
+            return None
         weight = float(pack.weight.double().sum())  # read before it is on a GPU, which would have to be waited for
         pack = pack.to(self.network.device)
         rewards = self.rewards(pack)
         total = self.loss(rewards, pack) * weight
         total.backward()
-        self._loss_sum += float(total.detach())
+        self._loss_sum += total.detach()
         self._weight_sum += weight
-        return rewards.detach().cpu()
+        return rewards.detach().to("cpu", non_blocking=True)
 
-    def update(self, lr: float) -> Update:
+    def update(self, lr: float, step: int) -> Update:
         """Normalise, clip and apply the accumulated gradient, then forget it.
 
         A non-finite loss or gradient changes no weight and no moment.
+
+        Args:
+            lr: learning rate of this step.
+            step: of the run, from 0; it seeds stochastic rounding.
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(self._loss_sum)
+        loss, norm = torch.stack([self._loss_sum, norm.double()]).tolist()  # the step's one wait for the device
         scale = 1.0 / self._weight_sum if self._weight_sum > 0 else 0.0
-        norm = float(torch.nn.utils.get_total_norm(gradients)) * scale if gradients else 0.0
-        loss = self._loss_sum * scale
+        loss, norm = loss * scale, norm * scale
         finite = math.isfinite(norm) and math.isfinite(loss)
         # A step has no gradient when all of its records were refused.
         if finite and gradients:
             limit = self.config.optim.max_grad_norm
             clip = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
             torch._foreach_mul_(gradients, scale * clip)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"], group["step"] = lr, step
+                optimizer.step()
         self.discard()
         return Update(loss, norm, finite)
 
     def discard(self) -> None:
         """Forget the accumulated gradient."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self._loss_sum = self._weight_sum = 0.0
+        for parameter in self._parameters:
+            parameter.grad = None
+        # Float64, as if the packs' losses had been read one by one and added in Python.
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.network.device)
+        self._weight_sum = 0.0
+
+    def model_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(stock state-dict name, tensor) of all weights."""
+        yield from self.network.state_dict().items()
+
+    def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(`<state>.<parameter name>`, tensor) of the optimizers' states, such as exp_avg.score.0.weight."""
+        yield from state_tensors(self.optimizers)
+
+    def load_tensors(self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `model_tensors` and `optimizer_tensors` gave.
+
+        Raises:
+            StorageError: if they are not those of this network and these optimizers.
+        """
+        try:
+            self.network.load_state_dict(model)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise StorageError(f"not a checkpoint of this model: {reason}") from None
+        load_state_tensors(self.optimizers, optimizer)

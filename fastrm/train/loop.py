@@ -5,20 +5,24 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from fastrm.config import Config
-from fastrm.data.loader import LoadedPack, PackBuilder, load_packs, plan_steps
+from fastrm.data.loader import LoadedPack, PackBuilder, load_packs
 from fastrm.data.order import StepOrder
-from fastrm.data.prepare import refuse
+from fastrm.data.packing import Pack
+from fastrm.data.plan import plan_steps
+from fastrm.data.prepare import PreparedSet, refuse
 from fastrm.data.quarantine import Quarantine
 from fastrm.errors import ConfigError, InterruptedRun, RecordError, StorageError
+from fastrm.evaluate.flips import Flips, compare_fp8
 from fastrm.evaluate.scoring import run_packs
 from fastrm.model.export import save_model
+from fastrm.model.precision import token_multiple
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.display import Display
 from fastrm.train.engine import LocalEngine
@@ -121,6 +125,7 @@ class _Run:
             self.meter.restore(self.progress.window_meter)
         self.failed_saves = 0
         self.step_meter = PreferenceMeter()  # of the step under way
+        self.step_rewards: list[tuple[Pack, torch.Tensor]] = []  # the same, until its update
         self._announce(start)
 
     def to_the_end(self) -> dict:
@@ -128,8 +133,9 @@ class _Run:
             self._steps()
             if self.job.eval is not None and self.progress.last_eval.get("step") != self.progress.step:
                 self._evaluate()
+            flips = self._compare_fp8()
             # The export first: if the disk has room for one of the two only, it is the one to keep.
-            summary = self._finish()
+            summary = self._finish(flips)
             self._save()
             return summary
         finally:
@@ -144,7 +150,7 @@ class _Run:
         update = self.display.task("training")
         groups, data = self.job.train.groups, self.config.data
         plans = plan_steps(groups, self.order, self.progress.position, self.config.optim.tokens_per_pack)
-        builder = PackBuilder([group.record for group in groups], self.job.network.encoder, data.share_prefixes)
+        builder = self._builder(self.job.train)
         members: list[int] = []
         step_started = time.perf_counter()
         for loaded in load_packs(builder, plans, data.num_workers):
@@ -166,16 +172,26 @@ class _Run:
                 return
             step_started = time.perf_counter()
 
+    def _builder(self, prepared: PreparedSet) -> PackBuilder:
+        records, share = [group.record for group in prepared.groups], self.config.data.share_prefixes
+        multiple = token_multiple(self.config.precision.fp8)
+        return PackBuilder(records, self.job.network.encoder, share, multiple=multiple)
+
     def _accumulate(self, loaded: LoadedPack) -> None:
         self._note_refusals(loaded, self.job.train)
         if loaded.pack is None:
             return
         rewards = self.engine.accumulate(loaded.pack)
-        self.step_meter.add(loaded.pack, rewards)
+        # Pixels are most of a pack, and no longer needed.
+        self.step_rewards.append((replace(loaded.pack, patches=None), rewards))
 
     def _update(self, position: int, members: list[int]) -> None:
         """Take the optimizer step, and only then count it: half a step has processed nothing."""
-        done = self.engine.update(learning_rate(self.progress.step, self.num_steps, self.config.optim))
+        rate = learning_rate(self.progress.step, self.num_steps, self.config.optim)
+        done = self.engine.update(rate, self.progress.step)
+        for pack, rewards in self.step_rewards:
+            self.step_meter.add(pack, rewards)
+        self.step_rewards.clear()
         self.progress.step += 1
         self.progress.position = position
         self.progress.preferences += self.step_meter.num_preferences
@@ -224,7 +240,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         network, prepared, config = self.job.network.eval(), self.job.eval, self.config
-        builder = PackBuilder([g.record for g in prepared.groups], network.encoder, config.data.share_prefixes)
+        builder = self._builder(prepared)
         meter, loss, weight = PreferenceMeter(), 0.0, 0.0
         packs = run_packs(
             self.engine.rewards, builder, prepared.groups, config.optim.tokens_per_pack, config.data.num_workers
@@ -255,6 +271,22 @@ class _Run:
             self.progress.best_accuracy = meter.accuracy
             self.progress.best_checkpoint = f"step-{row['step']:08d}"
 
+    def _compare_fp8(self) -> Flips | None:
+        """FP8 against bf16 with the final weights, on the held-out preferences: one more pass, at the end alone."""
+        network, prepared, config = self.job.network, self.job.eval, self.config
+        if network.fp8 is None or prepared is None:
+            return None
+        flips = compare_fp8(
+            network, self.engine.rewards, self._builder(prepared), prepared.groups, config.optim.tokens_per_pack,
+            config.data.num_workers, self._leave_if_stopped,
+        )  # fmt: skip
+        fp8, bf16 = flips.accuracies
+        self.display.say(
+            f"FP8 against bf16, same weights: {flips.lost + flips.gained:,} of {flips.num_preferences:,} held-out "
+            f"preferences flipped ({flips.rate:.2%}); accuracy {fp8:.4f} against {bf16:.4f}"
+        )
+        return flips
+
     def _try_to_save(self) -> bool:
         """Save, but let training go on if the disk will not: the next save may succeed."""
         try:
@@ -279,7 +311,7 @@ class _Run:
             "data_fingerprint": self.job.train.fingerprint,
             "versions": versions(),
         }
-        save_checkpoint(folder, self.progress.step, self.job.network, self.engine.optimizer, state)
+        save_checkpoint(folder, self.progress.step, self.engine, state)
         self.saved_step = self.progress.step
         prune(folder, self.config.run.keep_checkpoints, self.progress.best_checkpoint)
 
@@ -291,7 +323,7 @@ class _Run:
                 f"{checkpoint}: the training data has changed since (texts, images, preferences, order); "
                 "restore it, or start a new run.dir"
             )
-        load_checkpoint(checkpoint, self.job.network, self.engine.optimizer)
+        load_checkpoint(checkpoint, self.engine)
         self.progress = Progress(**state["progress"])
         if state["config"]["data"]["eval"] != self.config.model_dump(mode="json")["data"]["eval"]:
             self.progress.last_eval, self.progress.best_accuracy, self.progress.best_checkpoint = {}, None, None
@@ -304,6 +336,10 @@ class _Run:
             f"stopped by {self.stop.signal} after step {self.progress.step}; checkpoint saved; continue with "
             "--resume auto"
         )
+
+    def _leave_if_stopped(self) -> None:
+        if self.stop.signal:
+            self._interrupt()
 
     def _leave_before_the_first_step(self) -> None:
         if self.stop.signal:
@@ -321,6 +357,8 @@ class _Run:
         say(f"model: {parameters:,} parameters, {trainable:,} trained, on {job.network.device}")
         for part, (choice, why) in (("attention", job.network.attention), ("head and loss", job.network.head_kernels)):
             say(f"{part}: {choice} ({why})")
+        for line in job.network.fp8.lines(self.config.compile == "layers") if job.network.fp8 else ():
+            say(line)
         say(
             f"data: {len(job.train.groups):,} groups with {job.train.num_preferences:,} preferences from "
             f"{job.train.num_records:,} records; {job.train.num_ties_ignored:,} ties ignored; "
@@ -330,7 +368,7 @@ class _Run:
         if start is not None:
             say(f"resumed from {start}")
 
-    def _finish(self) -> dict:
+    def _finish(self, flips: Flips | None) -> dict:
         save_model(self.job.network, self.run_dir / "model")
         progress = self.progress
         summary = {
@@ -344,6 +382,7 @@ class _Run:
             "peak_memory_bytes": peak_memory_bytes(self.job.network.device),
             "quarantined": self.quarantine.total,
             "eval_by_source": progress.last_eval.get("eval/sources", {}),
+            "fp8_flip_rate": flips.rate if flips else None,
             "best_checkpoint": progress.best_checkpoint,
             "versions": versions(),
         }

@@ -1,26 +1,162 @@
-"""AdamW with decay on weight matrices only, and the learning rate as a function of the step."""
+"""AdamW with decay on weight matrices only, what is stored how, and the learning rate of a step."""
 
 import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from fastrm.config import OptimConfig
+from fastrm.config import Config, OptimConfig
+from fastrm.errors import StorageError
+from fastrm.train.compact_adamw import BLOCK, CompactAdamW, is_quantizable
+
+_OTHER = "the checkpoint is of another model, or of other settings of model or optim; use those, or a new run.dir"
 
 
 def make_optimizer(network: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in the order of `named_parameters`.
+    """torch's AdamW over all trainable parameters, in the order of `named_parameters`.
 
     Decay applies to the weights of linear and convolution layers. Biases, norms and embeddings have
     none: pulling them to zero is not regularisation but a change of the function.
     """
-    embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
-    decay, rest = [], []
-    for parameter in network.parameters():
+    return _torch_adamw(_groups(network, settings, trainable(network)), settings)
+
+
+def make_optimizers(network: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """The optimizers of one process: torch's AdamW for what is wholly float32, ours for the rest.
+
+    With optim.states fp32 and float32 weights that is torch's alone.
+
+    Raises:
+        ConfigError: if ours needs something that is not installed.
+    """
+    settings = config.optim
+    compact = {
+        name
+        for name, parameter in backbone_matrices(network).items()
+        if parameter.requires_grad
+        and (parameter.dtype is torch.bfloat16 or (settings.states == "8bit" and is_quantizable(parameter)))
+    }
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest := set(trainable(network)) - compact:
+        optimizers.append(_torch_adamw(_groups(network, settings, rest), settings))
+    if compact:
+        optimizers.append(
+            CompactAdamW(
+                _groups(network, settings, compact),
+                lr=settings.lr, betas=settings.betas, eps=settings.eps, states=settings.states, seed=config.run.seed,
+            )
+        )  # fmt: skip
+    return optimizers
+
+
+def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with a gradient, by name."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def backbone_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights of the backbone's linear and convolution layers, frozen ones too, by name.
+
+    They are 93 % of Qwen2.5-VL-7B, and all that may be stored in bfloat16 or have 8-bit moments:
+    autocast reads them in bfloat16 in any case. Norms and biases are small, and their values near 1 are
+    where bfloat16 is coarsest. An embedding is not multiplied but added to the float32 residual stream;
+    most of its rows get no gradient in a step, and 8-bit second moments are unstable there (Dettmers et
+    al. 2022, section 2.3). The head is new, small, and runs in float32.
+    """
+    embeddings = _embeddings(network)
+    return {
+        name: parameter
+        for name, parameter in network.named_parameters()
+        if name.startswith("model.") and parameter.ndim >= 2 and id(parameter) not in embeddings
+    }
+
+
+def store_matrices_in_bf16(network: nn.Module) -> None:
+    """Round `backbone_matrices` to bfloat16, in place; their gradients accumulate in float32.
+
+    A pack's gradient of a matrix is a bfloat16 product of autocast with either storage. Summed over
+    packs in bfloat16, it would depend on how a step is cut into packs.
+    """
+    for parameter in backbone_matrices(network).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
         if parameter.requires_grad:
-            (decay if parameter.ndim >= 2 and id(parameter) not in embeddings else rest).append(parameter)
-    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
+            parameter.grad_dtype = torch.float32
+
+
+def state_tensors(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(`<state>.<parameter name>`, tensor) of every state of every parameter that was ever updated."""
+    for optimizer in optimizers:
+        for name, parameter in _named(optimizer):
+            for key, tensor in optimizer.state.get(parameter, {}).items():
+                yield f"{key}.{name}", tensor
+
+
+def load_state_tensors(optimizers: list[torch.optim.Optimizer], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace all states by what `state_tensors` gave, whatever device that was on.
+
+    Raises:
+        StorageError: if the tensors are not those of these optimizers.
+    """
+    found: dict[str, set[str]] = {}
+    for full_name in tensors:
+        key, _, name = full_name.partition(".")
+        found.setdefault(name, set()).add(key)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+        for name, parameter in _named(optimizer):
+            if name not in found:
+                continue
+            state = _new_state(optimizer, parameter)
+            if (keys := found.pop(name)) != state.keys():
+                raise StorageError(f"optimizer state of {name}: got {_list(keys)}, wanted {_list(state)}; {_OTHER}")
+            for key, tensor in state.items():
+                saved = tensors[f"{key}.{name}"]
+                if saved.shape != tensor.shape:
+                    raise StorageError(
+                        f"optimizer state {key}.{name}: got shape {tuple(saved.shape)}, wanted {tuple(tensor.shape)}; "
+                        f"{_OTHER}"
+                    )
+                tensor.copy_(saved)
+            optimizer.state[parameter] = state
+    if found:
+        raise StorageError(f"optimizer state of {min(found)}: no such parameter is trained here; {_OTHER}")
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Bytes of one process's training state, between two steps but for the gradients."""
+
+    weights: int
+    gradients: int
+    states: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.states
+
+
+def training_bytes(network: nn.Module, config: Config) -> TrainingBytes:
+    """Exact size of all weights, gradients and AdamW states under a configuration.
+
+    Per trained element 4 + 4 + 8 bytes (weight, gradient, moments). Of a backbone matrix the weight may
+    take 2 (precision.weights bf16), the moments 2 + 8 / 256 (optim.states 8bit). A frozen element has its
+    weight alone.
+
+    Args:
+        network: may be on the meta device; the dtypes that its weights have now do not count.
+    """
+    matrices = backbone_matrices(network)
+    weights = gradients = states = 0
+    for name, parameter in network.named_parameters():
+        size, is_matrix = parameter.numel(), name in matrices
+        weights += size * (2 if is_matrix and config.precision.weights == "bf16" else 4)
+        if parameter.requires_grad:
+            gradients += 4 * size
+            quantized = is_matrix and config.optim.states == "8bit" and is_quantizable(parameter)
+            states += 4 + (2 * (size + 4 * size // BLOCK) if quantized else 8 * size)  # 4: the number of updates
+    return TrainingBytes(weights, gradients, states)
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimConfig) -> float:
@@ -33,3 +169,40 @@ def learning_rate(step: int, num_steps: int, settings: OptimConfig) -> float:
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * cosine)
+
+
+def _groups(network: nn.Module, settings: OptimConfig, names: Collection[str]) -> list[dict]:
+    """Groups of the named trainable parameters: those with decay, those without."""
+    embeddings = _embeddings(network)
+    decay, rest = [], []
+    for name, parameter in trainable(network).items():
+        if name in names:
+            (decay if parameter.ndim >= 2 and id(parameter) not in embeddings else rest).append((name, parameter))
+    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _torch_adamw(groups: list[dict], settings: OptimConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
+
+
+def _embeddings(network: nn.Module) -> set[int]:
+    return {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def _new_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """The state of a parameter before its first update."""
+    if isinstance(optimizer, CompactAdamW):
+        return optimizer.new_state(parameter)
+    # As torch's fused AdamW makes it.
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

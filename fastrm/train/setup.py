@@ -15,6 +15,7 @@ from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
 from fastrm.errors import ConfigError
 from fastrm.model.export import check_same_head, has_head, load_backbone, load_head, make_encoder
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
+from fastrm.model.precision import convert_to_fp8
 from fastrm.train.display import Display
 
 
@@ -80,8 +81,13 @@ def make_network(config: Config, tokenizer) -> RewardNetwork:
         load_head(network.score, Path(settings.path))
     network.freeze(settings.freeze)
     network.to(pick_device(config.run.device))
+    if settings.fuse_projections:
+        network.fuse_projections()
+    fp8 = config.precision.fp8
+    network.fp8 = convert_to_fp8(network, fp8) if fp8 != "off" else None
+    if config.compile == "layers":
+        network.compile_layers()
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     network.use_kernels(dtype, kernels=config.kernels, attention=settings.attention)
-    if settings.activation_checkpointing == "full":
-        network.use_gradient_checkpointing()
+    network.use_activation_checkpointing(settings.activation_checkpointing)
     return network.train()

@@ -51,6 +51,31 @@ def tree_attention_eager(query, key, value, layout, *, scale=None, causal=True):
     return take_rows(torch.cat(outputs) if len(outputs) > 1 else outputs[0], order)
 
 
+def bucket_inputs(layout, causal, dtype):
+    """Of each bucket: query rows (B, q), key rows (B, k), which queries are no padding (B, q), and a mask or None.
+
+    The mask is (B or 1, 1, q, k), 0 or -inf, also where SDPA is told `is_causal` instead.
+    """
+    buckets, order = _plan(layout, causal, dtype)
+    total = sum(batch * q_len for batch, q_len, _ in (bucket.shape for bucket in buckets))
+    real = torch.ones(total, dtype=torch.bool, device=layout.device)
+    if order is not None:
+        real = torch.zeros_like(real).index_fill_(0, order, True)
+    offset = 0
+    for bucket in buckets:
+        batch, q_len, k_len = bucket.shape
+        mask = bucket.mask
+        if bucket.is_causal:
+            mask = torch.full((1, 1, q_len, k_len), float("-inf"), dtype=dtype, device=layout.device).triu(1)
+        rows, keys = (
+            torch.arange(count, device=layout.device) if index is None else index
+            for index, count in ((bucket.query_rows, batch * q_len), (bucket.key_rows, batch * k_len))
+        )
+        stop = offset + batch * q_len
+        yield rows.view(batch, q_len), keys.view(batch, k_len), real[offset:stop].view(batch, q_len), mask
+        offset = stop
+
+
 def _plan(layout, causal, dtype):
     """Buckets, and for each query row its row in their concatenated outputs; kept on the layout."""
     kept = layout._plans.get((causal, dtype))

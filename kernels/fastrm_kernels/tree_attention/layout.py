@@ -14,7 +14,7 @@ keys in place and follow the work lists of `tiles.py` instead.
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -149,12 +149,19 @@ class TreeLayout:
         # "cuda" and "cuda:0" are unequal: ask where a tensor would land.
         if self.device == torch.empty(0, device=device).device:
             return self
-        index = None if self.key_index is None else self.key_index.to(device)
-        return TreeLayout(
-            self.lengths, self.parents, self.paths, self.query_rows, self.num_queries, self.num_keys,
-            self.query_lengths, self.key_lengths, self.cu_seqlens_q.to(device), self.cu_seqlens_k.to(device), index,
-            {key: plan.to(device) for key, plan in self._plans.items() if hasattr(plan, "to")},
-        )  # fmt: skip
+        return self._with(lambda tensors: tensors.to(device, non_blocking=True), lambda plan: plan.to(device))
+
+    def pin_memory(self) -> "TreeLayout":
+        """The same layout with its index tensors, work lists included, in page-locked memory."""
+        return self._with(torch.Tensor.pin_memory, lambda plan: plan.pin_memory())
+
+    def _with(self, change_tensor, change_plan) -> "TreeLayout":
+        changed = {
+            name: change_tensor(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        # Plans of the eager implementation are made anew where they are used.
+        plans = {key: change_plan(plan) for key, plan in self._plans.items() if hasattr(plan, "to")}
+        return replace(self, **changed, _plans=plans)
 
 
 def _join(spans: Spans, span: tuple[int, int]) -> Spans:

@@ -17,7 +17,8 @@ rows, so that many short responses read their shared prefix once per tile and no
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -101,6 +102,7 @@ class WorkLists:
         key_low, key_high: (T,) int32.
         query_tiles: tiles of query rows with key steps.
         key_tiles: tiles of key rows with query steps; they cover every key row.
+        packed: the int32 tensor that all of these are views of, once they have been moved.
     """
 
     query_rank: torch.Tensor
@@ -108,21 +110,30 @@ class WorkLists:
     key_high: torch.Tensor
     query_tiles: TileList
     key_tiles: TileList
+    packed: torch.Tensor | None = None
 
     def to(self, device) -> "WorkLists":
-        """The same lists on `device`, moved as one tensor: many small copies would each cost a launch.
+        """The same lists on `device`, moved as one tensor: many small copies would each cost a launch."""
+        return self._with(lambda packed: packed.to(device, non_blocking=True))
 
-        Each part starts at a multiple of 16 bytes: Triton compiles a kernel anew where one does not.
-        """
+    def pin_memory(self) -> "WorkLists":
+        """The same lists in page-locked memory."""
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "WorkLists":
+        """Each part starts at a multiple of 16 bytes: Triton compiles a kernel anew where one does not."""
         parts = self.tensors()
         rooms = [-(-part.numel() // 4) * 4 for part in parts]
-        packed = torch.zeros(sum(rooms), dtype=torch.int32)
-        for piece, part in zip(packed.split(rooms), parts, strict=True):
-            piece[: part.numel()] = part.reshape(-1)
-        packed = packed.to(device, non_blocking=True)
+        packed = self.packed
+        if packed is None:
+            packed = torch.zeros(sum(rooms), dtype=torch.int32)
+            for piece, part in zip(packed.split(rooms), parts, strict=True):
+                piece[: part.numel()] = part.reshape(-1)
+        packed = change(packed)
         split = zip(packed.split(rooms), parts, strict=True)
         pieces = [piece[: part.numel()].view(part.shape) for piece, part in split]
-        return WorkLists.from_tensors(pieces, (self.query_tiles.longest, self.key_tiles.longest))
+        lists = WorkLists.from_tensors(pieces, (self.query_tiles.longest, self.key_tiles.longest))
+        return replace(lists, packed=packed)
 
     @staticmethod
     def from_tensors(tensors, longest: tuple[int, int] = (0, 0)) -> "WorkLists":

@@ -29,16 +29,26 @@ def tree_attention_varlen(query, key, value, layout, *, scale=None, causal=True)
     num_queries, heads, width = query.shape
     if num_queries == 0:
         return query + 0 * (key.sum() + value.sum())  # nothing, but of all three, for autograd
-    offsets = (num_queries + 128 * len(layout.query_lengths)) * heads * width
-    if offsets >= 2**31:
-        raise ValueError(
-            f"{num_queries:,} query tokens in {len(layout.query_lengths):,} runs need {offsets:,} offsets, but "
-            "FlashAttention-2's backward has 2^31; use packs with fewer tokens (optim.tokens_per_pack)"
-        )
+    check_offsets(layout, heads, width)
     if layout.key_index is not None:
         key, value = (take_rows(rows, layout.key_index) for rows in (key, value))
     options = varlen_options(heads, key.shape[1], scale, causal)
     return varlen_attn(*varlen_arguments(query, key, value, layout), **options)
+
+
+def check_offsets(layout, heads: int, head_dim: int) -> None:
+    """Refuse what FlashAttention-2's backward would compute wrongly, with 32-bit offsets.
+
+    Raises:
+        ValueError: naming the number of tokens.
+    """
+    num_runs = len(layout.query_lengths)
+    offsets = (layout.num_queries + 128 * num_runs) * heads * head_dim
+    if offsets >= 2**31:
+        raise ValueError(
+            f"{layout.num_queries:,} query tokens in {num_runs:,} runs need {offsets:,} offsets, but "
+            "FlashAttention-2's backward has 2^31; use packs with fewer tokens (optim.tokens_per_pack)"
+        )
 
 
 def varlen_arguments(query, key, value, layout) -> tuple:

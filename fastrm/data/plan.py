@@ -1,0 +1,246 @@
+"""Which groups make which pack: the packs of every step, on one rank or many, and of one pass over everything."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastrm.data.balance import TOLERANCE, CostModel, divide
+from fastrm.data.order import StepOrder
+from fastrm.data.prepare import PreparedGroup
+
+# Largest bundles that a division over ranks tries, as shares of a rank's mean cost; 0: groups one by one.
+_BUNDLE_SHARES = (float("inf"), 1.0, 0.5, 0.25, 0.0)
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """One pack of one step: the groups in it, and where the data stands after the step.
+
+    `groups` is empty where a rank has nothing to do while the others run a pack.
+    """
+
+    groups: tuple[int, ...]
+    position: int
+    is_last: bool
+
+
+class Bundle(NamedTuple):
+    """Groups that go into one pack together; those that begin with one image pay for it once."""
+
+    groups: tuple[int, ...]
+    num_tokens: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class StepDivision:
+    """One step divided over ranks: the bundles of each, and the number of packs that each of them runs."""
+
+    bundles: list[list[Bundle]]
+    num_packs: int
+    budget: int
+
+    def packs(self, rank: int) -> list[tuple[int, ...]]:
+        """Groups of each of the `num_packs` packs of a rank, of even cost where they fit, costliest first.
+
+        Where ranks wait for one another at every pack, as under ZeRO-3, they then do alike packs together.
+        """
+        packs = self._even_packs(rank) or _first_fit(self.bundles[rank], self.budget)
+        while len(packs) < self.num_packs:
+            costliest = max(packs, key=lambda pack: (len(pack) > 1, _cost(pack)))
+            packs.append(costliest[1::2])  # empty where there is nothing to part
+            del costliest[1::2]
+        packs.sort(key=_cost, reverse=True)
+        return [tuple(group for bundle in pack for group in bundle.groups) for pack in packs]
+
+    def _even_packs(self, rank: int) -> list[list[Bundle]]:
+        """Costliest bundle first, each to the cheapest pack with room; nothing if one finds no room."""
+        packs: list[list[Bundle]] = [[] for _ in range(self.num_packs)]
+        costs, room = [0.0] * self.num_packs, [self.budget] * self.num_packs
+        for bundle in sorted(self.bundles[rank], key=lambda bundle: -bundle.cost):
+            places = [place for place, left in enumerate(room) if left >= bundle.num_tokens]
+            if not places:
+                return []
+            place = min(places, key=costs.__getitem__)
+            packs[place].append(bundle)
+            costs[place] += bundle.cost
+            room[place] -= bundle.num_tokens
+        return packs
+
+
+def plan_steps(
+    groups: Sequence[PreparedGroup],
+    order: StepOrder,
+    position: int,
+    budget: int,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    cost: CostModel | None = None,
+) -> Iterator[PackPlan]:
+    """Endless pack plans of one rank from a step's start on; the last pack of each step says so.
+
+    A step holds the same groups whatever the number of ranks, and every rank runs as many packs as the
+    others. On one rank packs are as few as can be; on several they are of even cost.
+
+    Args:
+        budget: tokens of a pack.
+        cost: what ranks are balanced by; None: tokens.
+
+    Raises:
+        ValueError: if `rank` is not one of `num_ranks`, or no step starts at `position`.
+    """
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank {rank} of {num_ranks}: wanted 0 to {num_ranks - 1}")
+    sizes = [group.num_tokens for group in groups]
+    images = [group.first_image for group in groups]
+    for after, members in order.steps_from(position):
+        if num_ranks == 1:
+            packs = plan_packs(members.tolist(), sizes, images, budget)
+        else:
+            packs = divide_step(members.tolist(), groups, budget, num_ranks, cost).packs(rank)
+        for number, pack in enumerate(packs):
+            yield PackPlan(tuple(pack), after, number == len(packs) - 1)
+
+
+def plan_once(groups: Sequence[PreparedGroup], budget: int) -> list[PackPlan]:
+    """Plans that hold every group once, for evaluation and scoring.
+
+    Groups are taken in runs of neighbours, so that results come back roughly in reading order.
+    """
+    plans, run, total = [], [], 0
+    sizes = [group.num_tokens for group in groups]
+    images = [group.first_image for group in groups]
+    for number, size in enumerate(sizes):
+        run.append(number)
+        total += size
+        if total >= 8 * budget or number == len(sizes) - 1:
+            plans += [PackPlan(tuple(p), number + 1, False) for p in plan_packs(run, sizes, images, budget)]
+            run, total = [], 0
+    return plans
+
+
+def plan_packs(
+    groups: Sequence[int], num_tokens: Sequence[int], first_images: Sequence[str | None], budget: int
+) -> list[list[int]]:
+    """Cut one step's groups into packs of at most `budget` tokens.
+
+    First-fit decreasing, which uses at most 11/9 of the fewest packs; groups with the same first
+    image stay together where they fit, so that the image is encoded once.
+
+    Args:
+        groups: group numbers of the step.
+        num_tokens: of every group, each at most `budget`.
+        first_images: of every group, key of its first image or None.
+    """
+    families = [
+        [Bundle((group,), num_tokens[group], 0.0) for group in family] for family in _families(groups, first_images)
+    ]
+    nothing = dict.fromkeys(groups, 0.0)
+    bundles = [bundle for family in families for bundle in _join(family, nothing, budget)]
+    return [[group for bundle in pack for group in bundle.groups] for pack in _first_fit(bundles, budget)]
+
+
+def divide_step(
+    members: Sequence[int],
+    groups: Sequence[PreparedGroup],
+    budget: int,
+    num_ranks: int,
+    cost: CostModel | None = None,
+) -> StepDivision:
+    """Divide a step's groups over ranks so that the costliest rank is as near the mean as can be.
+
+    Groups that begin with the same image stay together, as long as the costliest rank is no worse for it.
+
+    Args:
+        members: group numbers of the step, at least one.
+        groups: all groups, each of at most `budget` tokens.
+        cost: what ranks are balanced by; None: tokens.
+    """
+    cost = cost or CostModel()
+    numbers = _families(members, {member: groups[member].first_image for member in members})
+    families = [
+        [Bundle((number,), groups[number].num_tokens, cost.of_group(groups[number])) for number in family]
+        for family in numbers
+    ]
+    saved = {number: cost.saved(groups[number]) for family in numbers if len(family) > 1 for number in family}
+    ranks = _divide_families(families, saved, budget, num_ranks)
+    return StepDivision(ranks, max(_num_packs(bundles, budget) for bundles in ranks), budget)
+
+
+def _divide_families(
+    families: list[list[Bundle]], saved: Mapping[int, float], budget: int, num_ranks: int
+) -> list[list[Bundle]]:
+    """Bundles of each rank. Families are whole at first, and cut smaller while that helps the costliest rank."""
+    best, least, tried = [], float("inf"), 0
+    total = sum(bundle.cost for family in families for bundle in _join(family, saved, budget))
+    for share in _BUNDLE_SHARES:
+        limit = share * total / num_ranks
+        bundles = [bundle for family in families for bundle in _join(family, saved, budget, limit)]
+        if len(bundles) == tried:
+            continue
+        tried = len(bundles)
+        costs = [bundle.cost for bundle in bundles]
+        ranks = divide(costs, num_ranks)
+        slowest = max(sum(costs[item] for item in rank) for rank in ranks)
+        if slowest < least:
+            best, least = [[bundles[item] for item in rank] for rank in ranks], slowest
+        if least <= (1 + TOLERANCE) * total / num_ranks:
+            break
+    return best
+
+
+def _families(groups: Iterable[int], first_images: Sequence | Mapping) -> list[list[int]]:
+    """Groups that begin with the same image, in order of the first of them; those without one, by themselves."""
+    families: dict[object, list[int]] = {}
+    for group in groups:
+        image = first_images[group]
+        families.setdefault(("group", group) if image is None else image, []).append(group)
+    return list(families.values())
+
+
+def _join(family: list[Bundle], saved: Mapping[int, float], budget: int, limit: float = float("inf")) -> list[Bundle]:
+    """Join a family's groups, one a bundle each, in order, as far as budget and limit allow.
+
+    Args:
+        saved: what a group costs less when it is not the first of its bundle, by group number.
+        limit: of a bundle's cost, what its groups share left out.
+    """
+    if len(family) == 1:
+        return family
+    joined: list[Bundle] = []
+    for single in family:
+        if joined:
+            groups, num_tokens, cost = joined[-1]
+            num_tokens += single.num_tokens
+            cost += single.cost - saved[single.groups[0]]
+            if num_tokens <= budget and cost - saved[groups[0]] <= limit:
+                joined[-1] = Bundle(groups + single.groups, num_tokens, cost)
+                continue
+        joined.append(single)
+    return joined
+
+
+def _first_fit(bundles: Iterable[Bundle], budget: int) -> list[list[Bundle]]:
+    """Packs of at most `budget` tokens: longest bundle first, each into the first pack with room."""
+    packs: list[list[Bundle]] = []
+    room: list[int] = []
+    for bundle in sorted(bundles, key=lambda bundle: -bundle.num_tokens):
+        place = next((number for number, left in enumerate(room) if left >= bundle.num_tokens), None)
+        if place is None:
+            packs.append([])
+            room.append(budget)
+            place = len(packs) - 1
+        packs[place].append(bundle)
+        room[place] -= bundle.num_tokens
+    return packs
+
+
+def _cost(bundles: list[Bundle]) -> float:
+    return sum(bundle.cost for bundle in bundles)
+
+
+def _num_packs(bundles: list[Bundle], budget: int) -> int:
+    """Packs that a rank needs, at least one."""
+    fits = sum(bundle.num_tokens for bundle in bundles) <= budget
+    return 1 if fits else len(_first_fit(bundles, budget))

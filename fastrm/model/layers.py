@@ -1,0 +1,190 @@
+"""Stock decoder layers and vision blocks, evaluated by our own hand.
+
+Each function calls the modules of a stock layer in the order of its own forward; the weights and
+their names stay transformers'. What differs is what a packed reward model needs: attention over the
+prefix tree, fused projections (fusion.py), a choice of norm and SwiGLU, and a last layer that is
+evaluated at the anchors alone. Every function takes tensors, a module and a `LayerKernels`, so that
+torch.compile makes one graph of it for all layers and all packs.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastrm.errors import ConfigError
+from fastrm.model.attention import Attention
+from fastrm.model.fusion import GATE_UP, QKV
+
+Norm = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LayerKernels(NamedTuple):
+    """How layers of one kind compute.
+
+    Attributes:
+        attention: of the tree, or of the vision tower.
+        rotate: the stock rotary embedding (query, key, cos, sin) -> (query, key).
+        norm: (module, states) -> states, for RMSNorm modules.
+        gate: (gate, up) -> silu(gate) * up.
+    """
+
+    attention: Attention
+    rotate: Callable
+    norm: Norm
+    gate: Gate
+
+
+def decoder_layer(layer: nn.Module, hidden, cos, sin, plan, kernels: LayerKernels) -> torch.Tensor:
+    """A decoder layer of the Llama/Qwen kind: (T, D) -> (T, D).
+
+    Args:
+        cos, sin: (T, K) of the rotary embedding.
+        plan: the attention's plan of the tree.
+    """
+    attention = layer.self_attn
+    states = _norm(layer.input_layernorm, hidden, kernels)
+    query, key, value = _project(attention, states)
+    query, key = kernels.rotate(query, key, cos, sin)
+    mixed = kernels.attention.attend(query, key, value, plan, attention.scaling)
+    hidden = hidden + attention.o_proj(mixed.flatten(1))
+    return hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden, kernels), kernels)
+
+
+def last_decoder_layer(layer: nn.Module, hidden, cos, sin, anchors, plan, kernels: LayerKernels) -> torch.Tensor:
+    """The same layer where only the anchors are read: (T, D) -> (R, D).
+
+    Keys and values need every token; queries, output projection and MLP only the anchors.
+
+    Args:
+        anchors: (R,) rows.
+        plan: the attention's plan for queries at the anchors.
+    """
+    attention = layer.self_attn
+    states = _norm(layer.input_layernorm, hidden, kernels)
+    at = states.index_select(0, anchors)
+    query = _head_norm(attention, "q_norm", _heads(attention, attention.q_proj(at)))
+    key = _head_norm(attention, "k_norm", _heads(attention, attention.k_proj(states)))
+    value = _heads(attention, attention.v_proj(states))
+    _, key = kernels.rotate(key, key, cos, sin)
+    query, _ = kernels.rotate(query, query, cos.index_select(0, anchors), sin.index_select(0, anchors))
+    mixed = kernels.attention.attend(query, key, value, plan, attention.scaling)
+    hidden = hidden.index_select(0, anchors) + attention.o_proj(mixed.flatten(1))
+    return hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden, kernels), kernels)
+
+
+def vision_block(block: nn.Module, hidden, cos, sin, plan, kernels: LayerKernels) -> torch.Tensor:
+    """A block of the vision tower of Qwen2-VL or Qwen2.5-VL: (N, D) -> (N, D)."""
+    attention = block.attn
+    states = attention.qkv(_norm(block.norm1, hidden, kernels))
+    query, key, value = states.view(states.shape[0], 3, attention.num_heads, -1).unbind(1)
+    query, key = kernels.rotate(query, key, cos, sin)
+    mixed = kernels.attention.attend(query, key, value, plan, attention.scaling)
+    hidden = hidden + attention.proj(mixed.flatten(1))
+    return hidden + _mlp(block.mlp, _norm(block.norm2, hidden, kernels), kernels)
+
+
+def _project(attention: nn.Module, states: torch.Tensor):
+    """Queries (T, H, K), keys and values (T, Hkv, K)."""
+    if hasattr(attention, QKV):
+        fused = attention.qkv_proj
+        parts = fused(states).split([rows for _, rows in fused.parts], dim=-1)
+    else:
+        parts = attention.q_proj(states), attention.k_proj(states), attention.v_proj(states)
+    query, key, value = (_heads(attention, part) for part in parts)
+    return _head_norm(attention, "q_norm", query), _head_norm(attention, "k_norm", key), value
+
+
+def _heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
+    return projected.unflatten(-1, (-1, attention.head_dim))
+
+
+def _head_norm(attention: nn.Module, name: str, heads: torch.Tensor) -> torch.Tensor:
+    """Normalised per head where the family does (Qwen3)."""
+    return getattr(attention, name)(heads) if hasattr(attention, name) else heads
+
+
+def _norm(module: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> torch.Tensor:
+    return module(states) if isinstance(module, nn.LayerNorm) else kernels.norm(module, states)
+
+
+def _mlp(mlp: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> torch.Tensor:
+    if hasattr(mlp, GATE_UP):
+        return mlp.down_proj(kernels.gate(*mlp.gate_up_proj(states).chunk(2, dim=-1)))
+    if hasattr(mlp, "gate_proj"):
+        return mlp.down_proj(kernels.gate(mlp.gate_proj(states), mlp.up_proj(states)))
+    return mlp(states)  # Qwen2-VL's vision tower: two layers without a gate
+
+
+def rotation(attention: nn.Module) -> Callable:
+    """The stock function that turns queries and keys of this attention module."""
+    module = sys.modules[type(attention).__module__]
+    return module.apply_rotary_pos_emb_vision if hasattr(attention, "qkv") else module.apply_rotary_pos_emb
+
+
+def stock_norm(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The stock RMSNorm."""
+    return module(states)
+
+
+def stock_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, by PyTorch's own operations."""
+    return F.silu(gate) * up
+
+
+def liger_norm(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """RMSNorm in one kernel of Liger's, with the rounding of the stock one."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # Not in place: the gradient that comes in may be read by others (the residual stream).
+    return LigerRMSNormFunction.apply(states, module.weight, module.variance_epsilon, 0.0, "llama", False)
+
+
+def liger_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up in one kernel of Liger's, which keeps no intermediate for the backward pass."""
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return LigerSiLUMulFunction.apply(gate, up)
+
+
+def choose_norm_and_gate(kernels: str, compiled: bool, fused: bool, device: torch.device) -> tuple[Norm, Gate, str]:
+    """RMSNorm and SwiGLU of the layers, and what they are and why; proved by a call on the device.
+
+    Args:
+        kernels: auto, triton or eager. triton means Liger's Triton kernels here.
+        compiled: layers go through torch.compile, which makes kernels of the stock operations itself.
+        fused: gate and up come from one matrix; Liger's SwiGLU would copy both out of it first.
+
+    Raises:
+        ConfigError: if Liger is asked for and not installed, or does not run.
+    """
+    if compiled:
+        return stock_norm, stock_gate, "stock operations, made into kernels by torch.compile"
+    if kernels != "triton" or device.type != "cuda":
+        why = f"kernels: {kernels}" if kernels != "triton" else f"Liger needs CUDA, this is {device.type}"
+        return stock_norm, stock_gate, f"stock operations ({why})"
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError('kernels: triton needs Liger for RMSNorm and SwiGLU; pip install "fastrm[liger]"')
+    gate = stock_gate if fused else liger_gate
+    _prove_liger(gate is liger_gate, device)
+    return liger_norm, gate, "Liger RMSNorm" + (", stock SwiGLU on the fused matrix" if fused else " and SwiGLU")
+
+
+def _prove_liger(with_gate: bool, device: torch.device) -> None:
+    """Run Liger's functions once: a result that does not come from them must not be taken for theirs."""
+    states = torch.randn(4, 64, device=device, requires_grad=True)
+    norm = nn.RMSNorm(64, device=device)
+    norm.variance_epsilon = 1e-6
+    outputs = {"LigerRMSNorm": liger_norm(norm, states)}
+    wanted = {"LigerRMSNorm": states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)}
+    if with_gate:
+        outputs["LigerSiLUMul"], wanted["LigerSiLUMul"] = liger_gate(states, states), F.silu(states) * states
+    for name, output in outputs.items():
+        node = type(output.grad_fn).__name__
+        if not node.startswith(name) or not torch.allclose(output, wanted[name], rtol=1e-4, atol=1e-5):
+            raise ConfigError(f"kernels: triton: {name} did not run, or ran wrongly (got {node}); use kernels: eager")

@@ -1,0 +1,187 @@
+"""From image files to pixel values: uint8 patches from the workers, the rest on the training device."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastrm.data.images import ImageLimits, decode_image
+from fastrm.data.loader import LoadedPack, PackBuilder, Waiting, load_packs
+from fastrm.data.packing import Pack
+from fastrm.data.patches import PatchFormat
+from fastrm.data.plan import PackPlan
+from fastrm.data.record import ImageRef
+from fastrm.model.export import make_encoder
+from fastrm.model.inputs import PackLayouts
+from fastrm.train.metrics import PreferenceMeter
+from fastrm_kernels import preference_loss
+from support import make_image, make_model, make_record, pack_of
+
+# Stock values reach 2.7, where float32 is 2.4e-7 apart.
+ROUNDING = 5e-7
+
+
+def _encoded(image: Image.Image, kind: str = "PNG", **options) -> ImageRef:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return ImageRef(data=buffer.getvalue())
+
+
+def _odd_images():
+    """120 images of odd sizes, shapes and modes, with the limits and normalisation that they are read with."""
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        width, height = (int(size) for size in rng.integers(3, 420, 2))
+        if number % 10 == 0:
+            width, height = (number + 5, 6) if number % 20 else (4, number + 6)
+        pixels = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
+        image = Image.fromarray(pixels[:, :, :3])
+        mode = ("RGB", "L", "P", "RGBA", "1", "LA")[number % 6]
+        if "A" in mode:
+            image.putalpha(Image.fromarray(pixels[:, :, 3]))
+        lossy = number % 7 == 3 and mode in ("RGB", "L")
+        yield number, _encoded(image.convert(mode), "JPEG" if lossy else "PNG")
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [(56 * 56, 28 * 28 * 1280), (28 * 28 * 16, 28 * 28 * 20), (28 * 28, 28 * 28 * 5)],
+    ids=["wide", "up", "down"],
+)
+def test_pixel_values_equal_those_of_the_stock_processor(limits):
+    encoder = make_model("qwen2_5_vl").encoder
+    processor = make_encoder(
+        make_model("qwen2_5_vl").model.config, encoder.tokenizer, None, "last_token", ImageLimits(),
+        min_pixels=limits[0], max_pixels=limits[1], image_mean=[0.4, 0.5, 0.6] if limits[0] == 784 else None,
+    ).image_processor  # fmt: skip
+    encoder.image_processor = processor
+    form, seen = PatchFormat.of(processor), set()
+    for number, ref in _odd_images():
+        image = decode_image(ref, ImageLimits())
+        stock = processor(images=[image], return_tensors="pt")
+        patches, grid = form.cut(image, *encoder.merged_grid(*image.size, ref))
+        assert patches.dtype == np.uint8
+        assert [list(grid)] == stock["image_grid_thw"].tolist(), number
+        ours = form.normalize(torch.from_numpy(patches))
+        assert ours.dtype == torch.float32 and ours.shape == stock["pixel_values"].shape
+        assert (ours - stock["pixel_values"]).abs().max() <= ROUNDING, number
+        seen.add(grid)
+    assert len(seen) >= (20 if limits[1] > 10_000 else 3)
+
+
+def test_a_patch_travels_in_an_eighth_of_the_bytes():
+    network = make_model("qwen2_5_vl")
+    pack = pack_of(network, [make_record(1, images=[make_image(112, 90)])])
+    assert pack.pixel_values.nbytes == 8 * pack.patches.nbytes
+    assert pack.patches.nbytes == pack.patches.shape[0] * 3 * 14 * 14
+
+
+def test_images_of_a_pack_stand_in_their_order():
+    network = make_model("qwen2_5_vl")
+    refs = [make_image(56, 84, 1), make_image(140, 28, 2), make_image(30, 33, 3)]
+    pack = pack_of(network, [make_record(1, images=refs[:2]), make_record(2, images=refs[2:])])
+    images = [decode_image(ref, ImageLimits()) for ref in refs]
+    stock = network.encoder.image_processor(images=images, return_tensors="pt")
+    assert torch.tensor(pack.image_grids).equal(stock["image_grid_thw"])
+    assert (pack.pixel_values - stock["pixel_values"]).abs().max() <= ROUNDING
+
+
+def _padded(network, records, multiple):
+    builder = PackBuilder(records, network.encoder, True, multiple=multiple)
+    return builder[PackPlan(tuple(range(len(records))), 0, True)].pack
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_padding_changes_no_reward_and_no_gradient(family, fused):
+    network = make_model(family)
+    if fused:
+        network.fuse_projections()
+    images = [make_image(112, 90)] if family != "qwen2" else []
+    records = [make_record(1, num_responses=3, images=images), make_record(2, prompt="Three more words, please")]
+    results = []
+    for multiple in (1, 16, 1024):
+        pack = _padded(network, records, multiple)
+        assert pack.input_ids.shape[0] % multiple == 0
+        assert pack.input_ids.shape[0] - pack.num_padding_tokens == pack.num_tokens
+        rewards = network(pack)
+        preference_loss(rewards, pack.edges).backward()
+        gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+        network.zero_grad(set_to_none=True)
+        meter = PreferenceMeter()
+        meter.add(pack, rewards.detach())
+        results.append((rewards.detach(), gradients, meter.num_tokens, pack.num_padding_tokens))
+    assert results[0][3] == 0 < results[1][3] < 16 < results[2][3]
+    for rewards, gradients, num_tokens, _ in results[1:]:
+        assert (rewards - results[0][0]).abs().max() <= 1e-6
+        assert num_tokens == results[0][2]
+        assert gradients.keys() == results[0][1].keys()
+        for name, gradient in gradients.items():
+            assert (gradient - results[0][1][name]).abs().max() <= 1e-6, name
+
+
+def test_a_full_row_gets_no_padding():
+    network = make_model("qwen2")
+    records = [make_record(1)]
+    num_tokens = _padded(network, records, 1).num_tokens
+    pack = _padded(network, records, num_tokens)
+    assert pack.num_padding_tokens == 0 and len(pack.lengths) == len(_padded(network, records, 1).lengths)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_layouts_made_in_a_worker_are_those_made_here(num_workers):
+    network = make_model("qwen2_5_vl")
+    records = [make_record(n, num_responses=3, images=[make_image(60 + n, 90, n)]) for n in range(6)]
+    plans = [PackPlan((n, n + 1), n, False) for n in range(0, 6, 2)]
+    builder = PackBuilder(records, network.encoder, True, finish=network.planner)
+    plain = PackBuilder(records, network.encoder, True)
+    for loaded, plan in zip(load_packs(builder, plans, num_workers), plans, strict=True):
+        assert isinstance(loaded.pack.prepared, PackLayouts)
+        assert torch.equal(network(loaded.pack), network(plain[plan].pack))
+    # They are used, not made again.
+    loaded.pack.prepared = plain[plans[0]].pack
+    with pytest.raises(AttributeError):
+        network(loaded.pack)
+
+
+def test_a_pack_moves_and_keeps_everything():
+    network = make_model("qwen2_5_vl")
+    builder = PackBuilder(
+        [make_record(1, images=[make_image(60, 90)])], network.encoder, True, multiple=16, finish=network.planner
+    )
+    pack = builder[PackPlan((0,), 0, True)].pack
+    moved = pack.to("meta")
+    for name, value in vars(pack).items():
+        if isinstance(value, torch.Tensor):
+            assert getattr(moved, name).device.type == "meta", name
+        elif name != "prepared":
+            assert getattr(moved, name) == value, name
+    assert moved.prepared.tree.device.type == moved.prepared.vision.positions.device.type == "meta"
+    assert pack.to("cpu") is pack
+
+
+def test_every_tensor_of_a_pack_is_pinned(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(id(self)) or self)
+    network = make_model("qwen2_5_vl")
+    builder = PackBuilder([make_record(1, images=[make_image(60, 90)])], network.encoder, True, finish=network.planner)
+    loaded = builder[PackPlan((0,), 0, True)]
+    again = loaded.pin_memory()
+    assert isinstance(again, LoadedPack) and isinstance(again.pack, Pack)
+    tensors = [value for value in vars(loaded.pack).values() if isinstance(value, torch.Tensor)]
+    layouts = loaded.pack.prepared
+    tensors += [layouts.tree.cu_seqlens_q, layouts.anchors.key_index, layouts.vision.positions, layouts.vision.order]
+    assert {id(tensor) for tensor in tensors} <= set(pinned)
+
+
+def test_waiting_is_counted(monkeypatch):
+    network = make_model("qwen2")
+    builder = PackBuilder([make_record(1)], network.encoder, True)
+    clock = iter(range(100))
+    monkeypatch.setattr("fastrm.data.loader.time.perf_counter", lambda: next(clock))
+    waiting = Waiting()
+    assert len(list(load_packs(builder, [PackPlan((0,), 0, True)] * 3, 0, waiting=waiting))) == 3
+    assert waiting.take() == 4  # three packs, and the end
+    assert waiting.take() == 0
