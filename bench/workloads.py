@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from fastrm.config import Config, HeadConfig, ModelConfig, OptimConfig, PrecisionConfig
 from fastrm.data.packing import EncodedGroup, Pack, Pixels, build_pack
+from fastrm.data.patches import PatchFormat
 from fastrm.data.record import ImageRef, Preference
 from fastrm.data.template import EncodedResponse, ImageSpan
 from fastrm.model.network import RewardNetwork
@@ -46,7 +47,10 @@ VISION = {
     "initializer_range": 0.06,
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
-PATCH_VALUES = 3 * 2 * 14 * 14  # channels, frames, patch height and width
+# As of the stock processor: side, merged patches, frames, bicubic, and its normalisation.
+PATCHES = PatchFormat(
+    14, 2, 2, 3, 1 / 255, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+)
 
 
 def vision_config():
@@ -88,9 +92,8 @@ def image_groups(
     groups, pixels = [], {}
     for number in range(num_groups):
         ref = ImageRef(data=bytes([number]))
-        patches = 4 * grid[0] * grid[1]
-        values = rng.standard_normal((patches, PATCH_VALUES), dtype=np.float32)
-        pixels[ref.key] = torch.from_numpy(values), torch.tensor([1, 2 * grid[0], 2 * grid[1]])
+        patches = rng.integers(0, 256, (4 * grid[0] * grid[1], 3 * PATCHES.side**2), dtype=np.uint8)
+        pixels[ref.key] = patches, (1, 2 * grid[0], 2 * grid[1])
         image = [VISION_START, *[IMAGE_PAD] * (grid[0] * grid[1]), VISION_END]
         prefix = np.concatenate([image, _words(rng, prefix_tokens - len(image))])
         responses = tuple(
@@ -132,7 +135,8 @@ class FastrmStep:
         network = copy.deepcopy(network)
         network.use_kernels(torch.float32, attention="sdpa")
         packs = [
-            build_pack(groups, {key: pixels[key] for group in groups for key in group.images}) for groups in batches
+            build_pack(groups, {key: pixels[key] for group in groups for key in group.images}, PATCHES)
+            for groups in batches
         ]
         return cls(LocalEngine(network, train_config(network.model.config.model_type)), packs)
 

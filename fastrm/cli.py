@@ -1,6 +1,7 @@
 """The `fastrm` command. Heavy imports happen inside the commands, so that --help is instant."""
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -120,6 +121,10 @@ def main() -> None:
     """Entry point: errors become one readable message, an exit code and a last line of JSON."""
     # The tokenizers library would warn when a data worker forks after it was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers imports torchao where it is installed, and that warns, with paths, of extensions for other
+    # devices and formats that nothing here uses.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
     except FastrmError as error:

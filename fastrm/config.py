@@ -192,9 +192,9 @@ class PrecisionConfig(_Section):
     memory. Norms, biases, embeddings and the head stay float32, and so do all gradients."""
     fp8: Annotated[Literal["off", "tensorwise", "rowwise", "rowwise_gw_hp"], _Off] = "off"
     """Large linears of the language model in FP8 (torchao's recipes; needs dtype bf16, and compile: layers to be
-    fast). tensorwise: one scale a tensor, so that a reward depends slightly on what else is in its pack; the
-    least casts. rowwise: one scale a token and an output; rewards do not depend on the pack. rowwise_gw_hp: the
-    same with weight gradients in bfloat16; the nearest to bf16, with two thirds of the gain."""
+    fast). tensorwise: one scale a tensor, so that a reward depends slightly on what else is in its pack.
+    rowwise: one scale a token and an output; rewards do not depend on the pack. rowwise_gw_hp: the same with
+    weight gradients in bfloat16; the nearest to bf16, with two thirds of the gain."""
 
     @model_validator(mode="after")
     def _check(self):

@@ -158,20 +158,23 @@ def test_a_pack_is_never_longer_than_its_groups_were_counted():
         assert pack_of(network, records).num_tokens <= sum(counted)
 
 
+def _group(num_tokens, image=None) -> PreparedGroup:
+    return PreparedGroup(None, (), num_tokens, 1, images=(GroupImage(image, 1, 1),) if image else ())
+
+
 def test_packs_hold_every_group_once_within_the_budget():
     rng = random.Random(0)
     for _ in range(300):
         count = rng.randint(1, 60)
         sizes = [rng.randint(1, 100) for _ in range(count)]
-        images = [rng.choice([None, "a", "b"]) for _ in range(count)]
-        packs = plan_packs(range(count), sizes, images, budget=120)
+        packs = plan_packs(range(count), [_group(size, rng.choice([None, "a", "b"])) for size in sizes], budget=120)
         assert sorted(g for pack in packs for g in pack) == list(range(count))
         assert all(sum(sizes[g] for g in pack) <= 120 for pack in packs)
         assert len(packs) <= 11 / 9 * sum(sizes) / 60 + 2  # a full pack is more than half full
 
 
 def test_groups_with_the_same_image_share_a_pack_where_they_fit():
-    packs = plan_packs(range(6), [10] * 6, ["a", "b"] * 3, budget=30)
+    packs = plan_packs(range(6), [_group(10, image) for image in ["a", "b"] * 3], budget=30)
     assert sorted(map(sorted, packs)) == [[0, 2, 4], [1, 3, 5]]
 
 
@@ -240,10 +243,7 @@ def test_plan_of_one_rank_is_pinned():
     """Golden values, from before ranks were planned for: old runs resume to the bit."""
     sizes = [30, 70, 20, 90, 45, 60, 10, 80]
     images = [None, "a", "b", "a", None, "b", "b", None]
-    groups = [
-        PreparedGroup(None, (), size, 1, 0, (GroupImage(image, 1, 1),) if image else ())
-        for size, image in zip(sizes, images, strict=True)
-    ]
+    groups = [_group(size, image) for size, image in zip(sizes, images, strict=True)]
     plans = list(islice(plan_steps(groups, StepOrder([1] * 8, 5, 0), 0, 120), 8))
     assert plans[:4] == [
         PackPlan((2, 5, 6), 5, False),
@@ -261,7 +261,7 @@ def test_a_rank_that_does_not_exist_is_refused():
 
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_a_rank_without_groups_has_an_empty_plan_and_no_pack(num_groups):
-    groups = [PreparedGroup(None, (), 10, 1)] * num_groups
+    groups = [_group(10)] * num_groups
     order = StepOrder([1] * num_groups, num_groups, 0)
     plans = [next(plan_steps(groups, order, 0, 100, rank=rank, num_ranks=4)) for rank in range(4)]
     assert sorted(map(len, (plan.groups for plan in plans))) == [0] * (4 - num_groups) + [1] * num_groups
@@ -274,7 +274,7 @@ def test_a_rank_without_groups_has_an_empty_plan_and_no_pack(num_groups):
 def test_packs_of_all_ranks_are_alike_in_turn():
     """Where ranks wait for one another at every pack, that costs little more than once a step."""
     rng = random.Random(5)
-    groups = [PreparedGroup(None, (), rng.randint(5, 60), 1) for _ in range(400)]
+    groups = [_group(rng.randint(5, 60)) for _ in range(400)]
     order = StepOrder([1] * 400, 400, 0)
     ranks = [_steps(plan_steps(groups, order, 0, BUDGET, rank=rank, num_ranks=8), 1)[0] for rank in range(8)]
     costs = np.array([[sum(groups[g].num_tokens for g in pack.groups) for pack in packs] for packs in ranks])

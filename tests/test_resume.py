@@ -66,7 +66,7 @@ def make_config(folder, data, **run):
 
 def outcome(run_dir):
     """What must not differ: every logged number but the clock's, and the final weights."""
-    clock = ("preferences_per_second", "tokens_per_second")
+    clock = ("preferences_per_second", "tokens_per_second", "data_wait_share")
     rows = [{k: v for k, v in row.items() if k not in clock} for row in read_rows(run_dir / "metrics.jsonl")]
     return rows, load_file(run_dir / "model" / "model.safetensors")
 

@@ -55,7 +55,8 @@ def test_metrics_have_the_fields_names(finished):
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     wanted = {
         "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
-        "preferences_per_second", "tokens_per_second", "sharing_factor", "epoch", "rewards/accuracies/digits/which",
+        "preferences_per_second", "tokens_per_second", "data_wait_share", "sharing_factor", "epoch",
+        "rewards/accuracies/digits/which",
     }  # fmt: skip
     assert wanted <= steps[0].keys()
     for row in steps:

@@ -4,6 +4,7 @@ Workers get plans (which groups make which pack) and return packs in the order o
 they return is a pure function of the plan, so the number of workers changes nothing but the speed.
 """
 
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from fastrm.errors import RecordError, StorageError
 
 # Packs that each worker prepares ahead.
 PREFETCH_PACKS = 4
+# Files that the process may hold open, if the system lets it.
+OPEN_FILES = 65_536
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,9 @@ def load_packs(
     Raises:
         StorageError: if a worker process dies.
     """
+    assert not pin_memory or torch.accelerator.is_available(), "page-locked memory is for an accelerator"
+    if num_workers:
+        _raise_open_file_limit()
     loader = torch.utils.data.DataLoader(
         builder,
         batch_size=None,
@@ -156,6 +162,15 @@ def load_packs(
         raise StorageError(
             f"a data worker died ({str(error).splitlines()[0]}); it was killed or ran out of memory: use fewer workers"
         ) from error
+
+
+def _raise_open_file_limit() -> None:
+    """A tensor that comes from a worker is an open file, and a pack has two dozen: 40 packs of a step
+    would meet the usual limit of 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _timed(loader: Iterable[LoadedPack], waiting: Waiting) -> Iterator[LoadedPack]:

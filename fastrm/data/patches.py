@@ -55,8 +55,8 @@ class PatchFormat:
         """
         if not processor.do_resize or processor.resample is None:
             raise ConfigError(
-                f"image processor: do_resize is {processor.do_resize} and resample is {processor.resample}, wanted true "
-                "and a filter, since sides must be multiples of a patch; correct preprocessor_config.json"
+                f"image processor: do_resize is {processor.do_resize} and resample is {processor.resample}, wanted "
+                "true and a filter, since sides must be multiples of a patch; correct preprocessor_config.json"
             )
         normalize = processor.do_normalize
         return PatchFormat(
@@ -97,9 +97,7 @@ class PatchFormat:
 
 
 @functools.cache
-def _byte_values(
-    scale: float, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> torch.Tensor:  # fmt: skip
+def _byte_values(scale: float, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """(channels * 256,) float32: every byte of every channel through the stock processor's arithmetic."""
     # Its order of rounding: the product in float64, difference and quotient in float32.
     scaled = (np.arange(NUM_BYTE_VALUES, dtype=np.float64) * scale).astype(np.float32)

@@ -92,11 +92,9 @@ def plan_steps(
     """
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank {rank} of {num_ranks}: wanted 0 to {num_ranks - 1}")
-    sizes = [group.num_tokens for group in groups]
-    images = [group.first_image for group in groups]
     for after, members in order.steps_from(position):
         if num_ranks == 1:
-            packs = plan_packs(members.tolist(), sizes, images, budget)
+            packs = plan_packs(members.tolist(), groups, budget)
         else:
             packs = divide_step(members.tolist(), groups, budget, num_ranks, cost).packs(rank)
         for number, pack in enumerate(packs):
@@ -109,35 +107,31 @@ def plan_once(groups: Sequence[PreparedGroup], budget: int) -> list[PackPlan]:
     Groups are taken in runs of neighbours, so that results come back roughly in reading order.
     """
     plans, run, total = [], [], 0
-    sizes = [group.num_tokens for group in groups]
-    images = [group.first_image for group in groups]
-    for number, size in enumerate(sizes):
+    for number, group in enumerate(groups):
         run.append(number)
-        total += size
-        if total >= 8 * budget or number == len(sizes) - 1:
-            plans += [PackPlan(tuple(p), number + 1, False) for p in plan_packs(run, sizes, images, budget)]
+        total += group.num_tokens
+        if total >= 8 * budget or number == len(groups) - 1:
+            plans += [PackPlan(tuple(p), number + 1, False) for p in plan_packs(run, groups, budget)]
             run, total = [], 0
     return plans
 
 
-def plan_packs(
-    groups: Sequence[int], num_tokens: Sequence[int], first_images: Sequence[str | None], budget: int
-) -> list[list[int]]:
+def plan_packs(members: Sequence[int], groups: Sequence[PreparedGroup], budget: int) -> list[list[int]]:
     """Cut one step's groups into packs of at most `budget` tokens.
 
     First-fit decreasing, which uses at most 11/9 of the fewest packs; groups with the same first
     image stay together where they fit, so that the image is encoded once.
 
     Args:
-        groups: group numbers of the step.
-        num_tokens: of every group, each at most `budget`.
-        first_images: of every group, key of its first image or None.
+        members: group numbers of the step.
+        groups: all groups, each of at most `budget` tokens.
     """
-    families = [
-        [Bundle((group,), num_tokens[group], 0.0) for group in family] for family in _families(groups, first_images)
+    nothing = dict.fromkeys(members, 0.0)
+    bundles = [
+        bundle
+        for family in _families(members, groups)
+        for bundle in _join([Bundle((number,), groups[number].num_tokens, 0.0) for number in family], nothing, budget)
     ]
-    nothing = dict.fromkeys(groups, 0.0)
-    bundles = [bundle for family in families for bundle in _join(family, nothing, budget)]
     return [[group for bundle in pack for group in bundle.groups] for pack in _first_fit(bundles, budget)]
 
 
@@ -158,7 +152,7 @@ def divide_step(
         cost: what ranks are balanced by; None: tokens.
     """
     cost = cost or CostModel()
-    numbers = _families(members, {member: groups[member].first_image for member in members})
+    numbers = _families(members, groups)
     families = [
         [Bundle((number,), groups[number].num_tokens, cost.of_group(groups[number])) for number in family]
         for family in numbers
@@ -190,12 +184,12 @@ def _divide_families(
     return best
 
 
-def _families(groups: Iterable[int], first_images: Sequence | Mapping) -> list[list[int]]:
+def _families(members: Iterable[int], groups: Sequence[PreparedGroup]) -> list[list[int]]:
     """Groups that begin with the same image, in order of the first of them; those without one, by themselves."""
     families: dict[object, list[int]] = {}
-    for group in groups:
-        image = first_images[group]
-        families.setdefault(("group", group) if image is None else image, []).append(group)
+    for number in members:
+        image = groups[number].first_image
+        families.setdefault(("group", number) if image is None else image, []).append(number)
     return list(families.values())
 
 

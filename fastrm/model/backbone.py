@@ -124,12 +124,15 @@ class BackboneRunner:
         *layers, last = self.language.layers
         for layer in layers:
             hidden = self._run(self._layer, layer, hidden, cos, sin, plan, self._kernels)
-        # Never compiled: that would be a graph of its own for one layer in many.
-        plan = self._kernels.attention.plan(layouts.anchors, _product_dtype(hidden))
-        hidden = checkpointing.run(
-            self.checkpointing, False, last_decoder_layer, last, hidden, cos, sin, pack.anchors, plan, self._kernels
-        )
+        hidden = self._last_layer(last, hidden, cos, sin, pack.anchors, layouts)
         return keep_alive(hidden, layouts.trees) if self.compiled else hidden
+
+    def _last_layer(self, layer: nn.Module, hidden, cos, sin, anchors, layouts: PackLayouts) -> torch.Tensor:
+        """(T, D) -> (R, D). Never compiled: that would be a graph of its own for one layer in many."""
+        plan = self._kernels.attention.plan(layouts.anchors, _product_dtype(hidden))
+        return checkpointing.run(
+            self.checkpointing, False, last_decoder_layer, layer, hidden, cos, sin, anchors, plan, self._kernels
+        )
 
     def _run(self, function: Callable, layer: nn.Module, hidden: torch.Tensor, *arguments) -> torch.Tensor:
         if self.compiled:

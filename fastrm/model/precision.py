@@ -193,10 +193,10 @@ def _obstacle(rows: int, columns: int, is_kv: bool) -> str | None:
 
 
 def _check_tokens(network: nn.Module, arguments: tuple) -> None:
-    num_tokens = arguments[0].num_tokens
-    if num_tokens % MULTIPLE:
+    num_rows = arguments[0].input_ids.shape[0]  # with padding
+    if num_rows % MULTIPLE:
         raise ValueError(
-            f"a pack of {num_tokens:,} tokens: FP8 needs a multiple of {MULTIPLE}; build it with multiple={MULTIPLE}"
+            f"a pack of {num_rows:,} tokens: FP8 needs a multiple of {MULTIPLE}; build it with multiple={MULTIPLE}"
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fastrm.config import Config
-from fastrm.data.loader import LoadedPack, PackBuilder, load_packs
+from fastrm.data.loader import LoadedPack, PackBuilder, Waiting, load_packs
 from fastrm.data.order import StepOrder
 from fastrm.data.packing import Pack
 from fastrm.data.plan import plan_steps
@@ -55,6 +55,7 @@ class Progress:
     window_losses: list[list[float]] = field(default_factory=list)  # (loss, gradient norm) of each step
     window_meter: dict = field(default_factory=dict)
     window_seconds: float = 0.0
+    window_wait_seconds: float = 0.0  # of these, waiting for packs
 
 
 def train(config: Config, resume: str = "no", display: Display | None = None) -> dict:
@@ -152,8 +153,9 @@ class _Run:
         plans = plan_steps(groups, self.order, self.progress.position, self.config.optim.tokens_per_pack)
         builder = self._builder(self.job.train)
         members: list[int] = []
+        waiting, pin = Waiting(), self.job.network.device.type != "cpu"
         step_started = time.perf_counter()
-        for loaded in load_packs(builder, plans, data.num_workers):
+        for loaded in load_packs(builder, plans, data.num_workers, pin_memory=pin, waiting=waiting):
             if self.stop.signal:
                 self._interrupt()
             members += loaded.plan.groups
@@ -165,6 +167,7 @@ class _Run:
             seconds = time.perf_counter() - step_started
             self.progress.train_seconds += seconds
             self.progress.window_seconds += seconds
+            self.progress.window_wait_seconds += waiting.take()
             if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.num_steps:
                 update(self.progress.step, self.num_steps, self._log_row())
             self._evaluate_and_save_when_due()
@@ -175,15 +178,16 @@ class _Run:
     def _builder(self, prepared: PreparedSet) -> PackBuilder:
         records, share = [group.record for group in prepared.groups], self.config.data.share_prefixes
         multiple = token_multiple(self.config.precision.fp8)
-        return PackBuilder(records, self.job.network.encoder, share, multiple=multiple)
+        network = self.job.network
+        return PackBuilder(records, network.encoder, share, multiple=multiple, finish=network.planner)
 
     def _accumulate(self, loaded: LoadedPack) -> None:
         self._note_refusals(loaded, self.job.train)
         if loaded.pack is None:
             return
         rewards = self.engine.accumulate(loaded.pack)
-        # Pixels are most of a pack, and no longer needed.
-        self.step_rewards.append((replace(loaded.pack, patches=None), rewards))
+        # Patches are most of a pack, and no longer needed; nor are layouts, whose tensors may be open files.
+        self.step_rewards.append((replace(loaded.pack, patches=None, prepared=None), rewards))
 
     def _update(self, position: int, members: list[int]) -> None:
         """Take the optimizer step, and only then count it: half a step has processed nothing."""
@@ -218,11 +222,12 @@ class _Run:
             "lr": learning_rate(self.progress.step - 1, self.num_steps, self.config.optim),
             "preferences_per_second": self.meter.num_preferences / seconds,
             "tokens_per_second": self.meter.num_tokens / seconds,
+            "data_wait_share": self.progress.window_wait_seconds / seconds,
         }
         self.log.write(row)
         self.meter.clear()
         losses.clear()
-        self.progress.window_seconds = 0.0
+        self.progress.window_seconds = self.progress.window_wait_seconds = 0.0
         return (
             f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  margin {row['rewards/margins']:+.3f}  "
             f"{row['preferences_per_second']:,.0f} pairs/s"

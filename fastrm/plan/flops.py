@@ -1,0 +1,194 @@
+"""Floating-point operations of a training step, from shapes alone.
+
+Arithmetic on a network that may live on torch's meta device, with its projections as transformers has
+them. Norms, softmax, activations and the optimizer are left out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastrm.model.network import RewardNetwork
+from fastrm.plan.parameters import PARTS, count_parameters, part_of
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one optimizer step is taken to contain. Every prompt has one image and two responses.
+
+    Attributes:
+        num_pairs: preferences of the step.
+        image_tokens, prompt_text_tokens, response_tokens: of each prompt and each response.
+    """
+
+    num_pairs: int
+    image_tokens: int
+    prompt_text_tokens: int
+    response_tokens: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.image_tokens + self.prompt_text_tokens
+
+    def num_tokens(self, shared: bool) -> int:
+        """Tokens of the step: with shared prompts, or each conversation whole."""
+        return self.num_pairs * ((1 if shared else 2) * self.prompt_tokens + 2 * self.response_tokens)
+
+    def attention_pairs(self, shared: bool) -> int:
+        """Query-key pairs of causal attention in one layer: n (n + 1) / 2 for a sequence of n tokens.
+
+        A shared prompt attends to itself once; each response attends to the prompt and to itself.
+        """
+        prompt, response = self.prompt_tokens, self.response_tokens
+        if not shared:
+            return self.num_pairs * 2 * _causal(prompt + response)
+        return self.num_pairs * (_causal(prompt) + 2 * (prompt * response + _causal(response)))
+
+    @property
+    def anchor_pairs(self) -> int:
+        """Query-key pairs of a layer with queries at the anchors only."""
+        return self.num_pairs * 2 * (self.prompt_tokens + self.response_tokens)
+
+
+def _causal(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one step: a multiplication and an addition are two."""
+
+    forward: int = 0
+    backward: int = 0
+    recomputed: int = 0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward + self.recomputed
+
+
+def step_flops(
+    network: RewardNetwork, load: Workload, *, shared: bool, images_once: bool, pruned: bool, checkpointing: bool
+) -> dict[str, Flops]:
+    """Operations of one optimizer step by part: "vision", "language", "attention".
+
+    A matrix of P parameters costs per row 2 P forward; backward 2 P for the gradient of its input, if
+    anything before it is trained, and 2 P for its own, if it is. An attention with queries of width
+    Q = H * K costs per query-key pair 4 Q forward and 8 Q backward (the recomputation of the scores
+    inside FlashAttention is not counted). Gradient checkpointing repeats the forward pass of each layer
+    that has a backward pass, up to its last product, whose result no gradient needs: torch stops
+    there. Embedding look-ups cost nothing.
+
+    Args:
+        shared: prompts are shared by their responses.
+        images_once: the vision tower runs once per prompt, not once per conversation.
+        pruned: the last layer computes only keys and values for every token.
+    """
+    num_images = load.num_pairs * (1 if images_once else 2) * (load.image_tokens > 0)
+    num_rows = {
+        "patches": num_images * load.image_tokens * patches_per_token(network),
+        "image tokens": num_images * load.image_tokens,
+        "tokens": load.num_tokens(shared),
+        "anchors": 2 * load.num_pairs,
+    }
+    parts = {"vision": Flops(), "language": Flops(), "attention": Flops()}
+    for matrix in _matrices(network):
+        part = "vision" if matrix.rows in ("patches", "image tokens") else "language"
+        parts[part] += _matrix_flops(matrix, num_rows[matrix.rows_pruned if pruned else matrix.rows], checkpointing)
+    parts["attention"] = _attention_flops(network, load, num_images, shared, pruned, checkpointing)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A weight matrix and what it is multiplied with: patches, image tokens, tokens or anchors.
+
+    Attributes:
+        rows, rows_pruned: with a whole, and with a pruned last layer.
+        input_gradient: its input needs one.
+        repeatable: gradient checkpointing runs it again if its layer has a backward pass.
+    """
+
+    num_parameters: int
+    rows: str
+    rows_pruned: str
+    trainable: bool
+    input_gradient: bool
+    repeatable: bool
+
+
+_ROWS = {"vision tower": "patches", "projector": "image tokens", "language model": "tokens", "head": "anchors"}
+# What a decoder layer or vision block computes last, by the names of the stock classes.
+_LAST_PRODUCTS = ("mlp.down_proj", "mlp.fc2")
+
+
+def _matrices(network: RewardNetwork) -> Iterator[_Matrix]:
+    """All matrices of a forward pass; embeddings are looked up, not multiplied."""
+    num_layers = len(language_of(network).layers)
+    reached = _gradient_reaches(network)
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv3d):
+            continue
+        part = part_of(f"{name}.")
+        is_pruned = f".layers.{num_layers - 1}." in name and not name.endswith(("k_proj", "v_proj"))
+        yield _Matrix(
+            num_parameters=module.weight.numel(),
+            rows=_ROWS[part],
+            rows_pruned="anchors" if is_pruned else _ROWS[part],
+            trainable=module.weight.requires_grad,
+            # Pixels need no gradient.
+            input_gradient=reached[part] and "patch_embed" not in name,
+            repeatable=(".layers." in name or ".blocks." in name) and not name.endswith(_LAST_PRODUCTS),
+        )
+
+
+def _gradient_reaches(network: RewardNetwork) -> dict[str, bool]:
+    """For each part: is anything in it or before it trained, so that gradients pass through it?"""
+    trained = [count.trainable > 0 for count in count_parameters(network).values()]
+    return {part: any(trained[: number + 1]) for number, part in enumerate(PARTS)}
+
+
+def _matrix_flops(matrix: _Matrix, num_rows: int, checkpointing: bool) -> Flops:
+    once = 2 * num_rows * matrix.num_parameters
+    again = checkpointing and matrix.repeatable and matrix.input_gradient
+    return Flops(once, once * (matrix.input_gradient + matrix.trainable), once * again)
+
+
+def _attention_flops(
+    network: RewardNetwork, load: Workload, num_images: int, shared: bool, pruned: bool, checkpointing: bool
+) -> Flops:
+    layers, reached = language_of(network).layers, _gradient_reaches(network)
+    layer = load.attention_pairs(shared)
+    pairs = (len(layers) - 1) * layer + (load.anchor_pairs if pruned else layer)
+    width = layers[0].self_attn.q_proj.out_features
+    total = _pair_flops(width, pairs, reached["language model"], checkpointing)
+    if num_images:
+        num_patches = load.image_tokens * patches_per_token(network)
+        pairs = num_images * _vision_pairs(network.model.config.vision_config, num_patches)
+        width = network.model.visual.blocks[0].attn.qkv.in_features
+        total += _pair_flops(width, pairs, reached["vision tower"], checkpointing)
+    return total
+
+
+def _pair_flops(width: int, pairs: int, differentiable: bool, checkpointing: bool) -> Flops:
+    once = 4 * width * pairs
+    return Flops(once, 2 * once * differentiable, once * (differentiable and checkpointing))
+
+
+def _vision_pairs(vision, num_patches: int) -> int:
+    """Query-key pairs of one image over all blocks; windows at the image's edge count as full ones."""
+    full = vision.depth
+    window = num_patches
+    if hasattr(vision, "fullatt_block_indexes"):
+        full = len(vision.fullatt_block_indexes)
+        window = min(num_patches, (vision.window_size // vision.patch_size) ** 2)
+    return num_patches * (full * num_patches + (vision.depth - full) * window)
+
+
+def patches_per_token(network: RewardNetwork) -> int:
+    """Image patches that the projector merges into one token."""
+    return network.model.config.vision_config.spatial_merge_size**2 if network.is_vision else 1

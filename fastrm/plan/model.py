@@ -1,0 +1,102 @@
+"""The parts of a network, in the order of the forward pass, as tapes for one pack."""
+
+from torch import nn
+
+from fastrm.config import Config
+from fastrm.model.attention import AttentionShape
+from fastrm.model.network import RewardNetwork
+from fastrm.plan.layers import (
+    FLOAT,
+    Computation,
+    LayerSizes,
+    Rows,
+    decoder_tape,
+    embedding_tape,
+    head_tape,
+    last_decoder_tape,
+    merger_tape,
+    pixel_tape,
+    vision_tape,
+)
+from fastrm.plan.tape import Part
+
+
+def network_parts(network: RewardNetwork, config: Config, rows: Rows, how: Computation) -> list[Part]:
+    """All parts of a network whose projections are not fused; it may live on the meta device.
+
+    Args:
+        rows: of the pack.
+        how: layers compute.
+    """
+    parts = _vision_parts(network, config, rows, how) if network.is_vision and rows.patches else []
+    return parts + _language_parts(network, config, rows, how, any(part.trained for part in parts))
+
+
+def _language_parts(
+    network: RewardNetwork, config: Config, rows: Rows, how: Computation, reached: bool
+) -> list[Part]:
+    language = network.model.language_model if network.is_vision else network.model
+    sizes = language_sizes(network)
+    trained = _is_trained(language)
+    embeddings = language.embed_tokens.weight
+    mode = config.model.activation_checkpointing
+    *layers, last = language.layers
+    embedding = embedding_tape(rows, *embeddings.shape, rows.patches > 0, how, embeddings.requires_grad)
+    # Tables of the rotary embedding, which all layers read.
+    tables = 2 * FLOAT * rows.tokens * (sizes.query // sizes.heads)
+    reached = reached or trained
+    return [
+        Part("embeddings", embedding, reached, _gradient_bytes(language.embed_tokens), "none"),
+        Part(
+            "decoder layer", decoder_tape(sizes, rows, how, trained), reached, _gradient_bytes(layers[0]), mode,
+            len(layers), held=tables,
+        ),
+        Part("last layer", last_decoder_tape(sizes, rows, how, trained), reached, _gradient_bytes(last), mode),
+        Part("head", head_tape(rows, sizes.hidden, config.model.head.layers, how), True, _gradient_bytes(network.score),
+             "none"),
+    ]  # fmt: skip
+
+
+def _vision_parts(network: RewardNetwork, config: Config, rows: Rows, how: Computation) -> list[Part]:
+    visual, vision = network.model.visual, network.model.config.vision_config
+    sizes, merge = vision_sizes(network), vision.spatial_merge_size
+    values = visual.patch_embed.proj.weight[0].numel()
+    in_tower, in_merger = _is_trained(visual.blocks), _is_trained(visual.merger)
+    pixels = FLOAT * rows.patches * values
+    tables = 2 * FLOAT * rows.patches * (sizes.hidden // sizes.heads)
+    hidden = network.model.config.get_text_config().hidden_size
+    return [
+        Part("pixels", pixel_tape(rows, values, sizes.hidden, how, in_tower), in_tower,
+             _gradient_bytes(visual.patch_embed), "none"),
+        Part("vision block", vision_tape(sizes, rows, how, in_tower), in_tower, _gradient_bytes(visual.blocks[0]),
+             config.model.activation_checkpointing, len(visual.blocks), held=pixels + tables),
+        Part("projector", merger_tape(rows, merge, sizes.hidden, hidden, how, in_merger), in_tower or in_merger,
+             _gradient_bytes(visual.merger), "none", held=pixels + tables),
+    ]  # fmt: skip
+
+
+def language_sizes(network: RewardNetwork) -> LayerSizes:
+    """Of a decoder layer."""
+    config = network.model.config.get_text_config()
+    shape = AttentionShape.of_language(config)
+    return LayerSizes(
+        config.hidden_size, shape.heads * shape.head_dim, shape.key_heads * shape.head_dim, config.intermediate_size,
+        shape.heads,
+    )  # fmt: skip
+
+
+def vision_sizes(network: RewardNetwork) -> LayerSizes:
+    """Of a block of the vision tower."""
+    shape, block = AttentionShape.of_vision(network.model.config.vision_config), network.model.visual.blocks[0]
+    width = shape.heads * shape.head_dim
+    intermediate = max(module.out_features for module in block.mlp.modules() if isinstance(module, nn.Linear))
+    gated = hasattr(block.mlp, "gate_proj")
+    return LayerSizes(width, width, width, intermediate, shape.heads, gated, isinstance(block.norm1, nn.LayerNorm))
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _gradient_bytes(module: nn.Module) -> int:
+    return FLOAT * sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -1,0 +1,44 @@
+"""How many parameters a network has, part by part. Exact; the network may live on torch's meta device."""
+
+from dataclasses import dataclass
+
+from fastrm.model.network import RewardNetwork
+
+# In the order in which a forward pass runs them.
+PARTS = ("vision tower", "projector", "embeddings", "language model", "head")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of one part, or of a whole network: all, and those with a gradient."""
+
+    total: int
+    trainable: int
+
+    @property
+    def frozen(self) -> int:
+        return self.total - self.trainable
+
+
+def count_parameters(network: RewardNetwork) -> dict[str, Parameters]:
+    """Exact parameter counts by part (PARTS; those of the vision tower are 0 for a text model)."""
+    counts = {part: [0, 0] for part in PARTS}
+    for name, parameter in network.named_parameters():
+        count = counts[part_of(name)]
+        count[0] += parameter.numel()
+        count[1] += parameter.numel() * parameter.requires_grad
+    return {part: Parameters(*count) for part, count in counts.items()}
+
+
+def sum_parameters(parts: dict[str, Parameters]) -> Parameters:
+    """All parts together."""
+    return Parameters(sum(p.total for p in parts.values()), sum(p.trainable for p in parts.values()))
+
+
+def part_of(name: str) -> str:
+    """The part of PARTS that a parameter belongs to, by its name in the network."""
+    if name.startswith("score."):
+        return "head"
+    if name.startswith("model.visual."):
+        return "projector" if name.startswith("model.visual.merger.") else "vision tower"
+    return "embeddings" if ".embed_tokens." in name else "language model"

@@ -1,0 +1,304 @@
+"""Many processes: the step of `LocalEngine`, with optimizer states, gradients and weights divided by DeepSpeed.
+
+Every rank adds the gradients of its packs, DeepSpeed sums them over the ranks, and the division by the
+step's total weight happens once, at the update, as on one process. DeepSpeed averages over ranks and has
+no such division; but it divides all gradients by its loss scale before it clips them. So the loss scale
+is 1 while gradients are added, and (total weight) / (number of ranks) for the update:
+
+    g / R / (W / R) = g / W       R ranks, W total weight, g sum of the gradients
+
+Its clipping is ours: the norm of g / W in float64 or float32, and a factor min(1, limit / (norm + 1e-6)).
+
+Ranks wait for one another in every backward pass (and, with divided weights, in every layer). So they run
+equally many packs, and all the same modules: a rank that has nothing runs a pack of one token whose
+rewards count nothing, and packs without images send a blank one through a vision tower that is trained.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastrm.config import Config
+from fastrm.data.packing import EncodedGroup, Pack, build_pack
+from fastrm.data.template import EncodedResponse
+from fastrm.errors import ConfigError, StorageError
+from fastrm.model.fusion import join_parts, split_fused
+from fastrm.model.network import RewardNetwork
+from fastrm.model.precision import token_multiple
+from fastrm.train.engine import LocalEngine, Update
+from fastrm.train.optim import make_optimizer, trainable
+
+# Gradient elements that are reduced together: large enough for any network, 0.8 GB of float32.
+BUCKET = 200_000_000
+_STATES = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedEngine:
+    """Training state of one rank of several; the same interface as `LocalEngine`.
+
+    Every method but `loss` and `discard` must be called on all ranks, `accumulate` and `rewards` with
+    None where a rank has no pack.
+
+    Raises:
+        ConfigError: for what is not possible on several ranks.
+    """
+
+    def __init__(self, network: RewardNetwork, config: Config):
+        _refuse(config)
+        self.network, self.config = network, config
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self._stage = config.engine.zero_stage
+        sees = any(p.requires_grad for p in network.model.visual.parameters()) if network.is_vision else False
+        network.always_see = self._stage == 3 or sees
+        self._nothing = _pack_of_one_token(token_multiple(config.precision.fp8))
+        self._trained = trainable(network)
+        self._names = dict(network.named_parameters())
+        self._deepspeed = _initialize(network, config)
+        self._zero = self._deepspeed.optimizer
+        self._reset_states(torch.zeros(()))
+        self._forget_sums()
+
+    loss = LocalEngine.loss
+
+    def rewards(self, pack: Pack | None) -> torch.Tensor | None:
+        """Rewards (R,) in the configured precision; None for no pack."""
+        rewards = self._deepspeed(self._pack(pack))
+        return None if pack is None else rewards
+
+    def accumulate(self, pack: Pack | None) -> torch.Tensor | None:
+        """Add a pack's gradient; returns its rewards (R,) on the CPU, or None for no pack.
+
+        The rewards are being copied from the device: read them after `update`, which waits for that.
+        """
+        weight = 0.0 if pack is None else float(pack.weight.double().sum())
+        rewards = self._deepspeed(self._pack(pack))
+        # Not `weight` times a loss: the mean over no preferences at all is no number.
+        total = 0 * rewards.sum() if pack is None else self.loss(rewards, pack) * weight
+        self._deepspeed.backward(total, scale_wrt_gas=False)
+        if pack is None:
+            return None
+        self._loss_sum += total.detach()
+        self._weight_sum += weight
+        return rewards.detach().to("cpu", non_blocking=True)
+
+    def update(self, lr: float, step: int) -> Update:
+        """Normalise, clip and apply the accumulated gradient of all ranks, then forget it.
+
+        A non-finite loss or gradient on any rank changes no weight and no moment on any.
+
+        Args:
+            lr: learning rate of this step.
+            step: of the run; nothing here depends on it.
+        """
+        sums = torch.stack([self._loss_sum, torch.full_like(self._loss_sum, self._weight_sum)])
+        dist.all_reduce(sums)
+        loss, weight = sums.tolist()
+        if weight == 0:  # all records of the step were refused
+            self.discard()
+            return Update(0.0, 0.0, True)
+        if not math.isfinite(loss):
+            self.discard()
+            return Update(loss / weight, math.nan, False)
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._zero.loss_scale = weight / self.num_ranks
+        self._deepspeed.step()
+        self._zero.loss_scale = 1.0
+        self._forget_sums()
+        return Update(loss / weight, float(self._deepspeed.get_global_grad_norm()), not self._zero.overflow)
+
+    def discard(self) -> None:
+        """Forget the accumulated gradient."""
+        self._zero.zero_grad()  # with divided weights, that is all
+        if self._stage < 3:
+            # As DeepSpeed does itself when it skips a step.
+            from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+            self._zero.micro_step_id = INITIAL_MICRO_STEP_ID
+            for gradients in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
+                for group in gradients:
+                    gradients[group] = None
+        self._forget_sums()
+
+    def model_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(stock state-dict name, full tensor) of all weights, one at a time: valid until the next."""
+        for name, parameter in self._names.items():
+            with _gathered(parameter):
+                yield from split_fused(self.network, name, parameter.detach())
+        yield from ((name, buffer) for name, buffer in self._buffers())
+
+    def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(`<state>.<parameter name>`, full tensor) of AdamW's states, one at a time."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        num_updates = self._zero.optimizer.state[self._partitions()[0]]["step"]
+        for name, parameter in self._trained.items():
+            yield f"step.{name}", num_updates.clone()
+            for key in _STATES:
+                yield f"{key}.{name}", safe_get_full_optimizer_state(parameter, key)
+
+    def load_tensors(self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `model_tensors` and `optimizer_tensors` gave, here or on another number of ranks.
+
+        Raises:
+            StorageError: if they are not those of this network and this optimizer.
+        """
+        try:
+            for name, parameter in self._names.items():
+                _fill(parameter, join_parts(self.network, name, model), name)
+            for name, buffer in self._buffers():
+                buffer.copy_(model[name])
+        except KeyError as error:
+            raise StorageError(f"not a checkpoint of this model: {error.args[0]} is missing") from None
+        self._zero.refresh_fp32_params()
+        self._load_states(optimizer)
+
+    def _pack(self, pack: Pack | None) -> Pack:
+        return (self._nothing if pack is None else pack).to(self.network.device)
+
+    def _forget_sums(self) -> None:
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.network.device)
+        self._weight_sum = 0.0
+
+    def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those that a state dict holds."""
+        parts = [buffer for module in self.network.modules() for buffer in module._non_persistent_buffers_set]
+        return ((name, buffer) for name, buffer in self.network.named_buffers() if name.split(".")[-1] not in parts)
+
+    def _partitions(self) -> list[torch.Tensor]:
+        """The flat float32 tensors that this rank's optimizer updates."""
+        zero = self._zero
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _reset_states(self, num_updates: torch.Tensor) -> None:
+        """Moments of 0, as torch's AdamW makes them at its first step, of parameters updated so often, ()."""
+        base = self._zero.optimizer
+        base.state.clear()
+        for flat in self._partitions():
+            base.state[flat] = {"step": num_updates.to(flat), **{key: torch.zeros_like(flat) for key in _STATES}}
+        if self._stage < 3:
+            # DeepSpeed does so after the first group's first step, when the other groups have no states yet.
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _load_states(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        # All parameters are updated in every step; on one process, those that have a gradient.
+        updates = [tensors[name] for name in tensors if name.startswith("step.")]
+        self._reset_states(torch.stack(updates).max() if updates else torch.zeros(()))
+        for full_name in tensors:
+            key, _, name = full_name.partition(".")
+            if name not in self._trained or key not in ("step", *_STATES):
+                raise StorageError(
+                    f"optimizer state {full_name}: not one of float32 AdamW's on these parameters; the checkpoint is "
+                    "of another model, or of other settings of model or optim; use those, or a new run.dir"
+                )
+            if key != "step":
+                _check_shape(tensors[full_name], self._trained[name], f"optimizer state {full_name}")
+                self._set_state(self._trained[name], tensors[full_name], key)
+
+    def _set_state(self, parameter: nn.Parameter, value: torch.Tensor, key: str) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self._stage < 3:
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+            return
+        # The function for whole tensors fails where the ranks' shares are not of one size.
+        share = parameter.ds_tensor.numel()
+        padded = torch.zeros(share * self.num_ranks, dtype=value.dtype)
+        padded[: value.numel()] = value.flatten()
+        mine = padded[share * self.rank : share * (self.rank + 1)]
+        safe_set_local_optimizer_state(parameter, mine.to(parameter.device), key)
+
+
+def _initialize(network: RewardNetwork, config: Config):
+    """DeepSpeed's engine around a network."""
+    os.environ.setdefault("DS_ACCELERATOR", network.device.type)
+    import deepspeed
+
+    # It calls collectives by names that newer versions of torch warn of, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    stage = config.engine.zero_stage
+    num_trained = sum(parameter.numel() for parameter in trainable(network).values())
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # a step is what lies between two calls of `step`
+        "gradient_clipping": config.optim.max_grad_norm,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(BUCKET, num_trained)},
+    }
+    if config.precision.dtype == "bf16":
+        # As on one process: float32 weights, which matrix products read in bfloat16. No module is named safe
+        # for lower precision: their gradients would be summed over the ranks in bfloat16.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    engine, *_ = deepspeed.initialize(
+        model=network, optimizer=make_optimizer(network, config.optim), config=settings, dist_init_required=False
+    )
+    if stage == 3:
+        for parameter in _read_from_outside(network):
+            deepspeed.zero.register_external_parameter(network, parameter)
+    return engine
+
+
+def _read_from_outside(network: RewardNetwork) -> Iterator[nn.Parameter]:
+    """Parameters that are used without a call of the module they are in, so that nothing would gather them."""
+    yield from network.score.parameters()
+    language = network.model.language_model if network.is_vision else network.model
+    yield from language.norm.parameters()
+    if network.is_vision:
+        yield from network.model.visual.patch_embed.parameters()
+
+
+def _refuse(config: Config) -> None:
+    """Stop at what DeepSpeed cannot do, before anything is divided.
+
+    Raises:
+        ConfigError: naming the key and what to set.
+    """
+    wanted = {
+        "optim.states": (config.optim.states, "fp32", "it divides flat float32 states over the ranks"),
+        "precision.weights": (config.precision.weights, "fp32", "it keeps float32 weights"),
+    }
+    if config.engine.zero_stage == 3:
+        why = "with engine.zero_stage 3 the weights of a layer are gathered between its operations"
+        wanted["compile"] = (config.compile, "off", why)
+    for key, (found, needed, why) in wanted.items():
+        if found != needed:
+            raise ConfigError(f"{key}: {found} is not possible on several processes ({why}); set {key}: {needed}")
+
+
+def _pack_of_one_token(multiple: int) -> Pack:
+    """A pack of one response of one token, without preferences."""
+    response = EncodedResponse(np.zeros(1, dtype=np.int64), (), 1)
+    return build_pack([EncodedGroup("", "", "", (response,))], {}, multiple=multiple)
+
+
+def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None):
+    """A context in which the whole parameter is there; what rank `modifier_rank` makes of it, all keep."""
+    import deepspeed
+
+    is_divided = hasattr(parameter, "ds_id")
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank, enabled=is_divided)
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, value: torch.Tensor, name: str) -> None:
+    _check_shape(value, parameter, name)
+    with _gathered(parameter, modifier_rank=0):
+        if not hasattr(parameter, "ds_id") or dist.get_rank() == 0:
+            parameter.copy_(value)
+
+
+def _check_shape(value: torch.Tensor, parameter: nn.Parameter, name: str) -> None:
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if value.shape != shape:
+        raise StorageError(
+            f"not a checkpoint of this model: {name}: got shape {tuple(value.shape)}, wanted {tuple(shape)}"
+        )

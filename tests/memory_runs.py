@@ -1,0 +1,146 @@
+"""The peak memory of a real training step, measured in a process of its own.
+
+    python tests/memory_runs.py '[{"text": {...}, "mode": "full", ...}, ...]'
+
+prints a line of JSON for each case: the rise of resident memory over what the process needs without the
+model, and the segments of the pack. The environment is that of `measure`.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TEXT = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": False}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+
+
+def measure(cases: list[dict]) -> list[dict]:
+    """Run cases one after another in a new process; for each what `peak_of` gives."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        # Fixed, so that it does not grow: large blocks come from the system and go back to it at once.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    command = [sys.executable, str(Path(__file__)), json.dumps(cases)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return [json.loads(line) for line in run.stdout.splitlines()[-len(cases) :]]
+
+
+def model_options(case: dict, tiny: bool = False) -> dict:
+    """model.init of a case, or of a tiny model of the same kind."""
+    text = {**TEXT, **case["text"], **(TINY if tiny else {})}
+    head_dim = text["hidden_size"] // text["num_attention_heads"]
+    if "vision" not in case:
+        return {"model_type": "qwen2", **text, "rope_parameters": ROPE}
+    rope = {**ROPE, "mrope_section": [head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6]}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "fullatt_block_indexes": [1]}
+    vision |= {**({} if tiny else case["vision"]), "out_hidden_size": text["hidden_size"]}
+    return {"model_type": "qwen2_5_vl", "text_config": {**text, "rope_parameters": rope}, "vision_config": vision}
+
+
+def settings_of(case: dict):
+    """The configuration of a case."""
+    from fastrm.config import Config, ModelConfig, OptimConfig, PrecisionConfig
+
+    return Config(
+        model=ModelConfig(
+            init={"model_type": "qwen2_5_vl" if "vision" in case else "qwen2"}, tokenizer="none",
+            activation_checkpointing=case.get("mode", "none"), freeze=case.get("freeze", []),
+            fuse_projections=case.get("fuse", False),
+        ),
+        optim=OptimConfig(lr=1e-6, states=case.get("states", "fp32")),
+        precision=PrecisionConfig(dtype=case.get("dtype", "fp32"), weights=case.get("weights", "fp32")),
+    )  # fmt: skip
+
+
+def make_engine(case: dict, tiny: bool = False):
+    """A LocalEngine with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from fastrm.model.network import RewardNetwork
+    from fastrm.train.engine import LocalEngine
+
+    config, options = settings_of(case), model_options(case, tiny)
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    text = options.get("text_config", options)
+    text |= ids
+    backbone = AutoModel.from_config(AutoConfig.for_model(**options), dtype=torch.float32)
+    network = RewardNetwork(backbone, config.model.head)
+    network.freeze(config.model.freeze)
+    if config.model.fuse_projections:
+        network.fuse_projections()
+    network.use_kernels(torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32, attention="sdpa")
+    network.use_activation_checkpointing(config.model.activation_checkpointing)
+    return LocalEngine(network.train(), config)
+
+
+def make_packs(case: dict):
+    """(small, large): a pack of a few tokens with an image, if there is a tower, and the one to measure."""
+    import support
+
+    encoder = support.make_model("qwen2_5_vl" if "vision" in case else "qwen2")
+    packs = []
+    for number, (groups, prompt, response, side) in enumerate([(1, 4, 4, 28), case["load"]]):
+        records = [
+            support.make_record(
+                100 * number + n, prompt_words=prompt, response_words=(response, response + 1),
+                images=[support.make_image(side, side, n)] if "vision" in case else (),
+            )
+            for n in range(groups)
+        ]  # fmt: skip
+        packs.append(support.pack_of(encoder, records))
+    return packs
+
+
+def peak_of(case: dict) -> dict:
+    """Measure in this process."""
+    small, large = make_packs(case)
+    # Libraries are loaded, and programs made, at first use.
+    warm = make_engine(case, tiny=True)
+    warm.accumulate(large)
+    warm.accumulate(small)
+    warm.update(1e-6, 0)
+    del warm
+    resting = _resident("VmRSS")
+    engine = make_engine(case)
+    # The first update makes the optimizer's states; the gradient that the small pack leaves is then added to.
+    engine.accumulate(small)
+    engine.update(1e-6, 0)
+    if case.get("packs", 2) > 1:
+        engine.accumulate(small)
+    before = _resident("VmRSS") - resting
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets VmHWM to the present
+    engine.accumulate(large)
+    accumulated = _resident("VmHWM", trim=False) - resting
+    assert engine.update(1e-6, 1).finite
+    peak = _resident("VmHWM", trim=False) - resting
+    return {
+        "peak_bytes": peak, "accumulated_bytes": accumulated, "before_bytes": before,
+        "lengths": large.lengths, "parents": large.parents, "grids": [list(map(int, g)) for g in large.image_grids],
+        "num_parameters": sum(p.numel() for p in engine.network.parameters()),
+    }  # fmt: skip
+
+
+def _resident(field: str, trim: bool = True) -> int:
+    if trim:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":")) * 1024
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent)]
+    for case in json.loads(sys.argv[1]):
+        print(json.dumps(peak_of(case)), flush=True)
