@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
+from fastrm.data import patches
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
 from fastrm.model import layers
@@ -294,6 +295,7 @@ def _fake(value):
 def test_a_pass_reads_nothing_back_from_the_device(impl, monkeypatch):
     # On a GPU every read waits for all that was given to it before. Fake tensors cannot be read at all.
     monkeypatch.setattr(PackLayouts, "to", lambda self, device: self)
+    monkeypatch.setattr(patches, "_byte_values", lambda scale, mean, std, device: torch.empty(256 * len(mean)))
     rope = {**MROPE, "mrope_section": [4, 2, 2]}
     text = {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope}
     options = FAMILIES["qwen2_5_vl"]

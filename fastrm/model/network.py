@@ -17,6 +17,7 @@ from fastrm.model.fusion import FusedLinear, fuse_projections
 from fastrm.model.head import head_rewards, make_head
 from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
 from fastrm.model.layers import choose_norm_and_gate
+from fastrm.model.precision import Fp8Report
 
 
 class RewardNetwork(nn.Module):
@@ -33,6 +34,7 @@ class RewardNetwork(nn.Module):
         head_kernels: the implementation of head and loss in use and why.
         norm_and_gate: what RMSNorm and SwiGLU are in use, and why.
         planner: makes the layouts of packs, in a data worker or where the network runs.
+        fp8: which layers compute in FP8 and why others do not; None without FP8.
     """
 
     def __init__(self, model: nn.Module, head: HeadConfig, encoder: ConversationEncoder | None = None):
@@ -44,6 +46,7 @@ class RewardNetwork(nn.Module):
         self.attention = ("", "not chosen yet")
         self.head_kernels = ("eager", "not chosen yet")
         self.norm_and_gate = "not chosen yet"
+        self.fp8: Fp8Report | None = None
         self._runner = BackboneRunner(model)
         self.planner = self._runner.planner(torch.float32)
 

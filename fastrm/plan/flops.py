@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastrm.config import Config
 from fastrm.model.network import RewardNetwork
-from fastrm.plan.parameters import PARTS, count_parameters, part_of
+from fastrm.plan.parameters import PARTS, count_parameters, language_of, part_of
 
 
 @dataclass(frozen=True)
@@ -192,3 +193,17 @@ def _vision_pairs(vision, num_patches: int) -> int:
 def patches_per_token(network: RewardNetwork) -> int:
     """Image patches that the projector merges into one token."""
     return network.model.config.vision_config.spatial_merge_size**2 if network.is_vision else 1
+
+
+# The group that costs are computed for: one image at data.max_pixels, one question, two responses.
+PROMPT_TEXT_TOKENS = 100  # question and chat template
+RESPONSE_TOKENS = 300
+
+
+def typical_workload(config: Config, network: RewardNetwork) -> Workload:
+    """A step of groups with one image at data.max_pixels, if the model sees, and two responses."""
+    image_tokens = 0
+    if network.is_vision:
+        vision = network.model.config.vision_config
+        image_tokens = config.data.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+    return Workload(config.optim.batch_pairs, image_tokens, PROMPT_TEXT_TOKENS, RESPONSE_TOKENS)

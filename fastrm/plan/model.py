@@ -18,6 +18,7 @@ from fastrm.plan.layers import (
     pixel_tape,
     vision_tape,
 )
+from fastrm.plan.parameters import language_of
 from fastrm.plan.tape import Part
 
 
@@ -35,7 +36,7 @@ def network_parts(network: RewardNetwork, config: Config, rows: Rows, how: Compu
 def _language_parts(
     network: RewardNetwork, config: Config, rows: Rows, how: Computation, reached: bool
 ) -> list[Part]:
-    language = network.model.language_model if network.is_vision else network.model
+    language = language_of(network)
     sizes = language_sizes(network)
     trained = _is_trained(language)
     embeddings = language.embed_tokens.weight

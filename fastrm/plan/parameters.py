@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from fastrm.model.network import RewardNetwork
 
 # In the order in which a forward pass runs them.
@@ -42,3 +44,8 @@ def part_of(name: str) -> str:
     if name.startswith("model.visual."):
         return "projector" if name.startswith("model.visual.merger.") else "vision tower"
     return "embeddings" if ".embed_tokens." in name else "language model"
+
+
+def language_of(network: RewardNetwork) -> nn.Module:
+    """The language model of a network, without its vision tower."""
+    return network.model.language_model if network.is_vision else network.model

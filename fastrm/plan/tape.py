@@ -188,32 +188,31 @@ class Moment:
         return self.activations + self.working + self.copies + self.gradients
 
 
-def moments(parts: Sequence[Part], accumulated: bool) -> list[Moment]:
+def moments(parts: Sequence[Part], gradients: str) -> list[Moment]:
     """The moments of a pack's forward and backward pass at which memory can be at its largest.
 
     Copies of weights live until the forward pass ends, as autocast's cache holds them; and in a part
     without checkpointing until its backward pass.
 
     Args:
-        accumulated: gradients of earlier packs of the step are there from the start.
+        gradients: of weights. growing: each part's are there from its backward pass on. kept: those of
+            earlier packs are there from the start. divided: none is kept here.
     """
     steps = [part for part in parts for _ in range(part.count)]
-    all_gradients = sum(part.gradient_bytes for part in steps)
+    there = sum(part.gradient_bytes for part in steps) if gradients == "kept" else 0
     kept = copies = 0
     found = []
     for part in steps:
-        at_start = all_gradients if accumulated else 0
         copies += part.tape.copies
         working = part.tape.forward_peak(part.trained and part.mode == "none")
-        found.append(Moment(f"forward, {part.name}", kept, working + part.held, copies, at_start))
+        found.append(Moment(f"forward, {part.name}", kept, working + part.held, copies, there))
         kept += part.tape.kept(part.mode) * part.trained
     copies = sum(part.tape.copies for part in steps if part.trained and part.mode == "none")
-    gradients = all_gradients if accumulated else 0
     for part in reversed(steps):
         if not part.trained:
             break
         kept -= part.tape.kept(part.mode)
         copies -= part.tape.copies * (part.mode == "none")
-        gradients += part.gradient_bytes * (not accumulated)
-        found.append(Moment(f"backward, {part.name}", kept, part.tape.backward_peak(part.mode), copies, gradients))
+        there += part.gradient_bytes * (gradients == "growing")
+        found.append(Moment(f"backward, {part.name}", kept, part.tape.backward_peak(part.mode), copies, there))
     return found

@@ -11,49 +11,139 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fastrm.errors import StorageError
 from fastrm.model.export import host_copy
+from fastrm.train.ranks import ALONE, Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+MODEL, OPTIMIZER, STATE, MANIFEST = "model", "optimizer", "state.json", "manifest.json"
+# Of a safetensors file. model.safetensors is followed by model.2.safetensors and so on.
+SHARD_BYTES = 4 * 2**30
 
 
-def save_checkpoint(folder: Path, step: int, engine, state: dict) -> Path:
-    """Write `folder/step-<N>` and return it. `state` is JSON: what resuming needs besides tensors.
+def save_checkpoint(folder: Path, step: int, engine, state: dict, ranks: Ranks = ALONE) -> Path:
+    """Write `folder/step-<N>` and return it; called on all ranks, of which the first writes.
+
+    The files do not depend on the number of ranks, and the first holds at most SHARD_BYTES, or one
+    tensor, of the others' weights and states at a time.
+
+    Args:
+        state: JSON, what resuming needs besides tensors.
 
     Raises:
-        StorageError: if writing fails; the temporary folder is then removed, older checkpoints are
-            as they were.
+        StorageError: on all ranks, if writing fails; the temporary folder is then removed, older
+            checkpoints are as they were.
     """
-    target = folder / f"step-{step:08d}"
-    temporary = folder / f"{target.name}.tmp-{os.getpid()}"
-    try:
-        _clean(folder)
-        temporary.mkdir(parents=True)
-        save_file(_on_host(engine.model_tensors()), temporary / MODEL)
-        save_file(_on_host(engine.optimizer_tensors()), temporary / OPTIMIZER)
-        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        files = {name: _seal(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
-        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
-        _fsync(temporary / MANIFEST)
-        _fsync(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-        _fsync(folder)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    writer = _Writer(folder, step) if ranks.is_first else None
+    for stem, tensors in ((MODEL, engine.model_tensors()), (OPTIMIZER, engine.optimizer_tensors())):
+        for name, tensor in tensors:
+            if writer is not None:  # the others only help to gather
+                writer.add(stem, name, tensor)
+    ranks.on_first(lambda: writer.finish(state))
+    return folder / f"step-{step:08d}"
+
+
+class _Writer:
+    """Writes one checkpoint. After a failure it takes the rest without a word, so that no other rank
+    waits for this one, and raises in `finish`."""
+
+    def __init__(self, folder: Path, step: int):
+        self._folder, self._step = folder, step
+        self._target = folder / f"step-{step:08d}"
+        self._temporary = folder / f"{self._target.name}.tmp-{os.getpid()}"
+        self._files: dict[str, dict] = {}
+        self._stem, self._shard, self._bytes = MODEL, {}, 0
+        self._failure: Exception | None = None
+        self._try(self._begin)
+
+    def add(self, stem: str, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor of model or optimizer; all of the one come before all of the other."""
+        self._try(self._add, stem, name, tensor)
+
+    def finish(self, state: dict) -> None:
+        """Write the rest, and let the checkpoint appear.
+
+        Raises:
+            StorageError: if anything has failed since the beginning.
+        """
+        self._try(self._finish, state)
+        if (error := self._failure) is None:
+            return
+        shutil.rmtree(self._temporary, ignore_errors=True)
         # safetensors reports a full disk as its own error type, with the errno in the text only.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         hint = "free some space, then resume" if full else "check the folder, then resume"
-        raise StorageError(f"{target}: the checkpoint could not be written: {error}; {hint}") from error
-    return target
+        raise StorageError(f"{self._target}: the checkpoint could not be written: {error}; {hint}") from error
+
+    def _try(self, function: Callable, *arguments) -> None:
+        if self._failure is None:
+            try:
+                function(*arguments)
+            except Exception as error:
+                self._failure, self._shard = error, {}
+
+    def _begin(self) -> None:
+        _clean(self._folder)
+        self._temporary.mkdir(parents=True)
+
+    def _add(self, stem: str, name: str, tensor: torch.Tensor) -> None:
+        if stem != self._stem or (self._shard and self._bytes + tensor.nbytes > SHARD_BYTES):
+            self._flush()
+            self._stem = stem
+        self._shard[name] = host_copy(tensor)
+        self._bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        """Write what has come; each of model and optimizer has a file, though it be empty."""
+        number = sum(name.startswith(f"{self._stem}.") for name in self._files) + 1
+        name = _shard_name(self._stem, number)
+        save_file(self._shard, self._temporary / name)
+        self._files[name] = _seal(self._temporary / name)
+        self._shard, self._bytes = {}, 0
+
+    def _finish(self, state: dict) -> None:
+        self._flush()
+        if self._stem == MODEL:
+            self._stem = OPTIMIZER
+            self._flush()
+        (self._temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        self._files[STATE] = _seal(self._temporary / STATE)
+        manifest = {"step": self._step, "files": self._files}
+        (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        _fsync(self._temporary / MANIFEST)
+        _fsync(self._temporary)
+        if self._target.exists():
+            shutil.rmtree(self._target)
+        os.rename(self._temporary, self._target)
+        _fsync(self._folder)
+
+
+class _Tensors(Mapping):
+    """The tensors of model or optimizer in a checkpoint, each read into the host's memory when asked for.
+
+    A second copy of everything might fit neither the device, nor the host once for every rank.
+    """
+
+    def __init__(self, path: Path, stem: str):
+        names = json.loads((path / MANIFEST).read_text())["files"]
+        files = [safe_open(path / name, framework="pt") for name in names if name.startswith(f"{stem}.")]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (no iterator)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def load_checkpoint(path: Path, engine) -> dict:
@@ -63,8 +153,7 @@ def load_checkpoint(path: Path, engine) -> dict:
         StorageError: if its tensors are not those of this engine's network and optimizers.
     """
     try:
-        # From the host's memory: a second copy of everything might not fit the device.
-        engine.load_tensors(load_file(path / MODEL), load_file(path / OPTIMIZER))
+        engine.load_tensors(_Tensors(path, MODEL), _Tensors(path, OPTIMIZER))
     except StorageError as error:
         raise StorageError(f"{path}: {error}") from None
     return json.loads((path / STATE).read_text())
@@ -75,7 +164,7 @@ def verify(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = manifest["files"]
-        for name in (MODEL, OPTIMIZER, STATE):
+        for name in dict.fromkeys([_shard_name(MODEL, 1), _shard_name(OPTIMIZER, 1), STATE, *files]):
             file = path / name
             if file.stat().st_size != files[name]["bytes"]:
                 return f"{name} has {file.stat().st_size:,} bytes, the manifest says {files[name]['bytes']:,}"
@@ -131,8 +220,8 @@ def prune(folder: Path, keep: int, best: str | None) -> None:
             shutil.rmtree(path)
 
 
-def _on_host(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: host_copy(tensor) for name, tensor in tensors}
+def _shard_name(stem: str, number: int) -> str:
+    return f"{stem}.safetensors" if number == 1 else f"{stem}.{number}.safetensors"
 
 
 def _seal(path: Path) -> dict:

@@ -182,7 +182,8 @@ class DeepSpeedEngine:
         base = self._zero.optimizer
         base.state.clear()
         for flat in self._partitions():
-            base.state[flat] = {"step": num_updates.to(flat), **{key: torch.zeros_like(flat) for key in _STATES}}
+            step = num_updates.to(flat.device, copy=True)  # each its own: it is added to in place
+            base.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in _STATES}}
         if self._stage < 3:
             # DeepSpeed does so after the first group's first step, when the other groups have no states yet.
             self._zero._hp_optimizer_states_linked = False
