@@ -17,6 +17,7 @@ setup(
         "fastrm.data.sources",
         "fastrm.evaluate",
         "fastrm.model",
+        "fastrm.plan",
         "fastrm.train",
         "fastrm_kernels",
         "fastrm_kernels.preference_head",

@@ -59,14 +59,52 @@ def train(
 
     resolved = load_config(config, overrides or [])
     if dry_run:
-        from fastrm.train.dry_run import dry_run as check
+        from fastrm.plan.dry_run import dry_run as check
 
         check(resolved)
         return
+    from fastrm.train.launch import FAILURE, die_with_the_watcher, launch, num_ranks_to_start
+
+    is_watched = FAILURE in os.environ
+    if os.environ.get("RANK", "0") == "0" and not is_watched:
+        typer.echo(resolved.to_yaml(), err=True)
+    if (num_ranks := num_ranks_to_start(resolved)) > 1:
+        launch(num_ranks, ["train", str(config), *(overrides or []), "--resume", resume])
+        return
+    if is_watched:
+        die_with_the_watcher()
     from fastrm.train.loop import train as run
 
-    typer.echo(resolved.to_yaml(), err=True)
     run(resolved, resume)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML configuration, for example configs/full.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as engine.zero_stage=3")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs")] = 1,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200")] = "h100",
+    pairs: Annotated[int | None, typer.Option(min=1, help="Of an epoch; default: counted, or the recipe's")] = None,
+    imbalance: Annotated[float, typer.Option(min=1.0, help="Slowest over mean rank")] = 1.05,
+    nvlink_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s of messages inside a node")] = None,
+    network_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s between nodes, for each GPU")] = None,
+    latency_us: Annotated[float, typer.Option(min=0.0, help="Of a hop from GPU to GPU")] = 5.0,
+    overlap: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of messages beside computing")] = None,
+    rate_share: Annotated[float | None, typer.Option(min=0.001, max=1.0, help="Of the datasheet's bf16 rate")] = None,
+    reserve_gb: Annotated[float, typer.Option(min=0.0, help="GPU memory to leave free")] = 4.0,
+    results: Annotated[Path, typer.Option(help="Folder of measured training steps")] = Path("bench/results"),
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file too")] = None,
+    png_out: Annotated[Path | None, typer.Option("--png", help="Draw scaling and step time")] = None,
+) -> None:
+    """Predict memory, communication and step time of a run on many GPUs; needs none."""
+    from fastrm.config import load_config
+    from fastrm.plan.command import plan_run
+
+    plan_run(
+        load_config(config, overrides or []), gpus, gpu, num_pairs=pairs, imbalance=imbalance, nvlink_gbs=nvlink_gbs,
+        network_gbs=network_gbs, latency_us=latency_us, overlap=overlap, rate_share=rate_share, reserve_gb=reserve_gb,
+        results=results, json_out=json_out, png_out=png_out,
+    )  # fmt: skip
 
 
 @app.command()
@@ -128,7 +166,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except FastrmError as error:
-        code = _fail(error.exit_code, type(error).__name__, str(error))
+        code = _fail(error.exit_code, getattr(error, "kind", type(error).__name__), str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = _fail(75, "Interrupted", "stopped by Ctrl-C; nothing was written")
     except typer.Exit as leave:
@@ -140,12 +178,16 @@ def main() -> None:
         if hasattr(error, "format_message"):
             code = _fail(64, "UsageError", f"{error.format_message().rstrip('.')}; see fastrm --help")
         else:
-            traceback.print_exc()
-            code = _fail(70, type(error).__name__, f"internal error: {error}; please report it with the lines above")
+            message = f"internal error: {error}; please report it with the lines above"
+            code = _fail(70, type(error).__name__, message, traceback.format_exc())
     sys.exit(code or 0)
 
 
-def _fail(code: int, kind: str, message: str) -> int:
+def _fail(code: int, kind: str, message: str, trace: str = "") -> int:
+    if report := os.environ.get("FASTRM_FAILURE"):  # one of several processes: the one that watches speaks for all
+        Path(report).write_text(json.dumps({"error": kind, "message": message, "trace": trace}))
+        return code
+    sys.stderr.write(trace)
     print(f"error: {message}", file=sys.stderr)
     print(json.dumps({"exit_code": code, "error": kind, "message": message}), file=sys.stderr)
     return code

@@ -1,8 +1,8 @@
 """Errors that a user can act on, each with the exit code of the command that meets it.
 
 A message says what went wrong, where, what was found, what was wanted and what to do next. The
-codes follow sysexits.h where it has one: 64 usage or configuration, 65 data, 70 internal,
-74 input/output; 75 interrupted (resume) and 76 diverged are ours.
+codes follow sysexits.h where it has one: 64 usage or configuration, 65 data, 70 internal, 71 a
+process was lost, 74 input/output; 75 interrupted (resume) and 76 diverged are ours.
 """
 
 
@@ -40,6 +40,16 @@ class DivergedError(FastrmError):
     """Loss or gradients stayed non-finite. Weights and checkpoints are those of the last good step."""
 
     exit_code = 76
+
+
+class RankFailure(FastrmError):
+    """One of several processes was lost, or ended with an error, which then gives its kind and its exit code."""
+
+    exit_code = 71
+
+    def __init__(self, message: str, kind: str = "RankFailure", exit_code: int = 71):
+        super().__init__(message)
+        self.kind, self.exit_code = kind, exit_code
 
 
 class RecordError(Exception):

@@ -14,7 +14,7 @@ from fastrm.data.plan import Bundle, StepDivision, divide_step
 from fastrm.data.prepare import GroupImage, PreparedGroup, encode_group
 from fastrm.data.tree import build_tree
 from fastrm.model.architectures import find_architecture, meta_network
-from fastrm.train.cost import Workload, step_flops
+from fastrm.plan.flops import Workload, step_flops
 from fastrm.train.step_cost import make_cost_model
 from support import FAMILIES, make_image, make_model, make_record, pack_of
 

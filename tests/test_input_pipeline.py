@@ -130,6 +130,8 @@ def test_images_of_a_pack_stand_in_their_order():
     stock = network.encoder.image_processor(images=images, return_tensors="pt")
     assert torch.tensor(pack.image_grids).equal(stock["image_grid_thw"])
     assert torch.equal(pack.pixel_values, stock["pixel_values"])
+    assert torch.equal(pack.image_features, torch.arange((2 * 3) + (5 * 1) + (1 * 1)))
+    assert (pack.input_ids[pack.image_rows] == network.encoder.image_token_id).all()
 
 
 def _padded(network, records, multiple):
@@ -172,6 +174,19 @@ def test_a_full_row_gets_no_padding():
     num_tokens = _padded(network, records, 1).num_tokens
     pack = _padded(network, records, num_tokens)
     assert pack.num_padding_tokens == 0 and len(pack.lengths) == len(_padded(network, records, 1).lengths)
+
+
+def test_padding_is_a_tree_of_its_own():
+    network = make_model("qwen2_5_vl")
+    records = [make_record(1), make_record(2)]
+    plain, pack = _padded(network, records, 1), _padded(network, records, 64)
+    count = pack.num_padding_tokens
+    assert pack.lengths == [*plain.lengths, count] and pack.parents == [*plain.parents, -1]
+    assert torch.equal(pack.position_ids, torch.cat([plain.position_ids, torch.arange(count).expand(3, -1)], dim=1))
+    assert torch.equal(pack.input_ids[:-count], plain.input_ids)
+    before = network(pack)
+    pack.input_ids[-count:] = 7
+    assert torch.equal(network(pack), before)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

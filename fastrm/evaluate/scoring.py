@@ -6,24 +6,40 @@ import torch
 
 from fastrm.data.loader import LoadedPack, PackBuilder, load_packs
 from fastrm.data.packing import Pack
-from fastrm.data.plan import plan_once
+from fastrm.data.plan import PackPlan, plan_once
 from fastrm.data.prepare import PreparedGroup, encode_group
 from fastrm.data.record import Record
 from fastrm.data.sources.groups import group_record
 from fastrm.errors import DataError, RecordError
 from fastrm.model.network import RewardNetwork
 
-Forward = Callable[[Pack], torch.Tensor]
+Forward = Callable[[Pack | None], torch.Tensor | None]
 
 
 def run_packs(
-    forward: Forward, builder: PackBuilder, groups: Sequence[PreparedGroup], budget: int, num_workers: int = 0
+    forward: Forward,
+    builder: PackBuilder,
+    groups: Sequence[PreparedGroup],
+    budget: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Iterator[tuple[LoadedPack, torch.Tensor | None]]:
-    """Every group once, without gradients, with rewards (R,) on the CPU; None if all were refused."""
+    """Every group once, without gradients, with rewards (R,) on the CPU; None if all were refused.
+
+    Of several ranks each does its part of the packs. They are the same packs as on one, and every rank
+    calls `forward` equally often: with None where it has no pack.
+    """
+    plans = plan_once(groups, budget)
+    plans += [PackPlan((), len(groups), False)] * (-len(plans) % num_ranks)
     with torch.no_grad():
-        for loaded in load_packs(builder, plan_once(groups, budget), num_workers):
-            rewards = None if loaded.pack is None else forward(loaded.pack).float().cpu()
-            yield loaded, rewards
+        for loaded in load_packs(builder, plans[rank::num_ranks], num_workers):
+            if loaded.pack is not None:
+                yield loaded, forward(loaded.pack).float().cpu()
+                continue
+            if num_ranks > 1:
+                forward(None)
+            yield loaded, None
 
 
 def score_records(

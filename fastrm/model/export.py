@@ -24,14 +24,18 @@ from fastrm.model.network import RewardNetwork
 FORMAT = 1
 
 
-def save_model(model: RewardNetwork, folder: Path) -> None:
-    """Write a network with its processor; `folder` appears, or is replaced, when it is complete."""
+def save_model(model: RewardNetwork, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a network with its processor; `folder` appears, or is replaced, when it is complete.
+
+    Args:
+        state: all weights in the host's memory, where the network itself has only parts of them.
+    """
     from huggingface_hub import save_torch_state_dict
 
     target, folder = folder, folder.with_name(folder.name + ".part")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_torch_state_dict(_untied_state(model), folder, safe_serialization=True)
+    save_torch_state_dict(_untied_state(model) if state is None else state, folder, safe_serialization=True)
     config = model.model.config.to_dict()
     config["num_labels"] = 1
     config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}

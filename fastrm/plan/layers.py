@@ -273,7 +273,9 @@ def merger_tape(rows: Rows, merge: int, width: int, hidden: int, how: Computatio
     return tape
 
 
-def embedding_tape(rows: Rows, vocabulary: int, hidden: int, with_images: bool, how: Computation, trained: bool) -> Tape:
+def embedding_tape(
+    rows: Rows, vocabulary: int, hidden: int, with_images: bool, how: Computation, trained: bool
+) -> Tape:
     """The look-up, and the features of images put into its result. Its gradient is a whole matrix."""
     size = FLOAT * rows.tokens * hidden
     tape = Tape("features", 0)

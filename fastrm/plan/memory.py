@@ -16,6 +16,7 @@ from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.plan.tape import Moment, moments
 from fastrm.train.optim import training_bytes
 
+MODES = ("none", "selective", "full")
 # DeepSpeed's default of stage3_max_live_parameters: gathered weights that stay before some are let go.
 LIVE_PARAMETERS = 10**9
 
@@ -97,9 +98,7 @@ def _share(num_elements: int, num_gpus: int) -> int:
     return -(-num_elements // num_gpus)
 
 
-def peak_memory(
-    network: RewardNetwork, config: Config, rows: Rows, how: Computation, num_gpus: int = 1
-) -> PeakMemory:
+def peak_memory(network: RewardNetwork, config: Config, rows: Rows, how: Computation, num_gpus: int = 1) -> PeakMemory:
     """What one GPU holds at its fullest moment in a step of packs of these rows.
 
     Args:
@@ -131,6 +130,16 @@ def full_pack(config: Config, load: Workload, network: RewardNetwork) -> Rows:
     keys = round(num_groups * 2 * (load.prompt_tokens + load.response_tokens))
     patches = round(num_groups * load.image_tokens) * patches_per_token(network)
     return Rows(tokens, keys if share else tokens, round(2 * num_groups), keys, patches)
+
+
+def peak_of(config: Config, num_gpus: int, network: RewardNetwork, load: Workload, num_packs: int = 2) -> PeakMemory:
+    """Peak of one GPU with packs as large as they may be, of groups as in `load`.
+
+    Args:
+        num_packs: of a step on each rank; only whether it is more than one counts.
+    """
+    rows = full_pack(config, load, network)
+    return peak_memory(network, config, rows, gpu_computation(config, num_packs), num_gpus)
 
 
 def gpu_computation(config: Config, num_packs: int) -> Computation:

@@ -33,14 +33,12 @@ def network_parts(network: RewardNetwork, config: Config, rows: Rows, how: Compu
     return parts + _language_parts(network, config, rows, how, any(part.trained for part in parts))
 
 
-def _language_parts(
-    network: RewardNetwork, config: Config, rows: Rows, how: Computation, reached: bool
-) -> list[Part]:
+def _language_parts(network: RewardNetwork, config: Config, rows: Rows, how: Computation, reached: bool) -> list[Part]:
     language = language_of(network)
     sizes = language_sizes(network)
     trained = _is_trained(language)
     embeddings = language.embed_tokens.weight
-    mode = config.model.activation_checkpointing
+    mode = _checkpointing(config)
     *layers, last = language.layers
     embedding = embedding_tape(rows, *embeddings.shape, rows.patches > 0, how, embeddings.requires_grad)
     # Tables of the rotary embedding, which all layers read.
@@ -52,7 +50,8 @@ def _language_parts(
             "decoder layer", decoder_tape(sizes, rows, how, trained), reached, _gradient_bytes(layers[0]), mode,
             len(layers), held=tables,
         ),
-        Part("last layer", last_decoder_tape(sizes, rows, how, trained), reached, _gradient_bytes(last), mode),
+        Part("last layer", last_decoder_tape(sizes, rows, how, trained), reached, _gradient_bytes(last),
+             config.model.activation_checkpointing),
         Part("head", head_tape(rows, sizes.hidden, config.model.head.layers, how), True, _gradient_bytes(network.score),
              "none"),
     ]  # fmt: skip
@@ -61,19 +60,33 @@ def _language_parts(
 def _vision_parts(network: RewardNetwork, config: Config, rows: Rows, how: Computation) -> list[Part]:
     visual, vision = network.model.visual, network.model.config.vision_config
     sizes, merge = vision_sizes(network), vision.spatial_merge_size
-    values = visual.patch_embed.proj.weight[0].numel()
     in_tower, in_merger = _is_trained(visual.blocks), _is_trained(visual.merger)
-    pixels = FLOAT * rows.patches * values
+    pixels, values = pixel_bytes(network, rows), _patch_values(network)
     tables = 2 * FLOAT * rows.patches * (sizes.hidden // sizes.heads)
     hidden = network.model.config.get_text_config().hidden_size
     return [
         Part("pixels", pixel_tape(rows, values, sizes.hidden, how, in_tower), in_tower,
              _gradient_bytes(visual.patch_embed), "none"),
         Part("vision block", vision_tape(sizes, rows, how, in_tower), in_tower, _gradient_bytes(visual.blocks[0]),
-             config.model.activation_checkpointing, len(visual.blocks), held=pixels + tables),
+             _checkpointing(config), len(visual.blocks), held=pixels + tables),
         Part("projector", merger_tape(rows, merge, sizes.hidden, hidden, how, in_merger), in_tower or in_merger,
              _gradient_bytes(visual.merger), "none", held=pixels + tables),
     ]  # fmt: skip
+
+
+def pixel_bytes(network: RewardNetwork, rows: Rows) -> int:
+    """Of a pack's images as the vision tower takes them, float32."""
+    return FLOAT * rows.patches * _patch_values(network) if network.is_vision else 0
+
+
+def _patch_values(network: RewardNetwork) -> int:
+    return network.model.visual.patch_embed.proj.weight[0].numel()
+
+
+def _checkpointing(config: Config) -> str:
+    """The graphs of torch.compile keep matrix products and attention, and compute the rest again, by themselves."""
+    mode = config.model.activation_checkpointing
+    return "selective" if mode == "none" and config.compile == "layers" else mode
 
 
 def language_sizes(network: RewardNetwork) -> LayerSizes:

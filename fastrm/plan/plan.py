@@ -1,22 +1,25 @@
 """`fastrm plan`: what a run needs on so many GPUs, before there is one."""
 
-from dataclasses import dataclass, field, replace
+import bisect
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.network import RewardNetwork
+from fastrm.model.precision import convert_to_fp8
+from fastrm.plan.advice import Fit, ways, with_settings
 from fastrm.plan.communication import Network
 from fastrm.plan.flops import Flops, Workload, step_flops, typical_workload
 from fastrm.plan.hardware import NETWORK, Gpu
-from fastrm.plan.memory import PeakMemory, full_pack, gpu_computation, peak_memory
+from fastrm.plan.memory import MODES, PeakMemory, full_pack, peak_of
+from fastrm.plan.model import pixel_bytes
 from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.plan.rates import ASSUMED_BANDWIDTH_SHARE, RESULTS, Rate, find_rate
 from fastrm.plan.step_time import StepTime, Work, first_dominated, gpu_counts, step_time
 from fastrm.train.optim import training_bytes
 
-MODES = ("none", "selective", "full")
 # Share of the communication that runs beside the backward pass. DeepSpeed overlaps with ZeRO-3 alone unless told
 # otherwise; how much of it then hides is a guess.
 ASSUMED_OVERLAP = {1: 0.0, 2: 0.0, 3: 0.5}
@@ -52,7 +55,7 @@ class Assumptions:
     latency_s: float = 5e-6
     overlap: float | None = None
     rate_share: float | None = None
-    reserve_bytes: int = 5 * 10**9
+    reserve_bytes: int = 4 * 10**9
     results: Path = RESULTS
 
     def network_of(self, stage: int) -> Network:
@@ -71,20 +74,6 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Peak memory of one way to run.
-
-    Attributes:
-        settings: configuration key -> value, where it differs from the configuration.
-        num_gpus: it runs on.
-    """
-
-    settings: dict[str, str | int]
-    num_gpus: int
-    peak: PeakMemory
-
-
-@dataclass(frozen=True)
 class Plan:
     """Everything that `fastrm plan` finds out; sizes in bytes, times in seconds.
 
@@ -93,10 +82,13 @@ class Plan:
         parameters: by part.
         load: that a step is taken to contain.
         flops: of a step, by part.
+        notes: further assumptions.
         memory: of the configured way; `fits` of all ways.
         steps: on one GPU and on more, the configured number among them.
+        pixel_bytes: of a pack, as float32, while the vision tower runs.
+        largest_pack: tokens of the largest pack that fits; None if none does.
         dominated: least number of GPUs at which communication takes longer than computing; None: none.
-        num_steps: of an epoch.
+        growing, growing_dominated: the same for steps of GROWING_PAIRS pairs for each GPU.
     """
 
     config: Config
@@ -106,14 +98,17 @@ class Plan:
     load: Workload
     flops: dict[str, Flops]
     rate: Rate
+    notes: list[str]
     work: Work
     network: Network
     memory: PeakMemory
+    pixel_bytes: int
     fits: list[Fit]
+    largest_pack: int | None
     steps: list[StepTime]
     dominated: int | None
-    growing: "list[StepTime]" = field(default_factory=list)
-    growing_dominated: int | None = None
+    growing: list[StepTime]
+    growing_dominated: int | None
 
     @property
     def step(self) -> StepTime:
@@ -145,22 +140,48 @@ def make_plan(config: Config, assumptions: Assumptions) -> Plan:
         checkpointing=config.model.activation_checkpointing == "full",
     )  # fmt: skip
     rate = _rate(config, assumptions)
-    work = _work(config, assumptions, network, load, flops, rate)
+    notes = []
+    compute = sum(part.total for part in flops.values()) / rate.flops
+    if config.precision.fp8 != "off" and not rate.measured:
+        share = _fp8_share(config, meta_network(architecture, config.model))
+        faster = assumptions.gpu.fp8 / assumptions.gpu.bf16
+        compute -= (1 - 1 / faster) * share * flops["language"].total / rate.flops
+        notes.append(
+            f"FP8: {share:.0%} of the operations of the language model's matrices, {faster:g} times as fast as in bf16 "
+            "(the datasheet's ratio), ASSUMED; its casts cost nothing"
+        )
+    work = _work(config, assumptions, network, load, compute)
     connection = assumptions.network_of(config.engine.zero_stage)
     counts = gpu_counts(max(LARGEST, assumptions.num_gpus))
     steps = [step_time(work, count, connection) for count in sorted({*counts, assumptions.num_gpus})]
     growing = [step_time(replace(work, num_pairs=GROWING_PAIRS * count), count, connection) for count in counts]
     own = next(step for step in steps if step.num_gpus == assumptions.num_gpus)
-    fits = _fits(config, assumptions.num_gpus, network, load, own.num_packs)
     return Plan(
-        config, assumptions, origin, count_parameters(network), load, flops, rate, work, connection,
-        memory=_fit(config, {}, assumptions.num_gpus, network, load, own.num_packs).peak,
-        fits=fits, steps=steps, dominated=first_dominated(work, connection, counts),
-        growing=growing, growing_dominated=next((step.num_gpus for step in growing if step.dominated), None),
-    )  # fmt: skip
+        config=config,
+        assumptions=assumptions,
+        origin=origin,
+        parameters=count_parameters(network),
+        load=load,
+        flops=flops,
+        rate=rate,
+        notes=notes,
+        work=work,
+        network=connection,
+        memory=peak_of(config, assumptions.num_gpus, network, load, own.num_packs),
+        pixel_bytes=pixel_bytes(network, full_pack(config, load, network)),
+        fits=_fits(config, assumptions.num_gpus, network, load, own.num_packs),
+        largest_pack=_largest_pack(config, assumptions, network, load, own.num_packs),
+        steps=steps,
+        dominated=first_dominated(work, connection, counts),
+        growing=growing,
+        growing_dominated=next((step.num_gpus for step in growing if step.dominated), None),
+    )
 
 
 def _check(config: Config, assumptions: Assumptions) -> None:
+    if config.precision.fp8 != "off" and not assumptions.gpu.fp8:
+        name = assumptions.gpu.name
+        raise ConfigError(f"precision.fp8: {name} has no FP8; add precision.fp8=off, or take another --gpu")
     if assumptions.num_gpus == 1:
         return
     for key, value in (("optim.states", config.optim.states), ("precision.weights", config.precision.weights)):
@@ -180,17 +201,22 @@ def _rate(config: Config, assumptions: Assumptions) -> Rate:
     return find_rate(assumptions.gpu, model, variant, assumptions.rate_share, assumptions.results)
 
 
-def _work(
-    config: Config, assumptions: Assumptions, network: RewardNetwork, load: Workload, flops: dict[str, Flops], rate: Rate
-) -> Work:
+def _fp8_share(config: Config, network: RewardNetwork) -> float:
+    """Share in FP8 of the operations of the language model's matrices. Converts the network."""
+    if config.model.fuse_projections:
+        network.fuse_projections()
+    return convert_to_fp8(network, config.precision.fp8, emulate=True).flops_share
+
+
+def _work(config: Config, assumptions: Assumptions, network: RewardNetwork, load: Workload, compute: float) -> Work:
+    """Args: compute: seconds of a step's forward and backward passes on one GPU."""
     state = training_bytes(network, config)
     total = sum_parameters(count_parameters(network))
     # Weights and moments are read and written, gradients read.
-    trained_weights = state.weights * total.trainable / total.total
-    moved = 2 * trained_weights + state.gradients + 2 * state.states
+    moved = 2 * state.weights * total.trainable / total.total + state.gradients + 2 * state.states
     return Work(
         num_pairs=load.num_pairs,
-        seconds_per_pair=sum(part.total for part in flops.values()) / rate.flops / load.num_pairs,
+        seconds_per_pair=compute / load.num_pairs,
         tokens_per_pair=load.num_tokens(config.data.share_prefixes) / load.num_pairs,
         tokens_per_pack=config.optim.tokens_per_pack,
         update_seconds=moved / (ASSUMED_BANDWIDTH_SHARE * assumptions.gpu.memory_bandwidth),
@@ -202,31 +228,25 @@ def _work(
 
 def _fits(config: Config, num_gpus: int, network: RewardNetwork, load: Workload, num_packs: int) -> list[Fit]:
     """All ways to run on that number of GPUs, and on one alone."""
-    ways = [
-        (1, {"precision.weights": weights, "optim.states": states})
-        for weights in (("fp32", "bf16") if config.precision.dtype == "bf16" else ("fp32",))
-        for states in ("fp32", "8bit")
-    ]
+    found = [(way, 2) for way in ways(config, 1)]
     if num_gpus > 1:
-        ways += [(num_gpus, {"engine.zero_stage": stage}) for stage in (1, 2, 3)]
+        found += [(way, num_packs) for way in ways(config, num_gpus)]
     return [
-        _fit(config, {**way, "model.activation_checkpointing": mode}, count, network, load, num_packs if count > 1 else 2)
-        for count, way in ways
+        Fit(way, mode, peak_of(way.config(config, mode), way.num_gpus, network, load, packs))
+        for way, packs in found
         for mode in MODES
     ]
 
 
-def _fit(config: Config, settings: dict, num_gpus: int, network: RewardNetwork, load: Workload, num_packs: int) -> Fit:
-    changed = with_settings(config, settings)
-    rows = full_pack(changed, load, network)
-    return Fit(settings, num_gpus, peak_memory(network, changed, rows, gpu_computation(changed, num_packs), num_gpus))
+def _largest_pack(
+    config: Config, assumptions: Assumptions, network: RewardNetwork, load: Workload, num_packs: int
+) -> int | None:
+    """Tokens of the largest pack that fits, in whole thousands of 1,024; None if one thousand does not."""
 
+    def fits(thousands: int) -> bool:
+        tokens = 1024 * thousands
+        small = with_settings(config, {"optim.tokens_per_pack": tokens, "data.max_tokens_per_group": tokens})
+        return peak_of(small, assumptions.num_gpus, network, load, num_packs).total <= assumptions.usable_bytes
 
-def with_settings(config: Config, settings: dict[str, str | int]) -> Config:
-    """The configuration with other values for `section.key` names, checked again."""
-    tree = config.model_dump()
-    for key, value in settings.items():
-        section, name = key.split(".")
-        tree[section][name] = value
-    return Config.model_validate(tree)
-
+    found = bisect.bisect_left(range(1, config.optim.tokens_per_pack // 1024 + 1), True, key=lambda n: not fits(n))
+    return 1024 * found or None

@@ -223,6 +223,8 @@ def _initialize(network: RewardNetwork, config: Config):
     os.environ.setdefault("DS_ACCELERATOR", network.device.type)
     import deepspeed
 
+    # Collectives for CPUs that it would compile here, with whatever compiler there is; gloo has its own.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It calls collectives by names that newer versions of torch warn of, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -11,10 +11,14 @@ PLAIN_SECONDS = 10.0
 
 
 class Display:
-    """Progress of preparing and training, on standard error."""
+    """Progress of preparing and training, on standard error.
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+    Args:
+        silent: show nothing, on a process that others speak for.
+    """
+
+    def __init__(self, console: Console | None = None, silent: bool = False):
+        self.console = console or Console(stderr=True, quiet=silent)
         self.poll: Callable[[], None] | None = None
         """Called at every update; may raise to leave long work."""
         self._progress = Progress(

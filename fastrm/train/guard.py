@@ -5,9 +5,12 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastrm.errors import DivergedError, StorageError
+from fastrm.train.ranks import Ranks
 
 # Steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
 MAX_SKIPPED_STEPS = 3
@@ -65,13 +68,32 @@ class RunLock:
         self._file.close()
 
 
+@contextmanager
+def locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the run folder's lock on rank 0.
+
+    Raises:
+        StorageError: on all ranks, as `RunLock`.
+    """
+    locks: list[RunLock] = []
+    ranks.on_first(lambda: locks.append(RunLock(run_dir)))
+    try:
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
+
+
 class StepGuard:
     """Writes incidents.jsonl for skipped steps and stops a run that does nothing else.
 
     A skipped step changed no weight and no moment; its records are named.
+
+    Args:
+        path: of incidents.jsonl; None on a rank that only counts.
     """
 
-    def __init__(self, path: Path, skipped_in_a_row: int = 0):
+    def __init__(self, path: Path | None, skipped_in_a_row: int = 0):
         self._path = path
         self.skipped_in_a_row = skipped_in_a_row
 
@@ -86,11 +108,12 @@ class StepGuard:
             return
         self.skipped_in_a_row += 1
         row = {"step": step, "loss": repr(loss), "grad_norm": repr(grad_norm), "records": records}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise DivergedError(
                 f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite, as in the "
-                f"{MAX_SKIPPED_STEPS - 1} steps before; the records are named in {self._path}; the last checkpoint "
+                f"{MAX_SKIPPED_STEPS - 1} steps before; the records are named in incidents.jsonl; the last checkpoint "
                 "holds finite weights: lower optim.lr, or look at those records"
             )

@@ -1,18 +1,15 @@
 """The training run: steps, evaluations, checkpoints, and an export at the end."""
 
 import json
-import resource
 import shutil
-import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from fastrm.config import Config
-from fastrm.data.loader import LoadedPack, PackBuilder, Waiting, load_packs
+from fastrm.data.loader import LoadedPack, PackBuilder, Refusal, Waiting, load_packs
 from fastrm.data.order import StepOrder
 from fastrm.data.packing import Pack
 from fastrm.data.plan import plan_steps
@@ -21,41 +18,21 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.errors import ConfigError, InterruptedRun, RecordError, StorageError
 from fastrm.evaluate.flips import Flips, compare_fp8
 from fastrm.evaluate.scoring import run_packs
-from fastrm.model.export import save_model
 from fastrm.model.precision import token_multiple
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.display import Display
-from fastrm.train.engine import LocalEngine
-from fastrm.train.guard import RunLock, StepGuard, StopFlag
+from fastrm.train.guard import StepGuard, StopFlag, locked
 from fastrm.train.metrics import MetricsLog, PreferenceMeter, check_loggers, keep_rows, read_rows
 from fastrm.train.optim import learning_rate
-from fastrm.train.report import draw_report, summary_table
+from fastrm.train.progress import Progress, StepReport
+from fastrm.train.ranks import Ranks, joined
+from fastrm.train.report import draw_report, peak_memory_bytes, summary_table, versions
 from fastrm.train.resume import check_config, find_start
-from fastrm.train.setup import Job, set_up
+from fastrm.train.setup import Job, export_model, make_engine, set_up
+from fastrm.train.step_cost import make_cost_model
 
 # Saves in a row that may fail, for a full disk say, before the run stops.
 MAX_FAILED_SAVES = 3
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds besides tensors. `position` alone says where the data stands."""
-
-    step: int = 0
-    position: int = 0
-    preferences: int = 0
-    tokens_processed: int = 0
-    tokens_unshared: int = 0
-    train_seconds: float = 0.0
-    skipped_in_a_row: int = 0
-    best_accuracy: float | None = None
-    best_checkpoint: str | None = None
-    last_eval: dict = field(default_factory=dict)
-    # The row of metrics.jsonl that is being collected: a resumed run writes the same one.
-    window_losses: list[list[float]] = field(default_factory=list)  # (loss, gradient norm) of each step
-    window_meter: dict = field(default_factory=dict)
-    window_seconds: float = 0.0
-    window_wait_seconds: float = 0.0  # of these, waiting for packs
 
 
 def train(config: Config, resume: str = "no", display: Display | None = None) -> dict:
@@ -69,16 +46,22 @@ def train(config: Config, resume: str = "no", display: Display | None = None) ->
         FastrmError: another subclass, for everything else that stops a run.
     """
     run_dir = Path(config.run.dir)
-    lock = RunLock(run_dir)
-    try:
-        with StopFlag() as stop, display or Display() as shown:
-            start = find_start(run_dir, resume, shown.say)
-            if start is None:
-                _clear_failed_start(run_dir)
-            with Quarantine(run_dir / "quarantine.jsonl") as quarantine:
-                return _Run(config, run_dir, start, quarantine, shown, stop).to_the_end()
-    finally:
-        lock.release()
+    with (
+        StopFlag() as stop,
+        joined(config.run.device) as ranks,
+        locked(run_dir, ranks),
+        display or Display(silent=not ranks.is_first) as shown,
+    ):
+        start = ranks.on_first(lambda: _find_start(run_dir, resume, shown))
+        with Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None) as quarantine:
+            return _Run(config, run_dir, start, quarantine, shown, stop, ranks).to_the_end()
+
+
+def _find_start(run_dir: Path, resume: str, display: Display) -> Path | None:
+    start = find_start(run_dir, resume, display.say)
+    if start is None:
+        _clear_failed_start(run_dir)
+    return start
 
 
 def _clear_failed_start(run_dir: Path) -> None:
@@ -99,14 +82,15 @@ class _Run:
         quarantine: Quarantine,
         display: Display,
         stop: StopFlag,
+        ranks: Ranks,
     ):
         self.config, self.run_dir, self.quarantine = config, run_dir, quarantine
-        self.display, self.stop = display, stop
+        self.display, self.stop, self.ranks = display, stop, ranks
         check_loggers(config.run.report_to)
         display.poll = self._leave_before_the_first_step
-        self.job: Job = set_up(config, run_dir, quarantine, display)
+        self.job: Job = set_up(config, run_dir, quarantine, display, ranks)
         display.poll = None
-        self.engine = LocalEngine(self.job.network, config)
+        self.engine = make_engine(self.job.network, config, ranks)
         self.progress = Progress()
         if start is not None:
             self._restore(start)
@@ -115,18 +99,23 @@ class _Run:
         )
         epochs = range(config.run.epochs)
         self.num_steps = config.run.max_steps or sum(self.order.steps_in_epoch(epoch) for epoch in epochs)
-        (run_dir / "config.yaml").write_text(config.to_yaml())
-        self.log = MetricsLog(
-            run_dir / "metrics.jsonl", self.progress, config.run.report_to, run_dir, config.model_dump(mode="json")
-        )
-        keep_rows(run_dir / "incidents.jsonl", lambda row: row["step"] <= self.progress.step)
-        self.guard = StepGuard(run_dir / "incidents.jsonl", self.progress.skipped_in_a_row)
+        self.log: MetricsLog | None = None
+        incidents = run_dir / "incidents.jsonl"
+        if ranks.is_first:
+            (run_dir / "config.yaml").write_text(config.to_yaml())
+            self.log = MetricsLog(
+                run_dir / "metrics.jsonl", self.progress, config.run.report_to, run_dir, config.model_dump(mode="json")
+            )
+            keep_rows(incidents, lambda row: row["step"] <= self.progress.step)
+        self.guard = StepGuard(incidents if ranks.is_first else None, self.progress.skipped_in_a_row)
         self.meter, self.saved_step = PreferenceMeter(), self.progress.step if start else -1
         if self.progress.window_meter:
             self.meter.restore(self.progress.window_meter)
         self.failed_saves = 0
-        self.step_meter = PreferenceMeter()  # of the step under way
-        self.step_rewards: list[tuple[Pack, torch.Tensor]] = []  # the same, until its update
+        # Of the step under way, until its update: packs of this rank with their rewards, and what it refused.
+        self.step_rewards: list[tuple[Pack, torch.Tensor]] = []
+        self.step_refusals: list[Refusal] = []
+        self.must_stop = False  # by the last step's reports, on all ranks alike
         self._announce(start)
 
     def to_the_end(self) -> dict:
@@ -140,7 +129,8 @@ class _Run:
             self._save()
             return summary
         finally:
-            self.log.close()
+            if self.log is not None:
+                self.log.close()
 
     def _steps(self) -> None:
         if self.progress.step >= self.num_steps:
@@ -150,13 +140,18 @@ class _Run:
             self._evaluate_and_save_when_due()
         update = self.display.task("training")
         groups, data = self.job.train.groups, self.config.data
-        plans = plan_steps(groups, self.order, self.progress.position, self.config.optim.tokens_per_pack)
+        cost = make_cost_model(self.job.network.model.config, self.config.model)
+        plans = plan_steps(
+            groups, self.order, self.progress.position, self.config.optim.tokens_per_pack,
+            rank=self.ranks.rank, num_ranks=self.ranks.num_ranks, cost=cost,
+        )  # fmt: skip
         builder = self._builder(self.job.train)
         members: list[int] = []
         waiting, pin = Waiting(), self.job.network.device.type != "cpu"
         step_started = time.perf_counter()
         for loaded in load_packs(builder, plans, data.num_workers, pin_memory=pin, waiting=waiting):
-            if self.stop.signal:
+            # Alone, a run stops inside a step; several ranks at its end, when they have told one another.
+            if self.must_stop or (self.stop.signal and self.ranks.num_ranks == 1):
                 self._interrupt()
             members += loaded.plan.groups
             self._accumulate(loaded)
@@ -182,34 +177,45 @@ class _Run:
         return PackBuilder(records, network.encoder, share, multiple=multiple, finish=network.planner)
 
     def _accumulate(self, loaded: LoadedPack) -> None:
-        self._note_refusals(loaded, self.job.train)
-        if loaded.pack is None:
-            return
+        self._note_refusals(loaded.refused, self.job.train)
+        self.step_refusals += loaded.refused
         rewards = self.engine.accumulate(loaded.pack)
-        # Patches are most of a pack, and no longer needed; nor are layouts, whose tensors may be open files.
-        self.step_rewards.append((replace(loaded.pack, patches=None, prepared=None), rewards))
+        if loaded.pack is not None:
+            # Patches are most of a pack, and no longer needed; nor are layouts, whose tensors may be open files.
+            self.step_rewards.append((replace(loaded.pack, patches=None, prepared=None), rewards))
 
     def _update(self, position: int, members: list[int]) -> None:
         """Take the optimizer step, and only then count it: half a step has processed nothing."""
         rate = learning_rate(self.progress.step, self.num_steps, self.config.optim)
         done = self.engine.update(rate, self.progress.step)
-        for pack, rewards in self.step_rewards:
-            self.step_meter.add(pack, rewards)
-        self.step_rewards.clear()
+        step_meter, reports = self._exchange_reports(members)
         self.progress.step += 1
         self.progress.position = position
-        self.progress.preferences += self.step_meter.num_preferences
-        self.progress.tokens_processed += self.step_meter.num_tokens
-        self.progress.tokens_unshared += self.step_meter.num_unshared_tokens
-        self.meter.merge(self.step_meter)
-        self.step_meter.clear()
+        self.progress.preferences += step_meter.num_preferences
+        self.progress.tokens_processed += step_meter.num_tokens
+        self.progress.tokens_unshared += step_meter.num_unshared_tokens
+        self.meter.merge(step_meter)
         self.progress.window_losses.append([done.loss, done.grad_norm])
         groups = self.job.train.groups
-        names = [origin for number in members for origin, _ in groups[number].members]
+        names = [origin for report in reports for n in report.members for origin, _ in groups[n].members]
         try:
             self.guard.after_step(self.progress.step, done.finite, done.loss, done.grad_norm, names)
         finally:
             self.progress.skipped_in_a_row = self.guard.skipped_in_a_row
+
+    def _exchange_reports(self, members: list[int]) -> tuple[PreferenceMeter, list[StepReport]]:
+        """What all ranks have counted in the step, and each one's report."""
+        meter = PreferenceMeter()
+        for pack, rewards in self.step_rewards:
+            meter.add(pack, rewards)
+        reports = self.ranks.gather(StepReport(members, meter, self.step_refusals, self.stop.signal is not None))
+        self.step_rewards, self.step_refusals = [], []
+        total = PreferenceMeter()
+        for report in reports:
+            total.merge(report.meter)
+            self._note_refusals(report.refused, self.job.train)
+        self.must_stop = any(report.stop for report in reports)
+        return total, reports
 
     def _log_row(self) -> str:
         losses, seconds = self.progress.window_losses, self.progress.window_seconds
@@ -224,7 +230,7 @@ class _Run:
             "tokens_per_second": self.meter.num_tokens / seconds,
             "data_wait_share": self.progress.window_wait_seconds / seconds,
         }
-        self.log.write(row)
+        self._write(row)
         self.meter.clear()
         losses.clear()
         self.progress.window_seconds = self.progress.window_wait_seconds = 0.0
@@ -246,20 +252,26 @@ class _Run:
     def _evaluate(self) -> None:
         network, prepared, config = self.job.network.eval(), self.job.eval, self.config
         builder = self._builder(prepared)
-        meter, loss, weight = PreferenceMeter(), 0.0, 0.0
+        mine, refused, loss, weight = PreferenceMeter(), [], 0.0, 0.0
         packs = run_packs(
-            self.engine.rewards, builder, prepared.groups, config.optim.tokens_per_pack, config.data.num_workers
-        )
+            self.engine.rewards, builder, prepared.groups, config.optim.tokens_per_pack, config.data.num_workers,
+            self.ranks.rank, self.ranks.num_ranks,
+        )  # fmt: skip
         for loaded, rewards in packs:
-            if self.stop.signal:
+            if self.ranks.any(self.stop.signal is not None):
                 network.train()
                 self._interrupt()
-            self._note_refusals(loaded, prepared)
+            refused += loaded.refused
             if loaded.pack is not None:
-                meter.add(loaded.pack, rewards)
+                mine.add(loaded.pack, rewards)
                 pack_weight = float(loaded.pack.weight.sum())
                 loss += float(self.engine.loss(rewards, loaded.pack)) * pack_weight
                 weight += pack_weight
+        meter, reports = PreferenceMeter(), self.ranks.gather((mine, refused, loss, weight))
+        for counted, named, _, _ in reports:
+            meter.merge(counted)
+            self._note_refusals(named, prepared)
+        loss, weight = (sum(report[part] for report in reports) for part in (2, 3))
         network.train()
         row = {
             "step": self.progress.step,
@@ -268,7 +280,7 @@ class _Run:
             "eval/margin": meter.means()["rewards/margins"],
             "eval/sources": meter.by_source(),
         }
-        self.log.write(row)
+        self._write(row)
         self.saved_step = -1  # a checkpoint of this step does not hold the evaluation yet
         self.display.say(f"step {row['step']:,}: held-out accuracy {meter.accuracy:.4f}, loss {row['eval/loss']:.4f}")
         self.progress.last_eval = row
@@ -316,9 +328,10 @@ class _Run:
             "data_fingerprint": self.job.train.fingerprint,
             "versions": versions(),
         }
-        save_checkpoint(folder, self.progress.step, self.engine, state)
+        save_checkpoint(folder, self.progress.step, self.engine, state, self.ranks)
         self.saved_step = self.progress.step
-        prune(folder, self.config.run.keep_checkpoints, self.progress.best_checkpoint)
+        if self.ranks.is_first:
+            prune(folder, self.config.run.keep_checkpoints, self.progress.best_checkpoint)
 
     def _restore(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / "state.json").read_text())
@@ -332,34 +345,42 @@ class _Run:
         self.progress = Progress(**state["progress"])
         if state["config"]["data"]["eval"] != self.config.model_dump(mode="json")["data"]["eval"]:
             self.progress.last_eval, self.progress.best_accuracy, self.progress.best_checkpoint = {}, None, None
-        set_newer_aside(self.run_dir / "checkpoints", self.progress.step)
+        if self.ranks.is_first:
+            set_newer_aside(self.run_dir / "checkpoints", self.progress.step)
 
     def _interrupt(self) -> None:
         self.engine.discard()
         self._save()
+        signal = next(filter(None, self.ranks.gather(self.stop.signal)))
         raise InterruptedRun(
-            f"stopped by {self.stop.signal} after step {self.progress.step}; checkpoint saved; continue with "
-            "--resume auto"
+            f"stopped by {signal} after step {self.progress.step}; checkpoint saved; continue with --resume auto"
         )
 
     def _leave_if_stopped(self) -> None:
-        if self.stop.signal:
+        if self.ranks.any(self.stop.signal is not None):
             self._interrupt()
 
     def _leave_before_the_first_step(self) -> None:
         if self.stop.signal:
             raise InterruptedRun(f"stopped by {self.stop.signal} before the first step; start again with --resume auto")
 
-    def _note_refusals(self, loaded: LoadedPack, prepared) -> None:
-        for refusal in loaded.refused:
+    def _write(self, row: dict) -> None:
+        if self.log is not None:
+            self.log.write(row)
+
+    def _note_refusals(self, refused: list[Refusal], prepared: PreparedSet) -> None:
+        for refusal in refused:
             group = prepared.groups[refusal.group]
             refuse(self.quarantine, group.record.source, group.members, RecordError(refusal.code, refusal.message))
 
     def _announce(self, start: Path | None) -> None:
         job, say = self.job, self.display.say
-        parameters = sum(p.numel() for p in job.network.parameters())
-        trainable = sum(p.numel() for p in job.network.parameters() if p.requires_grad)
+        # Of weights that are divided over ranks, this one holds a part.
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in job.network.parameters()]
+        parameters, trainable = (sum(size for size, trained in sizes if trained or all) for all in (True, False))
         say(f"model: {parameters:,} parameters, {trainable:,} trained, on {job.network.device}")
+        if self.ranks.num_ranks > 1:
+            say(f"processes: {self.ranks.num_ranks}, DeepSpeed ZeRO stage {self.config.engine.zero_stage}")
         for part, (choice, why) in (("attention", job.network.attention), ("head and loss", job.network.head_kernels)):
             say(f"{part}: {choice} ({why})")
         for line in job.network.fp8.lines(self.config.compile == "layers") if job.network.fp8 else ():
@@ -374,7 +395,7 @@ class _Run:
             say(f"resumed from {start}")
 
     def _finish(self, flips: Flips | None) -> dict:
-        save_model(self.job.network, self.run_dir / "model")
+        export_model(self.engine, self.run_dir / "model", self.ranks)
         progress = self.progress
         summary = {
             "eval_accuracy": progress.last_eval.get("eval/accuracy"),
@@ -384,34 +405,26 @@ class _Run:
             "tokens_unshared": progress.tokens_unshared,
             "train_seconds": progress.train_seconds,
             "preferences_per_second": progress.preferences / max(progress.train_seconds, 1e-9),
-            "peak_memory_bytes": peak_memory_bytes(self.job.network.device),
+            "num_processes": self.ranks.num_ranks,
+            "peak_memory_bytes": max(self.ranks.gather(peak_memory_bytes(self.job.network.device))),
             "quarantined": self.quarantine.total,
             "eval_by_source": progress.last_eval.get("eval/sources", {}),
             "fp8_flip_rate": flips.rate if flips else None,
             "best_checkpoint": progress.best_checkpoint,
             "versions": versions(),
         }
+        if self.ranks.is_first:
+            self._leave_report(summary)
+        return summary
+
+    def _leave_report(self, summary: dict) -> None:
         (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         rows = read_rows(self.run_dir / "metrics.jsonl")
         draw_report(
             [row for row in rows if "loss" in row],
             [row for row in rows if "eval/accuracy" in row],
             self.run_dir / "report.png",
-            f"{self.run_dir.name}: {progress.step:,} steps, {progress.preferences:,} preferences",
+            f"{self.run_dir.name}: {summary['steps']:,} steps, {summary['preferences']:,} preferences",
         )
         self.display.console.print(summary_table(summary, summary["eval_by_source"]))
         self.display.say(f"model, report.png and summary.json are in {self.run_dir}")
-        return summary
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of this process: allocated CUDA memory, or resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def versions() -> dict[str, str]:
-    names = ("fastrm", "torch", "transformers", "tokenizers", "numpy", "pillow")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}

@@ -6,7 +6,8 @@ stop, what each has counted, what the first has found on the disk.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -85,6 +86,16 @@ ALONE = Ranks()
 def is_launched() -> bool:
     """Was this process started as a rank, by `fastrm train`, torchrun or the deepspeed launcher?"""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined(requested: str) -> Iterator[Ranks]:
+    """Among the other ranks, until the block ends."""
+    ranks = join(requested)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
 
 
 def join(requested: str) -> Ranks:

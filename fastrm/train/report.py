@@ -1,7 +1,11 @@
-"""The end of a run for people: a table, and report.png."""
+"""The end of a run for people: a table, report.png, and what the run ran on."""
 
+import resource
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 
@@ -73,3 +77,16 @@ def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
     table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB")
     table.add_row("records in quarantine", f"{summary['quarantined']:,}")
     return table
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of this process: allocated CUDA memory, or resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def versions() -> dict[str, str]:
+    names = ("fastrm", "torch", "transformers", "tokenizers", "numpy", "pillow")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}

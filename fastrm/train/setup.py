@@ -13,10 +13,20 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record
 from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
 from fastrm.errors import ConfigError
-from fastrm.model.export import check_same_head, has_head, load_backbone, load_head, make_encoder
+from fastrm.model.export import (
+    check_same_head,
+    has_head,
+    host_copy,
+    load_backbone,
+    load_head,
+    make_encoder,
+    save_model,
+)
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8
 from fastrm.train.display import Display
+from fastrm.train.engine import LocalEngine
+from fastrm.train.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -29,8 +39,8 @@ class Job:
     eval: PreparedSet | None
 
 
-def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Display) -> Job:
-    """Read the data, make the tokeniser and the network, and prepare the groups.
+def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Display, ranks: Ranks = ALONE) -> Job:
+    """Read the data, make the tokeniser and the network, and prepare the groups; on all ranks.
 
     Raises:
         ConfigError, DataError, StorageError: whatever is wrong with what the configuration names.
@@ -40,6 +50,8 @@ def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Displ
     records = {}
     for split, sources in (("train", config.data.train), ("eval", config.data.eval)):
         records[split] = list(display.count(f"reading {split} records", read_records(sources, quarantine)))
+    if ranks.num_ranks > 1 and isinstance(config.model.tokenizer, TrainedTokenizer):
+        ranks.on_first(lambda: keep_tokenizer(config.model.tokenizer, records["train"], run_dir))
     tokenizer = make_tokenizer(config, records["train"], run_dir)
     network = make_network(config, tokenizer)
     prepared = {
@@ -55,13 +67,18 @@ def make_tokenizer(config: Config, records: Iterable[Record], run_dir: Path):
     settings = config.model.tokenizer
     if not isinstance(settings, TrainedTokenizer):
         return load_tokenizer(settings or config.model.path)
+    return load_tokenizer(str(keep_tokenizer(settings, records, run_dir)))
+
+
+def keep_tokenizer(settings: TrainedTokenizer, records: Iterable[Record], run_dir: Path) -> Path:
+    """The folder of the run's trained tokeniser, which is trained if it is not there yet."""
     kept = run_dir / "tokenizer"
     if not kept.exists():
         conversations = (response.messages for record in records for response in record.responses)
         partial = run_dir / "tokenizer.part"
         train_tokenizer(conversations, settings.train_vocab_size).save_pretrained(partial)
         partial.rename(kept)
-    return load_tokenizer(str(kept))
+    return kept
 
 
 def make_network(config: Config, tokenizer) -> RewardNetwork:
@@ -91,3 +108,25 @@ def make_network(config: Config, tokenizer) -> RewardNetwork:
     network.use_kernels(dtype, kernels=config.kernels, attention=settings.attention)
     network.use_activation_checkpointing(settings.activation_checkpointing)
     return network.train()
+
+
+def make_engine(network: RewardNetwork, config: Config, ranks: Ranks):
+    """The engine for one process, or for this rank of several.
+
+    Raises:
+        ConfigError: for what is not possible on several ranks.
+    """
+    if ranks.num_ranks == 1:
+        return LocalEngine(network, config)
+    from fastrm.train.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(network, config)
+
+
+def export_model(engine, folder: Path, ranks: Ranks = ALONE) -> None:
+    """Write the whole model as stock files; called on all ranks, of which the first holds and writes it."""
+    state = {}
+    for name, tensor in engine.model_tensors():
+        if ranks.is_first:
+            state[name] = host_copy(tensor)
+    ranks.on_first(lambda: save_model(engine.network, folder, state))

@@ -1,0 +1,72 @@
+"""What `fastrm plan` does with its options."""
+
+import json
+from pathlib import Path
+
+from fastrm.config import Config
+from fastrm.plan.console import make_console, say
+from fastrm.plan.hardware import find_gpu
+from fastrm.plan.inputs import count_preferences
+from fastrm.plan.plan import Assumptions, Plan, make_plan
+from fastrm.plan.report import as_json, print_plan
+
+# Of configs/full.yaml (arXiv 2509.16127).
+RECIPE_PAIRS = 2_850_000
+
+
+def plan_run(
+    config: Config,
+    num_gpus: int,
+    gpu: str,
+    *,
+    num_pairs: int | None = None,
+    imbalance: float = 1.05,
+    nvlink_gbs: float | None = None,
+    network_gbs: float | None = None,
+    latency_us: float = 5.0,
+    overlap: float | None = None,
+    rate_share: float | None = None,
+    reserve_gb: float = 4.0,
+    results: Path,
+    json_out: Path | None = None,
+    png_out: Path | None = None,
+) -> Plan:
+    """Make a plan, print it, and write it to files if they are named. Units are in the names.
+
+    Raises:
+        ConfigError: as `make_plan`, or for an unknown GPU.
+    """
+    found_gpu = find_gpu(gpu)
+    num_pairs, origin = _pairs(config, num_pairs)
+    plan = make_plan(
+        config,
+        Assumptions(
+            num_gpus, found_gpu, num_pairs, origin, imbalance,
+            nvlink=None if nvlink_gbs is None else nvlink_gbs * 1e9,
+            network=None if network_gbs is None else network_gbs * 1e9,
+            latency_s=latency_us * 1e-6, overlap=overlap, rate_share=rate_share,
+            reserve_bytes=round(reserve_gb * 1e9), results=results,
+        ),
+    )  # fmt: skip
+    console = make_console()
+    print_plan(plan, console)
+    if json_out is not None:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        json_out.write_text(json.dumps(as_json(plan), indent=1) + "\n", encoding="utf-8")
+    if png_out is not None:
+        from fastrm.plan.picture import draw_plan
+
+        draw_plan(plan, png_out)
+    for file in filter(None, (json_out, png_out)):
+        say(console, f"written: {file}")
+    return plan
+
+
+def _pairs(config: Config, given: int | None) -> tuple[int, str]:
+    """Pairs of an epoch, and where the number comes from."""
+    if given is not None:
+        return given, "--pairs"
+    counted = count_preferences(config)
+    if counted is not None:
+        return counted, "counted in data.train"
+    return RECIPE_PAIRS, "ASSUMED, as in the BaseReward recipe: data.train is missing here or large; set --pairs"

@@ -1,0 +1,130 @@
+"""`fastrm train --dry-run`: check what can be checked without weights and data, and size the run.
+
+Nothing is downloaded, read or written. A missing input does not end a dry run; it is listed. What a
+step costs depends on data that may not be here, so it is computed for a stated, typical group.
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+from fastrm.config import Config
+from fastrm.model.architectures import find_architecture, meta_network
+from fastrm.model.network import RewardNetwork
+from fastrm.plan.advice import ways
+from fastrm.plan.console import gib, make_console, make_table, peta, say, show
+from fastrm.plan.flops import Workload, step_flops, typical_workload
+from fastrm.plan.inputs import check_inputs
+from fastrm.plan.memory import MODES, peak_of
+from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
+
+GPU_COUNTS = (1, 8, 64)
+
+
+def dry_run(config: Config, console: Console | None = None) -> dict:
+    """Print inputs, parameters, memory and operations of a run on standard output.
+
+    Returns:
+        {"inputs": [(name, state, detail)], "parameters", "memory", "step"}, in bytes and operations;
+        the last three are missing if nothing here knows the model's architecture.
+
+    Raises:
+        ConfigError: if the model's family, its config or model.freeze cannot work.
+    """
+    console = console or make_console()
+    report: dict = {"inputs": check_inputs(config)}
+    _print_inputs(console, report["inputs"])
+    try:
+        architecture, origin = find_architecture(config.model)
+    except LookupError as error:
+        say(console, f"Model not sized: {error.args[0]}.")
+    else:
+        network = meta_network(architecture, config.model)
+        report |= _size(config, network)
+        print_parameters(console, report["parameters"], origin)
+        _print_memory(console, report["memory"], config)
+        _print_step(console, report["step"], config)
+    num_missing = sum(state == "missing" for _, state, _ in report["inputs"])
+    here = f"{num_missing} of {len(report['inputs'])} inputs are missing here" if num_missing else "its inputs are here"
+    say(console, f"The configuration is valid; {here}.")
+    return report
+
+
+def _size(config: Config, network: RewardNetwork) -> dict:
+    load = typical_workload(config, network)
+    return {
+        "parameters": count_parameters(network),
+        "memory": {
+            way.label: {mode: peak_of(way.config(config, mode), way.num_gpus, network, load) for mode in MODES}
+            for count in GPU_COUNTS
+            for way in ways(config, count)
+        },
+        "step": {"workload": load, "ways": _ways(config, network, load)},
+    }
+
+
+def _ways(config: Config, network: RewardNetwork, load: Workload) -> dict[str, dict]:
+    """Tokens, images and operations of a step, for a stock pairwise trainer and for this one."""
+    share = config.data.share_prefixes
+    found = {"stock pairwise": {"shared": False, "images_once": False, "pruned": False}}
+    if share:
+        found["shared prompts"] = {"shared": True, "images_once": True, "pruned": False}
+    found["fastrm"] = {"shared": share, "images_once": True, "pruned": True}
+    checkpointing = config.model.activation_checkpointing == "full"
+    return {
+        name: {
+            "tokens": load.num_tokens(way["shared"]),
+            "images": load.num_pairs * (1 if way["images_once"] else 2) * (load.image_tokens > 0),
+            "flops": step_flops(network, load, **way, checkpointing=checkpointing),
+        }
+        for name, way in found.items()
+    }
+
+
+def _print_inputs(console: Console, inputs: list[tuple[str, str, str]]) -> None:
+    table = Table()
+    for column in ("key", "state", "detail"):
+        table.add_column(column, overflow="fold")
+    for row in inputs:
+        table.add_row(*row, style="red" if row[1] == "missing" else None)
+    show(console, "Inputs", table)
+
+
+def print_parameters(console: Console, parts: dict[str, Parameters], origin: str) -> None:
+    """The table of parameters by part."""
+    table = make_table("part", "all", "trained")
+    for name, count in (*parts.items(), ("all", sum_parameters(parts))):
+        table.add_row(name, f"{count.total:,}", f"{count.trainable:,}")
+    show(console, f"Parameters (exact; {origin})", table)
+
+
+def _print_memory(console: Console, memory: dict, config: Config) -> None:
+    configured = config.model.activation_checkpointing
+    table = make_table("way to run", *(f"{mode} (as configured)" if mode == configured else mode for mode in MODES))
+    for label, by_mode in memory.items():
+        table.add_row(label, *(gib(by_mode[mode].total) for mode in MODES))
+    title = f"Peak memory by activation checkpointing, packs of {config.optim.tokens_per_pack:,} tokens"
+    show(console, f"{title}, GiB per GPU (estimate)", table)
+    say(console, "  What it is made of, and what fits a GPU: fastrm plan.")
+
+
+def _print_step(console: Console, step: dict, config: Config) -> None:
+    load, found = step["workload"], step["ways"]
+    table = make_table("", *found)
+    table.add_row("tokens", *(f"{way['tokens']:,}" for way in found.values()))
+    table.add_row("images through the vision tower", *(f"{way['images']:,}" for way in found.values()))
+    flops = [way["flops"] for way in found.values()]
+    for part in flops[0]:
+        table.add_row(f"PFLOP, {part}", *(peta(by_part[part].total) for by_part in flops))
+    for phase in ("forward", "backward", "recomputed", "total"):
+        sums = [sum(getattr(part, phase) for part in by_part.values()) for by_part in flops]
+        table.add_row(f"PFLOP, {phase}", *map(peta, sums), end_section=phase == "recomputed")
+    table.add_row("relative to stock pairwise", *(f"{value / sums[0]:.3f}" for value in sums))
+    show(console, f"One step of {load.num_pairs:,} preferences (estimate)", table)
+    say(
+        console,
+        f"  Assumed, since no data is read: 1 pair per prompt, {load.image_tokens:,} image tokens (data.max_pixels), "
+        f"{load.prompt_text_tokens} prompt\n  tokens of text, {load.response_tokens} per response. "
+        "Operations per matrix parameter and row: 2 forward, 2 for the gradient of the\n  input where something "
+        "before it is trained, 2 for its own where it is trained; attention 4 Q forward, 8 Q backward\n"
+        "  per query-key pair; recomputed: full checkpointing repeats a layer but for its last product.",
+    )

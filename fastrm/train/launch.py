@@ -1,0 +1,159 @@
+"""`fastrm train` on several GPUs of one machine: a process for each, and one that watches over them.
+
+The watcher computes nothing. It passes a signal on, once, to processes that a terminal's Ctrl-C or a
+scheduler's kill of the group does not reach; it notices a process that has died, of which the others
+might learn only by waiting for it; and it says once what all of them would say.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastrm.config import Config
+from fastrm.errors import RankFailure
+from fastrm.train.ranks import check_deepspeed, check_gpus, is_launched
+
+# Where a process that the watcher has started leaves what stopped it.
+FAILURE = "FASTRM_FAILURE"
+# How long the others may take to leave when one has. A checkpoint is complete before anyone leaves.
+GRACE_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
+
+
+def num_ranks_to_start(config: Config) -> int:
+    """Processes to start for a configuration; 1: run in this one, alone or as a rank that a launcher made.
+
+    Raises:
+        ConfigError: if DeepSpeed is not installed, or there are too few GPUs.
+    """
+    if is_launched():
+        return 1
+    uses_cuda = config.run.device != "cpu" and torch.cuda.is_available()
+    wanted = config.run.num_processes or (torch.cuda.device_count() if uses_cuda else 1)
+    if wanted > 1:
+        check_deepspeed(wanted)
+        if uses_cuda:
+            check_gpus(wanted)
+    return wanted
+
+
+def launch(num_ranks: int, arguments: Sequence[str]) -> None:
+    """Run `fastrm ARGUMENTS` in `num_ranks` processes, to their end.
+
+    Raises:
+        RankFailure: if one of them does not end well, when none runs any more.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        watcher = _Watcher(num_ranks, arguments, Path(folder))
+        handlers = {number: signal.signal(number, watcher.pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            watcher.wait()
+        finally:
+            watcher.kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        watcher.check()
+
+
+def die_with_the_watcher() -> None:
+    """Get SIGTERM when the process that has started this one ends, however it ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class _Watcher:
+    def __init__(self, num_ranks: int, arguments: Sequence[str], folder: Path):
+        port = _free_port()
+        self._failures = [folder / f"{rank}.json" for rank in range(num_ranks)]
+        self._signalled = False
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "fastrm.cli", *arguments],
+                env={**os.environ, **_environment(rank, num_ranks, port), FAILURE: str(self._failures[rank])},
+                start_new_session=True,
+            )
+            for rank in range(num_ranks)
+        ]
+
+    def pass_on(self, number: int, frame) -> None:
+        """A handler: the first signal asks all ranks to stop, the second ends them."""
+        if self._signalled:
+            self.kill()
+            os._exit(75)
+        self._signalled = True
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def wait(self) -> None:
+        """Until all ranks have ended, or the time is up that one's failure leaves to the others."""
+        deadline = float("inf")
+        while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
+            if deadline == float("inf") and any(process.returncode for process in self._processes):
+                deadline = time.monotonic() + GRACE_SECONDS
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """End what still runs, with its data workers, which leave when their parent is gone."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                process.returncode = 0  # by our hand: it says nothing about the rank
+
+    def check(self) -> None:
+        """Raises RankFailure for the rank that failed first, by all signs: others' errors follow from its."""
+        failed = [rank for rank, process in enumerate(self._processes) if process.returncode]
+        if not failed:
+            return
+        first = min(failed, key=lambda rank: _rank_of_cause(self._processes[rank].returncode))
+        code = self._processes[first].returncode
+        if code < 0:
+            name, pid = signal.Signals(-code).name, self._processes[first].pid
+            raise RankFailure(
+                f"rank {first} (process {pid}) was killed by {name}, and the others were stopped; if memory ran out, "
+                "lower optim.tokens_per_pack or run.num_processes; continue with --resume auto"
+            )
+        try:
+            report = json.loads(self._failures[first].read_text())
+        except (OSError, ValueError):
+            raise RankFailure(f"rank {first} ended with exit code {code} and said nothing") from None
+        sys.stderr.write(report["trace"])
+        # What all of them say is nobody's in particular.
+        where = "" if len(failed) == len(self._processes) and code != 70 else f"rank {first}: "
+        raise RankFailure(where + report["message"], report["error"], code)
+
+
+def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """As torchrun sets it."""
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _rank_of_cause(code: int) -> int:
+    """Killed ranks before those that name an error, and these before those that lost their connection."""
+    return 0 if code < 0 else 2 if code == 70 else 1

@@ -1,0 +1,214 @@
+"""The plan's peak memory against real training steps: what autograd keeps, and what the process grows by.
+
+    pytest tests/test_plan_memory.py             four shapes
+    pytest tests/test_plan_memory.py -m slow     the others
+
+A table of all predictions and measurements ends the output.
+"""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+import fastrm.model.attention
+import memory_runs
+import support
+from fastrm.config import Config, ModelConfig, PrecisionConfig
+from fastrm.model.network import RewardNetwork
+from fastrm.plan.layers import Computation, Rows
+from fastrm.plan.memory import PeakMemory, peak_memory
+from fastrm.plan.model import network_parts
+from fastrm_kernels import TreeLayout
+from fastrm_kernels.tree_attention.gather import take_rows
+
+TOLERANCE = 0.10
+VISION = {
+    "depth": 4, "hidden_size": 256, "intermediate_size": 768, "num_heads": 4, "window_size": 112,
+    "fullatt_block_indexes": [1],
+}  # fmt: skip
+
+
+def text(hidden, layers, intermediate=None, vocabulary=2048):
+    return {
+        "hidden_size": hidden, "intermediate_size": intermediate or 3 * hidden, "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+    }  # fmt: skip
+
+
+MEDIUM = {"text": text(512, 6, vocabulary=8192), "load": [2, 80, 40, 0]}
+SEES = {**MEDIUM, "vision": VISION, "load": [2, 20, 40, 280]}
+# What dominates: activations; gradients and states; one layer run again; copies of weights.
+DEFAULT = {
+    "deep and narrow": {"text": text(256, 16), "load": [2, 80, 40, 0]},
+    "shallow and wide, selective": {"text": text(768, 3, 3072, 8192), "load": [1, 80, 40, 0], "mode": "selective"},
+    "long pack, full": {"text": text(256, 6, 1024), "load": [4, 160, 80, 0], "mode": "full"},
+    "frozen tower, bf16": {**SEES, "freeze": ["vision"], "dtype": "bf16"},
+}
+SLOW = {
+    "one pack": {**MEDIUM, "packs": 1},
+    "bf16, selective": {**MEDIUM, "dtype": "bf16", "mode": "selective"},
+    "bf16, full": {**MEDIUM, "dtype": "bf16", "mode": "full"},
+    "bf16, fused": {**MEDIUM, "dtype": "bf16", "fuse": True},
+    "bf16 weights": {**MEDIUM, "dtype": "bf16", "weights": "bf16"},
+    "8-bit states": {**MEDIUM, "states": "8bit"},
+    "trained tower": SEES,
+    "trained tower, selective": {**SEES, "mode": "selective"},
+    "large image": {**SEES, "load": [1, 20, 40, 560], "freeze": ["vision"]},
+    "long pack": {"text": text(256, 4, 1024), "load": [4, 250, 120, 0]},
+    "60 M, long pack": {"text": text(640, 10, 1920), "load": [3, 160, 80, 0]},
+    "120 M, bf16, full": {"text": text(1024, 8, 3072, 8192), "load": [2, 80, 40, 0], "mode": "full", "dtype": "bf16"},
+    "230 M, wide": {"text": text(1536, 6, 5120, 8192), "load": [1, 80, 40, 0]},
+}
+
+
+def predict(case: dict, run: dict) -> PeakMemory:
+    """The plan of a case for the pack that was measured."""
+    config, options = memory_runs.settings_of(case), memory_runs.model_options(case)
+    options.get("text_config", options).update(dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(AutoConfig.for_model(**options), dtype=torch.float32)
+        network = RewardNetwork(backbone, config.model.head)
+    network.freeze(config.model.freeze)
+    tree = TreeLayout.build(run["lengths"], run["parents"])
+    ends = torch.tensor(run["lengths"]).cumsum(0) - 1
+    leaves = [int(end) for number, end in enumerate(ends) if number not in run["parents"]]
+    patches = sum(frames * rows * columns for frames, rows, columns in run["grids"])
+    rows = Rows(sum(run["lengths"]), sum(tree.key_lengths), len(leaves), sum(tree.at_rows(leaves).key_lengths), patches)
+    how = Computation(
+        bf16=config.precision.dtype == "bf16",
+        bf16_weights=config.precision.weights == "bf16",
+        fused=config.model.fuse_projections,
+        accumulated=case.get("packs", 2) > 1,
+    )
+    return peak_memory(network, config, rows, how)
+
+
+@pytest.fixture(scope="module")
+def table(request):
+    """Rows of (case, predicted, measured, when); printed at the end."""
+    rows = []
+    yield rows
+    lines = [f"{'peak memory, MiB':<30}{'predicted':>10}{'measured':>10}{'ratio':>8}  fullest in"]
+    for name, predicted, measured, when in rows:
+        lines.append(
+            f"{name:<30}{predicted / 2**20:>10.1f}{measured / 2**20:>10.1f}{predicted / measured:>8.3f}  {when}"
+        )
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n" + "\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def default_runs():
+    return dict(zip(DEFAULT, memory_runs.measure(list(DEFAULT.values())), strict=True))
+
+
+@pytest.fixture(scope="module")
+def slow_runs():
+    return dict(zip(SLOW, memory_runs.measure(list(SLOW.values())), strict=True))
+
+
+def check(name, case, run, table):
+    peak = predict(case, run)
+    table.append((name, peak.total, run["peak_bytes"], peak.when))
+    assert peak.total == pytest.approx(run["peak_bytes"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_peak_memory_is_that_of_a_real_step(name, default_runs, table):
+    check(name, DEFAULT[name], default_runs[name], table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_peak_memory_is_that_of_a_real_step_of_other_shapes(name, slow_runs, table):
+    check(name, SLOW[name], slow_runs[name], table)
+
+
+class _KeepsLikeFlash(torch.autograd.Function):
+    """Keeps what FlashAttention keeps (query, key, value, output) and multiplies nothing."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = query.clone()
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _, key, value, _ = ctx.saved_tensors
+        return gradient, torch.zeros_like(key), torch.zeros_like(value)
+
+
+def _attend_in_place(query, key, value, layout, **_):
+    """As our Triton kernels: keys and values are read where they are."""
+    return _KeepsLikeFlash.apply(query, key, value)
+
+
+def _attend_with_copies(query, key, value, layout, **_):
+    """As torch's varlen attention: shared keys and values are copied for each run."""
+    return _KeepsLikeFlash.apply(query, take_rows(key, layout.key_index), take_rows(value, layout.key_index))
+
+
+ATTENTIONS = {"triton": _attend_in_place, "varlen": _attend_with_copies, "eager": None}
+
+
+def _kept_by_autograd(network, pack, bf16):
+    """Bytes of all tensors that a forward pass leaves for the backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # The tensor itself is kept too: a freed address would be given out again.
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        assert network(pack).requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("qwen2", "triton"), ("qwen2_vl", "varlen"), *(("qwen2_5_vl", attention) for attention in ATTENTIONS)],
+)
+@pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_activations_are_what_autograd_keeps(family, bf16, fused, attention, monkeypatch):
+    network = _wide_network(family, monkeypatch)
+    settings = ModelConfig(init={"model_type": family}, tokenizer="none")
+    config = Config(model=settings, precision=PrecisionConfig(dtype="bf16" if bf16 else "fp32"))
+    images = () if family == "qwen2" else (support.make_image(200, 120),)
+    pack = support.pack_of(network, [support.make_record(1, prompt_words=300, images=images)])
+    patches = sum(frames * rows * columns for frames, rows, columns in pack.image_grids)
+    tree = TreeLayout.build(pack.lengths, pack.parents)
+    anchor_keys = sum(tree.at_rows(pack.anchor_rows).key_lengths)
+    rows = Rows(pack.num_tokens, sum(tree.key_lengths), len(pack.anchor_rows), anchor_keys, patches)
+    how = Computation(bf16=bf16, fused=fused, attention=attention)
+    parts = network_parts(network, config, rows, how)
+    expected = sum(part.count * (part.tape.kept("none") + part.tape.copies) for part in parts)
+    if fused:
+        network.fuse_projections()
+    if ATTENTIONS[attention] is not None:
+        monkeypatch.setattr(fastrm.model.attention, "tree_attention", ATTENTIONS[attention])
+    assert _kept_by_autograd(network, pack, bf16) == pytest.approx(expected, rel=0.04)
+
+
+def _wide_network(family, monkeypatch):
+    """So wide that what the tapes leave out (tables, statistics of rows) is small."""
+    wide = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_key_value_heads": 2}
+    rope = {"rope_parameters": {**support.MROPE, "mrope_section": [8, 12, 12]}}
+    options = dict(support.FAMILIES[family])
+    if family == "qwen2":
+        options |= wide
+    else:
+        options["text_config"] = {**options["text_config"], **wide, **rope}
+        sizes = {"qwen2_5_vl": {"hidden_size": 128, "intermediate_size": 320}, "qwen2_vl": {"embed_dim": 128}}[family]
+        width = "out_hidden_size" if family == "qwen2_5_vl" else "hidden_size"
+        options["vision_config"] = {**options["vision_config"], **sizes, width: 256}
+    monkeypatch.setitem(support.FAMILIES, family, options)
+    return support.make_model(family).train()
