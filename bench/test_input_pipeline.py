@@ -97,6 +97,8 @@ def found(request):
     """The measurements of this run; tables of them at its end, and JSON with --save-results."""
     images, work = [], []
     yield images, work
+    if not (images or work):
+        return
     plugins = request.config.pluginmanager
     # Printed in a test's teardown, the tables would be captured with it.
     with plugins.getplugin("capturemanager").global_and_fixture_disabled():

@@ -20,7 +20,12 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "voc
 
 
 def measure(cases: list[dict]) -> list[dict]:
-    """Run cases one after another in a new process; for each what `peak_of` gives."""
+    """Run cases one after another in a new process; for each what `peak_of` gives.
+
+    A case has `text` and perhaps `vision` (sizes for transformers), `load` (groups, words of a prompt and of a
+    response, side of an image) and what differs from the defaults of mode, dtype, weights, states, fuse,
+    freeze and packs (1: the step has no other pack).
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -103,10 +108,15 @@ def make_packs(case: dict):
 
 
 def peak_of(case: dict) -> dict:
-    """Measure in this process."""
+    """Measure in this process.
+
+    Returns:
+        state_bytes (weights, states and, with several packs, gradients), peak_bytes of a step, lengths and
+        parents of the pack's segments, and grids of its images.
+    """
     small, large = make_packs(case)
-    # Libraries are loaded, and programs made, at first use.
-    warm = make_engine(case, tiny=True)
+    # Libraries are loaded at first use, and oneDNN makes and keeps a program for every shape of bfloat16 product.
+    warm = make_engine(case, tiny=case.get("dtype") != "bf16")
     warm.accumulate(large)
     warm.accumulate(small)
     warm.update(1e-6, 0)
@@ -118,17 +128,15 @@ def peak_of(case: dict) -> dict:
     engine.update(1e-6, 0)
     if case.get("packs", 2) > 1:
         engine.accumulate(small)
-    before = _resident("VmRSS") - resting
+    state = _resident("VmRSS") - resting
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets VmHWM to the present
     engine.accumulate(large)
-    accumulated = _resident("VmHWM", trim=False) - resting
     assert engine.update(1e-6, 1).finite
     peak = _resident("VmHWM", trim=False) - resting
     return {
-        "peak_bytes": peak, "accumulated_bytes": accumulated, "before_bytes": before,
-        "lengths": large.lengths, "parents": large.parents, "grids": [list(map(int, g)) for g in large.image_grids],
-        "num_parameters": sum(p.numel() for p in engine.network.parameters()),
+        "state_bytes": state, "peak_bytes": peak, "lengths": large.lengths, "parents": large.parents,
+        "grids": [list(map(int, grid)) for grid in large.image_grids],
     }  # fmt: skip
 
 

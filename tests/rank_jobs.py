@@ -53,11 +53,11 @@ def take_step(engine, packs: list, step: int = 0):
 class Bench:
     """An engine with its packs, and what it has come to, by name."""
 
-    def __init__(self, ranks, stage: int, frozen: list[str], dtype: str = "fp32", options: dict | None = None):
+    def __init__(self, ranks, stage: int, *, frozen=(), dtype: str = "fp32", options: dict | None = None):
         network = make_model("qwen2_5_vl")
         network.freeze(frozen)
-        for name, value in (options or {}).items():
-            getattr(network, name)(*value)
+        for method, arguments in (options or {}).items():
+            getattr(network, method)(*arguments)
         self.packs = make_packs(network)
         self.engine = make_engine(network, make_config(stage, dtype), ranks)
         self.ranks = ranks
@@ -92,10 +92,10 @@ class Bench:
             save_file({name: tensor.contiguous() for name, tensor in self.found.items()}, path)
 
 
-def gradients(stage: int, frozen: list[str], out: str, options: dict | None = None, dtype: str = "fp32") -> None:
+def gradients(stage: int, out: str, settings: dict) -> None:
     """A first step of each division: AdamW's first moment is then a tenth of the clipped gradient."""
     with joined("cpu") as ranks:
-        bench = Bench(ranks, stage, frozen, dtype, options)
+        bench = Bench(ranks, stage, **settings)
         for division in DIVISIONS:
             bench.keep(division, take_step(bench.engine, bench.mine(division)))
             bench.begin_again()
@@ -105,7 +105,7 @@ def gradients(stage: int, frozen: list[str], out: str, options: dict | None = No
 def mishaps(stage: int, checkpoint: str, out: str) -> None:
     """Steps that come to nothing, each followed by an ordinary one; then checkpoints both ways."""
     with joined("cpu") as ranks:
-        bench = Bench(ranks, stage, [])
+        bench = Bench(ranks, stage)
         bench.keep("plain", take_step(bench.engine, bench.mine("mixed")))
         for mishap in (_infinite_loss, _infinite_gradient, _discarded, _all_refused):
             bench.begin_again()

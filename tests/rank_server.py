@@ -5,26 +5,28 @@ out, and one with the exit codes when all ranks have ended or the time is up. Th
 computes (see fork_server.py).
 """
 
+import importlib
 import json
 import os
 import signal
 import sys
 import time
 
-os.environ["DS_ACCELERATOR"] = "cpu"
-
-# Imported for the children: what DeepSpeed and transformers would import in each of them.
-import deepspeed.runtime.zero.muon.muon_optimizer
-import deepspeed.runtime.zero.stage3
 import rank_jobs
-import transformers.models.auto.modeling_auto
-import transformers.models.qwen2.tokenization_qwen2
-import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
-import transformers.models.qwen2_vl.image_processing_pil_qwen2_vl  # noqa: F401
-
-import fastrm.train.deepspeed_engine
-import fastrm.train.loop
 from fastrm.errors import FastrmError
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+# What DeepSpeed and transformers would import in each of the children.
+for name in (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "fastrm.train.deepspeed_engine",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.qwen2.tokenization_qwen2",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+):
+    importlib.import_module(name)
 
 
 def child(rank: int, job: str, arguments: list, num_ranks: int, port: int, log: str) -> int:
