@@ -106,7 +106,7 @@ class TestFusedProjections:
 class TestCompiledLayers:
     @pytest.fixture(autouse=True)
     def nothing_compiled_before(self):
-        # Graphs are kept by function, for all networks of a process; a run has one network.
+        # torch.compile remembers which sizes have varied, also between networks of other shapes.
         torch._dynamo.reset()
 
     def _compiled(self, family, backend, fuse=False, mode="none"):
@@ -140,6 +140,30 @@ class TestCompiledLayers:
         kinds = 2 if "vl" in family else 1
         assert len(sizes) > 40
         assert graphs.count == 2 * kinds  # for training, and for evaluation
+
+    def test_networks_do_not_use_up_each_others_graphs(self):
+        # torch.compile refuses more than eight graphs of one function.
+        for _ in range(10):
+            network, graphs = self._compiled("qwen2", "aot_eager")
+            _step(network, pack_of(network, _records("qwen2")))
+            assert graphs.count == 1
+
+    def test_selective_checkpointing_keeps_fewer_bytes_in_a_graph(self):
+        kept = {}
+        for mode in ("none", "selective"):
+            network, _ = self._compiled("qwen2", "aot_eager_decomp_partition", mode=mode)
+            pack = pack_of(network, _records("qwen2"))
+            saved = {}
+
+            def note(tensor, saved=saved):
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                loss = preference_loss(network(pack), pack.edges)
+            kept[mode] = sum(saved.values())
+            loss.backward()
+        assert kept["selective"] < 0.9 * kept["none"]
 
     @pytest.mark.parametrize("mode", ["none", "selective", "full"])
     def test_every_checkpointing_mode_and_fused_projections_give_stock_gradients(self, mode):

@@ -24,6 +24,8 @@ def run_packs(
     num_workers: int = 0,
     rank: int = 0,
     num_ranks: int = 1,
+    *,
+    pin_memory: bool = False,
 ) -> Iterator[tuple[LoadedPack, torch.Tensor | None]]:
     """Every group once, without gradients, with rewards (R,) on the CPU; None if all were refused.
 
@@ -33,7 +35,7 @@ def run_packs(
     plans = plan_once(groups, budget)
     plans += [PackPlan((), len(groups), False)] * (-len(plans) % num_ranks)
     with torch.no_grad():
-        for loaded in load_packs(builder, plans[rank::num_ranks], num_workers):
+        for loaded in load_packs(builder, plans[rank::num_ranks], num_workers, pin_memory=pin_memory):
             if loaded.pack is not None:
                 yield loaded, forward(loaded.pack).float().cpu()
                 continue
@@ -63,12 +65,15 @@ def score_records(
             numbers.append(number)
         except RecordError as error:
             results[number] = error
-    builder = PackBuilder([group.record for group in groups], network.encoder, share=True, encoded=encoded)
+    builder = PackBuilder(
+        [group.record for group in groups], network.encoder, share=True, encoded=encoded, finish=network.planner
+    )
 
     def forward(pack: Pack) -> torch.Tensor:
         return network(pack.to(network.device))
 
-    for loaded, rewards in run_packs(forward, builder, groups, tokens_per_pack, num_workers):
+    pin = network.device.type != "cpu"
+    for loaded, rewards in run_packs(forward, builder, groups, tokens_per_pack, num_workers, pin_memory=pin):
         problems = {r.group: RecordError(r.code, r.message) for r in loaded.refused}
         placed = iter(loaded.pack.groups if loaded.pack is not None else ())
         for group in loaded.plan.groups:

@@ -15,7 +15,7 @@ from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
 from fastrm.model import checkpointing
 from fastrm.model.attention import Attention, AttentionShape, keep_alive
-from fastrm.model.compiled import mark_dynamic
+from fastrm.model.compiled import mark_dynamic, own_copy
 from fastrm.model.inputs import LayoutPlanner, PackLayouts
 from fastrm.model.layers import (
     LayerKernels,
@@ -98,8 +98,8 @@ class BackboneRunner:
         # Whole graphs or an error: a break in silence would be the slow path in disguise. `dynamic` is not
         # set, because it would make inputs of the constants too; `mark_dynamic` names what changes.
         options = {"backend": backend, "fullgraph": True}
-        self._layer = torch.compile(decoder_layer, **options)
-        self._block = torch.compile(vision_block, **options)
+        self._layer = torch.compile(own_copy(decoder_layer), **options)
+        self._block = torch.compile(own_copy(vision_block), **options)
         self.choose(self._kernels.attention.impl, self._kernels.norm, self._kernels.gate)
 
     def planner(self, dtype: torch.dtype) -> LayoutPlanner:

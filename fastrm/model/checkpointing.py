@@ -20,8 +20,8 @@ def run(mode: str, compiled: bool, layer: Callable, *arguments):
     """layer(*arguments), recomputed in the backward pass as `mode` says.
 
     Args:
-        compiled: the layer is a torch.compile graph, whose partitioner recomputes what is cheap by itself
-            (its minimum cut keeps matrix products and attention), so that none and selective are one.
+        compiled: the layer is a torch.compile graph, in which selective is the compiler's own affair
+            (`CompiledGraphs.recompute`).
     """
     if mode == "none" or (mode == "selective" and compiled) or not torch.is_grad_enabled():
         return layer(*arguments)

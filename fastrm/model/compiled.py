@@ -1,8 +1,10 @@
 """torch.compile for layers, with a count of what it made: recompilation in silence is slow for ever."""
 
+import types
 from collections.abc import Callable
 
 import torch
+from torch._functorch import config as functorch_config
 
 
 class CompiledGraphs:
@@ -12,12 +14,17 @@ class CompiledGraphs:
 
     Attributes:
         count: graphs made so far. Layers share one, whatever the number of layers and of tokens; training
-            and evaluation each have their own, and so has a pack with a different kind of attention plan.
+            and evaluation each have their own. Numbers in an attention plan (the longest sequence with
+            flash, into how many parts a gradient is divided with triton) cost one or two more, at the first
+            pack where they differ.
+        recompute: let backward passes compute all but matrix products and attention again (selective
+            activation checkpointing); else the compiler keeps what it finds faster to keep.
     """
 
     def __init__(self, backend: str | Callable):
         self._backend = backend
         self.count = 0
+        self.recompute = False
 
     def __call__(self, graph, example_inputs):
         """Compile one graph (the interface of torch.compile's backends)."""
@@ -25,7 +32,17 @@ class CompiledGraphs:
 
         self.count += 1
         backend = lookup_backend(self._backend) if isinstance(self._backend, str) else self._backend
-        return backend(graph, example_inputs)
+        with functorch_config.patch(aggressive_recomputation=self.recompute):
+            return backend(graph, example_inputs)
+
+
+def own_copy(function: Callable) -> Callable:
+    """The same function with code of its own.
+
+    torch.compile counts graphs by the code they are made of, and refuses more than a few: two networks of
+    one process would use up each other's.
+    """
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def mark_dynamic(*inputs) -> None:

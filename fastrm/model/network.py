@@ -47,6 +47,7 @@ class RewardNetwork(nn.Module):
         self.head_kernels = ("eager", "not chosen yet")
         self.norm_and_gate = "not chosen yet"
         self.fp8: Fp8Report | None = None
+        self._graphs: CompiledGraphs | None = None
         self._runner = BackboneRunner(model)
         self.planner = self._runner.planner(torch.float32)
 
@@ -97,12 +98,15 @@ class RewardNetwork(nn.Module):
         Args:
             backend: name of a torch.compile backend, or a function that is one.
         """
-        graphs = CompiledGraphs(backend)
-        self._runner.compile(graphs)
-        return graphs
+        self._graphs = CompiledGraphs(backend)
+        self._runner.compile(self._graphs)
+        self.use_activation_checkpointing(self._runner.checkpointing)
+        return self._graphs
 
     def use_activation_checkpointing(self, mode: str) -> None:
         """What the backward pass recomputes: none, selective or full (see checkpointing.py).
+
+        Call it before the first pass: compiled graphs are made for one mode.
 
         Raises:
             ValueError: for another mode.
@@ -110,6 +114,8 @@ class RewardNetwork(nn.Module):
         if mode not in MODES:
             raise ValueError(f"activation checkpointing: got {mode!r}, wanted one of {', '.join(MODES)}")
         self._runner.checkpointing = mode
+        if self._graphs is not None:
+            self._graphs.recompute = mode == "selective"
 
     @property
     def always_see(self) -> bool:

@@ -175,7 +175,9 @@ def _coefficients(group: dict, count: float, device: torch.device) -> torch.Tens
         (1.0 - beta2**count) ** -0.5,
         group["eps"],
     ]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    found = torch.tensor(values, dtype=torch.float32)
+    # From pageable memory the copy would wait for all that the device has been given.
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
 def _generator(key: str, device: torch.device) -> torch.Generator:

@@ -255,7 +255,7 @@ class _Run:
         mine, refused, loss, weight = PreferenceMeter(), [], 0.0, 0.0
         packs = run_packs(
             self.engine.rewards, builder, prepared.groups, config.optim.tokens_per_pack, config.data.num_workers,
-            self.ranks.rank, self.ranks.num_ranks,
+            self.ranks.rank, self.ranks.num_ranks, pin_memory=network.device.type != "cpu",
         )  # fmt: skip
         for loaded, rewards in packs:
             if self.ranks.any(self.stop.signal is not None):
@@ -383,6 +383,7 @@ class _Run:
             say(f"processes: {self.ranks.num_ranks}, DeepSpeed ZeRO stage {self.config.engine.zero_stage}")
         for part, (choice, why) in (("attention", job.network.attention), ("head and loss", job.network.head_kernels)):
             say(f"{part}: {choice} ({why})")
+        say(f"norm and SwiGLU: {job.network.norm_and_gate}")
         for line in job.network.fp8.lines(self.config.compile == "layers") if job.network.fp8 else ():
             say(line)
         say(

@@ -16,6 +16,7 @@ A tile may hold the end of one response and the beginning of the next: its steps
 rows, so that many short responses read their shared prefix once per tile and not once per response.
 """
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -242,7 +243,9 @@ class _Tree:
             if depth_first
             else [self.ranks[s] + row - self.starts[s] for s, row in ((self._owner(r), r) for r in rows)]
         )
-        self.sorted = all(a <= b for a, b in zip(self.query_ranks, self.query_ranks[1:], strict=False))
+        self.sorted = (depth_first and layout.query_rows is None) or all(
+            a <= b for a, b in itertools.pairwise(self.query_ranks)
+        )
 
     def query_tiles(self, tile_rows: int):
         if self.owners is None:
