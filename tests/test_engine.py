@@ -312,3 +312,17 @@ def test_tensors_of_another_model_or_other_settings_are_refused(packs):
         engine.load_tensors(model, states | {name: torch.zeros(1)})
     with pytest.raises(StorageError, match=r"optimizer state of score\.9\.weight: no such parameter"):
         engine.load_tensors(model, states | {"exp_avg.score.9.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("weights, states", STORAGES)
+def test_a_step_of_texts_counts_for_the_vision_tower_as_well(packs, weights, states):
+    # On several ranks one of them may have seen an image; the update must not depend on that.
+    engine = LocalEngine(make_network(), make_config(weights, states))
+    assert take_step(engine, packs, 0).finite
+    before = states_of(engine)
+    assert take_step(engine, packs[::2], 1).finite
+    after = states_of(engine)
+    name = "model.visual.blocks.0.norm1.weight"
+    assert float(after[f"step.{name}"]) == 2
+    assert before[f"exp_avg.{name}"].abs().max() > 0
+    torch.testing.assert_close(after[f"exp_avg.{name}"], 0.9 * before[f"exp_avg.{name}"])

@@ -295,6 +295,19 @@ def test_a_pack_without_images_runs_the_tower_at_weight_zero_when_told(stage):
     assert all(torch.equal(found[name], gradients[name]) for name in gradients)
 
 
+def test_the_blank_image_of_a_compiled_network_lives_until_the_backward_pass():
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        network = make_model("qwen2_5_vl")
+        network.always_see = True
+        if compiled:
+            network.compile_layers("aot_eager")
+            network.use_kernels(torch.float32, attention="sdpa")
+        results.append(_step(network, pack_of(network, [make_record(1)]))[1])
+    assert _difference(*results) <= 1e-6
+
+
 def test_always_see_means_nothing_for_a_text_model():
     network = make_model("qwen2")
     network.always_see = True

@@ -74,6 +74,7 @@ class BackboneRunner:
         self.checkpointing = "none"
         self.always_see = False
         self.compiled = False
+        self._blank: VisionPlan | None = None
         self._layer: Callable = decoder_layer
         self._block: Callable = vision_block
         self.choose("eager")
@@ -173,9 +174,12 @@ class BackboneRunner:
 
     def _see_nothing(self, embeddings: torch.Tensor) -> torch.Tensor:
         """The sum of the features of one blank image token, ()."""
-        merge, width = self.vision_shape.merge, self.visual.patch_embed.proj.weight[0].numel()
-        plan = VisionPlan.build([(1, merge, merge)], self.vision_shape).to(embeddings.device)
-        return self.image_features(embeddings.new_zeros(merge**2, width), plan).sum()
+        vision = self.model.config.vision_config
+        merge, width = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        if self._blank is None or self._blank.positions.device != embeddings.device:
+            # Kept: compiled attention knows its layouts by number, and needs them until the backward pass is done.
+            self._blank = VisionPlan.build([(1, merge, merge)], self.vision_shape).to(embeddings.device)
+        return self.image_features(embeddings.new_zeros(merge**2, width), self._blank).sum()
 
 
 def _product_dtype(states: torch.Tensor) -> torch.dtype:

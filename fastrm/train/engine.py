@@ -94,7 +94,7 @@ class LocalEngine:
             lr: learning rate of this step.
             step: of the run, from 0; it seeds stochastic rounding.
         """
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = self._gradients()
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(self._loss_sum)
         loss, norm = torch.stack([self._loss_sum, norm.double()]).tolist()  # the step's one wait for the device
         scale = 1.0 / self._weight_sum if self._weight_sum > 0 else 0.0
@@ -111,6 +111,19 @@ class LocalEngine:
                 optimizer.step()
         self.discard()
         return Update(loss, norm, finite)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Of all parameters; of none if the step had no preference.
+
+        What the step did not reach, such as the vision tower in a step of texts, has a gradient of zero and
+        not none: its moments decay as they do on several ranks, where some rank may have reached it.
+        """
+        if all(p.grad is None for p in self._parameters):
+            return []
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        return [p.grad for p in self._parameters]
 
     def discard(self) -> None:
         """Forget the accumulated gradient."""
