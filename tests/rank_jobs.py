@@ -1,5 +1,7 @@
 """What the ranks of test_distributed.py do, each in a process of its own, and what one process does."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from safetensors.torch import save_file
 import fastrm.train.loop
 from fastrm.config import Config, load_config
 from fastrm.train.checkpoint import load_checkpoint, save_checkpoint
+from fastrm.train.deepspeed_engine import DeepSpeedEngine
+from fastrm.train.engine import LocalEngine
 from fastrm.train.ranks import joined
 from fastrm.train.setup import make_engine
 from support import make_image, make_model, make_record, pack_of
@@ -146,3 +150,39 @@ def _discarded(bench: Bench):
 
 def _all_refused(bench: Bench):
     return take_step(bench.engine, [None, None])
+
+
+def is_last_rank() -> bool:
+    return os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+
+
+def train_with_an_infinite_loss(config: str) -> None:
+    """The second step's loss is infinite on the last rank, or on the only one."""
+    for engine in (LocalEngine, DeepSpeedEngine):
+        engine.loss = _infinite_in_the_second_step(engine.loss, engine)
+    train(config)
+
+
+def _infinite_in_the_second_step(loss, engine):
+    steps, update = [], engine.update
+
+    def count(self, lr, step):
+        steps.append(step)
+        return update(self, lr, step)
+
+    engine.update = count
+    return lambda *arguments: loss(*arguments) * (float("inf") if len(steps) == 1 and is_last_rank() else 1)
+
+
+def train_and_stop_in_an_evaluation(config: str) -> None:
+    """The last rank alone is asked to stop, at its second pack of the first evaluation."""
+    run_packs = fastrm.train.loop.run_packs
+
+    def stop(*arguments, **options):
+        for number, loaded in enumerate(run_packs(*arguments, **options)):
+            if number == 1 and is_last_rank():
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield loaded
+
+    fastrm.train.loop.run_packs = stop
+    train(config)

@@ -193,8 +193,12 @@ def mixed_data(tmp_path_factory):
 def run_config(folder: Path, data: Path, stage: int = 1, **run) -> Path:
     folder.mkdir(exist_ok=True)
     run = {"max_steps": 6, "save_every": 3, "keep_checkpoints": 9, "eval_every": 3, **run}
-    # eps: AdamW must not scale gradients that are nothing but rounding up to full steps.
-    return tiny_config(folder, data, data, run=run, engine={"zero_stage": stage}, optim={"eps": 1e-4})
+    # Small packs, so that each rank has several in a step and in an evaluation. AdamW's eps: gradients that
+    # are nothing but rounding must not be scaled up to full steps.
+    optim, data_settings = {"eps": 1e-4, "tokens_per_pack": 256}, {"max_tokens_per_group": 256}
+    return tiny_config(
+        folder, data, data, run=run, engine={"zero_stage": stage}, optim=optim, data=data_settings
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +260,27 @@ def test_runs_and_resumed_runs_are_those_of_one_process(server, mixed_data, one_
     assert_same_run(tmp_path / "fewer", one_process, after=3)
     server.run(tmp_path, "train", config, str(one_process / middle), f"run.dir={tmp_path / 'more'}")
     assert_same_run(tmp_path / "more", one_process, after=3)
+
+
+def test_a_skipped_step_names_the_records_of_all_ranks(server, mixed_data, tmp_path):
+    found = {}
+    for num_ranks in (1, 2):
+        folder = tmp_path / str(num_ranks)
+        config = run_config(folder, mixed_data, 2, eval_every=0)
+        server.run(tmp_path, "train_with_an_infinite_loss", config, num_ranks=num_ranks)
+        (row,) = read_rows(folder / "run" / "incidents.jsonl")
+        assert row["step"] == 2 and row["loss"] == "inf"
+        found[num_ranks] = sorted(row["records"])
+    assert found[1] == found[2] and len(found[1]) >= 4
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_bit(server, mixed_data, tmp_path):
+    whole = run_config(tmp_path / "whole", mixed_data, 2)
+    parts = run_config(tmp_path / "parts", mixed_data, 2)
+    server.run(tmp_path, "train", whole)
+    server.start(tmp_path, "train_and_stop_in_an_evaluation", parts)
+    assert server.wait() == [75, 75], server.logs()
+    assert (tmp_path / "parts" / "run" / "checkpoints" / "step-00000003").is_dir()
+    server.run(tmp_path, "train", parts, "auto")
+    assert rows_of(tmp_path / "parts" / "run") == rows_of(tmp_path / "whole" / "run")
+    assert_equal(exported(tmp_path / "parts" / "run"), exported(tmp_path / "whole" / "run"))

@@ -111,7 +111,7 @@ def check(name, case, run, table):
     peak = predict(case, run)
     table.append((name, peak.total, run["peak_bytes"], peak.when))
     state = peak.weights + peak.states + peak.gradients * (case.get("packs", 2) > 1)
-    assert state == pytest.approx(run["state_bytes"], rel=0.02)
+    assert state == pytest.approx(run["state_bytes"], rel=0.03)
     assert peak.total == pytest.approx(run["peak_bytes"], rel=TOLERANCE)
 
 

@@ -232,8 +232,8 @@ def test_a_stop_inside_an_evaluation_loses_nothing(server, data, unbroken, tmp_p
     config = load_config(make_config(tmp_path, data), ["data.num_workers=0"])
     original, packs = loop.run_packs, []
 
-    def stop_at_the_second_evaluation(*arguments):
-        for pack in original(*arguments):
+    def stop_at_the_second_evaluation(*arguments, **options):
+        for pack in original(*arguments, **options):
             packs.append(pack)
             if len(packs) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -38,7 +38,7 @@ def _language_parts(network: RewardNetwork, config: Config, rows: Rows, how: Com
     sizes = language_sizes(network)
     trained = _is_trained(language)
     embeddings = language.embed_tokens.weight
-    mode = _checkpointing(config)
+    mode = config.model.activation_checkpointing
     *layers, last = language.layers
     embedding = embedding_tape(rows, *embeddings.shape, rows.patches > 0, how, embeddings.requires_grad)
     # Tables of the rotary embedding, which all layers read.
@@ -68,7 +68,7 @@ def _vision_parts(network: RewardNetwork, config: Config, rows: Rows, how: Compu
         Part("pixels", pixel_tape(rows, values, sizes.hidden, how, in_tower), in_tower,
              _gradient_bytes(visual.patch_embed), "none"),
         Part("vision block", vision_tape(sizes, rows, how, in_tower), in_tower, _gradient_bytes(visual.blocks[0]),
-             _checkpointing(config), len(visual.blocks), held=pixels + tables),
+             config.model.activation_checkpointing, len(visual.blocks), held=pixels + tables),
         Part("projector", merger_tape(rows, merge, sizes.hidden, hidden, how, in_merger), in_tower or in_merger,
              _gradient_bytes(visual.merger), "none", held=pixels + tables),
     ]  # fmt: skip
@@ -81,12 +81,6 @@ def pixel_bytes(network: RewardNetwork, rows: Rows) -> int:
 
 def _patch_values(network: RewardNetwork) -> int:
     return network.model.visual.patch_embed.proj.weight[0].numel()
-
-
-def _checkpointing(config: Config) -> str:
-    """The graphs of torch.compile keep matrix products and attention, and compute the rest again, by themselves."""
-    mode = config.model.activation_checkpointing
-    return "selective" if mode == "none" and config.compile == "layers" else mode
 
 
 def language_sizes(network: RewardNetwork) -> LayerSizes:

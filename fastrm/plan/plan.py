@@ -140,16 +140,7 @@ def make_plan(config: Config, assumptions: Assumptions) -> Plan:
         checkpointing=config.model.activation_checkpointing == "full",
     )  # fmt: skip
     rate = _rate(config, assumptions)
-    notes = []
-    compute = sum(part.total for part in flops.values()) / rate.flops
-    if config.precision.fp8 != "off" and not rate.measured:
-        share = _fp8_share(config, meta_network(architecture, config.model))
-        faster = assumptions.gpu.fp8 / assumptions.gpu.bf16
-        compute -= (1 - 1 / faster) * share * flops["language"].total / rate.flops
-        notes.append(
-            f"FP8: {share:.0%} of the operations of the language model's matrices, {faster:g} times as fast as in bf16 "
-            "(the datasheet's ratio), ASSUMED; its casts cost nothing"
-        )
+    compute, notes = _compute_seconds(config, assumptions, architecture, flops, rate)
     work = _work(config, assumptions, network, load, compute)
     connection = assumptions.network_of(config.engine.zero_stage)
     counts = gpu_counts(max(LARGEST, assumptions.num_gpus))
@@ -199,6 +190,23 @@ def _rate(config: Config, assumptions: Assumptions) -> Rate:
     model = next((part for part in name.split("-") if part in ("3B", "7B")), None)
     variant = "fastrm" if config.precision.fp8 == "off" else "fastrm FP8"
     return find_rate(assumptions.gpu, model, variant, assumptions.rate_share, assumptions.results)
+
+
+def _compute_seconds(
+    config: Config, assumptions: Assumptions, architecture, flops: dict[str, Flops], rate: Rate
+) -> tuple[float, list[str]]:
+    """Seconds of a step's forward and backward passes on one GPU, and what is assumed for them besides the rate."""
+    compute = sum(part.total for part in flops.values()) / rate.flops
+    if config.precision.fp8 == "off" or rate.measured:
+        return compute, []
+    share = _fp8_share(config, meta_network(architecture, config.model))
+    faster = assumptions.gpu.fp8 / assumptions.gpu.bf16
+    compute -= (1 - 1 / faster) * share * flops["language"].total / rate.flops
+    note = (
+        f"FP8: {share:.0%} of the operations of the language model's matrices, {faster:.2g} times as fast as in bf16 "
+        "(the datasheet's ratio), ASSUMED; its casts cost nothing"
+    )
+    return compute, [note]
 
 
 def _fp8_share(config: Config, network: RewardNetwork) -> float:

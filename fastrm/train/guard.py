@@ -16,14 +16,21 @@ from fastrm.train.ranks import Ranks
 MAX_SKIPPED_STEPS = 3
 
 
+# What the watcher of several ranks passes a signal on by. A scheduler may have sent it to all of them itself,
+# and it would then look like a second one.
+PASSED_ON = signal.SIGUSR1
+
+
 class StopFlag:
     """Set by SIGTERM or SIGINT; the loop polls it and leaves in order. A second signal leaves at once."""
 
     def __init__(self):
         self.signal: str | None = None
+        self._signalled = False
 
     def __enter__(self) -> "StopFlag":
-        self._before = {number: signal.signal(number, self._on) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT, PASSED_ON)
+        self._before = {number: signal.signal(number, self._on) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
@@ -31,8 +38,12 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _on(self, number, frame) -> None:
-        if self.signal is not None:
+        if number == PASSED_ON:
+            self.signal = self.signal or signal.SIGTERM.name
+            return
+        if self._signalled:
             os._exit(75)
+        self._signalled = True
         self.signal = signal.Signals(number).name
 
 

@@ -21,6 +21,7 @@ import torch
 
 from fastrm.config import Config
 from fastrm.errors import RankFailure
+from fastrm.train.guard import PASSED_ON
 from fastrm.train.ranks import check_deepspeed, check_gpus, is_launched
 
 # Where a process that the watcher has started leaves what stopped it.
@@ -93,7 +94,7 @@ class _Watcher:
         self._signalled = True
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(PASSED_ON)
 
     def wait(self) -> None:
         """Until all ranks have ended, or the time is up that one's failure leaves to the others."""
