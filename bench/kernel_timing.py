@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -127,7 +128,14 @@ def _nan_last(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def attempt(candidate: Candidate, action: Callable[[], object]):
+class Attempted(Protocol):
+    """A candidate, or whatever else may fail while others go on."""
+
+    name: str
+    failed: str | None
+
+
+def attempt(candidate: Attempted, action: Callable[[], object]):
     """Run an action of a candidate; if it fails, the candidate says why and the others go on.
 
     Raises:

@@ -6,6 +6,7 @@ python bench/scaling_plan.py --write   put them into docs/scaling.md, and draw d
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from fastrm.config import load_config
@@ -14,9 +15,9 @@ from fastrm.plan.console import gib, seconds
 from fastrm.plan.hardware import GPUS
 from fastrm.plan.memory import MODES
 from fastrm.plan.picture import draw_plan
-from fastrm.plan.plan import Assumptions, Plan, make_plan
+from fastrm.plan.plan import LARGEST, Assumptions, Plan, make_plan
 from fastrm.plan.report import days
-from fastrm.plan.step_time import efficiency, messages
+from fastrm.plan.step_time import efficiency, first_dominated, gpu_counts, messages
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -36,14 +37,19 @@ def imbalance_of(num_gpus: int, num_pairs: int) -> float | None:
     return found[0]["by_flops"] if found else None
 
 
-def plan(num_gpus: int, num_pairs: int, stage: int = 2) -> Plan:
-    """The recipe on so many H100, with another batch and stage."""
+def plan(num_gpus: int, num_pairs: int, stage: int = 2, simulated: bool = True) -> Plan:
+    """The recipe on so many H100, with another batch and stage.
+
+    Args:
+        simulated: balance of the ranks as it was simulated for these numbers; else the plan's default, which does
+            not depend on them.
+    """
     recipe = load_config(ROOT / "configs" / "full.yaml")
     config = with_settings(recipe, {"optim.batch_pairs": num_pairs, "engine.zero_stage": stage})
     assumptions = Assumptions(num_gpus, GPUS["h100"], PAIRS, "the recipe's", results=RESULTS)
-    simulated = imbalance_of(num_gpus, num_pairs)
-    if simulated is not None:
-        assumptions = Assumptions(**{**vars(assumptions), "imbalance": simulated})
+    imbalance = imbalance_of(num_gpus, num_pairs)
+    if simulated and imbalance is not None:
+        assumptions = replace(assumptions, imbalance=imbalance)
     return make_plan(config, assumptions)
 
 
@@ -66,20 +72,26 @@ def tables() -> list[str]:
 def _time_table(plans: dict) -> list[str]:
     columns = (
         "GPUs", "pairs a step", "slowest / mean rank", "computing", "AdamW", "waiting for messages", "step", "pairs/s",
-        "efficiency", "days an epoch", "messages take longer",
+        "efficiency", "days an epoch", "messages take longer than computing",
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for (num_gpus, num_pairs), made in plans.items():
         step = made.step
-        simulated = imbalance_of(num_gpus, num_pairs)
+        simulated, dominated = imbalance_of(num_gpus, num_pairs), _dominated(made)
         cells = [
             f"{num_gpus}", f"{num_pairs:,}", f"{made.work.imbalance:.3f}" + ("" if simulated else " (assumed)"),
             seconds(step.compute), seconds(step.update), seconds(step.exposed), seconds(step.total),
             f"{step.pairs_per_second:,.0f}", f"{efficiency(step, made.work):.0%}", f"{days(made, step):.2f}",
-            f"from {made.dominated} GPUs on" if made.dominated else "nowhere up to 1,024",
+            f"from {dominated:,} GPUs on" if dominated else "nowhere up to 1,024",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _dominated(made: Plan) -> int | None:
+    """With this step on any number of GPUs, of which the balance was not simulated."""
+    work = replace(made.work, imbalance=Assumptions.imbalance)
+    return first_dominated(work, made.network, gpu_counts(LARGEST))
 
 
 def _memory_table(plans: dict) -> list[str]:
@@ -115,6 +127,6 @@ if __name__ == "__main__":
     parser.add_argument("--write", action="store_true")
     if parser.parse_args().write:
         DOCUMENT.write_text(updated(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-        draw_plan(plan(64, 128), PICTURE)
+        draw_plan(plan(64, 128, simulated=False), PICTURE)
     else:
         print("\n".join(tables()))

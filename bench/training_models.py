@@ -8,7 +8,6 @@ from fastrm.model.network import RewardNetwork
 from workloads import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, random_network, vision_config
 
 PUBLISHED_NAMES = {"3B": "Qwen2.5-VL-3B-Instruct", "7B": "Qwen2.5-VL-7B-Instruct"}
-MODELS = ("small", *PUBLISHED_NAMES)
 
 
 def training_config(model: str, checkpointing: str, overrides: dict | None = None) -> Config:
@@ -31,6 +30,16 @@ def training_config(model: str, checkpointing: str, overrides: dict | None = Non
     return Config.model_validate(tree)
 
 
+def checkpointing_modes(model: str, plain: bool) -> tuple[str, ...]:
+    """Activation checkpointing of a variant: each is tried if the one before does not fit the memory."""
+    if model == "small":
+        return ("none",)
+    # `fastrm plan` puts the 7B at 113 GiB with selective checkpointing here. Stock transformers has none:
+    # peers recompute whole layers.
+    is_large = not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory >= 120 * 2**30
+    return ("selective", "full") if is_large and not plain else ("full",)
+
+
 def make_network(model: str, device: str, num_layers: int | None = None) -> RewardNetwork:
     """Random weights, the same at every call.
 
@@ -46,6 +55,14 @@ def make_network(model: str, device: str, num_layers: int | None = None) -> Rewa
         network = RewardNetwork(backbone, HeadConfig())
     network.freeze(["vision"])
     return network.train()
+
+
+def matmul_sizes(model: str) -> list[tuple[int, int, int]]:
+    """(rows, inner, columns) of large products of the model's shapes, and of the square one of data sheets."""
+    if model == "small":
+        return [(2048, 2048, 2048)]
+    text = published_config(model).text_config
+    return [(8192, 8192, 8192), (16_384, text.hidden_size, text.intermediate_size)]
 
 
 def published_config(model: str, num_layers: int | None = None):

@@ -56,7 +56,9 @@ class PlainEngine(LocalEngine):
 
 def use_stock(network: RewardNetwork, config: Config) -> RewardNetwork:
     """Set the stock model up as peers do: SDPA, FlashAttention for the windows of the tower, checkpointing."""
-    vision = VARLEN if network.device.type == "cuda" else "sdpa"
+    # The gate's float32 run is not for varlen attention, which is bf16 only.
+    half = config.precision.dtype == "bf16"
+    vision = VARLEN if network.device.type == "cuda" and half else "sdpa"
     AttentionInterface.register(VARLEN, varlen_attention)
     network.model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": vision})
     if config.model.activation_checkpointing != "none":

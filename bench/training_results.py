@@ -1,7 +1,7 @@
-"""Results of the training-step benchmark: the file of each device, tables, goals, and charts."""
+"""Results of the training-step benchmark: the file of each device, the figures in it, and the goals."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,16 +9,28 @@ from kernel_results import NOT_MEASURED, RESULTS, file_stem, is_goal_device
 
 SUFFIX = "-training.json"
 PLAIN, PACKED, FASTRM, FP8 = "plain", "packed rows", "fastrm", "fastrm FP8"
+MAIN, FEATURES = "main", "features"  # kinds of entries
 FLOOR_SHAPE, FLOOR = "pairs, 640/300", 1.5  # of fastrm over plain on a CPU, asserted by pytest
 
 
-def save(report: dict, folder: Path) -> Path:
-    """Write a report; entries of other models in the device's file stay."""
-    file = folder / (file_stem(report["device"]) + SUFFIX)
-    if file.exists():
-        mine = {entry["model"] for entry in report["entries"]}
-        old = json.loads(file.read_text())["entries"]
-        report = {**report, "entries": [entry for entry in old if entry["model"] not in mine] + report["entries"]}
+def save(model: str, facts: dict, entries: Sequence[dict], folder: Path, *, quick: bool = False) -> Path:
+    """Write the entries of a model; what the device's file has of others stays.
+
+    Entries of the same model that this run did not measure stay too, if they come from the same versions.
+
+    Args:
+        facts: of the run: device, and what `environment` and the run itself know.
+        quick: a run of few workloads, which goes to a file of its own that no table is made from.
+    """
+    device = facts["device"]
+    file = folder / (file_stem(device) + (SUFFIX.replace(".json", "-quick.json") if quick else SUFFIX))
+    report = json.loads(file.read_text()) if file.exists() else {"device": device, "models": {}}
+    old = report["models"].get(model, {})
+    mine = {(entry["kind"], entry["name"]) for entry in entries}
+    kept = old.get("entries", []) if old.get("versions") == facts["versions"] else []
+    kept = [entry for entry in kept if (entry["kind"], entry["name"]) not in mine]
+    facts = {key: value for key, value in facts.items() if key != "device"}
+    report["models"][model] = {**facts, "entries": [*kept, *entries]}
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
     return file
@@ -27,6 +39,11 @@ def save(report: dict, folder: Path) -> Path:
 def load_all(folder: Path = RESULTS) -> list[dict]:
     """The reports of all devices."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*" + SUFFIX))]
+
+
+def entries_of(run: dict, kind: str) -> list[dict]:
+    """A model's entries of one kind."""
+    return [entry for entry in run["entries"] if entry["kind"] == kind]
 
 
 def seconds(entry: dict, name: str) -> float | None:
@@ -39,6 +56,16 @@ def speedup(entry: dict, name: str, over: str) -> float | None:
     """How many times as fast a variant is as another."""
     ours, theirs = seconds(entry, name), seconds(entry, over)
     return theirs / ours if ours and theirs else None
+
+
+def worth(run: dict, entry: dict) -> Iterator[tuple[str, float | None]]:
+    """(feature, step time without it over that with it) of an entry of features; FP8 from that of the variants."""
+    for name in entry["variants"]:
+        if name != FASTRM:
+            yield name.removeprefix("without "), speedup(entry, FASTRM, name)
+    for main in entries_of(run, MAIN):
+        if main["name"] == entry["name"] and FP8 in main["variants"]:
+            yield "FP8 (on top)", speedup(main, FP8, FASTRM)
 
 
 @dataclass(frozen=True)
@@ -66,98 +93,30 @@ GOALS = [
     Goal("fastrm, share of the measured bf16 matmul rate, pairs 1300/300", "pairs, 1300/300", FASTRM, None, 0.5),
     Goal("fastrm over plain, groups of 4, 1300/300", "groups of 4, 1300/300", FASTRM, PLAIN, 5.0),
 ]
+GOAL_MODEL = "7B"
+
+
+def goals_of(report: dict) -> list[tuple[Goal, dict, float]]:
+    """(goal, entry, value) for all goals that this report has figures of."""
+    if not is_goal_device(report["device"]) or GOAL_MODEL not in report["models"]:
+        return []
+    entries = entries_of(report["models"][GOAL_MODEL], MAIN)
+    return [
+        (goal, entry, value)
+        for goal in GOALS
+        for entry in entries
+        if entry["name"] == goal.workload and (value := goal.measure(entry)) is not None
+    ]
 
 
 def goal_lines(reports: Sequence[dict]) -> list[str]:
     """A table of the goals; only a figure that was measured on a goal's device appears."""
     lines = ["| goal (7B, one H100 or H200) | wanted | measured | verdict |", "|---|---|---|---|"]
-    devices = [report for report in reports if is_goal_device(report["device"])]
+    found = {goal.text: (value, report["device"]) for report in reports for goal, _, value in goals_of(report)}
     for goal in GOALS:
-        found = [
-            value
-            for report in devices
-            for entry in report["entries"]
-            if entry["model"] == "7B" and entry["name"] == goal.workload and entry["kind"] == "main"
-            if (value := goal.measure(entry)) is not None
-        ]
-        shown = f"{found[-1]:.2f}" if found else NOT_MEASURED
-        verdict = NOT_MEASURED if not found else "met" if found[-1] >= goal.at_least else "not met"
+        shown, verdict = NOT_MEASURED, NOT_MEASURED
+        if goal.text in found:
+            value, device = found[goal.text]
+            shown, verdict = f"{value:.2f} ({device})", "met" if value >= goal.at_least else "not met"
         lines.append(f"| {goal.text} | at least {goal.at_least:g} | {shown} | {verdict} |")
     return lines
-
-
-def table_lines(report: dict) -> list[str]:
-    """All entries of a device as Markdown tables."""
-    lines = []
-    for kind, title in (("main", "variants"), ("features", "fastrm with one feature taken out")):
-        entries = [entry for entry in report["entries"] if entry["kind"] == kind]
-        for entry in entries:
-            lines += ["", f"{entry['model']}, {entry['name']}: {title}", ""]
-            lines.append(
-                "| variant | s/step | quartiles | pairs/s | against plain | useful tokens/s | tokens processed "
-                "| peak MiB | of the matmul rate |"
-                if kind == "main"
-                else "| variant | s/step | quartiles | pairs/s | the feature is worth |"
-            )
-            lines.append("|---" * (lines[-1].count("|") - 1) + "|")
-            lines += [_row(entry, name, kind) for name in entry["variants"]]
-    return lines
-
-
-def _row(entry: dict, name: str, kind: str) -> str:
-    variant = entry["variants"][name]
-    if variant["failed"]:
-        return f"| {name} | {variant['failed']} |"
-    low, high = variant["seconds"]["quartiles"]
-    median, pairs = variant["seconds"]["median"], variant["pairs_per_second"]
-    cells = [name, f"{median:.3f}", f"{low:.3f} - {high:.3f}", f"{pairs:.2f}"]
-    if kind == "main":
-        over = speedup(entry, name, PLAIN)
-        cells += [
-            "-" if over is None else f"{over:.2f}x",
-            f"{variant['useful_tokens_per_second']:,.0f}",
-            f"{variant['processed_tokens']:,}",
-            "-" if variant["peak_mib"] is None else f"{variant['peak_mib']:,.0f}",
-            f"{variant['matmul_share']:.0%}",
-        ]
-    else:
-        worth = speedup(entry, FASTRM, name)
-        cells.append("-" if worth is None else f"{worth:.2f}x")
-    return "| " + " | ".join(cells) + " |"
-
-
-def draw(report: dict, file: Path) -> None:
-    """Chart: pairs per second of each variant and workload, and what each feature is worth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    main = [entry for entry in report["entries"] if entry["kind"] == "main"]
-    features = [entry for entry in report["entries"] if entry["kind"] == "features"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.6), width_ratios=[3, 2], layout="constrained")
-    names = list(dict.fromkeys(name for entry in main for name in entry["variants"]))
-    width = 0.8 / len(names)
-    for number, name in enumerate(names):
-        ratios = [speedup(entry, name, PLAIN) or 0.0 for entry in main]
-        places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(main))]
-        bars = left.bar(places, ratios, width * 0.92, label=name)
-        left.bar_label(bars, [f"{ratio:.1f}" if ratio else "-" for ratio in ratios], fontsize=8, padding=1)
-    left.set_xticks(range(len(main)), [entry["name"].replace(", ", "\n") for entry in main])
-    left.set_ylabel("pairs per second, plain = 1")
-    left.set_title("Whole training steps, by prefix/response tokens")
-    left.legend(frameon=False, loc="upper left")
-    rows = [(name, speedup(entry, FASTRM, name)) for entry in features for name in entry["variants"] if name != FASTRM]
-    rows = sorted(((name, value) for name, value in rows if value), key=lambda row: row[1])
-    bars = right.barh([name.removeprefix("without ") for name, _ in rows], [value - 1 for _, value in rows], left=1)
-    right.bar_label(bars, [f"{value:.2f}x" for _, value in rows], fontsize=8, padding=2)
-    right.axvline(1, color="black", linewidth=0.8)
-    right.margins(x=0.2)
-    right.set_xlabel("step time without it, fastrm = 1")
-    right.set_title("What each feature is worth" + (f" ({features[0]['name']})" if features else ""))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{main[0]['model']} on {report['device']}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+MODELS = ("small", "3B", "7B")
+RESPONSE_TOKENS = 300
 # Merged patches of the image, height and width, by prefix length: most of a long prefix is image. 840 x 1120,
 # 560 x 728 and 392 x 392 pixels, of the range of the photographs and charts in ../shared/data.
 GRIDS = {1300: (30, 40), 640: (20, 26), 300: (14, 14)}
@@ -34,16 +36,27 @@ class TrainingShape:
         """Tokens that a pairwise trainer has to see for these preferences, without padding."""
         return self.num_pairs * 2 * (self.prefix_tokens + self.response_tokens)
 
+    @property
+    def tree_tokens(self) -> int:
+        """Tokens where a prompt is shared by its responses."""
+        return self.num_groups * (self.prefix_tokens + self.num_responses * self.response_tokens)
+
 
 def training_shapes(model: str, quick: bool = False) -> list[TrainingShape]:
-    """Pairs and groups of 4 at every length. A step of a large model is about 16,000 tokens of trees."""
-    tokens = 16_384 if model != "small" else 2_600
+    """Pairs and groups of 4 at every length; first the two that goals are about.
+
+    A step of a large model is at most 16,384 tokens of trees (a pack of the recipe for one GPU is twice
+    that), and 60,000 of the pairwise rows, of which groups of 4 have eight times as many.
+    """
     shapes = []
-    for num_responses in (2, 4):
-        for prefix in GRIDS:
-            num_groups = max(1, tokens // (prefix + 300 * num_responses))
-            shapes.append(TrainingShape(min(num_groups, 8), num_responses, prefix, 300))
-    return [shapes[0], shapes[3]] if quick else shapes
+    for prefix, num_responses in [(1300, 2), (1300, 4), (640, 2), (640, 4), (300, 2), (300, 4)]:
+        one = TrainingShape(1, num_responses, prefix, RESPONSE_TOKENS)
+        if model == "small":
+            num_groups = max(1, 2_600 // one.tree_tokens)
+        else:
+            num_groups = min(16_384 // one.tree_tokens, 60_000 // one.useful_tokens)
+        shapes.append(replace(one, num_groups=num_groups))
+    return shapes[:2] if quick else shapes
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,8 @@ class Variant:
         image_once: the vision tower sees each image once, not once for every row of every pair.
         prune: the last layer computes keys and values only, but for the anchors.
         fuse, compile: fused projections, compiled layers.
-        kernels: of attention, head, loss.
+        kernels: of head and loss, and of RMSNorm and SwiGLU where layers are not compiled.
+        attention: its backend; auto follows `kernels`.
         fp8: recipe, or off.
     """
 
@@ -69,6 +83,7 @@ class Variant:
     fuse: bool = True
     compile: bool = False
     kernels: str = "auto"
+    attention: str = "auto"
     fp8: str = "off"
 
 
@@ -82,7 +97,8 @@ def main_variants(on_gpu: bool) -> list[Variant]:
     On a CPU, layers are not compiled (the compiler takes longer than the benchmark), and FP8 is emulated
     and would show nothing.
     """
-    fastrm = Variant("fastrm", compile=on_gpu, kernels="triton" if on_gpu else "auto")
+    kernels = "triton" if on_gpu else "auto"
+    fastrm = Variant("fastrm", compile=on_gpu, kernels=kernels, attention=kernels)
     return [PLAIN, PACKED, fastrm, *([replace(fastrm, name="fastrm FP8", fp8="rowwise")] if on_gpu else [])]
 
 
@@ -98,6 +114,7 @@ def leave_one_out(on_gpu: bool) -> list[Variant]:
     if on_gpu:
         variants += [
             replace(fastrm, name="without compiled layers", compile=False),
-            replace(fastrm, name="without Triton kernels", kernels="eager"),
+            replace(fastrm, name="without Triton attention", attention="flash"),
+            replace(fastrm, name="without fused head", kernels="eager"),
         ]
     return variants

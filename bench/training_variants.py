@@ -1,25 +1,43 @@
 """The variants of the training step, as engines: what differs is how rewards come about."""
 
-import dataclasses
+import functools
 
-import numpy as np
 import torch
-from torch import nn
 
 from fastrm.config import Config
-from fastrm.data.packing import EncodedGroup, Pack, Pixels, build_pack
-from fastrm.data.record import ImageRef
+from fastrm.data.packing import Pack, build_pack
 from fastrm.model.backbone import BackboneRunner
-from fastrm.model.fusion import split_fused
-from fastrm.model.layers import decoder_layer
+from fastrm.model.compiled import CompiledGraphs, mark_dynamic
+from fastrm.model.fusion import fuse_projections, split_fused
 from fastrm.model.network import RewardNetwork
 from fastrm.model.vision import VisionPlan
 from fastrm.train.engine import LocalEngine
 from fastrm.train.step_cost import make_cost_model
+from training_plain import PlainEngine, collate, pairwise_rows, use_stock
 from training_shapes import TrainingShape, Variant
-from workloads import IMAGE_PAD, PATCHES, image_groups
+from workloads import PATCHES, image_groups
 
-PAD = 0
+
+class CompiledLayers:
+    """Compiled layers that networks with the same kind of layers use one after another: compiling takes long.
+
+    Attributes:
+        graphs: the count of them; None before the first network.
+    """
+
+    def __init__(self, backend: str = "inductor"):
+        self._backend = backend
+        self.graphs: CompiledGraphs | None = None
+
+    def lend(self, network: RewardNetwork) -> None:
+        """As `network.compile_layers()`, but without compiling again what the last network has compiled."""
+        runner = network._runner
+        if self.graphs is None:
+            self.graphs = network.compile_layers(self._backend)
+            self._functions = runner._layer, runner._block
+        else:
+            network._graphs, runner.compiled = self.graphs, True
+            runner._layer, runner._block = self._functions
 
 
 class TrainingStep:
@@ -28,36 +46,45 @@ class TrainingStep:
     Args:
         network: with its weights; it is changed to what the variant wants and must not be used by another.
         config: of the run.
+        compiled: what compiles the layers, if the variant does.
+
+    Attributes:
+        flops: that the step needs, see `count_flops`.
+        graphs: the count of compiled graphs, of all networks that share them; None without.
     """
 
-    def __init__(self, variant: Variant, network: RewardNetwork, config: Config, shape: TrainingShape):
+    def __init__(
+        self, variant: Variant, network: RewardNetwork, config: Config, shape: TrainingShape, compiled: CompiledLayers
+    ):
         self.variant, self.name, self.shape = variant, variant.name, shape
-        if variant.fuse:
-            network.fuse_projections()
-        if variant.fp8 != "off":
-            from fastrm.model.precision import convert_to_fp8
-
-            network.fp8 = convert_to_fp8(network, variant.fp8)
-        self.graphs = network.compile_layers() if variant.compile else None
-        dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-        network.use_kernels(dtype, kernels=variant.kernels)
+        engine = PlainEngine if variant.plain else LocalEngine
         if variant.plain:
-            engine, network = _PlainEngine, _use_stock(network, config)
+            use_stock(network, config)
         else:
-            engine = LocalEngine
-            network.use_activation_checkpointing(config.model.activation_checkpointing)
+            _switch(network, variant, config, compiled)
             _take_out(network, variant, shape)
         self.engine = engine(network, config)
-        self.pack, self.flops = make_pack(shape, variant), count_flops(network, config, shape, variant)
-        self.pack.prepared = None if variant.plain else network.planner(self.pack)
-        self.pack = self.pack.to(network.device)
-        self.num_steps = 0
+        self.graphs = compiled.graphs if variant.compile else None
+        self.flops = count_flops(network.model.config, config, shape, variant)
+        pack = make_pack(shape, variant)
+        pack.prepared = None if variant.plain else network.planner(pack)
+        self.pack = pack.to(network.device)
+        self._num_steps = 0
+
+    @property
+    def checkpointing(self) -> str:
+        """What the backward pass computes again: none, selective or full."""
+        return self.engine.config.model.activation_checkpointing
 
     def step(self, number: int) -> None:
         """One training step."""
         self.engine.accumulate(self.pack)
-        update = self.engine.update(self.engine.config.optim.lr, self.num_steps)
-        self.num_steps += 1
+        self.update()
+
+    def update(self) -> None:
+        """Apply the gradient that has been accumulated."""
+        update = self.engine.update(self.engine.config.optim.lr, self._num_steps)
+        self._num_steps += 1
         assert update.finite, f"{self.name}: loss {update.loss}, gradient norm {update.grad_norm}"
 
     def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -81,52 +108,28 @@ class TrainingStep:
         return self.pack.input_ids.shape[0]
 
 
-@dataclasses.dataclass
-class PlainBatch(Pack):
-    """A pack's groups as a pairwise trainer collates them: two rows a preference, right-padded.
+def _switch(network: RewardNetwork, variant: Variant, config: Config, compiled: CompiledLayers) -> None:
+    """Set the options that fastrm has, in the order that `fastrm train` does."""
+    if variant.fuse:
+        network.fuse_projections()
+    if variant.fp8 != "off":
+        from fastrm.model.precision import convert_to_fp8
 
-    Attributes:
-        padded_ids: (2 E, N), all winners before all losers.
-        last: (2 E,) index of each row's last token.
-    """
-
-    padded_ids: torch.Tensor | None = None
-    last: torch.Tensor | None = None
-
-
-class _PlainEngine(LocalEngine):
-    """The stock model and its own attention, each conversation a padded row with its own image."""
-
-    def rewards(self, pack: PlainBatch) -> torch.Tensor:
-        network, half = self.network, self.config.precision.dtype == "bf16"
-        with torch.autocast(network.device.type, dtype=torch.bfloat16, enabled=half):
-            hidden = network.model(
-                input_ids=pack.padded_ids,
-                attention_mask=(torch.arange(pack.padded_ids.shape[1], device=network.device) <= pack.last[:, None]),
-                mm_token_type_ids=(pack.padded_ids == IMAGE_PAD).int(),
-                pixel_values=pack.pixel_values,
-                image_grid_thw=torch.tensor(pack.image_grids, device=network.device),
-                use_cache=False,
-            ).last_hidden_state
-            states = hidden[torch.arange(len(pack.last), device=network.device), pack.last]
-            return network.score(states).squeeze(-1).float()
-
-
-def _use_stock(network: RewardNetwork, config: Config) -> RewardNetwork:
-    network.model.set_attn_implementation("sdpa")
-    if config.model.activation_checkpointing != "none":
-        # As peers switch it on; transformers renamed the method between the versions that we support.
-        model = network.model
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-        model.disable_input_require_grads()
-    return network
+        network.fp8 = convert_to_fp8(network, variant.fp8)
+    if variant.compile:
+        compiled.lend(network)
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    network.use_kernels(dtype, kernels=variant.kernels, attention=variant.attention)
+    network.use_activation_checkpointing(config.model.activation_checkpointing)
 
 
 def _take_out(network: RewardNetwork, variant: Variant, shape: TrainingShape) -> None:
-    """Swap the runner for one that lacks what the variant lacks; fastrm itself has no such options."""
+    """Swap parts of the runner for ones that lack what the variant lacks; fastrm itself has no such options."""
     runner = network._runner
     if not variant.prune:
+        if variant.fuse:
+            # The last of the layers given keeps q, k and v apart, for pruning; here it is to be like the others.
+            fuse_projections([*runner.language.layers, runner.language.layers[-1]])
         runner._last_layer = _WholeLastLayer(runner)
     if not variant.image_once and variant.share:
         runner.image_features = _SeenAgain(runner, copies=2 * shape.num_pairs // shape.num_groups)
@@ -140,8 +143,13 @@ class _WholeLastLayer:
 
     def __call__(self, layer, hidden, cos, sin, anchors, layouts) -> torch.Tensor:
         runner = self._runner
-        plan = runner._kernels.attention.plan(layouts.tree, torch.bfloat16 if hidden.is_cuda else hidden.dtype)
-        return runner._run(decoder_layer, layer, hidden, cos, sin, plan, runner._kernels).index_select(0, anchors)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        plan = runner._kernels.attention.plan(layouts.tree, dtype)
+        if runner.compiled:
+            mark_dynamic(plan)
+        hidden = runner._run(runner._layer, layer, hidden, cos, sin, plan, runner._kernels)
+        return hidden.index_select(0, anchors)
 
 
 class _SeenAgain:
@@ -151,26 +159,19 @@ class _SeenAgain:
         self._encode, self.copies = runner.image_features, copies
 
     def __call__(self, pixel_values: torch.Tensor, plan: VisionPlan) -> torch.Tensor:
-        features = self._encode(pixel_values, plan)
-        for _ in range(self.copies - 1):
-            # In the sum with weight 0, so that its backward pass runs as well.
-            features = features + 0 * self._encode(pixel_values, plan)
-        return features
+        # The mean, so that every copy has a backward pass as well.
+        return sum(self._encode(pixel_values, plan) for _ in range(self.copies)) / self.copies
 
 
-def count_flops(network: RewardNetwork, config: Config, shape: TrainingShape, variant: Variant) -> float:
+def count_flops(backbone_config, config: Config, shape: TrainingShape, variant: Variant) -> float:
     """FLOPs of the step's matrix products and attention, those of recomputation and padding left out.
 
     By the formulas that balance ranks (fastrm/train/step_cost.py), which count the last layer as pruned; the
     rest of a whole last layer is left out here too, so that the share of the matmul rate is of useful work.
     """
     settings = config.model.model_copy(update={"activation_checkpointing": "none"})
-    costs = make_cost_model(network.model.config, settings)
-    groups, pixels = image_groups(
-        shape.num_groups, shape.num_responses, shape.prefix_tokens, shape.response_tokens, shape.grid
-    )
-    if variant.plain or not (variant.share or variant.image_once):
-        groups, pixels = _rows(groups, pixels)
+    costs = make_cost_model(backbone_config, settings)
+    groups, pixels = _content(shape, variant)
     trees = [group.tree(variant.share and not variant.plain) for group in groups]
     images = len(pixels) * costs.of_image(*shape.grid)
     if variant.share and not variant.image_once:
@@ -182,50 +183,20 @@ def count_flops(network: RewardNetwork, config: Config, shape: TrainingShape, va
 
 def make_pack(shape: TrainingShape, variant: Variant) -> Pack:
     """The workload as the variant packs it, on the CPU."""
-    groups, pixels = image_groups(
-        shape.num_groups, shape.num_responses, shape.prefix_tokens, shape.response_tokens, shape.grid
-    )
-    if variant.plain or not (variant.share or variant.image_once):
-        groups, pixels = _rows(groups, pixels)
+    groups, pixels = _content(shape, variant)
     if not variant.plain:
         return build_pack(groups, pixels, PATCHES, share=variant.share, multiple=16 if variant.fp8 != "off" else 1)
-    return _plain_batch(build_pack(groups, pixels, PATCHES, share=False), groups)
+    return collate(build_pack(groups, pixels, PATCHES, share=False), groups)
 
 
-def _rows(groups: list[EncodedGroup], pixels: Pixels) -> tuple[list[EncodedGroup], Pixels]:
-    """What pairwise trainers see: a group for each preference, with two responses and an image for each."""
-    rows, copies = [], {}
-    for group in groups:
-        for preference in group.preferences:
-            pair = []
-            for number in (preference.winner, preference.loser):
-                response = group.responses[number]
-                spans = []
-                for span in response.images:
-                    ref = ImageRef(data=len(copies).to_bytes(4, "big"))
-                    copies[ref.key] = pixels[span.ref.key]
-                    spans.append(dataclasses.replace(span, ref=ref))
-                pair.append(dataclasses.replace(response, images=tuple(spans)))
-            edge = dataclasses.replace(preference, winner=0, loser=1)
-            rows.append(dataclasses.replace(group, responses=tuple(pair), preferences=(edge,)))
-    return rows, copies
+def _content(shape: TrainingShape, variant: Variant):
+    """Groups and pixels; of a variant that shares neither prompts nor images, those of its pairs."""
+    groups, pixels = _groups(shape)
+    if variant.plain or not (variant.share or variant.image_once):
+        return pairwise_rows(groups, pixels)
+    return groups, pixels
 
 
-def _plain_batch(pack: Pack, groups: list[EncodedGroup]) -> PlainBatch:
-    responses = [group.responses[number] for number in (0, 1) for group in groups]
-    lengths = np.array([len(response.tokens) for response in responses])
-    tokens = [torch.from_numpy(response.tokens) for response in responses]
-    # Images in the order of the rows: winners first.
-    order = [number for half in (0, 1) for number in range(half, len(responses), 2)]
-    counts = [rows * columns * frames for frames, rows, columns in pack.image_grids]
-    patches = pack.patches.split(counts)
-    fields = {field.name: getattr(pack, field.name) for field in dataclasses.fields(pack)}
-    fields["patches"] = torch.cat([patches[number] for number in order])
-    fields["image_grids"] = [pack.image_grids[number] for number in order]
-    num_pairs = len(groups)
-    fields["edges"] = torch.stack([torch.arange(num_pairs), torch.arange(num_pairs) + num_pairs], 1)
-    return PlainBatch(
-        **fields,
-        padded_ids=nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PAD),
-        last=torch.from_numpy(lengths - 1),
-    )
+@functools.lru_cache(maxsize=2)
+def _groups(shape: TrainingShape):
+    return image_groups(shape.num_groups, shape.num_responses, shape.prefix_tokens, shape.response_tokens, shape.grid)

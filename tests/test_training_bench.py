@@ -11,15 +11,14 @@ import training_models
 import training_run
 import training_variants
 from fastrm.model.architectures import PUBLISHED
-from fastrm.model.compiled import CompiledGraphs
 from kernel_timing import RedGate
 from training_gate import Gate
 from training_models import make_network, training_config
 from training_plain import VARLEN
 from training_profile import LONGEST, profile_step
 from training_run import MIN_ROUNDS, OUT_OF_TIME, Measured
-from training_shapes import PACKED, PLAIN, TrainingShape, Variant, leave_one_out, main_variants
-from training_variants import TrainingStep, count_flops
+from training_shapes import PACKED, PLAIN, TrainingShape, Variant
+from training_variants import CompiledLayers, TrainingStep, count_flops
 
 FASTRM = Variant("fastrm")
 FP8 = Variant("fastrm FP8", fp8="rowwise")
@@ -35,8 +34,9 @@ TINY_VISION = {
 }  # fmt: skip
 
 
-def small_step(variant, graphs=None):
-    return TrainingStep(variant, make_network("small", "cpu"), training_config("small", "none"), SHAPE, graphs)
+def small_step(variant):
+    network, config = make_network("small", "cpu"), training_config("small", "none")
+    return TrainingStep(variant, network, config, SHAPE, CompiledLayers())
 
 
 @pytest.fixture(scope="module")
@@ -116,19 +116,25 @@ def test_a_wrong_variant_turns_the_gate_red(gate, monkeypatch, variant, wrong):
 
 
 def test_variants_with_like_layers_share_their_graphs(gate):
-    graphs = CompiledGraphs("eager")
     torch._dynamo.reset()
-    fastrm = main_variants(on_gpu=True)[2]
-    alike = [variant for variant in leave_one_out(on_gpu=True) if variant.graphs_key == fastrm.graphs_key]
-    assert {"without sharing", "without vision once", "without last-layer pruning"} <= {v.name for v in alike}
-    gate.check(replace(fastrm, kernels="auto", attention="auto"), graphs)
-    # Decoder layers, and vision blocks with windows and without.
-    assert graphs.count <= 3
-    before = graphs.count
-    for variant in alike:
-        if variant.compile:
-            gate.check(replace(variant, kernels="auto", attention="auto"), graphs)
-    assert graphs.count == before
+    compiled = CompiledLayers("eager")
+    fastrm = replace(FASTRM, compile=True)
+    gate.check(fastrm, compiled)
+    count = compiled.graphs.count
+    assert 0 < count <= 3
+    for changes in ({"share": False}, {"image_once": False}, {"prune": False}):
+        gate.check(replace(fastrm, **changes), compiled)
+    assert compiled.graphs.count == count
+
+
+@pytest.mark.parametrize("changes", [{"fuse": False}, {"fp8": "rowwise"}, {"attention": "flash"}])
+def test_variants_with_other_layers_have_graphs_of_their_own(tiny_7b, changes):
+    measured, fastrm = Measured("7B", 1000.0), replace(FASTRM, compile=True)
+    first = measured._compiled_for(fastrm, "selective")
+    assert measured._compiled_for(replace(fastrm, name="without sharing", share=False), "selective") is first
+    assert measured._compiled_for(replace(fastrm, **changes), "selective") is not first
+    first = measured._compiled_for(fastrm, "selective")
+    assert measured._compiled_for(fastrm, "full") is not first
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ class DeepSpeedEngine:
         for name, parameter in self._names.items():
             with _gathered(parameter):
                 yield from split_fused(self.network, name, parameter.detach())
-        yield from ((name, buffer) for name, buffer in self._buffers())
+        yield from self._buffers()
 
     def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(`<state>.<parameter name>`, full tensor) of AdamW's states, one at a time."""
@@ -169,8 +169,10 @@ class DeepSpeedEngine:
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Those that a state dict holds."""
-        parts = [buffer for module in self.network.modules() for buffer in module._non_persistent_buffers_set]
-        return ((name, buffer) for name, buffer in self.network.named_buffers() if name.split(".")[-1] not in parts)
+        for path, module in self.network.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"{path}.{name}", buffer
 
     def _partitions(self) -> list[torch.Tensor]:
         """The flat float32 tensors that this rank's optimizer updates."""
@@ -190,7 +192,7 @@ class DeepSpeedEngine:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _load_states(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        # All parameters are updated in every step; on one process, those that have a gradient.
+        # Older checkpoints of one process count fewer updates of what some step did not reach.
         updates = [tensors[name] for name in tensors if name.startswith("step.")]
         self._reset_states(torch.stack(updates).max() if updates else torch.zeros(()))
         for full_name in tensors:

@@ -1,0 +1,70 @@
+"""Where the time of a training step goes: its phases, and the operations that take longest."""
+
+import time
+from collections import defaultdict
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from kernel_timing import synchronize
+from training_variants import TrainingStep
+
+LONGEST = 12  # operations that are named; the rest is one row
+
+
+def profile_step(step: TrainingStep) -> dict:
+    """Phases of one step by the clock, and operations of another by torch's profiler.
+
+    Returns:
+        phases: seconds of vision (forward, by itself), forward (vision included), backward and update.
+        operations: [name, calls, seconds, share of the profiled time], longest first: kernels on a GPU,
+            operators by their own time on a CPU.
+    """
+    phases = _phases(step)
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        step.step(0)
+        synchronize()
+    seconds: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    for event in found.key_averages():
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if microseconds > 0:
+            seconds[event.key] += microseconds / 1e6
+            calls[event.key] += event.count
+    total = sum(seconds.values())
+    names = sorted(seconds, key=seconds.__getitem__, reverse=True)
+    rows = [[name, calls[name], seconds[name], seconds[name] / total] for name in names[:LONGEST]]
+    if rest := names[LONGEST:]:
+        spent = sum(seconds[name] for name in rest)
+        rows.append([f"{len(rest)} others", sum(calls[name] for name in rest), spent, spent / total])
+    return {"phases": phases, "operations": rows}
+
+
+def _phases(step: TrainingStep) -> dict[str, float]:
+    """Seconds of each phase; the device is waited for between them, which a step does not do."""
+    engine, pack, found = step.engine, step.pack, {}
+    clock = time.perf_counter
+
+    def timed(name: str, action):
+        synchronize()
+        start = clock()
+        result = action()
+        synchronize()
+        found[name] = clock() - start
+        return result
+
+    if not step.variant.plain:
+        with torch.no_grad(), torch.autocast(engine.network.device.type, torch.bfloat16, _is_half(step)):
+            timed("vision", lambda: engine.network._runner.image_features(pack.pixel_values, pack.prepared.vision))
+    loss = timed("forward", lambda: engine.loss(engine.rewards(pack), pack))
+    timed("backward", loss.backward)
+    engine.discard()
+    # What is timed is the update alone, so its gradient is made again before.
+    engine.accumulate(pack)
+    timed("update", step.update)
+    return found
+
+
+def _is_half(step: TrainingStep) -> bool:
+    return step.engine.config.precision.dtype == "bf16"
