@@ -8,9 +8,9 @@
 
 Inside 9 minutes of GPU time: what does not fit is listed as left out, and --only measures it later. Besides
 torch, triton and transformers it needs numpy, pillow and pydantic (with pydantic-core, annotated-types and
-typing-inspection), on a GPU also torchao (FP8, 8-bit moments) and liger-kernel (layers that are not compiled), and
-matplotlib for the charts alone. Results go
-to <device>-training.json in --out after every workload, so that a run which is cut short keeps what it has.
+typing-inspection), for a large model also torchao (FP8, 8-bit moments) and liger-kernel (layers that are not
+compiled), and matplotlib for the charts alone. Results go to <device>-training.json in --out after every
+workload, so that a run which is cut short keeps what it has.
 """
 
 import argparse
@@ -53,8 +53,7 @@ def run(model: str | None, quick: bool, only: str | None, seconds: float, out: P
             break
         save(model, facts, measured.entries, out, quick=quick)
     file = save(model, facts, measured.entries, out, quick=quick)
-    run_facts = {key: value for key, value in facts.items() if key != "device"}
-    return {"device": facts["device"], "models": {model: {**run_facts, "entries": measured.entries}}}, file
+    return {"device": facts["device"], "runs": {model: facts}, "entries": measured.entries}, file
 
 
 def parts(model: str, quick: bool, only: str | None, on_gpu: bool) -> list[tuple]:
@@ -99,7 +98,7 @@ def main() -> int:
     report, file = run(arguments.model, arguments.quick, arguments.only, arguments.budget_seconds, arguments.out)
     print("\n".join(["", *report_lines(report)]))
     print(f"\nsaved to {file}; python bench/run_training.py --readme makes tables and charts from it")
-    failed = [v["failed"] for r in report["models"].values() for e in r["entries"] for v in e["variants"].values()]
+    failed = [variant["failed"] for entry in report["entries"] for variant in entry["variants"].values()]
     # A variant that there was no time for is no failure of the run.
     return 1 if any(reason and "left out" not in reason for reason in failed) else 0
 

@@ -24,13 +24,16 @@ def save(model: str, facts: dict, entries: Sequence[dict], folder: Path, *, quic
     """
     device = facts["device"]
     file = folder / (file_stem(device) + (SUFFIX.replace(".json", "-quick.json") if quick else SUFFIX))
-    report = json.loads(file.read_text()) if file.exists() else {"device": device, "models": {}}
-    old = report["models"].get(model, {})
+    report = json.loads(file.read_text()) if file.exists() else {"device": device, "runs": {}, "entries": []}
+    same = report["runs"].get(model, {}).get("versions") == facts["versions"]
     mine = {(entry["kind"], entry["name"]) for entry in entries}
-    kept = old.get("entries", []) if old.get("versions") == facts["versions"] else []
-    kept = [entry for entry in kept if (entry["kind"], entry["name"]) not in mine]
-    facts = {key: value for key, value in facts.items() if key != "device"}
-    report["models"][model] = {**facts, "entries": [*kept, *entries]}
+    kept = [
+        entry
+        for entry in report["entries"]
+        if entry["model"] != model or (same and (entry["kind"], entry["name"]) not in mine)
+    ]
+    report["runs"][model] = {key: value for key, value in facts.items() if key != "device"}
+    report["entries"] = [*kept, *entries]
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
     return file
@@ -41,9 +44,9 @@ def load_all(folder: Path = RESULTS) -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*" + SUFFIX))]
 
 
-def entries_of(run: dict, kind: str) -> list[dict]:
+def entries_of(report: dict, model: str, kind: str) -> list[dict]:
     """A model's entries of one kind."""
-    return [entry for entry in run["entries"] if entry["kind"] == kind]
+    return [entry for entry in report["entries"] if entry["model"] == model and entry["kind"] == kind]
 
 
 def seconds(entry: dict, name: str) -> float | None:
@@ -58,12 +61,12 @@ def speedup(entry: dict, name: str, over: str) -> float | None:
     return theirs / ours if ours and theirs else None
 
 
-def worth(run: dict, entry: dict) -> Iterator[tuple[str, float | None]]:
+def worth(report: dict, entry: dict) -> Iterator[tuple[str, float | None]]:
     """(feature, step time without it over that with it) of an entry of features; FP8 from that of the variants."""
     for name in entry["variants"]:
         if name != FASTRM:
             yield name.removeprefix("without "), speedup(entry, FASTRM, name)
-    for main in entries_of(run, MAIN):
+    for main in entries_of(report, entry["model"], MAIN):
         if main["name"] == entry["name"] and FP8 in main["variants"]:
             yield "FP8 (on top)", speedup(main, FP8, FASTRM)
 
@@ -98,9 +101,7 @@ GOAL_MODEL = "7B"
 
 def goals_of(report: dict) -> list[tuple[Goal, dict, float]]:
     """(goal, entry, value) for all goals that this report has figures of."""
-    if not is_goal_device(report["device"]) or GOAL_MODEL not in report["models"]:
-        return []
-    entries = entries_of(report["models"][GOAL_MODEL], MAIN)
+    entries = entries_of(report, GOAL_MODEL, MAIN) if is_goal_device(report["device"]) else []
     return [
         (goal, entry, value)
         for goal in GOALS

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from kernel_timing import MIB, Budget, Stats, attempt, clean_memory, synchronize
+from kernel_timing import MIB, Budget, Stats, attempt, clean_memory, describe, synchronize
 from measure import peak_mib as resident_peak_mib
 from training_gate import Gate
 from training_models import checkpointing_modes, make_network, matmul_sizes, training_config
@@ -121,13 +121,13 @@ class Measured:
         return None
 
     def _check(self, trial: Trial) -> None:
-        """Note how far the variant's gradient is from what is allowed, or why it fails; once for each variant."""
+        """Note how far off the variant's gradient is, or why the gate refuses it; once for each variant."""
         if trial.name not in self._verdicts:
             clean_memory()
             variant, mode = trial.variant, checkpointing_modes(self.model, trial.variant.plain)[0]
             error = attempt(trial, lambda: self._gate.check(variant, self._compiled_for(variant, mode)))
             self._verdicts[trial.name] = error, trial.failed
-        trial.figures["error_over_limit"], trial.failed = self._verdicts[trial.name]
+        trial.figures["gradient_error"], trial.failed = self._verdicts[trial.name]
 
     def _compiled_for(self, variant: Variant, checkpointing: str) -> CompiledLayers:
         """Compiled layers for all variants whose layers are alike, to save the time of compiling."""
@@ -180,7 +180,15 @@ class Measured:
             "checkpointing": step.checkpointing,
             "graphs": None if step.graphs is None else step.graphs.count,
         }  # fmt: skip
-        return figures | ({"profile": profile_step(step)} if profiled else {})
+        return figures | (_profile(step) if profiled else {})
+
+
+def _profile(step: TrainingStep) -> dict:
+    """The profile, or why there is none: the figures stand without it."""
+    try:
+        return {"profile": profile_step(step)}
+    except Exception as error:
+        return {"profile_failed": describe(error)}
 
 
 def rounds(seconds: float) -> Iterator[int]:

@@ -12,7 +12,7 @@ END = "<!-- training tables: end -->"
 COLORS = {"plain": "#9aa0a6", "packed rows": "#5f8dd3", "fastrm": "#e07b39", "fastrm FP8": "#b3372f"}
 MAIN_COLUMNS = (
     "variant", "s/step", "quartiles", "pairs/s", "against plain", "useful tokens/s", "processed tokens/s",
-    "peak MiB", "of the matmul rate",
+    "peak MiB", "of the matmul rate", "gradient error",
 )  # fmt: skip
 
 
@@ -29,17 +29,17 @@ def updated_readme(text: str, reports: Sequence[dict]) -> str:
 def report_lines(report: dict) -> list[str]:
     """All that one device has measured, as Markdown."""
     lines = []
-    for model, run in report["models"].items():
+    for model, run in report["runs"].items():
         versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
-        rate = f"{run['threads']} threads; {run['matmul_flops'] / 1e12:,.2f} TFLOP/s in large matrix products"
+        rate = f"threads: {run['threads']}; {run['matmul_flops'] / 1e12:,.2f} TFLOP/s in large matrix products"
         lines += ["", f"**{model} on {report['device']}** ({run['date']}; {versions}; {rate})"]
         lines += ["", f"![pairs per second, and what each feature is worth](results/{chart_name(report, model)})"]
-        for entry in entries_of(run, MAIN):
-            lines += ["", f"{entry['name']}, {entry['shape']['num_groups']} prompts a step:", ""]
+        for entry in entries_of(report, model, MAIN):
+            lines += ["", f"{entry['name']} (prompts in a step: {entry['shape']['num_groups']}):", ""]
             lines += _table(MAIN_COLUMNS, [_main_row(entry, name) for name in entry["variants"]])
-        for entry in entries_of(run, FEATURES):
+        for entry in entries_of(report, model, FEATURES):
             lines += ["", f"{entry['name']}: step time without a feature over that of fastrm:", ""]
-            rows = [[name, "-" if value is None else f"{value:.2f}x"] for name, value in worth(run, entry)]
+            rows = [[name, "-" if value is None else f"{value:.2f}x"] for name, value in worth(report, entry)]
             lines += _table(("feature", "worth"), rows)
             lines += _failures(entry)
         if run["left_out"]:
@@ -58,7 +58,7 @@ def _main_row(entry: dict, name: str) -> list[str]:
         f"{variant['seconds']['median']:.3f}", f"{low:.3f} - {high:.3f}", f"{variant['pairs_per_second']:.2f}",
         "-" if over is None else f"{over:.2f}x", f"{variant['useful_tokens_per_second']:,.0f}",
         f"{variant['processed_tokens_per_second']:,.0f}", "-" if peak is None else f"{peak:,.0f}",
-        f"{variant['matmul_share']:.0%}",
+        f"{variant['matmul_share']:.0%}", f"{variant['gradient_error']:.1e}",
     ]  # fmt: skip
 
 
@@ -81,6 +81,7 @@ def profile_lines(report: dict) -> list[str]:
     lines = []
     for (workload, name), variant in missed.items():
         if "profile" not in variant:
+            lines += ["", f"No profile of {name}, {workload}: {variant.get('profile_failed', 'not made')}."]
             continue
         profile = variant["profile"]
         phases = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in profile["phases"].items())
@@ -108,13 +109,13 @@ def draw_all(reports: Sequence[dict], folder: Path = RESULTS) -> list[Path]:
     """The charts of all devices and models; returns their files."""
     drawn = []
     for report in reports:
-        for model, run in report["models"].items():
+        for model in report["runs"]:
             drawn.append(folder / chart_name(report, model))
-            draw(f"{model} on {report['device']}", run, drawn[-1])
+            draw(report, model, drawn[-1])
     return drawn
 
 
-def draw(title: str, run: dict, file: Path) -> None:
+def draw(report: dict, model: str, file: Path) -> None:
     """Chart of a model: speed of each variant and workload, and what each feature is worth."""
     import matplotlib
 
@@ -122,11 +123,11 @@ def draw(title: str, run: dict, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8), width_ratios=[3, 2], layout="constrained")
-    _draw_variants(left, entries_of(run, MAIN))
-    _draw_features(right, run)
+    _draw_variants(left, entries_of(report, model, MAIN))
+    _draw_features(right, report, entries_of(report, model, FEATURES))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(f"{model} model on {report['device']}")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
@@ -147,12 +148,11 @@ def _draw_variants(axes, entries: Sequence[dict]) -> None:
     axes.margins(y=0.12)
 
 
-def _draw_features(axes, run: dict) -> None:
-    entries = entries_of(run, FEATURES)
+def _draw_features(axes, report: dict, entries: Sequence[dict]) -> None:
     if not entries:
         axes.set_axis_off()
         return
-    rows = sorted(((name, value) for name, value in worth(run, entries[0]) if value), key=lambda row: row[1])
+    rows = sorted(((name, value) for name, value in worth(report, entries[0]) if value), key=lambda row: row[1])
     bars = axes.barh(
         [name for name, _ in rows], [value - 1 for _, value in rows], left=1, color=COLORS[FASTRM], height=0.6
     )

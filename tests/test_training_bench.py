@@ -95,6 +95,16 @@ def test_a_failed_variant_says_why_and_the_others_go_on(tiny_7b, monkeypatch):
     assert all("seconds" not in variant for variant in found.values())
 
 
+def test_figures_stand_without_a_profile(tiny_7b, monkeypatch):
+    def no_profiler(step):
+        raise RuntimeError("CUPTI is not there")
+
+    monkeypatch.setattr(training_run, "profile_step", no_profiler)
+    found = Measured("7B", 1000.0).measure(SHAPE, [FASTRM], "main", {"fastrm"})["variants"]["fastrm"]
+    assert found["failed"] is None and found["seconds"] and "profile" not in found
+    assert found["profile_failed"] == "RuntimeError: CUPTI is not there"
+
+
 @pytest.mark.parametrize("variant", [FASTRM, FP8], ids=lambda variant: variant.name)
 @pytest.mark.parametrize("wrong", ["image", "winner", "parameter"])
 def test_a_wrong_variant_turns_the_gate_red(gate, monkeypatch, variant, wrong):
@@ -120,11 +130,11 @@ def test_variants_with_like_layers_share_their_graphs(gate):
     compiled = CompiledLayers("eager")
     fastrm = replace(FASTRM, compile=True)
     gate.check(fastrm, compiled)
-    count = compiled.graphs.count
+    graphs, count = compiled.graphs, compiled.graphs.count
     assert 0 < count <= 3
     for changes in ({"share": False}, {"image_once": False}, {"prune": False}):
         gate.check(replace(fastrm, **changes), compiled)
-    assert compiled.graphs.count == count
+    assert compiled.graphs is graphs and graphs.count == count
 
 
 @pytest.mark.parametrize("changes", [{"fuse": False}, {"fp8": "rowwise"}, {"attention": "flash"}])

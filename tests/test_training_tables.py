@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastrm.plan.hardware import GPUS
+from fastrm.plan.rates import find_rate
 from run_training import parts
 from training_models import checkpointing_modes, published_config, training_config
 from training_results import (
@@ -35,12 +37,12 @@ def _variant(seconds, share=0.4, failed=None, checkpointing="selective", **more)
         "failed": failed, "seconds": {"median": seconds, "quartiles": [seconds, seconds], "rounds": 5, "cpu": seconds},
         "peak_mib": 100.0, "pairs_per_second": 8 / seconds, "useful_tokens_per_second": 1.0, "processed_tokens": 7,
         "processed_tokens_per_second": 7 / seconds, "flops": 1.0, "matmul_share": share, "graphs": None,
-        "checkpointing": checkpointing, "error_over_limit": 0.5, **more,
+        "checkpointing": checkpointing, "gradient_error": 0.03, **more,
     }  # fmt: skip
 
 
-def _entry(kind=MAIN, name="pairs, 1300/300", **variants):
-    return {"kind": kind, "name": name, "shape": {"num_groups": 8}, "variants": variants}
+def _entry(kind=MAIN, name="pairs, 1300/300", model="7B", **variants):
+    return {"kind": kind, "model": model, "name": name, "shape": {"num_groups": 8}, "variants": variants}
 
 
 def _facts(device=H200, torch="2"):
@@ -51,7 +53,7 @@ def _facts(device=H200, torch="2"):
 
 
 def _report(*entries, device=H200, model="7B"):
-    return {"device": device, "models": {model: {**_facts(), "entries": list(entries)}}}
+    return {"device": device, "runs": {model: _facts()}, "entries": [{**entry, "model": model} for entry in entries]}
 
 
 def _good(**more):
@@ -137,8 +139,8 @@ def test_a_failed_variant_has_no_figure():
 
 def test_a_feature_is_worth_the_time_without_it():
     features = _entry(FEATURES, **{FASTRM: _variant(2.0), "without sharing": _variant(3.0)})
-    assert list(worth(_report(features)["models"]["7B"], features)) == [("sharing", 1.5)]
-    assert list(worth(_report(_good(), features)["models"]["7B"], features)) == [
+    assert list(worth(_report(features), features)) == [("sharing", 1.5)]
+    assert list(worth(_report(_good(), features), features)) == [
         ("sharing", 1.5), ("FP8 (on top)", pytest.approx(1.0 / 0.9)),
     ]  # fmt: skip
     assert "| sharing | 1.50x |" in report_lines(_report(features))
@@ -158,6 +160,7 @@ def test_a_missed_goal_shows_where_the_time_goes():
     text = "\n".join(report_lines(_report(_good(profile=profile))))
     assert "Where the time of fastrm goes, pairs, 1300/300 (forward 0.250 s):" in text
     assert "| void cutlass(a/b) | 3 | 0.5000 | 75.0% |" in text
+    assert "No profile of fastrm FP8, pairs, 1300/300: not made." in text
     met = _entry(**{PLAIN: _variant(9.0), PACKED: _variant(9.0), FASTRM: _variant(1.0, 0.6, profile=profile)})
     assert "Where the time" not in "\n".join(report_lines(_report(met)))
 
@@ -166,21 +169,27 @@ def test_what_a_run_did_not_measure_stays_in_the_file(tmp_path):
     def medians():
         (report,) = load_all(tmp_path)
         return {
-            (model, entry["kind"], entry["name"]): entry["variants"][FASTRM]["seconds"]["median"]
-            for model, run in report["models"].items()
-            for entry in run["entries"]
+            (entry["model"], entry["kind"], entry["name"]): entry["variants"][FASTRM]["seconds"]["median"]
+            for entry in report["entries"]
         }
 
     short = "pairs, 300/300"
     save("7B", _facts(), [_entry(**{FASTRM: _variant(1.0)}), _entry(name=short, **{FASTRM: _variant(2.0)})], tmp_path)
-    save("3B", _facts(), [_entry(**{FASTRM: _variant(3.0)})], tmp_path)
+    save("3B", _facts(), [_entry(model="3B", **{FASTRM: _variant(3.0)})], tmp_path)
     save("7B", _facts(), [_entry(name=short, **{FASTRM: _variant(4.0)})], tmp_path)
     first = ("7B", MAIN, "pairs, 1300/300")
     assert medians() == {first: 1.0, ("7B", MAIN, short): 4.0, ("3B", MAIN, "pairs, 1300/300"): 3.0}
     # Figures of other versions are not those of this run.
     file = save("7B", _facts(torch="3"), [_entry(name=short, **{FASTRM: _variant(5.0)})], tmp_path)
     assert first not in medians() and len(medians()) == 2
-    assert json.loads(file.read_text())["models"]["7B"]["versions"]["torch"] == "3"
+    assert json.loads(file.read_text())["runs"]["7B"]["versions"]["torch"] == "3"
+
+
+def test_the_planner_reads_the_rate_from_the_file(tmp_path):
+    entry = _entry(**{FASTRM: _variant(2.0)})
+    save("7B", _facts("NVIDIA H100 80GB HBM3"), [entry], tmp_path)
+    rate = find_rate(GPUS["h100"], "7B", FASTRM, None, tmp_path)
+    assert rate.measured and rate.flops == entry["variants"][FASTRM]["flops"] / 2.0
 
 
 def test_a_quick_run_has_a_file_of_its_own(tmp_path):
@@ -195,7 +204,7 @@ def test_the_chart_is_drawn_with_missing_figures(tmp_path):
     (file,) = draw_all([report], tmp_path)
     assert file.name == chart_name(report, "7B") == "nvidia-h200-training-7b.png"
     whole = np.asarray(Image.open(file).convert("L"))
-    draw("7B", _report(main)["models"]["7B"], tmp_path / "no-features.png")
+    draw(_report(main), "7B", tmp_path / "no-features.png")
     part = np.asarray(Image.open(tmp_path / "no-features.png").convert("L"))
     # Ink in both halves of the first, and in the left one alone of the second.
     left, right = slice(0, whole.shape[1] // 2), slice(3 * whole.shape[1] // 4, None)
@@ -209,8 +218,8 @@ def test_readme_tables_are_those_of_the_results():
     reports = load_all()
     assert updated_readme(text, reports) == text
     for report in reports:
-        for model, run in report["models"].items():
-            assert entries_of(run, MAIN)
+        for model in report["runs"]:
+            assert entries_of(report, model, MAIN)
             assert (README.parent / "results" / chart_name(report, model)).exists()
 
 
