@@ -36,7 +36,7 @@ class CompiledLayers:
             self.graphs = network.compile_layers(self._backend)
             self._functions = runner._layer, runner._block
         else:
-            network._graphs, runner.compiled = self.graphs, True
+            network.graphs, runner.compiled = self.graphs, True
             runner._layer, runner._block = self._functions
 
 

@@ -266,6 +266,8 @@ def test_settings_of_memory_and_sharing_do_what_they_say(finished_plain, colours
         "plain": {},
         "rows": {"data": {"share_prefixes": False}},
         "recomputed": {"model": {"activation_checkpointing": "full"}},
+        "partly recomputed": {"model": {"activation_checkpointing": "selective"}},
+        "fused": {"model": {"fuse_projections": True}},
         "pruned": {"run": {"save_every": 1, "keep_checkpoints": 3}},
     }.items():
         folder = tmp_path / name
@@ -276,6 +278,20 @@ def test_settings_of_memory_and_sharing_do_what_they_say(finished_plain, colours
     assert results["rows"]["tokens_processed"] > 1.2 * results["plain"]["tokens_processed"]
     assert len(list((tmp_path / "pruned" / "run" / "checkpoints").iterdir())) == 3
     assert len(list((tmp_path / "plain" / "run" / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_the_same_model_and_are_counted(colours, tmp_path):
+    losses = {}
+    for name, count in (("off", None), ("layers", 2)):  # a decoder layer and a vision block; no evaluation
+        (tmp_path / name).mkdir()
+        path = tiny_config(tmp_path / name, colours)
+        path.write_text(f"compile: {name}\n" + path.read_text())
+        assert run(path)["compiled_graphs"] == count
+        rows = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(row)["loss"] for row in rows]
+    assert len(losses["off"]) == 6
+    assert losses["layers"] == pytest.approx(losses["off"], rel=1e-5)
 
 
 def test_epochs_count_when_there_are_no_max_steps(colours, tmp_path):

@@ -35,6 +35,7 @@ class RewardNetwork(nn.Module):
         norm_and_gate: what RMSNorm and SwiGLU are in use, and why.
         planner: makes the layouts of packs, in a data worker or where the network runs.
         fp8: which layers compute in FP8 and why others do not; None without FP8.
+        graphs: what torch.compile has made of the layers; None where they are not compiled.
     """
 
     def __init__(self, model: nn.Module, head: HeadConfig, encoder: ConversationEncoder | None = None):
@@ -47,7 +48,7 @@ class RewardNetwork(nn.Module):
         self.head_kernels = ("eager", "not chosen yet")
         self.norm_and_gate = "not chosen yet"
         self.fp8: Fp8Report | None = None
-        self._graphs: CompiledGraphs | None = None
+        self.graphs: CompiledGraphs | None = None
         self._runner = BackboneRunner(model)
         self.planner = self._runner.planner(torch.float32)
 
@@ -98,10 +99,10 @@ class RewardNetwork(nn.Module):
         Args:
             backend: name of a torch.compile backend, or a function that is one.
         """
-        self._graphs = CompiledGraphs(backend)
-        self._runner.compile(self._graphs)
+        self.graphs = CompiledGraphs(backend)
+        self._runner.compile(self.graphs)
         self.use_activation_checkpointing(self._runner.checkpointing)
-        return self._graphs
+        return self.graphs
 
     def use_activation_checkpointing(self, mode: str) -> None:
         """What the backward pass recomputes: none, selective or full (see checkpointing.py).
@@ -114,8 +115,8 @@ class RewardNetwork(nn.Module):
         if mode not in MODES:
             raise ValueError(f"activation checkpointing: got {mode!r}, wanted one of {', '.join(MODES)}")
         self._runner.checkpointing = mode
-        if self._graphs is not None:
-            self._graphs.recompute = mode == "selective"
+        if self.graphs is not None:
+            self.graphs.recompute = mode == "selective"
 
     @property
     def always_see(self) -> bool:

@@ -411,6 +411,7 @@ class _Run:
             "quarantined": self.quarantine.total,
             "eval_by_source": progress.last_eval.get("eval/sources", {}),
             "fp8_flip_rate": flips.rate if flips else None,
+            "compiled_graphs": None if self.job.network.graphs is None else self.job.network.graphs.count,
             "best_checkpoint": progress.best_checkpoint,
             "versions": versions(),
         }

@@ -74,6 +74,8 @@ def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
     table.add_row("tokens processed", f"{summary['tokens_processed']:,}")
     sharing = summary["tokens_unshared"] / max(1, summary["tokens_processed"])
     table.add_row("tokens a pairwise trainer needs", f"{summary['tokens_unshared']:,} ({sharing:.2f}x)")
+    if summary["compiled_graphs"] is not None:
+        table.add_row("graphs compiled", f"{summary['compiled_graphs']:,}")
     table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB")
     table.add_row("records in quarantine", f"{summary['quarantined']:,}")
     return table
