@@ -279,3 +279,9 @@ def test_a_run_logs_the_share_of_time_that_it_waits(tmp_path, monkeypatch, delay
     shares = [row["data_wait_share"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert len(shares) == 3 and all(0.0 < share < 1.0 for share in shares)
     assert (min(shares) > 0.7) == (delay_s > 0.0), shares
+
+
+def test_a_worker_reports_everything_but_a_killed_training_process(capsys):
+    for error in (ConnectionResetError("gone"), EOFError(), ValueError("named")):
+        loader._report_but_lost_connections(type(error), error, None)
+    assert capsys.readouterr().err.strip() == "ValueError: named"

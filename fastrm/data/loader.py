@@ -6,6 +6,7 @@ they return is a pure function of the plan, so the number of workers changes not
 
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,7 +152,7 @@ def load_packs(
         num_workers=num_workers,
         prefetch_factor=PREFETCH_PACKS if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_start_worker,
         pin_memory=pin_memory,
     )
     try:
@@ -184,8 +185,15 @@ def _timed(loader: Iterable[LoadedPack], waiting: Waiting) -> Iterator[LoadedPac
         yield loaded
 
 
-def _ignore_signals(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the training process decides
     what they mean. Workers whose parent is gone leave by themselves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _report_but_lost_connections
+
+
+def _report_but_lost_connections(kind, error, trace) -> None:
+    """A training process that is killed while it takes a tensor over leaves nobody to tell of it."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
