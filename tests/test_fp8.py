@@ -265,9 +265,9 @@ def test_names_parameters_and_exports_are_those_of_the_network_before(network, t
     assert_equal(*(load_file(tmp_path / folder / "model.safetensors") for folder in ("after", "before")))
     stock = load_model(tmp_path / "after")  # through transformers' own loading, which names missing and unknown keys
     stock.use_kernels(torch.bfloat16, attention="sdpa")
-    with fp8_disabled(network):
-        # One product for q, k, v and three of them are not the same to the last bit.
-        assert torch.allclose(rewards_of(stock, pack), rewards_of(network, pack), atol=0.02)
+    with fp8_disabled(network), torch.no_grad():
+        # In float32, without autocast: one product for q, k, v and three of them differ by its rounding alone.
+        assert torch.allclose(stock(pack), network(pack), rtol=0, atol=1e-5)
     state = {name: tensor + 1 for name, tensor in network.state_dict().items()}
     network.load_state_dict(state)
     assert_equal(network.state_dict(), state)
