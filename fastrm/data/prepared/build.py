@@ -15,7 +15,7 @@ import numpy as np
 from fastrm.config import Config
 from fastrm.data.balance import CostModel
 from fastrm.data.prepared import count, units
-from fastrm.data.prepared.count import GROUPS_PER_PIECE, Counted, GroupCounter, Piece, load_counted
+from fastrm.data.prepared.count import COUNT, GROUPS_PER_PIECE, IMAGE, Counted, GroupCounter, Piece, load_counted
 from fastrm.data.prepared.decontaminate import collect, find_contaminated, kinds_of
 from fastrm.data.prepared.durable import put_folder, replaced
 from fastrm.data.prepared.index import entries_of, fingerprint_of_groups, make_index, num_records_of, num_ties_ignored
@@ -242,7 +242,8 @@ class Preparation:
             table.columns["ordered"],
             *(a for s in chosen.values() for a in (s.members, s.starts, s.times, s.held_out)),
         ]
-        return fingerprint_of(arrays, [set_settings(self.config), encoder_key(encoder)])[:24]
+        layout = [COUNT.descr, IMAGE.descr]  # pieces of another width are not gone on with
+        return fingerprint_of(arrays, [layout, set_settings(self.config), encoder_key(encoder)])[:24]
 
     def _refusals(self, table, removed, planned, counted) -> Iterator[Refusal]:
         for unit in planned:

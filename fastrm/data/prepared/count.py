@@ -29,21 +29,24 @@ from fastrm.errors import RecordError
 # Work of a few seconds: what a kill costs, and what one worker takes at a time.
 GROUPS_PER_PIECE = 2048
 
+# Every column is int64 whatever its values need: sums over an epoch, and products of two columns, are made of
+# them, and NumPy keeps a column's width in both without a word.
 COUNT = np.dtype(
     [
-        ("selected", "<u4"),  # number of the group that it is, or is a part of, among the selected
-        ("num_tokens", "<u4"),
-        ("num_preferences", "<u4"),
-        ("num_attention_pairs", "<u8"),
-        ("num_lead_tokens", "<u4"),
-        ("num_unshared_tokens", "<u8"),  # of the conversations of every preference, each by itself
-        ("num_unshared_pairs", "<u8"),  # query-key pairs of the same
-        ("num_ties_ignored", "<u4"),
-        ("num_responses", "<u4"),
-        ("num_members", "<u4"),
-        ("num_images", "<u4"),
+        ("selected", "<i8"),  # number of the group that it is, or is a part of, among the selected
+        ("num_tokens", "<i8"),  # at most data.max_tokens_per_group
+        ("num_preferences", "<i8"),
+        ("num_attention_pairs", "<i8"),  # at most n (n + 1) / 2 of n tokens of all responses
+        ("num_lead_tokens", "<i8"),
+        ("num_unshared_tokens", "<i8"),  # of the conversations of every preference, each by itself
+        ("num_unshared_pairs", "<i8"),  # query-key pairs of the same
+        ("num_ties_ignored", "<i8"),
+        ("num_responses", "<i8"),
+        ("num_members", "<i8"),
+        ("num_images", "<i8"),
     ]
 )
+# Merged patches; an image of 65,536 patches of 28 pixels in a row would be of 1.8 million pixels.
 IMAGE = np.dtype([("digest", HASH), ("height", "<u2"), ("width", "<u2"), ("frames", "<u2")])
 
 

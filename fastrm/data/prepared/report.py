@@ -110,7 +110,7 @@ def _grouping(table: RecordTable, selection: Selection, counted: Counted, number
     sizes = np.diff(selection.starts)
     of_mine = mine[counted.counts["selected"]]
     counts = counted.counts[of_mine]
-    times = selection.times[counts["selected"]].astype(np.int64)
+    times = selection.times[counts["selected"]]
     held_out = selection.held_out[counts["selected"]]
     refused = Counter(
         refusal.code for refusal, group in zip(refusals(counted), counted.refused_of, strict=True) if mine[group]
@@ -125,31 +125,33 @@ def _grouping(table: RecordTable, selection: Selection, counted: Counted, number
         "held_out_groups": int(held_out.sum()),
         "ties_ignored": int(counts["num_ties_ignored"].sum()),
         "preferences": int(counts["num_preferences"].sum()),
-        "tokens": int(counts["num_tokens"].sum(dtype=np.int64)),
+        "tokens": int(counts["num_tokens"].sum()),
         "epoch_groups": int(times.sum()),
         "epoch_preferences": int((times * counts["num_preferences"]).sum()),
         "epoch_tokens": int((times * counts["num_tokens"]).sum()),
-        "epoch_unshared_tokens": int((times * counts["num_unshared_tokens"].astype(np.int64)).sum()),
+        "epoch_unshared_tokens": int((times * counts["num_unshared_tokens"]).sum()),
     }
 
 
 def _sharing(counted: Counted, times: np.ndarray, cost: CostModel) -> dict:
-    """Tokens and FLOPs of an epoch, as a pairwise trainer and as prefix trees."""
-    counts, weight = counted.counts, times.astype(np.float64)
+    """Tokens of an epoch, exactly, and its FLOPs as float64, as a pairwise trainer and as prefix trees."""
+    counts = counted.counts
     pictures = _sums(_image_costs(counted.images, cost), counts["num_images"])
-    shared = cost.per_token * counts["num_tokens"] + cost.per_attention_pair * counts["num_attention_pairs"] + pictures
-    unshared = (
-        cost.per_token * counts["num_unshared_tokens"]
-        + cost.per_attention_pair * counts["num_unshared_pairs"]
-        + 2 * counts["num_preferences"] * pictures
-    )
-    tokens, unshared_tokens = (float((weight * counts[name]).sum()) for name in ("num_tokens", "num_unshared_tokens"))
+    shared = _text_costs(counts["num_tokens"], counts["num_attention_pairs"], cost) + pictures
+    unshared = _text_costs(counts["num_unshared_tokens"], counts["num_unshared_pairs"], cost)
+    unshared += 2 * counts["num_preferences"] * pictures
+    tokens, unshared_tokens = (int((times * counts[name]).sum()) for name in ("num_tokens", "num_unshared_tokens"))
     return {
-        "tokens": int(tokens),
-        "unshared_tokens": int(unshared_tokens),
-        "sharing_factor": unshared_tokens / max(1.0, tokens),
-        "predicted_speedup": float((weight * unshared).sum() / max(1e-9, (weight * shared).sum())),
+        "tokens": tokens,
+        "unshared_tokens": unshared_tokens,
+        "sharing_factor": unshared_tokens / max(1, tokens),
+        "predicted_speedup": float((times * unshared).sum() / max(1e-9, (times * shared).sum())),
     }
+
+
+def _text_costs(num_tokens: np.ndarray, num_pairs: np.ndarray, cost: CostModel) -> np.ndarray:
+    """(G,) float64: a cost model may be of Python's integers, and their products are of 60 bits and more."""
+    return float(cost.per_token) * num_tokens + float(cost.per_attention_pair) * num_pairs
 
 
 def _image_costs(images: np.ndarray, cost: CostModel) -> np.ndarray:
@@ -161,7 +163,7 @@ def _image_costs(images: np.ndarray, cost: CostModel) -> np.ndarray:
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(G,) sums of runs of values."""
-    ends = np.cumsum(counts, dtype=np.int64)
+    ends = np.cumsum(counts)
     totals = np.concatenate([[0], np.cumsum(values)])
     return totals[ends] - totals[ends - counts]
 
