@@ -80,6 +80,14 @@ def _driver() -> str | None:
         return None
 
 
+def write_json(file: Path, content: object) -> None:
+    """Write JSON so that a reader, or whoever comes after a kill, finds the old content or the new one whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.replace(file)
+
+
 def save(entries: Sequence[dict], facts: dict, folder: Path, *, quick: bool = False) -> Path:
     """Write the entries of this run; operations that it did not measure keep what the file has of them.
 
@@ -96,8 +104,7 @@ def save(entries: Sequence[dict], facts: dict, folder: Path, *, quick: bool = Fa
         if mine or left_out:
             kept = {key: value for key, value in facts.items() if key not in ("device", "left_out")}
             report["operations"][op] = {**kept, "left_out": left_out, "entries": mine}
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(file, report)
     return file
 
 

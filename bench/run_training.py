@@ -4,26 +4,42 @@
     python bench/run_training.py --model 3B          another shape, random weights
     python bench/run_training.py --quick             two workloads, no features
     python bench/run_training.py --only features     one part (a workload's name will do); the rest of the file stays
+    python bench/run_training.py --only alternatives FP8 recipes and attention backends, against fastrm
     python bench/run_training.py --readme            make the tables and charts from bench/results
 
 Inside 9 minutes of GPU time: what does not fit is listed as left out, and --only measures it later. Besides
 torch, triton and transformers it needs numpy, pillow and pydantic (with pydantic-core, annotated-types and
 typing-inspection), for a large model also torchao (FP8, 8-bit moments) and liger-kernel (layers that are not
 compiled), and matplotlib for the charts alone. Results go to <device>-training.json in --out after every
-workload, so that a run which is cut short keeps what it has.
+variant, so that a run which is cut short keeps what it has.
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
 from kernel_results import RESULTS, device_name, environment, package_versions  # noqa: E402
-from training_results import FASTRM, FEATURES, GOAL_MODEL, GOALS, MAIN, load_all, save  # noqa: E402
-from training_shapes import MODELS, leave_one_out, main_variants, training_shapes  # noqa: E402
+from training_results import (  # noqa: E402
+    ALTERNATIVES,
+    FASTRM,
+    FEATURES,
+    GOAL_MODEL,
+    GOALS,
+    MAIN,
+    load_all,
+    save,
+    was_left_out,
+)
+from training_shapes import MODELS, alternatives, leave_one_out, main_variants, training_shapes  # noqa: E402
 from training_tables import README, draw_all, report_lines, updated_readme  # noqa: E402
+
+# Packs of varying size fragment the allocator's memory otherwise. It is read when torch first uses the device.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 BUDGET_SECONDS = 490  # what is left of 9 minutes after imports and the start of the device
 PACKAGES = ("transformers", "torchao", "liger-kernel", "numpy")
@@ -31,61 +47,96 @@ PACKAGES = ("transformers", "torchao", "liger-kernel", "numpy")
 WORKLOADS_BEFORE_FEATURES = 2
 
 
-def run(model: str | None, quick: bool, only: str | None, seconds: float, out: Path) -> tuple[dict, Path]:
-    """Measure everything that fits in the time; returns the report of this run alone, and the file it is in."""
+def run(
+    model: str | None, quick: bool, only: Sequence[str], names: Sequence[str], seconds: float, out: Path
+) -> tuple[dict, Path]:
+    """Measure everything that fits in the time; returns the report of this run alone, and the file it is in.
+
+    The file is written after every variant, so that a run which is killed keeps what it has.
+    """
     import torch
 
     from kernel_timing import DeviceLost
     from training_run import Measured
 
     model = model or ("7B" if torch.cuda.is_available() else "small")
-    measured = Measured(model, seconds)
+    on_gpu = torch.cuda.is_available()
+    todo = parts(model, quick, only, names, on_gpu)
     facts = {"device": device_name(), **environment(), "threads": torch.get_num_threads()}
     facts["versions"] |= package_versions(*PACKAGES)
+
+    def keep(entry: dict, name: str) -> None:
+        _progress(entry, name)
+        save(model, facts, measured.entries, out, quick=quick)
+
+    measured = Measured(model, seconds, keep)
     facts |= {"matmul_flops": measured.matmul_flops, "left_out": measured.left_out}
-    for kind, shape, variants in parts(model, quick, only, measured.device == "cuda"):
+    for kind, shape, variants in todo:
         profiled = {goal.name for goal in GOALS if (model, kind, shape.name) == (GOAL_MODEL, MAIN, goal.workload)}
         try:
-            _progress(measured.measure(shape, variants, kind, profiled))
+            measured.measure(shape, variants, kind, profiled)
         except DeviceLost as error:
             measured.left_out.append(f"{kind} of {shape.name} and all after it: the device was lost, {error}")
             print(measured.left_out[-1], flush=True)
             break
-        save(model, facts, measured.entries, out, quick=quick)
     file = save(model, facts, measured.entries, out, quick=quick)
     return {"device": facts["device"], "runs": {model: facts}, "entries": measured.entries}, file
 
 
-def parts(model: str, quick: bool, only: str | None, on_gpu: bool) -> list[tuple]:
-    """(kind, shape, variants) to measure, in order of what they are worth.
+def parts(model: str, quick: bool, only: Sequence[str], names: Sequence[str], on_gpu: bool) -> list[tuple]:
+    """(kind, shape, variants) to measure, in order of what they are worth, or in the order of `only`.
+
+    Args:
+        only: features, alternatives or names of workloads; none of them for all.
+        names: of the variants to measure; none of them for all.
 
     Raises:
-        SystemExit: if `only` names none.
+        SystemExit: if one of `only`, or of `names`, names nothing.
     """
     shapes, variants = training_shapes(model, quick), main_variants(on_gpu)
     fastrm = next(variant for variant in variants if variant.name == FASTRM)
     found = [(MAIN, shape, variants) for shape in shapes]
     if not quick:
-        found.insert(WORKLOADS_BEFORE_FEATURES, (FEATURES, shapes[0], [fastrm, *leave_one_out(on_gpu)]))
-    if only is not None:
-        names = {FEATURES if kind == FEATURES else shape.name for kind, shape, _ in found}
-        if only not in names:
-            raise SystemExit(f"--only {only}: no such part; there are {'; '.join(sorted(names))}")
-        found = [part for part in found if only == (FEATURES if part[0] == FEATURES else part[1].name)]
+        extra = [(FEATURES, shapes[0], [fastrm, *leave_one_out(on_gpu)])]
+        if others := alternatives(on_gpu):
+            extra.insert(0, (ALTERNATIVES, shapes[0], [fastrm, *others]))
+        found[WORKLOADS_BEFORE_FEATURES:WORKLOADS_BEFORE_FEATURES] = extra
+    if only:
+        by_name = {shape.name if kind == MAIN else kind: (kind, shape, given) for kind, shape, given in found}
+        if unknown := [name for name in only if name not in by_name]:
+            raise SystemExit(f"--only {unknown[0]}: no such part; there are {'; '.join(sorted(by_name))}")
+        found = [by_name[name] for name in only]
+    if names:
+        known = {variant.name for _, _, given in found for variant in given}
+        if unknown := [name for name in names if name not in known]:
+            raise SystemExit(f"--variant {unknown[0]}: no such variant; there are {'; '.join(sorted(known))}")
+        found = [(kind, shape, [v for v in given if v.name in names]) for kind, shape, given in found]
     return found
 
 
-def _progress(entry: dict) -> None:
-    for name, variant in entry["variants"].items():
-        figure = variant["failed"] or f"{variant['seconds']['median']:.3f} s, {variant['pairs_per_second']:.2f} pairs/s"
-        print(f"{entry['model']} {entry['name']}, {name}: {figure}", flush=True)
+def _progress(entry: dict, name: str) -> None:
+    """A line for a variant whose figures have changed."""
+    variant = entry["variants"][name]
+    if variant["failed"]:
+        text = variant["failed"]
+    elif "profile" in variant:
+        text = "profile: " + ", ".join(f"{kind} {share:.0%}" for kind, share in variant["profile"]["shares"].items())
+    else:
+        text = f"{variant['seconds']['median']:.3f} s, {variant['pairs_per_second']:.2f} pairs/s"
+    print(f"{entry['model']} {entry['name']}, {name}: {text}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, help="default: 7B on a GPU, small on a CPU")
     parser.add_argument("--quick", action="store_true", help="two workloads, no features; the file is named -quick")
-    parser.add_argument("--only", metavar="PART", help="features, or a workload such as 'pairs, 640/300'")
+    parser.add_argument(
+        "--only", metavar="PART", action="append", default=[],
+        help="features, alternatives, or a workload such as 'pairs, 640/300'; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variant", metavar="NAME", action="append", default=[], help="one of the part's; may be given several times"
+    )
     parser.add_argument("--budget-seconds", type=float, default=BUDGET_SECONDS, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file; default: bench/results")
     parser.add_argument("--readme", action="store_true", help="only make the tables of bench/README.md and the charts")
@@ -95,12 +146,14 @@ def main() -> int:
         README.write_text(updated_readme(README.read_text(), reports))
         print("\n".join(f"wrote {file}" for file in [README, *draw_all(reports)]))
         return 0
-    report, file = run(arguments.model, arguments.quick, arguments.only, arguments.budget_seconds, arguments.out)
+    report, file = run(
+        arguments.model, arguments.quick, arguments.only, arguments.variant, arguments.budget_seconds, arguments.out
+    )
     print("\n".join(["", *report_lines(report)]))
     print(f"\nsaved to {file}; python bench/run_training.py --readme makes tables and charts from it")
-    failed = [variant["failed"] for entry in report["entries"] for variant in entry["variants"].values()]
+    found = [variant for entry in report["entries"] for variant in entry["variants"].values()]
     # A variant that there was no time for is no failure of the run.
-    return 1 if any(reason and "left out" not in reason for reason in failed) else 0
+    return 1 if any(variant["failed"] and not was_left_out(variant) for variant in found) else 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,14 @@ from kernel_timing import synchronize
 from training_variants import TrainingStep
 
 LONGEST = 12  # operations that are named; the rest is one row
+# Kinds of kernels and operators, by what their names contain; the first that matches counts.
+KINDS = {
+    "attention": ("tree_attention", "flash", "fmha", "attention", "attn"),
+    "head and loss": ("head_fwd", "head_bwd", "head_finish", "head_sum", "preference_loss"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "aten::mm", "aten::addmm", "aten::bmm"),
+    "copies": ("memcpy", "memset"),
+}
+OTHER = "elementwise, norms, update and the rest"
 
 
 def profile_step(step: TrainingStep) -> dict:
@@ -19,6 +27,7 @@ def profile_step(step: TrainingStep) -> dict:
         phases: seconds of vision (forward, by itself), forward (vision included), backward and update.
         operations: [name, calls, seconds, share of the profiled time], longest first: kernels on a GPU,
             operators by their own time on a CPU.
+        shares: of the profiled time, by kind of operation.
     """
     phases = _phases(step)
     on_gpu = torch.cuda.is_available()
@@ -38,7 +47,22 @@ def profile_step(step: TrainingStep) -> dict:
     if rest := names[LONGEST:]:
         spent = sum(seconds[name] for name in rest)
         rows.append([f"{len(rest)} others", sum(calls[name] for name in rest), spent, spent / total])
-    return {"phases": phases, "operations": rows}
+    return {"phases": phases, "operations": rows, "shares": shares_by_kind(seconds)}
+
+
+def shares_by_kind(seconds: dict[str, float]) -> dict[str, float]:
+    """Share of the time that each of KINDS, and the rest, takes.
+
+    Args:
+        seconds: by the operation's name.
+    """
+    found = dict.fromkeys([*KINDS, OTHER], 0.0)
+    for name, value in seconds.items():
+        lower = name.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), OTHER)
+        found[kind] += value
+    total = sum(found.values()) or 1.0
+    return {kind: value / total for kind, value in found.items()}
 
 
 def _phases(step: TrainingStep) -> dict[str, float]:
@@ -55,7 +79,8 @@ def _phases(step: TrainingStep) -> dict[str, float]:
         return result
 
     if not step.variant.plain:
-        with torch.no_grad(), torch.autocast(engine.network.device.type, torch.bfloat16, _is_half(step)):
+        # With gradients, as in a step: without them, compiled layers would be compiled once more.
+        with torch.autocast(engine.network.device.type, torch.bfloat16, _is_half(step)):
             timed("vision", lambda: engine.network._runner.image_features(pack.pixel_values, pack.prepared.vision))
     loss = timed("forward", lambda: engine.loss(engine.rewards(pack), pack))
     timed("backward", loss.backward)

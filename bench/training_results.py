@@ -5,18 +5,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_results import NOT_MEASURED, RESULTS, file_stem, is_goal_device
+from kernel_results import NOT_MEASURED, RESULTS, file_stem, is_goal_device, write_json
 
 SUFFIX = "-training.json"
 PLAIN, PACKED, FASTRM, FP8 = "plain", "packed rows", "fastrm", "fastrm FP8"
-MAIN, FEATURES = "main", "features"  # kinds of entries
+MAIN, FEATURES, ALTERNATIVES = "main", "features", "alternatives"  # kinds of entries
+LEFT_OUT = "left out"  # how the reason of a variant begins that was not tried
 FLOOR_SHAPE, FLOOR = "pairs, 640/300", 1.5  # of fastrm over plain on a CPU, asserted by pytest
 
 
 def save(model: str, facts: dict, entries: Sequence[dict], folder: Path, *, quick: bool = False) -> Path:
     """Write the entries of a model; what the device's file has of others stays.
 
-    Entries of the same model that this run did not measure stay too, if they come from the same versions.
+    Entries of the same model that this run did not measure stay too, if they come from the same versions; so do
+    the figures of single variants that this run left out.
 
     Args:
         facts: of the run: device, and what `environment` and the run itself know.
@@ -26,17 +28,32 @@ def save(model: str, facts: dict, entries: Sequence[dict], folder: Path, *, quic
     file = folder / (file_stem(device) + (SUFFIX.replace(".json", "-quick.json") if quick else SUFFIX))
     report = json.loads(file.read_text()) if file.exists() else {"device": device, "runs": {}, "entries": []}
     same = report["runs"].get(model, {}).get("versions") == facts["versions"]
-    mine = {(entry["kind"], entry["name"]) for entry in entries}
-    kept = [
-        entry
-        for entry in report["entries"]
-        if entry["model"] != model or (same and (entry["kind"], entry["name"]) not in mine)
-    ]
+    old = [entry for entry in report["entries"] if entry["model"] != model or same]
+    mine = {_key(entry): entry for entry in entries}
+    before = {_key(entry): entry for entry in old}
+    entries = [_completed(entry, before.get(_key(entry))) for entry in entries]
+    kept = [entry for entry in old if _key(entry) not in mine]
     report["runs"][model] = {key: value for key, value in facts.items() if key != "device"}
     report["entries"] = [*kept, *entries]
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(file, report)
     return file
+
+
+def _key(entry: dict) -> tuple[str, str, str]:
+    return entry["model"], entry["kind"], entry["name"]
+
+
+def _completed(entry: dict, before: dict | None) -> dict:
+    """An entry with the variants of an earlier run that this one did not try."""
+    if before is None:
+        return entry
+    tried = {name: found for name, found in entry["variants"].items() if not was_left_out(found)}
+    return {**entry, "variants": {**entry["variants"], **before["variants"], **tried}}
+
+
+def was_left_out(variant: dict) -> bool:
+    """Was there no time for it?"""
+    return bool(variant["failed"]) and variant["failed"].startswith(LEFT_OUT)
 
 
 def load_all(folder: Path = RESULTS) -> list[dict]:

@@ -3,23 +3,28 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 
-from kernel_timing import MIB, Budget, Stats, attempt, clean_memory, describe, synchronize
+from kernel_timing import MIB, Budget, RedGate, Stats, attempt, clean_memory, describe, synchronize
 from measure import peak_mib as resident_peak_mib
 from training_gate import Gate
 from training_models import checkpointing_modes, make_network, matmul_sizes, training_config
+from training_plan import planned_bytes
 from training_profile import profile_step
 from training_shapes import TrainingShape, Variant
 from training_variants import CompiledLayers, TrainingStep
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 5
 VARIANT_SECONDS = 10  # of timing one variant; MIN_ROUNDS may take longer
-VARIANT_RESERVE_SECONDS = 45  # a variant of a large model is not begun with less: it may have to be compiled
+# A variant of a large model is not begun with less, its gate, its network and its rounds included.
+VARIANT_RESERVE_SECONDS = 45
+# The same where layers have yet to be compiled. Estimates for 16 cores: FP8 makes four times the kernels of bf16.
+COMPILED_RESERVE_SECONDS, FP8_RESERVE_SECONDS = 60, 100
 OUT_OF_TIME = "left out: out of time"
+UNFINISHED = "left out: the run ended before it was measured"
 
 
 @dataclass
@@ -41,26 +46,36 @@ class Trial:
 
 
 class Measured:
-    """What one run on one device has found.
+    """What one run on one device has found. It is there from the first moment, and grows in place.
+
+    Args:
+        keep: called with (entry, name of a variant) whenever that variant's figures have changed, so that a
+            run which is killed later has them on disk.
 
     Attributes:
         model: small, 3B or 7B.
         device: cuda or cpu.
-        matmul_flops: per second, of the best large matrix product.
+        matmul_flops: per second, of the best large matrix product; None if measuring it failed.
         entries: of the results file.
         left_out: what was not measured, and why.
     """
 
-    def __init__(self, model: str, seconds: float):
+    def __init__(self, model: str, seconds: float, keep: Callable[[dict, str], None] = lambda entry, name: None):
         self.model = model
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.budget = Budget(seconds)
-        self.matmul_flops = matmul_rate(model, self.device)
         self.entries: list[dict] = []
         self.left_out: list[str] = []
-        self._gate = Gate(model, self.device)
+        self.matmul_flops: float | None = None
+        self._keep = keep
+        self._gate: Gate | None = None
+        self._red: str | None = None  # why the gate itself is
         self._verdicts: dict[str, tuple[float | None, str | None]] = {}
-        self._compiled: tuple[tuple, CompiledLayers] = ((), CompiledLayers())
+        self._compiled: dict[tuple, CompiledLayers] = {}
+        try:
+            self.matmul_flops = matmul_rate(model, self.device)
+        except Exception as error:
+            self.left_out.append(f"the rate of large matrix products: {describe(error)}")
 
     def measure(
         self, shape: TrainingShape, variants: Sequence[Variant], kind: str, profiled: Collection[str] = ()
@@ -74,15 +89,16 @@ class Measured:
         Raises:
             DeviceLost: if the device answers nothing any more.
         """
-        trials = [Trial(variant) for variant in variants]
-        measure = self._in_turns if self.model == "small" else self._one_by_one
-        measure(shape, trials, profiled)
-        found = {trial.name: {"failed": trial.failed, **trial.figures} for trial in trials}
+        found = {variant.name: {"failed": UNFINISHED} for variant in variants}
         entry = {"kind": kind, "model": self.model, "name": shape.name, "shape": asdict(shape), "variants": found}
         self.entries.append(entry)
+        measure = self._in_turns if self.model == "small" else self._one_by_one
+        for trial in measure(shape, [Trial(variant) for variant in variants], profiled):
+            found[trial.name] = {"failed": trial.failed, **trial.figures}
+            self._keep(entry, trial.name)
         return entry
 
-    def _in_turns(self, shape: TrainingShape, trials: list[Trial], profiled: Collection[str]) -> None:
+    def _in_turns(self, shape: TrainingShape, trials: list[Trial], profiled: Collection[str]) -> Iterator[Trial]:
         """All variants in memory, in turns, so that a slow phase of the machine falls on all."""
         steps: dict[str, TrainingStep] = {}
         for trial in trials:
@@ -98,26 +114,47 @@ class Measured:
         for trial in trials:
             if (step := steps.get(trial.name)) is not None:
                 peak = resident_peak_mib(lambda step=step: step.step(0))
-                trial.figures |= self._figures(step, samples[trial.name], peak, trial.name in profiled)
+                trial.figures |= self._figures(step, samples[trial.name], peak)
+                yield from self._profiled(trial, step, profiled)
+            else:
+                yield trial
 
-    def _one_by_one(self, shape: TrainingShape, trials: list[Trial], profiled: Collection[str]) -> None:
+    def _one_by_one(self, shape: TrainingShape, trials: list[Trial], profiled: Collection[str]) -> Iterator[Trial]:
         """One model in memory at a time, and each gated right before, while its layers are compiled."""
         for trial in trials:
             if (known := self._known(shape, trial.name)) is not None:
                 trial.figures, trial.failed = known, known.pop("failed")
-            elif self.budget.left < VARIANT_RESERVE_SECONDS:
+                yield trial
+            elif self.budget.left < self._reserve(trial.variant):
                 trial.failed = OUT_OF_TIME
                 self.left_out.append(f"{shape.name}, {trial.name}: out of time")
+                yield trial
             else:
                 self._check(trial)
-                run = attempt(trial, lambda trial=trial: self._alone(trial.variant, shape, trial.name in profiled))
-                trial.figures |= run or {}
+                step = attempt(trial, lambda trial=trial: self._alone(trial, shape))
+                yield from self._profiled(trial, step, profiled)
+                del step
+
+    def _profiled(self, trial: Trial, step: TrainingStep | None, profiled: Collection[str]) -> Iterator[Trial]:
+        """The trial with its figures, and once more when its profile is there too, which may take a while or hang."""
+        yield trial
+        if step is not None and trial.name in profiled:
+            trial.figures |= _profile(step)
+            yield trial
+
+    def _reserve(self, variant: Variant) -> float:
+        """Seconds without which a variant of a large model is not begun."""
+        mode = checkpointing_modes(self.model, variant.plain)[0]
+        if not variant.compile or self._compiled_for(variant, mode).graphs is not None:
+            return VARIANT_RESERVE_SECONDS
+        return COMPILED_RESERVE_SECONDS if variant.fp8 == "off" else FP8_RESERVE_SECONDS
 
     def _known(self, shape: TrainingShape, name: str) -> dict | None:
         """Figures of this run, of a variant that belongs to both kinds of entries."""
         for entry in self.entries:
-            if entry["name"] == shape.name and name in entry["variants"]:
-                return dict(entry["variants"][name])
+            found = entry["variants"].get(name) if entry["name"] == shape.name else None
+            if found is not None and found["failed"] not in (UNFINISHED, OUT_OF_TIME):
+                return dict(found)
         return None
 
     def _check(self, trial: Trial) -> None:
@@ -125,17 +162,30 @@ class Measured:
         if trial.name not in self._verdicts:
             clean_memory()
             variant, mode = trial.variant, checkpointing_modes(self.model, trial.variant.plain)[0]
-            error = attempt(trial, lambda: self._gate.check(variant, self._compiled_for(variant, mode)))
+            error = attempt(trial, lambda: self._open_gate().check(variant, self._compiled_for(variant, mode)))
             self._verdicts[trial.name] = error, trial.failed
         trial.figures["gradient_error"], trial.failed = self._verdicts[trial.name]
 
+    def _open_gate(self) -> Gate:
+        """The gate of all variants, made for the first of them.
+
+        One that is red by itself stays so. Any other failure, such as of memory, is the variant's that met it;
+        the next one tries again.
+        """
+        if self._red is not None:
+            raise RedGate(self._red)
+        if self._gate is None:
+            try:
+                self._gate = Gate(self.model, self.device)
+            except RedGate as error:
+                self._red = str(error)
+                raise
+        return self._gate
+
     def _compiled_for(self, variant: Variant, checkpointing: str) -> CompiledLayers:
-        """Compiled layers for all variants whose layers are alike, to save the time of compiling."""
+        """Compiled layers for all variants whose layers are alike, kept for every later workload."""
         key = variant.fuse, variant.attention, variant.fp8, checkpointing
-        if self._compiled[0] != key:
-            torch._dynamo.reset()
-            self._compiled = key, CompiledLayers()
-        return self._compiled[1]
+        return self._compiled.setdefault(key, CompiledLayers())
 
     def _make(self, variant: Variant, shape: TrainingShape, checkpointing: str) -> TrainingStep:
         """The variant's step, with a network of its own."""
@@ -143,44 +193,51 @@ class Measured:
         network, config = make_network(self.model, self.device), training_config(self.model, checkpointing)
         return TrainingStep(variant, network, config, shape, self._compiled_for(variant, checkpointing))
 
-    def _alone(self, variant: Variant, shape: TrainingShape, profiled: bool) -> dict:
+    def _alone(self, trial: Trial, shape: TrainingShape) -> TrainingStep:
         """Figures of a variant of a large model, with as little recomputation as the memory allows."""
-        *first, last = checkpointing_modes(self.model, variant.plain)
+        *first, last = checkpointing_modes(self.model, trial.variant.plain)
         for mode in first:
             with contextlib.suppress(torch.OutOfMemoryError):
-                return self._rounds(self._make(variant, shape, mode), profiled)
-        return self._rounds(self._make(variant, shape, last), profiled)
+                return self._rounds(trial, self._make(trial.variant, shape, mode))
+        return self._rounds(trial, self._make(trial.variant, shape, last))
 
-    def _rounds(self, step: TrainingStep, profiled: bool) -> dict:
+    def _rounds(self, trial: Trial, step: TrainingStep) -> TrainingStep:
+        """Note the step's figures; returns the step."""
         for _ in range(2 if step.graphs else 1):  # the first compiles
             timed(step)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         samples = [timed(step) for _ in rounds(min(VARIANT_SECONDS, self.budget.left))]
         peak = torch.cuda.max_memory_allocated() / MIB if self.device == "cuda" else None
-        return self._figures(step, samples, peak, profiled)
+        trial.figures |= self._figures(step, samples, peak)
+        return step
 
-    def _figures(
-        self, step: TrainingStep, samples: list[tuple[float, float]], peak: float | None, profiled: bool
-    ) -> dict:
+    def _figures(self, step: TrainingStep, samples: list[tuple[float, float]], peak: float | None) -> dict:
         wall, cpu = ([sample[part] for sample in samples] for part in (0, 1))
         stats, num_tokens = Stats.of(wall), step.num_tokens(0)
-        figures = {
+        return {
             "seconds": {
                 "median": stats.median, "quartiles": [stats.low, stats.high], "rounds": stats.rounds,
                 "cpu": statistics.median(cpu),
             },
             "peak_mib": peak,
+            "planned_mib": self._planned_mib(step),
             "pairs_per_second": step.shape.num_pairs / stats.median,
             "useful_tokens_per_second": step.shape.useful_tokens / stats.median,
             "processed_tokens": num_tokens,
             "processed_tokens_per_second": num_tokens / stats.median,
             "flops": step.flops,
-            "matmul_share": step.flops / stats.median / self.matmul_flops,
+            "matmul_share": step.flops / stats.median / self.matmul_flops if self.matmul_flops else None,
             "checkpointing": step.checkpointing,
             "graphs": None if step.graphs is None else step.graphs.count,
         }  # fmt: skip
-        return figures | (_profile(step) if profiled else {})
+
+    def _planned_mib(self, step: TrainingStep) -> float | None:
+        """What `fastrm plan` says of the peak; of large models alone, since the small one is measured above rest."""
+        if self.model == "small":
+            return None
+        planned = planned_bytes(self.model, step.engine.config, step.shape, step.variant)
+        return None if planned is None else planned / MIB
 
 
 def _profile(step: TrainingStep) -> dict:

@@ -1,5 +1,6 @@
 """What the training-step benchmark trains, and on what: models, groups, and the variants to compare."""
 
+import importlib.util
 from dataclasses import dataclass, replace
 
 MODELS = ("small", "3B", "7B")
@@ -118,3 +119,18 @@ def leave_one_out(on_gpu: bool) -> list[Variant]:
             replace(fastrm, name="without fused head", kernels="eager"),
         ]
     return variants
+
+
+def alternatives(on_gpu: bool) -> list[Variant]:
+    """fastrm with another implementation of a part; nothing on a CPU, where none of them runs."""
+    if not on_gpu:
+        return []
+    fastrm = main_variants(on_gpu)[2]
+    found = [
+        replace(fastrm, name="fastrm FP8", fp8="rowwise"),
+        replace(fastrm, name="fastrm FP8 tensorwise", fp8="tensorwise"),
+        replace(fastrm, name="fastrm, varlen attention", attention="flash"),
+    ]
+    if importlib.util.find_spec("flash_attn") is not None:
+        found.append(replace(fastrm, name="fastrm, flash-attn", attention="flash_attn"))
+    return found

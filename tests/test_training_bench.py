@@ -1,6 +1,12 @@
 """The training-step benchmark itself: a gate that turns red, FLOPs that are counted, large models' path in small."""
 
+import functools
+import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +22,12 @@ from training_gate import Gate
 from training_models import make_network, training_config
 from training_plain import VARLEN
 from training_profile import LONGEST, profile_step
-from training_run import MIN_ROUNDS, OUT_OF_TIME, Measured
+from training_results import load_all
+from training_run import MIN_ROUNDS, OUT_OF_TIME, UNFINISHED, Measured
 from training_shapes import PACKED, PLAIN, TrainingShape, Variant
 from training_variants import CompiledLayers, TrainingStep, count_flops
 
+ROOT = Path(__file__).resolve().parents[1]
 FASTRM = Variant("fastrm")
 FP8 = Variant("fastrm FP8", fp8="rowwise")
 SHAPE = TrainingShape(1, 2, 300, 40)
@@ -78,10 +86,10 @@ def test_large_models_are_measured_one_by_one(tiny_7b):
 def test_less_memory_means_more_recomputation(tiny_7b, monkeypatch):
     rounds = Measured._rounds
 
-    def too_large(self, step, profiled):
+    def too_large(self, trial, step):
         if step.checkpointing == "selective":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return rounds(self, step, profiled)
+        return rounds(self, trial, step)
 
     monkeypatch.setattr(Measured, "_rounds", too_large)
     (found,) = Measured("7B", 1000.0).measure(SHAPE, [FASTRM], "main")["variants"].values()
@@ -93,6 +101,83 @@ def test_a_failed_variant_says_why_and_the_others_go_on(tiny_7b, monkeypatch):
     found = Measured("7B", 1000.0).measure(SHAPE, [PLAIN, FASTRM], "main")["variants"]
     assert all(variant["failed"].startswith("red gate: gradient: relative error nan") for variant in found.values())
     assert all("seconds" not in variant for variant in found.values())
+
+
+def test_a_red_gate_is_a_verdict_on_every_variant_and_ends_nothing(tiny_7b, monkeypatch):
+    made = []
+    monkeypatch.setattr(Gate, "_gradients", lambda self, variant, settings: made.append(variant) or (math.log(2), {}))
+    measured = Measured("7B", 1000.0)
+    found = measured.measure(SHAPE, [PLAIN, FASTRM], "main")["variants"]
+    assert all(v["failed"].startswith("red gate: loss 0.6931 says nothing") for v in found.values())
+    assert len(made) == 1, "a gate that is red was made again"
+
+
+def test_a_gate_that_finds_no_memory_is_tried_again_by_the_next_variant(tiny_7b, monkeypatch):
+    """And the rate of matrix products, if it fails, leaves everything else measured."""
+    gradients, tries = Gate._gradients, []
+
+    def no_memory_at_first(self, *arguments, **options):
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradients(self, *arguments, **options)
+
+    def no_rate(model, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Gate, "_gradients", no_memory_at_first)
+    monkeypatch.setattr(training_run, "matmul_rate", no_rate)
+    measured = Measured("7B", 1000.0)
+    found = measured.measure(SHAPE, [PLAIN, FASTRM], "main")["variants"]
+    assert found["plain"]["failed"] == "OutOfMemoryError: CUDA out of memory"
+    assert found["fastrm"]["failed"] is None and found["fastrm"]["matmul_share"] is None
+    assert measured.left_out == ["the rate of large matrix products: OutOfMemoryError: CUDA out of memory"]
+
+
+KILLED_AFTER = """
+import os, signal, sys
+from pathlib import Path
+from unittest import mock
+sys.path[:0] = [{bench!r}, {tests!r}]
+import run_training, training_run
+from training_results import save
+from training_shapes import PACKED, PLAIN, TrainingShape, Variant
+
+class Trials:  # in place of networks: seconds are made up, all else is the benchmark's own
+    def _check(self, trial): trial.figures["gradient_error"] = 0.0
+    def _alone(self, trial, shape):
+        trial.figures |= {{"seconds": {{"median": 1.0, "cpu": 1.0}}, "pairs_per_second": 1.0}}
+
+number = 0
+def save_and_die(*arguments, **options):
+    global number
+    save(*arguments, **options)
+    number += 1
+    if number == {trials}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with (
+    mock.patch.object(training_run.Measured, "_check", Trials._check),
+    mock.patch.object(training_run.Measured, "_alone", Trials._alone),
+    mock.patch.object(training_run, "matmul_rate", lambda *_: 1.0),
+    mock.patch.object(run_training, "save", save_and_die),
+):
+    run_training.run("7B", False, [], [], 1000.0, Path({out!r}))
+"""
+
+
+@pytest.mark.parametrize("trials", [1, 2, 4])
+def test_a_killed_run_keeps_every_trial(tmp_path, trials):
+    """The n-th is the last that the run was allowed; the first workload has three."""
+    code = KILLED_AFTER.format(
+        bench=str(ROOT / "bench"), tests=str(ROOT / "tests"), trials=trials, out=str(tmp_path)
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stdout.count("1.000 s, 1.00 pairs/s") == trials
+    (report,) = load_all(tmp_path)
+    found = [variant["failed"] for entry in report["entries"] for variant in entry["variants"].values()]
+    assert found == [None] * trials + [UNFINISHED] * (3 * -(-trials // 3) - trials)
 
 
 def test_figures_stand_without_a_profile(tiny_7b, monkeypatch):
@@ -143,8 +228,39 @@ def test_variants_with_other_layers_have_graphs_of_their_own(tiny_7b, changes):
     first = measured._compiled_for(fastrm, "selective")
     assert measured._compiled_for(replace(fastrm, name="without sharing", share=False), "selective") is first
     assert measured._compiled_for(replace(fastrm, **changes), "selective") is not first
-    first = measured._compiled_for(fastrm, "selective")
+    assert measured._compiled_for(fastrm, "selective") is first, "thrown away by another variant"
     assert measured._compiled_for(fastrm, "full") is not first
+
+
+def test_variants_that_alternate_compile_once(tiny_7b, monkeypatch):
+    """bf16 and FP8 in two workloads, with profiles: the second workload, and the profiles, find all graphs made."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph
+
+    monkeypatch.setattr(training_run, "CompiledLayers", functools.partial(CompiledLayers, backend))
+    fastrm = replace(FASTRM, compile=True)
+    variants = [fastrm, replace(fastrm, name="fastrm FP8", fp8="rowwise")]
+    measured, counts = Measured("7B", 1000.0), []
+    for shape in (SHAPE, replace(SHAPE, num_responses=4)):
+        found = measured.measure(shape, variants, "main", {"fastrm", "fastrm FP8"})["variants"]
+        assert not [v["failed"] for v in found.values() if v["failed"]]
+        assert all("phases" in v["profile"] for v in found.values())
+        counts.append((len(made), [variant["graphs"] for variant in found.values()]))
+    assert counts[0] == counts[1]
+    assert counts[0][0] == sum(counts[0][1]) <= 6, "a profile compiled something"
+
+
+def test_a_variant_that_has_to_be_compiled_needs_more_time_to_begin(tiny_7b, monkeypatch):
+    monkeypatch.setattr(training_run, "CompiledLayers", functools.partial(CompiledLayers, "eager"))
+    fastrm = replace(FASTRM, compile=True)
+    variants = [PLAIN, fastrm, replace(fastrm, fp8="rowwise")]
+    measured = Measured("7B", 1000.0)
+    assert [measured._reserve(variant) for variant in variants] == [45, 60, 100]
+    measured.measure(SHAPE, [fastrm], "main")
+    assert [measured._reserve(variant) for variant in variants] == [45, 45, 100]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +329,7 @@ def test_a_profile_has_all_of_the_step():
     found = profile_step(step)
     assert found["phases"].keys() == {"vision", "forward", "backward", "update"}
     assert found["phases"]["vision"] < found["phases"]["forward"]
+    assert sum(found["shares"].values()) == pytest.approx(1) and found["shares"]["matrix products"] > 0.2
     names = [row[0] for row in found["operations"]]
     assert len(names) == LONGEST + 1 and names[-1].endswith(" others")
     assert "aten::addmm" in names or "aten::mm" in names

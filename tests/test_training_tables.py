@@ -11,6 +11,7 @@ from fastrm.plan.rates import find_rate
 from run_training import parts
 from training_models import checkpointing_modes, published_config, training_config
 from training_results import (
+    ALTERNATIVES,
     FASTRM,
     FEATURES,
     FP8,
@@ -104,15 +105,54 @@ def test_each_feature_is_taken_out_alone():
 
 
 def test_parts_begin_with_the_goals_and_can_be_measured_alone():
-    found = [(kind, shape.name) for kind, shape, _ in parts("7B", False, None, True)]
-    assert found[:3] == [(MAIN, "pairs, 1300/300"), (MAIN, "groups of 4, 1300/300"), (FEATURES, "pairs, 1300/300")]
-    assert len(found) == 7
-    ((kind, _, variants),) = parts("7B", False, "features", True)
+    found = [(kind, shape.name) for kind, shape, _ in parts("7B", False, [], [], True)]
+    assert found[:4] == [
+        (MAIN, "pairs, 1300/300"), (MAIN, "groups of 4, 1300/300"), (ALTERNATIVES, "pairs, 1300/300"),
+        (FEATURES, "pairs, 1300/300"),
+    ]  # fmt: skip
+    assert len(found) == 8
+    ((kind, _, variants),) = parts("7B", False, ["features"], [], True)
     assert kind == FEATURES and variants[0].name == FASTRM and len(variants) == 8
-    assert [shape.name for _, shape, _ in parts("7B", False, "pairs, 640/300", True)] == ["pairs, 640/300"]
-    assert [kind for kind, _, _ in parts("7B", True, None, True)] == [MAIN, MAIN]
-    with pytest.raises(SystemExit, match="--only nothing: no such part; there are features; groups of 4, 1300/300"):
-        parts("7B", False, "nothing", True)
+    assert [shape.name for _, shape, _ in parts("7B", False, ["pairs, 640/300"], [], True)] == ["pairs, 640/300"]
+    assert [kind for kind, _, _ in parts("7B", True, [], [], True)] == [MAIN, MAIN]
+    with pytest.raises(SystemExit, match="--only nothing: no such part; there are alternatives; features; groups of 4"):
+        parts("7B", False, ["nothing"], [], True)
+
+
+def test_parts_come_in_the_order_that_is_asked_for_with_the_variants_that_are_named():
+    asked = ["alternatives", "pairs, 640/300"]
+    found = parts("7B", False, asked, ["fastrm", "fastrm FP8 tensorwise", "plain"], True)
+    assert [(kind, shape.name, [v.name for v in variants]) for kind, shape, variants in found] == [
+        (ALTERNATIVES, "pairs, 1300/300", ["fastrm", "fastrm FP8 tensorwise"]),
+        (MAIN, "pairs, 640/300", ["plain", "fastrm"]),
+    ]
+    with pytest.raises(SystemExit, match="--variant fast: no such variant; there are fastrm; fastrm FP8;"):
+        parts("7B", False, asked, ["fast"], True)
+    with pytest.raises(SystemExit, match="--only alternatives: no such part"):
+        parts("small", False, ["alternatives"], [], False)
+
+
+def test_a_variant_that_was_left_out_keeps_the_figures_of_an_earlier_run(tmp_path):
+    save("7B", _facts(), [_entry(**{PLAIN: _variant(3.0), FASTRM: _variant(2.0)})], tmp_path)
+    left_out, red = {"failed": "left out: out of time"}, {"failed": "red gate: loss"}
+    late = _entry(**{PLAIN: left_out, FASTRM: red, FP8: _variant(1)})
+    save("7B", _facts(), [late], tmp_path)
+    (entry,) = load_all(tmp_path)[0]["entries"]
+    assert {name: v["failed"] for name, v in entry["variants"].items()} == {
+        PLAIN: None, FASTRM: "red gate: loss", FP8: None,
+    }  # fmt: skip
+    save("7B", _facts(torch="3"), [late], tmp_path)
+    (entry,) = load_all(tmp_path)[0]["entries"]
+    assert entry["variants"][PLAIN]["failed"].startswith("left out"), "a figure of other versions"
+
+
+def test_alternatives_are_shown_against_fastrm():
+    entry = _entry(ALTERNATIVES, **{FASTRM: _variant(1.0), "fastrm FP8 tensorwise": _variant(0.8)})
+    report = _report(entry)
+    report["runs"]["7B"]["matmul_flops"] = None
+    lines = report_lines(report)
+    row = next(line for line in lines if line.startswith("| fastrm FP8 tensorwise |"))
+    assert "| 1.25x |" in row and "TFLOP/s" not in "".join(lines)
 
 
 def test_goals_are_judged_on_their_device_and_model_alone():
