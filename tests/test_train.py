@@ -1,5 +1,6 @@
 """Training runs end to end: what they leave behind, and what bad input does to them."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -47,6 +48,21 @@ def test_a_run_leaves_everything_behind(finished):
     assert summary["versions"]["torch"] == torch.__version__
     assert Image.open(folder / "report.png").size[0] > 800
     assert load_config(folder / "config.yaml").run.max_steps == 4
+
+
+def test_a_source_tree_that_was_never_installed_trains_to_its_end(tmp_path, monkeypatch):
+    find = importlib.metadata.Distribution.from_name
+
+    def find_others(name):
+        if name == "fastrm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", find_others)
+    summary = run(tiny_config(tmp_path, "digits:train", "digits:eval", run={"max_steps": 1, "save_every": 1}))
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json").read_text())
+    assert saved["versions"] == summary["versions"]
+    assert summary["versions"]["fastrm"] == package.__version__ and summary["versions"]["torch"] == torch.__version__
 
 
 def test_metrics_have_the_fields_names(finished):

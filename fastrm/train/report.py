@@ -1,8 +1,8 @@
 """The end of a run for people: a table, report.png, and what the run ran on."""
 
+import importlib
 import resource
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -90,5 +90,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def versions() -> dict[str, str]:
-    names = ("fastrm", "torch", "transformers", "tokenizers", "numpy", "pillow")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+    """Versions of what decides a run's figures, as the modules themselves give them.
+
+    Not those of the installed distributions: a source tree that was never installed has none, and torch's
+    leaves out its build (2.11.0 for 2.11.0+cu130).
+    """
+    modules = {name: name for name in ("fastrm", "torch", "transformers", "tokenizers", "numpy")} | {"pillow": "PIL"}
+    found = {name: importlib.import_module(module).__version__ for name, module in modules.items()}
+    return {"python": sys.version.split()[0], **found}
