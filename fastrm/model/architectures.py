@@ -54,6 +54,12 @@ def _qwen2_vl(*text, num_parameters: int, tied: bool = False) -> Published:
     return Published({"model_type": "qwen2_vl", **options}, num_parameters)
 
 
+def _qwen3(*text, num_parameters: int, tied: bool = False) -> Published:
+    options = _text(*text, tied, 40_960) | {"head_dim": 128, "vocab_size": 151_936}
+    options["rope_parameters"] = {"rope_type": "default", "rope_theta": 1_000_000.0}
+    return Published({"model_type": "qwen3", **options}, num_parameters)
+
+
 def _internvl(model_type: str, *text, vocabulary: int, eps: float) -> Published:
     hidden, intermediate, layers, heads, kv_heads = text
     text_config = {
@@ -90,6 +96,7 @@ PUBLISHED = {
     ),
     "Qwen2-VL-2B-Instruct": _qwen2_vl(1536, 8960, 28, 12, 2, num_parameters=2_208_985_600, tied=True),
     "Qwen2-VL-7B-Instruct": _qwen2_vl(3584, 18944, 28, 28, 4, num_parameters=8_291_375_616),
+    "Qwen3-8B": _qwen3(4096, 12288, 36, 32, 8, num_parameters=8_190_735_360),
     "InternVL3-1B-hf": _internvl("qwen2", 896, 4864, 24, 14, 2, vocabulary=151_674, eps=1e-6),
     "InternVL3-2B-hf": _internvl("qwen2", 1536, 8960, 28, 12, 2, vocabulary=151_674, eps=1e-6),
     "InternVL3-8B-hf": _internvl("qwen2", 3584, 18944, 28, 28, 4, vocabulary=151_674, eps=1e-6),

@@ -185,7 +185,7 @@ def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
 
     options = dict(settings.init)
     model_type = options.pop("model_type")
-    ids = _media_token_ids(model_type, tokenizer)
+    ids = media_token_ids(model_type, tokenizer)
     shared = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     try:
         if "text_config" in options:
@@ -205,7 +205,7 @@ def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
         ) from error
 
 
-def _media_token_ids(model_type: str, tokenizer) -> dict[str, int]:
+def media_token_ids(model_type: str, tokenizer) -> dict[str, int]:
     """What a config says of the tokens that stand for images and videos."""
     if model_type == "internvl":
         return {"image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")}
