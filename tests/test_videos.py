@@ -17,7 +17,7 @@ from fastrm.data import videos
 from fastrm.data.images import MediaLimits
 from fastrm.data.record import VideoRef
 from fastrm.data.videos import VideoHeader, VideoSettings, frame_refs, open_video, sample
-from fastrm.errors import RecordError
+from fastrm.errors import ConfigError, RecordError
 from video_files import decode_all, encode_video, make_video, moving_frames, write_frames
 
 LIMITS = MediaLimits()
@@ -277,6 +277,40 @@ def test_a_bad_frame_file_is_named_with_its_video(tmp_path):
     with pytest.raises(RecordError, match=r'clip" has a bad frame: image ".*frame_4.png" is not a JPEG') as caught:
         frames_of(folder, 5)
     assert caught.value.code == "VIDEO_FORMAT"
+
+
+def test_a_title_that_is_no_utf_8_is_no_reason_to_refuse_a_video():
+    data = encode_video(moving_frames(4, 64, 48), title="a title")
+    assert data.count(b"a title") == 1
+    ref = VideoRef(data=data.replace(b"a title", b"\xff\xfe\xfd ttl"))
+    assert len(frames_of(ref, 4)) == 4
+
+
+@pytest.mark.parametrize("version, knows", [("15.0.0", True), ("18.1.0", True), ("19.0.2", False), ("20.1", False)])
+def test_videos_are_read_by_versions_of_pyav_with_and_without_metadata_errors(monkeypatch, version, knows):
+    opened, seen = av.open, []
+
+    def open_of_that_version(file, mode="r", **options):
+        errors = options.pop("metadata_errors", None)
+        if errors is not None and not knows:
+            raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+        seen.append(errors)
+        return opened(file, mode, **options)
+
+    ref = make_video(5, 64, 48)
+    monkeypatch.setattr(av, "__version__", version)
+    monkeypatch.setattr(av, "open", open_of_that_version)
+    assert len(frames_of(ref, 5)) == 5 and seen == ["ignore" if knows else None]
+
+
+def test_a_pyav_that_cannot_be_called_as_we_do_is_named_and_no_video_is_called_damaged(monkeypatch):
+    def changed(file, **options):
+        raise TypeError("open() got an unexpected keyword argument 'options'")
+
+    ref = make_video(5, 64, 48)
+    monkeypatch.setattr(av, "open", changed)
+    with pytest.raises(ConfigError, match=r"PyAV [\d.]+ cannot be called .*'options'; pip install av==18\.1"):
+        frames_of(ref, 5)
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska"])

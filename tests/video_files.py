@@ -20,11 +20,14 @@ def moving_frames(num_frames: int, width: int, height: int, seed: int = 0) -> np
 
 
 def encode_video(
-    frames: np.ndarray, *, rate: Fraction | int = 10, codec: str = "libx264", container: str = "mp4", **options: str
-) -> bytes:
+    frames: np.ndarray, *, rate: Fraction | int = 10, codec: str = "libx264", container: str = "mp4", title: str = "",
+    **options: str,
+) -> bytes:  # fmt: skip
     """A video file of frames (T, H, W, 3) uint8; sides must be even."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as file:
+        if title:
+            file.metadata["title"] = title
         stream = file.add_stream(codec, rate=rate, options={name.replace("_", "-"): v for name, v in options.items()})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

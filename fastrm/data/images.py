@@ -21,7 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from fastrm.data.archives import ArchiveError, BadArchive, read_member
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
-from fastrm.errors import RecordError
+from fastrm.errors import FastrmError, RecordError
 
 HEADER_BYTES = 30  # enough to tell the three formats apart and to size a WebP
 _FIND_IT = "check the path and the images folder"
@@ -160,7 +160,7 @@ def damage_named(ref: MediaRef):
     """Name the image in whatever a decoder raises: on hostile bytes that can be any exception."""
     try:
         yield
-    except (RecordError, MemoryError):
+    except (RecordError, FastrmError, MemoryError):
         raise
     except Exception as error:
         raise media_error(ref, "DAMAGED", f"cannot be decoded: {error}; fix or remove the file") from error

@@ -204,7 +204,7 @@ class _VideoFile:
         # FFmpeg looks at the first frames to learn the header's gaps, and decodes none with more pixels.
         self._options = {"max_pixels": str(limits.max_pixels)}
         with _ffmpeg_named(ref):
-            self._container = av.open(file, format=container_format, options=self._options, metadata_errors="ignore")
+            self._container = _open_container(av, file, container_format, self._options)
             self._stream = next(iter(self._container.streams.video), None)
         try:
             with _ffmpeg_named(ref):
@@ -278,6 +278,17 @@ class _VideoFile:
             if frame is None:
                 raise media_error(self._ref, "DAMAGED", "ends before its last frame; fix or remove the file")
             yield frame
+
+
+def _open_container(av, file: BinaryIO, container_format: str, options: dict[str, str]):
+    # A file is not refused for titles that are no UTF-8: PyAV had to be told so up to version 18.
+    lenient = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    try:
+        return av.open(file, format=container_format, options=options, **lenient)
+    except TypeError as error:  # else every video would be called damaged
+        raise ConfigError(
+            f"PyAV {av.__version__} cannot be called as fastrm does: {error}; pip install av==18.1"
+        ) from error
 
 
 @contextmanager
