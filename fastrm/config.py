@@ -26,7 +26,7 @@ class _Section(BaseModel):
 class RunConfig(_Section):
     dir: str | None = None
     """Run folder: metrics, checkpoints, export. Default: runs/<name of the YAML file>."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the initial weights and, as (seed, epoch, position), the order of the data."""
     epochs: Positive = 1
     """Passes over the training groups; ignored when max_steps is set."""

@@ -1,6 +1,7 @@
 """Archives: in parts, larger than 4 GiB by their headers, with millions of members, damaged or hostile."""
 
 import io
+import itertools
 import os
 import random
 import struct
@@ -64,6 +65,76 @@ def problem_of(path, name, check_size=any_size):
     with pytest.raises(ArchiveError) as caught:
         read_member(path, name, check_size)
     return caught.value.problem
+
+
+FAR = 100 * 2**30  # beyond what 32 bits hold, also in units of tar's blocks and of 4 KiB pages
+
+
+def far_zip(path):
+    """A zip with members in front of and behind a hole of 100 GiB."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("near.png", b"near")
+        archive.start_dir = FAR  # where the next member goes
+        archive.writestr("x/far.png", b"far away")
+
+
+def far_tar(path, format):
+    """A tar whose first member is a hole of 100 GiB."""
+    with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", format=format) as archive:
+        hole = tarfile.TarInfo("hole.bin")
+        hole.size = FAR
+        archive.addfile(hole)
+        file.seek(FAR, io.SEEK_CUR)
+        archive.offset += FAR
+        for name, data in (("x/far.png", b"far away"), ("near.png", b"near")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def split_sparse(path, count):
+    """Divide a file into parts of equal size, of which only what lies outside the hole is written."""
+    size = path.stat().st_size
+    with open(path, "rb") as whole:
+        pieces = [(0, whole.read(4096))]
+        whole.seek(FAR)
+        pieces.append((FAR, whole.read()))
+    path.unlink()
+    for number, (start, stop) in enumerate(itertools.pairwise(size * n // count for n in range(count + 1))):
+        with open(f"{path}_a{number}", "wb") as part:
+            part.truncate(stop - start)
+            for place, data in pieces:
+                if start <= place < stop:
+                    assert place + len(data) <= stop
+                    part.seek(place - start)
+                    part.write(data)
+
+
+@pytest.mark.parametrize("kind", ["zip", "gnu.tar", "pax.tar"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_members_behind_100_gib_are_found_and_read(tmp_path, kind, parts):
+    path = tmp_path / f"images.{kind}"
+    if kind == "zip":
+        far_zip(path)
+    else:
+        far_tar(path, tarfile.GNU_FORMAT if kind == "gnu.tar" else tarfile.PAX_FORMAT)
+    assert path.stat().st_size > FAR and path.stat().st_blocks * 512 < 2**20
+    if parts > 1:
+        split_sparse(path, parts)
+    read = {name: read_member(str(path), name, any_size) for name in ("near.png", "x/far.png")}
+    assert read == {"near.png": b"near", "x/far.png": b"far away"}
+    assert folder_members(str(path), "x") == ["x/far.png"]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_size_of_a_member_of_100_gib_is_known_before_it_is_read(tmp_path, format):
+    far_tar(tmp_path / "images.tar", format)
+
+    def refuse(size):
+        raise ValueError(f"{size} bytes")
+
+    with pytest.raises(ValueError, match=f"^{FAR} bytes$"):
+        read_member(str(tmp_path / "images.tar"), "hole.bin", refuse)
 
 
 @pytest.mark.parametrize("make, suffix", [(make_zip, "zip"), (make_tar, "tar")])

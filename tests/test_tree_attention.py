@@ -8,6 +8,7 @@ import torch
 
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
+from fastrm_kernels.tree_attention.tiles import _tile_list
 from fastrm_kernels.tree_attention.varlen import varlen_arguments, varlen_options
 
 CASES = 40
@@ -55,6 +56,23 @@ def test_a_pair_needs_one_copy_of_the_prefix_only():
     assert layout.key_lengths == (14, 13)
     assert layout.key_index.tolist() == [*range(14), *range(10), 14, 15, 16]
     assert TreeLayout.build([10, 4], [-1, 0]).key_index is None
+
+
+def test_a_layout_beyond_32_bits_is_refused_before_anything_is_allocated():
+    most = 2**31 - 1
+    assert TreeLayout.build([most], [-1]).cu_seqlens_k.tolist() == [0, most]
+    # Keys that all runs read together: a prefix of 2^20 tokens counts for each of its responses.
+    for lengths, parents in [([2**30, 2**30], [-1, -1]), ([2**20, *[1] * 2048], [-1, *[0] * 2048])]:
+        with pytest.raises(ValueError, match=r"wanted at most 2,147,483,647 of each: use smaller packs"):
+            TreeLayout.build(lengths, parents)
+    with pytest.raises(ValueError, match=r"keys of 2,048 runs"):
+        TreeLayout.build([2**20], [-1]).at_rows([2**20 - 1] * 2048)
+
+
+def test_more_steps_of_tiles_than_32_bits_reach_are_refused_before_they_are_made():
+    seen = [(((0, 2**25),), ())] * 1024
+    with pytest.raises(ValueError, match=r"take 1,073,741,824 steps, wanted at most 1,073,741,823"):
+        _tile_list([(row, row + 1) for row in range(1024)], seen, 32)
 
 
 def test_eager_equals_the_reference_forward_and_backward():

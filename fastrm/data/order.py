@@ -15,7 +15,8 @@ def epoch_order(seed: int, epoch: int, num_groups: int) -> np.ndarray:
     Groups are sorted by a hash of (seed, epoch, group). A generator's shuffle would do as well, but
     NumPy does not promise the same stream in its next version.
     """
-    base = mix(np.uint64(seed) + mix(np.uint64(epoch) + np.uint64(1)))
+    with np.errstate(over="ignore"):  # words wrap, as in `mix`
+        base = mix(np.uint64(seed) + mix(np.uint64(epoch) + np.uint64(1)))
     keys = mix(np.arange(num_groups, dtype=np.uint64) ^ base)
     return np.argsort(keys, kind="stable")
 

@@ -6,6 +6,7 @@ from fastrm.data.prepared.count import Counted
 from fastrm.data.prepared.select import Selection, first_equal
 from fastrm.data.prepared.stored import GROUP, PLACE, SIZE, SPLITS, fingerprint_of
 from fastrm.data.prepared.table import RecordTable
+from fastrm.errors import DataError
 
 
 def entries_of(chosen: dict[str, Selection], counted: dict[str, Counted], split: str) -> np.ndarray:
@@ -46,7 +47,8 @@ def _places(table: RecordTable, weights: list[list[float]]) -> np.ndarray:
     places = np.empty(len(table), dtype=PLACE)
     for name in ("offset", "length"):
         places[name] = table.columns[name]
-    places["unit"], places["content"] = table.unit, table.columns["ordered"]
+    places["content"] = table.columns["ordered"]
+    store(places, "unit", table.unit)
     of_unit = [weights[SPLITS.index(unit.split)][unit.source] for unit in table.units]
     places["weight"] = np.array(of_unit)[table.unit]
     return places
@@ -56,17 +58,32 @@ def _group_rows(counts: np.ndarray) -> np.ndarray:
     """`GROUP` of every group, and one more."""
     rows = np.zeros(len(counts) + 1, dtype=GROUP)
     for name in ("num_tokens", "num_preferences", "num_attention_pairs", "num_lead_tokens"):
-        rows[name][:-1] = counts[name]
-    rows["first_member"][1:] = np.cumsum(counts["num_members"])
-    rows["first_image"][1:] = np.cumsum(counts["num_images"])
+        store(rows[:-1], name, counts[name])
+    store(rows[1:], "first_member", np.cumsum(counts["num_members"]))
+    store(rows[1:], "first_image", np.cumsum(counts["num_images"]))
     return rows
+
+
+def store(rows: np.ndarray, name: str, values: np.ndarray) -> None:
+    """Write integers of at least 0 into a column, which may be narrower than they are.
+
+    Raises:
+        DataError: one of them does not fit. NumPy would store something else.
+    """
+    largest, most = int(values.max(initial=0)), np.iinfo(rows.dtype[name]).max
+    if largest > most:
+        raise DataError(
+            f"the prepared set's index has room for {name} up to {most:,}, got {largest:,}; divide data.train into "
+            "several sets, or lower data.max_tokens_per_group"
+        )
+    rows[name] = values
 
 
 def _sizes(images: np.ndarray) -> np.ndarray:
     """`SIZE` of the groups' media; equal content has equal numbers."""
     sizes = np.empty(len(images), dtype=SIZE)
     first = first_equal([images["digest"]["low"], images["digest"]["high"]])
-    sizes["key"] = np.unique(first, return_inverse=True)[1]
+    store(sizes, "key", np.unique(first, return_inverse=True)[1])
     for name in ("height", "width", "frames"):
         sizes[name] = images[name]
     return sizes

@@ -25,7 +25,7 @@ class Selection:
     Attributes:
         members: record numbers, those of a group together.
         starts: (G + 1,) int64: group g has members[starts[g] : starts[g + 1]].
-        times: (G,) uint32, how often an epoch holds it; 0: not at all.
+        times: (G,) int64, how often an epoch holds it; 0: not at all.
         held_out: (G,) bool: belongs to the evaluation, once.
     """
 
@@ -65,8 +65,8 @@ def select(
     members, group_starts = _merged(table, records) if merge else (records, np.arange(len(records) + 1))
     first = members[group_starts[:-1]]
     columns = table.columns
-    preferences = columns["num_preferences"][members] + ties_weigh * columns["num_ties"][members]
-    sums = np.concatenate([[0], np.cumsum(preferences, dtype=np.int64)])
+    num_ties = columns["num_ties"][members].astype(np.int64)
+    sums = np.concatenate([[0], np.cumsum(columns["num_preferences"][members] + ties_weigh * num_ties)])
     num_preferences = sums[group_starts[1:]] - sums[group_starts[:-1]]
     prompt, source = table.columns["prompt"][first], table.source[first]
     held_out = _held_out(prompt, source, sources)
@@ -141,8 +141,8 @@ def _times(
     word: np.ndarray, source: np.ndarray, file_repeat: np.ndarray, num_preferences: np.ndarray,
     is_train: np.ndarray, sources: Sequence[SourceConfig],
 ) -> np.ndarray:  # fmt: skip
-    """(G,) uint32: how often an epoch holds each group, after `cap` and then `repeat`."""
-    times = np.zeros(len(word), dtype=np.uint32)
+    """(G,) int64: how often an epoch holds each group, after `cap` and then `repeat`."""
+    times = np.zeros(len(word), dtype=np.int64)
     for number, settings in enumerate(sources):
         groups = np.flatnonzero((source == number) & is_train)
         if settings.cap is not None:
@@ -152,7 +152,7 @@ def _times(
             some = groups[file_repeat[groups] == repeat]
             whole, rest = divmod(settings.repeat * float(repeat), 1.0)
             times[some] = int(whole)
-            times[_lowest(word[some], _REPEAT, some, round(rest * len(some)))] += np.uint32(1)
+            times[_lowest(word[some], _REPEAT, some, round(rest * len(some)))] += 1
     return times
 
 

@@ -28,6 +28,8 @@ from fastrm.errors import RecordError, StorageError
 MANIFEST, REFUSED, INDEX, UNITS = "manifest.json", "refused.jsonl", "index", "units"
 SPLITS = ("train", "eval")
 
+# Values are kept as narrow as one of them allows (`index.store` refuses what does not fit) and are widened, or made
+# Python's integers, where they are read.
 PLACE = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("unit", "<u4"), ("content", "<u8"), ("weight", "<f8")]
 )  # weight: of the source
@@ -35,13 +37,13 @@ GROUP = np.dtype(
     [
         ("num_tokens", "<u4"),
         ("num_preferences", "<u4"),
-        ("num_attention_pairs", "<u8"),
+        ("num_attention_pairs", "<u8"),  # the square of the tokens
         ("num_lead_tokens", "<u4"),
-        ("first_member", "<u4"),
+        ("first_member", "<u4"),  # a set has at most 2^32 - 1 records, groups and media
         ("first_image", "<u4"),
     ]
 )
-SIZE = np.dtype([("key", "<u4"), ("height", "<u2"), ("width", "<u2"), ("frames", "<u2")])
+SIZE = np.dtype([("key", "<u4"), ("height", "<u2"), ("width", "<u2"), ("frames", "<u2")])  # in merged patches
 
 
 class PreparedSet:
@@ -72,8 +74,8 @@ class PreparedSet:
 
     @property
     def preference_counts(self) -> np.ndarray:
-        """(len,) preferences of each group."""
-        return self._arrays.groups["num_preferences"][self._entries]
+        """(len,) int64 preferences of each group."""
+        return self._arrays.groups["num_preferences"][self._entries].astype(np.int64)
 
     def members(self, number: int) -> list[tuple[str, str, str]]:
         """(source, origin, id) of the records in a group."""

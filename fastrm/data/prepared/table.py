@@ -21,7 +21,7 @@ class RecordTable:
         media, texts: as in `UnitContent`, of all units.
         first_media, first_text: (N,) int64, where a record's are.
         unit: (N,) int32, number of its unit.
-        source: (N,) int16, number of its source in the configuration.
+        source: (N,) int32, number of its source in the configuration.
         repeat: (N,) float32, of its file (`SourceFile.repeat`).
     """
 
@@ -75,7 +75,7 @@ def load_table(folder: Path, units: Sequence[Unit], done: Callable[[int], None] 
         first_media=starts(columns["num_media"]),
         first_text=starts(columns["num_responses"]),
         unit=of_units(range(len(units)), "<i4"),
-        source=of_units((unit.source for unit in units), "<i2"),
+        source=of_units((unit.source for unit in units), "<i4"),
         repeat=of_units((unit.file.repeat for unit in units), "<f4"),
     )
 

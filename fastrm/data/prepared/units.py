@@ -50,10 +50,11 @@ FORMAT = 1  # of the files of a unit; a change of their meaning makes all units 
 ROWS_PER_UNIT = 8192
 COLUMNS, MEDIA, TEXTS, REFUSED = "columns.npy", "media.npy", "texts.npy", "refused.jsonl"
 
+# Of one record each, and as narrow as that allows; what adds or multiplies counts widens them to int64 first.
 RECORD = np.dtype(
     [
         ("offset", "<u8"),  # first byte in records.jsonl
-        ("length", "<u4"),  # bytes
+        ("length", "<u4"),  # bytes, below 4 GiB: media are in a file of their own
         ("prompt", HASH),
         ("content", HASH),  # whatever the order of responses
         ("ordered", "<u8"),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) rows, in order, none empty, none touching
+INT32_ROWS = 2**31 - 1  # the largest row number, and number of keys of all runs, that an int32 tensor holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,8 @@ class TreeLayout:
             device: of the index tensors.
 
         Raises:
-            ValueError: if a parent does not stand before its child, or a length is negative.
+            ValueError: if a parent does not stand before its child, a length is negative, or the runs have more
+                than INT32_ROWS keys together.
         """
         lengths, parents = tuple(int(n) for n in lengths), tuple(int(p) for p in parents)
         if len(lengths) != len(parents):
@@ -178,6 +180,11 @@ def _from_runs(lengths, parents, paths, query_rows, query_lengths, key_spans, de
     flat = [span for spans in key_spans for span in spans]
     identity = [0] + [b for _, b in flat] == [a for a, _ in flat] + [num_keys]
     key_lengths = [sum(b - a for a, b in spans) for spans in key_spans]
+    if max(num_keys, sum(key_lengths)) > INT32_ROWS:
+        raise ValueError(
+            f"got {num_keys:,} rows, and {sum(key_lengths):,} keys of {len(key_lengths):,} runs with the prefixes that "
+            f"they share; wanted at most {INT32_ROWS:,} of each: use smaller packs"
+        )
     return TreeLayout(
         lengths, parents, paths, query_rows, sum(query_lengths), num_keys, tuple(query_lengths), tuple(key_lengths),
         _cumulative(query_lengths, device), _cumulative(key_lengths, device),

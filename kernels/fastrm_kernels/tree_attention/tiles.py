@@ -26,6 +26,7 @@ import torch
 from fastrm_kernels.tree_attention.layout import Spans, TreeLayout
 
 MULTIPROCESSORS = 132  # of an H100 or H200; only a yardstick for how evenly work must be divided
+MOST_STEPS = 2**30 - 1  # a kernel finds a step's two numbers with 32-bit offsets
 LONGEST_SHARE = 0.7  # how much of a multiprocessor's share the longest program may take; docs/experiments.md
 
 
@@ -187,11 +188,16 @@ def _tile_list(tiles, seen, step_rows: int) -> TileList:
     Args:
         tiles: (start, end) rows.
         seen: for each tile, the spans that any row of it sees, and those that all of its rows see.
+
+    Raises:
+        ValueError: there are more than MOST_STEPS steps.
     """
     owners = torch.tensor([n for n, (some, _) in enumerate(seen) for _ in some], dtype=torch.int64)
     spans = torch.tensor([span for some, _ in seen for span in some], dtype=torch.int64).view(-1, 2)
     counts = (spans[:, 1] - spans[:, 0] + step_rows - 1) // step_rows
-    number = torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    if (num_steps := int(counts.sum())) > MOST_STEPS:
+        raise ValueError(f"the tiles take {num_steps:,} steps, wanted at most {MOST_STEPS:,}: use smaller packs")
+    number = torch.arange(num_steps) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     starts = torch.repeat_interleave(spans[:, 0], counts) + number * step_rows
     ends = torch.minimum(starts + step_rows, torch.repeat_interleave(spans[:, 1], counts))
     owners = torch.repeat_interleave(owners, counts)
