@@ -15,7 +15,9 @@ from fastrm.plan.console import gib, make_console, make_table, peta, say, show
 from fastrm.plan.flops import Workload, step_flops, typical_workload
 from fastrm.plan.inputs import check_inputs
 from fastrm.plan.memory import MODES, peak_of
+from fastrm.plan.needs import needs_of
 from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
+from fastrm.plan.room import print_needs, print_problems
 
 GPU_COUNTS = (1, 8, 64)
 
@@ -24,8 +26,8 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
     """Print inputs, parameters, memory and operations of a run on standard output.
 
     Returns:
-        {"inputs": [(name, state, detail)], "parameters", "memory", "step"}, in bytes and operations;
-        the last three are missing if nothing here knows the model's architecture.
+        {"inputs": [(name, state, detail)], "parameters", "memory", "needs", "step"}, in bytes and operations;
+        the last four are missing if nothing here knows the model's architecture.
 
     Raises:
         ConfigError: if the model's family, its config or model.freeze cannot work.
@@ -42,6 +44,8 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
         report |= _size(config, network)
         print_parameters(console, report["parameters"], origin)
         _print_memory(console, report["memory"], config)
+        print_needs(console, config, report["needs"], 1)
+        print_problems(console, config, report["needs"])
         _print_step(console, report["step"], config)
     num_missing = sum(state == "missing" for _, state, _ in report["inputs"])
     here = f"{num_missing} of {len(report['inputs'])} inputs are missing here" if num_missing else "its inputs are here"
@@ -58,6 +62,7 @@ def _size(config: Config, network: RewardNetwork) -> dict:
             for count in GPU_COUNTS
             for way in ways(config, count)
         },
+        "needs": needs_of(config, network, load),
         "step": {"workload": load, "ways": _ways(config, network, load)},
     }
 

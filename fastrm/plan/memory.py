@@ -142,6 +142,21 @@ def peak_of(config: Config, num_gpus: int, network: RewardNetwork, load: Workloa
     return peak_memory(network, config, rows, gpu_computation(config, num_packs), num_gpus)
 
 
+def cpu_computation(config: Config, num_packs: int) -> Computation:
+    """How the layers of a configuration compute on a CPU.
+
+    Args:
+        num_packs: of a step on each rank.
+    """
+    return Computation(
+        bf16=config.precision.dtype == "bf16",
+        bf16_weights=config.precision.weights == "bf16",
+        fp8=config.precision.fp8 != "off",
+        fused=config.model.fuse_projections,
+        accumulated=num_packs > 1,
+    )
+
+
 def gpu_computation(config: Config, num_packs: int) -> Computation:
     """How the layers of a configuration compute on a GPU.
 

@@ -15,6 +15,7 @@ from fastrm.plan.flops import Flops, Workload, step_flops, typical_workload
 from fastrm.plan.hardware import NETWORK, Gpu
 from fastrm.plan.memory import MODES, PeakMemory, full_pack, peak_of
 from fastrm.plan.model import pixel_bytes
+from fastrm.plan.needs import Needs, needs_of
 from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.plan.rates import ASSUMED_BANDWIDTH_SHARE, RESULTS, Rate, find_rate
 from fastrm.plan.step_time import StepTime, Work, first_dominated, gpu_counts, step_time
@@ -84,6 +85,7 @@ class Plan:
         flops: of a step, by part.
         notes: further assumptions.
         memory: of the configured way; `fits` of all ways.
+        needs: of memory in each part of the run, and of disk.
         steps: on one GPU and on more, the configured number among them.
         pixel_bytes: of a pack, as float32, while the vision tower runs.
         largest_pack: tokens of the largest pack that fits; None if none does.
@@ -102,6 +104,7 @@ class Plan:
     work: Work
     network: Network
     memory: PeakMemory
+    needs: Needs
     pixel_bytes: int
     fits: list[Fit]
     largest_pack: int | None
@@ -159,6 +162,7 @@ def make_plan(config: Config, assumptions: Assumptions) -> Plan:
         work=work,
         network=connection,
         memory=peak_of(config, assumptions.num_gpus, network, load, own.num_packs),
+        needs=needs_of(config, network, load, assumptions.num_gpus, own.num_packs),
         pixel_bytes=pixel_bytes(network, full_pack(config, load, network)),
         fits=_fits(config, assumptions.num_gpus, network, load, own.num_packs),
         largest_pack=_largest_pack(config, assumptions, network, load, own.num_packs),

@@ -11,6 +11,7 @@ from fastrm.plan.dry_run import print_parameters
 from fastrm.plan.memory import MODES
 from fastrm.plan.plan import GROWING_PAIRS, Plan
 from fastrm.plan.rates import ASSUMED_BANDWIDTH_SHARE
+from fastrm.plan.room import print_needs
 from fastrm.plan.step_time import StepTime, efficiency, messages
 
 SHOWN = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -32,6 +33,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     print_parameters(console, plan.parameters, plan.origin)
     _print_memory(plan, console)
     _print_ways(plan, console)
+    print_needs(console, plan.config, plan.needs, plan.assumptions.num_gpus)
     _print_communication(plan, console)
     _print_time(plan, console)
     say(console, "What to do")
@@ -169,6 +171,7 @@ def as_json(plan: Plan) -> dict:
         },
         "parameters": {name: asdict(count) for name, count in plan.parameters.items()},
         "memory": {**asdict(plan.memory), "total": plan.memory.total, "pixels": plan.pixel_bytes},
+        "needs": asdict(plan.needs),
         "fits": [
             {
                 "num_gpus": fit.way.num_gpus, "settings": fit.way.settings, "checkpointing": fit.checkpointing,

@@ -18,6 +18,7 @@ from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.evaluate.flips import Flips, compare_fp8
 from fastrm.evaluate.scoring import run_packs
 from fastrm.model.precision import token_multiple
+from fastrm.plan.room import check_room
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.display import Display
 from fastrm.train.guard import StepGuard, StopFlag, locked
@@ -45,15 +46,12 @@ def train(config: Config, resume: str = "no", display: Display | None = None) ->
         FastrmError: another subclass, for everything else that stops a run.
     """
     run_dir = Path(config.run.dir)
-    with (
-        StopFlag() as stop,
-        joined(config.run.device) as ranks,
-        locked(run_dir, ranks),
-        display or Display(silent=not ranks.is_first) as shown,
-    ):
-        start = ranks.on_first(lambda: _find_start(run_dir, resume, shown))
-        with Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None) as quarantine:
-            return _Run(config, run_dir, start, quarantine, shown, stop, ranks).to_the_end()
+    with StopFlag() as stop, joined(config.run.device) as ranks:
+        ranks.on_first(lambda: check_room(config, ranks.num_ranks, ranks.num_local))
+        with locked(run_dir, ranks), display or Display(silent=not ranks.is_first) as shown:
+            start = ranks.on_first(lambda: _find_start(run_dir, resume, shown))
+            with Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None) as quarantine:
+                return _Run(config, run_dir, start, quarantine, shown, stop, ranks).to_the_end()
 
 
 def _find_start(run_dir: Path, resume: str, display: Display) -> Path | None:

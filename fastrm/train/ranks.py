@@ -39,6 +39,11 @@ class Ranks:
         """Does this process write the run's files and speak to the user?"""
         return self.rank == 0
 
+    @property
+    def num_local(self) -> int:
+        """How many of them are on this machine, as the launcher says; all, where it does not."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks)) if self.num_ranks > 1 else 1
+
     def any(self, flag: bool) -> bool:
         """Is it true on some rank?"""
         if self.num_ranks == 1:

@@ -1,0 +1,153 @@
+"""What a run needs of a machine at its highest: memory while it loads, trains, saves and exports; and disk."""
+
+import sys
+from dataclasses import dataclass
+
+from fastrm.config import Config
+from fastrm.data.loader import PREFETCH_PACKS
+from fastrm.model.network import RewardNetwork
+from fastrm.model.tiles import TileShape
+from fastrm.plan.flops import Workload
+from fastrm.plan.hardware import GPUS_PER_NODE
+from fastrm.plan.memory import State, cpu_computation, full_pack, peak_memory, peak_of, training_state
+from fastrm.plan.model import pixel_bytes
+from fastrm.plan.parameters import count_parameters, sum_parameters
+from fastrm.train.checkpoint import SHARD_BYTES
+
+FLOAT = 4  # bytes
+# Resident memory of a process that has imported PyTorch and transformers and has no model yet: 480 MB were measured
+# on a CPU with torch 2.13.
+LIBRARIES = 512 * 2**20
+# Of a file of weights, while it is read into its place.
+READ_AT_ONCE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Bytes of memory at the highest moment of each part of a run; `saving` is of a checkpoint."""
+
+    loading: int
+    training: int
+    saving: int
+    exporting: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes below run.dir, the prepared data left out.
+
+    Attributes:
+        checkpoint: of one.
+        num_checkpoints: that are there at a time, the one that is being written included.
+        export: of the trained model.
+    """
+
+    checkpoint: int
+    num_checkpoints: int
+    export: int
+
+    @property
+    def total(self) -> int:
+        """Of all of it at its highest."""
+        return self.num_checkpoints * self.checkpoint + self.export
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs.
+
+    Attributes:
+        cpu: host memory of a process that computes on the CPU.
+        host: host memory of a machine that computes on its GPUs, with a process for each.
+        gpu: memory of each GPU.
+        least: host memory that a process cannot do without which computes on the CPU: weights, gradients and AdamW's
+            states. What depends on the data is left out.
+        least_on_gpu: the same of a process that computes on a GPU.
+        disk: of the whole run.
+    """
+
+    cpu: Phases
+    host: Phases
+    gpu: Phases
+    least: int
+    least_on_gpu: int
+    disk: Disk
+
+
+def needs_of(config: Config, network: RewardNetwork, load: Workload, num_gpus: int = 1, num_packs: int = 2) -> Needs:
+    """What a run needs, from shapes alone.
+
+    Args:
+        network: not fused; may be on the meta device.
+        load: groups that packs are full of.
+        num_gpus: processes, on all machines together.
+        num_packs: of a step on each; only whether it is more than one counts.
+    """
+    state = training_state(network, config, num_gpus)
+    everything = FLOAT * sum_parameters(count_parameters(network)).total
+    largest = FLOAT * max(parameter.numel() for parameter in network.parameters())
+    # Random weights are made whole, in float32; those of files are read into their place.
+    made = everything if config.model.path is None else 0
+    kept = state.weights + state.states + (state.gradients if num_gpus > 1 else 0)
+    placed = max(made, _loaded(config, state, everything, largest, num_gpus))
+    shard = min(SHARD_BYTES, kept)
+    waiting = _waiting_packs(config, network, load)
+    rows, how = full_pack(config, load, network), cpu_computation(config, num_packs)
+    on_cpu = peak_memory(network, config, rows, how, num_gpus)
+    # The parts of fused projections have no memory of their own, and are copied to be written.
+    copied = shard if config.model.fuse_projections else 0
+    cpu = (placed + READ_AT_ONCE, on_cpu.total + waiting, kept + copied, kept + largest)
+    local = min(num_gpus, GPUS_PER_NODE)
+    # One process of all writes checkpoints and the export.
+    host = (local * (made + READ_AT_ONCE), local * waiting, shard, largest)
+    gpu = (placed, peak_of(config, num_gpus, network, load, num_packs).total, kept, kept)
+    return Needs(
+        Phases(*(LIBRARIES + value for value in cpu)),
+        Phases(*(local * LIBRARIES + value for value in host)),
+        Phases(*gpu),
+        least=max(placed, state.weights + state.gradients + state.states),
+        least_on_gpu=made,
+        disk=disk_of(config, network),
+    )
+
+
+def _loaded(config: Config, state: State, everything: int, largest: int, num_gpus: int) -> int:
+    """Weights where they are used, when all of a file's have come."""
+    if num_gpus == 1:
+        return state.weights
+    # DeepSpeed takes float32. Under ZeRO-3 a rank keeps its part of each weight and lets the rest go.
+    return -(-everything // num_gpus) + largest if config.engine.zero_stage == 3 else everything
+
+
+def _waiting_packs(config: Config, network: RewardNetwork, load: Workload) -> int:
+    """Pixels, as bytes, of the packs that data workers have made ahead."""
+    if not network.is_vision:
+        return 0
+    # A still image of Qwen is kept as one of the two equal frames that its patches have.
+    share = 1 if isinstance(network.tower.shape, TileShape) else 2
+    pixels = pixel_bytes(network, full_pack(config, load, network)) // FLOAT // share
+    return (1 + PREFETCH_PACKS * config.data.num_workers) * pixels
+
+
+def disk_of(config: Config, network: RewardNetwork) -> Disk:
+    """What a run writes below run.dir. Checkpoints hold weights and states as one process has them in memory."""
+    state = training_state(network, config, 1)
+    return Disk(state.weights + state.states, num_checkpoints(config), state.weights)
+
+
+def num_checkpoints(config: Config) -> int:
+    """Checkpoints that are there at a time, at most: those that are kept, the best one, and one that is written."""
+    run, data, last = config.run, config.data, config.run.max_steps
+    has_data = bool(data.eval) or any(source.held_out for source in data.train)
+    eval_every = run.eval_every if has_data else 0
+    if last is None:
+        saves = sys.maxsize if run.save_every or eval_every else 1
+    else:
+        saves = len({last, *_multiples(run.save_every, last), *_multiples(eval_every, last)})
+    # Without other saves, the best evaluation's is the newest.
+    is_best_apart = bool(run.save_every and eval_every)
+    return min(run.keep_checkpoints + is_best_apart + 1, saves)
+
+
+def _multiples(step: int, last: int) -> range:
+    return range(step, last + 1, step) if step else range(0)

@@ -1,0 +1,123 @@
+"""Whether this machine has what a run needs, before the run begins; and the table of what it needs."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from fastrm.config import Config
+from fastrm.errors import ConfigError, StorageError
+from fastrm.model.architectures import find_architecture, meta_network
+from fastrm.model.network import pick_device
+from fastrm.plan.console import gib, gpus, make_table, say, show
+from fastrm.plan.flops import typical_workload
+from fastrm.plan.hardware import GPUS_PER_NODE
+from fastrm.plan.needs import Disk, Needs, needs_of
+from fastrm.resources import available_memory, free_disk
+
+_PHASES = {
+    "loading": "loading the weights",
+    "training": "training",
+    "saving": "writing a checkpoint",
+    "exporting": "exporting the model",
+}
+
+
+def check_room(config: Config, num_ranks: int = 1, num_local: int = 1) -> None:
+    """Refuse a run that this machine has too little host memory or too little disk for.
+
+    Memory is compared with what a run cannot do without, so that none is refused that would have fitted. A model
+    whose architecture nothing here knows, such as one that is still on the hub, is not looked at.
+
+    Args:
+        num_ranks: processes of the run.
+        num_local: of them, on this machine.
+
+    Raises:
+        ConfigError: too little host memory.
+        StorageError: too little disk.
+    """
+    try:
+        architecture, _ = find_architecture(config.model)
+    except LookupError:
+        return
+    network = meta_network(architecture, config.model)
+    needs = needs_of(config, network, typical_workload(config, network), num_ranks)
+    on_gpu = pick_device(config.run.device).type != "cpu"
+    if problem := memory_problem(config, needs, on_gpu, num_local):
+        raise ConfigError(problem)
+    if problem := disk_problem(config, needs.disk):
+        raise StorageError(problem)
+
+
+def memory_problem(config: Config, needs: Needs, on_gpu: bool, num_local: int) -> str | None:
+    """What is too little about the host's memory, and what to change; None if a run may fit."""
+    least, there = num_local * (needs.least_on_gpu if on_gpu else needs.least), available_memory()
+    if least <= there:
+        return None
+    processes = f" of {num_local} processes" if num_local > 1 else ""
+    if on_gpu:
+        return (
+            f"host memory: the random weights of model.init{processes} are made there and take {gib(least)} GiB, "
+            f"{gib(there)} GiB are available; start from a folder (model.path), which is read straight to the GPU, "
+            "lower run.num_processes, or free memory"
+        )
+    if num_local > 1:
+        ways = ["lower run.num_processes"]
+    else:
+        ways = ["optim.states: 8bit"] * (config.optim.states != "8bit")
+        if config.precision.dtype == "bf16" != config.precision.weights:
+            ways.append("precision.weights: bf16")
+    ways += ["model.freeze with more parts", "a smaller model", "a GPU"]
+    return (
+        f"host memory: weights, gradients and AdamW's states{processes} take {gib(least)} GiB on a CPU, without what a "
+        f"pack needs; {gib(there)} GiB are available; free memory, or try one of: {', '.join(ways)}"
+    )
+
+
+def disk_problem(config: Config, disk: Disk) -> str | None:
+    """What is too little about the disk of run.dir, and what to change; None if all fits."""
+    run_dir = Path(config.run.dir)
+    try:
+        there = free_disk(run_dir) + _written(run_dir)
+    except OSError as error:
+        return f"{run_dir}: the disk cannot be asked how much is free: {error.strerror}; choose another run.dir"
+    if disk.total <= there:
+        return None
+    ways = ["free some space", "choose a run.dir on another disk"]
+    if disk.num_checkpoints > 1:
+        ways.append(f"lower run.keep_checkpoints ({config.run.keep_checkpoints})")
+    if config.optim.states != "8bit":
+        ways.append("set optim.states: 8bit")
+    text = f"{run_dir}: {disk_text(config, disk)} take {gib(disk.total)} GiB, {gib(there)} GiB are free"
+    return f"{text}; {', or '.join(ways)}"
+
+
+def disk_text(config: Config, disk: Disk) -> str:
+    """What is on the disk at its fullest, in words."""
+    one = f"checkpoint{'s' * (disk.num_checkpoints > 1)} of {gib(disk.checkpoint)} GiB"
+    return f"{disk.num_checkpoints} {one} and the model of {gib(disk.export)} GiB"
+
+
+def _written(run_dir: Path) -> int:
+    """Bytes of checkpoints and model that an earlier part of the run has left there: they give way to new ones."""
+    files = (file for name in ("checkpoints", "model") for file in (run_dir / name).rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def print_needs(console: Console, config: Config, needs: Needs, num_gpus: int) -> None:
+    """A table of memory at its highest, and a line on disk; of a run in one process, on a CPU too."""
+    columns = {f"host of {gpus(min(num_gpus, GPUS_PER_NODE))}": needs.host, "each GPU": needs.gpu}
+    if num_gpus == 1:
+        columns = {"host, on a CPU": needs.cpu} | columns
+    table = make_table("peak in GiB", *columns)
+    for name, label in _PHASES.items():
+        table.add_row(label, *(gib(getattr(phases, name)) for phases in columns.values()))
+    show(console, f"Memory of a run, packs of {config.optim.tokens_per_pack:,} tokens (estimate)", table)
+    say(console, f"  Disk below run.dir, at most: {disk_text(config, needs.disk)}: {gib(needs.disk.total)} GiB.")
+
+
+def print_problems(console: Console, config: Config, needs: Needs) -> None:
+    """Lines on what this machine has too little of for one process of the run."""
+    on_gpu = pick_device(config.run.device).type != "cpu"
+    for problem in filter(None, (memory_problem(config, needs, on_gpu, 1), disk_problem(config, needs.disk))):
+        say(console, f"  Not on this machine: {problem}.")
