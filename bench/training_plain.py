@@ -38,6 +38,12 @@ class PlainBatch(Pack):
 class PlainEngine(LocalEngine):
     """The stock model and its own attention, each conversation a padded row with its own image."""
 
+    def loss_and_rewards(self, pack: PlainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Head and loss apart, as other trainers compute them."""
+        pack = pack.to(self.network.device)
+        rewards = self.rewards(pack)
+        return self.loss(rewards, pack), rewards
+
     def rewards(self, pack: PlainBatch) -> torch.Tensor:
         """Rewards (2 E,), all winners before all losers."""
         network, half = self.network, self.config.precision.dtype == "bf16"

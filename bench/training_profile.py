@@ -82,7 +82,7 @@ def _phases(step: TrainingStep) -> dict[str, float]:
         # With gradients, as in a step: without them, compiled layers would be compiled once more.
         with torch.autocast(engine.network.device.type, torch.bfloat16, _is_half(step)):
             timed("vision", lambda: engine.network._runner.image_features(pack.pixel_values, pack.prepared.vision))
-    loss = timed("forward", lambda: engine.loss(engine.rewards(pack), pack))
+    loss, _ = timed("forward", lambda: engine.loss_and_rewards(pack))
     timed("backward", loss.backward)
     engine.discard()
     # What is timed is the update alone, so its gradient is made again before.

@@ -89,7 +89,8 @@ class TrainingStep:
 
     def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
         """Mean loss and its gradients by stock name; changes no weight."""
-        loss = self.engine.loss(self.engine.rewards(self.pack), self.pack)
+        total, _ = self.engine.loss_and_rewards(self.pack)
+        loss = total / self.pack.weight.sum()
         loss.backward()
         network = self.engine.network
         found = {

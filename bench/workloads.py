@@ -146,7 +146,8 @@ class FastrmStep:
 
     def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
         pack = self._pack(number)
-        loss = self.engine.loss(self.engine.rewards(pack), pack)
+        total, _ = self.engine.loss_and_rewards(pack)
+        loss = total / pack.weight.sum()
         loss.backward()
         found = take_gradients(self.engine.network)
         return float(loss.detach()), found

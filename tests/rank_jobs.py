@@ -178,19 +178,23 @@ def is_last_rank() -> bool:
 def train_with_an_infinite_loss(config: str) -> None:
     """The second step's loss is infinite on the last rank, or on the only one."""
     for engine in (LocalEngine, DeepSpeedEngine):
-        engine.loss = _infinite_in_the_second_step(engine.loss, engine)
+        engine.loss_and_rewards = _infinite_in_the_second_step(engine.loss_and_rewards, engine)
     train(config)
 
 
-def _infinite_in_the_second_step(loss, engine):
+def _infinite_in_the_second_step(loss_and_rewards, engine):
     steps, update = [], engine.update
 
     def count(self, lr, step):
         steps.append(step)
         return update(self, lr, step)
 
+    def loss_of_step(self, pack):
+        loss, rewards = loss_and_rewards(self, pack)
+        return loss * (float("inf") if len(steps) == 1 and is_last_rank() else 1), rewards
+
     engine.update = count
-    return lambda *arguments: loss(*arguments) * (float("inf") if len(steps) == 1 and is_last_rank() else 1)
+    return loss_of_step
 
 
 def train_and_stop_in_an_evaluation(config: str) -> None:

@@ -94,7 +94,7 @@ def reference_step(network, config, optimizer, packs, lr):
     loss_sum, weight_sum = 0.0, 0.0
     for pack in packs:
         weight = float(pack.weight.double().sum())
-        total = engine.loss(network(pack), pack) * weight
+        total = engine.loss(network(pack), pack)
         total.backward()
         loss_sum, weight_sum = loss_sum + float(total.detach()), weight_sum + weight
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -148,7 +148,12 @@ class ScalarReads(TorchDispatchMode):
 
 def test_a_pack_reads_nothing_back_but_its_own_weight_on_the_host(packs, monkeypatch):
     engine = LocalEngine(make_network(), make_config())
-    monkeypatch.setattr(engine, "rewards", lambda pack: engine.network.score[2].bias * pack.anchors)
+
+    def without_the_backbone(pack):
+        rewards = engine.network.score[2].bias * pack.anchors
+        return engine.loss(rewards, pack), rewards
+
+    monkeypatch.setattr(engine, "loss_and_rewards", without_the_backbone)
     with ScalarReads() as reads:
         for pack in packs[:3]:
             engine.accumulate(pack)

@@ -112,9 +112,10 @@ MUTANTS = {
     ),
     "not divided by the weights": (
         LOSS,
-        "return tl.sum(terms, 0) / total, slopes / total",
-        "return tl.sum(terms, 0) / total, slopes",
+        "slopes /= total",
+        "slopes /= 1.0",
     ),
+    "a sum divided by the weights as well": (LOSS, 'if REDUCTION == "mean":', 'if REDUCTION != "none":'),
     "losers forgotten": (LOSS, "mine += tl.where(loser[None, :]", "mine -= tl.where(loser[None, :]"),
     "gradient through the loss only": (
         HEAD_BACKWARD,
@@ -172,6 +173,7 @@ def check_head():
         exact = [torch.randn(12, 24), 1 + 0.2 * torch.randn(24), *(x for layer in layers for x in layer)]
         margin, weight, reach = torch.randn(5), torch.rand(5), torch.randn(5)
         results = []
+        options["reduction"] = "mean" if features else "sum"
         for impl, dtype in (("eager", torch.float64), ("triton", torch.float32)):
             leaves = [x.to(dtype).requires_grad_() for x in exact]
             hidden, norm, *flat = leaves

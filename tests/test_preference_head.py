@@ -70,6 +70,19 @@ def test_no_edges_and_zero_weights_give_zero_not_nan():
     assert float(preference_loss(rewards, torch.tensor([[0, 1]]), weight=torch.zeros(1))) == 0.0
 
 
+def test_a_sum_is_the_mean_times_the_weights_and_nothing_without_preferences():
+    rewards, edges = torch.randn(5, dtype=torch.float64), torch.tensor([[0, 1], [2, 3], [4, 0]])
+    options = {"weight": torch.tensor([1.0, 0.5, 0.25]), "margin": torch.rand(3), "center": 0.1, "label_smoothing": 0.2}
+    mean, total = (preference_loss(rewards, edges, reduction=name, **options) for name in ("mean", "sum"))
+    assert abs(float(total - 1.75 * mean)) <= 1e-14 and float(mean) > 0.1
+    leaf = rewards.clone().requires_grad_()
+    nothing = preference_loss(leaf, edges[:0], reduction="sum")
+    nothing.backward()
+    assert float(nothing) == 0.0 and torch.equal(leaf.grad, torch.zeros(5))
+    with pytest.raises(ValueError, match="reduction: got 'none', wanted one of mean, sum"):
+        preference_loss(rewards, edges, reduction="none")
+
+
 def test_all_pairs_loss_is_the_sum_over_its_edges():
     rewards = torch.randn(5, dtype=torch.float64)
     edges = torch.combinations(torch.arange(5))

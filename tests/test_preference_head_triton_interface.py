@@ -17,7 +17,7 @@ from head_cases import DEVICE, close, equal, make
 def test_operators_pass_torchs_checks():
     case = make(5, (24, 20))
     hidden, norm, *layers = (x.float().requires_grad_() for x in case.tensors)
-    loss = case.edges, case.options["margin"].float(), case.options["weight"].float(), None, 0.1, 0.01
+    loss = case.edges, case.options["margin"].float(), case.options["weight"].float(), None, 0.1, 0.01, "sum"
     ops, anchors = torch.ops.fastrm, case.anchors
     head = hidden, anchors, norm, 1e-6, *layers, "silu", True
     linear = hidden, anchors, norm, 1e-6, layers[0][:1].detach().requires_grad_(), None, True

@@ -21,7 +21,7 @@ def loss_and_gradient(rewards, edges, impl, dtype, **options):
 def test_loss_with_every_option(num_rewards, num_edges):
     """Several draws together: on two numbers alone eager code may be exact by luck."""
     torch.manual_seed(num_edges)
-    names = ("margin", "weight", "label_smoothing", "center", "lengths")
+    names = ("margin", "weight", "label_smoothing", "center", "lengths", "reduction")
     for chosen in ((), names, *((name,) for name in names)):
         results = {"truth": [], "eager": [], "triton": []}
         for _ in range(4):
@@ -29,7 +29,7 @@ def test_loss_with_every_option(num_rewards, num_edges):
             edges = torch.randint(0, num_rewards, (num_edges, 2), device=DEVICE)
             lengths = torch.randint(1, 900, (num_rewards,), device=DEVICE)
             margin, weight = torch.randn(num_edges, device=DEVICE), torch.rand(num_edges, device=DEVICE)
-            every = dict(zip(names, (margin, weight, 0.2, 0.05, lengths), strict=True))
+            every = dict(zip(names, (margin, weight, 0.2, 0.05, lengths, "sum"), strict=True))
             for key, found in results.items():
                 dtype = torch.float64 if key == "truth" else torch.float32
                 impl = "eager" if key == "truth" else key
@@ -80,15 +80,22 @@ def test_margins_and_weights_of_any_dtype(dtype):
     assert equal(case.run("triton", torch.float32), expected)
 
 
-def test_loss_in_its_own_launch_equals_the_fused_one(monkeypatch):
-    case = make(40, (24, 20), edges=150, lengths=torch.randint(1, 50, (40,), device=DEVICE))
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_in_its_own_launch_equals_the_fused_one(monkeypatch, reduction):
+    lengths = torch.randint(1, 50, (40,), device=DEVICE)
+    case = make(40, (24, 20), edges=150, lengths=lengths, reduction=reduction)
     fused = case.run("triton", torch.float32)
     monkeypatch.setattr(autograd, "FUSED_EDGES", 0)
     assert same(case.run("triton", torch.float32), fused)
 
 
-def test_many_rewards_and_edges():
-    check(make(300, (24, 20), edges=1500), torch.float32)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_many_rewards_and_edges(reduction):
+    check(make(300, (24, 20), edges=1500, reduction=reduction), torch.float32)
+
+
+def test_a_sum_in_the_heads_launches_is_as_exact_as_a_mean():
+    check(make(40, (24, 20), edges=150, reduction="sum"), torch.float32)
 
 
 def test_a_reward_without_edges_has_no_say():

@@ -166,6 +166,7 @@ def test_everything_is_written_and_nothing_else(num_rows, norm):
     hidden, norm_weight, *layers = (None if x is None else x.float() for x in case.tensors)
     loss = [case.edges, *(case.options[name] for name in ("margin", "weight", "lengths", "label_smoothing", "center"))]
     loss[1:4] = [x.float() for x in loss[1:4]]
+    loss.append("sum")
     with Guarded() as memory:
         rewards, *saved, _, slopes = launch_reward_head_fwd(
             hidden, case.anchors, norm_weight, 1e-6, *layers, "silu", True, loss if num_rows <= 128 else None

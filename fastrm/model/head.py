@@ -1,10 +1,11 @@
-"""The reward head as a module with stock key names, on the shared `reward_head` operation."""
+"""The reward head as a module with stock key names, on the shared operations of head and loss."""
 
 import torch
 from torch import nn
 
-from fastrm.config import HeadConfig
-from fastrm_kernels import reward_head
+from fastrm.config import HeadConfig, LossConfig
+from fastrm.data.packing import Pack
+from fastrm_kernels import preference_head_loss, reward_head
 
 _MODULES = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -35,10 +36,44 @@ def head_rewards(
         norm: the model's final RMSNorm, for states before it; None for states after it, such as means.
         impl: of `reward_head`.
     """
-    linears = [module for module in score.modules() if isinstance(module, nn.Linear)]
     with torch.autocast(states.device.type, enabled=False):
-        return reward_head(
-            states.to(linears[0].weight.dtype), None, [(m.weight, m.bias) for m in linears], activation=activation,
-            norm_weight=None if norm is None else norm.weight,
-            norm_eps=0.0 if norm is None else norm.variance_epsilon, impl=impl,
-        )  # fmt: skip
+        arguments, options = _inputs(score, activation, states, norm)
+        return reward_head(*arguments, **options, impl=impl)
+
+
+def head_loss(
+    score: nn.Module, activation: str, states: torch.Tensor, norm: nn.Module | None, impl: str,
+    pack: Pack, settings: LossConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(sum of the weighted loss terms, rewards (R,)), float32: `head_rewards` and the pack's loss in one operation.
+
+    A sum and not a mean, because the packs of a step are added up before they are divided by its whole weight.
+
+    Args:
+        pack: on the device of the states.
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        arguments, options = _inputs(score, activation, states, norm)
+        return preference_head_loss(*arguments, pack.edges, **options, **loss_options(pack, settings), impl=impl)
+
+
+def loss_options(pack: Pack, settings: LossConfig) -> dict:
+    """Keyword arguments of `preference_loss` for the sum over a pack's preferences."""
+    return {
+        "margin": pack.margin,
+        "weight": pack.weight,
+        "label_smoothing": settings.label_smoothing,
+        "center": settings.center,
+        "lengths": pack.response_lengths if settings.length_normalization else None,
+        "reduction": "sum",
+    }
+
+
+def _inputs(score: nn.Module, activation: str, states: torch.Tensor, norm: nn.Module | None) -> tuple[tuple, dict]:
+    """Arguments of `reward_head` but `impl`: (hidden, anchors, layers), and those by keyword."""
+    linears = [module for module in score.modules() if isinstance(module, nn.Linear)]
+    layers = [(linear.weight, linear.bias) for linear in linears]
+    options = {"activation": activation, "norm_weight": None, "norm_eps": 0.0}
+    if norm is not None:
+        options |= {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}
+    return (states.to(layers[0][0].dtype), None, layers), options

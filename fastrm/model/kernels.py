@@ -7,6 +7,7 @@ import torch
 from fastrm.errors import ConfigError
 from fastrm.model.attention import BACKENDS, AttentionShape
 from fastrm_kernels.dispatch import choose, obstacle_to_triton
+from fastrm_kernels.preference_head.autograd import FUSED_EDGES, FUSED_REWARDS
 from fastrm_kernels.tree_attention.api import choose_implementation, triton_attention_obstacle
 
 CHOICES = ("auto", "triton", "eager")
@@ -48,8 +49,13 @@ def choose_backend(
     return next(name for name, value in BACKENDS.items() if value == implementation), f"auto: {what}; {why}"
 
 
-def choose_head_kernels(kernels: str, device: torch.device) -> tuple[str, str]:
+def choose_head_kernels(kernels: str, device: torch.device, num_layers: int = 2) -> tuple[str, str]:
     """(implementation, why) of the reward head and the loss, which compute in float32.
+
+    With Triton the reason also says how far the two are one operation.
+
+    Args:
+        num_layers: of the head.
 
     Raises:
         ConfigError: if an explicit choice cannot run on this device.
@@ -57,11 +63,21 @@ def choose_head_kernels(kernels: str, device: torch.device) -> tuple[str, str]:
     probe = torch.empty(0, device=device)
     if kernels == "auto":
         implementation, why = choose("preference_head", probe)
-        return implementation, f"auto: float32 on {device.type}; {why}"
+        why = f"auto: float32 on {device.type}; {why}"
+        return implementation, f"{why}; {_fusion(num_layers)}" if implementation == "triton" else why
     obstacle = obstacle_to_triton(probe)
     if kernels == "triton" and obstacle is not None:
         raise ConfigError(f"kernels: triton cannot run the head on {device.type}: {obstacle}; use auto")
-    return kernels, "set by kernels in the configuration"
+    why = "set by kernels in the configuration"
+    return kernels, f"{why}; {_fusion(num_layers)}" if kernels == "triton" else why
+
+
+def _fusion(num_layers: int) -> str:
+    """What of head and loss the training step computes in the same launches, in words."""
+    if num_layers == 1:
+        return "not fused: a head of one layer leaves the loss to a launch of its own"
+    what = "head" if num_layers == 2 else f"last two of {num_layers} layers"
+    return f"{what} and loss fused in packs of up to {FUSED_REWARDS} responses and {FUSED_EDGES:,} preferences"
 
 
 def head_dims_of(config) -> set[int]:

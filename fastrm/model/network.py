@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from fastrm.config import HeadConfig, ModelConfig
+from fastrm.config import HeadConfig, LossConfig, ModelConfig
 from fastrm.data.packing import Pack
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError
@@ -15,7 +15,7 @@ from fastrm.model.checkpointing import MODES
 from fastrm.model.compiled import CompiledGraphs
 from fastrm.model.families import check_family
 from fastrm.model.fusion import FusedLinear, fuse_projections
-from fastrm.model.head import head_rewards, make_head
+from fastrm.model.head import head_loss, head_rewards, make_head
 from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
 from fastrm.model.layers import choose_norm_and_gate
 from fastrm.model.precision import Fp8Report
@@ -75,13 +75,19 @@ class RewardNetwork(nn.Module):
         """The vision side of the model; None for a text model."""
         return self._runner.tower
 
-    def forward(self, pack: Pack) -> torch.Tensor:
-        """Rewards (R,) float32 in the order of the pack's responses."""
+    def forward(self, pack: Pack, loss: LossConfig | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Rewards (R,) float32 in the order of the pack's responses.
+
+        With the settings of a loss, (sum of the weighted terms of the pack's preferences, rewards): head and
+        loss are then one operation. They are one call of the network because ZeRO-3 holds the head's weights
+        only while one runs.
+        """
         if self.pooling == "mean":
             states, norm = self._runner.mean_states(pack), None
         else:
             states, norm = self._runner.anchor_states(pack), self._runner.language.norm
-        return head_rewards(self.score, self.head.activation, states, norm, self.head_kernels[0])
+        head = self.score, self.head.activation, states, norm, self.head_kernels[0]
+        return head_rewards(*head) if loss is None else head_loss(*head, pack, loss)
 
     def fuse_projections(self) -> int:
         """Compute q, k, v in one product and gate, up in one; returns the number of fused matrices.
@@ -103,7 +109,7 @@ class RewardNetwork(nn.Module):
         Raises:
             ConfigError: if an explicit choice cannot run there.
         """
-        self.head_kernels = choose_head_kernels(kernels, self.device)
+        self.head_kernels = choose_head_kernels(kernels, self.device, self.head.layers)
         self.attention = choose_backend(attention, kernels, self.device, dtype, head_dims_of(self.model.config))
         fused = any(isinstance(module, FusedLinear) for module in self.model.modules())
         norm, gate, self.norm_and_gate = choose_norm_and_gate(kernels, self._runner.compiled, fused, self.device)

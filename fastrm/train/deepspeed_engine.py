@@ -43,8 +43,8 @@ _STATES = ("exp_avg", "exp_avg_sq")
 class DeepSpeedEngine:
     """Training state of one rank of several; the same interface as `LocalEngine`.
 
-    Every method but `loss` and `discard` must be called on all ranks, `accumulate` and `rewards` with
-    None where a rank has no pack.
+    Every method but `loss` and `discard` must be called on all ranks, those that run the network with None
+    where a rank has no pack.
 
     Raises:
         ConfigError: for what is not possible on several ranks.
@@ -72,15 +72,17 @@ class DeepSpeedEngine:
         rewards = self._deepspeed(self._pack(pack))
         return None if pack is None else rewards
 
+    def loss_and_rewards(self, pack: Pack | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of a pack's weighted loss terms, rewards (R,)), both differentiable; of no pack, 0 and one reward."""
+        return self._deepspeed(self._pack(pack), self.config.loss)
+
     def accumulate(self, pack: Pack | None) -> torch.Tensor | None:
         """Add a pack's gradient; returns its rewards (R,) on the CPU, or None for no pack.
 
         The rewards are being copied from the device: read them after `update`, which waits for that.
         """
         weight = 0.0 if pack is None else float(pack.weight.double().sum())
-        rewards = self._deepspeed(self._pack(pack))
-        # Not `weight` times a loss: the mean over no preferences at all is no number.
-        total = 0 * rewards.sum() if pack is None else self.loss(rewards, pack) * weight
+        total, rewards = self.loss_and_rewards(pack)
         self._deepspeed.backward(total, scale_wrt_gas=False)
         if pack is None:
             return None

@@ -16,6 +16,7 @@ import torch
 from fastrm.config import Config
 from fastrm.data.packing import Pack
 from fastrm.errors import StorageError
+from fastrm.model.head import loss_options
 from fastrm.model.network import RewardNetwork
 from fastrm.train.optim import load_state_tensors, make_optimizers, state_tensors, store_matrices_in_bf16
 from fastrm_kernels import preference_loss
@@ -50,24 +51,17 @@ class LocalEngine:
 
     def rewards(self, pack: Pack) -> torch.Tensor:
         """Rewards (R,) in the configured precision."""
-        pack = pack.to(self.network.device)
-        enabled = self.config.precision.dtype == "bf16"
-        with torch.autocast(self.network.device.type, dtype=torch.bfloat16, enabled=enabled):
-            return self.network(pack)
+        return self._forward(pack)
+
+    def loss_and_rewards(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of a pack's weighted loss terms, rewards (R,)), both differentiable: what a training step computes."""
+        return self._forward(pack, self.config.loss)
 
     def loss(self, rewards: torch.Tensor, pack: Pack) -> torch.Tensor:
-        """Weighted mean loss of a pack's preferences, float32."""
-        pack, settings = pack.to(rewards.device), self.config.loss
-        return preference_loss(
-            rewards,
-            pack.edges,
-            margin=pack.margin,
-            weight=pack.weight,
-            label_smoothing=settings.label_smoothing,
-            center=settings.center,
-            lengths=pack.response_lengths if settings.length_normalization else None,
-            impl=self.network.head_kernels[0],
-        )
+        """Sum of a pack's weighted loss terms, float32, from rewards (R,) on any device, as an evaluation has them."""
+        # Eager wherever training runs: an evaluation's rewards are a few numbers on the CPU.
+        pack = pack.to(rewards.device)
+        return preference_loss(rewards, pack.edges, **loss_options(pack, self.config.loss), impl="eager")
 
     def accumulate(self, pack: Pack | None) -> torch.Tensor | None:
         """Add a pack's gradient; returns its rewards (R,) on the CPU, or None for no pack.
@@ -77,9 +71,7 @@ class LocalEngine:
         if pack is None:
             return None
         weight = float(pack.weight.double().sum())  # read before it is on a GPU, which would have to be waited for
-        pack = pack.to(self.network.device)
-        rewards = self.rewards(pack)
-        total = self.loss(rewards, pack) * weight
+        total, rewards = self.loss_and_rewards(pack)
         total.backward()
         self._loss_sum += total.detach()
         self._weight_sum += weight
@@ -111,6 +103,12 @@ class LocalEngine:
                 optimizer.step()
         self.discard()
         return Update(loss, norm, finite)
+
+    def _forward(self, pack: Pack, *loss):
+        pack = pack.to(self.network.device)
+        enabled = self.config.precision.dtype == "bf16"
+        with torch.autocast(self.network.device.type, dtype=torch.bfloat16, enabled=enabled):
+            return self.network(pack, *loss)
 
     def _gradients(self) -> list[torch.Tensor]:
         """Of all parameters; of none if the step had no preference.

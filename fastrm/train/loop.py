@@ -260,9 +260,8 @@ class _Run:
             refused += loaded.refused
             if loaded.pack is not None:
                 mine.add(loaded.pack, rewards)
-                pack_weight = float(loaded.pack.weight.sum())
-                loss += float(self.engine.loss(rewards, loaded.pack)) * pack_weight
-                weight += pack_weight
+                loss += float(self.engine.loss(rewards, loaded.pack))
+                weight += float(loaded.pack.weight.sum())
         meter, reports = PreferenceMeter(), self.ranks.gather((mine, refused, loss, weight))
         for counted, named, _, _ in reports:
             meter.merge(counted)

@@ -58,14 +58,15 @@ def production_launches() -> list[tuple[Label, Launch]]:
 
 
 def _two_layers(width, num_rows, training, dtype, norm, gathered) -> None:
-    """The loss rides along where it may, and where the rows are not gathered; else it is a launch of its own."""
+    """The loss rides along where it may, else it is a launch of its own. Of gathered rows, as the trainer's are,
+    it is a sum of length-normalised terms."""
     inputs = _rows(dtype, width, num_rows, gathered)
     layers = [_meta(*shape, dtype=dtype) for shape in ((width, width), (width,), (1, width), (1,))]
     norm_weight = _meta(width, dtype=dtype) if norm else None
     edges, num_edges = _meta(num_rows // 2, 2, dtype=torch.int64), num_rows // 2
     lengths = _meta(num_rows, dtype=torch.int64) if gathered else None
-    loss = (edges, _meta(num_edges), _meta(num_edges), lengths, 0.0, 0.0)
-    rides_along = training and not gathered and num_rows <= FUSED_REWARDS
+    loss = (edges, _meta(num_edges), _meta(num_edges), lengths, 0.0, 0.0, "sum" if gathered else "mean")
+    rides_along = training and num_rows <= FUSED_REWARDS
     rewards, *saved, _, slopes = launch_reward_head_fwd(
         *inputs, norm_weight, 1e-6, *layers, "silu", training, loss if rides_along else None
     )

@@ -12,7 +12,7 @@ import torch
 
 from fastrm_kernels.dispatch import resolve
 from fastrm_kernels.preference_head import autograd, reference
-from fastrm_kernels.preference_head.reference import ACTIVATIONS
+from fastrm_kernels.preference_head.reference import ACTIVATIONS, REDUCTIONS
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ def reward_head(hidden, anchors, layers, *, activation="silu", norm_weight=None,
 
 
 def preference_loss(
-    rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, impl="auto"
-):
-    """Weighted mean preference loss over an edge list; the formula is in reference.py.
+    rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, reduction="mean",
+    impl="auto",
+):  # fmt: skip
+    """Weighted mean or sum of the preference loss over an edge list; the formula is in reference.py.
 
     Args:
         rewards: (R,) float32, or float64 (eager only).
@@ -79,17 +80,21 @@ def preference_loss(
         label_smoothing: probability in [0, 0.5) that a label is flipped.
         center: coefficient of (r_w + r_l)^2.
         lengths: (R,) response lengths in tokens (>= 1) for length normalisation, or None.
+        reduction: mean, or sum for a loss that is not divided by the weights.
         impl: auto, triton or eager, as in `reward_head`. Triton gives gradients of rewards alone: with a
             margin, weight or lengths that requires grad, triton raises and auto is eager.
 
     Returns:
-        scalar, divided by the sum of the weights (0 when there are no edges or all weights are 0).
+        scalar: the sum of the weighted terms, with mean divided by the sum of the weights (0 when there are no
+        edges or all weights are 0).
 
     Raises:
         ValueError: for shapes or values that do not fit, or an impl that cannot run here.
     """
     _check_rewards(rewards)
-    options = _loss_options(rewards.shape[0], rewards, edges, margin, weight, label_smoothing, center, lengths)
+    options = _loss_options(
+        rewards.shape[0], rewards, edges, margin, weight, label_smoothing, center, lengths, reduction
+    )
     chosen = _choose("preference_loss", impl, rewards, _loss_obstacle(rewards, edges, margin, weight, lengths))
     run = autograd.preference_loss if chosen == "triton" else reference.preference_loss
     return run(rewards, edges, **options)
@@ -97,14 +102,14 @@ def preference_loss(
 
 def preference_head_loss(
     hidden, anchors, layers, edges, *, activation="silu", norm_weight=None, norm_eps=1e-6,
-    margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, impl="auto",
+    margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, reduction="mean", impl="auto",
 ):  # fmt: skip
     """`reward_head` and `preference_loss` in one: (loss, rewards), both differentiable.
 
     Arguments, results and errors are those of the two.
     """
     num_rewards = _check_head(hidden, anchors, layers, activation, norm_weight)
-    options = _loss_options(num_rewards, hidden, edges, margin, weight, label_smoothing, center, lengths)
+    options = _loss_options(num_rewards, hidden, edges, margin, weight, label_smoothing, center, lengths, reduction)
     head = {"activation": activation, "norm_weight": norm_weight, "norm_eps": norm_eps}
     obstacle = _head_obstacle(num_rewards, layers) or _loss_obstacle(hidden, edges, margin, weight, lengths)
     if _choose("preference_head", impl, hidden, obstacle) == "eager":
@@ -115,13 +120,13 @@ def preference_head_loss(
 
 def preference_head_gradients(
     hidden, anchors, layers, edges, *, activation="silu", norm_weight=None, norm_eps=1e-6,
-    margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, grad_loss=1.0, impl="auto",
+    margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, reduction="mean",
+    grad_loss=1.0, impl="auto",
 ) -> HeadGradients:  # fmt: skip
     """Loss, rewards and all gradients at once, for engines that run their own backward pass.
 
     Arguments are those of `preference_head_loss`, and `grad_loss`, a float by which every gradient is
-    multiplied (a loss scale, or the sum of the weights to undo the division by it). The gradient of
-    hidden comes as rows and their index.
+    multiplied, such as a loss scale. The gradient of hidden comes as rows and their index.
 
     Raises:
         ValueError: as `preference_head_loss`.
@@ -134,7 +139,7 @@ def preference_head_gradients(
         loss, rewards = preference_head_loss(
             leaves[0], None, list(zip(leaves[2::2], leaves[3::2], strict=True)), edges, activation=activation,
             norm_weight=leaves[1], norm_eps=norm_eps, margin=margin, weight=weight,
-            label_smoothing=label_smoothing, center=center, lengths=lengths, impl=impl,
+            label_smoothing=label_smoothing, center=center, lengths=lengths, reduction=reduction, impl=impl,
         )  # fmt: skip
     wanted = [leaf for leaf in leaves if leaf is not None]
     found = iter(torch.autograd.grad(loss, wanted, loss.new_full((), grad_loss)))
@@ -206,10 +211,12 @@ def _check_rewards(rewards) -> None:
         raise ValueError(f"rewards: got {tuple(rewards.shape)} {rewards.dtype}, wanted (R,) float32; call .float()")
 
 
-def _loss_options(num_rewards, like, edges, margin, weight, label_smoothing, center, lengths) -> dict:
+def _loss_options(num_rewards, like, edges, margin, weight, label_smoothing, center, lengths, reduction) -> dict:
     """The loss's keywords, checked, with margin and weight in the dtype that the loss is computed in."""
     if edges.dim() != 2 or edges.shape[1] != 2 or edges.dtype != torch.int64:
         raise ValueError(f"edges: got {tuple(edges.shape)} {edges.dtype}, wanted (E, 2) int64, winner then loser")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, wanted one of {', '.join(REDUCTIONS)}")
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: got {label_smoothing}, wanted 0 <= value < 0.5, a share of flips")
     if not center >= 0.0:
@@ -226,4 +233,5 @@ def _loss_options(num_rewards, like, edges, margin, weight, label_smoothing, cen
         "label_smoothing": float(label_smoothing),
         "center": float(center),
         "lengths": lengths,
+        "reduction": reduction,
     }

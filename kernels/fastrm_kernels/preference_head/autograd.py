@@ -97,14 +97,14 @@ def _two_layers_loss(
     weight: Tensor, bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None,
     activation: str, save: bool,
     edges: Tensor, margin: Tensor | None, edge_weight: Tensor | None, lengths: Tensor | None,
-    label_smoothing: float, center: float,
+    label_smoothing: float, center: float, reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from fastrm_kernels.preference_head.triton_forward import launch_reward_head_fwd
 
     with _device(hidden):
         return launch_reward_head_fwd(
             hidden, anchors, norm_weight, norm_eps, weight, bias, out_weight, out_bias, activation, save,
-            (edges, margin, edge_weight, lengths, label_smoothing, center),
+            (edges, margin, edge_weight, lengths, label_smoothing, center, reduction),
         )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def _(hidden, anchors, norm_weight, norm_eps, weight, bias, out_weight, out_bias
 @_two_layers_loss.register_fake
 def _(
     hidden, anchors, norm_weight, norm_eps, weight, bias, out_weight, out_bias, activation, save,
-    edges, margin, edge_weight, lengths, label_smoothing, center,
+    edges, margin, edge_weight, lengths, label_smoothing, center, reduction,
 ):  # fmt: skip
     num_rows, features = _num_rows(hidden, anchors), weight.shape[0]
     kept = num_rows if save and norm_weight is not None else 0
@@ -270,16 +270,16 @@ _one_layer.register_autograd(_one_layer_gradients, setup_context=_setup_one_laye
 @_op("fastrm::preference_loss", mutates_args=())
 def _loss(
     rewards: Tensor, edges: Tensor, margin: Tensor | None, weight: Tensor | None, lengths: Tensor | None,
-    label_smoothing: float, center: float,
+    label_smoothing: float, center: float, reduction: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from fastrm_kernels.preference_head.triton_loss import launch_preference_loss
 
     with _device(rewards):
-        return launch_preference_loss(rewards, edges, margin, weight, lengths, label_smoothing, center)
+        return launch_preference_loss(rewards, edges, margin, weight, lengths, label_smoothing, center, reduction)
 
 
 @_loss.register_fake
-def _(rewards, edges, margin, weight, lengths, label_smoothing, center):
+def _(rewards, edges, margin, weight, lengths, label_smoothing, center, reduction):
     return _float32(rewards), _float32(rewards, rewards.shape[0])
 
 
@@ -302,7 +302,7 @@ def _setup_loss(ctx, inputs, output):
 
 def _loss_gradients(ctx, grad_loss, _slopes):
     gradient = None if grad_loss is None else _loss_backward(grad_loss, *ctx.saved_tensors)
-    return gradient, None, None, None, None, None, None
+    return gradient, *[None] * 7
 
 
 _loss.register_autograd(_loss_gradients, setup_context=_setup_loss)
@@ -320,9 +320,9 @@ def reward_head(hidden, anchors, layers, *, activation, norm_weight, norm_eps):
     return _two_layers(hidden, anchors, norm_weight, norm_eps, *layers, activation, save)[0]
 
 
-def preference_loss(rewards, edges, *, margin, weight, label_smoothing, center, lengths):
+def preference_loss(rewards, edges, *, margin, weight, label_smoothing, center, lengths, reduction):
     """The loss, a scalar float32."""
-    return _loss(rewards, edges, margin, weight, lengths, label_smoothing, center)[0]
+    return _loss(rewards, edges, margin, weight, lengths, label_smoothing, center, reduction)[0]
 
 
 def preference_head_loss(hidden, anchors, layers, edges, *, activation, norm_weight, norm_eps, **options):
@@ -336,7 +336,7 @@ def preference_head_loss(hidden, anchors, layers, edges, *, activation, norm_wei
     outputs = _two_layers_loss(
         hidden, anchors, norm_weight, norm_eps, *layers, activation, _needs_grad(hidden, norm_weight, *layers),
         edges, options["margin"], options["weight"], options["lengths"], options["label_smoothing"],
-        options["center"],
+        options["center"], options["reduction"],
     )  # fmt: skip
     return outputs[5], outputs[0]
 

@@ -10,11 +10,13 @@
 with s the label smoothing and `center` the zero-coefficient of BaseReward (arXiv 2509.16127, sec. 3),
 known elsewhere as center_rewards_coefficient. With `lengths`, every r_i is divided by
 log(length_i + 1) first. A tie is written as two opposite edges of half the weight each.
+With reduction "sum" the loss is not divided by the weights: a training step that is cut into parts adds their sums.
 """
 
 import torch
 import torch.nn.functional as F
 
+REDUCTIONS = ("mean", "sum")
 ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "relu": F.relu, "silu": F.silu}
 
 
@@ -47,8 +49,10 @@ def mlp(states, layers, activation):
     return states
 
 
-def preference_loss(rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None):
-    """Weighted mean preference loss over an edge list, a scalar; arguments as in api.py."""
+def preference_loss(
+    rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, reduction="mean"
+):
+    """Weighted mean or sum of the preference loss over an edge list, a scalar; arguments as in api.py."""
     if lengths is not None:
         rewards = rewards / torch.log(lengths.to(rewards.dtype) + 1.0)
     winners, losers = rewards[edges[:, 0]], rewards[edges[:, 1]]
@@ -63,5 +67,8 @@ def preference_loss(rewards, edges, *, margin=None, weight=None, label_smoothing
         terms = terms + center * (winners + losers).square()
     if weight is None:
         weight = torch.ones_like(terms)
+    loss = (terms * weight).sum()
+    if reduction == "sum":
+        return loss
     total = weight.sum()
-    return (terms * weight).sum() / torch.where(total > 0, total, torch.ones_like(total))
+    return loss / torch.where(total > 0, total, torch.ones_like(total))

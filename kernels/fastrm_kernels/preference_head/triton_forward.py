@@ -93,7 +93,7 @@ def head_finish_kernel(
     reward_parts_ptr, slope_parts_ptr, anchors_ptr, out_bias_ptr, rewards_ptr, slopes_ptr,
     num_rows, num_tokens, num_parts,
     edges_ptr, margin_ptr, weight_ptr, lengths_ptr, loss_ptr, loss_slopes_ptr, num_edges, smoothing, center,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    REDUCTION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Rewards from their parts; with edges, and then in a single program, also the loss."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -113,7 +113,7 @@ def head_finish_kernel(
         tl.debug_barrier()
         loss, loss_slopes = loss_and_slopes(
             rewards_ptr, edges_ptr, margin_ptr, weight_ptr, lengths_ptr, offs_r, num_rows, num_edges,
-            smoothing, center, BLOCK_R, BLOCK_E,
+            smoothing, center, REDUCTION, BLOCK_R, BLOCK_E,
         )  # fmt: skip
         tl.store(loss_slopes_ptr + offs_r, loss_slopes, mask=live)
         tl.store(loss_ptr, loss)
@@ -141,8 +141,8 @@ def launch_reward_head_fwd(
     Args:
         hidden, anchors, norm_weight, weight, bias, out_weight, out_bias: as in api.py, layers unpacked.
         save: keep what the backward pass needs.
-        loss: None, or (edges, margin, weight, lengths, label_smoothing, center). A single program then
-            finishes, so rewards and edges should be few.
+        loss: None, or (edges, margin, weight, lengths, label_smoothing, center, reduction). A single program
+            then finishes, so rewards and edges should be few.
 
     Returns:
         (rewards (R,), active (R, F), gains (R, F), rstd (R,), slopes (R,), loss (), loss slopes (R,)), all
@@ -192,7 +192,8 @@ def _finish(parts, slope_parts, anchors, out_bias, rewards, slopes, num_tokens, 
     value = parts.new_empty(() if loss else (0,))
     value_slopes = parts.new_empty(num_rows if loss else 0)
     names = ("edges_ptr", "margin_ptr", "weight_ptr", "lengths_ptr")
-    arguments = loss_arguments(*loss) if loss else {**dict.fromkeys(names), "smoothing": 0.0, "center": 0.0}
+    absent = {**dict.fromkeys(names), "smoothing": 0.0, "center": 0.0, "REDUCTION": "mean"}
+    arguments = loss_arguments(*loss) if loss else absent
     block = round_up(num_rows, 16, max(16, triton.next_power_of_2(num_rows)) if loss else 64)
     # As many parts as possible at once: one after another would pay the memory's latency each time.
     block_p = round_up(num_parts, 16, max(32, 4096 // block))

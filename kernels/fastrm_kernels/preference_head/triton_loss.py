@@ -85,7 +85,7 @@ def edge_terms(
 @triton.jit
 def loss_and_slopes(
     rewards_ptr, edges_ptr, margin_ptr, weight_ptr, lengths_ptr, offs_r, num_rewards, num_edges, smoothing, center,
-    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    REDUCTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The loss, and its gradient (BLOCK_R,) for a block of rewards; edges are summed in their order."""
     terms = tl.zeros((BLOCK_E,), tl.float32)
@@ -102,29 +102,33 @@ def loss_and_slopes(
         mine = tl.where(winner[None, :] == offs_r[:, None], up[None, :], 0.0)
         mine += tl.where(loser[None, :] == offs_r[:, None], down[None, :], 0.0)
         slopes += tl.sum(mine, 1)
-    total = tl.sum(weights, 0)
-    total = tl.where(total > 0, total, 1.0)
-    return tl.sum(terms, 0) / total, slopes / total
+    loss = tl.sum(terms, 0)
+    if REDUCTION == "mean":
+        total = tl.sum(weights, 0)
+        total = tl.where(total > 0, total, 1.0)
+        loss /= total
+        slopes /= total
+    return loss, slopes
 
 
 @triton.jit(do_not_specialize=["num_edges", "num_rewards"])
 def preference_loss_kernel(
     rewards_ptr, edges_ptr, margin_ptr, weight_ptr, lengths_ptr, loss_ptr, slopes_ptr,
     num_rewards, num_edges, smoothing, center,
-    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    REDUCTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Program i writes the gradient of rewards [i BLOCK_R, (i + 1) BLOCK_R); program 0 also the loss."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     loss, slopes = loss_and_slopes(
         rewards_ptr, edges_ptr, margin_ptr, weight_ptr, lengths_ptr, offs_r, num_rewards, num_edges,
-        smoothing, center, BLOCK_R, BLOCK_E,
+        smoothing, center, REDUCTION, BLOCK_R, BLOCK_E,
     )  # fmt: skip
     tl.store(slopes_ptr + offs_r, slopes, mask=offs_r < num_rewards)
     if tl.program_id(0) == 0:
         tl.store(loss_ptr, loss)
 
 
-def launch_preference_loss(rewards, edges, margin, weight, lengths, label_smoothing, center):
+def launch_preference_loss(rewards, edges, margin, weight, lengths, label_smoothing, center, reduction):
     """(loss (), slopes (R,)), float32; the slopes are d loss / d rewards."""
     num_rewards, num_edges = rewards.shape[0], edges.shape[0]
     loss = torch.empty((), dtype=torch.float32, device=rewards.device)
@@ -132,14 +136,15 @@ def launch_preference_loss(rewards, edges, margin, weight, lengths, label_smooth
     block = round_up(num_rewards, 16, 64)
     launch(
         preference_loss_kernel, (max(1, triton.cdiv(num_rewards, block)),), num_warps=4, num_stages=2,
-        rewards_ptr=rewards.contiguous(), **loss_arguments(edges, margin, weight, lengths, label_smoothing, center),
+        rewards_ptr=rewards.contiguous(),
+        **loss_arguments(edges, margin, weight, lengths, label_smoothing, center, reduction),
         loss_ptr=loss, slopes_ptr=slopes, num_rewards=num_rewards, num_edges=num_edges,
         BLOCK_R=block, BLOCK_E=BLOCK_E,
     )  # fmt: skip
     return loss, slopes
 
 
-def loss_arguments(edges, margin, weight, lengths, label_smoothing, center) -> dict:
+def loss_arguments(edges, margin, weight, lengths, label_smoothing, center, reduction) -> dict:
     """Kernel arguments of the loss, contiguous."""
     optional = {"margin_ptr": margin, "weight_ptr": weight, "lengths_ptr": lengths}
     return {
@@ -147,4 +152,5 @@ def loss_arguments(edges, margin, weight, lengths, label_smoothing, center) -> d
         **{name: None if value is None else value.contiguous() for name, value in optional.items()},
         "smoothing": label_smoothing,
         "center": center,
+        "REDUCTION": reduction,
     }
