@@ -3,13 +3,14 @@
 # make bench        install, then run the benchmarks
 # make pretrained   a real pretrained model, SmolLM2-135M-Instruct, in runs/; its tests run from then on
 # make ms-swift     ms-swift in an environment of its own, for bench/peers/ms_swift.py
+# make gpu-day      gather what a GPU machine without a network needs, and print the command to run there
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test bench pretrained ms-swift clean
+.PHONY: quickstart test bench pretrained ms-swift gpu-day clean
 
 quickstart: $(INSTALLED)
 	rm -rf runs/quickstart
@@ -34,6 +35,12 @@ ms-swift:
 	.venv-ms-swift/bin/python -m pip install --quiet torch==2.13.0
 	.venv-ms-swift/bin/python -m pip install --quiet ms-swift==4.6.0 transformers==5.19.0 qwen-vl-utils==0.0.14
 	.venv-ms-swift/bin/python -m pip install --quiet --no-deps torchvision==0.28.0
+
+# Kernels are compiled ahead of time where this interpreter has the Triton of the GPU machine (bench/gpu_carry.py).
+GPU_PYTHON ?= $(BIN)/python
+
+gpu-day: $(INSTALLED)
+	$(BIN)/python bench/gpu_carry.py --prepare .gpu-day --python $(GPU_PYTHON)
 
 # A CUDA build of torch that is there already is used as it is; without one, the pinned version is
 # installed, for which the CPU tests are run.

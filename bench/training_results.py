@@ -29,21 +29,21 @@ def save(model: str, facts: dict, entries: Sequence[dict], folder: Path, *, quic
     report = json.loads(file.read_text()) if file.exists() else {"device": device, "runs": {}, "entries": []}
     same = report["runs"].get(model, {}).get("versions") == facts["versions"]
     old = [entry for entry in report["entries"] if entry["model"] != model or same]
-    mine = {_key(entry): entry for entry in entries}
-    before = {_key(entry): entry for entry in old}
-    entries = [_completed(entry, before.get(_key(entry))) for entry in entries]
-    kept = [entry for entry in old if _key(entry) not in mine]
+    mine = {key(entry): entry for entry in entries}
+    before = {key(entry): entry for entry in old}
+    entries = [completed(entry, before.get(key(entry))) for entry in entries]
+    kept = [entry for entry in old if key(entry) not in mine]
     report["runs"][model] = {key: value for key, value in facts.items() if key != "device"}
     report["entries"] = [*kept, *entries]
     write_json(file, report)
     return file
 
 
-def _key(entry: dict) -> tuple[str, str, str]:
+def key(entry: dict) -> tuple[str, str, str]:
     return entry["model"], entry["kind"], entry["name"]
 
 
-def _completed(entry: dict, before: dict | None) -> dict:
+def completed(entry: dict, before: dict | None) -> dict:
     """An entry with the variants of an earlier run that this one did not try."""
     if before is None:
         return entry

@@ -1,0 +1,91 @@
+"""Run a command of the GPU day on a CPU: its own code, on tiny models, with the GPU's operators emulated.
+
+    python bench/gpu_rehearsal.py bench/run_training.py --model 7B --only alternatives --out FOLDER
+    python bench/gpu_rehearsal.py -m fastrm.cli train configs/quickstart.yaml compile=layers kernels=triton
+
+What it shows: that the command starts, goes through its whole path and writes what it promises. No figure means
+anything.
+"""
+
+import functools
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
+
+# Widths that FP8, the Triton kernels and 8-bit moments take, and four layers of each kind.
+TEXT = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "num_hidden_layers": 4, "vocab_size": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+}  # fmt: skip
+VISION = {
+    "depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128,
+    "fullatt_block_indexes": [3],
+}  # fmt: skip
+# The compiler's own passes without the machine code, which takes minutes to make for a CPU.
+BACKEND = "aot_eager_decomp_partition"
+
+
+def shrink_models() -> None:
+    """Tiny models under the published names, and one group a step."""
+    import training_models
+    import training_plan
+    import training_run
+    import training_shapes
+    from fastrm.model.architectures import PUBLISHED
+
+    for name in training_models.PUBLISHED_NAMES.values():
+        options = dict(PUBLISHED[name].options)
+        options["text_config"] = {**options["text_config"], **TEXT}
+        options["vision_config"] = {**options["vision_config"], **VISION}
+        PUBLISHED[name] = replace(PUBLISHED[name], options=options)
+    shapes, variants = training_shapes.training_shapes, training_shapes.main_variants
+    others, features = training_shapes.alternatives, training_shapes.leave_one_out
+    training_shapes.GRIDS |= {1300: (8, 10), 640: (6, 8)}
+    training_shapes.training_shapes = lambda *arguments: [replace(s, num_groups=1) for s in shapes(*arguments)]
+    training_shapes.main_variants = lambda on_gpu: variants(True)
+    training_shapes.alternatives = lambda on_gpu: others(True)
+    training_shapes.leave_one_out = lambda on_gpu: features(True)
+    training_run.matmul_sizes = lambda model: [(64, 64, 64)]
+    training_run.VARIANT_SECONDS = 0
+    # For the sizes that are to fit: two groups into the memory of a CPU.
+    training_plan.planned_bytes = lambda model, config, shape, variant: shape.num_groups << 30
+
+
+def emulate_operators() -> None:
+    """Every attention backend runs here, and compiled layers are not made into machine code."""
+    import fastrm.model.network as network
+    import gpu_emulation  # noqa: F401
+    import training_variants
+
+    choose = network.choose_backend
+
+    @functools.wraps(choose)
+    def chosen(requested, kernels, device, dtype, head_dims):
+        wanted = "triton" if requested == "auto" and kernels == "triton" else requested
+        if wanted in ("triton", "flash"):
+            return wanted, "emulated"
+        return choose(requested, kernels, device, dtype, head_dims)
+
+    network.choose_backend = chosen
+    for function in (network.RewardNetwork.compile_layers, training_variants.CompiledLayers.__init__):
+        function.__defaults__ = (BACKEND,)
+
+
+def main() -> None:
+    sys.argv = sys.argv[1:]
+    shrink_models()
+    emulate_operators()
+    if sys.argv[0] == "-m":
+        sys.argv = sys.argv[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
