@@ -52,6 +52,7 @@ def shrink_models() -> None:
     training_shapes.leave_one_out = lambda on_gpu: features(True)
     training_run.matmul_sizes = lambda model: [(64, 64, 64)]
     training_run.VARIANT_SECONDS = 0
+    training_run.VARIANT_RESERVE_SECONDS = training_run.COMPILED_RESERVE_SECONDS = training_run.FP8_RESERVE_SECONDS = 5
     # For the sizes that are to fit: two groups into the memory of a CPU.
     training_plan.planned_bytes = lambda model, config, shape, variant: shape.num_groups << 30
 

@@ -242,25 +242,41 @@ def verdict(goal: Goal, report: dict | None) -> tuple[str, str]:
 # What `auto` should choose
 
 
-def proposals(entries: Sequence[dict], device: str) -> list[str]:
-    """Lines for dispatch.MEASURED: winners by geometric mean over the shapes of a dtype, uncaptured, both passes.
+# What an implementation is measured against; the first is what runs where it is not chosen.
+RIVALS = {HEAD: ("eager",), ATTENTION: ("varlen", "flash_attn")}
 
-    The trainer launches without graphs, so that is what `auto` has to be right about.
+
+def winners(op: str, entries: Sequence[dict]) -> list[tuple[str, str, str]]:
+    """(dtype, implementation, why) of an operation: the fastest by the geometric mean over the shapes of a dtype.
+
+    Uncaptured, forward and backward: the trainer launches without graphs, so that is what `auto` has to be right
+    about.
     """
-    lines = []
-    for op, rival in ((HEAD, "eager"), (ATTENTION, "varlen")):
-        ratios: dict[str, list[float]] = {}
-        for entry in entries:
-            if entry["op"] == op and (value := ratio(entry, "triton", rival)):
-                ratios.setdefault(entry["shape"]["dtype"], []).append(value)
-        for dtype, values in ratios.items():
-            mean = _geometric_mean(values)
-            winner = "triton" if mean >= 1 else rival
-            lines.append(
-                f'    ("{op}", "{device}", {TORCH_DTYPES[dtype]}): "{winner}",  # triton is {mean:.2f}x as fast as '
-                f"{rival} over {len(values)} shapes ({min(values):.2f}x to {max(values):.2f}x)"
-            )
-    return lines
+    found = []
+    for dtype in dict.fromkeys(entry["shape"]["dtype"] for entry in entries if entry["op"] == op):
+        mine = [entry for entry in entries if entry["op"] == op and entry["shape"]["dtype"] == dtype]
+        best, means, texts = "triton", {"triton": 1.0}, []
+        for rival in RIVALS[op]:
+            values = [value for entry in mine if (value := ratio(entry, "triton", rival))]
+            if values:
+                means[rival] = 1 / _geometric_mean(values)
+                texts.append(
+                    f"triton is {1 / means[rival]:.2f}x as fast as {rival} over {len(values)} shapes "
+                    f"({min(values):.2f}x to {max(values):.2f}x)"
+                )
+        if texts:
+            best = max(means, key=means.get)
+            found.append((dtype, best, "; ".join(texts)))
+    return found
+
+
+def proposals(entries: Sequence[dict], device: str) -> list[str]:
+    """Lines for dispatch.MEASURED; bench/adopt.py writes them there."""
+    return [
+        f'    ("{op}", "{device}", {TORCH_DTYPES[dtype]}): "{winner}",  # {why}'
+        for op in (HEAD, ATTENTION)
+        for dtype, winner, why in winners(op, entries)
+    ]
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
