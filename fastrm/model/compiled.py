@@ -32,7 +32,9 @@ class CompiledGraphs:
 
         self.count += 1
         backend = lookup_backend(self._backend) if isinstance(self._backend, str) else self._backend
-        with functorch_config.patch(aggressive_recomputation=self.recompute):
+        # aggressive_recomputation spares aten's products and SDPA alone; attention here is a custom operator.
+        options = {"aggressive_recomputation": self.recompute, "is_non_builtin_to_include": self.recompute}
+        with functorch_config.patch(options):
             return backend(graph, example_inputs)
 
 
