@@ -250,6 +250,10 @@ def main() -> None:
     """Entry point: errors become one readable message, an exit code and a last line of JSON."""
     # The tokenizers library would warn when a data worker forks after it was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Packs differ in size: fixed segments of CUDA memory would be left half empty. torch reads this when it is first
+    # imported, and the older name where the newer is not set.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # transformers imports torchao where it is installed, and that warns, with paths, of extensions for other
     # devices and formats that nothing here uses.
     for name in ("torchao", "torch.utils._pytree"):
