@@ -157,3 +157,18 @@ def test_several_processes_need_deepspeed(monkeypatch):
 def test_what_deepspeed_cannot_do_is_refused_by_name(sections, text):
     with pytest.raises(ConfigError, match=text):
         DeepSpeedEngine(None, make_config(**sections))
+
+
+def test_nccl_is_told_the_device_of_its_rank(monkeypatch):
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *names, **options: calls.append((names, options)))
+    monkeypatch.setattr(ranks.dist, "new_group", lambda **options: options["backend"])
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 4)
+    mine = torch.device("cuda", 1)
+    assert ranks.join("cuda") == ranks.Ranks(3, 4, "gloo")
+    assert calls == [mine, (("nccl",), {"device_id": mine})]

@@ -118,8 +118,12 @@ def join(requested: str) -> Ranks:
     uses_cuda = requested == "cuda" or (requested == "auto" and torch.cuda.is_available())
     if uses_cuda:
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if uses_cuda else "gloo")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        # Named, because NCCL would guess the device of a barrier, and warn that it does.
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
 
