@@ -23,6 +23,7 @@ setup(
         "fastrm.plan",
         "fastrm.train",
         "fastrm_kernels",
+        "fastrm_kernels.compact_adamw",
         "fastrm_kernels.preference_head",
         "fastrm_kernels.tree_attention",
     ],

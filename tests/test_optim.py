@@ -12,8 +12,9 @@ from fastrm.config import load_config
 from fastrm.errors import ConfigError
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.train import compact_adamw
-from fastrm.train.compact_adamw import BLOCK, CompactAdamW, adamw_chunk, is_quantizable, round_stochastically
+from fastrm.train.compact_adamw import CompactAdamW, is_quantizable
 from fastrm.train.optim import backbone_matrices, training_bytes
+from fastrm_kernels.compact_adamw import BLOCK, round_stochastically
 
 ROOT = Path(__file__).parents[1]
 LR, BETAS, EPS, DECAY = 1e-2, [0.9, 0.99], 1e-8, 0.1
@@ -179,30 +180,25 @@ def test_noise_is_uniform_and_independent_from_step_to_step():
     assert len(draws[0].unique()) > 60_000
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_once_for_all_sizes():
-    """CUDA's program, compiled for the CPU: the eager result, from one graph for 8-bit moments."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    program = torch.compile(adamw_chunk, dynamic=True, fullgraph=True)
-    for rows in (16, 48, 33):
-        eager, compiled = (chunk_result(run, rows) for run in (adamw_chunk, program))
-        # A fused multiply-add rounds once less, which may move a rounding to the neighbour.
-        assert (eager[0] != compiled[0]).double().mean() < 1e-3
-        assert all((a - b).abs().max() <= 1 for a, b in zip(eager[1:], compiled[1:], strict=True))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def chunk_result(run, rows):
-    """A bfloat16 weight and both moments' codes after one update of all chunks."""
-    parameter = random_parameter(rows, 256, dtype=torch.bfloat16)
-    parameter.grad = random_gradient(parameter, rows)
-    optimizer = compact({"w": parameter}, "8bit")
-    state = optimizer.new_state(parameter)
-    coefficients = compact_adamw._coefficients(optimizer.param_groups[0], 1.0, parameter.device)
-    for chunk in optimizer._chunks(parameter, state, "key"):
-        run(*chunk, coefficients)
-    return parameter.detach().float(), state["exp_avg_codes"].int(), state["exp_avg_sq_codes"].int()
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_factor_of_a_gradient_is_multiplied_as_it_is_read(dtype, states):
+    """To the bit as if the gradient had been multiplied before, which the update leaves as it is."""
+    scale, results = 0.37 / 3, []
+    for folded in (False, True):
+        parameter = random_parameter(100_000, 2, dtype=dtype)
+        optimizer = compact({"w": parameter}, states)
+        parameter.grad = random_gradient(parameter, 0)
+        if folded:
+            optimizer.param_groups[0]["gradient_scale"] = scale
+        else:
+            torch._foreach_mul_([parameter.grad], scale)
+        before = parameter.grad.clone()
+        optimizer.step()
+        assert torch.equal(parameter.grad, before)
+        results.append([parameter.detach(), *optimizer.state[parameter].values()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert results[0][1].max() > 0
 
 
 def test_what_is_missing_is_named(monkeypatch):

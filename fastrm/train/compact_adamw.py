@@ -3,7 +3,7 @@
 torchao's AdamW8bit does the same, but compiles one program for every shape of parameter, on a CPU too:
 on the 17 shapes of the quick start's model its first step took 80 s on one core. Here each parameter is
 a flat run of elements, cut into chunks: one program fits all shapes, and temporaries are bounded. A CPU
-runs it eagerly and needs no compiler; CUDA compiles it once.
+runs it eagerly and needs no compiler; CUDA runs one Triton kernel (fastrm_kernels.compact_adamw).
 
 Two things are kept from torchao: the 8-bit code, and its block of 256 elements with one scale.
 
@@ -23,10 +23,8 @@ from functools import cache
 import torch
 
 from fastrm.errors import ConfigError
+from fastrm_kernels.compact_adamw import BLOCK, MomentCode, compact_adamw
 
-# Elements that share one scale in the 8-bit code (Dettmers et al. 2022, arXiv 2110.02861, section 2.1,
-# with torchao's block size).
-BLOCK = 256
 # Smaller parameters keep float32 moments, as in the paper's and torchao's implementations.
 MIN_QUANTIZED = 4096
 # Elements of a chunk, a multiple of BLOCK. On CUDA it bounds the memory of the noise (2 bytes an
@@ -42,6 +40,7 @@ def is_quantizable(parameter: torch.Tensor) -> bool:
 class CompactAdamW(torch.optim.Optimizer):
     """AdamW over contiguous float32 or bfloat16 parameters with float32 gradients.
 
+    A group's `gradient_scale` multiplies its gradients as they are read: what normalises and clips them.
     Arithmetic is in float32. bfloat16 parameters are rounded stochastically, by random numbers that are
     a pure function of (seed, group["step"], parameter name) on one kind of device: there is no state
     of a generator to save. The update is the one of torch.optim.AdamW (Loshchilov and Hutter 2019).
@@ -60,7 +59,7 @@ class CompactAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], *, lr: float, betas: list[float], eps: float, states: str, seed: int):
-        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "step": 0})
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "step": 0, "gradient_scale": 1.0})
         self.states, self.seed = states, seed
         if states == "8bit":
             require_torchao()
@@ -86,9 +85,9 @@ class CompactAdamW(torch.optim.Optimizer):
                 count = float(state["step"])
                 if count not in coefficients:
                     coefficients[count] = _coefficients(group, count, parameter.device)
-                update = _program(parameter.device.type)
+                impl = "triton" if parameter.is_cuda else "eager"
                 for chunk in self._chunks(parameter, state, f"{self.seed}/{group['step']}/{name}"):
-                    update(*chunk, coefficients[count])
+                    compact_adamw(*chunk, coefficients[count], impl=impl)
 
     def _moment_names(self, parameter: torch.Tensor) -> list[str]:
         parts = ("_codes", "_scale") if self.is_quantized(parameter) else ("",)
@@ -108,7 +107,7 @@ class CompactAdamW(torch.optim.Optimizer):
         return state
 
     def _chunks(self, parameter: torch.Tensor, state: dict[str, torch.Tensor], key: str) -> Iterator[tuple]:
-        """Arguments of `adamw_chunk` but the last, for one chunk after another. `key` fixes the noise."""
+        """Arguments of the update but the coefficients, for one chunk after another. `key` fixes the noise."""
         quantized, device = self.is_quantized(parameter), parameter.device
         width = BLOCK if quantized else 1
         num_rows = parameter.numel() // width
@@ -116,7 +115,7 @@ class CompactAdamW(torch.optim.Optimizer):
         moments = [state[name].view(num_rows, -1) for name in self._moment_names(parameter)]
         # A gradient has its parameter's layout, unless something assigned another: then this copies.
         gradient = parameter.grad.reshape(num_rows, -1)
-        maps = _code_maps(device) if quantized else (None, None)
+        codes = [(code,) for code in _code_maps(device)] if quantized else [(), ()]
         generator = _generator(key, device) if parameter.dtype is torch.bfloat16 else None
         size, half = CHUNK[device.type] // width, len(moments) // 2
         for start in range(0, num_rows, size):
@@ -126,46 +125,11 @@ class CompactAdamW(torch.optim.Optimizer):
             if generator is not None:
                 noise = torch.empty(weight[rows].shape, dtype=torch.int16, device=device)
                 noise.random_(-(2**15), 2**15, generator=generator)
-            yield weight[rows], gradient[rows], (*first, maps[0]), (*second, maps[1]), noise
-
-
-def adamw_chunk(weight, gradient, exp_avg, exp_avg_sq, noise, coefficients) -> None:
-    """One AdamW update of a run of elements, in place.
-
-    Args:
-        weight: float32 or bfloat16; (n, 1), or (n, BLOCK) with 8-bit moments.
-        gradient: float32, of the same shape.
-        exp_avg, exp_avg_sq: (float32 tensor, None), or (codes, scale, map) in 8 bits; scale is (n, 1).
-        noise: int16 of the same shape, uniform, for stochastic rounding of a bfloat16 weight; else None.
-        coefficients: (6,) float32 on the same device, of `_coefficients`.
-    """
-    kept, new1, new2, rate, correction, eps = coefficients.unbind()
-    first = _read(exp_avg).lerp(gradient, new1)
-    second = _read(exp_avg_sq).lerp(gradient.square(), new2)
-    # The update is taken from the moments before they are rounded to codes.
-    updated = weight.float() * kept - rate * first / (second.sqrt() * correction + eps)
-    _write(exp_avg, first)
-    _write(exp_avg_sq, second)
-    weight.copy_(updated if noise is None else round_stochastically(updated, noise))
-
-
-def round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """bfloat16 values whose expectation over `noise` equals `values`.
-
-    Adds uniform bits below bfloat16's last one and cuts them off: in the sign-magnitude format the carry
-    goes away from zero, with a probability equal to the distance from the neighbour nearer to zero.
-
-    Args:
-        values: finite float32.
-        noise: int16 of the same shape, uniform over all 2^16 values.
-    """
-    bits = values.view(torch.int32) + (noise.to(torch.int32) & 0xFFFF)
-    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)  # exact: the cut bits are zero
+            yield weight[rows], gradient[rows], (*first, *codes[0]), (*second, *codes[1]), noise
 
 
 def _coefficients(group: dict, count: float, device: torch.device) -> torch.Tensor:
-    """(6,) float32: what of the weight is kept; shares of the new gradient in both moments; step size
-    with the first moment's bias correction; the second's; eps. `count` updates, this one included."""
+    """(7,) float32, as `fastrm_kernels.compact_adamw` takes them, after `count` updates, this one included."""
     beta1, beta2 = group["betas"]
     values = [
         1.0 - group["lr"] * group["weight_decay"],
@@ -174,6 +138,7 @@ def _coefficients(group: dict, count: float, device: torch.device) -> torch.Tens
         group["lr"] / (1.0 - beta1**count),
         (1.0 - beta2**count) ** -0.5,
         group["eps"],
+        group["gradient_scale"],
     ]
     found = torch.tensor(values, dtype=torch.float32)
     # From pageable memory the copy would wait for all that the device has been given.
@@ -185,41 +150,13 @@ def _generator(key: str, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 
-def _read(moment: tuple) -> torch.Tensor:
-    if len(moment) == 2:
-        return moment[0]
-    from torchao.optim.quant_utils import dequant_with_qmap
-
-    codes, scale, code_map = moment
-    return dequant_with_qmap(codes, code_map, scale)
-
-
-def _write(moment: tuple, values: torch.Tensor) -> None:
-    if len(moment) == 2:
-        moment[0].copy_(values)
-        return
-    from torchao.optim.quant_utils import quantize_8bit_with_qmap
-
-    codes, scale, code_map = moment
-    scale.copy_(values.abs().amax(-1, keepdim=True))
-    # torchao does not scale below 1e-12, but second moments of clipped gradients are that small.
-    scaled = values / scale.clamp(min=torch.finfo(torch.float32).tiny)
-    codes.copy_(quantize_8bit_with_qmap(scaled, code_map))
-
-
 @cache
-def _code_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The 256 values of the signed code, for first moments, and of the unsigned one, for second moments."""
+def _code_maps(device: torch.device) -> tuple[MomentCode, MomentCode]:
+    """The signed code, for first moments, and the unsigned one, for second moments."""
     from torchao.optim.quant_utils import create_dynamic_map
 
-    signed, unsigned = (torch.tensor(create_dynamic_map(signed=signed), device=device) for signed in (True, False))
-    return signed, unsigned
-
-
-@cache
-def _program(device_type: str):
-    """`adamw_chunk` for a device. On CUDA a pass over memory per operation would cost more than the rest."""
-    return torch.compile(adamw_chunk, dynamic=True, fullgraph=True) if device_type == "cuda" else adamw_chunk
+    signed, unsigned = (MomentCode.of(torch.tensor(create_dynamic_map(signed=signed))) for signed in (True, False))
+    return signed.to(device), unsigned.to(device)
 
 
 def require_torchao() -> None:
@@ -235,7 +172,7 @@ def require_c_compiler() -> None:
     """Raises ConfigError if Triton, through which CUDA's program is compiled, will find no C compiler."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise ConfigError(
-            "optim.states: 8bit and precision.weights: bf16 are compiled for CUDA, and Triton needs a C compiler for "
-            "that: found neither $CC nor gcc nor clang; install gcc, or set optim.states: fp32 and "
+            "optim.states: 8bit and precision.weights: bf16 run a Triton kernel on CUDA, and Triton needs a C compiler "
+            "for that: found neither $CC nor gcc nor clang; install gcc, or set optim.states: fp32 and "
             "precision.weights: fp32"
         )

@@ -18,6 +18,7 @@ from fastrm.data.packing import Pack
 from fastrm.errors import StorageError
 from fastrm.model.head import loss_options
 from fastrm.model.network import RewardNetwork
+from fastrm.train.compact_adamw import CompactAdamW
 from fastrm.train.optim import load_state_tensors, make_optimizers, state_tensors, store_matrices_in_bf16
 from fastrm_kernels import preference_loss
 
@@ -96,11 +97,8 @@ class LocalEngine:
         if finite and gradients:
             limit = self.config.optim.max_grad_norm
             clip = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-            torch._foreach_mul_(gradients, scale * clip)
             for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"], group["step"] = lr, step
-                optimizer.step()
+                self._step(optimizer, lr, step, scale * clip)
         self.discard()
         return Update(loss, norm, finite)
 
@@ -109,6 +107,15 @@ class LocalEngine:
         enabled = self.config.precision.dtype == "bf16"
         with torch.autocast(self.network.device.type, dtype=torch.bfloat16, enabled=enabled):
             return self.network(pack, *loss)
+
+    def _step(self, optimizer: torch.optim.Optimizer, lr: float, step: int, gradient_scale: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"], group["step"] = lr, step
+            if isinstance(optimizer, CompactAdamW):  # multiplies as it reads: no pass over the gradients for it
+                group["gradient_scale"] = gradient_scale
+            else:
+                torch._foreach_mul_([parameter.grad for parameter in group["params"]], gradient_scale)
+        optimizer.step()
 
     def _gradients(self) -> list[torch.Tensor]:
         """Of all parameters; of none if the step had no preference.

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastrm_kernels.compact_adamw import BLOCK, MomentCode
+from fastrm_kernels.compact_adamw.triton_update import launch_compact_adamw
 from fastrm_kernels.launch import Launch, record_launches
 from fastrm_kernels.preference_head.autograd import FUSED_REWARDS
 from fastrm_kernels.preference_head.triton_backward import launch_reward_head_bwd
@@ -54,7 +56,22 @@ def production_launches() -> list[tuple[Label, Launch]]:
             record(label, _two_layers, width, num_rows, training, *settings)
             record(label, _one_layer, width, num_rows, training, *settings)
     _record_attention(record)
+    for weights in (torch.bfloat16, torch.float32):
+        for states in ("8bit", "fp32"):
+            label = {"weights": str(weights).removeprefix("torch."), "states": states}
+            record(label, _update, weights, states)
     return found
+
+
+def _update(weights, states) -> None:
+    shape = (2**18, BLOCK) if states == "8bit" else (2**26, 1)
+    if states == "8bit":
+        code = MomentCode(_meta(256), _meta(1, dtype=torch.int32))
+        first, second = ((_meta(*shape, dtype=torch.uint8), _meta(shape[0], 1), code) for _ in range(2))
+    else:
+        first, second = ((_meta(*shape),) for _ in range(2))
+    noise = _meta(*shape, dtype=torch.int16) if weights is torch.bfloat16 else None
+    launch_compact_adamw(_meta(*shape, dtype=weights), _meta(*shape), first, second, noise, _meta(7))
 
 
 def _two_layers(width, num_rows, training, dtype, norm, gathered) -> None:
