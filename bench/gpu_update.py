@@ -1,8 +1,8 @@
 """The 8-bit AdamW update by itself, at all shapes of a model: update.json in --out, written after each program.
 
-Three programs over the same chunks: the one that fastrm uses, the one with every size dynamic (how fastrm compiled it
-at first: two passes, and bounds checked in the kernel), and one with a static width and no checks. The floor is the
-bytes that an update must move, at the bandwidth of a large copy.
+Three programs over the same chunks: the kernel that fastrm uses, and what torch.compile makes of its eager form, with
+every size dynamic (how fastrm had it at first), and with a static width and no bounds checks. The floor is the bytes
+that an update must move, at the bandwidth of a large copy.
 """
 
 import argparse
@@ -18,7 +18,9 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 import torch  # noqa: E402
 
 from fastrm.train import compact_adamw  # noqa: E402
-from fastrm.train.compact_adamw import BLOCK, CompactAdamW, adamw_chunk  # noqa: E402
+from fastrm.train.compact_adamw import BLOCK, CompactAdamW  # noqa: E402
+from fastrm_kernels.compact_adamw import compact_adamw as fused_update  # noqa: E402
+from fastrm_kernels.compact_adamw import reference  # noqa: E402
 from kernel_results import device_name, environment, write_json  # noqa: E402
 from kernel_timing import copy_bytes_per_second, describe, synchronize  # noqa: E402
 from training_models import make_network  # noqa: E402
@@ -30,8 +32,8 @@ BYTES_PER_ELEMENT = 2 * 2 + 4 + 2 * 2 + 2 * 8 / BLOCK
 
 
 def programs(device: str) -> dict[str, Callable]:
-    """By name; each takes what `adamw_chunk` takes."""
-    found = {"as fastrm has it": compact_adamw._program(device)}
+    """By name; each takes what `compact_adamw` takes."""
+    found = {"as fastrm has it": fused_update}
     if device == "cuda":
         found["static width, no checks"] = _static_width()
         found["every size dynamic"] = torch.compile(_copy("every"), dynamic=True, fullgraph=True)
@@ -51,11 +53,11 @@ def _static_width() -> Callable:
 
 
 def _copy(name: str) -> Callable:
-    """`adamw_chunk` with code of its own, which torch.compile counts graphs by."""
+    """The eager form with code of its own, which torch.compile counts graphs by, and without a choice of `impl`."""
     from fastrm.model.compiled import own_copy
 
-    found = own_copy(adamw_chunk)
-    found.__name__ = f"adamw_chunk_{name}"
+    found = own_copy(reference.compact_adamw)
+    found.__name__ = f"compact_adamw_{name}"
     return found
 
 
@@ -79,7 +81,12 @@ def make_optimizer(model: str, device: str) -> tuple[CompactAdamW, int]:
 
 def measure(optimizer: CompactAdamW, program: Callable) -> dict:
     """Seconds of an update through this program, after one that compiles."""
-    compact_adamw._program = lambda device_type: program
+    options = ("impl",) if program is fused_update else ()  # of the eager form there is one
+
+    def update(*arguments, **given):
+        program(*arguments, **{name: given[name] for name in options})
+
+    compact_adamw.compact_adamw = update
     seconds = []
     for _ in range(1 + ROUNDS):
         synchronize()
