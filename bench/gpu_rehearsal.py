@@ -26,12 +26,13 @@ VISION = {
     "depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128,
     "fullatt_block_indexes": [3],
 }  # fmt: skip
+SCALE = 5  # by which tokens are divided
 # The compiler's own passes without the machine code, which takes minutes to make for a CPU.
 BACKEND = "aot_eager_decomp_partition"
 
 
 def shrink_models() -> None:
-    """Tiny models under the published names, and one group a step."""
+    """Tiny models under the published names."""
     import training_models
     import training_plan
     import training_run
@@ -43,18 +44,39 @@ def shrink_models() -> None:
         options["text_config"] = {**options["text_config"], **TEXT}
         options["vision_config"] = {**options["vision_config"], **VISION}
         PUBLISHED[name] = replace(PUBLISHED[name], options=options)
-    shapes, variants = training_shapes.training_shapes, training_shapes.main_variants
-    others, features = training_shapes.alternatives, training_shapes.leave_one_out
-    training_shapes.GRIDS |= {1300: (8, 10), 640: (6, 8)}
-    training_shapes.training_shapes = lambda *arguments: [replace(s, num_groups=1) for s in shapes(*arguments)]
+    variants, others = training_shapes.main_variants, training_shapes.alternatives
+    features = training_shapes.leave_one_out
+    shrink_shapes()
     training_shapes.main_variants = lambda on_gpu: variants(True)
     training_shapes.alternatives = lambda on_gpu: others(True)
     training_shapes.leave_one_out = lambda on_gpu: features(True)
     training_run.matmul_sizes = lambda model: [(64, 64, 64)]
-    training_run.VARIANT_SECONDS = 0
+    training_run.VARIANT_SECONDS, training_run.MIN_ROUNDS, training_run.MAX_ROUNDS = 0, 1, 1
     training_run.VARIANT_RESERVE_SECONDS = training_run.COMPILED_RESERVE_SECONDS = training_run.FP8_RESERVE_SECONDS = 5
     # For the sizes that are to fit: two groups into the memory of a CPU.
     training_plan.planned_bytes = lambda model, config, shape, variant: shape.num_groups << 30
+
+
+def shrink_shapes() -> None:
+    """One group a step, with a fifth of its tokens under the name of the whole."""
+    import training_shapes
+    from training_shapes import TrainingShape
+
+    shapes, name = training_shapes.training_shapes, TrainingShape.name.fget
+
+    def small(*arguments) -> list[TrainingShape]:
+        return [
+            replace(s, num_groups=1, prefix_tokens=s.prefix_tokens // SCALE, response_tokens=s.response_tokens // SCALE)
+            for s in shapes(*arguments)
+        ]
+
+    def whole(shape: TrainingShape) -> TrainingShape:
+        tokens = shape.prefix_tokens, shape.response_tokens
+        return replace(shape, prefix_tokens=SCALE * tokens[0], response_tokens=SCALE * tokens[1])
+
+    training_shapes.GRIDS |= {1300 // SCALE: (8, 10), 640 // SCALE: (6, 8), 300 // SCALE: (4, 4), 640: (6, 8)}
+    training_shapes.training_shapes = small
+    TrainingShape.name = property(lambda shape: name(whole(shape)))
 
 
 def emulate_operators() -> None:

@@ -37,8 +37,8 @@ class Stage:
     Attributes:
         name: letters, digits and hyphens.
         question: what it answers, in words.
-        command: run in the project's folder. {out} is a folder for its *.json files, {budget} the seconds that it
-            may spend, {site} where carried packages are unpacked.
+        command: run in the project's folder. {out} is a folder for its *.json files (and for a training run named
+            run), {budget} the seconds that it may spend, {site} where carried packages are unpacked.
         limit: seconds after which it is killed.
         margin: seconds of the limit that are not in {budget}: imports, and the end.
         least: seconds without which it is not begun.
@@ -138,7 +138,7 @@ class Running:
 
     def _take_results(self) -> None:
         """Take over the JSON files that have changed; a file that cannot be read leaves what was there."""
-        for file in sorted(self._results.glob("[!.]*.json")):
+        for file in sorted([*self._results.glob("[!.]*.json"), *self._results.glob("run/summary.json")]):
             with contextlib.suppress(OSError, ValueError):
                 status = file.stat()
                 if self._seen.get(file.name) != (status.st_mtime_ns, status.st_size) and status.st_size < RESULT_BYTES:

@@ -141,7 +141,8 @@ def _small(stage: Stage) -> Stage:
         return replace(stage, command=bench("gpu_tests.py", "--out", "{out}", "-n", "2", "-m", "not gpu", *files))
     python, script, *arguments = stage.command
     if stage.name.startswith("train-"):
-        arguments += ["run.max_steps=2", "run.eval_every=2", "run.save_every=2"]  # the last of two settings counts
+        # The last of two settings counts. Small packs, for dense attention.
+        arguments += ["run.max_steps=2", "run.eval_every=2", "run.save_every=2", "optim.tokens_per_pack=2048"]
     if stage.name == "facts":
         arguments.append("--cpu")
     environment = {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu"}

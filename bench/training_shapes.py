@@ -131,6 +131,7 @@ def alternatives(on_gpu: bool) -> list[Variant]:
         replace(fastrm, name="fastrm FP8 tensorwise", fp8="tensorwise"),
         replace(fastrm, name="fastrm, varlen attention", attention="flash"),
     ]
-    if importlib.util.find_spec("flash_attn") is not None:
+    # Versions 2 and 4 of the package have one name, version 3 another.
+    if any(importlib.util.find_spec(name) is not None for name in ("flash_attn", "flash_attn_interface")):
         found.append(replace(fastrm, name="fastrm, flash-attn", attention="flash_attn"))
     return found

@@ -99,6 +99,15 @@ def test_the_budget_of_a_command_is_its_limit_less_a_margin(run):
     assert "--budget=42" in found["a"]["tail"]
 
 
+def test_a_training_run_hands_over_its_summary_and_no_other_file(run):
+    code = (
+        "import pathlib, sys; run = pathlib.Path(sys.argv[1]) / 'run'; (run / 'model').mkdir(parents=True)\n"
+        "for name in ('summary.json', 'other.json', 'model/config.json'): (run / name).write_text('{}')"
+    )
+    found, _ = run([[python("a", code)]])
+    assert found["a"]["results"] == {"summary.json": {}}
+
+
 def test_without_a_required_stage_nothing_is_measured(run):
     found, _ = run([[python("facts", "print('no device'); raise SystemExit(1)", required=True)], [python("a", WRITE)]])
     assert found["facts"]["status"] == "failed: exit 1" and found["facts"]["tail"] == "no device\n"
