@@ -72,6 +72,16 @@ def test_dry_run_tells_found_from_missing(small_config, tmp_path, monkeypatch):
     assert "digits:none" in details[4]
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["model.init.text_config.hidden_size=abc", "model.init.vision_config=x", "model.init.text_config.hidden_size=-4",
+     "model.init.text_config.num_attention_heads=0", "model.init.model_type=gpt2"],
+)  # fmt: skip
+def test_a_model_that_cannot_be_made_is_a_configuration_error(small_config, override):
+    with pytest.raises(ConfigError, match=r"model.init|model type"):
+        dry_run(small_config(override), quiet())
+
+
 def test_dry_run_checks_model_folder(small_config, tmp_path):
     folder = tmp_path / "model"
     support.make_model("qwen2").model.config.save_pretrained(folder)

@@ -131,13 +131,16 @@ def meta_network(config, settings: ModelConfig) -> RewardNetwork:
     """The network of a training run with its frozen parts, on torch's meta device: shapes, no memory.
 
     Raises:
-        ConfigError: if model.freeze does not fit the architecture.
+        ConfigError: if the architecture's sizes make no model, or model.freeze does not fit it.
     """
     from transformers import AutoModel
 
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
-        network = RewardNetwork(backbone, settings.head, pooling=settings.pooling)
+    try:
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
+            network = RewardNetwork(backbone, settings.head, pooling=settings.pooling)
+    except Exception as error:
+        raise _refused("model.init" if settings.path is None else f"model.path {settings.path!r}", error) from error
     network.freeze(settings.freeze)
     return network
 
@@ -170,8 +173,13 @@ def _make_config(options: dict, what: str):
 
     try:
         return AutoConfig.for_model(**options)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{what}: transformers refuses it: {error}") from None
+    except Exception as error:
+        raise _refused(what, error) from error
+
+
+def _refused(what: str, error: Exception) -> ConfigError:
+    """Whatever a wrong size or type runs into, deep inside transformers: it is the configuration's fault."""
+    return ConfigError(f"{what}: transformers refuses it: {str(error).strip() or type(error).__name__}")
 
 
 def _local_config(path: str):
