@@ -37,7 +37,7 @@ ms-swift:
 	.venv-ms-swift/bin/python -m pip install --quiet --no-deps torchvision==0.28.0
 
 # Kernels are compiled ahead of time where this interpreter has the Triton of the GPU machine (bench/gpu_carry.py).
-GPU_PYTHON ?= $(BIN)/python
+GPU_PYTHON ?= $(firstword $(wildcard .venv-gpu-versions/bin/python) $(BIN)/python)
 
 gpu-day: $(INSTALLED)
 	$(BIN)/python bench/gpu_carry.py --prepare .gpu-day --python $(GPU_PYTHON)
