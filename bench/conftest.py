@@ -53,8 +53,8 @@ class Kernels:
     def __init__(self):
         self.run = Run(BUDGET_SECONDS)
 
-    def compare(self, op: str, shape, benchmark) -> None:
-        """Gate and time a shape; the test fails if a variant of this package does."""
+    def compare(self, op: str, shape, benchmark) -> dict:
+        """Gate and time a shape; the test fails if a variant of this package does. Returns the entry of the results."""
 
         def drive(ours, rest, rounds):
             benchmark.pedantic(ours, setup=rest, rounds=rounds)
@@ -68,6 +68,7 @@ class Kernels:
         failed = {name: variant["failed"] for name, variant in entry["variants"].items() if variant["failed"]}
         ours = [f"{name}: {why}" for name, why in failed.items() if name in OURS or why.startswith("red gate")]
         assert not ours, "\n".join(ours)
+        return entry
 
 
 @pytest.fixture

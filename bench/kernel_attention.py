@@ -6,6 +6,7 @@ from functools import cache, partial
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
@@ -18,6 +19,7 @@ OP = "tree_attention"
 NAMES = ("output", "query", "key", "value")  # the last three name their gradients
 TRUTH_BYTES = 4 << 30  # of one float64 score matrix, or of as many as fit
 FLEX_BLOCK = 128
+DENSE_TOKENS = 1000  # of the largest pack whose whole row is tried as one masked softmax on a CPU
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,11 @@ def dense(pack: Pack) -> Way:
 
 
 def duplicated(pack: Pack, impl: str) -> Way:
-    """Every response is a causal sequence of its own, with its own copy of the prefix: queries, keys, values."""
+    """Every response is a causal sequence of its own, with its own copy of the prefix: queries, keys, values.
+
+    Args:
+        impl: of `tree_attention`; or "stock", PyTorch's scaled_dot_product_attention on a batch of these rows.
+    """
     shape, device = pack.shape, pack.upstream.device
     rows = torch.tensor(shape.duplicated_rows(), device=device)
     lengths = [shape.prefix + shape.response] * (shape.num_responses * len(shape.trees))
@@ -110,7 +116,16 @@ def duplicated(pack: Pack, impl: str) -> Way:
         return folded.index_add_(0, rows, x.double())
 
     forward = partial(tree_attention, layout=layout, impl=impl)
+    if impl == "stock":
+        forward = partial(_stock_attention, length=lengths[0])
     return Way(forward, leaves, upstream, fold, partial(TreeLayout.from_lengths, lengths, device))
+
+
+def _stock_attention(query, key, value, length: int):
+    """Causal attention of sequences of one length, one after another."""
+    query, key, value = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return output.transpose(1, 2).flatten(0, 1)
 
 
 def flex(pack: Pack, compiled: bool = True) -> Way:
@@ -206,10 +221,10 @@ def _ways(pack: Pack, device: str, with_flex: bool) -> dict[str, Callable[[], Wa
     ours = ("triton", "varlen") if device == "cuda" else ("eager",)
     ways: dict[str, Callable[[], Way]] = {impl: partial(in_place, pack, impl) for impl in ours}
     if pack.shape.num_responses:
-        ways["duplicated"] = partial(duplicated, pack, "varlen" if device == "cuda" else "eager")
-    if device == "cpu":
+        ways["duplicated"] = partial(duplicated, pack, "varlen" if device == "cuda" else "stock")
+    if device == "cpu" and pack.shape.num_tokens <= DENSE_TOKENS:
         ways["dense"] = partial(dense, pack)
-    elif with_flex:
+    elif device == "cuda" and with_flex:
         ways["flex"] = partial(flex, pack)
     return ways
 

@@ -128,6 +128,12 @@ def ratio(entry: dict, ours: str, theirs: str, direction: str = STEP) -> float |
     return b / a if a and b else None
 
 
+def pair_ratio(entry: dict, ours: str, direction: str = STEP) -> float | None:
+    """Our time for one pair of a query and a key that it sees, over that of duplicated sequences."""
+    faster = ratio(entry, ours, "duplicated", direction)
+    return entry["shape"]["work_ratio"] / faster if faster else None
+
+
 def floor_ratio(entry: dict, variant: str, copy_bytes_per_second: float | None) -> float | None:
     """Time of a head over the time in which its bytes could be copied."""
     seconds = median(entry, variant)

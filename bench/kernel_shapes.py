@@ -162,7 +162,7 @@ def tree_pack(
     """As many trees of one kind as fit in `pack_tokens`, at least one."""
     tree = (prefix, *[response] * num_responses), (-1, *[0] * num_responses)
     num_trees = max(1, pack_tokens // sum(tree[0]))
-    name = f"{prefix}/{response} N={num_responses} {heads[0]}/{heads[1]}"
+    name = f"{prefix}/{response} N={num_responses} {heads[0]}/{heads[1]}" + (f" {dtype}" if dtype != "bf16" else "")
     return AttentionShape(name, prefix, response, num_responses, (tree,) * num_trees, *heads, head_dim, True, dtype)
 
 
@@ -206,6 +206,13 @@ SMALL_ATTENTION_SHAPES = [
     tree_pack(96, 24, 8, (4, 2), pack_tokens=300, head_dim=32, dtype="fp32"),
     sequences("vision windows", window_lengths((9, 6)), 2, 20, "fp32"),
 ]
+# And those of a training step: heads of SmolLM2-135M, Qwen2.5-VL-3B and 7B.
+CPU_ATTENTION_SHAPES = [
+    *(tree_pack(1300, 300, count, (9, 3), pack_tokens=1, head_dim=64, dtype=dtype) for count in (2, 4, 8)
+      for dtype in ("fp32", "bf16")),
+    *(tree_pack(1300, 300, 2, (16, 2), pack_tokens=1, dtype=dtype) for dtype in ("fp32", "bf16")),
+    tree_pack(1300, 300, 2, (28, 4), pack_tokens=1, dtype="fp32"),
+]  # fmt: skip
 
 
 def head_shapes(on_gpu: bool, quick: bool = False) -> list[HeadShape]:
@@ -218,7 +225,7 @@ def head_shapes(on_gpu: bool, quick: bool = False) -> list[HeadShape]:
 def attention_shapes(on_gpu: bool, quick: bool = False) -> list[AttentionShape]:
     """In order of importance."""
     if not on_gpu:
-        return SMALL_ATTENTION_SHAPES[1:] if quick else SMALL_ATTENTION_SHAPES
+        return SMALL_ATTENTION_SHAPES[1:] if quick else SMALL_ATTENTION_SHAPES + CPU_ATTENTION_SHAPES
     if not quick:
         return ATTENTION_SHAPES
     return [s for s in ATTENTION_SHAPES if not s.causal or (s.prefix == 1300 and s.response < 1000 and s.heads == 28

@@ -11,6 +11,7 @@ from kernel_results import (
     floor_ratio,
     is_goal_device,
     median,
+    pair_ratio,
     ratio,
     verdict,
 )
@@ -125,10 +126,12 @@ def attention_table(part: dict, direction: str) -> list[str]:
             entry["name"], str(shape["num_trees"]), f"{shape['num_tokens']:,}", times(shape["work_ratio"]),
             *(_cell(entry, name, direction) for name in names),
             *(times(ratio(entry, ours, rival, direction)) for rival in rivals),
+            times(pair_ratio(entry, ours, direction)),
             " / ".join(_tflops(entry, name, direction) for name in names),
             *([_peaks(entry)] if direction == STEP else []), _standing(entry, ours, direction),
         ))  # fmt: skip
     header = ("shape", "trees", "tokens", "work of duplicates", *names, *(f"{ours} against {r}" for r in rivals),
+              "time a pair, of duplicated",
               "TFLOP/s of " + " / ".join(names), *(["peak MiB"] if direction == STEP else []),
               f"{ours} is")  # fmt: skip
     return table(header, rows)

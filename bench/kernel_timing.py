@@ -14,7 +14,8 @@ from measure import peak_mib as resident_peak_mib
 
 WARMUPS = 2
 MIN_ROUNDS, MAX_ROUNDS = 20, 100
-SHAPE_SECONDS = {"cuda": 1.0, "cpu": 0.3}  # of timing, for all variants of a shape; MIN_ROUNDS may take longer
+SHAPE_SECONDS = {"cuda": 1.0, "cpu": 0.3}  # of timing, for all variants of a shape; MIN_ROUNDS may take longer,
+MOST_SECONDS = {"cuda": math.inf, "cpu": 6.0}  # but not longer than this
 # About 2 ms at the clock of a data-centre GPU: longer than Python needs to launch an attention step.
 HEAD_START_CYCLES = 4_000_000
 COPY_BYTES = 2 << 30
@@ -201,7 +202,7 @@ def measure(candidates: Sequence[Candidate], device: str, budget: Budget, drive=
             if job is not ours:
                 sample(job)
 
-    rounds = num_rounds(round_seconds, SHAPE_SECONDS[device], budget.left)
+    rounds = num_rounds(round_seconds, SHAPE_SECONDS[device], min(budget.left, MOST_SECONDS[device]))
     (drive or run_rounds)(lambda: sample(ours), rest, rounds)
     found: dict[str, dict[str, Stats]] = {}
     for candidate, direction in jobs:

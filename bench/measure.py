@@ -1,6 +1,7 @@
 """What the benchmarks measure, whichever two variants they compare: agreement, time, memory, FLOPs."""
 
 import ctypes
+import functools
 import gc
 import math
 import statistics
@@ -12,6 +13,8 @@ from typing import Protocol
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from fastrm_kernels.tree_attention.eager import layout_of
 
 ROUNDS = 5
 LOSS_TOLERANCE = 1e-5
@@ -183,15 +186,27 @@ def _norm(gradients: dict[str, torch.Tensor]) -> float:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, taught the CPU attention kernel. Attention counts whole, causal or not."""
+    """torch's counter, taught CPU attention: stock and eager tree attention. It counts whole, causal or not."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     formulas = {
         attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda upstream, query, key, value, *_, **__: sdpa_backward_flop_count(upstream, query, key, value)
         ),
+        torch.ops.fastrm.tree_attention_eager: functools.partial(_tree_flops, 4),
+        torch.ops.fastrm.tree_attention_eager_backward: functools.partial(_tree_flops, 10),
     }
+    for name in ("tree_attention_eager", "tree_attention_eager_backward"):
+        formulas[getattr(torch.ops.fastrm, name)]._get_raw = True  # the tensors, not their shapes alone
     return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _tree_flops(operations: int, query, *arguments, **_) -> int:
+    """So many operations for each element of a query and each key of its run."""
+    handle = next(x for x in arguments if isinstance(x, torch.Tensor) and x.dtype == torch.int64)
+    layout = layout_of(handle)
+    pairs = sum(q * k for q, k in zip(layout.query_lengths, layout.key_lengths, strict=True))
+    return operations * query.shape[1] * query.shape[2] * pairs
 
 
 def peak_mib(step: Callable[[], None]) -> float | None:

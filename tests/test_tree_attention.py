@@ -1,16 +1,21 @@
 """tree_attention against its dense specification, and the layout against a definition of its own."""
 
+import gc
+import importlib
 import inspect
 import random
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
 from fastrm_kernels.tree_attention.tiles import _tile_list
 from fastrm_kernels.tree_attention.varlen import varlen_arguments, varlen_options
 
+# The package has a function of the folder's name.
+blocks, eager = (importlib.import_module(f"fastrm_kernels.tree_attention.{name}") for name in ("blocks", "eager"))
 CASES = 40
 
 
@@ -111,28 +116,157 @@ def test_at_rows_equals_the_rows_of_the_full_layout():
         assert (pruned - full[rows]).abs().max() <= 1e-12
 
 
-def test_many_windows_cost_few_calls(monkeypatch):
-    calls = []
-    original = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs),
-    )
-    layout = TreeLayout.from_lengths([64] * 50 + [16] * 30 + [32] * 20)
-    tree_attention(*random_qkv(layout.num_keys), layout, causal=False)
-    assert len(calls) <= 3
+def any_tree(rng, count):
+    """Lengths and parents of segments whose children stand anywhere behind them."""
+    return [rng.choice([0, 1, 2, 17, 40]) for _ in range(count)], [rng.randint(-1, n - 1) for n in range(count)]
 
 
-def test_eager_is_deterministic():
+@pytest.mark.parametrize("way", ["flash", "formula"])
+@pytest.mark.parametrize("call_products", [1, 1 << 14, 1 << 21], ids=["alone", "some_padded", "padded"])
+def test_blocks_of_any_tree_and_any_rows_equal_the_reference(way, call_products, monkeypatch):
+    monkeypatch.setattr(blocks, "_CALL_PRODUCTS", call_products)
+    monkeypatch.setattr(eager, "_has_flash", lambda query: way == "flash")
+    monkeypatch.setattr(eager, "_FORMULA_SCORES", 5000)  # some batches by several heads at once, some head by head
     torch.manual_seed(0)
-    layout = TreeLayout.build([200, 30, 40, 50], [-1, 0, 0, 0])
-    inputs = random_qkv(layout.num_keys, dtype=torch.float32)
-    runs = []
-    for _ in range(5):
-        output = tree_attention(*inputs, layout)
-        runs.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    rng = random.Random(4)
+    for case in range(12):
+        layout = TreeLayout.build(*(any_tree(rng, 10) if case % 2 else random_tree(rng, max_segments=12)))
+        if layout.num_keys == 0:
+            continue
+        inputs = random_qkv(layout.num_keys, heads=6, kv_heads=2, width=24)
+        if case % 3 == 0:
+            rows = [rng.randrange(layout.num_keys) for _ in range(20)]
+            layout = layout.at_rows(rows)
+            inputs[0] = inputs[0].detach()[rows].requires_grad_()
+        ours, truth = (function(*inputs, layout) for function in (eager.tree_attention_eager, tree_attention_reference))
+        upstream = torch.randn_like(ours)
+        got, want = (torch.autograd.grad(output, inputs, upstream) for output in (ours, truth))
+        for a, b in zip((ours, *got), (truth, *want), strict=True):
+            assert (a - b).abs().max() <= 1e-12, (layout.lengths, layout.parents, layout.query_rows)
+
+
+def batches_of(layout, causal=True, width=2048):
+    return [batch for level in blocks.block_plan(layout, causal, torch.float32, width).levels for batch in level]
+
+
+def test_segments_of_a_training_pack_are_read_in_place():
+    # Two prompts, one with two questions: five segments and three shared ones.
+    layout = TreeLayout.build([900, 200, 150, 300, 120, 700, 80, 90], [-1, 0, 1, 1, 0, -1, 5, 5])
+    batches = batches_of(layout)
+    assert len(batches) == len(layout.lengths) + 3
+    assert all(side.index is None for batch in batches for side in (batch.queries, batch.keys))
+    assert all(batch.mask is None for batch in batches)
+
+
+def test_many_windows_cost_few_calls():
+    windows = TreeLayout.from_lengths([64] * 50 + [16] * 30 + [32] * 20)
+    batches = batches_of(windows, causal=False, width=1280)
+    assert len(batches) == 3 and all(batch.queries.index is None for batch in batches)
+    # 160 short segments: a few padded batches, not a call for each.
+    groups = TreeLayout.build([40, 3, 4, 5] * 40, [-1, 0, 0, 0] * 40)
+    groups = TreeLayout.build(groups.lengths, [p if p < 0 else 4 * (n // 4) for n, p in enumerate(groups.parents)])
+    assert len(batches_of(groups, width=64)) <= 4
+
+
+def test_an_only_child_continues_its_parent():
+    chain = TreeLayout.build([300, 0, 200, 100], [-1, 0, 1, 2])
+    assert len(batches_of(chain)) == 1
+
+
+def response_rows(lengths, number):
+    start = sum(lengths[:number])
+    return slice(start, start + lengths[number])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("num_responses", [2, 4, 8])
+def test_eager_stays_within_twice_the_error_of_stock_attention(num_responses, dtype):
+    torch.manual_seed(0)
+    lengths = [260, *[60 + 10 * n for n in range(num_responses)]]
+    layout = TreeLayout.build(lengths, [-1, *[0] * num_responses])
+    exact = random_qkv(layout.num_keys, heads=6, kv_heads=2, width=64)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    upstream = torch.randn(exact[0].shape, dtype=torch.float64).to(dtype)
+    ours, truth = eager.tree_attention_eager(*inputs, layout), tree_attention_reference(*exact, layout)
+    got, want = (
+        (output, *torch.autograd.grad(output, leaves, upstream.to(output.dtype)))
+        for output, leaves in ((ours, inputs), (truth, exact))
+    )
+    # Stock: every response with its own copy of the prompt, whose part of the upstream gradient they share.
+    stock = [torch.zeros_like(x) for x in want]
+    for number in range(1, num_responses + 1):
+        rows = torch.cat([torch.arange(lengths[0]), torch.arange(layout.num_keys)[response_rows(lengths, number)]])
+        leaves = [x.detach()[rows].transpose(0, 1)[None].requires_grad_() for x in inputs]
+        output = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        share = upstream[rows].clone()
+        share[: lengths[0]] /= num_responses
+        found = torch.autograd.grad(output, leaves, share.transpose(0, 1)[None])
+        stock[0][rows] = output[0].transpose(0, 1).double()
+        for total, part in zip(stock[1:], found, strict=True):
+            total.index_add_(0, rows, part[0].transpose(0, 1).double())
+    for name, a, b, c in zip(("output", "query", "key", "value"), got, want, stock, strict=True):
+        error, allowed = (a.double() - b).abs().max(), (c - b).abs().max()
+        assert error <= 2 * (allowed + torch.finfo(dtype).eps * b.abs().max()), name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("call_products", [1, 1 << 21], ids=["alone", "padded"])
+def test_eager_repeats_to_the_bit(threads, call_products, monkeypatch):
+    monkeypatch.setattr(blocks, "_CALL_PRODUCTS", call_products)
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            layout = TreeLayout.build([200, 30, 40, 50, 9, 8], [-1, 0, 0, 0, 3, 3])
+            inputs = random_qkv(layout.num_keys, dtype=dtype)
+            runs = []
+            for _ in range(5):
+                output = tree_attention(*inputs, layout, impl="eager")
+                runs.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+            assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("call_products", [1, 1 << 21], ids=["alone", "padded"])
+def test_a_response_changes_no_other_response_by_a_bit(call_products, monkeypatch):
+    monkeypatch.setattr(blocks, "_CALL_PRODUCTS", call_products)
+    torch.manual_seed(0)
+    lengths = [200, 30, 40, 50, 20, 25]
+    layout = TreeLayout.build(lengths, [-1, 0, 0, -1, 3, 3])
+    inputs = [x.detach() for x in random_qkv(layout.num_keys, dtype=torch.float32)]
+    first = tree_attention(*inputs, layout, impl="eager")
+    rows = response_rows(lengths, 2)
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[rows] = float("nan")
+    second = tree_attention(*changed, layout, impl="eager")
+    others = torch.ones(layout.num_keys, dtype=torch.bool)
+    others[rows] = False
+    assert torch.equal(first[others], second[others])
+
+
+def test_a_layout_lives_until_the_backward_pass_is_done():
+    inputs = random_qkv(14)
+    output = tree_attention(*inputs, TreeLayout.build([10, 4], [-1, 0]), impl="eager")
+    gc.collect()
+    assert all(torch.isfinite(x).all() for x in torch.autograd.grad(output.sum(), inputs))
+
+
+@pytest.mark.parametrize("way", ["flash", "formula"])
+@pytest.mark.parametrize("at_rows", [False, True], ids=["all", "rows"])
+def test_eager_plans_and_runs_without_reading_from_the_device(way, at_rows, monkeypatch):
+    # On a GPU every read waits for all that was given to it before. Fake tensors cannot be read at all.
+    monkeypatch.setattr(eager, "_has_flash", lambda query: way == "flash")
+    layout = TreeLayout.build([200, 30, 41, 5, 6, 7], [-1, 0, 0, -1, 3, 3])
+    layout = layout.at_rows([229, 270, 275, 280, 288]) if at_rows else layout
+    with FakeTensorMode():
+        query, key, value = (torch.empty(rows, 4, 16) for rows in (layout.num_queries, 289, 289))
+        output, lse = eager.attend(query, key, value, layout, 0.25, True)
+        gradients = eager.attend_backward(query, key, value, output, lse, output, layout, 0.25, True)
+    assert [x.shape for x in gradients] == [query.shape, key.shape, value.shape]
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,7 @@ class Computation:
         bf16: matrix products in bfloat16 (autocast), else in float32.
         bf16_weights: matrices are stored in bfloat16, so that autocast copies none.
         fp8: large matrices of decoder layers are cast to FP8 anew at each product, and not copied.
-        attention: eager gathers the rows of each bucket of runs, varlen copies shared keys and values,
-            triton reads them in place.
+        attention: varlen copies shared keys and values; eager and triton read them in place.
         liger: RMSNorm and SwiGLU of Liger, which keep their inputs alone.
         fused: q, k, v come from one product, and gate, up.
         accumulated: gradients of weights exist already, and new ones are added to them.
@@ -147,20 +146,16 @@ class _Writer:
         queries, present, read = rows
         size, how = self.how.product, self.how.attention
         out = size * queries * sizes.query
-        if how == "eager" and queries != read:
-            # One gather for each bucket of runs; the backward pass of each makes a gradient of all rows.
-            query = self.add("gather", out, query, backward_scratch=out)
-        if how != "triton" and read != present:
+        if how == "varlen" and read != present:
             source, gathered = size * present * sizes.key, size * read * sizes.key
             key, value = (self.add("gather", gathered, name, backward_scratch=source) for name in (key, value))
         statistics = FLOAT * queries * sizes.heads
-        mixed = self.add(
+        # Eager attention holds a batch of blocks at a time, at most all rows: its output, and its gradients.
+        in_parts, gradients = how == "eager", out + 2 * size * present * sizes.key
+        return self.add(
             "attention", out + statistics, query, key, value, keeps=(query, key, value, "output"), is_product=True,
-            gradient_bytes=out,
+            gradient_bytes=out, forward_scratch=out * in_parts, backward_scratch=gradients * in_parts,
         )  # fmt: skip
-        if how == "eager" and queries != read:
-            mixed = self.add("join", out, self.add("join", out, mixed))
-        return mixed
 
     def plus(self, stream: str, addition: str, size: int) -> str:
         """The residual stream and an addition to it, whose gradients are one in memory if their dtypes are."""
@@ -213,7 +208,7 @@ def _projections(write: _Writer, states: str, rows: int, sizes: LayerSizes) -> t
     joined = write.linear(states, rows, sizes.hidden, sizes.query + 2 * sizes.key)
     query, key = (write.add("part", 0, joined, gradient_bytes=size * w) for w in (sizes.query, sizes.key))
     # Attention that reads values in place keeps all of the product that they are a part of.
-    return query, key, joined if write.how.attention == "triton" else write.add("part", size * sizes.key, joined)
+    return query, key, joined if write.how.attention != "varlen" else write.add("part", size * sizes.key, joined)
 
 
 def last_decoder_tape(sizes: LayerSizes, rows: Rows, how: Computation, trained: bool) -> Tape:

@@ -1,152 +1,232 @@
-"""Tree attention through PyTorch's scaled_dot_product_attention, on any device and dtype.
+"""Tree attention block by block (blocks.py), on any device and dtype, merged by log-sum-exp.
 
-SDPA takes rectangular batches, so runs of similar size are padded together into buckets: many small
-runs cost a few calls, long runs go alone and waste nothing. Which runs share a bucket depends on
-their lengths only, so changing one response's tokens cannot change another's result.
+Blocks of a query see different keys. With o_b and l_b the output and log-sum-exp of block b,
+
+    l = log(sum_b exp(l_b)),    o = sum_b exp(l_b - l) o_b,
+
+and because the gradients of a block need of the softmax only P = exp(S - l) and rowsum(dO O), the
+backward pass runs block by block too, with the merged o and l: dQ, dK and dV are sums over blocks, in the
+order of the plan. On a CPU a block is PyTorch's flash attention kernel, which reads grouped heads in
+place; elsewhere it is the formula, in float32 at least.
+
+The two passes are operators of torch, so that selective checkpointing keeps their result and
+torch.compile takes them whole. An operator takes tensors and numbers: a layout goes in as a handle, a tensor with
+the number of a layout that is alive.
 """
 
-from dataclasses import dataclass
+import itertools
+import weakref
 
 import torch
-import torch.nn.functional as F
 
-from fastrm_kernels.tree_attention.gather import take_rows
+from fastrm_kernels.tree_attention.blocks import Batch, block_plan
+from fastrm_kernels.tree_attention.layout import TreeLayout
 
-# One SDPA call costs about as much as this many query-key products of a small head on one CPU core.
-_CALL_AREA = 1 << 15
-# Padding may add this share to the work of a bucket.
-_PADDING_SHARE = 0.2
+_FORMULA_SCORES = 1 << 27  # that the formula holds at once, where a head alone has not more
 
-
-@dataclass(frozen=True)
-class _Bucket:
-    """B runs padded to one (q, k) shape. `mask` is None where SDPA needs none."""
-
-    shape: tuple[int, int, int]  # B, q, k
-    query_rows: torch.Tensor  # (B * q,)
-    key_rows: torch.Tensor  # (B * k,)
-    is_causal: bool
-    mask: torch.Tensor | None  # (B or 1, 1, q, k) float, 0 or -inf
+_numbers = itertools.count()
+_layouts: weakref.WeakValueDictionary[int, TreeLayout] = weakref.WeakValueDictionary()
 
 
 def tree_attention_eager(query, key, value, layout, *, scale=None, causal=True):
     """Same contract as `tree_attention`."""
-    num_queries, heads, width = query.shape
-    if num_queries == 0:
-        return query + 0 * (key.sum() + value.sum())  # nothing, but of all three, for autograd
-    buckets, order = _plan(layout, causal, query.dtype)
-    outputs = []
-    for bucket in buckets:
-        batch, q_len, k_len = bucket.shape
-        output = F.scaled_dot_product_attention(
-            take_rows(query, bucket.query_rows).view(batch, q_len, heads, width).transpose(1, 2),
-            take_rows(key, bucket.key_rows).view(batch, k_len, -1, width).transpose(1, 2),
-            take_rows(value, bucket.key_rows).view(batch, k_len, -1, width).transpose(1, 2),
-            attn_mask=bucket.mask,
-            is_causal=bucket.is_causal,
-            scale=scale,
-            enable_gqa=heads != key.shape[1],
-        )
-        outputs.append(output.transpose(1, 2).reshape(batch * q_len, heads, width))
-    return take_rows(torch.cat(outputs) if len(outputs) > 1 else outputs[0], order)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    output, _ = eager_forward(query, key, value, handle_of(layout), scale, causal)
+    if output.grad_fn is not None:
+        output.grad_fn.metadata["layout"] = layout  # it lives until the backward pass is done
+    return output
 
 
-def bucket_inputs(layout, causal, dtype):
-    """Of each bucket: query rows (B, q), key rows (B, k), which queries are no padding (B, q), and a mask or None.
+def handle_of(layout: TreeLayout) -> torch.Tensor:
+    """(1,) int64 on the CPU: the number of this layout, valid as long as it lives."""
+    if "handle" not in layout._plans:
+        number = next(_numbers)
+        _layouts[number] = layout
+        # In a tuple: a tensor would go along when the layout moves to another device, which makes another layout.
+        layout._plans["handle"] = (torch.tensor([number]),)
+    return layout._plans["handle"][0]
 
-    The mask is (B or 1, 1, q, k), 0 or -inf, also where SDPA is told `is_causal` instead.
+
+def layout_of(handle: torch.Tensor) -> TreeLayout:
+    """The layout of a handle.
+
+    Raises:
+        RuntimeError: it lives no more.
     """
-    buckets, order = _plan(layout, causal, dtype)
-    total = sum(batch * q_len for batch, q_len, _ in (bucket.shape for bucket in buckets))
-    real = torch.ones(total, dtype=torch.bool, device=layout.device)
-    if order is not None:
-        real = torch.zeros_like(real).index_fill_(0, order, True)
-    offset = 0
-    for bucket in buckets:
-        batch, q_len, k_len = bucket.shape
-        mask = bucket.mask
-        if bucket.is_causal:
-            mask = torch.full((1, 1, q_len, k_len), float("-inf"), dtype=dtype, device=layout.device).triu(1)
-        rows, keys = (
-            torch.arange(count, device=layout.device) if index is None else index
-            for index, count in ((bucket.query_rows, batch * q_len), (bucket.key_rows, batch * k_len))
-        )
-        stop = offset + batch * q_len
-        yield rows.view(batch, q_len), keys.view(batch, k_len), real[offset:stop].view(batch, q_len), mask
-        offset = stop
+    try:
+        return _layouts[int(handle)]
+    except KeyError:
+        raise RuntimeError(
+            "tree attention: the layout of this pass is gone; keep the pack's layouts until its backward pass is done"
+        ) from None
 
 
-def _plan(layout, causal, dtype):
-    """Buckets, and for each query row its row in their concatenated outputs; kept on the layout."""
-    kept = layout._plans.get((causal, dtype))
-    if kept is None:
-        kept = layout._plans[(causal, dtype)] = _make_plan(layout, causal, dtype)
-    return kept
+@torch.library.custom_op("fastrm::tree_attention_eager", mutates_args=())
+def eager_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, handle: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """output (Tq, H, K) in query's dtype, and the log-sum-exp of every row, (Tq, H), in float32 at least."""
+    return attend(query, key, value, layout_of(handle), scale, causal)
 
 
-def _make_plan(layout, causal, dtype):
-    device = layout.cu_seqlens_q.device
-    q_starts, k_starts = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
-    keys = layout.key_index
-    keys = torch.arange(layout.num_keys, device=device) if keys is None else keys
-    buckets, places, offset = [], torch.empty(q_starts[-1], dtype=torch.int64, device=device), 0
-    for runs in _group(layout.query_lengths, layout.key_lengths):
-        q_lens = torch.tensor([layout.query_lengths[r] for r in runs], device=device)
-        k_lens = torch.tensor([layout.key_lengths[r] for r in runs], device=device)
-        q_len, k_len = int(q_lens.max()), int(k_lens.max())
-        q_pos = torch.arange(q_len, device=device).expand(len(runs), -1)
-        k_pos = torch.arange(k_len, device=device).expand(len(runs), -1)
-        # Padding repeats the last row of the run: always in range, and masked or never read.
-        q_pad, k_pad = q_pos.minimum(q_lens[:, None] - 1), k_pos.minimum(k_lens[:, None] - 1)
-        q_start = torch.tensor([q_starts[r] for r in runs], device=device)[:, None]
-        k_start = torch.tensor([k_starts[r] for r in runs], device=device)[:, None]
-        real = q_pos < q_lens[:, None]
-        places[(q_start + q_pos)[real]] = (offset + torch.arange(real.numel(), device=device)).view_as(q_pos)[real]
-        uniform = bool((q_lens == q_len).all() and (k_lens == k_len).all())
-        buckets.append(
-            _Bucket(
-                (len(runs), q_len, k_len),
-                _rows((q_start + q_pad).reshape(-1), q_starts[-1]),
-                _rows(keys[k_start + k_pad].reshape(-1), layout.num_keys),
-                is_causal=causal and uniform and q_len == k_len,
-                mask=_mask(q_pad, k_pos, q_lens, k_lens, uniform, causal, dtype),
-            )
-        )
-        offset += real.numel()
-    return buckets, _rows(places, offset)
+@eager_forward.register_fake
+def _(query, key, value, handle, scale, causal):
+    return _new_outputs(query)
 
 
-def _rows(index, total):
-    """None if `index` is simply 0 .. total - 1."""
-    same = index.numel() == total and torch.equal(index, torch.arange(total, device=index.device))
-    return None if same else index
+@torch.library.custom_op("fastrm::tree_attention_eager_backward", mutates_args=())
+def eager_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    upstream: torch.Tensor,
+    handle: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, in their dtype."""
+    return attend_backward(query, key, value, output, lse, upstream, layout_of(handle), scale, causal)
 
 
-def _mask(q_pad, k_pos, q_lens, k_lens, uniform, causal, dtype):
-    if uniform and (not causal or int(q_lens[0]) == int(k_lens[0])):
-        return None
-    if uniform:
-        q_pad, k_pos, q_lens, k_lens = q_pad[:1], k_pos[:1], q_lens[:1], k_lens[:1]
-    last = k_lens[:, None] - 1  # (B, 1), or with causal (B, q): the last key that a query sees
-    if causal:
-        last = k_lens[:, None] - q_lens[:, None] + q_pad
-    hidden = k_pos[:, None, :] > last[:, :, None]  # (B, q or 1, k)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
-    return mask.expand(-1, q_pad.shape[1], -1)[:, None]
+@eager_backward.register_fake
+def _(query, key, value, output, lse, upstream, handle, scale, causal):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
 
 
-def _group(query_lengths, key_lengths):
-    """Lists of runs to pad together: sorted by size, cut where padding would cost too much."""
-    order = sorted(range(len(query_lengths)), key=lambda r: (key_lengths[r], query_lengths[r]))
-    groups, area, q_max = [], 0, 0
-    for run in order:
-        q_len, k_len = query_lengths[run], key_lengths[run]
-        if groups:
-            padded = (len(groups[-1]) + 1) * max(q_max, q_len) * k_len
-            true = area + q_len * k_len
-        if not groups or padded - true > _PADDING_SHARE * true + _CALL_AREA:
-            groups.append([])
-            area = q_max = 0
-        groups[-1].append(run)
-        area, q_max = area + q_len * k_len, max(q_max, q_len)
-    return groups
+def _setup(ctx, inputs, output):
+    query, key, value, handle, ctx.scale, ctx.causal = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, handle)
+
+
+def _backward(ctx, upstream, _):
+    if upstream is None:
+        return None, None, None, None, None, None
+    query, key, value, output, lse, handle = ctx.saved_tensors
+    gradients = eager_backward(query, key, value, output, lse, upstream, handle, ctx.scale, ctx.causal)
+    return (*gradients, None, None, None)
+
+
+eager_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def attend(query, key, value, layout, scale, causal) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward pass of `eager_forward`, by a layout."""
+    output, lse = _new_outputs(query)
+    query, key, value = _dense_columns(query, key, value)
+    for level, batches in enumerate(_levels(query, layout, causal)):
+        for batch in batches:
+            rows = batch.queries
+            part, part_lse = _forward(rows.read(query), batch.keys.read(key), batch.keys.read(value), batch, scale)
+            part_lse = part_lse[..., None]
+            if level:
+                part, part_lse = _merged(rows.read(output), rows.read(lse[..., None]), part, part_lse)
+            rows.write(output, part)
+            rows.write(lse[..., None], part_lse)
+    return output, lse
+
+
+def attend_backward(query, key, value, output, lse, upstream, layout, scale, causal):
+    """The backward pass of `eager_backward`, by a layout."""
+    query, key, value = _dense_columns(query, key, value)
+    upstream = upstream.contiguous()
+    new = torch.empty if layout.query_rows is None else torch.zeros  # the first level writes every row, or not
+    gradients = [torch.empty(query.shape, dtype=query.dtype, device=query.device)]
+    gradients += [new(x.shape, dtype=x.dtype, device=x.device) for x in (key, value)]
+    for level, batches in enumerate(_levels(query, layout, causal)):
+        for batch in batches:
+            rows, keys = batch.queries, batch.keys
+            # Padding has P = exp(S - inf) = 0, and so adds nothing.
+            part_lse = rows.padded(rows.read(lse[..., None]), float("inf"))[..., 0]
+            parts = _backward_of_batch(
+                rows.read(upstream), rows.read(query), keys.read(key), keys.read(value), rows.read(output), part_lse,
+                batch, scale,
+            )  # fmt: skip
+            for side, gradient, part in zip((rows, keys, keys), gradients, parts, strict=True):
+                (side.add if level else side.write)(gradient, part)
+    return tuple(gradients)
+
+
+def _levels(query, layout, causal) -> tuple[tuple[Batch, ...], ...]:
+    num_queries, heads, width = query.shape
+    return block_plan(layout, causal, query.dtype, heads * width).levels if num_queries else ()
+
+
+def _new_outputs(query) -> tuple[torch.Tensor, torch.Tensor]:
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return output, torch.empty(query.shape[:2], dtype=_accurate(query.dtype), device=query.device)
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _dense_columns(*tensors):
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _merged(output, lse, part, part_lse):
+    """Of two sets of keys: the output and log-sum-exp of both. (B, H, q, K) and (B, H, q, 1)."""
+    weight = torch.sigmoid(part_lse - lse)
+    return torch.lerp(output.to(lse.dtype), part.to(lse.dtype), weight), torch.logaddexp(lse, part_lse)
+
+
+def _has_flash(query) -> bool:
+    """Is there a kernel that gives the log-sum-exp and takes a merged one back?"""
+    return query.device.type == "cpu"
+
+
+def _forward(query, key, value, batch: Batch, scale):
+    """(B, H, q, K) and log-sum-exp (B, H, q) of a batch."""
+    if _has_flash(query):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, 0.0, batch.causal, attn_mask=batch.mask, scale=scale)
+    parts = []
+    with torch.autocast(query.device.type, enabled=False):
+        for q, k, v in _by_heads(batch, key.shape[1], query, key, value):
+            scores = _scores(q, k, batch, scale)
+            lse = scores.logsumexp(-1)
+            parts.append(((scores - lse[..., None]).exp_() @ v, lse))
+    output, lse = (torch.cat(found, 1).flatten(1, 2) for found in zip(*parts, strict=True))
+    return output.to(query.dtype), lse
+
+
+def _backward_of_batch(upstream, query, key, value, output, lse, batch: Batch, scale):
+    """Gradients of query, key and value, each in its shape.
+
+    With P = exp(S - lse): dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = scale dS K, dK = scale dS^T Q;
+    those of key and value are sums over the query heads that share them.
+    """
+    if _has_flash(query):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash(
+            upstream, query, key, value, output, lse, 0.0, batch.causal, attn_mask=batch.mask, scale=scale
+        )  # fmt: skip
+    parts = []
+    tensors = (query, key, value, upstream, output, lse[..., None])
+    with torch.autocast(query.device.type, enabled=False):
+        for q, k, v, do, o, total in _by_heads(batch, key.shape[1], *tensors):
+            weights = (_scores(q, k, batch, scale) - total).exp_()
+            slopes = weights * (do @ v.mT - (do * o).sum(-1, keepdim=True))
+            parts.append((scale * slopes @ k, scale * (slopes.mT @ q).sum(2, True), (weights.mT @ do).sum(2, True)))
+    return [torch.cat(found, 1).flatten(1, 2).to(query.dtype) for found in zip(*parts, strict=True)]
+
+
+def _by_heads(batch: Batch, key_heads: int, *tensors):
+    """Each tensor as (B, some of Hkv, H / Hkv or 1, rows, K), a few key heads at a time, in float32 at least."""
+    grouped = [x.to(_accurate(x.dtype)).unflatten(1, (key_heads, -1)) for x in tensors]
+    head_scores = batch.queries.count * batch.queries.length * batch.keys.length * grouped[0].shape[2]
+    heads = max(1, _FORMULA_SCORES // head_scores)
+    return zip(*(x.split(heads, 1) for x in grouped), strict=True)
+
+
+def _scores(query, key, batch: Batch, scale):
+    """(B, Hkv, H / Hkv, q, k), -inf where a query does not see a key."""
+    scores = scale * query @ key.mT
+    if batch.causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill_(hidden, float("-inf"))
+    return scores if batch.mask is None else scores + batch.mask[:, :, None]

@@ -77,7 +77,7 @@ class TreeLayout:
                     f"wanted a length >= 0 and a parent in -1..{segment - 1}"
                 )
             above = paths[parent] if parent >= 0 else ()
-            paths.append(_join(above, (start, start + length)))
+            paths.append(join_spans(above, (start, start + length)))
             start += length
             if parent >= 0 and parent == tail:
                 queries[-1] += length
@@ -158,15 +158,13 @@ class TreeLayout:
         return self._with(torch.Tensor.pin_memory, lambda plan: plan.pin_memory())
 
     def _with(self, change_tensor, change_plan) -> "TreeLayout":
-        changed = {
-            name: change_tensor(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
-        # Plans of the eager implementation are made anew where they are used.
+        changed = {name: change_tensor(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        # What has no tensors is made anew where it is used.
         plans = {key: change_plan(plan) for key, plan in self._plans.items() if hasattr(plan, "to")}
         return replace(self, **changed, _plans=plans)
 
 
-def _join(spans: Spans, span: tuple[int, int]) -> Spans:
+def join_spans(spans: Spans, span: tuple[int, int]) -> Spans:
     """Append a (start, stop) span, merging it with the last one where they touch."""
     if span[0] == span[1]:
         return spans

@@ -1,0 +1,329 @@
+"""How eager tree attention cuts a layout into dense and causal rectangles that need no copies.
+
+A segment's queries see their own segment causally and every ancestor whole. So each segment makes at
+most two blocks: its own, causal; and a dense one of all queries below it against its keys.
+
+    row:     [ P P P | C C C | R R ]        C and R are children of P
+    blocks:  own:    P x P, C x C, R x R    causal
+             below:  [C R] x P              dense
+
+In depth-first order the queries below a segment lie side by side, so both sides of a block are
+slices of the row. Where they do not (another order, small blocks padded together), rows are gathered.
+Blocks of one level share no query and no key. Everything is made of the layout's Python numbers on the
+CPU; index tensors and masks move to the device afterwards, without reading anything back.
+"""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastrm_kernels.tree_attention.layout import Spans, TreeLayout, join_spans
+
+# One call costs about as much as this many multiplications of a query with a key on one CPU core (0.1 ms).
+_CALL_PRODUCTS = 1 << 21
+# Copying a row into a batch, and its results and gradients back, costs about as much as so many keys for a query.
+_COPIED_KEYS = 32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one side of a batch: `count` blocks of `length` rows each.
+
+    Attributes:
+        start, step: row n of block b is start + b * step + n. Unused where `index` is set.
+        index: (count * length,) int64 rows, where they do not follow such a rule.
+        real: places in `index` that are no padding; None where all are real.
+    """
+
+    count: int
+    length: int
+    start: int = 0
+    step: int = 0
+    index: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, H, K) -> (count, H, length, K), a view unless rows are gathered."""
+        _, heads, width = x.shape
+        if self.index is not None:
+            return x.index_select(0, self.index).view(self.count, self.length, heads, width).transpose(1, 2)
+        row, head, column = x.stride()
+        shape, strides = (self.count, heads, self.length, width), (self.step * row, head, row, column)
+        return x.as_strided(shape, strides, x.storage_offset() + self.start * row)
+
+    def write(self, x: torch.Tensor, values: torch.Tensor) -> None:
+        """x[these rows] = values, (count, H, length, K); padding is dropped."""
+        if self.index is None:
+            self.read(x).copy_(values)
+            return
+        index, values = self.index, values.transpose(1, 2).flatten(0, 1)
+        if self.real is not None:
+            index, values = index.index_select(0, self.real), values.index_select(0, self.real)
+        x[index] = values.to(x.dtype)
+
+    def add(self, x: torch.Tensor, values: torch.Tensor) -> None:
+        """x[these rows] += values; a row occurs once, so every sum has one order."""
+        if self.index is None:
+            self.read(x).add_(values)
+        else:
+            self.write(x, self.read(x) + values)
+
+    def padded(self, x: torch.Tensor, value: float) -> torch.Tensor:
+        """What `read` gave of x, with `value` in its padding."""
+        if self.real is None:
+            return x
+        filled = torch.full_like(x.transpose(1, 2), value, memory_format=torch.contiguous_format).flatten(0, 1)
+        filled[self.real] = x.transpose(1, 2).flatten(0, 1).index_select(0, self.real)
+        return filled.view(self.count, self.length, *x.shape[1::2]).transpose(1, 2)
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
+        tensors = {"index": self.index, "real": self.real}
+        return replace(self, **{name: None if x is None else move(x) for name, x in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks of one level, padded to one shape.
+
+    Attributes:
+        causal: query n of a block sees its first n + 1 keys.
+        mask: (B, 1, q or 1, k) of 0 and -inf; None where every query sees all keys, or as `causal` says.
+    """
+
+    queries: Rows
+    keys: Rows
+    causal: bool
+    mask: torch.Tensor | None
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        mask = None if self.mask is None else move(self.mask)
+        return Batch(self.queries.moved(move), self.keys.moved(move), self.causal, mask)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """All blocks of a layout.
+
+    Attributes:
+        levels: batches. Those of the first hold every query once; those of the others add to it.
+        holds_all_keys: the first level holds every key, too.
+    """
+
+    levels: tuple[tuple[Batch, ...], ...]
+    holds_all_keys: bool
+
+    def to(self, device) -> "BlockPlan":
+        return self._moved(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "BlockPlan":
+        return self._moved(torch.Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "BlockPlan":
+        levels = tuple(tuple(batch.moved(move) for batch in level) for level in self.levels)
+        return BlockPlan(levels, self.holds_all_keys)
+
+
+def block_plan(layout: TreeLayout, causal: bool, dtype: torch.dtype, width: int) -> BlockPlan:
+    """The plan of a layout on its device; kept on it.
+
+    Args:
+        dtype: of the queries.
+        width: of one row of queries, all heads; it decides from which size on a block is worth a call.
+    """
+    key = ("blocks", causal, dtype, width)
+    if key not in layout._plans:
+        layout._plans[key] = _make_plan(layout, causal, dtype, width).to(layout.device)
+    return layout._plans[key]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries (places among all queries) and keys; `sees`: keys that each query sees, None where that is all."""
+
+    queries: Spans
+    keys: tuple[int, int]
+    sees: tuple[int, ...] | None = None
+
+    @property
+    def num_queries(self) -> int:
+        return sum(stop - start for start, stop in self.queries)
+
+    @property
+    def num_keys(self) -> int:
+        return self.keys[1] - self.keys[0]
+
+
+def _make_plan(layout, causal, dtype, width) -> BlockPlan:
+    segments, parents = _segments(layout)
+    own = _own_queries(layout, [start for start, _ in segments], segments)
+    firsts = [_own_block(layout, segment, queries) for segment, queries in zip(segments, own, strict=True)]
+    levels = [[block for block in firsts if block is not None]]
+    below: list[Spans] = [()] * len(segments)
+    for number in reversed(range(len(segments))):
+        if parents[number] >= 0:
+            spans = sorted((*own[number], *below[number], *below[parents[number]]))
+            below[parents[number]] = _joined(spans)
+    depths: list[int] = []
+    for number, parent in enumerate(parents):
+        depths.append(depths[parent] + 1 if parent >= 0 else 1)
+        if below[number]:
+            levels += [[] for _ in range(depths[-1] + 1 - len(levels))]
+            levels[depths[-1]].append(_Block(below[number], segments[number]))
+    first_is_causal = causal and layout.query_rows is None
+    area = max(1, _CALL_PRODUCTS // width)
+    batches = tuple(
+        tuple(_batches(blocks, first_is_causal and not level, dtype, area)) for level, blocks in enumerate(levels)
+    )
+    return BlockPlan(batches, layout.query_rows is None)
+
+
+def _segments(layout) -> tuple[list[tuple[int, int]], list[int]]:
+    """(start, stop) and parent of the layout's segments: empty ones left out, only children joined to their parents."""
+    alive: list[int] = []  # of each segment, itself or its nearest ancestor with tokens; -1
+    num_children: dict[int, int] = {}
+    for number, (length, parent) in enumerate(zip(layout.lengths, layout.parents, strict=True)):
+        above = alive[parent] if parent >= 0 else -1
+        alive.append(number if length else above)
+        if length:
+            num_children[above] = num_children.get(above, 0) + 1
+    segments, parents = [], []
+    place: dict[int, int] = {-1: -1}
+    for number, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
+        if not length:
+            continue
+        parent = layout.parents[number]
+        parent = alive[parent] if parent >= 0 else -1
+        if parent >= 0 and num_children[parent] == 1 and segments[place[parent]][1] == start:
+            place[number] = place[parent]
+            segments[place[parent]] = (segments[place[parent]][0], start + length)
+            continue
+        place[number] = len(segments)
+        segments.append((start, start + length))
+        parents.append(place[parent])
+    return segments, parents
+
+
+def _own_queries(layout, firsts: Sequence[int], segments) -> list[Spans]:
+    """Of each segment, the places of its queries."""
+    if layout.query_rows is None:
+        return [(segment,) for segment in segments]
+    found: list[Spans] = [()] * len(segments)
+    for place, row in enumerate(layout.query_rows):
+        owner = bisect_right(firsts, row) - 1
+        found[owner] = join_spans(found[owner], (place, place + 1))
+    return found
+
+
+def _own_block(layout, segment, queries: Spans) -> _Block | None:
+    """Of a segment's queries with its keys, as far as they see them."""
+    if layout.query_rows is None:
+        return _Block(queries, segment)
+    if not queries:
+        return None
+    start = segment[0]
+    sees = tuple(layout.query_rows[place] + 1 - start for span in queries for place in range(*span))
+    most = max(sees)
+    return _Block(queries, (start, start + most), None if min(sees) == most else sees)
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> Spans:
+    found: Spans = ()
+    for span in spans:
+        found = join_spans(found, span)
+    return found
+
+
+def _batches(blocks: Sequence[_Block], causal: bool, dtype, area: int) -> Iterable[Batch]:
+    for group in _group(blocks, area):
+        streaks = _streaks(group)
+        work = sum(block.num_queries * block.num_keys for block in group)
+        uniform = len({(block.num_queries, block.num_keys) for block in group}) == 1
+        # Without copies, where the blocks are equal and the calls that this takes are not small.
+        if uniform and work >= area * len(streaks):
+            yield from (_batch(streak, causal, dtype) for streak in streaks)
+        else:
+            yield _batch(group, causal, dtype)
+
+
+def _group(blocks: Sequence[_Block], area: int) -> list[list[_Block]]:
+    """Lists of blocks for one batch each: equal ones, and small ones while padding costs less than the calls saved.
+
+    Args:
+        area: pairs of a query and a key that cost as much as a call.
+    """
+    groups: list[list[_Block]] = []
+    for block in sorted(blocks, key=lambda block: (block.num_keys, block.num_queries)):
+        if not groups or not _fits(groups[-1], block, area):
+            groups.append([])
+        groups[-1].append(block)
+    return groups
+
+
+def _fits(group: Sequence[_Block], block: _Block, area: int) -> bool:
+    first, num_keys = group[0], block.num_keys  # keys: the most so far
+    num_queries = max(block.num_queries, *(other.num_queries for other in group))
+    if (first.num_queries, first.num_keys) == (num_queries, num_keys):
+        return True
+    needed = sum(other.num_queries * other.num_keys for other in (*group, block))
+    padding = (len(group) + 1) * num_queries * num_keys - needed
+    return _COPIED_KEYS * (num_queries + num_keys) <= area and padding <= area * len(group)
+
+
+def _streaks(group: Sequence[_Block]) -> list[list[_Block]]:
+    """The same blocks in runs whose queries, and keys, are each at one distance from the next."""
+    streaks: list[list[_Block]] = []
+    for block in group:
+        streak = streaks[-1] if streaks else []
+        if streak and (len(streak) == 1 or _step(streak[-2:]) == _step([streak[-1], block])):
+            streak.append(block)
+        else:
+            streaks.append([block])
+    return streaks
+
+
+def _step(pair: Sequence[_Block]) -> tuple[int, int]:
+    first, second = pair
+    return second.queries[0][0] - first.queries[0][0], second.keys[0] - first.keys[0]
+
+
+def _batch(blocks: Sequence[_Block], causal: bool, dtype) -> Batch:
+    q_len, k_len = max(block.num_queries for block in blocks), max(block.num_keys for block in blocks)
+    queries = _rows([block.queries for block in blocks], q_len)
+    keys = _rows([(block.keys,) for block in blocks], k_len)
+    return Batch(queries, keys, causal, None if causal else _mask(blocks, q_len, k_len, dtype))
+
+
+def _rows(blocks: Sequence[Spans], length: int) -> Rows:
+    """Of the spans of each block; a block that is shorter than `length` repeats its last row."""
+    count, starts = len(blocks), [spans[0][0] for spans in blocks]
+    counts = [sum(stop - start for start, stop in spans) for spans in blocks]
+    steps = {after - before for before, after in itertools.pairwise(starts)}
+    in_place = set(counts) == {length} and all(len(spans) == 1 for spans in blocks)
+    if in_place and len(steps) <= 1 and min(steps, default=0) >= 0:
+        return Rows(count, length, starts[0], steps.pop() if steps else 0)
+    padded = []
+    for spans, rows in zip(blocks, counts, strict=True):
+        last = spans[-1][1]
+        padded += [*spans, *[(last - 1, last)] * (length - rows)]
+    index, real = _expanded(padded), None
+    if set(counts) != {length}:
+        real = _expanded((n * length, n * length + rows) for n, rows in enumerate(counts))
+    return Rows(count, length, index=index, real=real)
+
+
+def _mask(blocks: Sequence[_Block], q_len: int, k_len: int, dtype) -> torch.Tensor | None:
+    """(B, 1, q or 1, k): -inf where a query does not see a key. Padded queries see what the last one sees."""
+    seen = [[block.num_keys] if block.sees is None else list(block.sees) for block in blocks]
+    if all(row == [k_len] for row in seen):
+        return None
+    if any(block.sees is not None for block in blocks):
+        seen = [row + row[-1:] * (q_len - len(row)) for row in seen]
+    hidden = torch.arange(k_len) >= torch.tensor(seen)[:, None, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def _expanded(spans: Iterable[tuple[int, int]]) -> torch.Tensor:
+    return torch.tensor([row for span in spans for row in range(*span)])
