@@ -3,6 +3,7 @@
 import gc
 import importlib
 import inspect
+import itertools
 import random
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrm_kernels import TreeLayout, tree_attention
+from fastrm_kernels.tree_attention.gather import take_rows
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
 from fastrm_kernels.tree_attention.tiles import _tile_list
 from fastrm_kernels.tree_attention.varlen import varlen_arguments, varlen_options
@@ -302,6 +304,38 @@ def test_the_call_of_varlen_fits_the_torch_that_is_installed():
     arguments = varlen_arguments(*random_qkv(17), layout)
     bound = inspect.signature(varlen_attn).bind(*arguments, **varlen_options(4, 2, 0.5, True))
     assert bound.arguments["window_size"] == (-1, 0) and bound.arguments["scale"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_of_gathered_rows_are_sums_in_one_order(dtype):
+    torch.manual_seed(0)
+    layout = TreeLayout.build([50, *[7] * 30], [-1, *[0] * 30])
+    rows = torch.randn(layout.num_keys + 2, 3, 8, dtype=torch.float64).to(dtype).requires_grad_()  # two are not read
+    upstream = torch.randn(len(layout.key_index), 3, 8, dtype=torch.float64).to(dtype)
+    found = [torch.autograd.grad(take_rows(rows, layout.key_index), rows, upstream)[0] for _ in range(5)]
+    assert all(torch.equal(found[0], again) for again in found)
+    assert torch.equal(take_rows(rows, layout.key_index), rows[layout.key_index])
+    truth = torch.zeros(rows.shape, dtype=torch.float64).index_add_(0, layout.key_index, upstream.double())
+    assert (found[0].double() - truth).abs().max() <= 4 * torch.finfo(dtype).eps * truth.abs().max()
+
+
+def test_a_compiled_gather_leaves_no_sum_to_the_compiler():
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(take_rows, backend=aot_autograd(fw_compiler=keep), fullgraph=True, dynamic=True)
+    rows, index = torch.randn(9, 4, requires_grad=True), torch.tensor([0, 1, 1, 8])
+    compiled(rows, index).sum().backward()
+    assert rows.grad[:, 0].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 1]
+    targets = " ".join(itertools.chain(*graphs))
+    assert "fastrm.sum_rows" in targets
+    assert not any(name in targets for name in ("index_put", "embedding", "scatter", "index_add"))
 
 
 @pytest.mark.gpu

@@ -31,7 +31,8 @@ def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="
         impl: auto (see `choose_implementation`), triton, eager, or varlen.
 
     Returns:
-        (Tq, H, K), like `query`. Deterministic, forward and backward, with triton, and with eager on CPU.
+        (Tq, H, K), like `query`. Bitwise repeatable, forward and backward, with triton and eager; with varlen
+        the gradient of the queries is not: FlashAttention-2 adds it up with atomics.
 
     Raises:
         ValueError: for shapes that do not fit the layout, causal=False on a tree, an unknown impl, or
