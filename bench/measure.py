@@ -216,13 +216,19 @@ def peak_mib(step: Callable[[], None]) -> float | None:
     gc.collect()
     # Pages that the allocator keeps from earlier steps would hide this step's rise.
     ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets VmHWM to the present
-    resting = _status_kib("VmRSS")
+    reset_peak()
+    resting = status_bytes("VmRSS")
     step()
-    return (_status_kib("VmHWM") - resting) / 1024
+    return (status_bytes("VmHWM") - resting) / 2**20
 
 
-def _status_kib(field: str) -> int:
+def reset_peak() -> None:
+    """Let this process's VmHWM begin again from what it has now (Linux)."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def status_bytes(field: str) -> int:
+    """A size of this process's memory, such as VmRSS, or its peak VmHWM (Linux)."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))

@@ -33,6 +33,7 @@ class Dtype(StrEnum):
     AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
+    FP16 = "fp16"
 
 
 class Combine(StrEnum):
@@ -55,7 +56,9 @@ RouteChoice = Annotated[
 ]
 SaveEnsemble = Annotated[Path | None, typer.Option(help="Write a YAML file that can be used as a model")]
 DeviceChoice = Annotated[Device, typer.Option(help="auto: cuda if there is one")]
-DtypeChoice = Annotated[Dtype, typer.Option(help="Precision of the backbone; auto: bf16 on cuda, else fp32")]
+DtypeChoice = Annotated[
+    Dtype, typer.Option(help="Of the backbone; auto: bf16 or fp16 as in the files, else bf16 on cuda, fp32 on cpu")
+]
 MaxImagePixels = Annotated[int, typer.Option(min=1, help="Refuse images that declare more, before decoding")]
 MaxImageBytes = Annotated[int, typer.Option(min=1, help="Refuse image files with more bytes, before reading")]
 MaxVideoBytes = Annotated[int, typer.Option(min=1, help="Refuse video files with more bytes, before reading")]

@@ -220,6 +220,9 @@ class ModelConfig(_Section):
     matrix products and attention; or whole layers."""
     fuse_projections: bool = False
     """Compute q, k and v in one matrix product, and gate and up in one. Files keep the stock names."""
+    export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the backbone in the exported model; auto = precision.dtype, so that of its matrix products. The head is
+    float32 in any case."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -279,9 +282,11 @@ class OptimConfig(_Section):
 class PrecisionConfig(_Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """bf16: matrix products in bfloat16 (autocast)."""
-    weights: Literal["fp32", "bf16"] = "fp32"
-    """Weight matrices of the backbone: float32, or bfloat16 with stochastically rounded updates, in half the
-    memory. Norms, biases, embeddings and the head stay float32, and so do all gradients."""
+    weights: Literal["auto", "fp32", "bf16"] = "auto"
+    """Weight matrices of the backbone: auto = float32 where they are trained; what is frozen stays bfloat16 or float16
+    where its files have that and one process runs with dtype bf16, which changes no bit of any result. fp32 = float32
+    throughout. bf16 = bfloat16 with stochastically rounded updates, in half the memory. Norms, biases, embeddings and
+    the head stay float32, and so do all gradients."""
     fp8: Annotated[Literal["off", "tensorwise", "rowwise", "rowwise_gw_hp"], _Off] = "off"
     """Large linears of the language model in FP8 (torchao's recipes; needs dtype bf16, and compile: layers to be
     fast). tensorwise: one scale a tensor, so that a reward depends slightly on what else is in its pack.

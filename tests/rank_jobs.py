@@ -1,5 +1,6 @@
 """What the ranks of test_distributed.py do, each in a process of its own, and what one process does."""
 
+import ctypes
 import os
 import signal
 from dataclasses import replace
@@ -10,11 +11,13 @@ from safetensors.torch import save_file
 
 import fastrm.train.loop
 from fastrm.config import Config, load_config
+from fastrm.data.tokenizer import load_tokenizer
 from fastrm.train.checkpoint import load_checkpoint, save_checkpoint
 from fastrm.train.deepspeed_engine import DeepSpeedEngine
 from fastrm.train.engine import LocalEngine
 from fastrm.train.ranks import joined
-from fastrm.train.setup import make_engine
+from fastrm.train.setup import export_model, make_engine, make_network
+from measure import reset_peak, status_bytes
 from support import make_image, make_model, make_record, pack_of
 
 IMAGE = make_image(80, 60, 1)
@@ -169,6 +172,28 @@ def _discarded(bench: Bench):
 
 def _all_refused(bench: Bench):
     return take_step(bench.engine, [None, None])
+
+
+def load(config: str, tiny: str, out: str) -> None:
+    """A network from files: each rank's peak of memory while it is made, over what was there; then what it holds."""
+    # glibc gives blocks of 32 MiB, which most matrices of real models have, memory of their own and takes it back; that
+    # of smaller ones it keeps. M_MMAP_THRESHOLD (-3) makes that 1 MiB.
+    ctypes.CDLL(None).mallopt(-3, 2**20)
+    with joined("cpu") as ranks:
+        settings = load_config(config)
+        tokenizer = load_tokenizer(settings.model.path)
+        make_network(load_config(config, [f"model.path={tiny}"]), tokenizer, ranks)  # imports, buffers of gloo
+        reset_peak()
+        before = status_bytes("VmRSS")
+        network = make_network(settings, tokenizer, ranks)
+        peaks = ranks.gather(status_bytes("VmHWM") - before)
+        engine = make_engine(network, settings, ranks)
+        # A copy each: what is gathered is valid until the next.
+        found = {name: tensor.clone() for name, tensor in engine.model_tensors()}
+        rewards = engine.rewards(pack_of(network, [make_record(1)]))
+        export_model(engine, Path(out) / "model", ranks)
+        if ranks.is_first:
+            save_file({"peaks": torch.tensor(peaks), "rewards": rewards.detach(), **found}, Path(out) / "found")
 
 
 def is_last_rank() -> bool:

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from test_loading import save_backbone
+from transformers import AutoConfig, AutoModel
 
 import rank_jobs
+from fastrm.model.export import load_model
 from fastrm.train import checkpoint as checkpoints
 from fastrm.train.checkpoint import load_checkpoint, save_checkpoint, verify
 from fastrm.train.engine import LocalEngine
@@ -20,7 +24,7 @@ from fastrm.train.metrics import read_rows
 from fastrm.train.ranks import ALONE
 from rank_jobs import DIVISIONS, Bench, make_config, make_packs, take_step
 from runs import colour_rows, text_rows, tiny_config, write_rows
-from support import make_model
+from support import make_model, make_record, pack_of
 
 pytest.importorskip("deepspeed")
 SECONDS = 120  # after which ranks hang
@@ -31,7 +35,8 @@ class RankServer:
 
     def __init__(self):
         script = Path(__file__).with_name("rank_server.py")
-        folders = [str(script.parent), str(script.parent.parent), str(script.parent.parent / "kernels")]
+        root = script.parent.parent
+        folders = [str(folder) for folder in (script.parent, root, root / "kernels", root / "bench")]
         self._process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -182,6 +187,33 @@ def test_mishaps_leave_no_trace_and_checkpoints_go_both_ways(server, local_check
     assert [local_next.loss, local_next.grad_norm] == pytest.approx(
         found["after loading/update"][:2].tolist(), rel=1e-5
     )
+
+
+def test_under_zero3_no_rank_holds_the_whole_model_while_it_is_loaded(server, tmp_path):
+    """Peak of resident memory, mapped files included: the half that a rank keeps and one weight.
+
+    Read whole and divided then, it would be one and a half times the model.
+    """
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 8}
+    network = make_model("qwen2")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2", **sizes, num_key_value_heads=2, vocab_size=1000)
+    network.model = AutoModel.from_config(config, dtype=torch.float32).bfloat16()
+    save_backbone(tmp_path / "checkpoint", network, shard="50MB")
+    save_backbone(tmp_path / "tiny", make_model("qwen2"))
+    path = tiny_config(tmp_path, "unused", engine={"zero_stage": 3})
+    tree = yaml.safe_load(path.read_text())
+    tree["model"] = {"path": str(tmp_path / "checkpoint"), "fuse_projections": True}
+    path.write_text(yaml.safe_dump(tree))
+    server.run(tmp_path, "load", path, tmp_path / "tiny", tmp_path)
+    found = load_file(tmp_path / "found")
+    wanted = {f"model.{name}": tensor.float() for name, tensor in network.model.state_dict().items()}
+    assert_equal({name: tensor for name, tensor in found.items() if name.startswith("model.")}, wanted)
+    whole = sum(tensor.nbytes for tensor in wanted.values())
+    assert whole > 2.5e8 and max(found["peaks"]) < 0.7 * whole, (found["peaks"], whole)
+    # What the first rank has exported, tensor by tensor, gives the same rewards on one process.
+    again = load_model(tmp_path / "model")
+    assert torch.equal(again(pack_of(again, [make_record(1)])), found["rewards"])
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import save_file
 
 import support
 from fastrm.config import load_config
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, StorageError
 from fastrm.plan.dry_run import dry_run
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +91,9 @@ def test_dry_run_checks_model_folder(small_config, tmp_path):
     report = dry_run(small_config(*overrides), quiet())
     assert report["inputs"][-1] == ("model.path", "missing", f"{folder}: has no *.safetensors")
     (folder / "model.safetensors").touch()
+    with pytest.raises(StorageError, match=r"model.safetensors: no safetensors header in its 0 bytes"):
+        dry_run(small_config(*overrides), quiet())
+    save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
     report = dry_run(small_config(*overrides), quiet())
     assert report["inputs"][-1][:2] == ("model.path", "found")
     assert report["step"]["workload"].image_tokens == 0
@@ -124,7 +129,7 @@ def test_dry_run_sizes_follow_the_configuration(small_config):
     memory, plain = shared["memory"], dry_run(small_config("precision.dtype=fp32"), quiet())["memory"]
     assert {label.split(",")[0] for label in memory} == {"1 GPU", "8 GPUs", "64 GPUs"}
     assert all(set(by_mode) == {"none", "selective", "full"} for by_mode in memory.values())
-    name = "1 GPU, precision.weights: fp32, optim.states: fp32"
+    name = "1 GPU, precision.weights: auto, optim.states: fp32"
     assert plain[name]["none"].copies == 0 < memory[name]["none"].copies
     assert plain[name]["none"].activations > memory[name]["none"].activations > memory[name]["full"].activations
 

@@ -15,8 +15,9 @@ from fastrm.data.images import MediaLimits
 from fastrm.data.internvl_format import load_internvl_format
 from fastrm.data.record import ImageRef, Message, Response, VideoRef
 from fastrm.errors import ConfigError, RecordError
-from fastrm.model.export import load_backbone, load_model, save_model
+from fastrm.model.export import load_model, save_model
 from fastrm.model.families import check_family, longest_path
+from fastrm.model.loading import load_backbone
 from support import FAMILIES, make_image, make_model, make_record, make_tokenizer, pack_of
 
 LIMITS = MediaLimits()

@@ -119,7 +119,7 @@ def test_workers_change_no_reward(folder, model):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"dtype": "bf17"}, "dtype: got 'bf17', wanted one of auto, fp32, bf16"),
+        ({"dtype": "bf17"}, "dtype: got 'bf17', wanted one of auto, fp32, bf16, fp16"),
         ({"device": "gpu"}, "device: got 'gpu', wanted one of auto, cpu, cuda"),
         ({"attention": "fast"}, "attention: got 'fast', wanted one of auto, sdpa, flash, triton"),
     ],
@@ -261,7 +261,7 @@ def test_a_damaged_model_is_refused(folder, tmp_path):
     shutil.copytree(folder / "run" / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(StorageError, match="cannot be loaded"):
+    with pytest.raises(StorageError, match=r"model.safetensors: has [\d,]+ bytes, its header says .* cut off"):
         package.RewardModel.from_pretrained(tmp_path / "model")
 
 

@@ -121,6 +121,11 @@ class Ensemble:
         self.weights = None if weights is None else list(weights)
         self.text, self.text_name = text, text_name
 
+    @property
+    def models(self) -> list[RewardModel]:
+        """The members, and the model that the route takes."""
+        return self.members if self.text is None else [*self.members, self.text]
+
     @classmethod
     def from_pretrained(
         cls,

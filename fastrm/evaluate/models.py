@@ -87,6 +87,8 @@ def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) 
         max_video_bytes=options.max_video_bytes,
         max_video_seconds=options.max_video_seconds,
     )
+    for line in dict.fromkeys(f"weights: {member.weights}" for member in ensemble.models):
+        display.say(line)
     if choice.validation is not None:
         margins = _validation_margins(ensemble, choice.validation, options, display)
         ensemble.fit_weights(margins)

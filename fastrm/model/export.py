@@ -2,18 +2,20 @@
 
 model/
   config.json               stock config and a `fastrm` section: head, anchor, pooling; num_labels 1 for pooling anchor
-  model.safetensors         model.*, score.* (sharded with an index when large)
+  model.safetensors         model.*, score.*; of more than 5 GB in shards, with the index that transformers reads
   tokenizer files, chat template, preprocessor_config.json
 """
 
+import errno
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fastrm.config import HeadConfig, ModelConfig
+from fastrm.config import Config, HeadConfig, ModelConfig
 from fastrm.data.images import MediaLimits
 from fastrm.data.internvl_format import load_internvl_format
 from fastrm.data.qwen_format import load_qwen_format
@@ -21,35 +23,79 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, StorageError
-from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES, check_family
+from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
+from fastrm.model.fusion import stock_entries
+from fastrm.model.loading import open_backbone
 from fastrm.model.network import RewardNetwork
+from fastrm.model.weight_files import WeightFiles, check_format
+from fastrm.model.weight_writer import WeightWriter, replace_folder
 
 FORMAT = 1
 
 
-def save_model(model: RewardNetwork, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write a network with its processor; `folder` appears, or is replaced, when it is complete.
+def save_model(
+    model: RewardNetwork,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> None:
+    """Write a network with its processor; `folder` appears, or is replaced, when it is complete and on the disk.
+
+    At most one tensor is held besides the network.
 
     Args:
-        state: all weights in the host's memory, where the network itself has only parts of them.
+        dtype: of the backbone's weights in the files; None: each as it is. The head's are written as they are, in
+            float32: they are few, and would round the reward itself.
+        tensors: (stock name, whole tensor) of all weights in any order, where the network has only parts of them.
+
+    Raises:
+        StorageError: if it cannot be written; `folder` is then as it was.
     """
-    from huggingface_hub import save_torch_state_dict
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    writer = None
+    try:
+        part.mkdir(parents=True)
+        writer = WeightWriter(
+            part, [(name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model)]
+        )
+        for name, tensor in model.state_dict().items() if tensors is None else tensors:
+            writer.write(name, tensor)
+        writer.close()
+        (part / "config.json").write_text(json.dumps(_config_of(model, dtype), indent=2, sort_keys=True) + "\n")
+        model.encoder.tokenizer.save_pretrained(part)
+        if model.encoder.vision is not None:
+            model.encoder.vision.save(part)
+        replace_folder(part, folder)
+    except OSError as error:
+        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
+        raise StorageError(f"{folder}: the model could not be written: {error.strerror or error}; {hint}") from error
+    finally:
+        if writer is not None:
+            writer.abandon()
+        shutil.rmtree(part, ignore_errors=True)
 
-    target, folder = folder, folder.with_name(folder.name + ".part")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    save_torch_state_dict(_untied_state(model) if state is None else state, folder, safe_serialization=True)
-    (folder / "config.json").write_text(json.dumps(_config_of(model), indent=2, sort_keys=True) + "\n")
-    model.encoder.tokenizer.save_pretrained(folder)
-    if model.encoder.vision is not None:
-        model.encoder.vision.save(folder)
-    shutil.rmtree(target, ignore_errors=True)
-    folder.rename(target)
+
+def export_dtype(config: Config) -> torch.dtype:
+    """In which dtype model.export_dtype writes the backbone."""
+    wanted = config.model.export_dtype
+    if wanted == "auto":
+        wanted = config.precision.dtype
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
-def _config_of(model: RewardNetwork) -> dict:
+def _export_dtype(name: str, own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    return own if dtype is None or name.startswith("score.") or not own.is_floating_point else dtype
+
+
+def _config_of(model: RewardNetwork, dtype: torch.dtype | None) -> dict:
     """What config.json of an export holds."""
     config = model.model.config.to_dict()
+    name = str(model.model.dtype if dtype is None else dtype).removeprefix("torch.")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if part is config or "dtype" in part:
+            part["dtype"] = name
     for name in ("num_labels", "id2label", "label2id", "problem_type"):
         config.pop(name, None)
     if model.pooling == "anchor":
@@ -64,10 +110,6 @@ def _config_of(model: RewardNetwork) -> dict:
     return config
 
 
-def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: host_copy(tensor) for name, tensor in model.state_dict().items()}
-
-
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the host's memory, contiguous, in storage of its own, as safetensors wants it.
 
@@ -78,13 +120,26 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if shares else tensor
 
 
-def load_model(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> RewardNetwork:
-    """A float32 network with its encoder, from a folder that `save_model` wrote.
+def load_model(
+    folder: Path,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> RewardNetwork:
+    """A network with its encoder, from a folder that `save_model` wrote.
+
+    Args:
+        dtype: of the backbone's weights; the head is float32 in any case, and so are the rotary embedding's
+            frequencies, which are no weights: rounded, they would turn late tokens by whole radians. None: as in
+            the files where they have two bytes an element, else float32, or bfloat16 on a GPU.
 
     Raises:
         ConfigError: if the folder is not a fastrm reward model, or reads tiles and is given limits of pixels.
         StorageError: if its weights are damaged or incomplete.
     """
+    check_format(folder)
     config_file = folder / "config.json"
     try:
         section = json.loads(config_file.read_text())["fastrm"]
@@ -96,8 +151,8 @@ def load_model(folder: Path, min_pixels: int | None = None, max_pixels: int | No
             f"{config_file}: not a fastrm reward model (no valid `fastrm` section); a backbone has no reward "
             "head yet: train one with model.path"
         ) from None
-    tokenizer = load_tokenizer(str(folder))
-    backbone = load_backbone(str(folder))
+    opened = open_backbone(str(folder))
+    tokenizer, backbone, device = load_tokenizer(str(folder)), opened.model, torch.device(device)
     if backbone.config.model_type == "internvl" and (min_pixels or max_pixels):
         raise ConfigError(
             f"{folder}: min_pixels and max_pixels are for Qwen models; InternVL reads tiles: set max_patches in "
@@ -108,7 +163,17 @@ def load_model(folder: Path, min_pixels: int | None = None, max_pixels: int | No
     )
     model = RewardNetwork(backbone, head, encoder, pooling)
     load_head(model.score, folder)
-    return model
+    if dtype is None:
+        dtype = scoring_dtype(opened.dtype, device)
+    opened.load(lambda *_: dtype, device)
+    return model.to(device)
+
+
+def scoring_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a backbone is used where none is asked for, by that of its files."""
+    if stored.itemsize == 2:
+        return stored
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _pooling(section: dict) -> str:
@@ -119,89 +184,22 @@ def _pooling(section: dict) -> str:
     return pooling
 
 
-def load_backbone_config(path: str):
-    """A supported backbone's transformers config, from a folder or the hub.
-
-    Raises:
-        ConfigError: if there is no such model or its family is not supported.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path {path!r}: no model configuration there ({reason}); wanted a folder with config.json "
-            "and safetensors, or a reachable hub id"
-        ) from None
-    check_family(config)
-    return config
-
-
-def load_backbone(path: str) -> nn.Module:
-    """A stock base model with published or exported weights, in float32.
-
-    Raises:
-        ConfigError: if there is no such model or its family is not supported.
-        StorageError: if weights are missing or do not fit.
-    """
-    from transformers import AutoModel, AutoModelForImageTextToText
-    from transformers.utils import logging
-
-    config = load_backbone_config(path)
-    is_vision = config.model_type in VISION_FAMILIES
-    # Only the full vision classes know both names of published weights, `visual.*` and `model.visual.*`.
-    auto_class = AutoModelForImageTextToText if is_vision else AutoModel
-    # Its report of unknown and missing keys would name the head as unknown; ours follows below.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model, report = auto_class.from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        # transformers, safetensors and the hub client raise many types here; all mean the same to the user.
-        reason = str(error).strip().splitlines()[0]
-        raise StorageError(f"model.path {path!r}: the weights cannot be loaded: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    broken = [*report["missing_keys"], *report.get("mismatched_keys", ())]
-    broken = [name for name in broken if name != "lm_head.weight"]  # never read; our exports have none
-    if broken:
-        raise StorageError(
-            f"model.path {path!r}: {len(broken)} weights are missing or have another shape, first {broken[0]}; "
-            "is it the whole checkpoint of this architecture?"
-        )
-    return model.model if is_vision else model
-
-
 def load_head(score: nn.Module, folder: Path) -> None:
-    """Load `score.*` from a folder's safetensors into the head.
+    """Load `score.*` from a folder's safetensors into the head, in its own dtype.
 
     Raises:
         StorageError: if keys or shapes do not fit.
     """
-    from safetensors import SafetensorError, safe_open
-
-    state = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                names = [name for name in tensors.keys() if name.startswith("score.")]  # noqa: SIM118
-                state |= {name.removeprefix("score."): tensors.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise StorageError(f"{file}: damaged: {error}") from None
+    stored = {
+        name.removeprefix("score."): tensor
+        for name, tensor in WeightFiles.open(folder).items()
+        if name.startswith("score.")
+    }
     wanted = {name: tuple(tensor.shape) for name, tensor in score.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = {name: tensor.shape for name, tensor in stored.items()}
     if wanted != found:
         raise StorageError(f"{folder}: reward head: got {found or 'no score.* weights'}, wanted {wanted}")
-    score.load_state_dict(state)
+    score.load_state_dict({name: tensor.read() for name, tensor in stored.items()})
 
 
 def check_same_head(folder: Path, settings: ModelConfig) -> None:

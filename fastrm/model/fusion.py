@@ -106,9 +106,37 @@ def join_parts(network: nn.Module, name: str, state: Mapping[str, torch.Tensor])
     Raises:
         KeyError: for a stock name that the mapping lacks.
     """
+    names = stock_names(network, name)
+    return state[name] if names == [name] else torch.cat([state[part] for part in names])
+
+
+def stock_names(network: nn.Module, name: str) -> list[str]:
+    """The stock names of a parameter by its name in the network: those of its parts, row after row, or its own."""
     path, _, kind = name.rpartition(".")
     owner = network.get_submodule(path)
     if not isinstance(owner, FusedLinear):
-        return state[name]
+        return [name]
     parent = path.rpartition(".")[0]
-    return torch.cat([state[f"{parent}.{part}.{kind}"] for part, _ in owner.parts])
+    return [f"{parent}.{part}.{kind}" for part, _ in owner.parts]
+
+
+def stock_entries(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(stock name, shape, dtype) of all that the network's state dict holds; of weights divided over ranks, whole."""
+    for name, parameter in network.named_parameters():
+        for part, piece in split_fused(network, name, torch.empty(whole_shape(parameter), device="meta")):
+            yield part, tuple(piece.shape), parameter.dtype
+    for name, buffer in stored_buffers(network):
+        yield name, tuple(buffer.shape), buffer.dtype
+
+
+def stored_buffers(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that a state dict holds, by name."""
+    for path, module in network.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}", buffer
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also where ZeRO-3 has left a part of it here."""
+    return getattr(parameter, "ds_shape", parameter.shape)

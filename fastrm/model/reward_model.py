@@ -11,9 +11,10 @@ from fastrm.model.attention import BACKENDS
 from fastrm.model.export import load_model
 from fastrm.model.kernels import CHOICES
 from fastrm.model.network import RewardNetwork, pick_device
+from fastrm.model.weight_files import WeightFiles
 
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RewardModel:
@@ -24,10 +25,11 @@ class RewardModel:
 
     Attributes:
         network: the weights, and the tokeniser and image processor that belong to them.
+        weights: in words, the dtype of the backbone and why it is that.
     """
 
-    def __init__(self, network: RewardNetwork):
-        self.network = network.eval()
+    def __init__(self, network: RewardNetwork, weights: str = ""):
+        self.network, self.weights = network.eval(), weights
 
     @classmethod
     def from_pretrained(
@@ -49,8 +51,9 @@ class RewardModel:
 
         Args:
             device: auto (cuda if there is one), cpu, cuda.
-            dtype: auto (bf16 on cuda, fp32 on cpu), fp32, bf16: of the backbone. The final
-                norm of a response's last state and the head compute in float32 either way.
+            dtype: of the backbone: fp32, bf16, fp16, or auto: as in the files where those are bf16 or fp16, else
+                bf16 on cuda and fp32 on cpu. The final norm of a response's last state and the head compute in
+                float32 either way.
             kernels: auto, triton, eager: as in a training configuration.
             attention: auto to follow `kernels`, sdpa, flash, triton.
             min_pixels, max_pixels: images are resized to these limits; default: those of the training run.
@@ -67,14 +70,11 @@ class RewardModel:
         _check_choice("kernels", kernels, CHOICES)
         _check_choice("attention", attention, ("auto", *BACKENDS))
         target = pick_device(device)
-        if dtype == "auto":
-            dtype = "bf16" if target.type == "cuda" else "fp32"
-        network = load_model(Path(path), min_pixels, max_pixels)
+        wanted = None if dtype == "auto" else DTYPES[dtype]
+        network = load_model(Path(path), min_pixels, max_pixels, dtype=wanted, device=target)
         network.encoder.limits = MediaLimits(max_image_bytes, max_image_pixels, max_video_bytes, max_video_seconds)
-        _cast_backbone(network, DTYPES[dtype])
-        network.to(target)
-        network.use_kernels(DTYPES[dtype], kernels=kernels, attention=attention)
-        return cls(network)
+        network.use_kernels(network.model.dtype, kernels=kernels, attention=attention)
+        return cls(network, _describe(network.model.dtype, WeightFiles.open(path).dtype, dtype))
 
     def score(self, groups: Sequence[dict], *, tokens_per_pack: int = 32768, num_workers: int = 0) -> list[list[float]]:
         """Rewards of every response, in the order of the groups.
@@ -96,14 +96,12 @@ class RewardModel:
         return score_groups(self.network, groups, tokens_per_pack, num_workers)
 
 
-def _cast_backbone(network: RewardNetwork, dtype: torch.dtype) -> None:
-    """Cast the backbone's weights alone.
-
-    The head costs nothing and rounds the reward itself. Buffers are the frequencies of the rotary
-    embedding, in float32 in every stock model: rounded ones would turn late tokens by whole radians.
-    """
-    for parameter in network.model.parameters():
-        parameter.data = parameter.data.to(dtype)
+def _describe(used: torch.dtype, stored: torch.dtype, asked: str) -> str:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    if used is stored:
+        return f"{names[used]}, as in the files"
+    why = "on a GPU" if asked == "auto" and used is torch.bfloat16 else "as asked for"
+    return f"{names[used]} {why}; the files have {names.get(stored, 'fp64')}"
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -51,7 +51,8 @@ def ways(config: Config, num_gpus: int) -> list[Way]:
     """
     if num_gpus > 1:
         return [Way({"engine.zero_stage": stage}, num_gpus) for stage in (1, 2, 3)]
-    weights = ("fp32", "bf16") if config.precision.dtype == "bf16" else ("fp32",)
+    exact = "auto" if config.precision.weights == "auto" else "fp32"
+    weights = (exact, "bf16") if config.precision.dtype == "bf16" else (exact,)
     return [
         Way({"precision.weights": weight, "optim.states": states}, 1)
         for weight in weights

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fastrm.config import Config
 from fastrm.data.loader import PREFETCH_PACKS
+from fastrm.model.export import export_dtype
 from fastrm.model.network import RewardNetwork
 from fastrm.model.tiles import TileShape
 from fastrm.plan.flops import Workload
@@ -132,7 +133,9 @@ def _waiting_packs(config: Config, network: RewardNetwork, load: Workload) -> in
 def disk_of(config: Config, network: RewardNetwork) -> Disk:
     """What a run writes below run.dir. Checkpoints hold weights and states as one process has them in memory."""
     state = training_state(network, config, 1)
-    return Disk(state.weights + state.states, num_checkpoints(config), state.weights)
+    backbone, head = (sum(p.numel() for p in part.parameters()) for part in (network.model, network.score))
+    export = export_dtype(config).itemsize * backbone + FLOAT * head
+    return Disk(state.weights + state.states, num_checkpoints(config), export)
 
 
 def num_checkpoints(config: Config) -> int:

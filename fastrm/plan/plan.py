@@ -180,7 +180,7 @@ def _check(config: Config, assumptions: Assumptions) -> None:
     if assumptions.num_gpus == 1:
         return
     for key, value in (("optim.states", config.optim.states), ("precision.weights", config.precision.weights)):
-        if value != "fp32":
+        if value not in ("fp32", "auto"):
             raise ConfigError(
                 f"{key}: {value} is for one process, got --gpus {assumptions.num_gpus}; add {key}=fp32, or plan with "
                 "--gpus 1"

@@ -29,8 +29,9 @@ from fastrm.config import Config
 from fastrm.data.packing import EncodedGroup, Pack, build_pack
 from fastrm.data.template import EncodedResponse
 from fastrm.errors import ConfigError, StorageError
-from fastrm.model.fusion import join_parts, split_fused
-from fastrm.model.network import RewardNetwork
+from fastrm.model.fusion import join_parts, split_fused, stored_buffers, whole_shape
+from fastrm.model.loading import Backbone, ChooseDtype
+from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.model.precision import token_multiple
 from fastrm.train.engine import LocalEngine, Update
 from fastrm.train.optim import make_optimizer, trainable
@@ -134,7 +135,7 @@ class DeepSpeedEngine:
         for name, parameter in self._names.items():
             with _gathered(parameter):
                 yield from split_fused(self.network, name, parameter.detach())
-        yield from self._buffers()
+        yield from stored_buffers(self.network)
 
     def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(`<state>.<parameter name>`, full tensor) of AdamW's states, one at a time."""
@@ -155,7 +156,7 @@ class DeepSpeedEngine:
         try:
             for name, parameter in self._names.items():
                 _fill(parameter, join_parts(self.network, name, model), name)
-            for name, buffer in self._buffers():
+            for name, buffer in stored_buffers(self.network):
                 buffer.copy_(model[name])
         except KeyError as error:
             raise StorageError(f"not a checkpoint of this model: {error.args[0]} is missing") from None
@@ -168,13 +169,6 @@ class DeepSpeedEngine:
     def _forget_sums(self) -> None:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.network.device)
         self._weight_sum = 0.0
-
-    def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Those that a state dict holds."""
-        for path, module in self.network.named_modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if name not in module._non_persistent_buffers_set:
-                    yield f"{path}.{name}", buffer
 
     def _partitions(self) -> list[torch.Tensor]:
         """The flat float32 tensors that this rank's optimizer updates."""
@@ -222,9 +216,33 @@ class DeepSpeedEngine:
         safe_set_local_optimizer_state(parameter, mine.to(parameter.device), key)
 
 
-def _initialize(network: RewardNetwork, config: Config):
-    """DeepSpeed's engine around a network."""
-    os.environ.setdefault("DS_ACCELERATOR", network.device.type)
+def load_divided(network: RewardNetwork, files: Backbone, choose_dtype: ChooseDtype, config: Config) -> None:
+    """Read a backbone under ZeRO-3: each weight is divided over the ranks before the next one is read.
+
+    The first rank reads; the others get each weight from it, whole, and keep their part. So no rank ever holds more
+    than its part of the model and one weight, and the files are read once.
+
+    Args:
+        network: with the backbone of `files`, frozen and fused as it is to be, and its head.
+
+    Raises:
+        ConfigError: for what is not possible on several ranks.
+        StorageError: on the first rank, if a file cannot be read to the end.
+    """
+    _refuse(config)
+    device = pick_device(config.run.device)
+    deepspeed = _import_deepspeed(device)
+    # Divides the head, and gives its parameters the method that divides others likewise.
+    deepspeed.zero.Init(module=network.score, config_dict_or_path=_settings(network, config), dtype=torch.float32)
+    head = next(network.score.parameters())
+    files.load(
+        choose_dtype, device, reads=dist.get_rank() == 0,
+        placed=lambda parameter: head.convert_to_zero_parameters(param_list=[parameter]),
+    )  # fmt: skip
+
+
+def _import_deepspeed(device: torch.device):
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
     # Collectives for CPUs that it would compile here, with whatever compiler there is; gloo has its own.
@@ -232,8 +250,25 @@ def _initialize(network: RewardNetwork, config: Config):
     # It calls collectives by names that newer versions of torch warn of, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _initialize(network: RewardNetwork, config: Config):
+    """DeepSpeed's engine around a network."""
+    deepspeed = _import_deepspeed(network.device)
+    engine, *_ = deepspeed.initialize(
+        model=network, optimizer=make_optimizer(network, config.optim), config=_settings(network, config),
+        dist_init_required=False,
+    )  # fmt: skip
+    # Parameters that we read without a call of the module they are in (the head, the final norm, patch embeddings,
+    # InternVL's layer scales) need no word of ours: DeepSpeed gathers them when they are first read in a forward pass.
+    return engine
+
+
+def _settings(network: RewardNetwork, config: Config) -> dict:
+    """DeepSpeed's configuration."""
     stage = config.engine.zero_stage
-    num_trained = sum(parameter.numel() for parameter in trainable(network).values())
+    num_trained = sum(math.prod(whole_shape(parameter)) for parameter in trainable(network).values())
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -245,12 +280,7 @@ def _initialize(network: RewardNetwork, config: Config):
         # As on one process: float32 weights, which matrix products read in bfloat16. No module is named safe
         # for lower precision: their gradients would be summed over the ranks in bfloat16.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    engine, *_ = deepspeed.initialize(
-        model=network, optimizer=make_optimizer(network, config.optim), config=settings, dist_init_required=False
-    )
-    # Parameters that we read without a call of the module they are in (the head, the final norm, patch embeddings,
-    # InternVL's layer scales) need no word of ours: DeepSpeed gathers them when they are first read in a forward pass.
-    return engine
+    return settings
 
 
 def _refuse(config: Config) -> None:
@@ -259,10 +289,9 @@ def _refuse(config: Config) -> None:
     Raises:
         ConfigError: naming the key and what to set.
     """
-    wanted = {
-        "optim.states": (config.optim.states, "fp32", "it divides flat float32 states over the ranks"),
-        "precision.weights": (config.precision.weights, "fp32", "it keeps float32 weights"),
-    }
+    wanted = {"optim.states": (config.optim.states, "fp32", "it divides flat float32 states over the ranks")}
+    if config.precision.weights == "bf16":
+        wanted["precision.weights"] = ("bf16", "fp32", "it keeps float32 weights")
     if config.engine.zero_stage == 3:
         why = "with engine.zero_stage 3 the weights of a layer are gathered between its operations"
         wanted["compile"] = (config.compile, "off", why)
@@ -294,8 +323,7 @@ def _fill(parameter: nn.Parameter, value: torch.Tensor, name: str) -> None:
 
 
 def _check_shape(value: torch.Tensor, parameter: nn.Parameter, name: str) -> None:
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    if value.shape != shape:
+    if value.shape != (shape := whole_shape(parameter)):
         raise StorageError(
             f"not a checkpoint of this model: {name}: got shape {tuple(value.shape)}, wanted {tuple(shape)}"
         )

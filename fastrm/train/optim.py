@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastrm.config import Config, OptimConfig
+from fastrm.config import Config, OptimConfig, PrecisionConfig
 from fastrm.errors import StorageError
+from fastrm.model.fusion import whole_shape
+from fastrm.model.loading import ChooseDtype, stored_dtype
 from fastrm.train.compact_adamw import BLOCK, CompactAdamW, is_quantizable
 
 _OTHER = "the checkpoint is of another model, or of other settings of model or optim; use those, or a new run.dir"
@@ -69,8 +71,36 @@ def backbone_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in network.named_parameters()
-        if name.startswith("model.") and parameter.ndim >= 2 and id(parameter) not in embeddings
+        if name.startswith("model.") and len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
     }
+
+
+def storage_dtype(network: nn.Module, precision: PrecisionConfig, alone: bool) -> ChooseDtype:
+    """In which dtype each weight that is read from files is held for training.
+
+    float32, but for backbone matrices under precision.weights bf16, and under auto for the frozen weights of linear and
+    convolution layers: these keep the two bytes an element that their files have. Autocast reads them in bfloat16
+    in any case, so that every product is the same to the bit.
+
+    Args:
+        network: with its parts frozen. Its weights may be on the meta device.
+        alone: one process; DeepSpeed takes float32 only.
+
+    Returns:
+        a function of the name in the backbone, its parameter and the dtype of the files.
+    """
+    layers = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    multiplied = {id(module.weight) for module in network.modules() if isinstance(module, layers)}
+    matrices = {name.removeprefix("model.") for name in backbone_matrices(network)}
+    keeps = precision.weights == "auto" and precision.dtype == "bf16" and alone
+
+    def choose(name: str, parameter: nn.Parameter, stored: torch.dtype) -> torch.dtype:
+        if precision.weights == "bf16" and name in matrices:
+            return torch.bfloat16
+        is_kept = keeps and stored.itemsize == 2 and id(parameter) in multiplied and not parameter.requires_grad
+        return stored if is_kept else torch.float32
+
+    return choose
 
 
 def store_matrices_in_bf16(network: nn.Module) -> None:
@@ -142,16 +172,19 @@ def training_bytes(network: nn.Module, config: Config) -> TrainingBytes:
 
     Per trained element 4 + 4 + 8 bytes (weight, gradient, moments). Of a backbone matrix the weight may
     take 2 (precision.weights bf16), the moments 2 + 8 / 256 (optim.states 8bit). A frozen element has its
-    weight alone.
+    weight alone, of a matrix in 2 bytes where `storage_dtype` keeps it so.
 
     Args:
-        network: may be on the meta device; the dtypes that its weights have now do not count.
+        network: may be on the meta device; the dtypes that its weights have now do not count, but those of the files
+            of model.path, or bfloat16 where they are not here.
     """
     matrices = backbone_matrices(network)
+    choose, stored = storage_dtype(network, config.precision, alone=True), stored_dtype(config.model.path)
     weights = gradients = states = 0
     for name, parameter in network.named_parameters():
         size, is_matrix = parameter.numel(), name in matrices
-        weights += size * (2 if is_matrix and config.precision.weights == "bf16" else 4)
+        is_backbone = name.startswith("model.")
+        weights += size * (choose(name.removeprefix("model."), parameter, stored).itemsize if is_backbone else 4)
         if parameter.requires_grad:
             gradients += 4 * size
             quantized = is_matrix and config.optim.states == "8bit" and is_quantizable(parameter)
@@ -177,7 +210,8 @@ def _groups(network: nn.Module, settings: OptimConfig, names: Collection[str]) -
     decay, rest = [], []
     for name, parameter in trainable(network).items():
         if name in names:
-            (decay if parameter.ndim >= 2 and id(parameter) not in embeddings else rest).append((name, parameter))
+            has_decay = len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
+            (decay if has_decay else rest).append((name, parameter))
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -11,24 +11,24 @@ from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.videos import VideoSettings
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, StorageError
 from fastrm.model.architectures import find_architecture
 from fastrm.model.export import (
     check_same_head,
+    export_dtype,
     has_head,
-    host_copy,
-    load_backbone,
-    load_backbone_config,
     load_head,
     make_encoder,
     save_model,
 )
 from fastrm.model.families import longest_path
+from fastrm.model.loading import Backbone, load_backbone_config, open_backbone
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8
 from fastrm.train.data import RunData, make_tokenizer
 from fastrm.train.display import Display
 from fastrm.train.engine import LocalEngine
+from fastrm.train.optim import storage_dtype
 from fastrm.train.ranks import ALONE, Ranks
 
 
@@ -48,10 +48,12 @@ def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Displ
     Raises:
         ConfigError, DataError, StorageError: whatever is wrong with what the configuration names.
     """
+    if config.model.path is not None:
+        ranks.on_first(lambda: check_weights(config.model))  # before hours of other work
     data = RunData(config, display)
     try:
         ranks.on_first(data.begin)
-        network = make_network(config, make_tokenizer(config))
+        network = make_network(config, make_tokenizer(config), ranks)
         ranks.on_first(lambda: data.end(network.encoder, network.model.config))
     finally:
         data.close()
@@ -60,11 +62,26 @@ def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Displ
     return Job(config, network, *data.open())
 
 
-def make_network(config: Config, tokenizer) -> RewardNetwork:
-    """Network with weights, on its device, ready to train. Random weights follow run.seed."""
+def check_weights(settings: ModelConfig) -> None:
+    """Find out from their headers whether the files of model.path are there and fit; reads no weight.
+
+    Raises:
+        ConfigError, StorageError: as `open_backbone`, or for a reward model with another head.
+    """
+    open_backbone(settings.path)
+    if has_head(settings.path):
+        check_same_head(Path(settings.path), settings)
+
+
+def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwork:
+    """Network with weights, on its device, ready to train. Random weights follow run.seed.
+
+    Under ZeRO-3 a model from files is divided over the ranks while it is read.
+    """
     settings, data = config.model, config.data
     torch.manual_seed(config.run.seed)
-    backbone = init_backbone(settings, tokenizer) if settings.path is None else load_backbone(settings.path)
+    files = None if settings.path is None else open_backbone(settings.path)
+    backbone = init_backbone(settings, tokenizer) if files is None else files.model
     longest = longest_path(backbone.config)
     if longest is not None and data.max_tokens_per_group > longest:
         raise ConfigError(
@@ -78,9 +95,12 @@ def make_network(config: Config, tokenizer) -> RewardNetwork:
         check_same_head(Path(settings.path), settings)
         load_head(network.score, Path(settings.path))
     network.freeze(settings.freeze)
-    network.to(pick_device(config.run.device))
     if settings.fuse_projections:
         network.fuse_projections()
+    device = pick_device(config.run.device)
+    if files is not None:
+        _read_weights(network, files, config, device, ranks)
+    network.to(device)
     fp8 = config.precision.fp8
     network.fp8 = convert_to_fp8(network, fp8) if fp8 != "off" else None
     if config.compile == "layers":
@@ -89,6 +109,16 @@ def make_network(config: Config, tokenizer) -> RewardNetwork:
     network.use_kernels(dtype, kernels=config.kernels, attention=settings.attention)
     network.use_activation_checkpointing(settings.activation_checkpointing)
     return network.train()
+
+
+def _read_weights(network: RewardNetwork, files: Backbone, config: Config, device: torch.device, ranks: Ranks) -> None:
+    choose = storage_dtype(network, config.precision, ranks.num_ranks == 1)
+    if ranks.num_ranks > 1 and config.engine.zero_stage == 3:
+        from fastrm.train.deepspeed_engine import load_divided
+
+        load_divided(network, files, choose, config)
+    else:
+        files.load(choose, device)
 
 
 def make_data_encoder(config: Config, architecture, tokenizer) -> ConversationEncoder:
@@ -131,9 +161,18 @@ def make_engine(network: RewardNetwork, config: Config, ranks: Ranks):
 
 
 def export_model(engine, folder: Path, ranks: Ranks = ALONE) -> None:
-    """Write the whole model as stock files; called on all ranks, of which the first holds and writes it."""
-    state = {}
-    for name, tensor in engine.model_tensors():
+    """Write the whole model as stock files; called on all ranks, of which the first writes, a tensor at a time.
+
+    Raises:
+        StorageError: on all ranks, if it cannot be written.
+    """
+    tensors, failure = engine.model_tensors(), None
+    try:
         if ranks.is_first:
-            state[name] = host_copy(tensor)
-    ranks.on_first(lambda: save_model(engine.network, folder, state))
+            save_model(engine.network, folder, dtype=export_dtype(engine.config), tensors=tensors)
+    except StorageError as error:
+        failure = error
+    for _ in tensors:  # the others only help to gather; the first too, after a failure, since they wait for it
+        pass
+    if (failure := ranks.on_first(lambda: failure)) is not None:
+        raise failure

@@ -1,0 +1,137 @@
+"""Writes safetensors files tensor by tensor, with no more in memory than one of them.
+
+Where every tensor goes is decided before the first one comes: headers need only names, shapes and dtypes. So tensors
+may come in any order, and none is kept.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from fastrm.durable import sync_path
+from fastrm.errors import StorageError
+from fastrm.model.weight_files import DTYPES, INDEX, SINGLE
+
+# Of a file, in bytes; a larger tensor has one of its own.
+SHARD_BYTES = 5 * 10**9
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+# Name, shape and dtype of a tensor.
+Entry = tuple[str, tuple[int, ...], torch.dtype]
+
+
+class WeightWriter:
+    """The weights of a model in a folder: model.safetensors, or shards with the index that transformers reads.
+
+    Args:
+        folder: exists, and holds no weights.
+        entries: of all tensors that will be written.
+
+    Raises:
+        StorageError: if the disk has less room than they need.
+        OSError: if the files cannot be made.
+    """
+
+    def __init__(self, folder: Path, entries: Iterable[Entry]):
+        shards = _shards(entries)
+        self._files: dict[str, Path] = {}
+        self._places: dict[str, tuple[int, int, torch.dtype]] = {}
+        self._missing = {name for shard in shards for name, _, _ in shard}
+        sizes = [sum(_nbytes(entry) for entry in shard) for shard in shards]
+        free = shutil.disk_usage(folder).free
+        if sum(sizes) > free:
+            raise StorageError(
+                f"{folder}: the weights have {sum(sizes):,} bytes, the disk has room for {free:,}; free some space"
+            )
+        self._descriptors: list[int] = []
+        for number, shard in enumerate(shards):
+            name = SINGLE if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+            self._begin(folder / name, shard)
+        if len(shards) > 1:
+            weight_map = {name: self._files[name].name for name in sorted(self._files)}
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _begin(self, file: Path, shard: list[Entry]) -> None:
+        header, begin = {"__metadata__": {"format": "pt"}}, 0
+        for entry in shard:
+            name, shape, dtype = entry
+            end = begin + _nbytes(entry)
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            begin = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # data begins at a multiple of 8
+        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        self._descriptors.append(descriptor)
+        _write(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        os.ftruncate(descriptor, 8 + len(text) + begin)
+        for name, _, dtype in shard:
+            self._files[name] = file
+            self._places[name] = descriptor, 8 + len(text) + header[name]["data_offsets"][0], dtype
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor, rounded to the dtype of its entry; it may be on any device."""
+        descriptor, place, dtype = self._places[name]
+        flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
+        _write(descriptor, memoryview(flat.view(torch.uint8).numpy()), place)
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Wait until all is on the disk.
+
+        Raises:
+            ValueError: if a tensor has not come.
+        """
+        try:
+            for descriptor in self._descriptors:
+                os.fsync(descriptor)
+        finally:
+            self.abandon()
+        if self._missing:
+            raise ValueError(f"{len(self._missing)} weights were never written, one of them {min(self._missing)}")
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Let a folder take the place of another, if there is one, when all its files are on the disk."""
+    for path in new.iterdir():
+        sync_path(path)
+    sync_path(new)
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    sync_path(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _shards(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """In order, but for wider elements first: each tensor then begins at a multiple of its elements' size."""
+    shards, room = [[]], SHARD_BYTES
+    for entry in sorted(entries, key=lambda entry: -entry[2].itemsize):
+        if _nbytes(entry) > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(entry)
+        room -= _nbytes(entry)
+    return shards
+
+
+def _nbytes(entry: Entry) -> int:
+    return math.prod(entry[1]) * entry[2].itemsize
+
+
+def _write(descriptor: int, data: memoryview, place: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, place)
+        data, place = data[count:], place + count
