@@ -141,11 +141,11 @@ def _write_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch
             size = 0
         shards[-1].append(name)
         size += num_bytes
-    pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(0))
+    pool = (0.02 * torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(0))).to(dtype)
     places = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: random_tensor(name, shapes[name], dtype, pool) for name in names}
+        tensors = {name: random_tensor(name, shapes[name], pool) for name in names}
         save_file(tensors, folder / file, {"format": "pt"})
         places |= dict.fromkeys(names, file)
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
@@ -153,17 +153,17 @@ def _write_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, pool: torch.Tensor) -> torch.Tensor:
-    """Normal values from the pool: 0.02 times for matrices, 0.1 for biases, 1 + 0.1 for the weights of norms."""
+def random_tensor(name: str, shape: tuple[int, ...], pool: torch.Tensor) -> torch.Tensor:
+    """Values of the pool from a place that the name gives; of vectors five times them, of norms around 1."""
     size = math.prod(shape)
-    found = torch.empty(size, dtype=dtype)
+    found = torch.empty(size, dtype=pool.dtype)
     start, done = zlib.crc32(name.encode()) % len(pool), 0
-    is_norm = len(shape) == 1 and name.endswith("weight")
-    scale = 0.1 if len(shape) == 1 else 0.02
     while done < size:
-        part = pool[start : start + size - done] * scale + is_norm
+        part = pool[start : start + size - done]
         found[done : done + len(part)] = part
         start, done = 0, done + len(part)
+    if len(shape) == 1:
+        found = found * 5 + name.endswith("weight")
     return found.view(shape)
 
 

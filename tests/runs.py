@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,13 @@ def colour_rows(folder: Path, count: int = 48) -> Path:
             }
         )
     return write_rows(folder / "colours.jsonl", rows)
+
+
+def documented_commands(page: str) -> list[str]:
+    """The lines `$ ...` in ```console blocks of a page in docs/, in order."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text()
+    blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
 def fastrm(*arguments, **kwargs) -> subprocess.CompletedProcess:

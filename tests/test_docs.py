@@ -6,7 +6,6 @@ and takes what the commands write. `runs/quickstart/model` and `runs/second/mode
 would take most of the time; other lines run in bash.
 """
 
-import re
 import shlex
 import shutil
 import subprocess
@@ -17,17 +16,11 @@ import pytest
 from fastrm import cli
 from fastrm.config import load_config
 from fastrm.train.loop import train
-from runs import tiny_config
+from runs import documented_commands, tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("data.md", "evaluation.md")
 WRITTEN = {"runs", ".git", "build"}  # not shown: commands write there, or nothing reads it
-
-
-def commands(page: str) -> list[str]:
-    """The commands of a page, in order."""
-    blocks = re.findall(r"^```console\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
-    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
 @pytest.fixture
@@ -46,7 +39,7 @@ def project(tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_docs_commands_run_as_written(page, project, monkeypatch, capsys):
-    lines = commands(page)
+    lines = documented_commands(page)
     assert lines, f"docs/{page} has no commands"
     monkeypatch.chdir(project)
     before = sorted(path.name for path in ROOT.iterdir())
@@ -63,4 +56,4 @@ def test_docs_commands_run_as_written(page, project, monkeypatch, capsys):
 
 
 def test_docs_commands_are_found():
-    assert any("bench:rm_bench" in line for line in commands("evaluation.md"))
+    assert any("bench:rm_bench" in line for line in documented_commands("evaluation.md"))

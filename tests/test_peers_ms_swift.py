@@ -1,7 +1,9 @@
 """The comparison with ms-swift: its inputs, its gate, what it reads, its tables; whole, where ms-swift is installed."""
 
 import json
+import math
 import random
+import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -74,11 +76,22 @@ def test_inputs_have_exactly_the_tokens_asked_for(inputs, name):
     workload, records = WORKLOADS[name], list(read_source(inputs / f"{name}.jsonl", quarantine=Quarantine(None)))
     assert len(records) == workload.pairs
     prompt_end = encoder.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+    found = set()
     for response in (response for record in records for response in record.responses):
         tokens = encoder.encode(response).tokens.tolist()
-        assert len(tokens) == TINY.prompt_tokens + TINY.response_tokens
-        assert tokens[TINY.prompt_tokens - len(prompt_end) : TINY.prompt_tokens] == prompt_end
         assert tokens.count(encoder.tokenizer.convert_tokens_to_ids("<|image_pad|>")) == (TINY.image_side // 28) ** 2
+        start = next(n for n in range(len(tokens), 0, -1) if tokens[n - len(prompt_end) : n] == prompt_end)
+        found.add((start, len(tokens) - start))
+    assert found == {(prompt, n) for prompt, responses in workload.lengths(TINY) for n in responses}
+    assert len(found) == (8 if workload.mixed else 1)
+
+
+def test_mixed_lengths_have_the_mean_and_the_spread_of_real_ones():
+    lengths = WORKLOADS["pairs-mixed"].lengths(SIZES)
+    responses = sorted(n for _, found in lengths for n in found)
+    assert sum(prompt for prompt, _ in lengths) == pytest.approx(4 * 1300, abs=4)
+    assert sum(responses) == pytest.approx(8 * 300, abs=8)
+    assert responses[6] / statistics.median(responses) == pytest.approx(math.exp(0.52 * 0.887), rel=0.02)  # 13/16
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

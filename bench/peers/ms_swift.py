@@ -1,7 +1,7 @@
 """fastrm against ms-swift: whole training runs of a small random Qwen2.5-VL on this machine, side by side.
 
     make ms-swift                                        ms-swift's environment, in .venv-ms-swift
-    python bench/peers/ms_swift.py                       all workloads, nothing recomputed; ten minutes on two cores
+    python bench/peers/ms_swift.py                       all workloads, nothing recomputed; a quarter of an hour
     python bench/peers/ms_swift.py --only pairs          one workload
     python bench/peers/ms_swift.py --recompute full      with full activation checkpointing on both sides
     python bench/peers/ms_swift.py --docs                make the tables of docs/peers.md from bench/results

@@ -6,9 +6,11 @@ responses is six rows with one prompt: ms-swift has no other form for it, fastrm
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -34,8 +36,8 @@ class Sizes:
         text, vision: of the two parts of Qwen2.5-VL: keyword arguments of its transformers config.
         vocabulary: of the tokenizer, at most.
         image_side: in pixels; a multiple of 28, so that nobody resizes.
-        prompt_tokens: of a prompt with its image, up to where the response begins.
-        response_tokens: of a response with the end of its turn.
+        prompt_tokens: of a prompt with its image, up to where the response begins; in the mean if they vary.
+        response_tokens: of a response with the end of its turn; likewise.
     """
 
     text: dict
@@ -68,19 +70,46 @@ class Workload:
     Attributes:
         prompts: in a step.
         responses: to each prompt, all of whose pairs are preferences.
+        mixed: lengths vary as they do in real data, around those that `Sizes` says; else all are equal.
     """
 
     name: str
     prompts: int
     responses: int
+    mixed: bool = False
 
     @property
     def pairs(self) -> int:
         """Preferences in a step."""
         return self.prompts * self.responses * (self.responses - 1) // 2
 
+    def lengths(self, sizes: Sizes) -> list[tuple[int, list[int]]]:
+        """For each prompt its tokens, and those of its responses."""
+        if not self.mixed:
+            return [(sizes.prompt_tokens, [sizes.response_tokens] * self.responses)] * self.prompts
+        of_prompts = _spread(sizes.prompt_tokens, self.prompts)
+        of_responses = _spread(sizes.response_tokens, self.prompts * self.responses)
+        return [(tokens, of_responses[number :: self.prompts]) for number, tokens in enumerate(of_prompts)]
 
-WORKLOADS = {workload.name: workload for workload in (Workload("pairs", 4, 2), Workload("groups-of-4", 1, 4))}
+
+# Of the logarithm of lengths: that of the responses in LLaMA-Factory's English DPO demo, of which half have at most 180
+# tokens and nine in ten at most 350.
+LOG_DEVIATION = 0.52
+
+
+def _spread(mean: int, count: int) -> list[int]:
+    """Evenly spaced quantiles of a log-normal distribution with this mean."""
+    places = [NormalDist().inv_cdf((number + 0.5) / count) for number in range(count)]
+    factors = [math.exp(LOG_DEVIATION * place) for place in places]
+    return [round(mean * factor * count / sum(factors)) for factor in factors]
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("pairs", 4, 2), Workload("pairs-mixed", 4, 2, mixed=True), Workload("groups-of-4", 1, 4),
+    )
+}  # fmt: skip
 
 
 def make_inputs(folder: Path, sizes: Sizes = SIZES) -> None:
@@ -96,10 +125,10 @@ def make_inputs(folder: Path, sizes: Sizes = SIZES) -> None:
     images.mkdir(exist_ok=True)
     for workload in WORKLOADS.values():
         rows = []
-        for number in range(workload.prompts):
+        for number, (prompt_tokens, response_tokens) in enumerate(workload.lengths(sizes)):
             image = images / f"{workload.name}-{number}.png"
             random_image(rng, sizes.image_side).save(image)
-            prompt, responses = _texts(network.encoder, rng, known, sizes, image, workload.responses)
+            prompt, responses = _texts(network.encoder, rng, known, image, prompt_tokens, response_tokens)
             rows += pair_rows(prompt, responses, str(image))
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{workload.name}.jsonl").write_text(lines)
@@ -124,7 +153,7 @@ def step_flops(model: Path, workload: Workload, sizes: Sizes, checkpointing: str
     """FLOPs of the matrix products and attention of a step, by the formulas that balance ranks: fastrm's, ms-swift's.
 
     fastrm runs each prompt and image once, and of the last layer only keys and values for all tokens; ms-swift runs two
-    whole rows for each preference. Their ratio is what shared work alone can gain.
+    whole rows for each preference. Padding is left out. Their ratio is what shared work alone can gain.
     """
     config = find_architecture(ModelConfig(path=str(model)))[0]
     settings = ModelConfig(path=str(model), activation_checkpointing=checkpointing)
@@ -132,12 +161,15 @@ def step_flops(model: Path, workload: Workload, sizes: Sizes, checkpointing: str
     # A mean over all tokens is what needs the whole last layer.
     theirs = make_cost_model(config, settings.model_copy(update={"pooling": "mean"}))
     side = sizes.image_side // 28
-    prompt, row = sizes.prompt_tokens, sizes.prompt_tokens + sizes.response_tokens
-    tree_tokens = prompt + workload.responses * sizes.response_tokens
-    tree_pairs = causal_pairs(prompt) + workload.responses * (causal_pairs(row) - causal_pairs(prompt))
-    of_tree = ours.of_image(side, side) + ours.per_token * tree_tokens + ours.per_attention_pair * tree_pairs
-    of_row = theirs.of_image(side, side) + theirs.per_token * row + theirs.per_attention_pair * causal_pairs(row)
-    return int(workload.prompts * of_tree), int(2 * workload.pairs * of_row)
+    of_trees = of_rows = 0.0
+    for prompt, responses in workload.lengths(sizes):
+        tree_pairs = causal_pairs(prompt) + sum(causal_pairs(prompt + n) - causal_pairs(prompt) for n in responses)
+        of_trees += ours.of_image(side, side)
+        of_trees += ours.per_token * (prompt + sum(responses)) + ours.per_attention_pair * tree_pairs
+        for row in (prompt + n for n in responses):
+            cost = theirs.of_image(side, side) + theirs.per_token * row + theirs.per_attention_pair * causal_pairs(row)
+            of_rows += (workload.responses - 1) * cost  # a row for each preference that the response is part of
+    return int(of_trees), int(of_rows)
 
 
 def random_image(rng: np.random.Generator, side: int) -> Image.Image:
@@ -160,14 +192,15 @@ def pair_rows(prompt: str, responses: Sequence[str], image: str) -> list[dict]:
 
 
 def _texts(
-    encoder: ConversationEncoder, rng: np.random.Generator, words: Sequence[str], sizes: Sizes, image: Path, count: int
-) -> tuple[str, list[str]]:
-    """A prompt and responses of exactly as many tokens as `sizes` says, image and template included."""
+    encoder: ConversationEncoder, rng: np.random.Generator, words: Sequence[str], image: Path,
+    prompt_tokens: int, response_tokens: Sequence[int],
+) -> tuple[str, list[str]]:  # fmt: skip
+    """A prompt and responses of exactly so many tokens, image and template included."""
     end_of_turn = 2  # <|im_end|> and the newline after it
-    responses = [_text(encoder, rng, words, sizes.response_tokens - end_of_turn) for _ in range(count)]
+    responses = [_text(encoder, rng, words, num_tokens - end_of_turn) for num_tokens in response_tokens]
     turns = (Message("user", (ImageRef(path=str(image)), "")), Message("assistant", (responses[0],)))
-    without_prompt = len(encoder.encode(Response(turns)).tokens) - sizes.response_tokens
-    return _text(encoder, rng, words, sizes.prompt_tokens - without_prompt), responses
+    without_prompt = len(encoder.encode(Response(turns)).tokens) - response_tokens[0]
+    return _text(encoder, rng, words, prompt_tokens - without_prompt), responses
 
 
 def _text(encoder: ConversationEncoder, rng: np.random.Generator, words: Sequence[str], num_tokens: int) -> str:
