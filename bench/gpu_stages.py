@@ -147,6 +147,6 @@ def _small(stage: Stage) -> Stage:
         arguments.append("--cpu")
     environment = {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu"}
     return replace(
-        stage, command=(python, "bench/gpu_rehearsal.py", script, *arguments), environment=environment, limit=240,
+        stage, command=(python, "bench/gpu_rehearsal.py", script, *arguments), environment=environment, limit=600,
         least=20,
     )  # fmt: skip

@@ -54,7 +54,7 @@ def test_emulated_operators_compute_attention():
 
 @pytest.mark.slow
 def test_every_stage_runs_on_a_cpu_and_no_fault_reaches_another(tmp_path):
-    """About ten minutes on one core."""
+    """About ten minutes on one core that is idle."""
     command = [sys.executable, "bench/gpu_day.py", "--rehearse", "--out", str(tmp_path), "--seconds", "2000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
     record = json.loads((tmp_path / "gpu_day.json").read_text())
