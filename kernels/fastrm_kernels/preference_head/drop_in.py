@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastrm_kernels.dispatch import constant
 from fastrm_kernels.preference_head.api import reward_head
 
 HEAD_NAMES = ("score", "v_head", "value_head", "reward_head", "rm_head")
@@ -313,5 +314,11 @@ def _hint(module: nn.Module) -> str:
 def _as_autocast(rows: torch.Tensor) -> torch.Tensor:
     """Rounded as autocast does it, to everything but float64; `reward_head` follows the dtype of its rows."""
     device = rows.device.type
-    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    active = _autocast_exists(device) and torch.is_autocast_enabled(device)
     return rows.to(torch.get_autocast_dtype(device)) if active and rows.dtype != torch.float64 else rows
+
+
+@constant
+def _autocast_exists(device_type: str) -> bool:
+    """Is there autocast for this kind of device? torch.compile of torch 2.11 cannot trace torch's own answer."""
+    return torch.amp.is_autocast_available(device_type)
