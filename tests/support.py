@@ -5,6 +5,8 @@ import io
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 
 from fastrm.config import HeadConfig, ModelConfig
@@ -54,6 +56,10 @@ FAMILIES = {
 # For what the interpreter alone can do, or what would only compile for minutes on a GPU.
 needs_interpreter = pytest.mark.skipif(
     torch.cuda.is_available(), reason="runs in Triton's interpreter: hide the GPU with CUDA_VISIBLE_DEVICES="
+)
+needs_published_internvl_names = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="transformers up to 5.22 does not rename the weights of published InternVL checkpoints",
 )
 WORDS = ["the", "a", "red", "blue", "cat", "dog", "sits", "on", "Is", "this?", "yes", "no", "1", "2", "3", "\n", "so"]
 

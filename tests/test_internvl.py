@@ -18,7 +18,15 @@ from fastrm.errors import ConfigError, RecordError
 from fastrm.model.export import load_model, save_model
 from fastrm.model.families import check_family, longest_path
 from fastrm.model.loading import load_backbone
-from support import FAMILIES, make_image, make_model, make_record, make_tokenizer, pack_of
+from support import (
+    FAMILIES,
+    make_image,
+    make_model,
+    make_record,
+    make_tokenizer,
+    needs_published_internvl_names,
+    pack_of,
+)
 
 LIMITS = MediaLimits()
 SIZES = [(56, 56), (100, 100), (190, 40), (30, 150), (1, 90), (333, 217), (57, 55), (400, 130), (12, 12)]
@@ -248,7 +256,7 @@ class TestFiles:
         with pytest.raises(ConfigError, match="min_pixels and max_pixels are for Qwen models; InternVL reads tiles"):
             load_model(tmp_path / "model", max_pixels=1000)
 
-    @pytest.mark.parametrize("names", ["new", "published"])
+    @pytest.mark.parametrize("names", ["new", pytest.param("published", marks=needs_published_internvl_names)])
     def test_backbone_loads_from_new_and_from_published_names(self, network, tmp_path, names):
         from transformers import InternVLForConditionalGeneration
 

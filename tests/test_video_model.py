@@ -14,7 +14,7 @@ from fastrm.data.loader import PackBuilder
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.plan import PackPlan
 from fastrm.data.positions import mrope_positions
-from fastrm.data.qwen_format import load_qwen_format
+from fastrm.data.qwen_format import _say_where_stock_differs, load_qwen_format
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef
 from fastrm.data.videos import VideoSettings
 from fastrm.data.vision_format import MediaSize, MediaSpan
@@ -239,3 +239,14 @@ def test_settings_of_videos_survive_an_export(tmp_path):
     assert vision.measure(video, MediaLimits()) == network.encoder.measure(video)
     given = load_qwen_format(network.model.config.vision_config, make_tokenizer(), str(tmp_path), VideoSettings())
     assert given.video == VideoSettings()
+
+
+def test_an_old_transformers_whose_own_times_are_others_is_named_once(monkeypatch):
+    vision, video = make_model("qwen2_5_vl").encoder.vision, make_video(5, 60, 60, rate=60)
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    _say_where_stock_differs.cache_clear()
+    with pytest.warns(UserWarning, match=r"5\.17\.0 rounds the seconds .* use 5\.18 or newer") as said:
+        for _ in range(3):
+            vision.measure(video, MediaLimits())
+    _say_where_stock_differs.cache_clear()
+    assert len(said) == 1

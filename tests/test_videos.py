@@ -8,7 +8,6 @@ import struct
 import zipfile
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +18,8 @@ from fastrm.data.record import VideoRef
 from fastrm.data.videos import VideoHeader, VideoSettings, frame_refs, open_video, sample
 from fastrm.errors import ConfigError, RecordError
 from video_files import decode_all, encode_video, make_video, moving_frames, write_frames
+
+av = pytest.importorskip("av")
 
 LIMITS = MediaLimits()
 

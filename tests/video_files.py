@@ -1,11 +1,11 @@
-"""Small videos for the tests: encoded by PyAV, or as folders of frames."""
+"""Small videos for the tests: encoded by PyAV, without which a test that asks for one is skipped, or as folders."""
 
 import io
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
+import pytest
 from PIL import Image
 
 from fastrm.data.record import VideoRef
@@ -24,6 +24,7 @@ def encode_video(
     **options: str,
 ) -> bytes:  # fmt: skip
     """A video file of frames (T, H, W, 3) uint8; sides must be even."""
+    av = pytest.importorskip("av")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as file:
         if title:
@@ -44,7 +45,7 @@ def make_video(num_frames: int, width: int, height: int, seed: int = 0, **option
 
 def decode_all(data: bytes) -> list[np.ndarray]:
     """All frames of a video, (H, W, 3) uint8 each."""
-    with av.open(io.BytesIO(data)) as file:
+    with pytest.importorskip("av").open(io.BytesIO(data)) as file:
         return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
 
 

@@ -1,12 +1,15 @@
 """Images and videos as Qwen2-VL and Qwen2.5-VL read them; equal to the stock processors' values to the bit."""
 
+import functools
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from packaging.version import Version
 from PIL import Image
 
 from fastrm.data.images import MediaLimits, decode_image, image_size, media_error
@@ -126,8 +129,10 @@ class QwenFormat(VisionFormat):
         num_stored = self.processor.temporal_patch_size
         rows, columns = self._tokens(height, width, self.video.min_pixels, self.video.max_pixels, ref)
         # As the stock processor computes `second_per_grid_ts` from what it has sampled.
-        sampled_fps = num_sampled / num_frames * fps
-        return MediaSize(-(-num_sampled // num_stored), rows, columns, num_stored / sampled_fps)
+        seconds = num_stored / (num_sampled / num_frames * fps)
+        if self.tokens_per_second is not None and seconds % 1:
+            _say_where_stock_differs()
+        return MediaSize(-(-num_sampled // num_stored), rows, columns, seconds)
 
     def _tokens(self, height: int, width: int, min_pixels: int, max_pixels: int, ref: MediaRef) -> tuple[int, int]:
         """Rows and columns of tokens of a picture of this many pixels."""
@@ -210,3 +215,16 @@ def _saved_video_settings(folder: Path) -> VideoSettings | None:
         return None
     size, fps = saved["size"], saved.get("frame_folder_fps", VideoSettings.folder_fps)
     return VideoSettings(saved["num_frames"], size["shortest_edge"], size["longest_edge"], fps)
+
+
+@functools.cache
+def _say_where_stock_differs() -> None:
+    """Once in each process."""
+    import transformers
+
+    if Version(transformers.__version__) < Version("5.18"):
+        warnings.warn(
+            f"transformers {transformers.__version__} rounds the seconds between the frames of Qwen2.5-VL videos down; "
+            "fastrm does as 5.18 and newer, so that version's own rewards of videos are others: use 5.18 or newer",
+            stacklevel=2,
+        )
