@@ -14,9 +14,11 @@ from fastrm.data.plan import PackPlan
 from fastrm.errors import ConfigError
 from fastrm.evaluate.flips import Flips, flip_rate
 from fastrm.model.export import load_model, save_model
-from fastrm.model.fp8_linear import Fp8FusedLinear, Fp8Linear, to_fp8
 from fastrm.model.precision import RECIPES, _check_device, convert_to_fp8, fp8_disabled, token_multiple
 from support import make_image, make_model, make_record
+
+pytest.importorskip("torchao")
+from fastrm.model.fp8_linear import Fp8FusedLinear, Fp8Linear, to_fp8
 
 # (N, K) of Qwen2.5-VL's layers; q has the shape of o.
 SHAPES = {

@@ -59,6 +59,7 @@ def test_the_update_is_adamw():
 
 def torchao_reference(parameter, count, scale):
     """torchao's own step on its own 8-bit states, uncompiled."""
+    pytest.importorskip("torchao")
     from torchao.optim.adam import single_param_adam
     from torchao.optim.subclass_8bit import OptimState8bit
 

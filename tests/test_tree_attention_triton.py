@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_tree_attention import random_tree
 
+from far_memory import spread_out
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention import tiles
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
@@ -307,16 +308,18 @@ def test_nothing_is_written_outside(width, small_blocks):
 
 
 def test_offsets_beyond_32_bits():
-    """300 rows 2^23 elements apart. Memory that nobody touches is never allocated."""
+    """300 rows, the last of them beyond element 2^31."""
     layout = tree([250, 50], [-1, 0])
     dense = [x.detach().half() for x in inputs(layout, heads=1)]
-    far = torch.empty(300 * 2**23, dtype=torch.float16, device=DEVICE)
-    spread = [far.as_strided(x.shape, (2**23, 16, 1), 16 * n).copy_(x) for n, x in enumerate(dense)]
     upstream = torch.randn(300, 1, 16, device=DEVICE).half()
     results = []
-    for arguments in (dense, spread):
-        arguments = [x.requires_grad_() for x in arguments]
-        results.append(forward_and_gradients(lambda *x: tree_attention(*x, layout, impl="triton"), arguments, upstream))
+    # Query, key and value side by side in each far row.
+    with spread_out(torch.cat(dense, -1)) as joined:
+        for arguments in (dense, joined.detach().split(16, -1)):
+            arguments = [x.requires_grad_() for x in arguments]
+            results.append(
+                forward_and_gradients(lambda *x: tree_attention(*x, layout, impl="triton"), arguments, upstream)
+            )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
