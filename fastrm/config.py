@@ -212,9 +212,9 @@ class ModelConfig(_Section):
     included (needs the last layer for every token). Stored in the export."""
     freeze: list[Literal["vision", "projector", "language"]] = []
     """Parts without gradient: the vision tower, its projector (Qwen: merger), the language model."""
-    attention: Literal["auto", "sdpa", "flash", "triton"] = "auto"
-    """sdpa runs anywhere; flash = torch's varlen FlashAttention, CUDA with bf16 only; triton = our
-    kernel, CUDA; auto follows `kernels`."""
+    attention: Literal["auto", "sdpa", "flash", "flash_attn", "triton"] = "auto"
+    """sdpa runs anywhere; flash = torch's varlen FlashAttention, CUDA with bf16 only; flash_attn = that of the
+    flash-attn package (an extra); triton = our kernel, CUDA; auto follows `kernels`."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing; everything of a layer but its
     matrix products and attention; or whole layers."""

@@ -121,7 +121,7 @@ def test_workers_change_no_reward(folder, model):
     [
         ({"dtype": "bf17"}, "dtype: got 'bf17', wanted one of auto, fp32, bf16, fp16"),
         ({"device": "gpu"}, "device: got 'gpu', wanted one of auto, cpu, cuda"),
-        ({"attention": "fast"}, "attention: got 'fast', wanted one of auto, sdpa, flash, triton"),
+        ({"attention": "fast"}, "attention: got 'fast', wanted one of auto, sdpa, flash, flash_attn, triton"),
     ],
     ids=["dtype", "device", "attention"],
 )

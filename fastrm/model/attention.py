@@ -9,7 +9,7 @@ from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.traced import Plan, plan_attention, tree_attention_planned
 
 # config value -> implementation of tree_attention
-BACKENDS = {"sdpa": "eager", "flash": "varlen", "triton": "triton"}
+BACKENDS = {"sdpa": "eager", "flash": "varlen", "flash_attn": "flash_attn", "triton": "triton"}
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def _products() -> frozenset:
             "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math",
         )
     ]  # fmt: skip
-    packets += [torch.ops.fastrm.tree_attention, torch.ops.fastrm.tree_attention_eager]
+    packets += [torch.ops.fastrm.tree_attention, torch.ops.fastrm.tree_attention_eager, torch.ops.fastrm.flash_attn]
     importlib.import_module("torch.nn.attention.varlen")  # registers its operator
     packets.append(torch.ops.torch_attn._varlen_attn)
     return frozenset(

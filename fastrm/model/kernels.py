@@ -9,8 +9,11 @@ from fastrm.model.attention import BACKENDS, AttentionShape
 from fastrm_kernels.dispatch import choose, obstacle_to_triton
 from fastrm_kernels.preference_head.autograd import FUSED_EDGES, FUSED_REWARDS
 from fastrm_kernels.tree_attention.api import choose_implementation, triton_attention_obstacle
+from fastrm_kernels.tree_attention.flash_attn import flash_attn_name, flash_attn_obstacle
+from fastrm_kernels.tree_attention.varlen import varlen_obstacle
 
 CHOICES = ("auto", "triton", "eager")
+_MODEST = ("triton", "flash_attn", "varlen", "eager")  # of tree_attention; each runs wherever the ones before it do
 
 
 def choose_backend(
@@ -34,18 +37,23 @@ def choose_backend(
         if obstacle is not None:
             raise ConfigError(f"{key}: triton cannot run {what}: {obstacle}; use auto")
         return "triton", f"set by {key} in the configuration"
-    varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    varlen = varlen_obstacle(probes[0]) is None
     if requested == "flash" and not varlen:
         raise ConfigError(
             f"model.attention: flash cannot run {what}; it needs cuda and precision.dtype bf16; use sdpa or auto"
         )
+    if requested == "flash_attn":
+        obstacle = next(filter(None, map(flash_attn_obstacle, probes)), None)
+        if obstacle is not None:
+            raise ConfigError(f"model.attention: flash_attn cannot run {what}: {obstacle}; use flash or auto")
+        return requested, f"{flash_attn_name(device)}; set by model.attention in the configuration"
     if requested != "auto":
         return requested, "set by model.attention in the configuration"
     if kernels == "eager":
         return ("flash" if varlen else "sdpa"), f"kernels: eager, {what}"
     choices = [choose_implementation(probe) for probe in probes]
-    # One backend serves the whole model: the first layer that needs another decides.
-    implementation, why = next((choice for choice in choices if choice[0] != "triton"), choices[0])
+    # One backend serves the whole model: the layer whose choice is the most modest decides.
+    implementation, why = max(choices, key=lambda choice: _MODEST.index(choice[0]))
     return next(name for name, value in BACKENDS.items() if value == implementation), f"auto: {what}; {why}"
 
 

@@ -104,7 +104,7 @@ class RewardNetwork(nn.Module):
         Args:
             dtype: of the backbone's matrix products.
             kernels: auto, triton or eager, for attention, head and loss, RMSNorm and SwiGLU.
-            attention: auto to follow `kernels`, or a backend: sdpa, flash, triton.
+            attention: auto to follow `kernels`, or a backend: sdpa, flash, flash_attn, triton.
 
         Raises:
             ConfigError: if an explicit choice cannot run there.

@@ -55,7 +55,7 @@ class RewardModel:
                 bf16 on cuda and fp32 on cpu. The final norm of a response's last state and the head compute in
                 float32 either way.
             kernels: auto, triton, eager: as in a training configuration.
-            attention: auto to follow `kernels`, sdpa, flash, triton.
+            attention: auto to follow `kernels`, sdpa, flash, flash_attn, triton.
             min_pixels, max_pixels: images are resized to these limits; default: those of the training run.
             max_image_pixels, max_image_bytes: an image that declares more is refused before it is decoded.
             max_video_bytes, max_video_seconds: a video that has or declares more likewise.

@@ -170,7 +170,7 @@ def gpu_computation(config: Config, num_packs: int) -> Computation:
         bf16=config.precision.dtype == "bf16",
         bf16_weights=config.precision.weights == "bf16",
         fp8=config.precision.fp8 != "off",
-        attention={"sdpa": "eager", "flash": "varlen", "triton": "triton"}[attention],
+        attention={"sdpa": "eager", "flash": "varlen", "flash_attn": "varlen", "triton": "triton"}[attention],
         liger=config.kernels == "triton" and config.compile == "off",
         fused=config.model.fuse_projections,
         accumulated=num_packs > 1,

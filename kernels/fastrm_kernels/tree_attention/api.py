@@ -3,14 +3,16 @@
 import torch
 
 from fastrm_kernels.dispatch import choose, constant, obstacle_to_triton
+from fastrm_kernels.tree_attention import varlen
 from fastrm_kernels.tree_attention.autograd import tree_attention_triton
 from fastrm_kernels.tree_attention.eager import tree_attention_eager
-from fastrm_kernels.tree_attention.varlen import tree_attention_varlen
+from fastrm_kernels.tree_attention.flash_attn import flash_attn_obstacle, tree_attention_flash_attn
 
 IMPLEMENTATIONS = {
     "triton": tree_attention_triton,
     "eager": tree_attention_eager,
-    "varlen": tree_attention_varlen,
+    "varlen": varlen.tree_attention_varlen,
+    "flash_attn": tree_attention_flash_attn,
 }
 HEAD_DIMENSIONS = (16, 32, 64, 80, 96, 128)  # that the Triton kernels have
 # Tiles are placed by 64-bit offsets; within one, of at most 128 rows, offsets have 32 bits.
@@ -28,7 +30,8 @@ def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="
         scale: of the scores; default K ** -0.5.
         causal: every token sees its path up to itself. False, for a layout of independent sequences
             only: every token sees its whole sequence.
-        impl: auto (see `choose_implementation`), triton, eager, or varlen.
+        impl: auto (see `choose_implementation`), triton, eager, varlen (FlashAttention in torch), or flash_attn
+            (the flash-attn package).
 
     Returns:
         (Tq, H, K), like `query`. Bitwise repeatable, forward and backward, with triton and eager; with varlen
@@ -58,12 +61,13 @@ def choose_implementation(query, *others) -> tuple[str, str]:
     CUDA in half precision, and eager elsewhere.
     """
     impl, why = choose("tree_attention", query)
-    if impl == "triton":
-        obstacle = triton_attention_obstacle(query, *others)
+    if impl in ("triton", "flash_attn"):
+        obstacle = triton_attention_obstacle(query, *others) if impl == "triton" else flash_attn_obstacle(query)
         if obstacle is None:
             return impl, why
-        why = f"Triton cannot run tree_attention here: {obstacle}"
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        name = "Triton" if impl == "triton" else "flash-attn"
+        why = f"{name}, the faster one in bench/results, cannot run tree_attention here: {obstacle}"
+    if varlen.varlen_obstacle(query) is None:
         return "varlen", why if impl == "varlen" else f"torch's varlen FlashAttention; {why}"
     return "eager", why
 

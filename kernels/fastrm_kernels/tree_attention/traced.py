@@ -1,9 +1,12 @@
 """Tree attention inside torch.compile: what of a layout a graph needs, as tensors and numbers.
 
 A compiled graph serves every pack, so the layout must come in through its arguments. The Triton
-kernels and torch's varlen attention are operators that take tensors; their plans hold these. The
-eager implementation walks Python lists: its operator gets a handle, a tensor with the number of a
-layout that is alive, and looks the layout up when it runs.
+kernels, torch's varlen attention and the flash-attn package are operators that take tensors; their
+plans hold these. The eager implementation walks Python lists: its operator gets a handle, a tensor
+with the number of a layout that is alive, and looks the layout up when it runs.
+
+Numbers that change from pack to pack travel as the sizes of empty tensors. torch.compile would make
+a graph for the first value of a number and another one for the second; a size it can leave open.
 """
 
 from typing import NamedTuple
@@ -13,27 +16,38 @@ import torch
 from fastrm_kernels.tree_attention import tiles
 from fastrm_kernels.tree_attention.autograd import tree_attention_forward
 from fastrm_kernels.tree_attention.eager import eager_forward, handle_of
+from fastrm_kernels.tree_attention.flash_attn import flash_attn_forward
 from fastrm_kernels.tree_attention.gather import take_rows
 from fastrm_kernels.tree_attention.layout import TreeLayout
+from fastrm_kernels.tree_attention.varlen import check_offsets, varlen_options
 
 
 class TritonPlan(NamedTuple):
-    """Arguments of the Triton operator."""
+    """Arguments of the Triton operator; the number of parts as a size."""
 
     lists: list[torch.Tensor]
     single_rows: bool
-    num_parts: int
+    num_parts: torch.Tensor
 
 
 class VarlenPlan(NamedTuple):
-    """Arguments of torch's varlen attention, and the rows of key and value that it reads (None: all)."""
+    """What FlashAttention needs of a layout.
+
+    Attributes:
+        key_index: rows of key and value that it reads; None for all.
+        cu_seqlens_q, cu_seqlens_k: of the layout.
+        max_q, max_k: the longest run of queries and of keys, as sizes.
+        options: keyword arguments of torch's varlen attention but for the scale; None for the flash-attn package.
+        causal: as for `tree_attention`.
+    """
 
     key_index: torch.Tensor | None
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
-    max_q: int
-    max_k: int
-    options: dict
+    max_q: torch.Tensor
+    max_k: torch.Tensor
+    options: dict | None
+    causal: bool
 
 
 class EagerPlan(NamedTuple):
@@ -53,7 +67,7 @@ def plan_attention(
 
     Args:
         layout: on the device of the queries; for `eager` it must live until the backward pass is done.
-        impl: triton, varlen or eager.
+        impl: triton, varlen, flash_attn or eager.
         dtype, heads, key_heads, head_dim: of the queries, keys and values to come.
         causal: as for `tree_attention`.
 
@@ -66,31 +80,41 @@ def plan_attention(
         single_rows = layout.query_rows is not None
         work = tiles.work_lists(layout, tiles.choose_blocks(dtype, head_dim, single_rows), causal)
         num_parts = work.key_tiles.parts_wanted(key_heads, heads // key_heads)
-        return TritonPlan(work.tensors(), single_rows, num_parts)
-    if impl == "varlen":
-        from fastrm_kernels.tree_attention.varlen import check_offsets, varlen_options
-
+        return TritonPlan(work.tensors(), single_rows, _as_size(num_parts, layout.device))
+    if impl in ("varlen", "flash_attn"):
         check_offsets(layout, heads, head_dim)
-        return VarlenPlan(
-            layout.key_index, layout.cu_seqlens_q, layout.cu_seqlens_k,
-            max(layout.query_lengths), max(layout.key_lengths), varlen_options(heads, key_heads, None, causal),
-        )  # fmt: skip
+        longest = (_as_size(max(lengths), layout.device) for lengths in (layout.query_lengths, layout.key_lengths))
+        options = varlen_options(heads, key_heads, None, causal) if impl == "varlen" else None
+        return VarlenPlan(layout.key_index, layout.cu_seqlens_q, layout.cu_seqlens_k, *longest, options, causal)
     if impl != "eager":
-        raise ValueError(f"impl: got {impl!r}, wanted triton, varlen or eager")
+        raise ValueError(f"impl: got {impl!r}, wanted triton, varlen, flash_attn or eager")
     return EagerPlan(handle_of(layout), causal)
 
 
 def tree_attention_planned(query, key, value, plan: Plan, scale: float) -> torch.Tensor:
     """`tree_attention` by a plan: (Tq, H, K), (T, Hkv, K), (T, Hkv, K) -> (Tq, H, K). Traceable, unchecked."""
     if isinstance(plan, TritonPlan):
-        return tree_attention_forward(query, key, value, plan.lists, plan.single_rows, plan.num_parts, scale)[0]
+        num_parts = _number(plan.num_parts)
+        return tree_attention_forward(query, key, value, plan.lists, plan.single_rows, num_parts, scale)[0]
     if isinstance(plan, EagerPlan):
         return eager_forward(query, key, value, plan.handle, scale, plan.causal)[0]
+    key, value = take_rows(key, plan.key_index), take_rows(value, plan.key_index)
+    arguments = (
+        query.contiguous(), key.contiguous(), value.contiguous(), plan.cu_seqlens_q, plan.cu_seqlens_k,
+        _number(plan.max_q), _number(plan.max_k),
+    )  # fmt: skip
+    if plan.options is None:
+        return flash_attn_forward(*arguments, scale, plan.causal)[0]
     from torch.nn.attention.varlen import varlen_attn
 
-    if plan.key_index is not None:
-        key, value = take_rows(key, plan.key_index), take_rows(value, plan.key_index)
-    return varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(), plan.cu_seqlens_q, plan.cu_seqlens_k,
-        plan.max_q, plan.max_k, **{**plan.options, "scale": scale},
-    )  # fmt: skip
+    return varlen_attn(*arguments, **{**plan.options, "scale": scale})
+
+
+def _as_size(number: int, device: torch.device) -> torch.Tensor:
+    """A number as the size of a tensor without elements; two more, since graphs are never shared by sizes 0 and 1."""
+    return torch.empty((number + 2, 0), device=device)
+
+
+def _number(size: torch.Tensor) -> int:
+    """The inverse of `_as_size`."""
+    return size.shape[0] - 2

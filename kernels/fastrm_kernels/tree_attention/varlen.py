@@ -21,11 +21,9 @@ def tree_attention_varlen(query, key, value, layout, *, scale=None, causal=True)
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"impl='varlen': got {query.dtype} on {query.device.type}, wanted float16 or bfloat16 on "
-            "cuda; use impl='eager' elsewhere"
-        )
+    obstacle = varlen_obstacle(query)
+    if obstacle is not None:
+        raise ValueError(f"tree_attention with impl='varlen': {obstacle}; use impl='eager' elsewhere")
     num_queries, heads, width = query.shape
     if num_queries == 0:
         return query + 0 * (key.sum() + value.sum())  # nothing, but of all three, for autograd
@@ -34,6 +32,13 @@ def tree_attention_varlen(query, key, value, layout, *, scale=None, causal=True)
         key, value = (take_rows(rows, layout.key_index) for rows in (key, value))
     options = varlen_options(heads, key.shape[1], scale, causal)
     return varlen_attn(*varlen_arguments(query, key, value, layout), **options)
+
+
+def varlen_obstacle(query) -> str | None:
+    """Why FlashAttention cannot run queries of this device and dtype, or None."""
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return None
+    return f"got {query.dtype} on {query.device.type}, wanted float16 or bfloat16 on cuda"
 
 
 def check_offsets(layout, heads: int, head_dim: int) -> None:
