@@ -25,7 +25,9 @@ test: $(INSTALLED)
 # 5 GB, most of it the CUDA libraries of PyPI's torch; the tests run on the CPU all the same.
 GPU_VERSIONS := .ci/gpu-versions.txt
 GPU_VENV ?= .venv-gpu-versions
-PYTHON_312 ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
+# Python 3.12, which the GPU machine has, where there is one.
+PYTHON_312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python $(PYTHON); do \
+	"$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
 
 test-gpu-versions: $(GPU_VENV)/.installed
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(GPU_VENV)/bin/pytest -n auto --dist loadfile -rs $(TESTS)

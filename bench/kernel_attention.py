@@ -173,7 +173,7 @@ def flex_mask(pack: Pack, length: int):
     work = work_lists(layout, choose_blocks(pack.upstream.dtype, shape.head_dim, False), shape.causal)
     nothing = work.query_rank.new_zeros(length - shape.num_tokens)
     rank = torch.cat([work.query_rank, nothing - 1])
-    low, high = (torch.cat([bound, nothing]) for bound in (work.key_low, work.key_high))
+    low, high = (torch.cat([bound, nothing]) for bound in work.key_bounds.unbind(1))
 
     def sees(batch, head, query, key):
         return (low[key] <= rank[query]) & (rank[query] < high[key])

@@ -102,7 +102,7 @@ def _prepare_attention(trial: Trial):
     dtype = query.dtype if num_parts == 1 else torch.float32
     key_grad, value_grad = (torch.empty((num_parts, *x.shape), dtype=dtype, device=x.device) for x in (key, value))
     lse = query.new_empty((shape.heads, shape.num_tokens), dtype=torch.float32)
-    delta = torch.empty_like(lse)
+    row_stats = lse.new_empty((*lse.shape, 2))
 
     def run(kernel, blocks):
         settings = tiles.work_lists(pack.layout, blocks, shape.causal), blocks, shape.head_dim**-0.5
@@ -110,14 +110,14 @@ def _prepare_attention(trial: Trial):
             launch_tree_attention_fwd(query, key, value, output, lse, *settings)
         elif kernel == "query":
             launch_tree_attention_bwd_query(
-                query, key, value, output, pack.upstream, lse, delta, query_grad, *settings
+                query, key, value, output, pack.upstream, lse, row_stats, query_grad, *settings
             )
         else:
             launch_tree_attention_bwd_key_value(
-                query, key, value, pack.upstream, lse, delta, key_grad, value_grad, *settings
+                query, key, value, pack.upstream, row_stats, key_grad, value_grad, *settings
             )
 
-    results = {"forward": [output, lse], "query": [query_grad, delta], "key_value": [key_grad, value_grad]}
+    results = {"forward": [output, lse], "query": [query_grad, row_stats], "key_value": [key_grad, value_grad]}
     for kernel in results:
         # What comes before the kernel on trial runs as it is now, and gives it its inputs.
         if kernel == trial.kernel:

@@ -332,6 +332,19 @@ def test_check_shows_what_changed(readme):
     assert "| 168 |" in shown[3] and "| 169 |" in shown[4]
 
 
+def test_each_version_of_triton_has_a_table_of_its_own(readme, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "9.8")
+    aot.write_table(lines_of())
+    monkeypatch.setattr(triton, "__version__", "9.9")
+    for registers in (170, 169):
+        aot.write_table(lines_of(registers=registers))
+    assert [title.split()[3] for title in aot.stored_tables()] == ["9.8", "9.9"]
+    assert aot.compare(lines_of(registers=169)) == []
+    assert len(aot.compare(lines_of())) > 3
+    monkeypatch.setattr(triton, "__version__", "9.8")
+    assert aot.compare(lines_of()) == []
+
+
 def test_check_under_another_triton_says_that_figures_were_not_compared(readme, monkeypatch, capsys):
     aot.write_table(lines_of())
     monkeypatch.setattr(triton, "__version__", "9.9")
@@ -342,7 +355,7 @@ def test_check_under_another_triton_says_that_figures_were_not_compared(readme, 
 def test_a_readme_without_markers_is_an_error(readme):
     readme.write_text("nothing\n")
     with pytest.raises(SystemExit, match=r"README\.md: wanted the lines .* once each"):
-        aot.stored_table()
+        aot.stored_tables()
 
 
 if __name__ == "__main__":

@@ -100,3 +100,12 @@ def test_a_value_that_does_not_exist_is_refused(tmp_path):
     path = tiny_config(tmp_path, "digits:train")
     with pytest.raises(ConfigError, match="kernels"):
         load_config(path, ["kernels=cuda"])
+
+
+@needs_interpreter
+def test_an_interpreter_that_cannot_work_with_this_numpy_is_named(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    for version, refused in (("2.4.0", True), ("2.3.5", False)):
+        monkeypatch.setattr("numpy.__version__", version)
+        obstacle = dispatch.obstacle_to_triton(torch.empty(0))
+        assert (obstacle or "").startswith("the interpreter of Triton 3.6.0 needs numpy < 2.4; pip install") is refused

@@ -41,12 +41,18 @@ MUTANTS = {
     "mask off by one": (FORWARD, "return (low <= rank)", "return (low < rank + 2)"),
     "keys past a step's end visible": (
         FORWARD,
-        "high = tl.load(key_high_ptr + rows, mask=rows < end, other=0)",
-        "high = tl.load(key_high_ptr + rows, mask=rows < end, other=1000)",
+        "bounds = tl.load(key_bounds_ptr + rows, mask=inside, other=0)",
+        "bounds = tl.load(key_bounds_ptr + rows, mask=inside, other=1000 << 32)",
     ),
     "no rescaling": (FORWARD, "acc=acc_a * decay[:, None]", "acc=acc_a"),
     "sum not rescaled": (FORWARD, "row_sum = row_sum * decay +", "row_sum = row_sum +"),
-    "maximum of one step only": (FORWARD, "tl.maximum(row_max, tl.max(scores, 1))", "tl.max(scores, 1)"),
+    "maximum of one step only": (
+        FORWARD,
+        "tl.maximum(row_max, tl.max(scores, 1) * scale_log2)",
+        "tl.max(scores, 1) * scale_log2",
+    ),
+    "maximum of unscaled scores": (FORWARD, "tl.max(scores, 1) * scale_log2)", "tl.max(scores, 1))"),
+    "delta of the key gradient negated": (BACKWARD, "tl.store(pair_ptr + 1, delta", "tl.store(pair_ptr + 1, -delta"),
     "wrong key head": (
         FORWARD,
         "key_ptr += head // group * key_head_stride",

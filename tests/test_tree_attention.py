@@ -288,8 +288,17 @@ def test_an_explicit_implementation_never_falls_back():
     layout = TreeLayout.from_lengths([10])
     with pytest.raises(ValueError, match="wanted float16 or bfloat16 on cuda"):
         tree_attention(*random_qkv(10), layout, impl="varlen")
-    with pytest.raises(ValueError, match="got 'flash', wanted auto or one of triton, eager, varlen"):
+    with pytest.raises(ValueError, match="got 'flash', wanted auto or one of triton, eager, varlen, flash_attn"):
         tree_attention(*random_qkv(10), layout, impl="flash")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+def test_triton_refuses_a_scale_that_does_not_keep_the_order_of_scores(scale):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layout = TreeLayout.from_lengths([10], device)
+    inputs = [x.detach().to(device, torch.float32) for x in random_qkv(10, width=16)]
+    with pytest.raises(ValueError, match=r"scale: got (0\.0|-0\.5|nan), wanted a number above 0"):
+        tree_attention(*inputs, layout, impl="triton", scale=scale)
 
 
 def test_a_parent_after_its_child_is_refused():

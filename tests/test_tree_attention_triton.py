@@ -118,7 +118,7 @@ def test_work_lists_join_every_visible_pair_once():
         )
         work = work_lists(layout, blocks, causal)
         truth = visible(layout, causal)
-        low, high, rank = work.key_low, work.key_high, work.query_rank
+        (low, high), rank = work.key_bounds.unbind(1), work.query_rank
         assert torch.equal((low <= rank[:, None]) & (rank[:, None] < high), truth)
         for listed, shown, rows, step in (
             (work.query_tiles, truth, blocks.query_tile, blocks.key_step),
@@ -295,11 +295,11 @@ def test_nothing_is_written_outside(width, small_blocks):
     buffers = [guarded(*shape) for shape in (query.shape, query.shape, (2, *key.shape), (2, *value.shape))]
     output, query_grad, *key_grads = (inner for _, inner in buffers)
     flat = torch.full((2 * 66 + 10,), canary, device=DEVICE)
-    lse, delta = flat[5:-5].view(2, 66), torch.empty(2, 66, device=DEVICE)
+    lse, row_stats = flat[5:-5].view(2, 66), torch.empty(2, 66, 2, device=DEVICE)
     launch_tree_attention_fwd(query, key, value, output, lse, work, SMALL, 0.25)
     upstream = torch.randn_like(query)
-    launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, work, SMALL, 0.25)
-    launch_tree_attention_bwd_key_value(query, key, value, upstream, lse, delta, *key_grads, work, SMALL, 0.25)
+    launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, row_stats, query_grad, work, SMALL, 0.25)
+    launch_tree_attention_bwd_key_value(query, key, value, upstream, row_stats, *key_grads, work, SMALL, 0.25)
     for padded, inner in buffers:
         assert not (inner == canary).any()
         inner.fill_(canary)

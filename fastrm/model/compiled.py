@@ -14,9 +14,8 @@ class CompiledGraphs:
 
     Attributes:
         count: graphs made so far. Layers share one, whatever the number of layers and of tokens; training
-            and evaluation each have their own. Numbers in an attention plan (the longest sequence with
-            flash, into how many parts a gradient is divided with triton) cost one or two more, at the first
-            pack where they differ.
+            and evaluation each have their own. Numbers that change with the pack travel as sizes
+            (fastrm_kernels/tree_attention/traced.py), so that they cost no further graph.
         recompute: let backward passes compute all but matrix products and attention again (selective
             activation checkpointing); else the compiler keeps what it finds faster to keep.
     """

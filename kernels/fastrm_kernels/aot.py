@@ -323,28 +323,36 @@ def _line(cells) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def stored_table() -> list[str]:
-    """Lines between the markers of README.md."""
+def stored_tables() -> dict[str, list[str]]:
+    """The tables between the markers of README.md by their first line, which names the version of Triton."""
     text = README.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[1]:
-        raise SystemExit(f"{README}: wanted the lines {BEGIN!r} and {END!r} once each, for the table between them")
-    return text.split(BEGIN)[1].split(END)[0].strip().splitlines()
+        raise SystemExit(f"{README}: wanted the lines {BEGIN!r} and {END!r} once each, for the tables between them")
+    tables: dict[str, list[str]] = {}
+    for line in text.split(BEGIN)[1].split(END)[0].strip().splitlines():
+        if line.startswith("Compiled with Triton "):
+            tables[line] = []
+        if tables:
+            tables[next(reversed(tables))].append(line)
+    return {title: "\n".join(lines).strip().splitlines() for title, lines in tables.items()}
 
 
 def write_table(lines: list[str]) -> None:
-    stored_table()
+    """Put a table in the place of the one that this version of Triton has made before, or behind the others."""
+    tables = {**stored_tables(), lines[0]: lines}
     before, after = README.read_text(encoding="utf-8").split(BEGIN)
-    README.write_text(before + "\n".join([BEGIN, *lines, ""]) + END + after.split(END, 1)[1], encoding="utf-8")
+    text = "\n\n".join("\n".join(table) for table in tables.values())
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.split(END, 1)[1]}", encoding="utf-8")
 
 
 def compare(lines: list[str]) -> list[str]:
-    """Differences to the stored table; none, and a remark, where another Triton made it."""
-    stored = stored_table()
-    if stored[:1] != lines[:1]:
-        made = stored[0] if stored else "There is no table."
+    """Differences to the stored table of this version of Triton; none, and a remark, where there is no such table."""
+    tables = stored_tables()
+    if lines[0] not in tables:
+        made = " ".join(tables) or "There is no table."
         print(f"{README.name} says: {made} Now: {lines[0]} Figures differ among versions: only limits were checked.")
         return []
-    diff = difflib.unified_diff(stored, lines, f"{README.name} (stored)", "compiled now", n=0, lineterm="")
+    diff = difflib.unified_diff(tables[lines[0]], lines, f"{README.name} (stored)", "compiled now", n=0, lineterm="")
     return list(diff)
 
 

@@ -133,14 +133,14 @@ def _attention(heads, key_heads, width, layout, num_parts, head_stride) -> None:
 
     query, output, upstream, query_grad = (rows(layout.num_queries, heads) for _ in range(4))
     key, value = (rows(layout.num_keys, key_heads) for _ in range(2))
-    lse, delta = (_meta(heads, layout.num_queries) for _ in range(2))
+    lse, row_stats = (_meta(heads, layout.num_queries, *pair) for pair in ((), (2,)))
     blocks = choose_blocks(query.dtype, width, layout.query_rows is not None)
     settings = work_lists(layout, blocks, causal=len(layout.lengths) == 3), blocks, width**-0.5
     launch_tree_attention_fwd(query, key, value, output, lse, *settings)
-    launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, *settings)
+    launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, row_stats, query_grad, *settings)
     dtype = query.dtype if num_parts == 1 else torch.float32
     grads = (_meta(num_parts, *key.shape, dtype=dtype) for _ in range(2))
-    launch_tree_attention_bwd_key_value(query, key, value, upstream, lse, delta, *grads, *settings)
+    launch_tree_attention_bwd_key_value(query, key, value, upstream, row_stats, *grads, *settings)
 
 
 def _meta(*shape, dtype=torch.float32) -> torch.Tensor:

@@ -68,17 +68,19 @@ def tree_attention_backward(
 
     query, key, value, upstream = _dense_columns(query, key, value, upstream)
     query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    delta = torch.empty_like(lse)
+    row_stats = lse.new_empty((*lse.shape, 2))
     work, blocks = WorkLists.from_tensors(lists), tiles.choose_blocks(query.dtype, query.shape[-1], single_rows)
-    # Also where the query needs no gradient: it computes delta, which the other kernel reads.
-    launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, delta, query_grad, work, blocks, scale)
+    # Also where the query needs no gradient: it computes statistics of rows, which the other kernel reads.
+    launch_tree_attention_bwd_query(
+        query, key, value, output, upstream, lse, row_stats, query_grad, work, blocks, scale
+    )
     if not need_key_value:
         return query_grad, query.new_empty(0), query.new_empty(0)
     # Parts are summed in float32 and in their order; a single part is the gradient itself.
     dtype = query.dtype if num_parts == 1 else torch.float32
     key_parts, value_parts = (torch.empty((num_parts, *x.shape), dtype=dtype, device=x.device) for x in (key, value))
     launch_tree_attention_bwd_key_value(
-        query, key, value, upstream, lse, delta, key_parts, value_parts, work, blocks, scale
+        query, key, value, upstream, row_stats, key_parts, value_parts, work, blocks, scale
     )
     if num_parts == 1:
         return query_grad, key_parts.view(key.shape), value_parts.view(value.shape)

@@ -16,8 +16,8 @@ from fastrm_kernels.tree_attention.gather import take_rows
 def tree_attention_flash_attn(query, key, value, layout, *, scale=None, causal=True):
     """Same contract as `tree_attention`; float16 or bfloat16 on CUDA.
 
-    Bitwise repeatable under torch.use_deterministic_algorithms only: the gradient of the queries is else summed by
-    atomic additions, and that of shared keys by embedding's backward pass.
+    Bitwise repeatable under torch.use_deterministic_algorithms only: else the gradient of the queries is summed by
+    atomic additions, as are those of shared keys in compiled layers.
 
     Raises:
         ValueError: for inputs that the package cannot take (see `flash_attn_obstacle`), or that overflow 32-bit

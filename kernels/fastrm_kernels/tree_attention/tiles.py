@@ -101,15 +101,14 @@ class WorkLists:
 
     Attributes:
         query_rank: (Tq,) int32.
-        key_low, key_high: (T,) int32.
+        key_bounds: (T, 2) int32, low and high of each key side by side: a kernel reads both at once.
         query_tiles: tiles of query rows with key steps.
         key_tiles: tiles of key rows with query steps; they cover every key row.
         packed: the int32 tensor that all of these are views of, once they have been moved.
     """
 
     query_rank: torch.Tensor
-    key_low: torch.Tensor
-    key_high: torch.Tensor
+    key_bounds: torch.Tensor
     query_tiles: TileList
     key_tiles: TileList
     packed: torch.Tensor | None = None
@@ -140,13 +139,13 @@ class WorkLists:
     @staticmethod
     def from_tensors(tensors, longest: tuple[int, int] = (0, 0)) -> "WorkLists":
         """The inverse of `tensors`; launching takes nothing else."""
-        rank, low, high, *lists = tensors
-        return WorkLists(rank, low, high, TileList(*lists[:2], longest[0]), TileList(*lists[2:], longest[1]))
+        rank, bounds, *lists = tensors
+        return WorkLists(rank, bounds, TileList(*lists[:2], longest[0]), TileList(*lists[2:], longest[1]))
 
     def tensors(self) -> list[torch.Tensor]:
         """All of them, in a fixed order, for an operator that takes tensors only."""
         lists = (self.query_tiles, self.key_tiles)
-        return [self.query_rank, self.key_low, self.key_high, *(x for part in lists for x in (part.tiles, part.steps))]
+        return [self.query_rank, self.key_bounds, *(x for part in lists for x in (part.tiles, part.steps))]
 
 
 def work_lists(layout: TreeLayout, blocks: Blocks, causal: bool) -> WorkLists:
@@ -179,7 +178,7 @@ def _build(layout: TreeLayout, blocks: Blocks, causal: bool) -> WorkLists:
         low = torch.repeat_interleave(torch.tensor(tree.ranks), counts)
     high = torch.repeat_interleave(torch.tensor(tree.rank_ends), counts)
     ranks = torch.tensor(tree.query_ranks, dtype=torch.int32)
-    return WorkLists(ranks, low.int(), high.int(), *lists)
+    return WorkLists(ranks, torch.stack([low, high], 1).int(), *lists)
 
 
 def _tile_list(tiles, seen, step_rows: int) -> TileList:

@@ -5,12 +5,14 @@ dQ = scale * dS K over their key steps; keys take dV = P^T dO and dK = scale * d
 over the query heads that share them, so dK and dV exist once per key/value head.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from fastrm_kernels.launch import launch
 from fastrm_kernels.tree_attention.tiles import Blocks, WorkLists
 from fastrm_kernels.tree_attention.triton_forward import (
+    load_bounds,
     load_rows,
     shared_arguments,
     store_rows,
@@ -22,7 +24,7 @@ from fastrm_kernels.tree_attention.triton_forward import (
 @triton.jit
 def query_gradient_steps(
     acc_a, acc_b, query_a, query_b, upstream_a, upstream_b, rank, lse, delta,
-    key_ptr, value_ptr, key_low_ptr, key_high_ptr, steps_ptr, step_begin, step_end, scale_log2,
+    key_ptr, value_ptr, key_bounds_ptr, steps_ptr, step_begin, step_end, scale_log2,
     key_stride, value_stride,
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, STEP_ROWS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -43,8 +45,7 @@ def query_gradient_steps(
             slopes = tl.dot(upstream_b, tl.trans(value_b), acc=slopes, input_precision=PRECISION)
         scores = scores * scale_log2 - lse[:, None]
         if MASKED:
-            low = tl.load(key_low_ptr + rows, mask=rows < end, other=0)
-            high = tl.load(key_high_ptr + rows, mask=rows < end, other=0)
+            low, high = load_bounds(key_bounds_ptr, rows, rows < end)
             scores = tl.where(visible(rank[:, None], low[None, :], high[None, :]), scores, float("-inf"))
         weights = tl.exp2(scores)
         slopes = (weights * (slopes - delta[:, None])).to(key_a.dtype)
@@ -56,8 +57,8 @@ def query_gradient_steps(
 
 @triton.jit(do_not_specialize=["num_queries"])
 def tree_attention_bwd_query_kernel(
-    query_ptr, key_ptr, value_ptr, output_ptr, upstream_ptr, lse_ptr, delta_ptr, query_grad_ptr,
-    query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,
+    query_ptr, key_ptr, value_ptr, output_ptr, upstream_ptr, lse_ptr, row_stats_ptr, query_grad_ptr,
+    query_rank_ptr, key_bounds_ptr, tiles_ptr, steps_ptr,
     num_queries, num_heads, group, scale, scale_log2,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     output_stride, output_head_stride, upstream_stride, upstream_head_stride,
@@ -65,7 +66,7 @@ def tree_attention_bwd_query_kernel(
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: delta and the query gradient of one query tile of one head."""
+    """One program: row statistics and the query gradient of one query tile of one head."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     tile_ptr = tiles_ptr + 5 * (tl.program_id(0) // num_heads)
     tile_start = tl.load(tile_ptr)
@@ -98,15 +99,17 @@ def tree_attention_bwd_query_kernel(
         upstream_b = load_rows(upstream_ptr + WIDTH_A, tile_start, tile_end, upstream_stride, TILE_ROWS, WIDTH_B, True)
         output_b = load_rows(output_ptr + WIDTH_A, tile_start, tile_end, output_stride, TILE_ROWS, WIDTH_B, True)
         delta += tl.sum(output_b.to(tl.float32) * upstream_b.to(tl.float32), 1)
-    tl.store(delta_ptr + head * num_queries + rows, delta, mask=inside)
+    pair_ptr = row_stats_ptr + 2 * (head * num_queries + rows)
+    tl.store(pair_ptr, lse, mask=inside)
+    tl.store(pair_ptr + 1, delta, mask=inside)
     acc_a, acc_b = query_gradient_steps(
         acc_a, acc_b, query_a, query_b, upstream_a, upstream_b, rank, lse, delta,
-        key_ptr, value_ptr, key_low_ptr, key_high_ptr, steps_ptr, step_begin, step_masked, scale_log2,
+        key_ptr, value_ptr, key_bounds_ptr, steps_ptr, step_begin, step_masked, scale_log2,
         key_stride, value_stride, WIDTH_A, WIDTH_B, STEP_ROWS, False, PRECISION,
     )  # fmt: skip
     acc_a, acc_b = query_gradient_steps(
         acc_a, acc_b, query_a, query_b, upstream_a, upstream_b, rank, lse, delta,
-        key_ptr, value_ptr, key_low_ptr, key_high_ptr, steps_ptr, step_masked, step_end, scale_log2,
+        key_ptr, value_ptr, key_bounds_ptr, steps_ptr, step_masked, step_end, scale_log2,
         key_stride, value_stride, WIDTH_A, WIDTH_B, STEP_ROWS, True, PRECISION,
     )  # fmt: skip
     store_rows(query_grad_ptr, tile_start, tile_end, query_grad_stride, acc_a * scale, TILE_ROWS, WIDTH_A)
@@ -115,9 +118,16 @@ def tree_attention_bwd_query_kernel(
 
 
 @triton.jit
+def load_stats(row_stats_ptr, rows, end, BOUNDED: tl.constexpr):
+    """lse and delta of some queries, in one load of 64 bits; 0 for rows from `end` on, which see no key."""
+    stats = tl.load(row_stats_ptr + rows, mask=rows < end, other=0) if BOUNDED else tl.load(row_stats_ptr + rows)
+    return stats.to(tl.int32).to(tl.float32, bitcast=True), (stats >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def key_gradient_steps(
     key_acc_a, key_acc_b, value_acc_a, value_acc_b, key_a, key_b, value_a, value_b, low, high,
-    query_ptr, upstream_ptr, lse_ptr, delta_ptr, query_rank_ptr, steps_ptr, step_begin, step_end, scale_log2,
+    query_ptr, upstream_ptr, row_stats_ptr, query_rank_ptr, steps_ptr, step_begin, step_end, scale_log2,
     query_stride, upstream_stride,
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, STEP_ROWS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -136,12 +146,7 @@ def key_gradient_steps(
             upstream_b = load_rows(upstream_ptr + WIDTH_A, start, end, upstream_stride, STEP_ROWS, WIDTH_B, MASKED)
             scores = tl.dot(key_b, tl.trans(query_b), acc=scores, input_precision=PRECISION)
             slopes = tl.dot(value_b, tl.trans(upstream_b), acc=slopes, input_precision=PRECISION)
-        if MASKED:
-            lse = tl.load(lse_ptr + rows, mask=rows < end, other=float("inf"))
-            delta = tl.load(delta_ptr + rows, mask=rows < end, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + rows)
-            delta = tl.load(delta_ptr + rows)
+        lse, delta = load_stats(row_stats_ptr, rows, end, MASKED)
         scores = scores * scale_log2 - lse[None, :]
         if MASKED:
             rank = tl.load(query_rank_ptr + rows, mask=rows < end, other=-1)
@@ -160,8 +165,8 @@ def key_gradient_steps(
 
 @triton.jit(do_not_specialize=["num_queries"])
 def tree_attention_bwd_key_value_kernel(
-    query_ptr, key_ptr, value_ptr, upstream_ptr, lse_ptr, delta_ptr, key_grad_ptr, value_grad_ptr,
-    query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,
+    query_ptr, key_ptr, value_ptr, upstream_ptr, row_stats_ptr, key_grad_ptr, value_grad_ptr,
+    query_rank_ptr, key_bounds_ptr, tiles_ptr, steps_ptr,
     num_queries, num_key_heads, num_parts, scale, scale_log2,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     upstream_stride, upstream_head_stride,
@@ -188,8 +193,7 @@ def tree_attention_bwd_key_value_kernel(
 
     rows = tile_start + tl.arange(0, TILE_ROWS)
     inside = rows < tile_end
-    low = tl.load(key_low_ptr + rows, mask=inside, other=0)
-    high = tl.load(key_high_ptr + rows, mask=inside, other=0)
+    low, high = load_bounds(key_bounds_ptr, rows, inside)
     key_a = load_rows(key_ptr, tile_start, tile_end, key_stride, TILE_ROWS, WIDTH_A, True)
     value_a = load_rows(value_ptr, tile_start, tile_end, value_stride, TILE_ROWS, WIDTH_A, True)
     key_b = key_a
@@ -206,14 +210,14 @@ def tree_attention_bwd_key_value_kernel(
         key_acc_a, key_acc_b, value_acc_a, value_acc_b = key_gradient_steps(
             key_acc_a, key_acc_b, value_acc_a, value_acc_b, key_a, key_b, value_a, value_b, low, high,
             query_ptr + head * query_head_stride, upstream_ptr + head * upstream_head_stride,
-            lse_ptr + head * num_queries, delta_ptr + head * num_queries, query_rank_ptr,
+            row_stats_ptr + head * num_queries, query_rank_ptr,
             steps_ptr, step_begin, step_masked, scale_log2, query_stride, upstream_stride,
             WIDTH_A, WIDTH_B, STEP_ROWS, False, PRECISION,
         )  # fmt: skip
         key_acc_a, key_acc_b, value_acc_a, value_acc_b = key_gradient_steps(
             key_acc_a, key_acc_b, value_acc_a, value_acc_b, key_a, key_b, value_a, value_b, low, high,
             query_ptr + head * query_head_stride, upstream_ptr + head * upstream_head_stride,
-            lse_ptr + head * num_queries, delta_ptr + head * num_queries, query_rank_ptr,
+            row_stats_ptr + head * num_queries, query_rank_ptr,
             steps_ptr, step_masked, step_end, scale_log2, query_stride, upstream_stride,
             WIDTH_A, WIDTH_B, STEP_ROWS, True, PRECISION,
         )  # fmt: skip
@@ -228,15 +232,15 @@ def tree_attention_bwd_key_value_kernel(
 
 
 def launch_tree_attention_bwd_query(
-    query, key, value, output, upstream, lse, delta, query_grad, work: WorkLists, blocks: Blocks, scale: float
+    query, key, value, output, upstream, lse, row_stats, query_grad, work: WorkLists, blocks: Blocks, scale: float
 ) -> None:
-    """Fill delta (H, Tq) float32 and query_grad (Tq, H, K)."""
+    """Fill row_stats (H, Tq, 2) float32, lse and delta of each row side by side, and query_grad (Tq, H, K)."""
     num_heads, listed = query.shape[1], work.query_tiles
     launch(
         tree_attention_bwd_query_kernel, (num_heads * listed.tiles.shape[0],),
         num_warps=blocks.query_warps, num_stages=blocks.query_stages,
         **shared_arguments(query, key, value, work, listed, scale),
-        output_ptr=output, upstream_ptr=upstream, lse_ptr=lse, delta_ptr=delta, query_grad_ptr=query_grad,
+        output_ptr=output, upstream_ptr=upstream, lse_ptr=lse, row_stats_ptr=row_stats, query_grad_ptr=query_grad,
         **strides("output", output), **strides("upstream", upstream), **strides("query_grad", query_grad),
         num_heads=num_heads, group=num_heads // key.shape[1], scale=scale,
         TILE_ROWS=blocks.query_tile, STEP_ROWS=blocks.key_step,
@@ -244,18 +248,19 @@ def launch_tree_attention_bwd_query(
 
 
 def launch_tree_attention_bwd_key_value(
-    query, key, value, upstream, lse, delta, key_grad, value_grad, work: WorkLists, blocks: Blocks, scale: float
+    query, key, value, upstream, row_stats, key_grad, value_grad, work: WorkLists, blocks: Blocks, scale: float
 ) -> None:
     """Fill key_grad and value_grad (P, T, Hkv, K), every row of them; P divides the query heads of a key head.
 
-    The gradients are the sums over the P parts.
+    The gradients are the sums over the P parts. row_stats is what `launch_tree_attention_bwd_query` has filled.
     """
     (num_parts, _, num_key_heads, _), listed = key_grad.shape, work.key_tiles
     launch(
         tree_attention_bwd_key_value_kernel, (num_parts * num_key_heads * listed.tiles.shape[0],),
         num_warps=blocks.key_warps, num_stages=blocks.key_stages,
         **shared_arguments(query, key, value, work, listed, scale),
-        upstream_ptr=upstream, lse_ptr=lse, delta_ptr=delta, key_grad_ptr=key_grad, value_grad_ptr=value_grad,
+        upstream_ptr=upstream, row_stats_ptr=row_stats.view(torch.int64), key_grad_ptr=key_grad,
+        value_grad_ptr=value_grad,
         **strides("upstream", upstream), **strides("key_grad", key_grad[0]), **strides("value_grad", value_grad[0]),
         key_grad_part_stride=key_grad.stride(0), value_grad_part_stride=value_grad.stride(0),
         num_key_heads=num_key_heads, num_parts=num_parts, scale=scale,

@@ -45,14 +45,29 @@ def visible(rank, low, high):
 
 
 @triton.jit
+def load_bounds(key_bounds_ptr, rows, inside):
+    """low and high of some keys; a key that is not `inside` is visible to nobody.
+
+    Both come in one load of 64 bits. Triton gives each load the layout of the product's columns, in which a thread
+    loads each of its 16 or more elements by an instruction of its own.
+    """
+    bounds = tl.load(key_bounds_ptr + rows, mask=inside, other=0)
+    return bounds.to(tl.int32), (bounds >> 32).to(tl.int32)
+
+
+@triton.jit
 def attend_steps(
     acc_a, acc_b, row_max, row_sum, query_a, query_b, rank,
-    key_ptr, value_ptr, key_low_ptr, key_high_ptr, steps_ptr, step_begin, step_end, scale_log2,
+    key_ptr, value_ptr, key_bounds_ptr, steps_ptr, step_begin, step_end, scale_log2,
     key_stride, value_stride,
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, STEP_ROWS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take the online softmax through some steps. Scores are in units of log 2."""
+    """Take the online softmax through some steps.
+
+    Maxima and sums are of scores in units of log 2. The scores themselves are left as the product gives them: their
+    scale (above 0, so that it keeps their order) and the subtraction of the maximum are then one instruction.
+    """
     for step in range(step_begin, step_end):
         start = tl.load(steps_ptr + 2 * step)
         end = tl.load(steps_ptr + 2 * step + 1)
@@ -62,15 +77,13 @@ def attend_steps(
         if WIDTH_B > 0:
             key_b = load_rows(key_ptr + WIDTH_A, start, end, key_stride, STEP_ROWS, WIDTH_B, MASKED)
             scores = tl.dot(query_b, tl.trans(key_b), acc=scores, input_precision=PRECISION)
-        scores = scores * scale_log2
         if MASKED:
-            low = tl.load(key_low_ptr + rows, mask=rows < end, other=0)
-            high = tl.load(key_high_ptr + rows, mask=rows < end, other=0)
+            low, high = load_bounds(key_bounds_ptr, rows, rows < end)
             scores = tl.where(visible(rank[:, None], low[None, :], high[None, :]), scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         # A row that has seen nothing yet: exp2(-inf - -inf) would be NaN.
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-        weights = tl.exp2(scores - pivot[:, None])
+        weights = tl.exp2(scores * scale_log2 - pivot[:, None])
         decay = tl.exp2(row_max - pivot)
         row_sum = row_sum * decay + tl.sum(weights, 1)
         row_max = new_max
@@ -86,7 +99,7 @@ def attend_steps(
 @triton.jit(do_not_specialize=["num_queries"])
 def tree_attention_fwd_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr,
-    query_rank_ptr, key_low_ptr, key_high_ptr, tiles_ptr, steps_ptr,
+    query_rank_ptr, key_bounds_ptr, tiles_ptr, steps_ptr,
     num_queries, num_heads, group, scale_log2,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
     output_stride, output_head_stride,
@@ -118,12 +131,12 @@ def tree_attention_fwd_kernel(
     row_sum = tl.zeros((TILE_ROWS,), tl.float32)
     acc_a, acc_b, row_max, row_sum = attend_steps(
         acc_a, acc_b, row_max, row_sum, query_a, query_b, rank,
-        key_ptr, value_ptr, key_low_ptr, key_high_ptr, steps_ptr, step_begin, step_masked, scale_log2,
+        key_ptr, value_ptr, key_bounds_ptr, steps_ptr, step_begin, step_masked, scale_log2,
         key_stride, value_stride, WIDTH_A, WIDTH_B, STEP_ROWS, False, PRECISION,
     )  # fmt: skip
     acc_a, acc_b, row_max, row_sum = attend_steps(
         acc_a, acc_b, row_max, row_sum, query_a, query_b, rank,
-        key_ptr, value_ptr, key_low_ptr, key_high_ptr, steps_ptr, step_masked, step_end, scale_log2,
+        key_ptr, value_ptr, key_bounds_ptr, steps_ptr, step_masked, step_end, scale_log2,
         key_stride, value_stride, WIDTH_A, WIDTH_B, STEP_ROWS, True, PRECISION,
     )  # fmt: skip
 
@@ -154,11 +167,17 @@ def strides(name: str, tensor) -> dict[str, int]:
 
 
 def shared_arguments(query, key, value, work: WorkLists, listed: TileList, scale: float) -> dict:
-    """What all three kernels take: inputs, mask, tiles with their steps, and constants."""
+    """What all three kernels take: inputs, mask, tiles with their steps, and constants.
+
+    Raises:
+        ValueError: for a scale that is not above 0.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale: got {scale}, wanted a number above 0 (impl='triton')")
     width_a, width_b = split_width(query.shape[-1])
     return {
         "query_ptr": query, "key_ptr": key, "value_ptr": value,
-        "query_rank_ptr": work.query_rank, "key_low_ptr": work.key_low, "key_high_ptr": work.key_high,
+        "query_rank_ptr": work.query_rank, "key_bounds_ptr": work.key_bounds.view(torch.int64),
         "tiles_ptr": listed.tiles, "steps_ptr": listed.steps,
         "num_queries": query.shape[0], "scale_log2": scale * LOG2_E,
         **strides("query", query), **strides("key", key), **strides("value", value),
