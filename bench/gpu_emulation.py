@@ -1,7 +1,7 @@
 """CPU stand-ins for FlashAttention's operators and for fastrm's Triton attention: dense, slow, and right.
 
 With them the GPU's paths run here under torch.compile, in bfloat16, with the operators' own conditions checked. For
-rehearsals alone: importing this module registers them in this process.
+rehearsals and tests: `register` puts them in the place of the operators, for the rest of a process.
 """
 
 import math
@@ -12,7 +12,6 @@ import torch
 from fastrm_kernels.tree_attention.autograd import tree_attention_backward, tree_attention_forward
 
 LN2 = math.log(2.0)  # of the Triton kernels' log-sum-exp, which is in base 2
-_LIBRARY = torch.library.Library("aten", "IMPL")
 
 
 def attend(query, key, value, scale: float, mask: torch.Tensor):
@@ -81,26 +80,38 @@ def flash_backward(upstream, query, key, value, output, lse, cu_q, cu_k, max_q, 
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
 
 
-_LIBRARY.impl("_flash_attention_forward", flash_forward, "CPU")
-_LIBRARY.impl("_flash_attention_backward", flash_backward, "CPU")
+def register_flash() -> torch.library.Library:
+    """FlashAttention for the CPU, while what is returned is alive."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", flash_forward, "CPU")
+    library.impl("_flash_attention_backward", flash_backward, "CPU")
+    return library
 
 
 # The Triton kernels: query row i sees the keys whose range [low, high) holds its rank
 
 
 def _visible(lists: list[torch.Tensor]) -> torch.Tensor:
-    rank, low, high = lists[:3]
+    rank, bounds = lists[:2]
+    low, high = bounds.unbind(1)
     return (low[None] <= rank[:, None]) & (rank[:, None] < high[None])
 
 
-@tree_attention_forward.register_kernel("cpu")
-def _(query, key, value, lists, single_rows, num_parts, scale):
+def triton_forward(query, key, value, lists, single_rows, num_parts, scale):
+    """fastrm::tree_attention."""
     output, lse = attend(query, key, value, scale, _visible(lists))
     return output.to(query.dtype).contiguous(), (lse / LN2).contiguous()
 
 
-@tree_attention_backward.register_kernel("cpu")
-def _(query, key, value, output, lse, upstream, lists, single_rows, num_parts, scale, need_key_value):
+def triton_backward(query, key, value, output, lse, upstream, lists, single_rows, num_parts, scale, need_key_value):
+    """fastrm::tree_attention_backward."""
     found = attend_backward(upstream, query, key, value, output, scale, _visible(lists))
     grads = tuple(g.to(x.dtype).contiguous() for g, x in zip(found, (query, key, value), strict=True))
     return grads if need_key_value else (grads[0], query.new_empty(0), query.new_empty(0))
+
+
+def register() -> torch.library.Library:
+    """Everything for the CPU; keep what is returned."""
+    tree_attention_forward.register_kernel("cpu", triton_forward)
+    tree_attention_backward.register_kernel("cpu", triton_backward)
+    return register_flash()

@@ -57,6 +57,7 @@ def shrink_models() -> None:
     training_plan.planned_bytes = lambda model, config, shape, variant: shape.num_groups << 30
 
 
+<<<<<<< HEAD
 def shrink_shapes() -> None:
     """One group a step, with a fifth of its tokens under the name of the whole."""
     import training_shapes
@@ -81,8 +82,12 @@ def shrink_shapes() -> None:
 
 def emulate_operators() -> None:
     """Every attention backend runs here, and compiled layers are not made into machine code."""
+=======
+def emulate_operators():
+    """Every attention backend runs here, and compiled layers are not made into machine code; keep what is returned."""
+>>>>>>> d0b722b (The emulation of a GPU's operators is registered by a function, and serves the tests of FlashAttention too)
     import fastrm.model.network as network
-    import gpu_emulation  # noqa: F401
+    import gpu_emulation
     import training_variants
 
     choose = network.choose_backend
@@ -97,12 +102,13 @@ def emulate_operators() -> None:
     network.choose_backend = chosen
     for function in (network.RewardNetwork.compile_layers, training_variants.CompiledLayers.__init__):
         function.__defaults__ = (BACKEND,)
+    return gpu_emulation.register()
 
 
 def main() -> None:
     sys.argv = sys.argv[1:]
     shrink_models()
-    emulate_operators()
+    _operators = emulate_operators()
     if sys.argv[0] == "-m":
         sys.argv = sys.argv[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

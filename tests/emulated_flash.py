@@ -11,6 +11,7 @@ import types
 
 import torch
 
+import gpu_emulation
 from fastrm_kernels.tree_attention import flash_attn, varlen
 from fastrm_kernels.tree_attention.flash_attn_versions import find_version
 
@@ -68,57 +69,22 @@ def _add(monkeypatch, *modules):
     return modules
 
 
-# --- the computation ----------------------------------------------------------------------------
-
-
-def _runs(query, key, cu_q, cu_k, max_q, max_k, causal):
-    """Of each run: its query rows, its key rows, and which keys a query does not see."""
-    assert query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
-    assert query.is_contiguous() and key.is_contiguous() and cu_q.dtype == cu_k.dtype == torch.int32
-    bounds = (x.tolist() for x in (cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]))
-    for q_start, q_end, k_start, k_end in zip(*bounds, strict=True):
-        num_queries, num_keys = q_end - q_start, k_end - k_start
-        assert 0 < num_queries <= max_q and 0 < num_keys <= max_k
-        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool)
-        hidden = ~hidden.tril(num_keys - num_queries) if causal else ~hidden
-        yield slice(q_start, q_end), slice(k_start, k_end), hidden
-
-
-def _weights(query, key, scale, hidden):
-    """Attention weights (H, q, k) and log-sum-exp (H, q) of one run, float32."""
-    key = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = (torch.einsum("qhd,khd->hqk", query.float(), key) * scale).masked_fill(hidden, -torch.inf)
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp(), lse
-
-
 @torch.autocast("cpu", enabled=False)  # which the real kernels do not know
 def _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, causal):
+    """Output (Tq, H, K) and log-sum-exp (H, Tq), by the emulation of torch's own operator."""
     CALLS["forward"] += 1
-    output, lse = torch.empty_like(query), torch.empty(query.shape[1], query.shape[0])
-    for queries, keys, hidden in _runs(query, key, cu_q, cu_k, max_q, max_k, causal):
-        weights, lse[:, queries] = _weights(query[queries], key[keys], scale, hidden)
-        values = value[keys].float().repeat_interleave(query.shape[1] // key.shape[1], 1)
-        output[queries] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
-    return output, lse
+    return gpu_emulation.flash_forward(
+        query, key, value, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale
+    )[:2]  # fmt: skip
 
 
 @torch.autocast("cpu", enabled=False)
 def _backward(upstream, query, key, value, output, lse, cu_q, cu_k, max_q, max_k, scale, causal):
     CALLS["backward"] += 1
-    group = query.shape[1] // key.shape[1]
-    gradients = [torch.zeros(x.shape) for x in (query, key, value)]
-    for queries, keys, hidden in _runs(query, key, cu_q, cu_k, max_q, max_k, causal):
-        weights, again = _weights(query[queries], key[keys], scale, hidden)
-        assert torch.equal(again, lse[:, queries])
-        q, do, o = (x[queries].float() for x in (query, upstream, output))
-        k, v = (x[keys].float().repeat_interleave(group, 1) for x in (key, value))
-        slopes = torch.einsum("qhd,khd->hqk", do, v) - (do * o).sum(-1).T[..., None]
-        slopes = weights * slopes * scale
-        gradients[0][queries] = torch.einsum("hqk,khd->qhd", slopes, k)
-        for gradient, left, right in ((gradients[1], slopes, q), (gradients[2], weights, do)):
-            gradient[keys] += torch.einsum("hqk,qhd->khd", left, right).unflatten(1, (-1, group)).sum(2)
-    return [gradient.to(query.dtype) for gradient in gradients]
+    assert lse.shape == (query.shape[1], query.shape[0]) and output.shape == query.shape
+    return gpu_emulation.flash_backward(
+        upstream, query, key, value, output, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, None, None, scale=scale
+    )  # fmt: skip
 
 
 # --- in the clothes of each package -------------------------------------------------------------
@@ -128,8 +94,7 @@ def _aten_forward(
     query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
     scale=None, window_size_left=None, window_size_right=None, **_,
 ):  # fmt: skip
-    causal = is_causal or (window_size_left, window_size_right) == (-1, 0)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    causal = is_causal or window_size_right == 0
     output, lse = _forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, scale, causal)
     return output, lse, *(torch.zeros(n, dtype=torch.uint64) for n in (2, 1)), query.new_empty(0)
 
@@ -138,10 +103,8 @@ def _aten_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
     rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
-    causal = is_causal or (window_size_left, window_size_right) == (-1, 0)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    bounds = (cum_seq_q, cum_seq_k, max_q, max_k)
-    return tuple(_backward(grad_out, query, key, value, out, logsumexp, *bounds, scale, causal))
+    bounds, causal = (cum_seq_q, cum_seq_k, max_q, max_k), is_causal or window_size_right == 0
+    return _backward(grad_out, query, key, value, out, logsumexp, *bounds, scale, causal)
 
 
 def _flash_attn_varlen_forward(
@@ -230,4 +193,4 @@ def _flash_attn_bwd(
     max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None,
 ):  # fmt: skip
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return tuple(_backward(dout, q, k, v, out, lse, *bounds, softmax_scale, causal))
+    return _backward(dout, q, k, v, out, lse, *bounds, softmax_scale, causal)
