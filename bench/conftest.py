@@ -15,7 +15,7 @@ COLUMNS = (
 )
 _KEY = pytest.StashKey()
 _KERNELS_KEY = pytest.StashKey()
-OURS = ("triton", "triton+graph", "varlen", "eager")
+OURS = ("triton", "triton+graph", "varlen", "flash_attn", "eager")
 
 
 def pytest_addoption(parser):

@@ -51,7 +51,7 @@ MUTANTS = {
         "tl.maximum(row_max, tl.max(scores, 1) * scale_log2)",
         "tl.max(scores, 1) * scale_log2",
     ),
-    "maximum of unscaled scores": (FORWARD, "tl.max(scores, 1) * scale_log2)", "tl.max(scores, 1))"),
+    "scores scaled by half": (FORWARD, "tl.exp2(scores * scale_log2 - ", "tl.exp2(scores * scale_log2 * 0.5 - "),
     "delta of the key gradient negated": (BACKWARD, "tl.store(pair_ptr + 1, delta", "tl.store(pair_ptr + 1, -delta"),
     "wrong key head": (
         FORWARD,
