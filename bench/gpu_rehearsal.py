@@ -57,7 +57,6 @@ def shrink_models() -> None:
     training_plan.planned_bytes = lambda model, config, shape, variant: shape.num_groups << 30
 
 
-<<<<<<< HEAD
 def shrink_shapes() -> None:
     """One group a step, with a fifth of its tokens under the name of the whole."""
     import training_shapes
@@ -80,12 +79,8 @@ def shrink_shapes() -> None:
     TrainingShape.name = property(lambda shape: name(whole(shape)))
 
 
-def emulate_operators() -> None:
-    """Every attention backend runs here, and compiled layers are not made into machine code."""
-=======
 def emulate_operators():
     """Every attention backend runs here, and compiled layers are not made into machine code; keep what is returned."""
->>>>>>> d0b722b (The emulation of a GPU's operators is registered by a function, and serves the tests of FlashAttention too)
     import fastrm.model.network as network
     import gpu_emulation
     import training_variants

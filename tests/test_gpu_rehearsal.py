@@ -20,6 +20,7 @@ from fastrm_kernels.tree_attention.gather import take_rows
 from fastrm_kernels.tree_attention.varlen import varlen_arguments, varlen_options
 from torch.nn.attention.varlen import varlen_attn
 
+operators = gpu_emulation.register()
 layout = TreeLayout.build([9, 4, 7, 5], [-1, 0, 0, 2])
 torch.manual_seed(0)
 leaves = [torch.randn(25, heads, 16, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2)]
