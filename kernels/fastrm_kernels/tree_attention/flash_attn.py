@@ -17,7 +17,7 @@ def tree_attention_flash_attn(query, key, value, layout, *, scale=None, causal=T
     """Same contract as `tree_attention`; float16 or bfloat16 on CUDA.
 
     Bitwise repeatable under torch.use_deterministic_algorithms only: else the gradient of the queries is summed by
-    atomic additions, as are those of shared keys in compiled layers.
+    atomic additions.
 
     Raises:
         ValueError: for inputs that the package cannot take (see `flash_attn_obstacle`), or that overflow 32-bit
