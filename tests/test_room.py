@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import subprocess
 from collections import namedtuple
 from pathlib import Path
@@ -14,7 +15,10 @@ from rich.console import Console
 from epochs import ARCHITECTURES
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
+from fastrm.model import export
 from fastrm.model.architectures import find_architecture, meta_network
+from fastrm.model.export import save_model
+from fastrm.model.reward_model import RewardModel
 from fastrm.plan import room
 from fastrm.plan.dry_run import dry_run
 from fastrm.plan.flops import typical_workload
@@ -25,6 +29,7 @@ from fastrm.train.checkpoint import list_checkpoints
 from fastrm.train.display import Display
 from fastrm.train.loop import train
 from runs import fastrm, text_rows, tiny_config, write_rows
+from support import make_model
 
 GIB = 2**30
 ROOT = Path(__file__).parents[1]
@@ -262,6 +267,17 @@ def test_a_small_file_system_is_refused_by_the_command(config_file, tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
+def test_a_model_that_the_host_has_no_memory_for_is_not_read(tmp_path, monkeypatch):
+    network = make_model("qwen2")
+    save_model(network, tmp_path / "model")
+    needed = 4 * sum(parameter.numel() for parameter in network.model.parameters())
+    monkeypatch.setattr(export, "available_memory", lambda: needed - 1)
+    with pytest.raises(StorageError, match=r"take 0\.0 GiB in float32, 0\.0 GiB of host memory .*--dtype bf16$"):
+        RewardModel.from_pretrained(tmp_path / "model", device="cpu", dtype="fp32")
+    monkeypatch.setattr(export, "available_memory", lambda: needed // 2)
+    RewardModel.from_pretrained(tmp_path / "model", device="cpu", dtype="bf16")
+
+
 # Tables.
 
 
@@ -289,7 +305,8 @@ def test_the_plan_says_it_of_a_machine_and_of_each_gpu(tmp_path):
     command = ["plan", ROOT / "configs/full.yaml", "--gpus", "64", "--json", out]
     ended = fastrm(*command, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "host of 8 GPUs" in ended.stdout and "on a CPU" not in ended.stdout.split("Memory of a run")[1][:200]
+    (table,) = re.findall(r"^Memory of a run.*?^  Disk [^\n]*$", ended.stdout, re.MULTILINE | re.DOTALL)
+    assert table in (ROOT / "docs/memory.md").read_text(), f"docs/memory.md shows another table than\n{table}"
     found = json.loads(out.read_text())
     assert found["needs"]["gpu"]["training"] == found["memory"]["total"]
     assert found["needs"]["disk"]["num_checkpoints"] == 3

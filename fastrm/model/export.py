@@ -29,6 +29,7 @@ from fastrm.model.loading import open_backbone
 from fastrm.model.network import RewardNetwork
 from fastrm.model.weight_files import WeightFiles, check_format
 from fastrm.model.weight_writer import WeightWriter, replace_folder
+from fastrm.resources import available_memory
 
 FORMAT = 1
 
@@ -137,7 +138,7 @@ def load_model(
 
     Raises:
         ConfigError: if the folder is not a fastrm reward model, or reads tiles and is given limits of pixels.
-        StorageError: if its weights are damaged or incomplete.
+        StorageError: if its weights are damaged or incomplete, or the host has no memory for them.
     """
     check_format(folder)
     config_file = folder / "config.json"
@@ -165,8 +166,21 @@ def load_model(
     load_head(model.score, folder)
     if dtype is None:
         dtype = scoring_dtype(opened.dtype, device)
+    if device.type == "cpu":
+        _check_memory(folder, opened.num_bytes(lambda *_: dtype), dtype)
     opened.load(lambda *_: dtype, device)
     return model.to(device)
+
+
+def _check_memory(folder: Path, needed: int, dtype: torch.dtype) -> None:
+    """Refuse weights that the host has no memory for, before it begins to swap or the kernel ends the process."""
+    there = available_memory()
+    if needed > there:
+        smaller = ", --dtype bf16" if dtype.itemsize > 2 else ""
+        raise StorageError(
+            f"{folder}: the weights take {needed / 2**30:,.1f} GiB in {str(dtype).removeprefix('torch.')}, "
+            f"{there / 2**30:,.1f} GiB of host memory are available; free memory, or try one of: a GPU{smaller}"
+        )
 
 
 def scoring_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -37,6 +37,13 @@ class Backbone:
     tensors: dict[str, StoredTensor]
     dtype: torch.dtype
 
+    def num_bytes(self, choose_dtype: ChooseDtype) -> int:
+        """Of all parameters, as `load` will place them."""
+        return sum(
+            parameter.numel() * choose_dtype(name, parameter, self.dtype).itemsize
+            for name, parameter in self.model.named_parameters()
+        )
+
     @torch.no_grad()
     def load(
         self,
