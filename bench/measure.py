@@ -76,6 +76,19 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """What the gate has found on a batch.
+
+    Attributes:
+        flops: of forward and backward by variant, as counted by torch.
+        gradient_error: norm of the difference of the two gradients over the rival's norm.
+    """
+
+    flops: dict[str, int]
+    gradient_error: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """fastrm against a rival on one workload; ratios above 1 say that fastrm needs less."""
 
@@ -131,7 +144,7 @@ def compare(workload: str, fastrm: Variant, rival: Variant, pairs_per_step: int,
     on the same batch, so that a slow phase of the machine falls on both.
     """
     variants = (fastrm, rival)
-    flops = check_agreement(fastrm, rival)
+    flops = check_agreement(fastrm, rival).flops
     if benchmark.disabled:
         benchmark(fastrm.step, 0)
         return None
@@ -159,8 +172,8 @@ def compare(workload: str, fastrm: Variant, rival: Variant, pairs_per_step: int,
     return Comparison(workload, pairs_per_step, *sides, floor)
 
 
-def check_agreement(fastrm: Variant, rival: Variant) -> dict[str, int]:
-    """Assert equal losses and gradients on batch 0; returns the FLOPs of each variant there.
+def check_agreement(fastrm: Variant, rival: Variant) -> Agreement:
+    """Assert equal losses and gradients on batch 0.
 
     No speed figure on a red gate: two variants that compute different things cannot be compared.
     """
@@ -178,7 +191,7 @@ def check_agreement(fastrm: Variant, rival: Variant) -> dict[str, int]:
     assert error <= GRADIENT_TOLERANCE, (  # also false for NaN
         f"gradient: relative error {error:.2e} of a norm of {norm:.4g}, wanted at most {GRADIENT_TOLERANCE:.0e}"
     )
-    return flops
+    return Agreement(flops, error)
 
 
 def _norm(gradients: dict[str, torch.Tensor]) -> float:

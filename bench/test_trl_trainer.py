@@ -1,20 +1,13 @@
-"""fastrm's training step against TRL's RewardTrainer, on text pairs and a small Qwen2.
+"""fastrm's training step against TRL's RewardTrainer, on text pairs and a small Qwen2."""
 
-TRL gets the raw messages and does its own tokenising, collating and training step; gradient
-checkpointing and bf16, which it switches on by default, are off for both.
-"""
-
-import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.nn.utils import clip_grad_norm_
 
 from fastrm.config import HeadConfig
 from fastrm.data.group import encode_group
@@ -24,9 +17,9 @@ from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.data.sources import read_source
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import train_tokenizer
-from fastrm.train.optim import make_optimizer
 from measure import ROUNDS, compare
-from workloads import TEXT, VOCABULARY, FastrmStep, random_network, take_gradients, train_config
+from trl_step import TrlStep
+from workloads import TEXT, VOCABULARY, FastrmStep, random_network, train_config
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MAX_TOKENS = 1024  # TRL's default max_length; longer pairs are left out for both
@@ -72,63 +65,6 @@ def _record(name: str, prompt: str, responses: tuple[str, str]) -> Record:
     return Record(name, conversations, (Preference(0, 1),), "bench", name)
 
 
-class TrlStep:
-    """RewardTrainer's own training step on batches from its own data loader."""
-
-    name = "trl"
-
-    def __init__(self, network, records: Sequence[Record], pairs_per_step: int, folder: Path):
-        from datasets import Dataset
-        from transformers import Qwen2ForSequenceClassification
-        from trl import RewardConfig, RewardTrainer
-
-        config = copy.deepcopy(network.model.config)
-        config.num_labels = 1
-        model = Qwen2ForSequenceClassification(config)
-        model.load_state_dict(network.state_dict())
-        model.set_attn_implementation("sdpa")
-        settings = train_config("qwen2").optim
-        arguments = RewardConfig(
-            str(folder), per_device_train_batch_size=pairs_per_step, max_grad_norm=settings.max_grad_norm,
-            train_sampling_strategy="sequential", max_length=None, gradient_checkpointing=False, bf16=False,
-            use_cpu=True, report_to="none", disable_tqdm=True,
-        )  # fmt: skip
-        self.trainer = RewardTrainer(
-            model, arguments, train_dataset=Dataset.from_list([_trl_row(record) for record in records]),
-            processing_class=network.encoder.tokenizer, optimizers=(make_optimizer(model, settings), None),
-        )  # fmt: skip
-        # `train()` sets this attribute, which `training_step` reads.
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.batches = list(self.trainer.get_train_dataloader())
-
-    def step(self, number: int) -> None:
-        model, optimizer = self.trainer.model, self.trainer.optimizer
-        self._backward(number)
-        clip_grad_norm_(model.parameters(), self.trainer.args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
-        return float(self._backward(number)), take_gradients(self.trainer.model)
-
-    def num_tokens(self, number: int) -> int:
-        return self._batch(number)["input_ids"].numel()
-
-    def _backward(self, number: int) -> torch.Tensor:
-        return self.trainer.training_step(self.trainer.model, dict(self._batch(number)))
-
-    def _batch(self, number: int) -> dict[str, torch.Tensor]:
-        return self.batches[number % len(self.batches)]
-
-
-def _trl_row(record: Record) -> dict:
-    chosen, rejected = (
-        [{"role": message.role, "content": message.text} for message in record.responses[n].messages]
-        for n in (record.preferences[0].winner, record.preferences[0].loser)
-    )
-    return {"chosen": chosen, "rejected": rejected}
-
-
 @dataclass(frozen=True)
 class Workload:
     """Where the pairs come from, what replaces them where the data is absent, and the floor."""
@@ -162,7 +98,8 @@ def test_training_step_beats_trl(name, tmp_path, benchmark, comparisons):
     network = random_network(_text_config(encoder.tokenizer), HeadConfig(layers=1, bias=False), encoder)
     batches = [groups[first : first + size] for first in range(0, len(groups), size)]
     fastrm = FastrmStep.of_groups(network, batches, {})
-    trl = TrlStep(network, chosen, size, tmp_path)
+    records = [chosen[first : first + size] for first in range(0, len(chosen), size)]
+    trl = TrlStep(network, records, train_config("qwen2").optim, tmp_path)
     label = name if DATA.is_dir() else f"{name} (synthetic)"
     comparisons.add(compare(label, fastrm, trl, size, workload.floor, benchmark), benchmark)
 

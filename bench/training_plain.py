@@ -47,14 +47,19 @@ class PlainEngine(LocalEngine):
     def rewards(self, pack: PlainBatch) -> torch.Tensor:
         """Rewards (2 E,), all winners before all losers."""
         network, half = self.network, self.config.precision.dtype == "bf16"
+        images = {}
+        if pack.image_grids:
+            images = {
+                "mm_token_type_ids": (pack.padded_ids == IMAGE_PAD).int(),
+                "pixel_values": pack.pixel_values,
+                "image_grid_thw": torch.tensor(pack.image_grids, device=network.device),
+            }
         with torch.autocast(network.device.type, dtype=torch.bfloat16, enabled=half):
             hidden = network.model(
                 input_ids=pack.padded_ids,
                 attention_mask=(torch.arange(pack.padded_ids.shape[1], device=network.device) <= pack.last[:, None]),
-                mm_token_type_ids=(pack.padded_ids == IMAGE_PAD).int(),
-                pixel_values=pack.pixel_values,
-                image_grid_thw=torch.tensor(pack.image_grids, device=network.device),
                 use_cache=False,
+                **images,
             ).last_hidden_state
             states = hidden[torch.arange(len(pack.last), device=network.device), pack.last]
             return network.score(states).squeeze(-1).float()
@@ -109,13 +114,14 @@ def collate(pack: Pack, groups: list[EncodedGroup]) -> PlainBatch:
     responses = [group.responses[number] for number in (0, 1) for group in groups]
     lengths = np.array([len(response.tokens) for response in responses])
     tokens = [torch.from_numpy(response.tokens) for response in responses]
-    # Images in the order of the rows: winners first.
-    order = [number for half in (0, 1) for number in range(half, len(responses), 2)]
-    counts = [rows * columns * frames for frames, rows, columns in pack.image_grids]
-    patches = pack.patches.split(counts)
     fields = {field.name: getattr(pack, field.name) for field in dataclasses.fields(pack)}
-    fields["patches"] = torch.cat([patches[number] for number in order])
-    fields["image_grids"] = [pack.image_grids[number] for number in order]
+    if pack.image_grids:
+        # Images in the order of the rows: winners first.
+        order = [number for half in (0, 1) for number in range(half, len(responses), 2)]
+        counts = [rows * columns * frames for frames, rows, columns in pack.image_grids]
+        patches = pack.patches.split(counts)
+        fields["patches"] = torch.cat([patches[number] for number in order])
+        fields["image_grids"] = [pack.image_grids[number] for number in order]
     num_pairs = len(groups)
     fields["edges"] = torch.stack([torch.arange(num_pairs), torch.arange(num_pairs) + num_pairs], 1)
     return PlainBatch(

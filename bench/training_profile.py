@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -25,14 +26,22 @@ def profile_step(step: TrainingStep) -> dict:
 
     Returns:
         phases: seconds of vision (forward, by itself), forward (vision included), backward and update.
+        and what `profile_operations` gives.
+    """
+    return {"phases": _phases(step), **profile_operations(lambda: step.step(0))}
+
+
+def profile_operations(action: Callable[[], None]) -> dict:
+    """The operations of one call, by torch's profiler.
+
+    Returns:
         operations: [name, calls, seconds, share of the profiled time], longest first: kernels on a GPU,
             operators by their own time on a CPU.
         shares: of the profiled time, by kind of operation.
     """
-    phases = _phases(step)
     on_gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
-        step.step(0)
+        action()
         synchronize()
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
@@ -47,7 +56,7 @@ def profile_step(step: TrainingStep) -> dict:
     if rest := names[LONGEST:]:
         spent = sum(seconds[name] for name in rest)
         rows.append([f"{len(rest)} others", sum(calls[name] for name in rest), spent, spent / total])
-    return {"phases": phases, "operations": rows, "shares": shares_by_kind(seconds)}
+    return {"operations": rows, "shares": shares_by_kind(seconds)}
 
 
 def shares_by_kind(seconds: dict[str, float]) -> dict[str, float]:

@@ -130,15 +130,20 @@ class FastrmStep:
 
     @classmethod
     def of_groups(
-        cls, network: RewardNetwork, batches: Sequence[Sequence[EncodedGroup]], pixels: Pixels
+        cls,
+        network: RewardNetwork,
+        batches: Sequence[Sequence[EncodedGroup]],
+        pixels: Pixels,
+        config: Config | None = None,
     ) -> "FastrmStep":
+        """On a copy of the network; `config`: by default that of `train_config`."""
         network = copy.deepcopy(network)
         network.use_kernels(torch.float32, attention="sdpa")
         packs = [
             build_pack(groups, {key: pixels[key] for group in groups for key in group.media}, PATCHES)
             for groups in batches
         ]
-        return cls(LocalEngine(network, train_config(network.model.config.model_type)), packs)
+        return cls(LocalEngine(network, config or train_config(network.model.config.model_type)), packs)
 
     def step(self, number: int) -> None:
         self.engine.accumulate(self._pack(number))

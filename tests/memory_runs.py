@@ -22,9 +22,9 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "voc
 def measure(cases: list[dict]) -> list[dict]:
     """Run cases one after another in a new process; for each what `peak_of` gives.
 
-    A case has `text` and perhaps `vision` or, for InternVL, `tiles` (sizes for transformers), `load` (groups,
-    words of a prompt and of a response, side of an image) and what differs from the defaults of mode, dtype,
-    weights, states, fuse, freeze, pooling and packs (1: the step has no other pack).
+    A case has `path`, a folder of a text model, or else `text` and perhaps `vision` or, for InternVL, `tiles` (sizes
+    for transformers); and `load` (groups, words of a prompt and of a response, side of an image) and what differs from
+    the defaults of mode, dtype, weights, states, fuse, freeze, pooling and packs (1: the step has no other pack).
     """
     environment = {
         **os.environ,
@@ -41,7 +41,7 @@ def measure(cases: list[dict]) -> list[dict]:
 
 
 def family_of(case: dict) -> str:
-    """The model type of a case."""
+    """The model type of a case; that of `path` is any text model: its packs are of small token ids."""
     return "internvl" if "tiles" in case else "qwen2_5_vl" if "vision" in case else "qwen2"
 
 
@@ -62,13 +62,25 @@ def model_options(case: dict, tiny: bool = False) -> dict:
     return {"model_type": "qwen2_5_vl", "text_config": {**text, "rope_parameters": rope}, "vision_config": vision}
 
 
+def architecture_of(case: dict, tiny: bool = False):
+    """The transformers config of a case."""
+    from transformers import AutoConfig
+
+    if "path" in case:
+        return AutoConfig.from_pretrained(case["path"])
+    options = model_options(case, tiny)
+    options.get("text_config", options).update(dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
+    return AutoConfig.for_model(**options)
+
+
 def settings_of(case: dict):
     """The configuration of a case."""
     from fastrm.config import Config, ModelConfig, OptimConfig, PrecisionConfig
 
+    origin = {"init": {"model_type": family_of(case)}, "tokenizer": "none"}
     return Config(
         model=ModelConfig(
-            init={"model_type": family_of(case)}, tokenizer="none",
+            **({"path": case["path"]} if "path" in case else origin),
             activation_checkpointing=case.get("mode", "none"), freeze=case.get("freeze", []),
             fuse_projections=case.get("fuse", False), pooling=case.get("pooling", "anchor"),
         ),
@@ -80,16 +92,17 @@ def settings_of(case: dict):
 def make_engine(case: dict, tiny: bool = False):
     """A LocalEngine with random weights."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
+    from fastrm.model.export import load_backbone
     from fastrm.model.network import RewardNetwork
     from fastrm.train.engine import LocalEngine
 
-    config, options = settings_of(case), model_options(case, tiny)
-    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    text = options.get("text_config", options)
-    text |= ids
-    backbone = AutoModel.from_config(AutoConfig.for_model(**options), dtype=torch.float32)
+    config = settings_of(case)
+    if "path" in case:
+        backbone = load_backbone(case["path"])
+    else:
+        backbone = AutoModel.from_config(architecture_of(case, tiny), dtype=torch.float32)
     network = RewardNetwork(backbone, config.model.head, pooling=config.model.pooling)
     network.freeze(config.model.freeze)
     if config.model.fuse_projections:
@@ -97,6 +110,35 @@ def make_engine(case: dict, tiny: bool = False):
     network.use_kernels(torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32, attention="sdpa")
     network.use_activation_checkpointing(config.model.activation_checkpointing)
     return LocalEngine(network.train(), config)
+
+
+def predict(case: dict, run: dict):
+    """The `PeakMemory` that the plan has for a case and the pack that `peak_of` measured."""
+    import torch
+    from transformers import AutoModel
+
+    from fastrm.model.network import RewardNetwork
+    from fastrm.plan.layers import Computation, Rows
+    from fastrm.plan.memory import peak_memory
+    from fastrm_kernels import TreeLayout
+
+    config = settings_of(case)
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(architecture_of(case), dtype=torch.float32)
+        network = RewardNetwork(backbone, config.model.head, pooling=config.model.pooling)
+    network.freeze(config.model.freeze)
+    tree = TreeLayout.build(run["lengths"], run["parents"])
+    ends = torch.tensor(run["lengths"]).cumsum(0) - 1
+    leaves = [int(end) for number, end in enumerate(ends) if number not in run["parents"]]
+    patches = sum(frames * rows * columns for frames, rows, columns in run["grids"])
+    rows = Rows(sum(run["lengths"]), sum(tree.key_lengths), len(leaves), sum(tree.at_rows(leaves).key_lengths), patches)
+    how = Computation(
+        bf16=config.precision.dtype == "bf16",
+        bf16_weights=config.precision.weights == "bf16",
+        fused=config.model.fuse_projections,
+        accumulated=case.get("packs", 2) > 1,
+    )
+    return peak_memory(network, config, rows, how)
 
 
 def make_packs(case: dict):

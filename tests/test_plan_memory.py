@@ -8,15 +8,12 @@ A table of all predictions and measurements ends the output.
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
 
 import fastrm.model.attention
 import memory_runs
 import support
 from fastrm.config import Config, ModelConfig, PrecisionConfig
-from fastrm.model.network import RewardNetwork
 from fastrm.plan.layers import Computation, Rows
-from fastrm.plan.memory import PeakMemory, peak_memory
 from fastrm.plan.model import network_parts
 from fastrm_kernels import TreeLayout
 from fastrm_kernels.tree_attention.gather import take_rows
@@ -71,28 +68,6 @@ SLOW = {
 }
 
 
-def predict(case: dict, run: dict) -> PeakMemory:
-    """The plan of a case for the pack that was measured."""
-    config, options = memory_runs.settings_of(case), memory_runs.model_options(case)
-    options.get("text_config", options).update(dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")))
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(AutoConfig.for_model(**options), dtype=torch.float32)
-        network = RewardNetwork(backbone, config.model.head, pooling=config.model.pooling)
-    network.freeze(config.model.freeze)
-    tree = TreeLayout.build(run["lengths"], run["parents"])
-    ends = torch.tensor(run["lengths"]).cumsum(0) - 1
-    leaves = [int(end) for number, end in enumerate(ends) if number not in run["parents"]]
-    patches = sum(frames * rows * columns for frames, rows, columns in run["grids"])
-    rows = Rows(sum(run["lengths"]), sum(tree.key_lengths), len(leaves), sum(tree.at_rows(leaves).key_lengths), patches)
-    how = Computation(
-        bf16=config.precision.dtype == "bf16",
-        bf16_weights=config.precision.weights == "bf16",
-        fused=config.model.fuse_projections,
-        accumulated=case.get("packs", 2) > 1,
-    )
-    return peak_memory(network, config, rows, how)
-
-
 @pytest.fixture(scope="module")
 def table(request):
     """Rows of (case, predicted, measured, when); printed at the end."""
@@ -118,7 +93,7 @@ def slow_runs():
 
 
 def check(name, case, run, table):
-    peak = predict(case, run)
+    peak = memory_runs.predict(case, run)
     table.append((name, peak.total, run["peak_bytes"], peak.when))
     state = peak.weights + peak.states + peak.gradients * (case.get("packs", 2) > 1)
     assert state == pytest.approx(run["state_bytes"], rel=0.03)

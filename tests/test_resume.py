@@ -4,47 +4,20 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.train import checkpoint as checkpoints
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
+from killed_runs import ForkServer, assert_same, outcome, wait_until
 from runs import colour_rows, tiny_config
 
 STEPS = 24
 RUNS, KILLS_PER_RUN = 4, 5
-
-
-class ForkServer:
-    """Starts training processes and kills them."""
-
-    def __init__(self):
-        script = Path(__file__).with_name("fork_server.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
-
-    def start(self, config: Path, resume: str = "auto") -> int:
-        self._process.stdin.write(json.dumps({"config": str(config), "resume": resume}) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def wait(self) -> int:
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -64,33 +37,12 @@ def make_config(folder, data, **run):
     return tiny_config(folder, data, data, run=run, data={"num_workers": 1})
 
 
-def outcome(run_dir):
-    """What must not differ: every logged number but the clock's, and the final weights."""
-    clock = ("preferences_per_second", "tokens_per_second", "data_wait_share")
-    rows = [{k: v for k, v in row.items() if k not in clock} for row in read_rows(run_dir / "metrics.jsonl")]
-    return rows, load_file(run_dir / "model" / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def unbroken(server, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     server.start(make_config(folder, data), "no")
     assert server.wait() == 0, (folder / "config.yaml.log").read_text()
     return outcome(folder / "run")
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
-def assert_same(run_dir, unbroken):
-    rows, weights = outcome(run_dir)
-    assert rows == unbroken[0]
-    assert weights.keys() == unbroken[1].keys()
-    assert all(torch.equal(weights[name], unbroken[1][name]) for name in weights)
 
 
 def steps_logged(run_dir) -> int:

@@ -1,0 +1,58 @@
+"""Training runs in processes that tests kill, and what must be the same in the end."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from fastrm.train.metrics import read_rows
+
+
+class ForkServer:
+    """Starts training processes and kills them."""
+
+    def __init__(self):
+        script = Path(__file__).with_name("fork_server.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+
+    def start(self, config: Path, resume: str = "auto") -> int:
+        self._process.stdin.write(json.dumps({"config": str(config), "resume": resume}) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self) -> int:
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def outcome(run_dir: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """What must not differ: every logged number but the clock's, and the final weights."""
+    clock = ("preferences_per_second", "tokens_per_second", "data_wait_share")
+    rows = [{k: v for k, v in row.items() if k not in clock} for row in read_rows(run_dir / "metrics.jsonl")]
+    return rows, load_file(run_dir / "model" / "model.safetensors")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def assert_same(run_dir: Path, unbroken: tuple[list[dict], dict[str, torch.Tensor]]) -> None:
+    rows, weights = outcome(run_dir)
+    assert rows == unbroken[0]
+    assert weights.keys() == unbroken[1].keys()
+    assert all(torch.equal(weights[name], unbroken[1][name]) for name in weights)
