@@ -4,12 +4,13 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fastrm.config import Config, HeadConfig, ModelConfig, OptimConfig, PrecisionConfig
-from fastrm.data.packing import EncodedGroup, build_pack
+from fastrm.data.packing import EncodedGroup, Pixels, build_pack
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.model.network import RewardNetwork
 from fastrm.train.setup import make_network
@@ -19,7 +20,7 @@ from pretrained.batches import Batches, Workload
 from training_plain import PlainEngine, collate, pairwise_rows
 from training_profile import profile_operations
 from trl_step import TrlStep
-from workloads import PATCHES, FastrmStep, take_gradients
+from workloads import PATCHES, FastrmStep
 
 ROUNDS = 3
 LEARNING_RATE = 2e-5
@@ -40,33 +41,25 @@ def load_network(model: Path) -> tuple[RewardNetwork, Config]:
     return make_network(config, load_tokenizer(str(model))), config
 
 
-class PlainStep:
+@dataclass
+class PlainStep(FastrmStep):
     """The plain pairwise trainer: two padded rows a preference through the stock model and SDPA."""
 
-    name = "plain"
+    name: str = "plain"
 
-    def __init__(self, network: RewardNetwork, batches: Sequence[Sequence[EncodedGroup]], config: Config):
+    @classmethod
+    def of_groups(
+        cls, network: RewardNetwork, batches: Sequence[Sequence[EncodedGroup]], pixels: Pixels, config: Config
+    ) -> "PlainStep":
+        """On a copy of the network; `pixels` is empty."""
         network = copy.deepcopy(network)
         network.model.set_attn_implementation("sdpa")
-        self.engine = PlainEngine(network, config)
-        rows = [pairwise_rows(groups, {})[0] for groups in batches]
-        self.packs = [collate(build_pack(groups, {}, PATCHES, share=False), groups) for groups in rows]
-
-    def step(self, number: int) -> None:
-        self.engine.accumulate(self._pack(number))
-        assert self.engine.update(self.engine.config.optim.lr, number).finite
-
-    def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
-        pack = self._pack(number)
-        loss = self.engine.loss(self.engine.rewards(pack), pack)
-        loss.backward()
-        return float(loss.detach()), take_gradients(self.engine.network)
+        rows = [pairwise_rows(groups, pixels)[0] for groups in batches]
+        packs = [collate(build_pack(groups, pixels, PATCHES, share=False), groups) for groups in rows]
+        return cls(PlainEngine(network, config), packs)
 
     def num_tokens(self, number: int) -> int:
         return self._pack(number).padded_ids.numel()
-
-    def _pack(self, number: int):
-        return self.packs[number % len(self.packs)]
 
 
 def compare_workload(workload: Workload, loaded: tuple[RewardNetwork, Config], folder: Path) -> dict:
@@ -79,7 +72,7 @@ def compare_workload(workload: Workload, loaded: tuple[RewardNetwork, Config], f
     batches = workload.batches(network.encoder, ROUNDS)
     fastrm = FastrmStep.of_groups(network, batches.groups, {}, config)
     trl = TrlStep(network, batches.records, config.optim, folder)
-    plain = PlainStep(network, batches.groups, config)
+    plain = PlainStep.of_groups(network, batches.groups, {}, config)
     variants: dict[str, Variant] = {variant.name: variant for variant in (trl, plain, fastrm)}
     agreements = [check_agreement(fastrm, rival) for rival in (trl, plain)]
     seconds = {name: [] for name in variants}

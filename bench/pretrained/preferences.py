@@ -1,6 +1,6 @@
 """Human preferences in text, from ../shared/data, as JSON Lines of prompt, chosen and rejected.
 
-    python bench/pretrained/preferences.py                  # runs/human/train.jsonl and eval.jsonl
+    python bench/pretrained/preferences.py                  # runs/human/captions.jsonl, answers.jsonl and eval.jsonl
 
 - captions: The New Yorker's caption contest (nextml/caption-contest-data, CC BY 4.0), rated by its readers. Pairs of
   captions of one contest whose mean ratings differ by three standard errors or more; the longer caption wins exactly
@@ -14,7 +14,6 @@ Every fifth contest and every fifth instruction, in the order of the files, is h
 import argparse
 import json
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -62,12 +61,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help=f"default: {FOLDER}")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    halves = zip(split(caption_pairs()), split(answer_pairs()), strict=True)
-    for name, rows in zip(("train", "eval"), map(list, map(chain.from_iterable, halves)), strict=True):
+    (captions, held_out_captions), (answers, held_out_answers) = split(caption_pairs()), split(answer_pairs())
+    files = {"captions": captions, "answers": answers, "eval": held_out_captions + held_out_answers}
+    for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        counts = {source: sum(row["source"] == source for row in rows) for source in ("captions", "answers")}
-        parts = ", ".join(f"{count:,} pairs of {source}" for source, count in counts.items())
-        print(f"{folder / name}.jsonl: {parts}")
+        prompts = len({row["prompt"] for row in rows})
+        print(f"{folder / name}.jsonl: {len(rows):,} pairs of {prompts} prompts")
 
 
 if __name__ == "__main__":
