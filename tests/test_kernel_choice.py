@@ -1,17 +1,20 @@
 """`kernels: auto|triton|eager`: what runs, what is printed, and that it computes the same."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
+from fastrm.model.architectures import find_architecture
 from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
 from fastrm_kernels import dispatch
 from runs import colour_rows, fastrm, tiny_config
 from support import make_model, needs_interpreter
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -62,6 +65,13 @@ def test_auto_takes_the_measured_winner(monkeypatch):
 def test_an_attention_backend_set_by_name_wins_over_kernels():
     assert choose_backend("sdpa", "triton", CPU, torch.float32, [64])[0] == "sdpa"
     assert choose_backend("triton", "eager", CPU, torch.float32, [64])[0] == "triton"
+
+
+@needs_interpreter
+def test_the_quick_start_can_take_triton():
+    config = load_config(ROOT / "configs/quickstart.yaml", ["kernels=triton"])
+    dims = head_dims_of(find_architecture(config.model)[0])
+    assert choose_backend("auto", "triton", CPU, torch.float32, dims)[0] == "triton"
 
 
 def test_triton_where_it_cannot_run_is_refused(monkeypatch):
