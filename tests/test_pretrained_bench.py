@@ -59,7 +59,7 @@ def test_tokens_and_flops_are_those_of_trees_and_of_padded_pairs(report):
 
 
 def test_the_tables_replace_what_stands_between_their_marks(report):
-    text = f"before {tables.BEGIN} old {tables.END} after"
+    text = " old ".join(tables.COMPARISON).join(["before ", " after"])
     made = tables.updated_docs(text, [report])
     assert made.startswith("before ") and made.endswith(" after") and " old " not in made
     assert tables.updated_docs(made, [report]) == made

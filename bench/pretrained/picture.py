@@ -1,7 +1,7 @@
 """What a run on human preferences has learned: its curve, its margins on held-out pairs, and accuracy with intervals.
 
     fastrm score runs/human/run/model runs/human/eval.jsonl --out runs/human/rewards.jsonl
-    python bench/pretrained/picture.py runs/human --png docs/pretrained.png
+    python bench/pretrained/picture.py runs/human --docs    # and into docs/pretrained.md, with a picture
 
 Two intervals of 95 %: Wilson's, which takes the pairs for independent, and a bootstrap over prompts, since pairs of one
 prompt share responses. Beside them stands how often the longer response is the better one.
@@ -9,16 +9,21 @@ prompt share responses. Beside them stands how often the longer response is the 
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from fastrm.evaluate.pair_accuracy import wilson_interval
-from fastrm.train.metrics import read_rows
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from fastrm.evaluate.pair_accuracy import wilson_interval  # noqa: E402
+from fastrm.train.metrics import read_rows  # noqa: E402
+from pretrained.tables import DOCS, LEARNING, between  # noqa: E402
 
 RESAMPLES = 10_000
+PICTURE = DOCS.with_name("pretrained.png")
 COLOURS = {"captions": "tab:blue", "answers": "tab:orange"}
 
 
@@ -131,12 +136,21 @@ def _draw_curve(axes, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="with eval.jsonl, rewards.jsonl and run/metrics.jsonl")
-    parser.add_argument("--png", type=Path, help="draw the picture here")
+    parser.add_argument("--docs", action="store_true", help=f"write {DOCS.name} and {PICTURE.name}")
     arguments = parser.parse_args()
     pairs = read_pairs(arguments.folder)
-    print("\n".join(table(pairs)))
-    if arguments.png:
-        draw(pairs, read_rows(arguments.folder / "run" / "metrics.jsonl"), arguments.png)
+    lines = table(pairs)
+    print("\n".join(lines))
+    if arguments.docs:
+        draw(pairs, read_rows(arguments.folder / "run" / "metrics.jsonl"), PICTURE)
+        summary = json.loads((arguments.folder / "run" / "summary.json").read_text())
+        facts = (
+            f"{summary['steps']:,} steps, {summary['preferences']:,} preferences, {summary['train_seconds'] / 60:.0f} "
+            f"minutes; {summary['tokens_processed']:,} tokens where a pairwise trainer needs "
+            f"{summary['tokens_unshared']:,}."
+        )
+        body = "\n".join([facts, "", *lines, "", f"![Curve and margins]({PICTURE.name})"])
+        DOCS.write_text(between(DOCS.read_text(), LEARNING, body))
 
 
 if __name__ == "__main__":
