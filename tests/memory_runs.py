@@ -94,7 +94,7 @@ def make_engine(case: dict, tiny: bool = False):
     import torch
     from transformers import AutoModel
 
-    from fastrm.model.export import load_backbone
+    from fastrm.model.loading import load_backbone
     from fastrm.model.network import RewardNetwork
     from fastrm.train.engine import LocalEngine
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastrm.model.export import load_backbone
+from fastrm.model.loading import load_backbone
 from pretrained.convert import ConversionError, check, convert
 from smollm2 import needs_smollm2
 
