@@ -70,7 +70,8 @@ def table(pairs: list[Pair]) -> list[str]:
         "| held-out pairs | pairs | prompts | accuracy | 95 %, pairs | 95 %, prompts | the longer one |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for source in [*COLOURS, "all"]:
+    sources = _sources(pairs)
+    for source in [*sources, "all"] if len(sources) > 1 else sources:
         found = [pair for pair in pairs if source in (pair.source, "all")]
         right = sum(pair.margin > 0 for pair in found)
         longer = sum((pair.length_gap > 0) + 0.5 * (pair.length_gap == 0) for pair in found) / len(found)
@@ -89,8 +90,8 @@ def draw(pairs: list[Pair], rows: list[dict], file: Path) -> None:
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     curve, histogram, scatter = figure.subplots(1, 3)
-    _draw_curve(curve, rows)
-    for source, colour in COLOURS.items():
+    _draw_curve(curve, rows, _sources(pairs))
+    for source, colour in _sources(pairs).items():
         found = [pair for pair in pairs if pair.source == source]
         margins = np.array([pair.margin for pair in found])
         share = float((margins > 0).mean())
@@ -110,7 +111,13 @@ def draw(pairs: list[Pair], rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _draw_curve(axes, rows: list[dict]) -> None:
+def _sources(pairs: list[Pair]) -> dict[str, str]:
+    """Sources of the pairs, with their colours."""
+    found = {pair.source for pair in pairs}
+    return {source: colour for source, colour in COLOURS.items() if source in found}
+
+
+def _draw_curve(axes, rows: list[dict], sources: dict[str, str]) -> None:
     steps = [row["step"] for row in rows if "loss" in row]
     losses = np.array([row["loss"] for row in rows if "loss" in row])
     width = max(1, len(losses) // 20)
@@ -121,7 +128,7 @@ def _draw_curve(axes, rows: list[dict]) -> None:
     axes.set(xlabel="step", ylabel="loss (dotted: log 2)", title="training and held-out accuracy")
     right = axes.twinx()
     evaluations = [row for row in rows if "eval/accuracy" in row]
-    for source, colour in COLOURS.items():
+    for source, colour in sources.items():
         steps = [row["step"] for row in evaluations]
         found = [row["eval/sources"][source] for row in evaluations]
         middle = np.array([part["accuracy"] for part in found])
