@@ -5,8 +5,9 @@
 
 Each part runs in a process of its own and reports its seconds and its peak of resident memory, mapped files and
 libraries included. A checkpoint has the names and the dtype (bf16) of the published one, random values, and a small
-trained tokenizer, whose ids are some of the real vocabulary's. It is made tensor by tensor and removed at the end; the
-disk needs room for it and for the export. Results go to bench/results, and the table to standard output.
+trained tokenizer, whose ids are some of the real vocabulary's. It is made tensor by tensor and removed at the end, but
+for --keep; the disk needs room for it and for the export. Results go to bench/results, where a part that is measured
+again replaces its row, and the table to standard output.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import math
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -32,6 +32,8 @@ PARTS = ("make", "load", "step", "score", "score fp32")
 PROMPT_WORDS, RESPONSE_WORDS, IMAGE_SIDE = 300, 100, 448
 WORDS = ("the", "a", "red", "blue", "cat", "dog", "sits", "on", "why", "this", "yes", "no", "one", "two", "three")
 GB = 1e9
+# What a row of the results is known by.
+KEY = ("model", "layers", "part")
 
 
 def main() -> None:
@@ -42,32 +44,46 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="of both towers; default: all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="after make, in this order")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--keep", action="store_true", help="leave the model's files in --dir for another call")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         print(json.dumps(run_part(options.part, options.models[0], options.layers, options.dir)))
         return
-    rows = []
-    for model in options.models:
-        rows += measure_model(model, options.layers, options.dir, options.parts)
-    result = {"device": device_name(), **environment(), "command": " ".join(sys.argv[1:]), "rows": rows}
+    result = {"device": device_name(), **environment(), "command": " ".join(sys.argv[1:])}
     suffix = "" if options.layers is None else f"-{options.layers}-layers"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{file_stem(result['device'])}-real-size{suffix}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(table_of(rows))
+    rows = {tuple(row[key] for key in KEY): row for row in _earlier(path)}
+    for model in options.models:
+        for row in measure_model(model, options.layers, options.dir, options.parts, options.keep):
+            rows[tuple(row[key] for key in KEY)] = row
+    found = sorted(rows.values(), key=lambda row: row["model"])
+    path.write_text(json.dumps({**result, "rows": found}, indent=1) + "\n")
+    print(table_of(found))
     print(f"written to {path}")
 
 
-def measure_model(model: str, layers: int | None, folder: Path, parts: list[str]) -> list[dict]:
-    """Rows of all parts of one model, each from a process of its own; the model's files are gone at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = 2.1 * checkpoint_bytes(model, layers), shutil.disk_usage(folder).free
+def _earlier(path: Path) -> list[dict]:
+    """Rows of earlier calls: parts may be measured one by one."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def measure_model(model: str, layers: int | None, folder: Path, parts: list[str], keep: bool) -> list[dict]:
+    """Rows of parts of one model, each from a process of its own.
+
+    Args:
+        keep: leave the model's files for another call, which then makes no checkpoint.
+    """
+    scratch = folder / (model if layers is None else f"{model}-{layers}-layers")
+    is_made = (scratch / "checkpoint" / "tokenizer.json").exists()
+    scratch.mkdir(parents=True, exist_ok=True)
+    needed, free = (1.1 if is_made else 2.1) * checkpoint_bytes(model, layers), shutil.disk_usage(folder).free
     if needed > free:
         raise SystemExit(f"{folder}: {model} needs {needed / GB:.1f} GB for its files, there are {free / GB:.1f} GB")
     rows = []
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        for part in ["make", *(part for part in parts if part != "make")]:
+    try:
+        for part in [*([] if is_made else ["make"]), *(part for part in parts if part != "make")]:
             command = [sys.executable, __file__, "--dir", scratch, "--models", model, "--part", part]
             command += [] if layers is None else ["--layers", str(layers)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -75,6 +91,9 @@ def measure_model(model: str, layers: int | None, folder: Path, parts: list[str]
                 raise SystemExit(f"{model}, {part}: ended with {done.returncode}; its messages are above")
             rows += [{"model": model, "layers": layers, **row} for row in json.loads(done.stdout.splitlines()[-1])]
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    finally:
+        if not keep:
+            shutil.rmtree(scratch)
     return rows
 
 
@@ -234,6 +253,7 @@ def make_checkpoint(model: str, layers: int | None, folder: Path) -> None:
         name: name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
         for name, _ in stock.named_parameters()  # a tied LM head is no parameter of its own
     }
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
     folder.mkdir()
     writer = WeightWriter(folder, [(names[n], tuple(p.shape), torch.bfloat16) for n, p in stock.named_parameters()])
     # Drawn once: matrices begin at different places in it, since eight billion draws would take minutes.
