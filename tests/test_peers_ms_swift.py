@@ -57,8 +57,11 @@ def batch_of(inputs, workload):
     random.Random(0).shuffle(records)
     pairs = [(r.responses[r.preferences[0].winner], r.responses[r.preferences[0].loser]) for r in records]
     found = [stock.stock_inputs(network.encoder, _with_bytes(pair[side])) for side in (0, 1) for pair in pairs]
-    batch = {name: torch.cat([row[name] for row in found]) for name in ("input_ids", "pixel_values", "image_grid_thw")}
-    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+    batch = {name: torch.cat([row[name] for row in found]) for name in ("pixel_values", "image_grid_thw")}
+    rows = [row["input_ids"][0] for row in found]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=network.encoder.tokenizer.pad_token_id)
+    real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return batch | {"input_ids": ids, "attention_mask": real.long()}
 
 
 def _with_bytes(response):
