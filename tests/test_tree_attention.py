@@ -250,6 +250,40 @@ def test_a_response_changes_no_other_response_by_a_bit(call_products, monkeypatc
     assert torch.equal(first[others], second[others])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("at_rows", [False, True], ids=["all", "anchors"])
+@pytest.mark.parametrize("width", [16, 64])
+def test_other_trees_of_a_pack_change_no_bit(width, at_rows, dtype):
+    torch.manual_seed(0)
+    tree, parents = [77, 26, 0, 20, 9, 31], [-1, 0, 0, 0, 1, 1]
+    results = []
+    inputs = [x.detach() for x in random_qkv(sum(tree), width=width, dtype=dtype)]
+    upstream = torch.randn(inputs[0].shape).to(dtype)
+    for before, after in (([], []), ([68], [176]), ([], [1, 300]), ([20, 900, 77], [])):
+        first, start = len(before), sum(before)
+        roots = [-1] * len(before)
+        layout = TreeLayout.build(
+            [*before, *tree, *after], [*roots, *[p if p < 0 else p + first for p in parents], *[-1] * len(after)]
+        )
+        rows = slice(start, start + sum(tree))
+        leaves = [torch.randn(layout.num_keys, *x.shape[1:]).to(dtype) for x in inputs]
+        above = torch.randn(leaves[0].shape).to(dtype)
+        for whole, own in zip((*leaves, above), (*inputs, upstream), strict=True):
+            whole[rows] = own
+        leaves = [x.requires_grad_() for x in leaves]
+        query = leaves[0]
+        if at_rows:
+            anchors = [*range(start), *(start + n for n in (102, 131, 162)), *range(rows.stop, layout.num_keys)]
+            layout, query, above = layout.at_rows(anchors), query[anchors], above[anchors]
+            rows = slice(start, start + 3)
+        output = tree_attention(query, *leaves[1:], layout, impl="eager")
+        own = slice(start, start + sum(tree))
+        gradients = torch.autograd.grad(output, leaves, above)
+        results.append((output[rows], *(x[own] for x in gradients)))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
 def test_a_layout_lives_until_the_backward_pass_is_done():
     inputs = random_qkv(14)
     output = tree_attention(*inputs, TreeLayout.build([10, 4], [-1, 0]), impl="eager")

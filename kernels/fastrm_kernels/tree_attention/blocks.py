@@ -26,6 +26,7 @@ from fastrm_kernels.tree_attention.layout import Spans, TreeLayout, join_spans
 _CALL_PRODUCTS = 1 << 21
 # Copying a row into a batch, and its results and gradients back, costs about as much as so many keys for a query.
 _COPIED_KEYS = 32
+_LEAST_ROWS = 8  # that a side of a small block is padded to
 
 
 @dataclass(frozen=True)
@@ -237,39 +238,34 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Spans:
 
 
 def _batches(blocks: Sequence[_Block], causal: bool, dtype, area: int) -> Iterable[Batch]:
-    for group in _group(blocks, area):
+    """Blocks of one shape, in one batch for each run of them that lies at equal distances, or in one of copies.
+
+    The shape that a block is computed in depends on the block alone. So nothing else in the row changes a bit of it.
+    """
+    groups: dict[tuple[int, int, bool], list[_Block]] = {}
+    for block in blocks:
+        q_len, k_len = _shape(block, area)
+        masked = not causal and (block.sees is not None or block.num_keys < k_len)
+        groups.setdefault((q_len, k_len, masked), []).append(block)
+    for (q_len, k_len, masked), group in groups.items():
         streaks = _streaks(group)
-        work = sum(block.num_queries * block.num_keys for block in group)
-        uniform = len({(block.num_queries, block.num_keys) for block in group}) == 1
-        # Without copies, where the blocks are equal and the calls that this takes are not small.
-        if uniform and work >= area * len(streaks):
-            yield from (_batch(streak, causal, dtype) for streak in streaks)
-        else:
-            yield _batch(group, causal, dtype)
+        uniform = all((block.num_queries, block.num_keys) == (q_len, k_len) for block in group)
+        # Without copies, where the calls that this takes are not small.
+        if not uniform or len(group) * q_len * k_len < area * len(streaks):
+            streaks = [group]
+        yield from (_batch(streak, (q_len, k_len), causal, masked, dtype) for streak in streaks)
 
 
-def _group(blocks: Sequence[_Block], area: int) -> list[list[_Block]]:
-    """Lists of blocks for one batch each: equal ones, and small ones while padding costs less than the calls saved.
+def _shape(block: _Block, area: int) -> tuple[int, int]:
+    """Queries and keys that a block is padded to: powers of two, so that small blocks share calls; else its own.
 
     Args:
-        area: pairs of a query and a key that cost as much as a call.
+        area: pairs of a query and a key that cost as much as a call, the most that copies and padding may each cost.
     """
-    groups: list[list[_Block]] = []
-    for block in sorted(blocks, key=lambda block: (block.num_keys, block.num_queries)):
-        if not groups or not _fits(groups[-1], block, area):
-            groups.append([])
-        groups[-1].append(block)
-    return groups
-
-
-def _fits(group: Sequence[_Block], block: _Block, area: int) -> bool:
-    first, num_keys = group[0], block.num_keys  # keys: the most so far
-    num_queries = max(block.num_queries, *(other.num_queries for other in group))
-    if (first.num_queries, first.num_keys) == (num_queries, num_keys):
-        return True
-    needed = sum(other.num_queries * other.num_keys for other in (*group, block))
-    padding = (len(group) + 1) * num_queries * num_keys - needed
-    return _COPIED_KEYS * (num_queries + num_keys) <= area and padding <= area * len(group)
+    own = block.num_queries, block.num_keys
+    q_len, k_len = (max(_LEAST_ROWS, 1 << (length - 1).bit_length()) for length in own)
+    is_cheap = _COPIED_KEYS * sum(own) <= area and q_len * k_len - own[0] * own[1] <= area
+    return (q_len, k_len) if is_cheap else own
 
 
 def _streaks(group: Sequence[_Block]) -> list[list[_Block]]:
@@ -289,11 +285,11 @@ def _step(pair: Sequence[_Block]) -> tuple[int, int]:
     return second.queries[0][0] - first.queries[0][0], second.keys[0] - first.keys[0]
 
 
-def _batch(blocks: Sequence[_Block], causal: bool, dtype) -> Batch:
-    q_len, k_len = max(block.num_queries for block in blocks), max(block.num_keys for block in blocks)
+def _batch(blocks: Sequence[_Block], shape: tuple[int, int], causal: bool, masked: bool, dtype) -> Batch:
+    q_len, k_len = shape
     queries = _rows([block.queries for block in blocks], q_len)
     keys = _rows([(block.keys,) for block in blocks], k_len)
-    return Batch(queries, keys, causal, None if causal else _mask(blocks, q_len, k_len, dtype))
+    return Batch(queries, keys, causal, _mask(blocks, q_len, k_len, dtype) if masked else None)
 
 
 def _rows(blocks: Sequence[Spans], length: int) -> Rows:
@@ -314,11 +310,9 @@ def _rows(blocks: Sequence[Spans], length: int) -> Rows:
     return Rows(count, length, index=index, real=real)
 
 
-def _mask(blocks: Sequence[_Block], q_len: int, k_len: int, dtype) -> torch.Tensor | None:
+def _mask(blocks: Sequence[_Block], q_len: int, k_len: int, dtype) -> torch.Tensor:
     """(B, 1, q or 1, k): -inf where a query does not see a key. Padded queries see what the last one sees."""
     seen = [[block.num_keys] if block.sees is None else list(block.sees) for block in blocks]
-    if all(row == [k_len] for row in seen):
-        return None
     if any(block.sees is not None for block in blocks):
         seen = [row + row[-1:] * (q_len - len(row)) for row in seen]
     hidden = torch.arange(k_len) >= torch.tensor(seen)[:, None, :, None]
