@@ -98,16 +98,17 @@ def duplicated(pack: Pack, impl: str) -> Way:
     """Every response is a causal sequence of its own, with its own copy of the prefix: queries, keys, values.
 
     Args:
-        impl: of `tree_attention`; or "stock", PyTorch's scaled_dot_product_attention on a batch of these rows.
+        impl: of `tree_attention`; or "stock", PyTorch's scaled_dot_product_attention without padding: sequences of
+            one length as a batch, others one after another.
     """
     shape, device = pack.shape, pack.upstream.device
     rows = torch.tensor(shape.duplicated_rows(), device=device)
-    lengths = [shape.prefix + shape.response] * (shape.num_responses * len(shape.trees))
+    lengths = shape.duplicated_lengths
     layout = TreeLayout.from_lengths(lengths, device)
     leaves = tuple(leaf.detach()[rows].requires_grad_() for leaf in pack.leaves)
-    # The copies of a prefix share its upstream gradient; N is a power of two, so dividing is exact.
-    is_prefix = torch.arange(len(rows), device=device) % lengths[0] < shape.prefix
-    upstream = torch.where(is_prefix[:, None, None], pack.upstream[rows] / shape.num_responses, pack.upstream[rows])
+    # The copies of a prefix share its upstream gradient; their number is a power of two, so dividing is exact.
+    copies = torch.bincount(rows)[rows]
+    upstream = pack.upstream[rows] / copies[:, None, None].to(pack.upstream.dtype)
 
     def fold(name, x):
         folded = x.new_zeros(shape.num_tokens, *x.shape[1:], dtype=torch.float64)
@@ -118,15 +119,19 @@ def duplicated(pack: Pack, impl: str) -> Way:
 
     forward = partial(tree_attention, layout=layout, impl=impl)
     if impl == "stock":
-        forward = partial(_stock_attention, length=lengths[0])
+        forward = partial(_stock_attention, batches=[(length, len(list(same))) for length, same in groupby(lengths)])
     return Way(forward, leaves, upstream, fold, partial(TreeLayout.from_lengths, lengths, device))
 
 
-def _stock_attention(query, key, value, length: int):
-    """Causal attention of sequences of one length, one after another."""
-    query, key, value = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    return output.transpose(1, 2).flatten(0, 1)
+def _stock_attention(query, key, value, batches: list[tuple[int, int]]):
+    """Causal attention of sequences in one row; `batches`: (tokens of each, number) of those of one length."""
+    sizes = [length * count for length, count in batches]
+    outputs = []
+    for (length, _), *rows in zip(batches, *(x.split(sizes) for x in (query, key, value)), strict=True):
+        batch = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in rows)
+        output = F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def flex(pack: Pack, compiled: bool = True) -> Way:

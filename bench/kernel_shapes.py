@@ -4,6 +4,7 @@ Useful work is what the operation must do, whichever way it is computed: every v
 judged by the same number of operations and bytes.
 """
 
+import random
 from dataclasses import dataclass
 
 WIDTHS = (1536, 2048, 3584, 5120)
@@ -67,7 +68,8 @@ class AttentionShape:
 
     Attributes:
         name: of the pack.
-        prefix, response, num_responses: tokens and responses of each tree; 0 for the vision tower.
+        prefix, response: tokens in each tree, or their means where trees differ; 0 for the vision tower.
+        num_responses: of each tree; 0 for the vision tower.
         trees: one after another in the row.
         causal: False for the vision tower, where every patch sees its whole sequence.
     """
@@ -108,10 +110,14 @@ class AttentionShape:
         return sum(visible_pairs(*tree) for tree in self.trees)
 
     @property
+    def duplicated_lengths(self) -> list[int]:
+        """Tokens of each sequence when each response has a prefix of its own, in the order of `duplicated_rows`."""
+        return [lengths[0] + response for lengths, _ in self.trees for response in lengths[1:]]
+
+    @property
     def duplicated_pairs(self) -> int:
-        """The same when each response is a sequence of its own, prefix included."""
-        length = self.prefix + self.response
-        return len(self.trees) * self.num_responses * (length * (length + 1) // 2)
+        """The pairs of these sequences."""
+        return sum(length * (length + 1) // 2 for length in self.duplicated_lengths)
 
     @property
     def work_ratio(self) -> float | None:
@@ -166,6 +172,23 @@ def tree_pack(
     return AttentionShape(name, prefix, response, num_responses, (tree,) * num_trees, *heads, head_dim, True, dtype)
 
 
+def mixed_pack(
+    num_trees: int, prefixes: tuple[int, int], responses: tuple[int, int], heads: tuple[int, int], *,
+    head_dim: int = HEAD_DIM, dtype: str = "bf16",
+) -> AttentionShape:  # fmt: skip
+    """Prompts with two responses each, as a training pack holds them: no two of one length, drawn from these ranges."""
+    draw = random.Random(0)
+    trees = tuple(
+        ((draw.randint(*prefixes), draw.randint(*responses), draw.randint(*responses)), (-1, 0, 0))
+        for _ in range(num_trees)
+    )
+    prefix = round(sum(lengths[0] for lengths, _ in trees) / num_trees)
+    response = round(sum(sum(lengths[1:]) for lengths, _ in trees) / (2 * num_trees))
+    name = f"{num_trees} mixed, {prefixes[0]}-{prefixes[1]}/{responses[0]}-{responses[1]} N=2 {heads[0]}/{heads[1]}"
+    name += f" {dtype}" if dtype != "bf16" else ""
+    return AttentionShape(name, prefix, response, 2, trees, *heads, head_dim, True, dtype)
+
+
 def sequences(name: str, lengths, heads: int, head_dim: int, dtype: str = "bf16") -> AttentionShape:
     """Independent sequences that see all of themselves."""
     trees = tuple(((length,), (-1,)) for length in lengths)
@@ -206,10 +229,12 @@ SMALL_ATTENTION_SHAPES = [
     tree_pack(96, 24, 8, (4, 2), pack_tokens=300, head_dim=32, dtype="fp32"),
     sequences("vision windows", window_lengths((9, 6)), 2, 20, "fp32"),
 ]
-# And those of a training step: heads of SmolLM2-135M, Qwen2.5-VL-3B and 7B.
+# And those of a training step: heads of SmolLM2-135M, Qwen2.5-VL-3B and 7B. Mixed: with images, and short texts.
 CPU_ATTENTION_SHAPES = [
     *(tree_pack(1300, 300, count, (9, 3), pack_tokens=1, head_dim=64, dtype=dtype) for count in (2, 4, 8)
       for dtype in ("fp32", "bf16")),
+    *(mixed_pack(*sizes, (9, 3), head_dim=64, dtype=dtype) for dtype in ("fp32", "bf16")
+      for sizes in ((4, (300, 1700), (100, 500)), (16, (60, 400), (20, 300)))),
     *(tree_pack(1300, 300, 2, (16, 2), pack_tokens=1, dtype=dtype) for dtype in ("fp32", "bf16")),
     tree_pack(1300, 300, 2, (28, 4), pack_tokens=1, dtype="fp32"),
 ]  # fmt: skip

@@ -32,6 +32,7 @@ from kernel_shapes import (
     STEP,
     AttentionShape,
     HeadShape,
+    mixed_pack,
     sequences,
     tree_pack,
     visible_pairs,
@@ -53,6 +54,7 @@ from kernel_timing import Candidate, DeviceLost, RedGate, Stats, attempt, check,
 
 GPU = "NVIDIA H200"
 COPY = 4e12
+MIXED = mixed_pack(3, (5, 40), (2, 20), (4, 2), head_dim=16, dtype="fp32")
 
 
 def timing(seconds, spread=0.01):
@@ -98,7 +100,7 @@ def report(op, *entries, device=GPU, left_out=()):
 # Shapes and work
 
 
-@pytest.mark.parametrize("shape", SMALL_ATTENTION_SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [*SMALL_ATTENTION_SHAPES, MIXED], ids=lambda shape: shape.name)
 def test_pairs_are_those_that_the_reference_shows(shape):
     layout = TreeLayout.build(shape.lengths, shape.parents)
     assert shape.pairs == int(visible(layout, shape.causal).sum())
@@ -127,6 +129,15 @@ def test_flops_count_two_products_forward_and_five_backward():
 def test_duplicated_rows_repeat_the_prefix_before_each_response():
     shape = tree_pack(2, 1, 2, (4, 2), pack_tokens=8)
     assert shape.duplicated_rows() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 4, 5, 7]
+
+
+def test_a_mixed_pack_is_compared_with_sequences_of_its_own_lengths():
+    assert len(set(MIXED.lengths)) > 6 and len(MIXED.duplicated_lengths) == 6
+    assert sum(MIXED.duplicated_lengths) == len(MIXED.duplicated_rows())
+    torch.manual_seed(0)
+    pack = kernel_attention.Pack.draw(MIXED, "cpu")
+    candidates = kernel_attention._gated(pack, kernel_attention._ways(pack, "cpu", False), "cpu")
+    assert {c.name: c.failed for c in candidates} == {"eager": None, "duplicated": None, "dense": None}
 
 
 def test_packs_hold_as_many_trees_as_fit_and_at_least_one():
