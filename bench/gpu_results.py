@@ -1,9 +1,9 @@
 """What a gpu_day.json says, question by question. A day that was cut short has fewer answers, not wrong ones."""
 
 from kernel_results import ATTENTION, HEAD
-from training_results import FASTRM, MAIN, completed, entries_of, key
+from training_results import FASTRM, MAIN, PAIRS, completed, entries_of, key
 
-MAIN_WORKLOAD, MODEL = "pairs, 1300/300", "7B"
+MODEL = "7B"
 
 
 def stage_results(record: dict, suffix: str) -> list[dict]:
@@ -53,7 +53,7 @@ def training_report(record: dict) -> dict | None:
     return report
 
 
-def variants(report: dict | None, model: str = MODEL, kind: str = MAIN, workload: str = MAIN_WORKLOAD) -> dict:
+def variants(report: dict | None, model: str = MODEL, kind: str = MAIN, workload: str = PAIRS) -> dict:
     """By name, those of a workload that have figures."""
     found = entries_of(report, model, kind) if report else []
     entry = next((entry for entry in found if entry["name"] == workload), None)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpu_runner import Stage
+from training_results import GROUPS, PAIRS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
@@ -18,7 +19,6 @@ EVERYTHING = (
     "precision.dtype=bf16", "precision.weights=bf16", "optim.states=8bit", "compile=layers", "kernels=triton",
     "model.fuse_projections=true", "model.activation_checkpointing=selective",
 )  # fmt: skip
-MAIN, GROUPS = "pairs, 1300/300", "groups of 4, 1300/300"
 
 
 def bench(script: str, *arguments: str) -> tuple[str, ...]:
@@ -76,8 +76,8 @@ def _correctness() -> list[list[Stage]]:
 
 def _main_figures() -> list[list[Stage]]:
     found = [
-        Stage("kernels-quick", "how fast are the kernels, against FlashAttention and copies?", kernels("--quick"), 75),
-        Stage("step-7B", "how fast is a step, what takes its time?", training("7B", "--only", MAIN), 270, margin=25),
+        Stage("kernels-quick", "how fast are the kernels, against FlashAttention?", kernels("--quick"), 75),
+        Stage("step-7B", "how fast is a step, what takes its time?", training("7B", "--only", PAIRS), 270, margin=25),
     ]
     return [[stage] for stage in found]
 
@@ -88,9 +88,9 @@ def _by_worth() -> list[list[Stage]]:
     update = bench("gpu_update.py", "--model", "7B", "--out", "{out}")
     memory = bench("gpu_memory.py", "--model", "7B", "--budget-seconds", "{budget}", "--out", "{out}")
     groups, others = training("7B", "--only", GROUPS, *two), training("7B", "--only", "alternatives")
-    small, attention = training("3B", "--only", MAIN, *two), kernels("--only", "attention")
+    small, attention = training("3B", "--only", PAIRS, *two), kernels("--only", "attention")
     found = [
-        Stage("update", "how long does the 8-bit update take, and how is it compiled best?", update, 45),
+        Stage("update", "how is the 8-bit update compiled best?", update, 45),
         Stage("groups-7B", "what do groups of four gain?", groups, 110, margin=20, least=90),
         Stage("alternatives-7B", "which FP8 recipe and attention are best?", others, 200, margin=20, least=75),
         Stage("memory", "do sizes fit that the plan says fit?", memory, 90, least=45),

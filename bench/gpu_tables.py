@@ -1,7 +1,6 @@
 """The tables of a GPU day, in Markdown: what ran, what was found, and what follows from it. Needs no torch."""
 
 from gpu_results import (
-    MAIN_WORKLOAD,
     MODEL,
     attention_share,
     kernel_report,
@@ -15,7 +14,7 @@ from gpu_runner import DONE
 from kernel_results import ATTENTION, is_goal_device, ratio
 from kernel_tables import report_lines as kernel_lines
 from kernel_tables import table
-from training_results import ALTERNATIVES, FASTRM, FP8, goal_lines
+from training_results import ALTERNATIVES, FASTRM, FP8, PAIRS, goal_lines
 from training_tables import report_lines as training_lines
 
 # Below this share of a step, attention is left as it is: a perfect one would gain less than half of it.
@@ -86,7 +85,7 @@ def _training(record: dict) -> list[str]:
     if profile:
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in profile["shares"].items())
         phases = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in profile["phases"].items())
-        lines += ["", f"Where fastrm's time goes ({MODEL}, {MAIN_WORKLOAD}): {shares}. Phases: {phases}."]
+        lines += ["", f"Where fastrm's time goes ({MODEL}, {PAIRS}): {shares}. Phases: {phases}."]
     return lines
 
 

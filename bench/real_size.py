@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
-from kernel_results import RESULTS, device_name, environment, file_stem  # noqa: E402
+from kernel_results import RESULTS, device_name, environment, file_stem, write_json  # noqa: E402
 from measure import reset_peak, status_bytes  # noqa: E402
 
 PARTS = ("make", "load", "step", "score", "score fp32")
@@ -52,14 +52,13 @@ def main() -> None:
         return
     result = {"device": device_name(), **environment(), "command": " ".join(sys.argv[1:])}
     suffix = "" if options.layers is None else f"-{options.layers}-layers"
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{file_stem(result['device'])}-real-size{suffix}.json"
     rows = {tuple(row[key] for key in KEY): row for row in _earlier(path)}
     for model in options.models:
         for row in measure_model(model, options.layers, options.dir, options.parts, options.keep):
             rows[tuple(row[key] for key in KEY)] = row
     found = sorted(rows.values(), key=lambda row: row["model"])
-    path.write_text(json.dumps({**result, "rows": found}, indent=1) + "\n")
+    write_json(path, {**result, "rows": found})
     print(table_of(found))
     print(f"written to {path}")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
-from kernel_results import RESULTS, cpu_name, environment, file_stem, package_versions  # noqa: E402
+from kernel_results import RESULTS, cpu_name, environment, file_stem, package_versions, write_json  # noqa: E402
 from pretrained.convert import FOLDER  # noqa: E402
 from pretrained.tables import DOCS, updated_docs  # noqa: E402
 
@@ -47,8 +47,7 @@ def measure(model: Path, only: str | None, out: Path) -> Path:
         facts = {**environment(), "threads": torch.get_num_threads(), "matmul_flops": rate}
         facts["versions"] |= package_versions(*PACKAGES)
         report["workloads"][name] = {**facts, **entry}
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(file, report)
         print("\n".join(lines_of(name, report["workloads"][name])), flush=True)
     return file
 

@@ -18,6 +18,7 @@ from fastrm.plan.picture import draw_plan
 from fastrm.plan.plan import LARGEST, Assumptions, Plan, make_plan
 from fastrm.plan.report import days
 from fastrm.plan.step_time import efficiency, first_dominated, gpu_counts, messages
+from pages import between
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -118,8 +119,7 @@ def _message_table() -> list[str]:
 
 def updated(text: str) -> str:
     """The document with its tables of today."""
-    before, _, rest = text.partition(BEGIN)
-    return before + "\n".join([BEGIN, "", *tables(), "", END]) + rest.partition(END)[2]
+    return between(DOCUMENT, text, (BEGIN, END), tables())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel_results import RESULTS, file_stem
+from pages import between, table
 from training_results import (
     ALTERNATIVES,
     FASTRM,
@@ -31,12 +32,10 @@ ALTERNATIVE_COLUMNS = ("variant", "s/step", "quartiles", "against fastrm", "peak
 
 def updated_readme(text: str, reports: Sequence[dict]) -> str:
     """bench/README.md with goals, charts and tables of these reports between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    lines = [BEGIN, "", *goal_lines(reports)]
+    lines = [*goal_lines(reports)]
     for report in reports:
         lines += ["", *report_lines(report)]
-    return before + "\n".join([*lines, "", END]) + after
+    return between(README, text, (BEGIN, END), lines)
 
 
 def report_lines(report: dict) -> list[str]:
@@ -51,14 +50,14 @@ def report_lines(report: dict) -> list[str]:
         lines += ["", f"![pairs per second, and what each feature is worth](results/{chart_name(report, model)})"]
         for entry in entries_of(report, model, MAIN):
             lines += ["", f"{entry['name']} (prompts in a step: {entry['shape']['num_groups']}):", ""]
-            lines += _table(MAIN_COLUMNS, [_main_row(entry, name) for name in entry["variants"]])
+            lines += table(MAIN_COLUMNS, [_main_row(entry, name) for name in entry["variants"]])
         for entry in entries_of(report, model, ALTERNATIVES):
             lines += ["", f"{entry['name']}: other recipes and attention backends in place of fastrm's:", ""]
-            lines += _table(ALTERNATIVE_COLUMNS, [_alternative_row(entry, name) for name in entry["variants"]])
+            lines += table(ALTERNATIVE_COLUMNS, [_alternative_row(entry, name) for name in entry["variants"]])
         for entry in entries_of(report, model, FEATURES):
             lines += ["", f"{entry['name']}: step time without a feature over that of fastrm:", ""]
             rows = [[name, "-" if value is None else f"{value:.2f}x"] for name, value in worth(report, entry)]
-            lines += _table(("feature", "worth"), rows)
+            lines += table(("feature", "worth"), rows)
             lines += _failures(entry)
         if run["left_out"]:
             lines += ["", "Not measured: " + "; ".join(run["left_out"]) + "."]
@@ -96,10 +95,6 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
-
-
 def _failures(entry: dict) -> list[str]:
     failed = [f"{name}: {found['failed']}" for name, found in entry["variants"].items() if found["failed"]]
     return ["", "; ".join(failed)] if failed else []
@@ -124,7 +119,7 @@ def profile_lines(report: dict) -> list[str]:
             [_short(operation), f"{calls:,}", f"{seconds:.4f}", f"{share:.1%}"]
             for operation, calls, seconds, share in profile["operations"]
         ]
-        lines += _table(("operation", "calls", "s", "share"), rows)
+        lines += table(("operation", "calls", "s", "share"), rows)
     return lines
 
 

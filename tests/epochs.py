@@ -108,7 +108,6 @@ class LongAndShort(Epoch):
         """The sum of a count over an epoch, in Python's integers."""
         return self.times * self.num_long * LONG[name] + self.num_short * SHORT[name]
 
-
     def flops(self, cost: CostModel) -> tuple[Fraction, Fraction]:
         """Of the epoch, with prefix trees and of a pairwise trainer, exactly."""
         picture = Fraction(cost.of_image(*IMAGE_SIZE))

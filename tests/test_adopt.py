@@ -13,7 +13,6 @@ import adopt
 import kernel_results
 import training_results
 from gpu_results import attention_share, kernel_report, planned_memory, training_report
-from gpu_speed import BEGIN, END
 from gpu_tables import day_lines
 from kernel_results import ATTENTION, HEAD
 from training_results import ALTERNATIVES, FASTRM, FP8, MAIN, PLAIN
@@ -140,7 +139,7 @@ def test_figures_go_where_they_are_read(project, record, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.startswith("NVIDIA H200; python 3.12, torch 2.11.0, triton 3.6.0") and "dispatch.py" in said
     readme = (project / "README.md").read_text()
-    table = readme[readme.index(BEGIN) : readme.index(END)]
+    table = readme[slice(*map(readme.index, adopt.README))]
     assert "| pairs of 1300/300 tokens: fastrm over a plain pairwise trainer | 2.50x |" in table
     assert "| groups of 4, 1300/300: fastrm over a plain pairwise trainer | - |" in table
     assert "NVIDIA H200: measured 2026-12-01 10:00 UTC, torch 2.11.0, triton 3.6.0" in table

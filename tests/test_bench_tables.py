@@ -221,9 +221,7 @@ def test_lost_device_ends_the_run(monkeypatch):
 def test_variant_that_computes_something_else_has_no_figures(monkeypatch):
     monkeypatch.setattr(kernel_timing, "MIN_ROUNDS", 4)
     monkeypatch.setattr(kernel_timing, "SHAPE_SECONDS", {"cpu": 0.0})
-    monkeypatch.setattr(
-        kernel_attention, "tree_attention_reference", lambda q, k, v, **_: q + 0 * (k.sum() + v.sum())
-    )
+    monkeypatch.setattr(kernel_attention, "tree_attention_reference", lambda q, k, v, **_: q + 0 * (k.sum() + v.sum()))
     entry = kernel_attention.measure_attention(SMALL_ATTENTION_SHAPES[0], "cpu", kernel_timing.Budget(60))
     assert entry["variants"]["dense"]["failed"].startswith("red gate: output: error")
     assert entry["variants"]["dense"]["seconds"] == {}
@@ -358,7 +356,7 @@ def test_quick_results_make_no_table(tmp_path):
 
 
 def test_readme_says_not_measured_without_results():
-    section = readme_section([])
+    section = "\n".join(readme_section([]))
     assert f"H100 or H200: {NOT_MEASURED}." in section
     assert section.count(NOT_MEASURED) == 1 + 2 * len(GOALS)
     cpu = report(HEAD, head_entry(HeadShape(256, 8, "fp32"), eager=1e-3), device="AMD EPYC, 2 cores")
@@ -367,7 +365,8 @@ def test_readme_says_not_measured_without_results():
 
 def test_readme_shows_each_device_with_its_goals():
     shape = tree_pack(1300, 300, 2, (28, 4))
-    section = readme_section([report(ATTENTION, attention_entry(shape, triton=1e-3, varlen=2e-3, duplicated=1.5e-3))])
+    found = report(ATTENTION, attention_entry(shape, triton=1e-3, varlen=2e-3, duplicated=1.5e-3))
+    section = "\n".join(readme_section([found]))
     assert f"### {GPU}" in section and "1300/300 N=2 28/4" in section and "| 1.50x" in section
     assert f"H100 or H200: {NOT_MEASURED}" not in section
 
@@ -391,5 +390,5 @@ def test_command_line_makes_the_readme(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run_kernels, "load_all", list)
     monkeypatch.setattr(sys, "argv", ["run_kernels.py", "--readme"])
     assert run_kernels.main() == 0
-    assert file.read_text() == f"before\n{readme_section([])}\nafter\n"
+    assert file.read_text() == "\n".join(["before", BEGIN, "", *readme_section([]), "", END, "after", ""])
     assert str(file) in capsys.readouterr().out

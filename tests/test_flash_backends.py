@@ -254,5 +254,3 @@ def test_auto_takes_it_only_as_measured_and_where_it_can_run(monkeypatch):
     assert chosen(64, 80)[0] == "flash_attn"
     backend, why = chosen(64, 12)
     assert backend == "flash" and "flash-attn, the faster one in bench/results, cannot run" in why
-
-

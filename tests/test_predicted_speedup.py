@@ -168,4 +168,3 @@ def test_the_speedup_of_random_groups_together_is_explained_by_sharing(tmp_path,
         found, ratios = predicted(tmp_path, config, counted, cost), Ratios.of(counted, cost)
         text = max(ratios.tokens, ratios.pairs)
         assert found["predicted_speedup"] <= ratios.bound(text) * ROUNDING, (trial, shapes)
-

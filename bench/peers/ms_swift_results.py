@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_results import RESULTS, file_stem
+from kernel_results import RESULTS, file_stem, write_json
+from pages import between, table
 
 SUFFIX = "-peers-ms-swift.json"
 FASTRM, SWIFT = "fastrm", "ms-swift"
@@ -46,8 +47,7 @@ def save(entry: dict, facts: dict, folder: Path) -> Path:
     kept = json.loads(file.read_text())["entries"] if file.exists() else []
     entry = {**entry, **{name: value for name, value in facts.items() if name != "device"}}
     entries = sorted([other for other in kept if _key(other) != _key(entry)] + [entry], key=_key, reverse=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"device": facts["device"], "entries": entries}, indent=1) + "\n")
+    write_json(file, {"device": facts["device"], "entries": entries})
     return file
 
 
@@ -123,14 +123,7 @@ def _versions(found: dict[str, str | None]) -> str:
     return ", ".join(f"{name} {number}" for name, number in found.items() if number)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
-
-
 def updated_page(text: str, reports: Sequence[dict]) -> str:
     """docs/peers.md with the tables of these reports between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
     lines = [line for report in reports for line in ["", *report_lines(report)]]
-    return before + "\n".join([BEGIN, *lines, "", END]) + after
+    return between(PAGE, text, (BEGIN, END), lines[1:])

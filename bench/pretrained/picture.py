@@ -20,7 +20,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from fastrm.evaluate.pair_accuracy import wilson_interval  # noqa: E402
 from fastrm.train.metrics import read_rows  # noqa: E402
-from pretrained.tables import DOCS, LEARNING, between  # noqa: E402
+from pages import between  # noqa: E402
+from pretrained.tables import DOCS, LEARNING  # noqa: E402
 
 RESAMPLES = 10_000
 PICTURE = DOCS.with_name("pretrained.png")
@@ -156,8 +157,8 @@ def main() -> None:
             f"minutes; {summary['tokens_processed']:,} tokens where a pairwise trainer needs "
             f"{summary['tokens_unshared']:,}."
         )
-        body = "\n".join([facts, "", *lines, "", f"![Curve and margins]({PICTURE.name})"])
-        DOCS.write_text(between(DOCS.read_text(), LEARNING, body))
+        body = [facts, "", *lines, "", f"![Curve and margins]({PICTURE.name})"]
+        DOCS.write_text(between(DOCS, DOCS.read_text(), LEARNING, body))
 
 
 if __name__ == "__main__":

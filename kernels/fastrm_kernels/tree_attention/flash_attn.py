@@ -131,9 +131,7 @@ def _backward(ctx, upstream, _):
     if upstream is None:
         return (None,) * 9
     query, key, value, cu_seqlens_q, cu_seqlens_k, output, lse = ctx.saved_tensors
-    gradients = flash_attn_backward(
-        upstream, query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers
-    )
+    gradients = flash_attn_backward(upstream, query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, *ctx.numbers)
     return (*gradients, *(None,) * 6)
 
 
