@@ -29,9 +29,7 @@ class TrlStep:
 
     name = "trl"
 
-    def __init__(
-        self, network: RewardNetwork, batches: Sequence[Sequence[Record]], optim: OptimConfig, folder: Path
-    ):
+    def __init__(self, network: RewardNetwork, batches: Sequence[Sequence[Record]], optim: OptimConfig, folder: Path):
         from datasets import Dataset
         from transformers import AutoModelForSequenceClassification
         from trl import RewardConfig, RewardTrainer

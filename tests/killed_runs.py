@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from fastrm.train.metrics import read_rows
 
+CLOCK = ("preferences_per_second", "tokens_per_second", "data_wait_share")
+
 
 class ForkServer:
     """Starts training processes and kills them."""
@@ -37,11 +39,14 @@ class ForkServer:
         self._process.wait()
 
 
+def rows_without_clock(run_dir: Path) -> list[dict]:
+    """Every logged number but those that depend on the speed of the machine."""
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(run_dir / "metrics.jsonl")]
+
+
 def outcome(run_dir: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """What must not differ: every logged number but the clock's, and the final weights."""
-    clock = ("preferences_per_second", "tokens_per_second", "data_wait_share")
-    rows = [{k: v for k, v in row.items() if k not in clock} for row in read_rows(run_dir / "metrics.jsonl")]
-    return rows, load_file(run_dir / "model" / "model.safetensors")
+    """What must not differ: the logged numbers and the final weights."""
+    return rows_without_clock(run_dir), load_file(run_dir / "model" / "model.safetensors")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

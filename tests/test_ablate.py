@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,14 +23,8 @@ from fastrm.errors import ConfigError
 from fastrm.model.reward_model import RewardModel
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
+from killed_runs import rows_without_clock, wait_until
 from runs import fastrm, text_rows, write_rows
-
-# What says how long something took, and nothing else.
-CLOCK = {"preferences_per_second", "tokens_per_second", "data_wait_share"}
-
-
-def rows_without_clock(run_dir: Path) -> list[dict]:
-    return [{key: row[key] for key in row if key not in CLOCK} for row in read_rows(run_dir / "metrics.jsonl")]
 
 
 def weights(run_dir: Path) -> bytes:
@@ -181,13 +174,6 @@ def test_stopped_grid_goes_on_to_the_bit(number, tmp_path):
     train(load_config(grid.cells[0].base, [*grid.cells[0].overrides, f"run.dir={tmp_path / 'unbroken'}"]))
     assert weights(first) == weights(tmp_path / "unbroken")
     assert rows_without_clock(first) == rows_without_clock(tmp_path / "unbroken")
-
-
-def wait_until(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def is_unlocked(run_dir: Path) -> bool:

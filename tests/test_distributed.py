@@ -22,6 +22,7 @@ from fastrm.train.checkpoint import load_checkpoint, save_checkpoint, verify
 from fastrm.train.engine import LocalEngine
 from fastrm.train.metrics import read_rows
 from fastrm.train.ranks import ALONE
+from killed_runs import CLOCK
 from rank_jobs import DIVISIONS, Bench, make_config, make_packs, take_step
 from runs import colour_rows, text_rows, tiny_config, write_rows
 from support import make_model, make_record, pack_of
@@ -245,9 +246,6 @@ def one_process(mixed_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     rank_jobs.train(str(run_config(folder, mixed_data)))
     return folder / "run"
-
-
-CLOCK = ("preferences_per_second", "tokens_per_second", "data_wait_share")
 
 
 def rows_of(run_dir: Path, after: int = 0) -> list[dict]:

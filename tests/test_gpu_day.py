@@ -142,7 +142,8 @@ sys.exit(run([python("first", {write!r}), python("slow", slow), python("after", 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_day_that_is_ended_from_outside_keeps_its_figures(tmp_path, number):
     code = DAY.format(bench=str(ROOT / "bench"), write=WRITE, out=str(tmp_path / "out"))
-    day = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # one that is killed leaves its work there
+    day = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     file, deadline = tmp_path / "out" / "gpu_day.json", time.monotonic() + 60
     while "hello" not in _tail_of(file, "slow"):
         assert time.monotonic() < deadline and day.poll() is None

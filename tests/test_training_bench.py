@@ -328,7 +328,7 @@ def test_a_profile_has_all_of_the_step():
     step.step(0)
     found = profile_step(step)
     assert found["phases"].keys() == {"vision", "forward", "backward", "update"}
-    assert found["phases"]["vision"] < found["phases"]["forward"]
+    assert min(found["phases"].values()) > 0
     assert sum(found["shares"].values()) == pytest.approx(1) and found["shares"]["matrix products"] > 0.2
     names = [row[0] for row in found["operations"]]
     assert len(names) == LONGEST + 1 and names[-1].endswith(" others")

@@ -70,7 +70,10 @@ def _facts(python: Path) -> dict:
     theirs = subprocess.run([str(python), "-c", code % (THEIRS,)], capture_output=True, text=True, check=True).stdout
     versions = {FASTRM: package_versions(*OURS), SWIFT: json.loads(theirs)}
     return {
-        "device": device_name(), "date": environment()["date"], "threads": torch.get_num_threads(), "versions": versions
+        "device": device_name(),
+        "date": environment()["date"],
+        "threads": torch.get_num_threads(),
+        "versions": versions,
     }
 
 
