@@ -74,4 +74,4 @@ $(INSTALLED): setup.py pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) .venv-ms-swift .gpu-day build dist *.egg-info
