@@ -82,6 +82,14 @@ def test_training_beside_frozen_bf16_weights_is_that_beside_float32_copies(folde
     assert all(map(torch.equal, two_steps(auto), two_steps(wide)))
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+def test_so_it_is_beside_frozen_float16_weights(folders, family):
+    path = folders(family, torch.float16)
+    auto, wide = (make_engine(path, weights, EVERYTHING) for weights in ("auto", "fp32"))
+    assert torch.float16 in {p.dtype for p in auto.network.parameters()}
+    assert all(map(torch.equal, two_steps(auto), two_steps(wide)))
+
+
 @pytest.mark.parametrize(
     ("stored", "weights", "dtype", "wanted"),
     [

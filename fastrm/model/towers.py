@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastrm.data.patches import Grid
@@ -18,7 +17,7 @@ from fastrm.model.compiled import mark_dynamic
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
 from fastrm.model.layers import LayerKernels, rotation, tile_block, vision_block
 from fastrm.model.tiles import TilePlan, TileShape
-from fastrm.model.vision import VisionPlan, VisionShape, embed_patches, reorder, rotary
+from fastrm.model.vision import VisionPlan, VisionShape, project_patches, reorder, rotary
 
 # (stock block, states, further arguments of the tower's block function) -> states
 Run = Callable[..., torch.Tensor]
@@ -83,7 +82,8 @@ class QwenTower(VisionTower):
     def features(self, pixel_values, plan: VisionPlan, run, dtype) -> torch.Tensor:
         visual = self.module
         # Before the embedding: what a compiled block gets must be no view, or it is traced once more.
-        hidden = embed_patches(visual, reorder(pixel_values, plan.order, self.shape.merge))  # (N, D of the tower)
+        pixel_values = reorder(pixel_values, plan.order, self.shape.merge)
+        hidden = project_patches(visual.patch_embed.proj, pixel_values)  # (N, D of the tower)
         cos, sin = rotary(visual, plan.positions)
         attention, product = self.kernels.attention, dtype(hidden)
         whole = attention.plan(plan.images, product)
@@ -133,8 +133,7 @@ class InternTower(VisionTower):
         """Class token and patches of all tiles with their positions, (tiles * (P + 1), D)."""
         stock = self.module.embeddings
         projection, positions = stock.patch_embeddings.projection, stock.position_embeddings
-        # The stock convolution, whose stride is its kernel.
-        patches = F.linear(pixel_values.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
+        patches = project_patches(projection, pixel_values)
         patches = patches.unflatten(0, (-1, order.shape[0]))  # (tiles, P, D)
         hidden = torch.cat((stock.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
         if positions is not None:

@@ -128,10 +128,12 @@ def _windows(frames: int, rows: int, columns: int, side: int) -> tuple[np.ndarra
     return np.concatenate(windows), [window.size for window in windows]
 
 
-def embed_patches(visual: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(N, channels * frames * patch^2) -> (N, D): the stock convolution, whose stride is its kernel."""
-    projection = visual.patch_embed.proj
-    return F.linear(pixel_values.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
+def project_patches(projection: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Apply a tower's first convolution, whose stride is its kernel: (N, channels * frames * patch^2) -> (N, D)."""
+    # Autocast rounds the pixels itself: rounded to weights in float16 before that, they would be rounded twice.
+    if not torch.is_autocast_enabled(pixel_values.device.type):
+        pixel_values = pixel_values.to(projection.weight.dtype)
+    return F.linear(pixel_values, projection.weight.flatten(1), projection.bias)
 
 
 def rotary(visual: nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
