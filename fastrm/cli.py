@@ -57,7 +57,7 @@ RouteChoice = Annotated[
 SaveEnsemble = Annotated[Path | None, typer.Option(help="Write a YAML file that can be used as a model")]
 DeviceChoice = Annotated[Device, typer.Option(help="auto: cuda if there is one")]
 DtypeChoice = Annotated[
-    Dtype, typer.Option(help="Of the backbone; auto: bf16 or fp16 as in the files, else bf16 on cuda, fp32 on cpu")
+    Dtype, typer.Option(help="Of the backbone's weights; auto: bf16 or fp16 of the files, else bf16 on cuda")
 ]
 MaxImagePixels = Annotated[int, typer.Option(min=1, help="Refuse images that declare more, before decoding")]
 MaxImageBytes = Annotated[int, typer.Option(min=1, help="Refuse image files with more bytes, before reading")]
@@ -96,9 +96,10 @@ def train(
         return
     if is_watched:
         die_with_the_watcher()
+    from fastrm.plan.room import check_room
     from fastrm.train.loop import train as run
 
-    run(resolved, resume)
+    run(resolved, resume, check=lambda ranks: check_room(resolved, ranks.num_ranks, ranks.num_local))
 
 
 @app.command()

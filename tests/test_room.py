@@ -13,16 +13,18 @@ import pytest
 from rich.console import Console
 
 from epochs import ARCHITECTURES
+from fastrm import cli
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model import export
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.export import save_model
 from fastrm.model.reward_model import RewardModel
+from fastrm.model.weight_files import CHUNK_BYTES
 from fastrm.plan import room
 from fastrm.plan.dry_run import dry_run
 from fastrm.plan.flops import typical_workload
-from fastrm.plan.needs import LIBRARIES, READ_AT_ONCE, needs_of, num_checkpoints
+from fastrm.plan.needs import LIBRARIES, needs_of, num_checkpoints
 from fastrm.plan.room import check_room
 from fastrm.resources import available_memory, free_disk
 from fastrm.train.checkpoint import list_checkpoints
@@ -174,7 +176,7 @@ def test_the_phases_of_the_7b_are_its_weights_and_states(config_file):
     assert number > 7 * 10**9
     found = needs(config, network=network)
     assert found.least == 16 * number + 4 * tensors
-    assert found.cpu.loading == LIBRARIES + 4 * number + READ_AT_ONCE
+    assert found.cpu.loading == LIBRARIES + 4 * number + CHUNK_BYTES
     assert found.gpu.loading == 4 * number == found.least_on_gpu
     assert found.gpu.saving == found.gpu.exporting == found.disk.checkpoint == 12 * number + 4 * tensors
     assert found.disk.export == 4 * number
@@ -183,7 +185,7 @@ def test_the_phases_of_the_7b_are_its_weights_and_states(config_file):
     divided = needs(large(config_file, "7B", "engine.zero_stage=3"), 16, network)
     # Of a sixteenth of the parameters: weights and DeepSpeed's copy of them, gradients, two moments.
     assert divided.gpu.saving == pytest.approx(20 * number / 16, rel=1e-3)
-    assert divided.host.loading == 8 * (LIBRARIES + 4 * number + READ_AT_ONCE)  # each makes its own random weights
+    assert divided.host.loading == 8 * (LIBRARIES + 4 * number + CHUNK_BYTES)  # each makes its own random weights
     assert divided.disk == found.disk
 
 
@@ -194,7 +196,7 @@ def test_a_run_with_too_little_host_memory_is_refused_before_it_begins(config_fi
     config, least = load_config(config_file), needs(load_config(config_file)).least
     monkeypatch.setattr(room, "available_memory", lambda: least - 1)
     with pytest.raises(ConfigError, match=r"weights, gradients and AdamW's states take [\d.]+ GiB on a CPU"):
-        train(config, display=Display(silent=True))
+        cli.train(config_file, [])
     assert not Path(config.run.dir).exists()
     monkeypatch.setattr(room, "available_memory", lambda: least)
     check_room(config)
@@ -240,7 +242,7 @@ def test_a_run_with_too_little_disk_is_refused_before_it_begins(config_file, mon
     disk = needs(config).disk
     monkeypatch.setattr(room, "free_disk", lambda path: disk.total - 1)
     with pytest.raises(StorageError) as caught:
-        train(config, display=Display(silent=True))
+        cli.train(config_file, [])
     for text in (f"{config.run.dir}: 2 checkpoints of", "GiB are free; free some space", "run.keep_checkpoints (2)"):
         assert text in str(caught.value)
     assert not Path(config.run.dir).exists()

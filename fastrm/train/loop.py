@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.evaluate.flips import Flips, compare_fp8
 from fastrm.evaluate.scoring import run_packs
 from fastrm.model.precision import token_multiple
-from fastrm.plan.room import check_room
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.display import Display
 from fastrm.train.guard import StepGuard, StopFlag, locked
@@ -35,11 +35,17 @@ from fastrm.train.step_cost import make_cost_model
 MAX_FAILED_SAVES = 3
 
 
-def train(config: Config, resume: str = "no", display: Display | None = None) -> dict:
+def train(
+    config: Config,
+    resume: str = "no",
+    display: Display | None = None,
+    check: Callable[[Ranks], None] = lambda ranks: None,
+) -> dict:
     """Run a configuration to its end; returns what summary.json holds.
 
     Args:
         resume: no, auto, required, or the path of a checkpoint.
+        check: called on the first rank before anything is written; what it raises stops the run on all ranks.
 
     Raises:
         InterruptedRun: after SIGTERM or SIGINT, when a checkpoint has been saved.
@@ -47,7 +53,7 @@ def train(config: Config, resume: str = "no", display: Display | None = None) ->
     """
     run_dir = Path(config.run.dir)
     with StopFlag() as stop, joined(config.run.device) as ranks:
-        ranks.on_first(lambda: check_room(config, ranks.num_ranks, ranks.num_local))
+        ranks.on_first(lambda: check(ranks))
         with locked(run_dir, ranks), display or Display(silent=not ranks.is_first) as shown:
             start = ranks.on_first(lambda: _find_start(run_dir, resume, shown))
             with Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None) as quarantine:
