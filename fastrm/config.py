@@ -221,7 +221,7 @@ class ModelConfig(_Section):
     fuse_projections: bool = False
     """Compute q, k and v in one matrix product, and gate and up in one. Files keep the stock names."""
     export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the backbone in the exported model; auto = precision.dtype, so that of its matrix products. The head is
+    """Precision of the backbone in the exported model; auto = precision.dtype, that of its products. The head is
     float32 in any case."""
 
     @model_validator(mode="after")

@@ -219,7 +219,7 @@ def _saved_video_settings(folder: Path) -> VideoSettings | None:
 
 @functools.cache
 def _say_where_stock_differs() -> None:
-    """Once in each process."""
+    """Warn, once in each process, that this transformers gives the frames of a video other times."""
     import transformers
 
     if Version(transformers.__version__) < Version("5.18"):

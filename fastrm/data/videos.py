@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
+from packaging.version import Version
 
 from fastrm.data.archives import folder_members
 from fastrm.data.images import (
@@ -282,7 +283,7 @@ class _VideoFile:
 
 def _open_container(av, file: BinaryIO, container_format: str, options: dict[str, str]):
     # A file is not refused for titles that are no UTF-8: PyAV had to be told so up to version 18.
-    lenient = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    lenient = {"metadata_errors": "ignore"} if Version(av.__version__).major < 19 else {}
     try:
         return av.open(file, format=container_format, options=options, **lenient)
     except TypeError as error:  # else every video would be called damaged

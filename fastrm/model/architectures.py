@@ -8,7 +8,7 @@ import torch
 from fastrm.config import ModelConfig, TrainedTokenizer
 from fastrm.errors import ConfigError
 from fastrm.model.families import check_family
-from fastrm.model.network import RewardNetwork
+from fastrm.model.network import RewardNetwork, refusal
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,10 @@ def meta_network(config, settings: ModelConfig) -> RewardNetwork:
         with torch.device("meta"):
             backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
             network = RewardNetwork(backbone, settings.head, pooling=settings.pooling)
+    except ConfigError:
+        raise
     except Exception as error:
-        raise _refused("model.init" if settings.path is None else f"model.path {settings.path!r}", error) from error
+        raise refusal("model.init" if settings.path is None else f"model.path {settings.path!r}", error) from error
     network.freeze(settings.freeze)
     return network
 
@@ -174,12 +176,7 @@ def _make_config(options: dict, what: str):
     try:
         return AutoConfig.for_model(**options)
     except Exception as error:
-        raise _refused(what, error) from error
-
-
-def _refused(what: str, error: Exception) -> ConfigError:
-    """Whatever a wrong size or type runs into, deep inside transformers: it is the configuration's fault."""
-    return ConfigError(f"{what}: transformers refuses it: {str(error).strip() or type(error).__name__}")
+        raise refusal(what, error) from error
 
 
 def _local_config(path: str):

@@ -111,16 +111,6 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None) -> dict:
     return config
 
 
-def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the host's memory, contiguous, in storage of its own, as safetensors wants it.
-
-    The parts of a fused projection share one storage; on a CPU nothing else is copied.
-    """
-    tensor = tensor.detach().cpu().contiguous()
-    shares = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-    return tensor.clone() if shares else tensor
-
-
 def load_model(
     folder: Path,
     min_pixels: int | None = None,

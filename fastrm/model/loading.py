@@ -30,7 +30,7 @@ class Backbone:
     Attributes:
         model: without memory for its weights; buffers, which are computed from the configuration, are there.
         tensors: of the files, by the names of the model's state dict.
-        dtype: of most of the files' elements.
+        dtype: that most elements of the files have.
     """
 
     model: nn.Module
@@ -38,7 +38,7 @@ class Backbone:
     dtype: torch.dtype
 
     def num_bytes(self, choose_dtype: ChooseDtype) -> int:
-        """Of all parameters, as `load` will place them."""
+        """Bytes of all parameters, as `load` will place them."""
         return sum(
             parameter.numel() * choose_dtype(name, parameter, self.dtype).itemsize
             for name, parameter in self.model.named_parameters()

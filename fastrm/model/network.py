@@ -205,10 +205,12 @@ def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
     except ConfigError:
         raise
     except Exception as error:
-        # Whatever a wrong size or type runs into, deep inside: it is the configuration's fault.
-        raise ConfigError(
-            f"model.init: transformers refuses it: {str(error).strip() or type(error).__name__}"
-        ) from error
+        raise refusal("model.init", error) from error
+
+
+def refusal(what: str, error: Exception) -> ConfigError:
+    """The error for whatever a wrong size or type in the setting `what` has run into, deep inside transformers."""
+    return ConfigError(f"{what}: transformers refuses it: {str(error).strip() or type(error).__name__}")
 
 
 def media_token_ids(model_type: str, tokenizer) -> dict[str, int]:

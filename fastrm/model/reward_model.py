@@ -100,7 +100,7 @@ def _describe(used: torch.dtype, stored: torch.dtype, asked: str) -> str:
     names = {dtype: name for name, dtype in DTYPES.items()}
     if used is stored:
         return f"{names[used]}, as in the files"
-    why = "on a GPU" if asked == "auto" and used is torch.bfloat16 else "as asked for"
+    why = "as asked for" if asked != "auto" else "on a GPU" if used is torch.bfloat16 else "on a CPU"
     return f"{names[used]} {why}; the files have {names.get(stored, 'fp64')}"
 
 

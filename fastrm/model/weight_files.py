@@ -112,7 +112,7 @@ class WeightFiles(Mapping[str, StoredTensor]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of most elements."""
+        """The dtype of most elements."""
         sizes: Counter = Counter()
         for tensor in self._tensors.values():
             sizes[tensor.dtype] += tensor.numel

@@ -16,6 +16,7 @@ import torch
 from fastrm.durable import sync_path
 from fastrm.errors import StorageError
 from fastrm.model.weight_files import DTYPES, INDEX, SINGLE
+from fastrm.resources import free_disk
 
 # Of a file, in bytes; a larger tensor has one of its own.
 SHARD_BYTES = 5 * 10**9
@@ -43,19 +44,23 @@ class WeightWriter:
         self._places: dict[str, tuple[int, int, torch.dtype]] = {}
         self._missing = {name for shard in shards for name, _, _ in shard}
         sizes = [sum(_nbytes(entry) for entry in shard) for shard in shards]
-        free = shutil.disk_usage(folder).free
+        free = free_disk(folder)
         if sum(sizes) > free:
             raise StorageError(
                 f"{folder}: the weights have {sum(sizes):,} bytes, the disk has room for {free:,}; free some space"
             )
         self._descriptors: list[int] = []
-        for number, shard in enumerate(shards):
-            name = SINGLE if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-            self._begin(folder / name, shard)
-        if len(shards) > 1:
-            weight_map = {name: self._files[name].name for name in sorted(self._files)}
-            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        try:
+            for number, shard in enumerate(shards):
+                name = SINGLE if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+                self._begin(folder / name, shard)
+            if len(shards) > 1:
+                weight_map = {name: self._files[name].name for name in sorted(self._files)}
+                index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+                (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        except BaseException:
+            self.abandon()  # nobody else can: there is no writer yet
+            raise
 
     def _begin(self, file: Path, shard: list[Entry]) -> None:
         header, begin = {"__metadata__": {"format": "pt"}}, 0
@@ -116,7 +121,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def _shards(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """In order, but for wider elements first: each tensor then begins at a multiple of its elements' size."""
+    """Entries by file, wider elements first, so that each tensor begins at a multiple of its elements' size."""
     shards, room = [[]], SHARD_BYTES
     for entry in sorted(entries, key=lambda entry: -entry[2].itemsize):
         if _nbytes(entry) > room and shards[-1]:

@@ -8,6 +8,7 @@ from fastrm.data.loader import PREFETCH_PACKS
 from fastrm.model.export import export_dtype
 from fastrm.model.network import RewardNetwork
 from fastrm.model.tiles import TileShape
+from fastrm.model.weight_files import CHUNK_BYTES
 from fastrm.plan.flops import Workload
 from fastrm.plan.hardware import GPUS_PER_NODE
 from fastrm.plan.memory import State, cpu_computation, full_pack, peak_memory, peak_of, training_state
@@ -19,8 +20,6 @@ FLOAT = 4  # bytes
 # Resident memory of a process that has imported PyTorch and transformers and has no model yet: 480 MB were measured
 # on a CPU with torch 2.13.
 LIBRARIES = 512 * 2**20
-# Of a file of weights, while it is read into its place.
-READ_AT_ONCE = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class Disk:
     """Bytes below run.dir, the prepared data left out.
 
     Attributes:
-        checkpoint: of one.
-        num_checkpoints: that are there at a time, the one that is being written included.
-        export: of the trained model.
+        checkpoint: bytes of one checkpoint.
+        num_checkpoints: how many there are at a time, the one that is being written included.
+        export: bytes of the trained model.
     """
 
     checkpoint: int
@@ -49,7 +48,7 @@ class Disk:
 
     @property
     def total(self) -> int:
-        """Of all of it at its highest."""
+        """Bytes when the disk is at its fullest."""
         return self.num_checkpoints * self.checkpoint + self.export
 
 
@@ -97,10 +96,10 @@ def needs_of(config: Config, network: RewardNetwork, load: Workload, num_gpus: i
     on_cpu = peak_memory(network, config, rows, how, num_gpus)
     # The parts of fused projections have no memory of their own, and are copied to be written.
     copied = shard if config.model.fuse_projections else 0
-    cpu = (placed + READ_AT_ONCE, on_cpu.total + waiting, kept + copied, kept + largest)
+    cpu = (placed + CHUNK_BYTES, on_cpu.total + waiting, kept + copied, kept + largest)
     local = min(num_gpus, GPUS_PER_NODE)
     # One process of all writes checkpoints and the export.
-    host = (local * (made + READ_AT_ONCE), local * waiting, shard, largest)
+    host = (local * (made + CHUNK_BYTES), local * waiting, shard, largest)
     gpu = (placed, peak_of(config, num_gpus, network, load, num_packs).total, kept, kept)
     return Needs(
         Phases(*(LIBRARIES + value for value in cpu)),

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 
 from fastrm.durable import sync_path
 from fastrm.errors import StorageError
-from fastrm.model.export import host_copy
 from fastrm.train.ranks import ALONE, Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -98,7 +97,7 @@ class _Writer:
         if stem != self._stem or (self._shard and self._bytes + tensor.nbytes > SHARD_BYTES):
             self._flush()
             self._stem = stem
-        self._shard[name] = host_copy(tensor)
+        self._shard[name] = _host_copy(tensor)
         self._bytes += tensor.nbytes
 
     def _flush(self) -> None:
@@ -145,6 +144,16 @@ class _Tensors(Mapping):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in the host's memory, contiguous, in storage of its own, as safetensors wants it.
+
+    The parts of a fused projection share one storage; on a CPU nothing else is copied.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    shares = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+    return tensor.clone() if shares else tensor
 
 
 def load_checkpoint(path: Path, engine) -> dict:

@@ -35,7 +35,8 @@ def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="
 
     Returns:
         (Tq, H, K), like `query`. Bitwise repeatable, forward and backward, with triton and eager; with varlen
-        the gradient of the queries is not: FlashAttention-2 adds it up with atomics.
+        the gradient of the queries is not, nor with flash_attn unless torch.use_deterministic_algorithms is on:
+        FlashAttention-2 adds it up with atomics.
 
     Raises:
         ValueError: for shapes that do not fit the layout, causal=False on a tree, an unknown impl, or
