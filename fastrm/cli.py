@@ -57,7 +57,10 @@ RouteChoice = Annotated[
 SaveEnsemble = Annotated[Path | None, typer.Option(help="Write a YAML file that can be used as a model")]
 DeviceChoice = Annotated[Device, typer.Option(help="auto: cuda if there is one")]
 DtypeChoice = Annotated[
-    Dtype, typer.Option(help="Of the backbone's weights; auto: bf16 or fp16 of the files, else bf16 on cuda")
+    Dtype,
+    typer.Option(
+        help="Precision of the backbone; auto: bf16 or fp16 where the files have it, else bf16 on cuda, fp32 on cpu"
+    ),
 ]
 MaxImagePixels = Annotated[int, typer.Option(min=1, help="Refuse images that declare more, before decoding")]
 MaxImageBytes = Annotated[int, typer.Option(min=1, help="Refuse image files with more bytes, before reading")]
