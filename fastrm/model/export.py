@@ -79,7 +79,7 @@ def save_model(
 
 
 def export_dtype(config: Config) -> torch.dtype:
-    """In which dtype model.export_dtype writes the backbone."""
+    """The dtype in which a run of this configuration exports its backbone (model.export_dtype)."""
     wanted = config.model.export_dtype
     if wanted == "auto":
         wanted = config.precision.dtype

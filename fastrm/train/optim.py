@@ -76,7 +76,7 @@ def backbone_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def storage_dtype(network: nn.Module, precision: PrecisionConfig, alone: bool) -> ChooseDtype:
-    """In which dtype each weight that is read from files is held for training.
+    """Return a function that says in which dtype a weight from files is held for training.
 
     float32, but for backbone matrices under precision.weights bf16, and under auto for the frozen weights of linear and
     convolution layers: these keep the two bytes an element that their files have. Autocast reads them in bfloat16

@@ -208,7 +208,7 @@ def _segments(layout) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _own_queries(layout, firsts: Sequence[int], segments) -> list[Spans]:
-    """Of each segment, the places of its queries."""
+    """The places of each segment's queries among all queries."""
     if layout.query_rows is None:
         return [(segment,) for segment in segments]
     found: list[Spans] = [()] * len(segments)
@@ -219,7 +219,7 @@ def _own_queries(layout, firsts: Sequence[int], segments) -> list[Spans]:
 
 
 def _own_block(layout, segment, queries: Spans) -> _Block | None:
-    """Of a segment's queries with its keys, as far as they see them."""
+    """The block of a segment's queries with the keys of the segment that they see; None without queries."""
     if layout.query_rows is None:
         return _Block(queries, segment)
     if not queries:
@@ -293,7 +293,7 @@ def _batch(blocks: Sequence[_Block], shape: tuple[int, int], causal: bool, maske
 
 
 def _rows(blocks: Sequence[Spans], length: int) -> Rows:
-    """Of the spans of each block; a block that is shorter than `length` repeats its last row."""
+    """One side of a batch from the spans of its blocks; one that is shorter than `length` repeats its last row."""
     count, starts = len(blocks), [spans[0][0] for spans in blocks]
     counts = [sum(stop - start for start, stop in spans) for spans in blocks]
     steps = {after - before for before, after in itertools.pairwise(starts)}

@@ -169,7 +169,7 @@ def _dense_columns(*tensors):
 
 
 def _merged(output, lse, part, part_lse):
-    """Of two sets of keys: the output and log-sum-exp of both. (B, H, q, K) and (B, H, q, 1)."""
+    """Output (B, H, q, K) and log-sum-exp (B, H, q, 1) over two sets of keys, from those over each of them."""
     weight = torch.sigmoid(part_lse - lse)
     return torch.lerp(output.to(lse.dtype), part.to(lse.dtype), weight), torch.logaddexp(lse, part_lse)
 
