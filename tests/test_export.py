@@ -123,25 +123,29 @@ class TestFailures:
 
     def test_a_disk_without_room_is_named_before_anything_is_written(self, network, folder, monkeypatch):
         before = self.contents(folder)
-        monkeypatch.setattr(weight_writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+        monkeypatch.setattr(weight_writer, "free_disk", lambda path: 1000)
         monkeypatch.setattr(os, "pwrite", lambda *_: pytest.fail("something was written"))
         with pytest.raises(StorageError, match=r"the weights have [\d,]+ bytes, the disk has room for 1,000"):
             save_model(network, folder / "model")
         assert self.contents(folder) == before
 
-    def test_a_disk_that_fills_up(self, network, folder, monkeypatch):
+    @pytest.mark.parametrize("num_writes", [0, 10])  # the header is the first
+    def test_a_disk_that_fills_up(self, network, folder, monkeypatch, num_writes):
         before, pwrite, calls = self.contents(folder), os.pwrite, []
 
-        def full_after_ten(*arguments):
+        def full_after_some(*arguments):
             calls.append(arguments)
-            if len(calls) > 10:
+            if len(calls) > num_writes:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return pwrite(*arguments)
 
-        monkeypatch.setattr(os, "pwrite", full_after_ten)
+        monkeypatch.setattr(os, "pwrite", full_after_some)
+        num_open = len(os.listdir("/proc/self/fd"))
         with pytest.raises(StorageError, match="could not be written: No space left on device; free some space"):
             save_model(network, folder / "model")
         assert self.contents(folder) == before
+        # An open file would keep the room of one that is deleted.
+        assert len(os.listdir("/proc/self/fd")) == num_open
 
     def test_the_first_rank_goes_on_taking_tensors_since_others_wait_for_it(self, network, folder, monkeypatch):
         taken = []
