@@ -14,7 +14,7 @@ from fastrm_kernels.tree_attention.reference import tree_attention_reference, vi
 from fastrm_kernels.tree_attention.tiles import choose_blocks, work_lists
 from kernel_head import DTYPES
 from kernel_shapes import FORWARD, PACK_TOKENS, STEP, AttentionShape
-from kernel_timing import Budget, Candidate, Named, attempt, check, error_limits, figures, host_ms, measure, peak_mib
+from kernel_timing import Budget, Candidate, Named, attempt, check, error_limits, figures, host_ms
 
 OP = "tree_attention"
 NAMES = ("output", "query", "key", "value")  # the last three name their gradients
@@ -238,18 +238,16 @@ def _ways(pack: Pack, device: str, with_flex: bool) -> dict[str, Callable[[], Wa
 
 
 def measure_attention(
-    shape: AttentionShape, device: str, budget: Budget, drive=None, *, with_flex: bool = False
+    shape: AttentionShape, device: str, budget: Budget, drive=None, *, with_flex: bool = False, timed: bool = True
 ) -> dict:
     """Gate all variants, then time them forward and forward + backward; arguments as in `measure_head`."""
     torch.manual_seed(0)
     pack = Pack.draw(shape, device)
     candidates = _gated(pack, _ways(pack, device, with_flex), device)
-    stats = measure(candidates, device, budget, drive)
-    peaks = {c.name: peak_mib(c.once, device) for c in candidates if c.once and c.failed is None}
     return {
         "op": OP, "name": shape.name, "shape": shape.to_json(),
         "flops": {direction: shape.flops(direction) for direction in (FORWARD, STEP)},
-        "variants": figures(candidates, stats, peaks),
+        "variants": figures(candidates, device, budget, drive, timed=timed),
     }  # fmt: skip
 
 

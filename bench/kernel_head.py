@@ -17,8 +17,6 @@ from kernel_timing import (
     check,
     error_limits,
     figures,
-    measure,
-    peak_mib,
     synchronize,
 )
 
@@ -98,12 +96,15 @@ def step(function, inputs: Inputs) -> Named:
     return dict(zip(NAMES, (loss.detach(), rewards.detach(), *gradients), strict=True))
 
 
-def measure_head(shape: HeadShape, device: str, budget: Budget, drive=None, *, compiled: bool = False) -> dict:
+def measure_head(
+    shape: HeadShape, device: str, budget: Budget, drive=None, *, compiled: bool = False, timed: bool = True
+) -> dict:
     """Gate all variants, then time them.
 
     Args:
         device: cuda or cpu.
         compiled: also torch.compile, which takes seconds to compile.
+        timed: False for the gate alone.
 
     Returns:
         an entry of the results file.
@@ -125,11 +126,9 @@ def measure_head(shape: HeadShape, device: str, budget: Budget, drive=None, *, c
             candidates.append(_graph(found, run, sets, limits))
     # Uncaptured ones last, because the first is the one that pytest-benchmark shows.
     candidates.sort(key=lambda candidate: not candidate.name.endswith("+graph"))
-    stats = measure(candidates, device, budget, drive)
-    peaks = {c.name: peak_mib(c.once, device) for c in candidates if c.once and c.failed is None}
     return {
         "op": OP, "name": shape.name, "shape": shape.to_json(), "sets": count, "floor_bytes": shape.floor_bytes,
-        "flops": {STEP: shape.flops}, "variants": figures(candidates, stats, peaks),
+        "flops": {STEP: shape.flops}, "variants": figures(candidates, device, budget, drive, timed=timed),
     }  # fmt: skip
 
 

@@ -314,8 +314,18 @@ def clean_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def figures(candidates: Sequence[Candidate], stats: dict, peaks: dict[str, float | None]) -> dict[str, dict]:
-    """What the results file holds of each candidate."""
+def figures(
+    candidates: Sequence[Candidate], device: str, budget: Budget, drive=None, *, timed: bool = True
+) -> dict[str, dict]:
+    """What the results file holds of each candidate: its times, by `measure`, and its peak memory.
+
+    Args:
+        timed: False for what the gate found alone; nothing is run.
+    """
+    stats, peaks = {}, {}
+    if timed:
+        stats = measure(candidates, device, budget, drive)
+        peaks = {c.name: peak_mib(c.once, device) for c in candidates if c.once and c.failed is None}
     return {
         c.name: {
             "failed": c.failed,

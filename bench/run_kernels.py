@@ -61,8 +61,8 @@ class Run:
             "copy_bytes_per_second": copy_bytes_per_second(self.device),
         }  # fmt: skip
 
-    def measure(self, op: str, shape, budget, drive=None) -> dict | None:
-        """Gate and time one shape; None if there was no time left for it."""
+    def measure(self, op: str, shape, budget, drive=None, *, timed: bool = True) -> dict | None:
+        """Gate and time one shape, or with `timed` False gate it alone; None if there was no time left for it."""
         from kernel_attention import measure_attention
         from kernel_head import measure_head
         from kernel_timing import clean_memory
@@ -73,9 +73,9 @@ class Run:
             return None
         if op == HEAD:
             slow = self.device == "cuda" and not self.quick and wants_compile(shape)
-            return measure_head(shape, self.device, budget, drive, compiled=slow)
+            return measure_head(shape, self.device, budget, drive, compiled=slow, timed=timed)
         slow = self.device == "cuda" and not self.quick
-        return measure_attention(shape, self.device, budget, drive, with_flex=slow)
+        return measure_attention(shape, self.device, budget, drive, with_flex=slow, timed=timed)
 
     def leave_out_slow_variants(self, op: str) -> None:
         """Note which variants this run does not build at all."""

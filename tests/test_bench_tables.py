@@ -11,6 +11,7 @@ import kernel_attention
 import kernel_timing
 from fastrm_kernels import TreeLayout
 from fastrm_kernels.tree_attention.reference import visible
+from kernel_head import measure_head
 from kernel_results import (
     ATTENTION,
     GOALS,
@@ -29,6 +30,7 @@ from kernel_shapes import (
     FORWARD,
     HEAD_SHAPES,
     SMALL_ATTENTION_SHAPES,
+    SMALL_HEAD_SHAPES,
     STEP,
     AttentionShape,
     HeadShape,
@@ -229,6 +231,16 @@ def test_variant_that_computes_something_else_has_no_figures(monkeypatch):
         figures = entry["variants"][name]
         assert figures["failed"] is None and max(figures["error_over_limit"].values()) <= 1
         assert set(figures["seconds"]) == {FORWARD, STEP} and figures["seconds"][STEP]["rounds"] == 4
+
+
+def test_the_gate_alone_times_nothing(monkeypatch):
+    monkeypatch.setattr(kernel_timing, "timed", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(kernel_timing, "peak_mib", lambda *_: pytest.fail("peak measured"))
+    measures = (kernel_attention.measure_attention, SMALL_ATTENTION_SHAPES[0]), (measure_head, SMALL_HEAD_SHAPES[0])
+    for measure, shape in measures:
+        for variant in measure(shape, "cpu", kernel_timing.Budget(60), timed=False)["variants"].values():
+            assert variant["failed"] is None and variant["seconds"] == {} and variant["peak_mib"] is None
+            assert 0 < max(variant["error_over_limit"].values()) <= 1
 
 
 # Figures and goals
