@@ -108,7 +108,8 @@ class Running:
             head = file.read(LOG_HEAD_BYTES)
             size = file.seek(0, os.SEEK_END)
             file.seek(max(len(head), size - LOG_TAIL_BYTES))
-            tail = file.read()
+            # No more, as a stage may write faster than this reads: up to the end there would be no end.
+            tail = file.read(LOG_TAIL_BYTES)
         left_out = size - len(head) - len(tail)
         return head + (f"\n... {left_out:,} bytes left out ...\n".encode() if left_out > 0 else b"") + tail
 
@@ -148,7 +149,7 @@ class Running:
     def _tail(self) -> str:
         with contextlib.suppress(OSError), self._output.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4 * TAIL_CHARACTERS))
-            return printable(file.read().decode(errors="replace"))[-TAIL_CHARACTERS:]
+            return printable(file.read(4 * TAIL_CHARACTERS).decode(errors="replace"))[-TAIL_CHARACTERS:]
         return ""
 
 

@@ -1,5 +1,6 @@
 """The GPU day: whatever a stage does, the figures so far are on disk, the next stage runs and the day ends in time."""
 
+import io
 import json
 import os
 import signal
@@ -67,6 +68,26 @@ def test_no_fault_of_a_stage_reaches_the_next(run, monkeypatch):
     log = (out / "gpu_day.log").read_bytes()
     assert b"hello" in log and b"bytes left out" in log
     assert len(log) < 8 * (gpu_runner.LOG_HEAD_BYTES + gpu_runner.LOG_TAIL_BYTES)
+
+
+def test_output_that_grows_while_it_is_read_is_read_to_a_bound(tmp_path):
+    """A stage in endless output once wrote as fast as the day read: 25 GB of disk and 20 of memory."""
+
+    class Growing(io.BytesIO):
+        def read(self, size=-1):
+            assert size >= 0, "reads up to an end that does not come"
+            return super().read(size)
+
+    class Output:
+        def open(self, mode):
+            return Growing(b"x" * (2 << 20))
+
+    entry = {"limit": 20.0}
+    one = gpu_runner.Running(python("a", WRITE), entry, tmp_path, dict(os.environ), tmp_path)
+    one._output = Output()
+    one.stop("enough")
+    assert len(entry["tail"]) == gpu_runner.TAIL_CHARACTERS
+    assert len(one.log()) < 2 * (gpu_runner.LOG_HEAD_BYTES + gpu_runner.LOG_TAIL_BYTES)
 
 
 def test_stages_of_a_group_run_side_by_side(run):
