@@ -96,7 +96,7 @@ def test_full_recipe_at_the_widths_of_the_7b_resumes_to_the_bit(freeze, argument
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tiny model", "as written"])
 def test_full_yaml_runs_with_the_documented_overrides_alone(whole, tmp_path, monkeypatch):
-    """As written it needs 18 GB; by default a tiny model lies where the first command would have made one."""
+    """By default a tiny model lies where the first command would have made one."""
     make, run = (line for line in documented_commands("real_size.md") if "runs/two-layers" in line)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(FULL.parent)
