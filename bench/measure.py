@@ -241,7 +241,7 @@ def reset_peak() -> None:
         file.write("5")
 
 
-def status_bytes(field: str) -> int:
-    """A size of this process's memory, such as VmRSS, or its peak VmHWM (Linux)."""
-    with open("/proc/self/status") as file:
+def status_bytes(field: str, process: int | str = "self") -> int:
+    """A size of a process's memory, such as VmRSS, or its peak VmHWM (Linux); by default of this one's."""
+    with open(f"/proc/{process}/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))

@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+import torch
+
 from support import make_image, make_record
 
 FULL = Path(__file__).resolve().parents[1] / "configs" / "full.yaml"
 # Of rewards in float32, relative to the largest: sums of 18,944 products, in another order.
 TOLERANCE = 1e-4
+# Rows of an embedding that are soon read; special tokens are as far from the end as in the published ones.
+FEW_ROWS = 16_384
+# Of a process's resident memory, with all that it has loaded.
+MOST_BYTES = 8 * 10**9
 
 
 def record_of(name):
@@ -15,6 +21,7 @@ def record_of(name):
     return make_record(1, num_responses=3, images=images, prompt_words=3, response_words=(2, 5))
 
 
-def assert_rewards(found, wanted):
+def assert_rewards(found: list[float], wanted: list[float]) -> None:
     """Equal but for rounding in float32."""
+    found, wanted = torch.tensor(found), torch.tensor(wanted)
     assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max(), (found, wanted)

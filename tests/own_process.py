@@ -1,0 +1,61 @@
+"""Jobs in processes of their own, whose memory goes back to the system when they end and whose peaks are known.
+
+A server that has imported the jobs' module, and computes nothing, forks them: libraries are loaded once.
+"""
+
+import functools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from typing import Any
+from unittest import mock
+
+from measure import status_bytes
+
+
+@functools.cache
+def context(module: str):
+    """The context of `multiprocessing` whose server has imported `module`."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload([module])
+    # The server of Python 3.11 looks for the module before it has our sys.path.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
+    return found
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job has returned, and what its process has needed.
+
+    Attributes:
+        peak_bytes: of resident memory, libraries included.
+        cpu_seconds: of all its threads.
+    """
+
+    value: Any
+    peak_bytes: int
+    cpu_seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.peak_bytes / 1e9:.2f} GB, {self.cpu_seconds:.1f} s"
+
+
+def run_alone(job: Callable, *arguments) -> Done:
+    """Call a function of a module in a new process.
+
+    Raises:
+        whatever the function raises; BrokenProcessPool if the process was killed.
+    """
+    with ProcessPoolExecutor(1, mp_context=context(job.__module__)) as pool:
+        return pool.submit(_measured, job, *arguments).result()
+
+
+def _measured(job: Callable, *arguments) -> Done:
+    value = job(*arguments)
+    return Done(value, status_bytes("VmHWM"), time.process_time())
