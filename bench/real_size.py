@@ -50,7 +50,7 @@ def main() -> None:
     if options.part:
         print(json.dumps(run_part(options.part, options.models[0], options.layers, options.dir)))
         return
-    result = {"device": device_name(), **environment(), "command": " ".join(sys.argv[1:])}
+    result = {"device": device_name(), **environment()}
     suffix = "" if options.layers is None else f"-{options.layers}-layers"
     path = options.out / f"{file_stem(result['device'])}-real-size{suffix}.json"
     rows = {tuple(row[key] for key in KEY): row for row in _earlier(path)}
