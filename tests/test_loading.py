@@ -246,7 +246,7 @@ class TestScoring:
         exact = torch.tensor(model.score(groups)[0])
         rounded = torch.tensor(RewardModel.from_pretrained(path, device="cpu").score(groups)[0])
         assert torch.equal(exact, rounded) == (dtype is torch.float32)
-        assert torch.allclose(exact, rounded, atol=0.1)
+        assert torch.allclose(exact, rounded, atol=5e-3)  # bf16 rounds by 1e-3 here
         said = {torch.float32: "fp32, as in the files", torch.bfloat16: "fp32 as asked for; the files have bf16"}
         assert model.weights == said.get(dtype, "fp32 as asked for; the files have fp16")
 
