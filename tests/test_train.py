@@ -431,14 +431,15 @@ def test_missing_data_and_unusable_data_stop_before_training(tmp_path):
 def test_a_diverged_run_stops_names_its_records_and_keeps_its_weights(colours, tmp_path, monkeypatch):
     from fastrm.train.engine import LocalEngine
 
-    original = LocalEngine.loss
+    original = LocalEngine.loss_and_rewards
     calls = []
 
-    def poisoned(self, rewards, pack):
+    def poisoned(self, pack):
         calls.append(1)
-        return original(self, rewards, pack) * (float("nan") if len(calls) > 2 else 1.0)
+        loss, rewards = original(self, pack)
+        return loss * (float("nan") if len(calls) > 2 else 1.0), rewards
 
-    monkeypatch.setattr(LocalEngine, "loss", poisoned)
+    monkeypatch.setattr(LocalEngine, "loss_and_rewards", poisoned)
     path = tiny_config(tmp_path, colours, run={"max_steps": 8, "save_every": 1, "keep_checkpoints": 9})
     with pytest.raises(DivergedError, match="loss nan and gradient norm nan are not finite"):
         run(path)
