@@ -61,7 +61,7 @@ def run(
 
     model = model or ("7B" if torch.cuda.is_available() else "small")
     on_gpu = torch.cuda.is_available()
-    todo = parts(model, quick, only, names, on_gpu)
+    planned = parts(model, quick, only, names, on_gpu)
     facts = {"device": device_name(), **environment(), "threads": torch.get_num_threads()}
     facts["versions"] |= package_versions(*PACKAGES)
 
@@ -71,7 +71,7 @@ def run(
 
     measured = Measured(model, seconds, keep)
     facts |= {"matmul_flops": measured.matmul_flops, "left_out": measured.left_out}
-    for kind, shape, variants in todo:
+    for kind, shape, variants in planned:
         profiled = {goal.name for goal in GOALS if (model, kind, shape.name) == (GOAL_MODEL, MAIN, goal.workload)}
         try:
             measured.measure(shape, variants, kind, profiled)

@@ -36,7 +36,7 @@ def test_real_widths_load_step_export_and_score_exactly(name, num_rows, tmp_path
     found = comparison.value
     assert_rewards(found["found"], found["wanted"])
     assert_rewards(found["scores"], found["wanted"])
-    assert len(found["norms"]) >= 5
+    assert len(found["norms"]) >= (5 if name == "Qwen3-8B" else 6)  # which has no biases and no tower
     for key, norm in found["norms"].items():
         assert norm > 0, f"{key}: the oracle's gradient is zero"
         assert found["errors"][key] <= 1e-4 * norm, key
