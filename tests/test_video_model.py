@@ -190,13 +190,13 @@ def test_a_video_that_has_changed_is_refused(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(make_video(9, 90, 70).data)
     records = [make_record(1, images=[VideoRef(path=str(path))])]
+    plan = PackPlan((0,), 0, True)
     builder = PackBuilder(records, network.encoder, True)
-    assert builder[PackPlan((0,), 0, True)].pack is not None
+    assert builder[plan].pack is not None
     path.write_bytes(make_video(3, 90, 70).data)
-    (refusal,) = builder[PackPlan((0,), 0, True)].refused
+    (refusal,) = builder[plan].refused
     assert refusal.code == "VIDEO_CHANGED" and "clip.mp4" in refusal.message
-    network.encoder.forget_media()
-    assert not builder[PackPlan((0,), 0, True)].refused
+    assert not PackBuilder(records, network.encoder.looking_anew(), True)[plan].refused
 
 
 def test_what_a_model_does_not_read_is_refused():

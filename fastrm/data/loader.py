@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from fastrm.data.group import encode_group
+from fastrm.data.images import media_error
 from fastrm.data.packing import EncodedGroup, Pack, build_pack
 from fastrm.data.plan import PackPlan
 from fastrm.data.record import Record
 from fastrm.data.template import ConversationEncoder
+from fastrm.data.vision_format import MediaSize, Patches
 from fastrm.errors import RecordError, StorageError
 
 # Packs that each worker prepares ahead.
@@ -83,16 +85,21 @@ class PackBuilder(torch.utils.data.Dataset):
         self._format = None if encoder.vision is None else encoder.vision.patch_format
 
     def __getitem__(self, plan: PackPlan) -> LoadedPack:
-        groups, decoded, refused = [], {}, []
+        groups, refused = [], []
+        decoded: dict[str, Patches] = {}
+        sizes: dict[str, MediaSize] = {}
         for number in plan.groups:
             record = self.records[number]
             try:
                 group = encode_group(record, self.encoder) if self.encoded is None else self.encoded[number]
                 if self.check is not None:
                     self.check(number, group)
-                for key, ref in group.media.items():
-                    if key not in decoded:
-                        decoded[key] = self.encoder.vision.cut(ref, self.encoder.measure(ref), self.encoder.limits)
+                for span in (span for response in group.responses for span in response.media):
+                    if span.ref.key not in decoded:
+                        decoded[span.ref.key] = self.encoder.vision.cut(span.ref, span.size, self.encoder.limits)
+                        sizes[span.ref.key] = span.size
+                    elif span.size != sizes[span.ref.key]:  # the file was replaced between two groups
+                        raise media_error(span.ref, "CHANGED", "has another size than when it was first read")
                 groups.append(group)
             except RecordError as error:
                 refused.append(Refusal(number, error.code, error.message))

@@ -9,12 +9,12 @@ What the template writes for an image or a video becomes its tokens, as the mode
 
 import copy
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastrm.data.images import MediaLimits
+from fastrm.data.latest import Latest
 from fastrm.data.record import MediaRef, Response
 from fastrm.data.vision_format import MediaSize, MediaSpan, VisionFormat
 from fastrm.errors import ConfigError, RecordError
@@ -45,7 +45,7 @@ class EncodedResponse:
 
 
 class ConversationEncoder:
-    """Renders and tokenises conversations for one model.
+    """Renders and tokenises conversations for one model, from any number of threads.
 
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
@@ -80,8 +80,8 @@ class ConversationEncoder:
         names = sorted(self.special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._media_ids = frozenset() if vision is None else frozenset(vision.placeholders.values())
-        self._sizes: OrderedDict[str, MediaSize] = OrderedDict()
-        self._runs: dict[str, list[int]] = {}
+        self._backend = _text_tokenizer(tokenizer)
+        self._sizes, self._runs = Latest(REMEMBERED_SIZES), Latest(REMEMBERED_RUNS)
         self._is_for_planning = False
         self._check_against_stock()
 
@@ -96,7 +96,7 @@ class ConversationEncoder:
         self._check_supported(response)
         pieces, spans, length = [], [], 0
         media = iter(response.media)
-        for item in self._tokenize(self._render(response)):
+        for item in self._tokenize(*self._render(response)):
             if isinstance(item, int) and item in self._media_ids:
                 ref = next(media, None)
                 if ref is None or self.vision.placeholders[type(ref)] != item:
@@ -118,6 +118,12 @@ class ConversationEncoder:
         positions = self.vision.positions(length, spans) if spans else None
         num_response_tokens = self.num_text_tokens(response.text) if self.counts_responses else 0
         return EncodedResponse(tokens, tuple(spans), num_response_tokens, positions)
+
+    def looking_anew(self) -> "ConversationEncoder":
+        """An encoder of the same tokens that looks at every file anew: it may have been replaced."""
+        fresh = copy.copy(self)
+        fresh._sizes = Latest(REMEMBERED_SIZES)
+        return fresh
 
     def for_planning(self) -> "ConversationEncoder":
         """An encoder of the same tokens and media, without what only a pack needs."""
@@ -144,14 +150,9 @@ class ConversationEncoder:
         """
         size = self._sizes.get(ref.key)
         if size is None:
-            size = self._sizes[ref.key] = self.vision.measure(ref, self.limits)
-            if len(self._sizes) > REMEMBERED_SIZES:
-                self._sizes.popitem(last=False)  # the oldest
+            size = self.vision.measure(ref, self.limits)
+            self._sizes.store(ref.key, size)
         return size
-
-    def forget_media(self) -> None:
-        """Look at every file anew: it may have been replaced."""
-        self._sizes.clear()
 
     def _check_supported(self, response: Response) -> None:
         for ref in response.media:
@@ -163,18 +164,17 @@ class ConversationEncoder:
                 continue
             raise RecordError(f"{ref.noun.upper()}_UNSUPPORTED", f"the record has {what} but the model {reads}")
 
-    def _render(self, response: Response) -> str:
-        """The template's output, with special-token strings in the text broken and mended later."""
+    def _render(self, response: Response) -> tuple[str, str]:
+        """The template's output with special-token strings in the text broken, and the character that breaks them."""
         all_text = "".join(message.text for message in response.messages)
         breaker = next((c for c in _BREAKERS if c not in all_text), None)
         if breaker is None:
             raise RecordError("BAD_TEXT", f"the text uses all of U+E000 to U+{ord(_BREAKERS[-1]):X}")
-        self._breaker = breaker
         messages = [{"role": m.role, "content": self._content(m, breaker)} for m in response.messages]
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False), breaker
         except TemplateError as error:
             raise RecordError("TEMPLATE", f"the chat template refuses the conversation: {error}") from None
 
@@ -196,8 +196,8 @@ class ConversationEncoder:
             return "".join(broken)
         return [self.vision.part(p) if isinstance(p, MediaRef) else {"type": "text", "text": p} for p in broken]
 
-    def _tokenize(self, rendered: str) -> list:
-        """Special-token ids (int) and token lists of the text runs between them, in order."""
+    def _tokenize(self, rendered: str, breaker: str) -> list:
+        """Special-token ids (int) and token lists of the text runs between them, in order; `breaker` is taken out."""
         items, at = [], 0
         for match in self._special.finditer(rendered):
             items += [rendered[at : match.start()], self.special_ids[match.group()]]
@@ -205,25 +205,20 @@ class ConversationEncoder:
         if self.anchor == "last_token" or not items:
             items.append(rendered[at:])
         items = [item for item in items if item != ""]
-        texts = [item.replace(self._breaker, "") for item in items if isinstance(item, str)]
+        texts = [item.replace(breaker, "") for item in items if isinstance(item, str)]
         runs = iter(self._tokenize_runs(texts))
         return [next(runs) if isinstance(item, str) else item for item in items]
 
     def _tokenize_runs(self, texts: list[str]) -> list[list[int]]:
         """Tokens of each text by itself. The latest are remembered: the responses of a prompt share their runs."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._runs]
+        runs = {text: self._runs.get(text) for text in texts}
+        missing = [text for text, tokens in runs.items() if tokens is None]
         if missing:
-            # The tokenizers library itself: transformers' call spends as long again on copies and checks.
-            backend = self.tokenizer.backend_tokenizer
-            backend.no_truncation()
-            backend.no_padding()
-            backend.encode_special_tokens = True  # special tokens in the text are text
-            found = backend.encode_batch_fast(missing, add_special_tokens=False)
-            self._runs |= {text: run.ids for text, run in zip(missing, found, strict=True)}
-        runs = [self._runs[text] for text in texts]
-        for text in list(self._runs)[:-REMEMBERED_RUNS]:
-            del self._runs[text]
-        return runs
+            found = self._backend.encode_batch_fast(missing, add_special_tokens=False)
+            for text, run in zip(missing, found, strict=True):
+                runs[text] = run.ids
+                self._runs.store(text, run.ids)
+        return [runs[text] for text in texts]
 
     def _check_against_stock(self) -> None:
         """Tokenizers that treat the start of a string differently cannot be cut at special tokens."""
@@ -234,10 +229,26 @@ class ConversationEncoder:
         stock = self.tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in turns], tokenize=True, return_dict=False
         )
-        items = self._tokenize(self._render(response))
+        items = self._tokenize(*self._render(response))
         ours = [token for item in items for token in (item if isinstance(item, list) else [item])]
         if ours != stock[: len(ours)] or (self.anchor == "last_token" and len(ours) != len(stock)):
             raise ConfigError(
                 f"{type(self.tokenizer).__name__}: tokens cut at special tokens differ from the tokenizer's own on a "
                 "sample conversation, so training on it would not be exact; use the model's fast tokenizer"
             )
+
+
+def _text_tokenizer(tokenizer):
+    """A tokenizer of the tokenizers library for which special tokens in a text are text; threads may share it.
+
+    It is a copy, whose settings are never changed again. transformers changes those of its own tokenizer in every
+    call, which fails ("Already borrowed") while another thread tokenises, or changes what that thread finds.
+    Its calls also spend as long again on copies and checks.
+    """
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend

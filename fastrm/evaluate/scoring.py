@@ -71,8 +71,9 @@ def score_with_each(
     """
     results: list[list[list[float]] | RecordError | None] = [None] * len(records)
     groups, encoded, numbers = [], [], []
-    encoder, planner, device = networks[0].encoder, networks[0].planner, networks[0].device
-    encoder.forget_media()  # a file may have been replaced since the last call
+    # A file may have been replaced since the last call.
+    encoder = networks[0].encoder.looking_anew()
+    planner, device = networks[0].planner, networks[0].device
     for number, record in enumerate(records):
         try:
             group = encode_group(record, encoder)

@@ -80,7 +80,7 @@ class RewardModel:
         """Rewards of every response, in the order of the groups.
 
         All responses of a group share one pass over its prompt and images. Image files are read anew at
-        every call.
+        every call. Any number of threads may call it at once; each gets what it would get alone, to the bit.
 
         Args:
             groups: {"prompt": str or messages, "images": [path | bytes | PIL image], "responses":

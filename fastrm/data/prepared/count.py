@@ -85,7 +85,6 @@ class GroupCounter:
     config: Config
 
     def __call__(self, piece: Piece) -> int:
-        self.encoder.forget_media()  # what is remembered of millions of images would fill the memory
         counted = self.count(piece.numbers)
         with replaced(piece.path) as file:
             np.savez(file, **counted._asdict())

@@ -9,6 +9,7 @@ import binascii
 import os
 import posixpath
 import re
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from fastrm.errors import DataError, RecordError
 Resolve = Callable[..., MediaRef]
 
 MAX_PATH_CHARS = 4096  # longer "paths" are base64 without its prefix
+# Pillow reads a file when its pixels are first asked for; two threads that ask at once would read it into each other.
+_LOADING = threading.Lock()
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
@@ -141,6 +144,8 @@ def media_ref(value: object, resolve: Resolve, name: str, kind: type[MediaRef]) 
 
 def _encoded(image: Image.Image, name: str) -> bytes:
     try:
+        with _LOADING:
+            image.load()
         return encode_png(image)
     except (OSError, ValueError) as error:
         raise RecordError("IMAGE_DAMAGED", f'"{name}" cannot be decoded: {error}; replace the image') from error
