@@ -1,4 +1,8 @@
-"""Small benchmark files in exactly the published layouts, and naive measures written from their descriptions."""
+"""Small benchmark files in exactly the published layouts, and second writings of each benchmark's rules.
+
+The naive measures follow the authors' code, row by row and in plain loops, in the versions that the docstrings of
+fastrm/evaluate/benchmarks name, and share nothing with the modules that they test.
+"""
 
 import json
 from collections import defaultdict
@@ -11,8 +15,8 @@ REWARDBENCH_SECTIONS = {
              "mt-bench-med": 40},
     "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
                   "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
-               "xstest-should-respond": 154, "donotanswer": 136},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
     "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
                   "hep-python": 164, "hep-rust": 164},
 }  # fmt: skip

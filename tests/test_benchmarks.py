@@ -197,6 +197,20 @@ def test_rewardbench_has_23_subsets_and_counts_math_as_much_as_code():
     assert weights["math-prm"] == 984 == sum(weights.values()) - weights["math-prm"]
 
 
+def test_subsets_of_rewardbench_weigh_as_many_rows_as_they_have_but_for_math():
+    """Of the 2,985 rows 404 are of XSTest: 154 prompts that are to be refused, 250 that only look so."""
+    weights = {subset: weight for subsets in SECTIONS.values() for subset, weight in subsets.items()}
+    assert sum(weights.values()) - weights["math-prm"] + 447 == 2985
+    assert (weights["xstest-should-refuse"], weights["xstest-should-respond"]) == (154, 250)
+
+
+@pytest.mark.parametrize(("subset", "points"), [("xstest-should-refuse", 154), ("xstest-should-respond", 250)])
+def test_each_part_of_xstest_is_its_rows_share_of_safety(tmp_path, subset, points):
+    benchmark, rows = small("rewardbench", tmp_path)
+    found = values_of(benchmark.metrics([[float(row["subset"] == subset), 0.5] for row in rows]))
+    assert found["Safety"] == pytest.approx(points / 740)
+
+
 def test_rewardbench_by_hand(tmp_path):
     """All of Reasoning's code right and math wrong is half the section; nothing else is right."""
     benchmark, rows = small("rewardbench", tmp_path)

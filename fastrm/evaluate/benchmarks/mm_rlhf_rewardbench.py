@@ -1,7 +1,8 @@
 """MM-RLHF-RewardBench (Zhang et al. 2025, arXiv 2502.10391): 170 pairs of 46 questions.
 
-Metrics as in the R1-Reward repository (inference/MM-RLHF-Reward/get_acc.py): Acc over rows, Acc+ over
-ids, all of whose rows have to be right.
+Metrics as in inference/MM-RLHF-Reward/get_acc.py of R1-Reward, by the same authors (commit 176aba8 of
+yfzhang114/r1_reward, read on 2026-11-29): Acc over rows, Acc+ over ids, all of whose rows have to be right.
+There an id counts for the first category that one of its rows has; in the published file each id has one alone.
 """
 
 import numpy as np

@@ -1,7 +1,9 @@
 """Multimodal RewardBench (Yasunaga et al. 2025, arXiv 2502.14191): 4,711 pairs that can be released.
 
-Categories and their splits as in the authors' scripts/2_get_accuracy.py; a tie is wrong, as in the strict
-comparison of the R1-Reward repository's 1_get_accuracy.py.
+Categories and their splits as in the authors' scripts/2_get_accuracy.py (commit 3366b34 of
+facebookresearch/multimodal_rewardbench), which reads the verdicts of a judge. Of rewards a tie is wrong, as in the
+strict comparison of inference/Multimodal-Reward/1_get_accuracy.py of R1-Reward (commit 176aba8 of
+yfzhang114/r1_reward). Both read on 2026-11-29.
 """
 
 import numpy as np

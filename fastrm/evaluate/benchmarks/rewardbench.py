@@ -1,4 +1,14 @@
-"""RewardBench (Lambert et al. 2024, arXiv 2403.13787): 2,985 pairs of text in 23 subsets, four sections."""
+"""RewardBench (Lambert et al. 2024, arXiv 2403.13787): 2,985 pairs of text in 23 subsets, four sections.
+
+The rules are those of the authors' package rewardbench 0.1.4 (2025-06-03), read on 2026-11-29: `EXAMPLE_COUNTS` and
+`SUBSET_MAPPING` in rewardbench/constants.py, `calculate_scores_per_section` in rewardbench/utils.py, and the strict
+comparison in scripts/run_rm.py.
+
+The weights of two subsets of Safety have changed. Up to version 0.1.2 (2024-06-08; commit a32e272 of their repository
+has it) each carried the row count of the other, 250 for xstest-should-refuse and 154 for xstest-should-respond. Since
+their change #175 of 2024-09-10, so also in version 0.1.3 (2024-10-04), each has its own. Safety of earlier tables can
+be up to ten points away from what is computed here. The rows that we print beside it (`published.py`) are of 2025.
+"""
 
 import numpy as np
 
@@ -14,9 +24,8 @@ NUM_ROWS = 2985
 FILES = ("**/filtered*.parquet", "*filtered*.json*", "*rewardbench*.json*", "*reward-bench*.json*", "*.parquet")
 HEADLINES = ("overall", "Chat", "Chat Hard", "Safety", "Reasoning")
 
-# Subsets of each section and their weights in it: SUBSET_MAPPING and EXAMPLE_COUNTS of the authors'
-# rewardbench/constants.py. math-prm has 447 rows and counts as 984, as many as the code subsets together.
-# The weights of the two xstest subsets are the other one's row counts there; published figures have them so.
+# Subsets of each section and their weights in it, which are their row counts, but for math-prm: it has 447 rows
+# and counts as 984, as many as the code subsets together.
 SECTIONS = {
     "Chat": {
         "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
@@ -26,8 +35,8 @@ SECTIONS = {
         "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
-        "xstest-should-respond": 154, "donotanswer": 136,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+        "xstest-should-respond": 250, "donotanswer": 136,
     },
     "Reasoning": {
         "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,

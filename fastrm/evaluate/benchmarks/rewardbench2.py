@@ -1,7 +1,9 @@
 """RewardBench 2 (Malik et al. 2025, arXiv 2506.01937): the best of four responses, and a subset of ties.
 
-As the authors' rewardbench/utils.py scores it. A row is right if its first response, the correct one, has
-the largest reward; responses that share the largest share the credit. Rows of the subset Ties, ids
+As the authors' rewardbench/utils.py scores it (`reroll_and_score_dataset` and `process_single_model`; commit a009692
+of allenai/reward-bench, read on 2026-11-29). Their package 0.1.4 (2025-06-03) has an earlier form of the last hundredth
+of Ties, which leaves out prompts whose correct answers have equal rewards. A row is right if its first response, the
+correct one, has the largest reward; responses that share the largest share the credit. Rows of the subset Ties, ids
 ref:N (one correct answer) and tied:N (several), are scored together by `ties_metrics`.
 """
 

@@ -1,7 +1,8 @@
 """RM-Bench (Liu et al. 2024, arXiv 2410.16184): 1,327 prompts, each with three styles of right and wrong.
 
 Chosen and rejected are [concise, detailed plain text, detailed Markdown]. The 3 x 3 matrix of strict wins
-(rows: style of the chosen response) is as in the authors' README.
+(rows: style of the chosen response) is as in `compute_accuracy` of the authors' README (commit 2119ec5 of
+THU-KEG/RM-Bench, read on 2026-11-29).
 """
 
 import numpy as np

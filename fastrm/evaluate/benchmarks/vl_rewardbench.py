@@ -2,6 +2,11 @@
 
 Two groupings of its rows by their ids are in use. They agree on `reasoning` (318 rows); of the others the
 official one calls 749 hallucination and 183 general, the code of R1-Reward and BaseReward 448 and 484.
+
+The official one is that of the authors' cal.py since May 2025. Read on 2026-11-29: commit 7918386 of
+vl-rewardbench/VL_RewardBench, which still asks for a wrong prefix of POVID's ids, and copies of the file that ask for
+`hallucination`, the prefix that they have. The other one is inference/VL-Reward-Bench/get_acc.py (commit 176aba8 of
+yfzhang114/r1_reward, read on the same day).
 """
 
 import numpy as np
