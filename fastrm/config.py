@@ -63,6 +63,11 @@ class SourceConfig(_Section):
     images: str | None = None
     """Folder, or tar/zip archive, that paths of images and videos are relative to; of an archive in parts
     (images.zip_aa, ...) the name without them. Default: the file's folder."""
+    columns: dict[str, str] = {}
+    """Where the file has other names for its columns: the key that fastrm reads, and the file's name for it, as
+    {prompt: question, chosen: better, images: img}. Checked against the file's first rows."""
+    ignore: list[str] = []
+    """Keys of the rows that are metadata: they are not read, and not reported as unread."""
     pairs: Literal["all", "hard"] | None = None
     """Of responses with scores, the preferences between all, or only the one with the largest gap. Default: all,
     or what belongs to `set`."""

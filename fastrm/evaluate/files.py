@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrm.data.record import Record
+from fastrm.data.sources import unread_lines
 from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.ensemble import Ensemble, Rewards
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
@@ -75,8 +76,10 @@ class Scoring:
 
     def run(self, *, require_preferences: bool) -> Iterator[Scored]:
         """(record, rewards), or (record or id, RecordError), for each row in order."""
-        options = self._options
-        rows = read_in_order(self._data, options.images, options.data_format, require_preferences=require_preferences)
+        options, keys = self._options, {}
+        rows = read_in_order(
+            self._data, options.images, options.data_format, require_preferences=require_preferences, keys=keys
+        )
         # Before the models are loaded, so that data that cannot be read fails at once.
         chunk, done = list(islice(rows, CHUNK)), 0
         self.ensemble = open_models(self._choice, options, self._display)
@@ -85,6 +88,8 @@ class Scoring:
             done += len(chunk)
             self._update(done, None)
             chunk = list(islice(rows, CHUNK))
+        for line in unread_lines(keys):
+            self._display.say(line)
 
     def _score(self, chunk: list) -> Iterator[Scored]:
         records = [row for row in chunk if isinstance(row, Record)]

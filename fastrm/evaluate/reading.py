@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from fastrm.data.record import Record
-from fastrm.data.sources import read_source
+from fastrm.data.sources import KeyTally, read_source
 from fastrm.errors import RecordError
 
 
@@ -19,12 +19,26 @@ class _Refused:
 
 
 def read_in_order(
-    data: str, images: str | None, data_format: str, *, require_preferences: bool
+    data: str,
+    images: str | None,
+    data_format: str,
+    *,
+    require_preferences: bool,
+    keys: dict[str, KeyTally] | None = None,
 ) -> Iterator[Record | tuple[str | None, RecordError]]:
-    """Records, and (id, RecordError) for rows that are none, in the order of the file."""
+    """Records, and (id, RecordError) for rows that are none, in the order of the file.
+
+    Args:
+        keys: as `read_source`.
+    """
     refused = _Refused()
     records = read_source(
-        data, format=data_format, images=images, quarantine=refused, require_preferences=require_preferences
+        data,
+        format=data_format,
+        images=images,
+        quarantine=refused,
+        require_preferences=require_preferences,
+        keys=keys,
     )
     while True:
         record = next(records, None)

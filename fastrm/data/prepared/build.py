@@ -28,7 +28,7 @@ from fastrm.data.prepared.table import RecordTable, load_table
 from fastrm.data.prepared.units import Unit, UnitReader, plan_units
 from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.record import Record
-from fastrm.data.sources import Refusal
+from fastrm.data.sources import KeyTally, Refusal, unread_lines
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, StorageError
 
@@ -110,7 +110,16 @@ class Preparation:
             done += unit.stop - unit.start
             update(done, total)
         self.seconds["read"] = time.perf_counter() - started
+        for line in unread_lines(self.keys(planned)):
+            self.watch.say(line)
         return planned
+
+    def keys(self, planned: Sequence[Unit]) -> dict[str, KeyTally]:
+        """What the keys of each file's rows were; an evaluation source that is a training source too counts once."""
+        tallies: dict[str, KeyTally] = {}
+        for unit in {unit.name: unit for unit in planned}.values():
+            tallies.setdefault(unit.file.path, KeyTally()).merge(units.unit_keys(self.folder / UNITS / unit.name))
+        return tallies
 
     def training_records(self, planned: Sequence[Unit]) -> Iterator[Record]:
         """The records of the training sources, as a tokenizer is trained on them."""

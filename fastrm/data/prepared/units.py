@@ -41,14 +41,15 @@ from fastrm.data.prepared.durable import put_folder
 from fastrm.data.prepared.records import MEDIA_BYTES, RECORDS, decode_record, encode_record
 from fastrm.data.prepared.refusals import refusal_line
 from fastrm.data.record import ImageRef, Record
-from fastrm.data.sources import DigitsFile, Refusal, SourceFile, source_files
+from fastrm.data.sources import DigitsFile, KeyTally, Refusal, SourceFile, source_files
 from fastrm.data.sources.files import stored_in
 from fastrm.errors import RecordError, StorageError
 
-FORMAT = 1  # of the files of a unit; a change of their meaning makes all units be read again
+FORMAT = 2  # of the files of a unit; a change of their meaning makes all units be read again
 # Work of a second or two: what a kill costs, and what one worker takes at a time.
 ROWS_PER_UNIT = 8192
 COLUMNS, MEDIA, TEXTS, REFUSED = "columns.npy", "media.npy", "texts.npy", "refused.jsonl"
+KEYS = "keys.json"
 
 # Of one record each, and as narrow as that allows; what adds or multiplies counts widens them to int64 first.
 RECORD = np.dtype(
@@ -137,13 +138,20 @@ def open_source(source: SourceConfig) -> list[SourceFile | DigitsFile]:
         DataError: as `source_files`.
     """
     return source_files(
-        source.path, set=source.set, format=source.format, images=source.images, name=source.name, pairs=source.pairs
+        source.path,
+        set=source.set,
+        format=source.format,
+        images=source.images,
+        name=source.name,
+        pairs=source.pairs,
+        columns=source.columns,
+        ignore=source.ignore,
     )
 
 
 def source_key(source: SourceConfig) -> dict:
     """What of a source decides which records its files give."""
-    return source.model_dump(include={"path", "set", "format", "images", "name", "pairs"})
+    return source.model_dump(include={"path", "set", "format", "images", "name", "pairs", "columns", "ignore"})
 
 
 def file_status(path: str) -> tuple[int, int] | None:
@@ -162,13 +170,15 @@ class UnitReader:
         self.folder, self.settings = folder, settings
 
     def __call__(self, unit: Unit) -> Unit:
+        keys = KeyTally()
         done, partial = self.folder / unit.name, self.folder / f"{unit.name}.part"
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
             with _UnitWriter(partial, self.settings) as writer:
-                for item in unit.file.read(unit.start, unit.stop):
+                for item in unit.file.read(unit.start, unit.stop, keys):
                     writer.add(item)
+            (partial / KEYS).write_text(json.dumps(keys.to_json()))
             put_folder(partial, done)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -262,6 +272,11 @@ class _UnitWriter:
 def load_unit(folder: Path) -> UnitContent:
     """The columns of a finished unit."""
     return UnitContent(*(np.load(folder / name) for name in (COLUMNS, MEDIA, TEXTS)))
+
+
+def unit_keys(folder: Path) -> KeyTally:
+    """What the keys of a finished unit's rows were."""
+    return KeyTally.from_json(json.loads((folder / KEYS).read_text()))
 
 
 def unit_records(folder: Path) -> Iterator[Record]:

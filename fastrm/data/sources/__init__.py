@@ -6,7 +6,7 @@ them all.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fastrm.data.quarantine import Quarantine
@@ -16,13 +16,25 @@ from fastrm.data.sources.digits import DigitsFile
 from fastrm.data.sources.files import data_files
 from fastrm.data.sources.hub import PREFIX as HUB_PREFIX
 from fastrm.data.sources.hub import hub_files
-from fastrm.data.sources.layouts import FORMATS
+from fastrm.data.sources.keys import KeyTally
+from fastrm.data.sources.layouts import FORMATS, keys_read_by
 from fastrm.data.sources.media import in_folder, path_resolver
 from fastrm.data.sources.published import find_set, set_files
 from fastrm.data.sources.reader import Refusal, SourceFile
 from fastrm.errors import DataError
 
-__all__ = ["FORMATS", "DigitsFile", "Refusal", "SourceFile", "hub_name", "is_on_hub", "read_source", "source_files"]
+__all__ = [
+    "FORMATS",
+    "DigitsFile",
+    "KeyTally",
+    "Refusal",
+    "SourceFile",
+    "hub_name",
+    "is_on_hub",
+    "read_source",
+    "source_files",
+    "unread_lines",
+]
 
 
 def source_files(
@@ -34,6 +46,8 @@ def source_files(
     name: str | None = None,
     pairs: str | None = None,
     require_preferences: bool = True,
+    columns: Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
 ) -> list[SourceFile | DigitsFile]:
     """The data files of a source, in order.
 
@@ -45,6 +59,8 @@ def source_files(
         images: folder or .tar/.zip archive that image paths are relative to; default the file's folder.
         name, require_preferences: see `SourceFile`.
         pairs: see `SourceFile`; None: the set's own, else ``all``.
+        columns: the file's name for each key that fastrm reads, where the two differ.
+        ignore: keys that are not read, and not reported as unread.
 
     Raises:
         DataError: the source or the images do not exist or cannot be read at all, or the format is
@@ -53,6 +69,12 @@ def source_files(
     if format not in FORMATS:
         wanted = ", ".join(FORMATS)
         raise DataError(f'data source "{path}": format "{format}" is unknown; wanted one of {wanted}')
+    reading = {
+        "name": name or set,
+        "require_preferences": require_preferences,
+        "columns": tuple((columns or {}).items()),
+        "ignore": tuple(ignore),
+    }
     path, images = (None if value is None else os.fspath(value) for value in (path, images))
     if set is not None:
         published = find_set(set)
@@ -61,9 +83,8 @@ def source_files(
             path,
             images,
             format=published.layout if format == "auto" else format,
-            name=name or set,
             pairs=pairs or published.pairs,
-            require_preferences=require_preferences,
+            **reading,
         )
     if path is None:
         raise DataError("a data source needs a path or the name of a published set")
@@ -73,7 +94,7 @@ def source_files(
         raise DataError(f'data source "{path}" has format "digits"; wanted digits:train or digits:eval')
     files = hub_files(path.removeprefix(HUB_PREFIX)) if path.startswith(HUB_PREFIX) else data_files(path)
     resolve = in_folder(os.path.dirname(files[0])) if images is None else path_resolver(images)
-    return [SourceFile(file, resolve, format, name, pairs or "all", require_preferences) for file in files]
+    return [SourceFile(file, resolve, format, pairs=pairs or "all", **reading) for file in files]
 
 
 def is_on_hub(path: str | None, set: str | None) -> bool:
@@ -90,23 +111,38 @@ def hub_name(path: str | None, set: str | None) -> str:
     return path if set is None else f"{set} ({find_set(set).hub})"
 
 
-def read_source(path: str | Path | None = None, *, quarantine: Quarantine, **options) -> Iterator[Record]:
+def read_source(
+    path: str | Path | None = None,
+    *,
+    quarantine: Quarantine,
+    keys: dict[str, KeyTally] | None = None,
+    **options,
+) -> Iterator[Record]:
     """The records of a data source, once each, in the order of its files and rows.
 
     Args:
         path: as `source_files`, which also takes the options.
         quarantine: takes the rows that cannot be used.
+        keys: takes for each file what its rows' keys were.
 
     Raises:
         DataError: as `source_files`, by the call itself; iteration raises what only reading can see.
     """
-    return _read_files(source_files(path, **options), quarantine)
+    return _read_files(source_files(path, **options), quarantine, {} if keys is None else keys)
 
 
-def _read_files(files: list[SourceFile | DigitsFile], quarantine: Quarantine) -> Iterator[Record]:
+def _read_files(
+    files: list[SourceFile | DigitsFile], quarantine: Quarantine, keys: dict[str, KeyTally]
+) -> Iterator[Record]:
     for file in files:
-        for item in file.read():
+        for item in file.read(keys=keys.setdefault(file.path, KeyTally())):
             if isinstance(item, Refusal):
                 item.add_to(quarantine)
             else:
                 yield item
+
+
+def unread_lines(keys: Mapping[str, KeyTally]) -> list[str]:
+    """One line for each file with keys that are not read, from what `read_source` has counted."""
+    lines = (tally.report(path, keys_read_by(tally.layouts)) for path, tally in keys.items())
+    return [line for line in lines if line is not None]

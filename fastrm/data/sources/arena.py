@@ -10,7 +10,7 @@ from reprlib import repr as brief
 from fastrm.data.record import Preference
 from fastrm.data.sources.conversation import prompt_messages, read_turns, response_text
 from fastrm.data.sources.draft import Draft, answer
-from fastrm.data.sources.media import Resolve, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.errors import RecordError
 
 _VOTES = {
@@ -19,6 +19,8 @@ _VOTES = {
     "tie": Preference(0, 1, tie=True),
     "tie (bothbad)": Preference(0, 1, tie=True),
 }
+
+KEYS = ("conversation_a", "conversation_b", "winner", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:

@@ -18,12 +18,14 @@ from collections.abc import Iterator
 from fastrm.data.record import ImageRef
 from fastrm.data.sources.conversation import prompt_messages, text_turn
 from fastrm.data.sources.draft import Draft, answer
-from fastrm.data.sources.media import Resolve, media_refs, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, media_refs, row_media
 from fastrm.data.sources.values import bad_row, check_list, check_text
 from fastrm.errors import RecordError
 
 _FINE_GRAINED = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 _VISUAL = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
+
+KEYS = (("instruction", "prompt"), "completions", "img_path", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
+from fastrm.data.sources.keys import KeyTally
 from fastrm.errors import DataError
 
 PREFIX = "digits:"
@@ -46,9 +47,11 @@ class DigitsFile:
     def count_rows(self) -> int:
         return sum(1 for _ in self.read())
 
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """The records from number `start` up to, not including, `stop` (0-based)."""
+    def read(self, start: int = 0, stop: int | None = None, keys: KeyTally | None = None) -> Iterator[Record]:
+        """The records from number `start` up to, not including, `stop` (0-based); `keys` takes their number."""
         for record in islice(digit_records(self.split), start, stop):
+            if keys is not None:
+                keys.add("digits", {})
             yield replace(record, source=self.name) if self.name else record
 
 

@@ -1,13 +1,14 @@
 """Flat pairs: ``prompt`` or ``question``, ``chosen`` and ``rejected`` as texts, ``image`` or ``images``.
 
-MM-RLHF, RLAIF-V, MMPR, UnifiedReward and TRL's standard format with an explicit prompt. Columns other
-than these and ``margin`` are ignored.
+MM-RLHF, RLAIF-V, MMPR, UnifiedReward and TRL's standard format with an explicit prompt; also ``margin``.
 """
 
 from fastrm.data.sources.conversation import prompt_messages, text_turn
 from fastrm.data.sources.draft import Draft, answer, pair
-from fastrm.data.sources.media import Resolve, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import check_text
+
+KEYS = (("prompt", "question"), "chosen", "rejected", "margin", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:

@@ -10,9 +10,12 @@ from reprlib import repr as brief
 from fastrm.data.record import Preference, Record
 from fastrm.data.sources.conversation import prompt_messages, read_turns, text_turn
 from fastrm.data.sources.draft import Draft, answer, to_record
-from fastrm.data.sources.media import Resolve, any_path, no_path, row_media
+from fastrm.data.sources.keys import check_unread, key_names, unread_keys
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, any_path, no_path, row_media
 from fastrm.data.sources.values import bad_row, check_list, check_number, check_text
 from fastrm.errors import RecordError
+
+KEYS = (("prompt", "question"), "responses", "preferences", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
@@ -50,6 +53,11 @@ def group_record(group: dict, index: int, *, allow_any_path: bool = True, requir
     if not isinstance(group, dict):
         raise bad_row(f"groups[{index}]", group, "an object")
     group = {key: value for key, value in group.items() if value is not None}
+    unread = unread_keys(group, KEYS)
+    check_unread(group, unread, KEYS, is_file=False)
+    if unread:
+        names, wanted = ", ".join(f'"{name}"' for name in unread), ", ".join(key_names(KEYS))
+        raise RecordError("UNKNOWN_KEY", f"the group has {names}, which is not read; remove it, or use one of {wanted}")
     draft = parse(group, any_path if allow_any_path else no_path)
     return to_record(
         draft,

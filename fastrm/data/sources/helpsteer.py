@@ -5,10 +5,12 @@ The score is `helpfulness` [ours]; correctness, coherence, complexity and verbos
 
 from fastrm.data.sources.conversation import prompt_messages, text_turn
 from fastrm.data.sources.draft import Draft, answer
-from fastrm.data.sources.media import Resolve, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import check_number, check_text
 
 _JOINED = "joined_rows"
+
+KEYS = ("prompt", "response", "helpfulness", _JOINED, *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
@@ -16,8 +18,8 @@ def matches(row: dict) -> bool:
 
 
 def continues(previous: dict, row: dict) -> bool:
-    """Whether a row has the prompt of the row before it."""
-    return previous.get("prompt") == row.get("prompt")
+    """Whether a row has the prompt, with its images, of the row before it."""
+    return all(previous.get(key) == row.get(key) for key in ("prompt", *MEDIA_KEYS))
 
 
 def join(rows: list[dict]) -> dict:

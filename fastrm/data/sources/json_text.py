@@ -8,6 +8,8 @@ from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import bad_row, check_text
 from fastrm.errors import RecordError
 
+KEYS = ("text", *flat.KEYS)
+
 
 def matches(row: dict) -> bool:
     return isinstance(row.get("text"), str) and not any(key in row for key in ("prompt", "question", "chosen"))

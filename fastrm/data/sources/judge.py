@@ -31,6 +31,8 @@ _ANSWER = re.compile(r"\s*<answer>\s*([12])\s*</answer>\s*")
 _VERDICT = re.compile(r"The better response: \[(\w+)\]")
 _FIRST, _SECOND = ("first", "1", "a"), ("second", "2", "b")
 
+KEYS = ("message", "answer", "question", "conversations", "image")
+
 
 def matches(row: dict) -> bool:
     has_pair = any(key in row for key in ("prompt", "chosen", "rejected"))

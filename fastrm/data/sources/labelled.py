@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fastrm.data.record import Preference
 from fastrm.data.sources.conversation import prompt_messages, read_turns, text_turn
 from fastrm.data.sources.draft import Draft, answer
-from fastrm.data.sources.media import Resolve, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import check_number, check_text
 from fastrm.errors import RecordError
 
@@ -31,6 +31,8 @@ _COLUMNS = (
     _Columns("context", "response1", "response2", "overall_preference"),
     _Columns("prompt", "response_1", "response_2", "preference_strength"),
 )
+
+KEYS = (*(name for columns in _COLUMNS for name in columns), *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:

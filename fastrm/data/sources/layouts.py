@@ -1,10 +1,11 @@
 """The layouts that rows come in, and which of them a row has.
 
-A layout is a module with `matches(row)`, which looks at keys and kinds only, and `parse(row, resolve)`,
-which returns a `Draft` or raises `RecordError`. A layout whose record spans consecutive rows has besides
-`continues(previous, row)` and `join(rows)`, which makes one row for `parse` of several.
+A layout is a module with `KEYS`, the keys that it reads (see keys.py), `matches(row)`, which looks at keys and
+kinds only, and `parse(row, resolve)`, which returns a `Draft` or raises `RecordError`. A layout whose record spans
+consecutive rows has besides `continues(previous, row)` and `join(rows)`, which makes one row for `parse` of several.
 """
 
+from collections.abc import Iterable
 from types import ModuleType
 
 from fastrm.data.sources import (
@@ -23,6 +24,7 @@ from fastrm.data.sources import (
     swift,
     trl,
 )
+from fastrm.data.sources.keys import key_names, nearest
 from fastrm.errors import RecordError
 
 # In the order of detection: the first layout that matches a row reads it.
@@ -44,7 +46,14 @@ LAYOUTS = {
 }
 # Whose records may span several rows.
 JOINING = tuple(layout for layout in LAYOUTS.values() if hasattr(layout, "continues"))
+# What any layout reads: what a key can have been meant for.
+ALL_KEYS = tuple(dict.fromkeys(key for layout in LAYOUTS.values() for key in key_names(layout.KEYS)))
 FORMATS = ("auto", *LAYOUTS, "digits")
+
+
+def keys_read_by(layouts: Iterable[str]) -> list[str]:
+    """The keys that any of these layouts reads, by their names."""
+    return list(dict.fromkeys(key for name in layouts for key in key_names(getattr(LAYOUTS.get(name), "KEYS", ()))))
 
 
 def detect(row: dict) -> ModuleType:
@@ -57,4 +66,7 @@ def detect(row: dict) -> ModuleType:
         if layout.matches(row):
             return layout
     keys = ", ".join(f'"{key}"' for key in list(row)[:12]) or "none"
-    raise RecordError("BAD_ROW", f"no known layout has the keys {keys}; wanted prompt, chosen and rejected, say")
+    near = {key: nearest(key, ALL_KEYS) for key in map(str, row) if key not in ALL_KEYS}
+    meant = ", ".join(f'"{name}" for "{key}"' for key, name in near.items() if name)
+    hint = f"did you mean {meant}?" if meant else "wanted prompt, chosen and rejected, say"
+    raise RecordError("BAD_ROW", f"no known layout has the keys {keys}; {hint}")

@@ -18,8 +18,13 @@ from fastrm.data.sources.conversation import (
 )
 from fastrm.data.sources.draft import Draft, answer, pair
 from fastrm.data.sources.history import history_turns, with_system
-from fastrm.data.sources.media import Resolve, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import check_text
+
+KEYS = (
+    ("conversations", "messages", "instruction"), "input", "system", "history", "chosen", "rejected", "chosen_messages",
+    "rejected_messages", "margin", *MEDIA_KEYS,
+)  # fmt: skip
 
 
 def matches(row: dict) -> bool:

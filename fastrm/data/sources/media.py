@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 from PIL import Image
 
@@ -25,11 +26,22 @@ from fastrm.errors import DataError, RecordError
 # From the path that a row names and the kind of medium, ImageRef unless it says VideoRef.
 Resolve = Callable[..., MediaRef]
 
+MEDIA_KEYS = ("images", "image", "videos", "video")  # of a row, whatever its layout
 MAX_PATH_CHARS = 4096  # longer "paths" are base64 without its prefix
 # Pillow reads a file when its pixels are first asked for; two threads that ask at once would read it into each other.
 _LOADING = threading.Lock()
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+_MAX_NAME_CHARS = 1024  # of what is taken for a file's name by its ending
+_SUFFIXES = {
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif"), "image"),
+    **dict.fromkeys((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v"), "video"),
+    **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".m4a"), "audio"),
+}
+# What encoded media begin with.
+_IMAGE_HEADS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+_HEAD_CHARS = 32  # of base64: 24 bytes, all that the kind of a file needs
+_HEAD = re.compile(r"[A-Za-z0-9+/]{32}")
 
 
 def path_resolver(images: str) -> Resolve:
@@ -95,6 +107,30 @@ def no_path(path: str, kind: type[MediaRef] = ImageRef) -> MediaRef:
     raise _path_error(path[:80], kind, f"is refused: send the {kind.noun}'s bytes")
 
 
+def file_kind(text: str) -> str | None:
+    """``image``, ``video`` or ``audio`` if a text is the name of such a file, or a URL of one, by its ending."""
+    if len(text) > _MAX_NAME_CHARS or "\n" in text:
+        return None
+    name = text.partition("?")[0].partition("#")[0] if _URL.match(text) else text
+    return _SUFFIXES.get(os.path.splitext(name.rstrip())[1].lower())
+
+
+def media_kind(data: str | bytes | bytearray) -> str | None:
+    """``image``, ``video`` or ``audio`` for a data URI, base64 or bytes that begin as such a file does."""
+    if isinstance(data, str):
+        if data[:5].lower() == "data:":
+            kind = data[5:11].lower().partition("/")[0]
+            return kind if kind in ("image", "video", "audio") else None
+        if not _HEAD.match(data):
+            return None
+        data = base64.b64decode(data[:_HEAD_CHARS])
+    if data.startswith(_IMAGE_HEADS):
+        return "image"
+    if data[:4] == b"RIFF":
+        return {b"WEBP": "image", b"WAVE": "audio", b"AVI ": "video"}.get(bytes(data[8:12]))
+    return "video" if data[4:8] == b"ftyp" or data[:4] == b"\x1a\x45\xdf\xa3" else None
+
+
 def media_refs(value: object, resolve: Resolve, name: str, kind: type[MediaRef]) -> list[MediaRef]:
     """The images or videos of a field: null, an empty text or list is none, anything else one or a list.
 
@@ -114,11 +150,18 @@ def image_refs(value: object, resolve: Resolve, name: str) -> list[MediaRef]:
 
 
 def row_media(row: dict, resolve: Resolve) -> list[MediaRef]:
-    """The images of a row's `images`, or without any its `image`, then its videos likewise; raises as `media_refs`."""
+    """The images of a row's `images` or its `image`, then its videos likewise.
+
+    Raises:
+        RecordError: as `media_refs`; UNREAD_MEDIA if a row has both and the second names others.
+    """
     found = []
     for kind in (ImageRef, VideoRef):
-        name = kind.noun if row.get(f"{kind.noun}s", []) in ([], "") else f"{kind.noun}s"
-        found += media_refs(row.get(name), resolve, name, kind)
+        one, many = kind.noun, f"{kind.noun}s"
+        single, refs = (media_refs(row.get(name), resolve, name, kind) for name in (one, many))
+        if refs and any(ref not in refs for ref in single):
+            raise RecordError("UNREAD_MEDIA", f'"{one}" holds one that "{many}" does not; put all into "{many}"')
+        found += refs or single
     return found
 
 
@@ -133,13 +176,33 @@ def media_ref(value: object, resolve: Resolve, name: str, kind: type[MediaRef]) 
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and value:
-        return _data_uri(value, name, kind) if value[:5].lower() == "data:" else resolve(value, kind)
+        if value[:5].lower() == "data:":
+            return _data_uri(value, name, kind)
+        return resolve(_local_path(value, kind), kind)
     if isinstance(value, bytes) and value:
         return kind(data=value)
     if kind is ImageRef and isinstance(value, Image.Image):
         return ImageRef(data=_encoded(value, name))
     article = "an" if kind is ImageRef else "a"
     raise bad_row(name, value, f'{article} {kind.noun}: path, data URI, bytes or {{"bytes", "path"}}, not empty')
+
+
+def _local_path(path: str, kind: type[MediaRef]) -> str:
+    """The path that a file URL stands for, or the path itself.
+
+    Raises:
+        RecordError: IMAGE_PATH or VIDEO_PATH for a file URL of another host, and for base64.
+    """
+    if path[:7].lower() == "file://":
+        host, slash, rest = path[7:].partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise _path_error(
+                path[:80], kind, "is a file URL with a host; write file:///FOLDER/FILE, or the path alone"
+            )
+        return unquote(slash + rest)
+    if media_kind(path) is not None:
+        raise _path_error(path[:40], kind, f'is base64; put "data:{kind.noun}/...;base64," in front of it')
+    return path
 
 
 def _encoded(image: Image.Image, name: str) -> bytes:

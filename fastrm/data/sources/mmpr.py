@@ -6,8 +6,10 @@ row of several images we do so once for each [ours].
 
 from fastrm.data.sources import flat
 from fastrm.data.sources.draft import Draft
-from fastrm.data.sources.media import Resolve, image_refs
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, image_refs
 from fastrm.data.sources.values import check_text
+
+KEYS = ("question", "chosen", "rejected", "margin", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:

@@ -5,7 +5,9 @@
 
 from fastrm.data.sources.conversation import prompt_messages, read_turns, response_text
 from fastrm.data.sources.draft import Draft, answer, pair
-from fastrm.data.sources.media import Resolve, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
+
+KEYS = ("conversations", "rejected_conversations", "margin", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:

@@ -5,10 +5,12 @@ Each pair of responses becomes a preference for the higher score, equal scores a
 
 from fastrm.data.sources.draft import Draft, answer
 from fastrm.data.sources.groups import row_prompt
-from fastrm.data.sources.media import Resolve
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve
 from fastrm.data.sources.values import bad_row, check_list, check_number, check_text
 
 _TEXT_KEYS = ("text", "caption", "response", "completion", "content", "answer", "output")
+
+KEYS = (("prompt", "question"), "responses", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:

@@ -9,7 +9,8 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record, VideoRef
 from fastrm.data.sources.draft import Draft, to_record
 from fastrm.data.sources.files import NumberedRow, count_rows, file_stem, read_rows
-from fastrm.data.sources.layouts import JOINING, LAYOUTS, detect
+from fastrm.data.sources.keys import KeyTally, check_unread, unread_keys
+from fastrm.data.sources.layouts import ALL_KEYS, JOINING, LAYOUTS, detect
 from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import bad_row, check_text
 from fastrm.errors import RecordError
@@ -43,6 +44,8 @@ class SourceFile:
         pairs: ``all`` or ``hard``: which pairs of scored responses become preferences.
         require_preferences: refuse rows without preferences, which only scoring can use.
         repeat: how often the set's authors use the file in an epoch (MMPR's `repeat_time`).
+        columns: (key that fastrm reads, column of the file that holds it), where the two have other names.
+        ignore: keys that are metadata of these rows: they are not read, and not mentioned.
         rows: ``all``; ``with_media`` refuses rows that have lost their image or video, in a set where each has one;
             ``with_images`` also rows with videos, as not part of the set.
     """
@@ -55,6 +58,8 @@ class SourceFile:
     require_preferences: bool = True
     repeat: float = 1.0
     rows: str = "all"
+    columns: tuple[tuple[str, str], ...] = ()
+    ignore: tuple[str, ...] = ()
 
     def count_rows(self) -> int:
         """Rows of the file, as numbers of `read` count them.
@@ -64,33 +69,31 @@ class SourceFile:
         """
         return count_rows(self.path)
 
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record | Refusal]:
+    def read(self, start: int = 0, stop: int | None = None, keys: KeyTally | None = None) -> Iterator[Record | Refusal]:
         """The records that begin in the rows from `start` up to, not including, `stop` (0-based), in order.
 
         Ranges that cover the file give together what one full read gives. A row becomes a record, a
         refusal, or a record after a partial refusal.
 
+        Args:
+            keys: counts the rows' layouts and the keys that are not read.
+
         Raises:
             DataError: the file as a whole cannot be read.
         """
         for number, row in self._whole_rows(start, stop):
-            yield from self._read_row(number, row)
+            yield from self._read_row(number, row, keys or KeyTally())
 
-    def _read_row(self, number: int, row: object) -> Iterator[Record | Refusal]:
+    def _read_row(self, number: int, row: object, keys: KeyTally) -> Iterator[Record | Refusal]:
         stem = file_stem(self.path)
         source, origin = self.name or stem, f"{self.path}:{number}"
         record_id = _row_id(row) or f"{stem}:{number}"
         try:
-            row = _present(row)
-            own_source = None if self.name else row.get("source")
+            present = _present(row)
+            own_source = None if self.name else present.get("source")
             if own_source and isinstance(own_source, str):
                 source = check_text(own_source, "source")
-            draft = self._layout(row).parse(row, self.resolve)
-            self._check_media(draft)
-            if draft.left_out and not self.require_preferences:
-                # Rewards are given in the order of the row's responses.
-                first = draft.left_out[0]
-                raise RecordError(first.code, f"{first.message}; a row is scored with all its responses or not at all")
+            draft = self._draft(present, keys)
             record = to_record(
                 draft,
                 record_id=check_text(record_id, "id"),
@@ -100,11 +103,25 @@ class SourceFile:
                 require_preferences=self.require_preferences,
             )
         except RecordError as error:
-            yield Refusal(source, origin, record_id, error.code, error.message)
+            yield Refusal(source, origin, record_id, error.code, error.message + _null_keys(row, error))
             return
         for error in draft.left_out:
             yield Refusal(source, origin, record_id, error.code, error.message, partial=True)
         yield record
+
+    def _draft(self, row: dict, keys: KeyTally) -> Draft:
+        """What the row's layout reads from it."""
+        layout = self._layout(row)
+        unread = unread_keys(row, layout.KEYS, self.ignore)
+        keys.add(layout.__name__.rpartition(".")[2], unread)
+        check_unread(row, unread, layout.KEYS)
+        draft = layout.parse(row, self.resolve)
+        self._check_media(draft)
+        if draft.left_out and not self.require_preferences:
+            # Rewards are given in the order of the row's responses.
+            first = draft.left_out[0]
+            raise RecordError(first.code, f"{first.message}; a row is scored with all its responses or not at all")
+        return draft
 
     def _check_media(self, draft: Draft) -> None:
         if self.rows == "all":
@@ -120,9 +137,25 @@ class SourceFile:
     def _layout(self, row: dict) -> ModuleType:
         return detect(row) if self.format == "auto" else LAYOUTS[self.format]
 
+    def _rows(self, start: int, stop: int | None = None) -> Iterator[NumberedRow]:
+        """The rows of the file under the keys that fastrm reads, without those to ignore."""
+        rows = read_rows(self.path, start, stop)
+        return ((number, self._renamed(row)) for number, row in rows) if self.columns or self.ignore else rows
+
+    def _renamed(self, row: object) -> object:
+        if not isinstance(row, dict):
+            return row
+        columns = {key: column for key, column in self.columns if column in row}
+        kept = {
+            f"{key} (in the file)" if key in columns else key: value  # a key that another column now stands for
+            for key, value in row.items()
+            if key not in self.ignore and key not in columns.values()
+        }
+        return kept | {key: row[column] for key, column in columns.items()}
+
     def _whole_rows(self, start: int, stop: int | None) -> Iterator[NumberedRow]:
         """The rows that begin in a range; consecutive rows of one record come as one, with the first's number."""
-        rows = read_rows(self.path, start, stop)
+        rows = self._rows(start, stop)
         first = next(rows, None)
         if first is not None and start > 0 and self._joins(first[1]):
             # What began before the range is not this range's.
@@ -138,7 +171,7 @@ class SourceFile:
                 run = []
             run.append((number, row))
         if stop is not None and self._joins(run[-1][1]):
-            for number, row in read_rows(self.path, stop):
+            for number, row in self._rows(stop):
                 if not self._continues(run[-1][1], row):
                     break
                 run.append((number, row))
@@ -146,7 +179,7 @@ class SourceFile:
 
     def _row_before(self, start: int) -> object:
         for place in range(start - 1, -1, -1):
-            for _, row in read_rows(self.path, place, place + 1):
+            for _, row in self._rows(place, place + 1):
                 return row
         return None
 
@@ -187,6 +220,14 @@ def _present(row: object) -> dict:
         if row.get(key):
             raise RecordError("UNSUPPORTED_MEDIA", f'the row has "{key}"; only text, images and videos work')
     return row
+
+
+def _null_keys(row: object, error: RecordError) -> str:
+    """Which keys of a row are null, where that may be why something is missing."""
+    if not isinstance(row, dict) or error.code not in ("BAD_ROW", "NO_PREFERENCE"):
+        return ""
+    names = [f'"{key}"' for key, value in row.items() if value is None and key in ALL_KEYS]
+    return f"; null in the row: {', '.join(names)}" if names else ""
 
 
 def _row_id(row: object) -> str | None:

@@ -11,7 +11,7 @@ from fastrm.data.record import ImageRef, MediaRef, Response, VideoRef
 from fastrm.data.sources.conversation import Turn, prompt_messages, read_turns, response_text, text_turn
 from fastrm.data.sources.draft import Draft, answer, pair
 from fastrm.data.sources.history import history_turns, with_system
-from fastrm.data.sources.media import Resolve, media_refs, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, media_refs, row_media
 from fastrm.data.sources.values import bad_row, check_list
 from fastrm.errors import RecordError
 
@@ -19,6 +19,8 @@ _MESSAGES = ("messages", "conversations", "conversation")
 _QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
 _RESPONSE = ("response", "answer", "output")
 _REJECTED = ("rejected_response", "rejected_messages", "rejected_images", "rejected_videos")
+
+KEYS = (_MESSAGES, _QUERY, _RESPONSE, *_REJECTED, "history", "system", "margin", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:

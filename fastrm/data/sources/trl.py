@@ -9,9 +9,11 @@ import os
 
 from fastrm.data.sources.conversation import Turn, prompt_messages, read_turns, response_text, text_turn
 from fastrm.data.sources.draft import Draft, answer, pair
-from fastrm.data.sources.media import Resolve, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import bad_row, check_text
 from fastrm.errors import RecordError
+
+KEYS = ("prompt", "chosen", "rejected", "margin", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:

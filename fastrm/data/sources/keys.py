@@ -1,0 +1,288 @@
+"""The keys of a row that are read, and what becomes of the others.
+
+A layout declares the keys that it reads as `KEYS`; an entry that is a tuple names alternatives, of which the first
+that a row has is read. Keys on METADATA may stand beside them and say nothing to the model. Every other key is
+unread, and one of three things:
+
+- It holds an image, a video or audio, by its bytes or by the name of a file: the row is refused (UNREAD_MEDIA),
+  since the model would judge it blind. It is let off where the row's media are read and it names one of them again.
+- It is a slip of the pen for a key that the layout reads, or another word for one that changes the prompt:
+  the row is refused (UNKNOWN_KEY).
+- Anything else is counted and reported once for its file (`KeyTally`).
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from reprlib import Repr
+
+from PIL import Image
+
+from fastrm.data.sources.media import MEDIA_KEYS, file_kind, media_kind
+from fastrm.errors import RecordError
+
+Keys = Sequence[str | tuple[str, ...]]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Beside the keys of every layout: who a row is and where it comes from.
+_NAMES = _words("""
+    id ID _id idx index uid uuid guid row_id sample_id question_id prompt_id image_id video_id conversation_id post_id
+    contest contest_id source data_source dataset dataset_name ds_name origin_dataset origin_split split subset
+    subset_name
+""")
+# What is told of a row and belongs to no model's input.
+METADATA = _NAMES | _words("""
+    meta metadata category task domain topic language lang license licence timestamp tstamp created_at date annotator
+    annotator_id judge model models model_a model_b model_id model_name chosen_model rejected_model chosen_score
+    rejected_score score_chosen score_rejected chosen_rating rejected_rating chosen_reason rejected_reason num_turns
+""")
+_TURN_KEYS = _words("role content from value loss loss_weight weight")
+_PART_KEYS = _words(
+    "type text value image images image_url video video_url path url bytes min_pixels max_pixels fps nframes detail"
+)
+_RATED_KEYS = _words("role text caption response completion content answer output score model")
+# What people call the keys of the layouts, by which the nearest key is found.
+_OTHER_WORDS = {
+    "system": "system_prompt system_message system_instruction sys_prompt",
+    "tools": "functions tool_definitions available_tools",
+    "images": """img imgs pic picture pictures photo photos image_path image_paths image_file image_files image_url
+        image_urls img_path img_paths""",
+    "videos": "video_path video_paths video_file video_url clip clips",
+    "prompt": "query instruction input user_prompt user",
+    "chosen": "better preferred accepted winner_response positive",
+    "rejected": "worse dispreferred loser_response negative",
+    "responses": "candidates answers outputs completions choices",
+    "scores": "rewards ratings",
+}
+SYNONYMS = {word: key for key, words in _OTHER_WORDS.items() for word in words.split()}
+_CHANGE_THE_PROMPT = ("system", "tools")  # whose synonyms are refused: the model would read another prompt
+_MAX_ITEMS = 1000  # of a list or object that is searched for media
+_MAX_DEPTH = 6
+_MAX_REPORTED = 12  # unread keys that a report describes; it names all
+_brief = Repr()
+_brief.maxstring = _brief.maxother = 40
+
+
+def key_names(keys: Keys) -> list[str]:
+    """All names that a layout reads, alternatives included."""
+    return [name for entry in keys for name in ((entry,) if isinstance(entry, str) else entry)]
+
+
+def unread_keys(row: dict, keys: Keys, ignore: Sequence[str] = ()) -> dict[str, object]:
+    """The keys of a row that its layout does not read and that are not metadata, with their values.
+
+    Keys inside of turns, parts and rated responses are named like ``messages[].name``, each once.
+
+    Args:
+        keys: `KEYS` of the row's layout.
+        ignore: names to leave out, nested ones as they are named here.
+    """
+    read = {entry if isinstance(entry, str) else next((name for name in entry if name in row), None) for entry in keys}
+    unread = {str(key): value for key, value in row.items() if key not in read and key not in METADATA}
+    for key, value in row.items():
+        if key in read and isinstance(value, (list, tuple, dict)):
+            for name, inner in _nested(key, value):
+                unread.setdefault(name, inner)
+    return {name: value for name, value in unread.items() if name not in ignore}
+
+
+def check_unread(row: dict, unread: dict[str, object], keys: Keys, *, is_file: bool = True) -> None:
+    """Refuse a row whose unread keys would change what the model reads.
+
+    Args:
+        is_file: errors name the settings of a data source; otherwise they are for a caller in Python.
+
+    Raises:
+        RecordError: UNREAD_MEDIA or UNKNOWN_KEY.
+    """
+    read_media = None
+    for name, value in unread.items():
+        if found := next(_media(value), None):
+            read_media = _media_names(row, keys) if read_media is None else read_media
+            if os.path.basename(found[1]) not in read_media:
+                raise _unread_media(name, found, is_file)
+    if not _holds_media(row, keys):
+        for name in row.keys() & (METADATA - _NAMES):
+            if found := next(_media(row[name]), None):
+                raise _unread_media(name, found, is_file)
+    for name, value in unread.items():
+        near = misspelt(name, key_names(keys))
+        if near is None and SYNONYMS.get(name) in _CHANGE_THE_PROMPT and value:
+            near = SYNONYMS[name]
+        if near is not None:
+            remedy = _remedy(name, near, is_file)
+            raise RecordError("UNKNOWN_KEY", f'the key "{name}" is not read; did you mean "{near}"? {remedy}')
+
+
+def misspelt(name: str, known: Sequence[str]) -> str | None:
+    """The key that a name is a slip of the pen for: one letter more, less, other or swapped, or other capitals."""
+    same = [key for key in known if _plain(key) == _plain(name)]
+    return next(iter(same + [key for key in known if _is_one_edit(name.lower(), key)]), None)
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The other key that a name most likely stands for, by spelling or by meaning; None if nothing is near."""
+    others = [key for key in known if key != name]
+    return misspelt(name, others) or (SYNONYMS.get(name) if SYNONYMS.get(name) in others else None)
+
+
+def _remedy(name: str, near: str, is_file: bool) -> str:
+    if "[]." in name or not is_file:
+        return "Rename it, or remove it"
+    return f"Rename it, map it with `columns: {{{near}: {name}}}`, or leave it out with `ignore: [{name}]`"
+
+
+def _unread_media(name: str, found: tuple[str, str], is_file: bool) -> RecordError:
+    kind, example = found
+    near = "videos" if kind == "video" else "images"
+    article = "an" if kind == "image" else "a"
+    what = "audio, which no model here reads" if kind == "audio" else f"{article} {kind}, and is not read"
+    shown = f" ({_brief.repr(example)})" if example else ""
+    return RecordError(
+        "UNREAD_MEDIA", f'"{name}" holds {what}{shown}; the key is "{near}". {_remedy(name, near, is_file)}'
+    )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "").replace(" ", "")
+
+
+def _is_one_edit(a: str, b: str) -> bool:
+    """Whether two names of four letters or more differ by one letter, or by two that are swapped."""
+    if min(len(a), len(b)) < 4 or abs(len(a) - len(b)) > 1:
+        return False
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest_a, rest_b = a[start:], b[start:]
+    swapped = rest_a[:2] == rest_b[1::-1] and rest_a[2:] == rest_b[2:]
+    return swapped or rest_a[1:] == rest_b[1:] or rest_a[1:] == rest_b or rest_a == rest_b[1:]
+
+
+def _nested(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """The unread keys inside of a turn, a list of turns, or a list of rated responses."""
+    for item in _turns(value):
+        path = name if item is value else f"{name}[]"
+        yield from _other(path, item, _TURN_KEYS)
+        for key in ("content", "value"):
+            if isinstance(item.get(key), (list, tuple)):
+                for part in item[key]:
+                    if isinstance(part, dict):
+                        yield from _other(f"{path}.{key}[]", part, _PART_KEYS)
+    if name == "responses" and isinstance(value, (list, tuple)):
+        for item in value:
+            if isinstance(item, dict) and not _is_turn(item):
+                yield from _other("responses[]", item, _RATED_KEYS)
+
+
+def _turns(value: object) -> list[dict]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in items if _is_turn(item)]
+
+
+def _is_turn(item: object) -> bool:
+    return isinstance(item, dict) and ("role" in item or "from" in item)
+
+
+def _other(path: str, item: dict, known: frozenset[str]) -> Iterator[tuple[str, object]]:
+    for key, value in item.items():
+        if value is not None and key not in known and key not in METADATA:
+            yield f"{path}.{key}", value
+
+
+def _media(value: object, depth: int = 0) -> Iterator[tuple[str, str]]:
+    """(kind, name or "") of the images, videos and audio inside of a value."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, Image.Image):
+        yield "image", ""
+    elif isinstance(value, str):
+        if kind := file_kind(value):
+            yield kind, value
+        elif kind := media_kind(value):
+            yield kind, ""
+    elif isinstance(value, (bytes, bytearray)):
+        if kind := media_kind(value):
+            yield kind, ""
+    elif isinstance(value, (dict, list, tuple)) and depth < _MAX_DEPTH:
+        for item in islice(value.values() if isinstance(value, dict) else value, _MAX_ITEMS):
+            yield from _media(item, depth + 1)
+
+
+def _media_names(row: dict, keys: Keys) -> set[str]:
+    """The names, without folders, of the files that a row's own media name."""
+    return {os.path.basename(name) for _, name in _media(_places_of_media(row, keys)) if name}
+
+
+def _holds_media(row: dict, keys: Keys) -> bool:
+    return next(_media(_places_of_media(row, keys)), None) is not None
+
+
+def _places_of_media(row: dict, keys: Keys) -> list:
+    """The values of a row that its media are read from: its columns of media, and the parts of its turns."""
+    read = {name: row[name] for name in key_names(keys) if name in row}
+    parts = [turn.get(key) for value in read.values() for turn in _turns(value) for key in ("content", "value")]
+    return [
+        *(read[name] for name in (*MEDIA_KEYS, "img_path") if name in read),
+        *(content for content in parts if isinstance(content, (list, tuple))),
+    ]
+
+
+class KeyTally:
+    """What the keys of a file's rows were: how many rows each layout read, and which keys were not read.
+
+    Attributes:
+        layouts: rows by the name of their layout.
+        unread: rows that have a key which is not read, by its name.
+        examples: a value of each of them, shortened.
+    """
+
+    def __init__(self):
+        self.layouts: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, layout: str, unread: dict[str, object]) -> None:
+        """Count a row."""
+        self.layouts[layout] += 1
+        for name, value in unread.items():
+            if name not in self.examples:
+                self.examples[name] = _brief.repr(value)
+            self.unread[name] += 1
+
+    def merge(self, other: "KeyTally") -> None:
+        """Add the counts of other rows."""
+        self.layouts += other.layouts
+        self.unread += other.unread
+        self.examples = other.examples | self.examples
+
+    def to_json(self) -> dict:
+        """The tally as plain values, for `from_json`."""
+        return {"layouts": self.layouts, "unread": self.unread, "examples": self.examples}
+
+    @classmethod
+    def from_json(cls, value: dict) -> "KeyTally":
+        tally = cls()
+        tally.layouts, tally.unread = Counter(value["layouts"]), Counter(value["unread"])
+        tally.examples = dict(value["examples"])
+        return tally
+
+    def report(self, path: str, known: Sequence[str]) -> str | None:
+        """One line that names the unread keys of a file with rows, an example and the nearest key; None: all are read.
+
+        Args:
+            known: keys that can be meant, for the nearest.
+        """
+        if not self.unread:
+            return None
+        parts = []
+        for name, number in self.unread.most_common(_MAX_REPORTED):
+            near = nearest(name, known)
+            hint = f"; nearest key: {near}" if near else ""
+            parts.append(f"{name} ({number:,} row{'s' if number > 1 else ''}, such as {self.examples[name]}{hint})")
+        more = f" and {len(self.unread) - len(parts):,} more" if len(self.unread) > len(parts) else ""
+        names = ", ".join(self.unread)
+        return f"{path}: keys that are not read: {', '.join(parts)}{more}; where that is right: ignore: [{names}]"

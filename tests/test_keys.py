@@ -1,0 +1,261 @@
+"""Keys of rows: what is not read is said once for its file, and what would change the model's input is refused."""
+
+import base64
+
+import pytest
+from PIL import Image
+
+from fastrm.data.sources import source_files, unread_lines
+from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.keys import KeyTally, key_names, misspelt, unread_keys
+from fastrm.data.sources.layouts import ALL_KEYS, LAYOUTS
+from fastrm.data.sources.media import file_kind, media_kind
+from fastrm.errors import RecordError
+from fastrm.evaluate.reading import read_in_order
+from prepared_sets import Made, config_of
+from runs import text_rows, write_rows
+from source_rows import FLAT, GROUP, RATED, SAME_PAIR, SHAREGPT, SWIFT, data_uri, png, turns
+
+BASE64 = base64.b64encode(png()).decode()
+
+
+class _Watched(dict):
+    """A row that notes which of its keys are asked for."""
+
+    def __init__(self, row, asked):
+        super().__init__(row)
+        self.asked = asked
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("name", SAME_PAIR)
+def test_layout_declares_every_key_that_it_asks_for(name, tmp_path):
+    layout, asked = LAYOUTS[name.split(",")[0].split()[0]], set()
+    layout.parse(_Watched(SAME_PAIR[name], asked), lambda path, kind: kind(path=path))
+    assert asked and asked <= {*key_names(layout.KEYS), "source"}
+
+
+@pytest.mark.parametrize(
+    "row, name, meant",
+    [
+        ({**FLAT, "imags": ["a.png"]}, "imags", "images"),
+        ({**FLAT, "img": "photos/a b.JPG"}, "img", "images"),
+        ({**FLAT, "image_path": "a.webp"}, "image_path", "images"),
+        ({**FLAT, "picture": {"bytes": BASE64}}, "picture", "images"),
+        ({**FLAT, "shown": [{"file": {"name": "x/1.png"}}]}, "shown", "images"),
+        ({**FLAT, "clip": "a.mp4"}, "clip", "videos"),
+        ({**FLAT, "look": data_uri(png())}, "look", "images"),
+        ({**FLAT, "page": "https://example.org/a.png?size=3"}, "page", "images"),
+        ({**FLAT, "speech": "a.wav"}, "speech", "audio"),
+        ({**FLAT, "metadata": {"image": "a.png"}}, "metadata", "images"),
+        ({**FLAT, "image": "a.png", "second": "b.png"}, "second", "images"),
+        ({**SHAREGPT, "imgs": ["b.png"]}, "imgs", "images"),
+        ({**SWIFT, "image_url": "b.png"}, "image_url", "images"),
+        ({**GROUP, "photo": "a.png"}, "photo", "images"),
+        ({**RATED, "photo": "a.png"}, "photo", "images"),
+        ({**FLAT, "prompt": [{"role": "user", "content": "What?", "image": "a.png"}]}, "prompt[].image", "images"),
+    ],
+    ids=str,
+)
+def test_media_under_another_key_are_refused(refusal, row, name, meant):
+    code, message = refusal(row)
+    assert code == "UNREAD_MEDIA"
+    assert f'"{name}" holds' in message and meant in message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**FLAT, "image": "x/a.png", "image_path": "coco/a.png"},  # names the image that is read
+        {**FLAT, "image": {"bytes": None, "path": "a.png"}, "metadata": {"original": "b.png"}},
+        {**FLAT, "id": "train/a.png"},
+        {
+            **FLAT,
+            "prompt_id": "a.png",
+            "note": "It is in a.png, below.",
+            "count": 3,
+            "spans": [[1, 2]],
+            "raw": "x" * 99,
+        },
+        {**FLAT, "imags": []},
+    ],
+    ids=str,
+)
+def test_what_names_no_other_medium_is_no_reason_to_refuse(read_json_rows, row):
+    row = {key: value for key, value in row.items() if key != "imags"}
+    records, refused = read_json_rows(row)
+    assert refused == [] and len(records) == 1
+
+
+@pytest.mark.parametrize(
+    "row, name, meant",
+    [
+        ({**FLAT, "imagse": []}, "imagse", "images"),
+        ({"promt": "What?", "chosen": "yes", "rejected": "no"}, "promt", "prompt"),
+        ({**FLAT, "Image": 3}, "Image", "image"),
+        ({**FLAT, "margn": 1.0}, "margn", "margin"),
+        ({**GROUP, "preference": []}, "preference", "preferences"),
+        ({**SHAREGPT, "sytem": "Be brief."}, "sytem", "system"),
+        ({**SWIFT, "system_prompt": "Be brief."}, "system_prompt", "system"),
+    ],
+    ids=str,
+)
+def test_misspelt_key_is_refused_with_the_key_that_was_meant(refusal, row, name, meant):
+    code, message = refusal(row)
+    assert code == "UNKNOWN_KEY"
+    assert f'the key "{name}" is not read; did you mean "{meant}"?' in message
+    assert f"ignore: [{name}]" in message
+
+
+def test_names_of_keys_are_no_slips_of_the_pen():
+    names = "chosen_n rejected_n image_wh num_images answer_gt options level z prompt_len"
+    for name in names.split():
+        assert misspelt(name, ALL_KEYS) is None, name
+    assert misspelt("imgaes", ALL_KEYS) == "images"
+    assert misspelt("rejected-response", ALL_KEYS) == "rejected_response"
+
+
+def test_ignored_keys_are_not_read_and_not_said(tmp_path, read_json_rows):
+    row = {**FLAT, "img": "a.png", "margin": 2.0, "url": "https://example.org"}
+    (record,), refused = read_json_rows(row, ignore=("img", "margin", "url"))
+    assert refused == [] and record.preferences[0].margin == 0.0 and record.media == ()
+    tally = KeyTally()
+    (file,) = source_files(tmp_path / "rows.jsonl", ignore=("img", "margin", "url"))
+    list(file.read(keys=tally))
+    assert tally.layouts == {"flat": 1} and unread_lines({"rows.jsonl": tally}) == []
+
+
+def test_unread_keys_are_counted_and_reported_once(tmp_path, read_json_rows):
+    rows = [
+        {**FLAT, "contest_no": 520, "z": None}, {**FLAT, "contest_no": 521, "z": 6.7},
+        {**FLAT, "prompt": [{"role": "user", "content": "Hi", "mood": "glad"}], "query": "x" * 99},
+    ]  # fmt: skip
+    read_json_rows(*rows)
+    (file,) = source_files(tmp_path / "rows.jsonl")
+    tally, other = KeyTally(), KeyTally()
+    list(file.read(0, 2, tally))
+    list(file.read(2, None, other))
+    tally.merge(KeyTally.from_json(other.to_json()))
+    assert tally.layouts == {"flat": 2, "trl": 1}
+    (line,) = unread_lines({"rows.jsonl": tally})
+    assert line == (
+        "rows.jsonl: keys that are not read: contest_no (2 rows, such as 520), z (1 row, such as 6.7), "
+        f"query (1 row, such as '{'x' * 17}...{'x' * 18}'; nearest key: prompt), "
+        "prompt[].mood (1 row, such as 'glad'); where that is right: ignore: [contest_no, z, query, prompt[].mood]"
+    )
+
+
+def test_alternative_that_is_not_read_is_unread():
+    row = {"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}
+    assert unread_keys(row, LAYOUTS["flat"].KEYS) == {"question": "b"}
+
+
+def test_image_and_images_that_differ_are_refused(refusal, read_one):
+    assert read_one({**FLAT, "image": "a.png", "images": ["a.png", "b.png"]}).media[1].path.endswith("b.png")
+    code, message = refusal({**FLAT, "image": "c.png", "images": ["a.png", "b.png"]})
+    assert code == "UNREAD_MEDIA" and '"image" holds one that "images" does not' in message
+
+
+@pytest.mark.parametrize(
+    "extra, part",
+    [
+        ({"imags": ["a.png"]}, '"imags" holds an image, and is not read (\'a.png\'); the key is "images"'),
+        ({"imags": []}, 'the key "imags" is not read; did you mean "images"?'),
+        ({"picture": Image.new("RGB", (2, 2))}, '"picture" holds an image'),
+        ({"data": png()}, '"data" holds an image'),
+        ({"context": "a text"}, 'the group has "context", which is not read; remove it'),
+        ({7: 1}, 'the group has "7", which is not read'),
+    ],
+    ids=str,
+)
+def test_python_group_with_an_unknown_key_is_refused(extra, part):
+    group = {"prompt": "What?", "responses": ["a", "b"], "id": "x", "metadata": {"a": 1}, "images": None}
+    assert group_record(group, 0).id == "x"
+    with pytest.raises(RecordError) as caught:
+        group_record({**group, **extra}, 0)
+    assert part in caught.value.message and "ignore" not in caught.value.message
+
+
+def test_keys_that_are_null_are_named(refusal):
+    _, message = refusal({**SWIFT, "rejected_response": None})
+    assert 'null in the row: "rejected_response"' in message
+    assert refusal({**FLAT, "chosen": None})[1].endswith('; null in the row: "chosen"')
+    assert "null" not in refusal({"a": None, "b": 1})[1]
+
+
+def test_keys_of_no_layout_name_the_nearest(refusal):
+    code, message = refusal({"query": "What?", "better": "a", "worse": "b"})
+    assert code == "BAD_ROW" and 'did you mean "chosen" for "better", "rejected" for "worse"?' in message
+
+
+def test_file_url_is_the_path_of_a_local_file(tmp_path, read_one, refusal):
+    record = read_one({**FLAT, "image": f"file://{tmp_path}/a%20b.png"})
+    assert record.media[0].path == str(tmp_path / "a b.png")
+    assert "leaves the images folder" in refusal({**FLAT, "image": "file:///local.png"})[1]
+    assert "is a file URL with a host" in refusal({**FLAT, "image": "file://images/a.png"})[1]
+    assert "is a URL, which is never fetched" in refusal({**FLAT, "image": "http://a.png"})[1]
+
+
+def test_base64_without_its_prefix_is_no_path(refusal):
+    code, message = refusal({**FLAT, "image": BASE64})
+    assert code == "IMAGE_PATH" and 'is base64; put "data:image/...;base64," in front of it' in message
+
+
+@pytest.mark.parametrize(
+    "value, kind",
+    [
+        ("a.png", "image"), ("A B.JPeG", "image"), ("http://x/y.webp?z#w", "image"), ("x.mp4", "video"),
+        ("Is it a.png?", None), ("a\n.png", None), ("png", None), ("", None), ("x" * 2000 + ".png", None),
+    ],
+)  # fmt: skip
+def test_kind_of_a_file_is_in_its_name(value, kind):
+    assert file_kind(value) == kind
+
+
+@pytest.mark.parametrize(
+    "value, kind",
+    [
+        (png(), "image"), (BASE64, "image"), (data_uri(png()), "image"), (b"RIFF\0\0\0\0WAVE", "audio"),
+        (b"\0\0\0\x18ftypmp42", "video"), ("data:video/mp4;base64,AAAA", "video"), ("A" * 64, None), (b"", None),
+        ("data:text/plain;base64,AAAA", None), ("The colour is red. " * 9, None), (b"text", None),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_kind_of_media_is_in_their_bytes(value, kind):
+    assert media_kind(value) == kind
+
+
+def test_images_of_every_joined_row_belong_to_the_prompt(read_json_rows):
+    row = {"prompt": "What?", "response": "a", "helpfulness": 1, "image": "a.png"}
+    rows = [row, {**row, "response": "b", "helpfulness": 2}, {**row, "image": "b.png"}]
+    records, refused = read_json_rows(*rows)
+    assert [len(record.responses) for record in records] == [2]
+    assert [code for _, code, _ in refused] == ["NO_PREFERENCE"]
+
+
+def test_keys_of_turns_are_those_that_are_read():
+    row = {
+        "prompt": turns("Hi"),
+        "chosen": [{"role": "assistant", "content": "a", "loss_weight": 1.0}],
+        "rejected": "b",
+    }
+    assert unread_keys(row, LAYOUTS["trl"].KEYS) == {}
+
+
+def test_unread_keys_are_said_while_preparing_and_scoring(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{**row, "level": 2} for row in text_rows(6)])
+    made = Made(config_of(tmp_path, {"path": str(tmp_path / "rows.jsonl")}))
+    line = f"{tmp_path}/rows.jsonl: keys that are not read: level (6 rows, such as 2); where that is right"
+    assert line in made.said.replace("\n", "")
+    keys = {}
+    assert (
+        len(list(read_in_order(str(tmp_path / "rows.jsonl"), None, "auto", require_preferences=True, keys=keys))) == 6
+    )
+    assert unread_lines(keys) == [f"{line}: ignore: [level]"]
