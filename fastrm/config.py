@@ -57,7 +57,7 @@ class SourceConfig(_Section):
     """A published set by its name (`fastrm data sets` lists them), read as it was published."""
     format: Literal[
         "auto", "llamafactory", "swift", "povid", "completions", "arena", "judge", "rated", "groups", "labelled",
-        "helpsteer", "mmpr", "flat", "trl", "json_text", "digits",
+        "helpsteer", "mmpr", "flat", "trl", "messages", "json_text", "digits",
     ] = "auto"  # fmt: skip
     """Layout of the rows; auto decides row by row from their keys."""
     images: str | None = None

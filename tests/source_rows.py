@@ -184,6 +184,23 @@ SAME_PAIR = {
         "images": [{"bytes": None, "path": "a.png"}],
     },
     "groups": {"prompt": "What?", "images": ["a.png"], "responses": ["yes", "no"], "preferences": [[0, 1]]},
+    "groups, several turns": {
+        "messages": turns("<image>What?"),
+        "images": ["a.png"],
+        "responses": ["yes", "no"],
+        "scores": [2, 1],
+    },
+    "groups, turns as responses": {
+        "messages": turns("<image>What?"),
+        "images": ["a.png"],
+        "responses": [turns("yes", roles=("assistant",)), {"role": "assistant", "content": "no"}],
+        "preferences": [[0, 1]],
+    },
+    "rated, several turns": {
+        "messages": turns("What?"),
+        "image": "a.png",
+        "responses": [{"text": "yes", "score": 1}, {"text": "no", "score": 0.5}],
+    },
     "groups, messages": {
         "prompt": turns("<image>What?"),
         "images": ["a.png"],

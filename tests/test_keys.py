@@ -5,6 +5,7 @@ import base64
 import pytest
 from PIL import Image
 
+from fastrm.data.record import Preference
 from fastrm.data.sources import source_files, unread_lines
 from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.keys import KeyTally, key_names, misspelt, unread_keys
@@ -14,7 +15,7 @@ from fastrm.errors import RecordError
 from fastrm.evaluate.reading import read_in_order
 from prepared_sets import Made, config_of
 from runs import text_rows, write_rows
-from source_rows import FLAT, GROUP, RATED, SAME_PAIR, SHAREGPT, SWIFT, data_uri, png, turns
+from source_rows import FLAT, GROUP, RATED, SAME_PAIR, SHAREGPT, SWIFT, data_uri, png, shape, turns
 
 BASE64 = base64.b64encode(png()).decode()
 
@@ -259,3 +260,48 @@ def test_unread_keys_are_said_while_preparing_and_scoring(tmp_path):
         len(list(read_in_order(str(tmp_path / "rows.jsonl"), None, "auto", require_preferences=True, keys=keys))) == 6
     )
     assert unread_lines(keys) == [f"{line}: ignore: [level]"]
+
+
+def test_responses_may_follow_several_turns(read_one):
+    row = {"messages": turns("Hi", "Hello", "So?"), "responses": ["a", "b"], "preferences": [[1, 0]]}
+    record = read_one(row)
+    assert shape(record, 1) == [("user", "Hi"), ("assistant", "Hello"), ("user", "So?"), ("assistant", "b")]
+    assert record.preferences == (Preference(1, 0),)
+    agent = [
+        *turns("call", roles=("assistant",)),
+        {"role": "tool", "content": "rain"},
+        *turns("It rains.", roles=("assistant",)),
+    ]
+    record = read_one({"messages": turns("Weather?"), "responses": [agent, "No idea."], "scores": [1, 0]})
+    assert [part for _, part in shape(record, 0)] == ["Weather?", "call", "rain", "It rains."]
+    assert shape(record, 1) == [("user", "Weather?"), ("assistant", "No idea.")]
+
+
+def test_finished_conversation_is_scored_and_not_trained_on(read_one, refusal):
+    row = {"messages": turns("<image>What?", "yes"), "images": ["a.png"], "rejected_response": None}
+    record = read_one(row, require_preferences=False)
+    assert shape(record, 0) == [("user", ("image", "a.png"), "What?"), ("assistant", "yes")]
+    assert len(record.responses) == 1
+    code, message = refusal(row)
+    assert code == "NO_PREFERENCE" and message.endswith('; null in the row: "rejected_response"')
+    assert "ends with a turn of the user" in refusal({"messages": turns("Hi")})[1]
+    assert group_record({"messages": turns("Hi", "Ho")}, 0).responses[0].text == "Ho"
+    with pytest.raises(RecordError, match='"system_prompt" is not read'):
+        group_record({"messages": turns("Hi", "Ho"), "system_prompt": "x"}, 0)
+
+
+@pytest.mark.parametrize(
+    "change, code, part",
+    [
+        ({"scores": [1, 2], "preferences": [[0, 1]]}, "BAD_PREFERENCE", "keep one of them"),
+        ({"scores": [1]}, "BAD_ROW", "a list of 2 numbers, one for each response"),
+        ({"scores": [1, "2"]}, "BAD_PREFERENCE", '"scores[1]" is text'),
+        ({"messages": None, "scores": [1, 2]}, "BAD_ROW", '"prompt" is missing, wanted text or a list of messages'),
+        ({"messages": turns("Hi", "Ho"), "scores": [1, 2]}, "BAD_ROW", "the prompt ends with the assistant"),
+        ({"responses": ["a", turns("b")], "scores": [1, 2]}, "BAD_ROW", '"responses[1]" ends with a turn of the user'),
+    ],
+)
+def test_group_of_messages_that_cannot_be_used(refusal, change, code, part):
+    row = {"messages": turns("Hi"), "responses": ["a", "b"], **change}
+    found = refusal(row)
+    assert found[0] == code and part in found[1]

@@ -1,21 +1,24 @@
 """Our own layout: one prompt, its responses, and preferences between them by index.
 
-``{"id", "prompt": text or messages, "images": [...], "responses": [text, ...],
+``{"id", "prompt" or "messages": text or messages, "images": [...], "responses": [text, ...],
 "preferences": [[winner, loser, margin?], ...], "source"}``; `id`, `images`, `source` and, for
-scoring, `preferences` are optional.
+scoring, `preferences` are optional. ``"scores": [number, ...]``, one for each response, may stand in place of
+`preferences`. A response may also be an assistant turn, or a list of turns that ends with one and follows the prompt.
 """
 
 from reprlib import repr as brief
 
 from fastrm.data.record import Preference, Record
-from fastrm.data.sources.conversation import prompt_messages, read_turns, text_turn
+from fastrm.data.sources import messages
+from fastrm.data.sources.conversation import Turn, prompt_messages, read_turn, read_turns, response_text, text_turn
 from fastrm.data.sources.draft import Draft, answer, to_record
 from fastrm.data.sources.keys import check_unread, key_names, unread_keys
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, any_path, no_path, row_media
-from fastrm.data.sources.values import bad_row, check_list, check_number, check_text
+from fastrm.data.sources.values import bad_row, check_list, check_number
 from fastrm.errors import RecordError
 
-KEYS = (("prompt", "question"), "responses", "preferences", *MEDIA_KEYS)
+PROMPT_KEYS = ("prompt", "question", "messages", "conversations", "conversation")
+KEYS = (PROMPT_KEYS, "responses", "preferences", "scores", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
@@ -24,19 +27,38 @@ def matches(row: dict) -> bool:
 
 def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
-    prompt = row_prompt(row, resolve)
-    texts = check_list(row.get("responses"), "responses", "a list of texts")
-    names = [f"responses[{i}]" for i in range(len(texts))]
-    responses = tuple(answer(prompt, check_text(text, name), name) for text, name in zip(texts, names, strict=True))
-    return Draft(responses, _preferences(row.get("preferences", []), len(responses)))
+    turns, media = _prompt_turns(row, resolve), row_media(row, resolve)
+    prompt = prompt_messages(turns, media, strict=False)
+    responses = []
+    for i, value in enumerate(check_list(row.get("responses"), "responses", "a list of texts")):
+        name = f"responses[{i}]"
+        *before, last = _response_turns(value, resolve, name)
+        mine = prompt_messages([*turns, *before], media, strict=False) if before else prompt
+        responses.append(answer(mine, response_text(last, name), name))
+    preferences = _preferences(row.get("preferences", []), len(responses))
+    scores = _scores(row["scores"], len(responses)) if "scores" in row else None
+    if preferences and scores is not None:
+        raise RecordError("BAD_PREFERENCE", 'the row has "preferences" and "scores"; keep one of them')
+    return Draft(tuple(responses), preferences, scores)
 
 
 def row_prompt(row: dict, resolve: Resolve) -> tuple:
-    """The messages of a row's `prompt` (or `question`), text or messages, with the row's images."""
-    key = "prompt" if "prompt" in row else "question"
-    value = row.get(key)
-    turns = read_turns(value, resolve, key) if isinstance(value, list) else [text_turn("user", value, key)]
-    return prompt_messages(turns, row_media(row, resolve), strict=False)
+    """The messages of a row's prompt under one of PROMPT_KEYS, text or messages, with the row's images."""
+    return prompt_messages(_prompt_turns(row, resolve), row_media(row, resolve), strict=False)
+
+
+def _prompt_turns(row: dict, resolve: Resolve) -> list[Turn]:
+    key = next((key for key in PROMPT_KEYS if key in row), None)
+    if key is None:
+        raise RecordError("BAD_ROW", '"prompt" is missing, wanted text or a list of messages')
+    value = row[key]
+    return read_turns(value, resolve, key) if isinstance(value, (list, tuple)) else [text_turn("user", value, key)]
+
+
+def _response_turns(value: object, resolve: Resolve, name: str) -> list[Turn]:
+    if isinstance(value, dict):
+        return [read_turn(value, resolve, name)]
+    return read_turns(value, resolve, name) if isinstance(value, list) else [text_turn("assistant", value, name)]
 
 
 def group_record(group: dict, index: int, *, allow_any_path: bool = True, require_preferences: bool = False) -> Record:
@@ -53,12 +75,15 @@ def group_record(group: dict, index: int, *, allow_any_path: bool = True, requir
     if not isinstance(group, dict):
         raise bad_row(f"groups[{index}]", group, "an object")
     group = {key: value for key, value in group.items() if value is not None}
-    unread = unread_keys(group, KEYS)
-    check_unread(group, unread, KEYS, is_file=False)
+    layout_keys, read = (
+        (KEYS, parse) if "responses" in group or not messages.matches(group) else (messages.KEYS, messages.parse)
+    )
+    unread = unread_keys(group, layout_keys)
+    check_unread(group, unread, layout_keys, is_file=False)
     if unread:
-        names, wanted = ", ".join(f'"{name}"' for name in unread), ", ".join(key_names(KEYS))
+        names, wanted = ", ".join(f'"{name}"' for name in unread), ", ".join(key_names(layout_keys))
         raise RecordError("UNKNOWN_KEY", f"the group has {names}, which is not read; remove it, or use one of {wanted}")
-    draft = parse(group, any_path if allow_any_path else no_path)
+    draft = read(group, any_path if allow_any_path else no_path)
     return to_record(
         draft,
         record_id=str(group.get("id", index)),
@@ -66,6 +91,12 @@ def group_record(group: dict, index: int, *, allow_any_path: bool = True, requir
         origin=f"groups[{index}]",
         require_preferences=require_preferences,
     )
+
+
+def _scores(value: object, num_responses: int) -> tuple[float, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) != num_responses:
+        raise bad_row("scores", value, f"a list of {num_responses} numbers, one for each response")
+    return tuple(check_number(score, f"scores[{i}]") for i, score in enumerate(value))
 
 
 def _preferences(value: object, num_responses: int) -> tuple[Preference, ...]:

@@ -35,7 +35,7 @@ KEYS = ("message", "answer", "question", "conversations", "image")
 
 
 def matches(row: dict) -> bool:
-    has_pair = any(key in row for key in ("prompt", "chosen", "rejected"))
+    has_pair = any(key in row for key in ("prompt", "chosen", "rejected", "responses"))
     return ("message" in row and "answer" in row) or (isinstance(row.get("conversations"), list) and not has_pair)
 
 

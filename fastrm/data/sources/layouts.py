@@ -18,6 +18,7 @@ from fastrm.data.sources import (
     judge,
     labelled,
     llamafactory,
+    messages,
     mmpr,
     povid,
     rated,
@@ -42,6 +43,7 @@ LAYOUTS = {
     "mmpr": mmpr,
     "flat": flat,
     "trl": trl,
+    "messages": messages,
     "json_text": json_text,
 }
 # Whose records may span several rows.

@@ -1,21 +1,23 @@
-"""Rated lists: ``{"prompt", "responses": [{"text", "score"}, ...]}``, as in caption contests.
+"""Rated lists: ``{"prompt" or "messages", "responses": [{"text", "score"}, ...]}``, as in caption contests.
 
 Each pair of responses becomes a preference for the higher score, equal scores a tie.
 """
 
 from fastrm.data.sources.draft import Draft, answer
-from fastrm.data.sources.groups import row_prompt
+from fastrm.data.sources.groups import PROMPT_KEYS, row_prompt
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve
 from fastrm.data.sources.values import bad_row, check_list, check_number, check_text
 
 _TEXT_KEYS = ("text", "caption", "response", "completion", "content", "answer", "output")
 
-KEYS = (("prompt", "question"), "responses", *MEDIA_KEYS)
+KEYS = (PROMPT_KEYS, "responses", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
     responses = row.get("responses")
-    return isinstance(responses, list) and bool(responses) and isinstance(responses[0], dict)
+    first = responses[0] if isinstance(responses, list) and responses else None
+    # A turn without a score is a response of `groups`.
+    return isinstance(first, dict) and ("score" in first or "role" not in first)
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:

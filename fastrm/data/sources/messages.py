@@ -1,0 +1,26 @@
+"""A finished conversation, for scoring: the last turn of its messages, the assistant's, is the response.
+
+``{"messages": [{"role", "content"}, ...]}`` with the row's images and videos. Such a row has no preference, so
+training refuses it (NO_PREFERENCE).
+"""
+
+from fastrm.data.sources.conversation import prompt_messages, read_turns, response_text
+from fastrm.data.sources.draft import Draft, answer
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
+
+_MESSAGES = ("messages", "conversations", "conversation")
+KEYS = (_MESSAGES, *MEDIA_KEYS)
+
+
+def matches(row: dict) -> bool:
+    return isinstance(row.get("messages"), (list, tuple)) and not any(
+        key in row for key in ("chosen", "rejected", "responses")
+    )
+
+
+def parse(row: dict, resolve: Resolve) -> Draft:
+    """See the module. Raises RecordError for a row that cannot be used."""
+    key = next((key for key in _MESSAGES if key in row), "messages")
+    *turns, last = read_turns(row.get(key), resolve, key)
+    text = response_text(last, key)
+    return Draft((answer(prompt_messages(turns, row_media(row, resolve), strict=False), text, key),))
