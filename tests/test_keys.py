@@ -7,12 +7,14 @@ from PIL import Image
 
 from fastrm.data.record import Preference
 from fastrm.data.sources import source_files, unread_lines
+from fastrm.data.sources.columns import understood
 from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.keys import KeyTally, key_names, misspelt, unread_keys
 from fastrm.data.sources.layouts import ALL_KEYS, LAYOUTS
 from fastrm.data.sources.media import file_kind, media_kind
-from fastrm.errors import RecordError
+from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.evaluate.reading import read_in_order
+from fastrm.evaluate.scoring import score_dicts
 from prepared_sets import Made, config_of
 from runs import text_rows, write_rows
 from source_rows import FLAT, GROUP, RATED, SAME_PAIR, SHAREGPT, SWIFT, data_uri, png, shape, turns
@@ -305,3 +307,62 @@ def test_group_of_messages_that_cannot_be_used(refusal, change, code, part):
     row = {"messages": turns("Hi"), "responses": ["a", "b"], **change}
     found = refusal(row)
     assert found[0] == code and part in found[1]
+
+
+RENAMED = {"question": "What?", "better": "yes", "worse": "no", "img": "a.png"}
+COLUMNS = {"prompt": "question", "chosen": "better", "rejected": "worse", "images": "img"}
+
+
+def test_columns_are_the_files_names_for_the_keys(read_json_rows, tmp_path):
+    (record,), refused = read_json_rows(RENAMED, columns=COLUMNS)
+    assert refused == []
+    assert shape(record, 0) == [("user", ("image", "a.png"), "What?"), ("assistant", "yes")]
+    (file,) = source_files(tmp_path / "rows.jsonl", columns=COLUMNS)
+    assert understood(file) == (
+        f"{tmp_path}/rows.jsonl: read as flat with prompt = question, chosen = better, rejected = worse, images = img; "
+        "1 of the first 1 rows can be used"
+    )
+    assert understood(source_files(tmp_path / "rows.jsonl")[0]) is None
+
+
+def test_columns_may_be_swapped_and_hide_none_in_silence(read_json_rows, refusal):
+    (record,), _ = read_json_rows(FLAT, columns={"chosen": "rejected", "rejected": "chosen"})
+    assert [response.text for response in record.responses] == ["no", "yes"]
+    code, message = refusal({**FLAT, "img": "a.png", "images": "b.png"}, columns={"images": "img"})
+    assert code == "UNREAD_MEDIA" and '"images (in the file)" holds an image' in message
+
+
+@pytest.mark.parametrize(
+    "columns, error, part",
+    [
+        ({"chossen": "better"}, ConfigError, "no layout reads the key 'chossen'; did you mean \"chosen\"?"),
+        ({"chosen": "beter"}, DataError, 'has a column "beter"; did you mean "better"?'),
+        ({"chosen": "good"}, DataError, 'has a column "good"; they have question, better, worse, img'),
+        ({"prompt": "question", "chosen": "better"}, DataError, 'can be used: "img" holds an image'),
+    ],
+)
+def test_columns_that_cannot_be_are_errors(tmp_path, columns, error, part):
+    write_rows(tmp_path / "rows.jsonl", [RENAMED])
+    (file,) = source_files(tmp_path / "rows.jsonl", columns=columns)
+    with pytest.raises(error) as caught:
+        understood(file)
+    assert part in str(caught.value)
+
+
+def test_columns_are_checked_and_said_before_a_run_reads(tmp_path):
+    rows = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in text_rows(6)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    made = Made(config_of(tmp_path, {"path": str(tmp_path / "rows.jsonl"), "columns": columns}))
+    assert len(made.train) == 6
+    said = made.said.replace("\n", "")
+    assert "read as flat with" in said and "prompt = q" in said and "6 of the first 6 rows can be used" in said
+    wrong = config_of(tmp_path, {"path": str(tmp_path / "rows.jsonl"), "columns": {**columns, "prompt": "p"}})
+    with pytest.raises(DataError, match=r'columns\.prompt: none of the first rows of .* has a column "p"'):
+        Made(wrong)
+
+
+@pytest.mark.parametrize("groups", [{"prompt": "What?", "responses": ["a"]}, "What?", None, 3])
+def test_groups_that_are_no_list_are_refused_as_such(groups):
+    with pytest.raises(DataError, match=r"wanted a list of groups: score\(\[group\]\)"):
+        score_dicts(lambda records: [], groups)

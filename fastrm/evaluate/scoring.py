@@ -1,6 +1,6 @@
 """Rewards for prepared groups, record files and plain dicts; all through the same packs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from fastrm.data.packing import Pack
 from fastrm.data.plan import PackPlan, plan_once
 from fastrm.data.record import Record
 from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.values import describe
 from fastrm.errors import DataError, RecordError
 from fastrm.model.network import RewardNetwork
 
@@ -130,6 +131,8 @@ def score_dicts(
     Raises:
         DataError: for a group that cannot be scored, naming it and the reason.
     """
+    if isinstance(groups, (dict, str, bytes)) or not isinstance(groups, Iterable):
+        raise DataError(f"groups: got {describe(groups)}, wanted a list of groups: score([group])")
     records = []
     for number, group in enumerate(groups):
         try:

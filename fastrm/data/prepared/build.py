@@ -29,6 +29,7 @@ from fastrm.data.prepared.units import Unit, UnitReader, plan_units
 from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.record import Record
 from fastrm.data.sources import KeyTally, Refusal, unread_lines
+from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, StorageError
 
@@ -97,6 +98,9 @@ class Preparation:
         started = time.perf_counter()
         settings = read_settings(self.config)
         planned = [u for split in SPLITS for u in plan_units(split, getattr(self.config.data, split), settings)]
+        for file in {unit.file: None for unit in planned}:
+            if (line := understood(file)) is not None:
+                self.watch.say(line)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._say_what_changed(planned)
         reader = UnitReader(self.folder / UNITS, settings)
