@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fastrm.config import Config
 from fastrm.data.packing import EncodedGroup
-from fastrm.data.record import MediaRef, Preference, Record, Response
+from fastrm.data.record import Preference, Record, Response
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
 
@@ -109,17 +109,13 @@ def join_records(parts: list[Record]) -> Record:
     for record in parts:
         numbers = []
         for response in record.responses:
-            key = _content_key(response)
+            key = response.key
             if key not in responses:
                 responses[key] = len(kept)
                 kept.append(response)
             numbers.append(responses[key])
         preferences += [replace(p, winner=numbers[p.winner], loser=numbers[p.loser]) for p in record.preferences]
     return replace(parts[0], responses=tuple(kept), preferences=tuple(preferences))
-
-
-def _content_key(response: Response) -> tuple:
-    return tuple((m.role, tuple(p.key if isinstance(p, MediaRef) else p for p in m.parts)) for m in response.messages)
 
 
 def check_length(num_tokens: int, config: Config) -> None:

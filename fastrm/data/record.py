@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", "tool", "developer", "ipython", "function", "environment")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,20 @@ Part = str | MediaRef  # a run of text, an image or a video
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation: a role from ROLES and its content in order."""
+    """One turn of a conversation: a role from ROLES and its content in order.
+
+    `fields` is what else a chat template may render of it (tool_calls, reasoning_content, name, ...): a JSON object
+    in text, in the order that it was written in, since templates keep that order; empty for none.
+    """
 
     role: str
     parts: tuple[Part, ...]
+    fields: str = ""
+
+    @property
+    def key(self) -> tuple:
+        """Equal keys mean equal turns, with equal media."""
+        return (self.role, self.fields, *(p.key if isinstance(p, MediaRef) else (p,) for p in self.parts))
 
     @property
     def text(self) -> str:
@@ -78,9 +88,24 @@ class Message:
 
 @dataclass(frozen=True)
 class Response:
-    """One response with the conversation that it ends: the last message is the assistant's."""
+    """One response with the conversation that it ends: the last message is the assistant's.
+
+    `arguments` is what the chat template is given beside the messages (tools, documents, ...): a JSON object in
+    text; empty for none.
+    """
 
     messages: tuple[Message, ...]
+    arguments: str = ""
+
+    @property
+    def key(self) -> tuple:
+        """Equal keys mean that a chat template renders the same, with the same media."""
+        return (self.arguments, *(message.key for message in self.messages))
+
+    @property
+    def prompt_key(self) -> tuple:
+        """`key` without the last message."""
+        return self.key[:-1]
 
     @property
     def text(self) -> str:
@@ -122,11 +147,8 @@ class Record:
 
     @property
     def prompt_key(self) -> tuple:
-        """Equal keys mean the same prompt and images; such records merge into one group."""
-        return tuple(
-            (m.role, tuple(p.key if isinstance(p, MediaRef) else p for p in m.parts))
-            for m in self.responses[0].messages[:-1]
-        )
+        """Equal keys mean the same prompt, images and template arguments; such records merge into one group."""
+        return self.responses[0].prompt_key
 
     @property
     def media(self) -> tuple[MediaRef, ...]:

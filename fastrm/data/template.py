@@ -1,28 +1,26 @@
 """One response's conversation -> tokens, exactly as the stock chat template and tokenizer give them,
 except that special-token strings typed by users stay text.
 
-The conversation is rendered whole. Special-token strings inside message text are broken with a
-private-use character first, so that what still matches in the rendering was put there by the
-template. The runs of text between special tokens are tokenised with special tokens switched off.
+The conversation is rendered whole (`rendering.py`), and what the template leaves out is refused. The runs of text
+between special tokens are tokenised with special tokens switched off.
 What the template writes for an image or a video becomes its tokens, as the model family's format says.
 """
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fastrm.data.images import MediaLimits
 from fastrm.data.latest import Latest
-from fastrm.data.record import MediaRef, Response
+from fastrm.data.record import MediaRef, Message, Response
+from fastrm.data.rendering import ChatRenderer, Rendered, lengthened
 from fastrm.data.vision_format import MediaSize, MediaSpan, VisionFormat
 from fastrm.errors import ConfigError, RecordError
 
 REMEMBERED_RUNS = 64  # texts between special tokens whose tokens are kept
 REMEMBERED_SIZES = 4096  # images and videos whose sizes are kept; the responses of a group share theirs
-# Characters that no published text needs; one that the conversation does not contain is used.
-_BREAKERS = "".join(chr(code) for code in range(0xE000, 0xE010))
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class EncodedResponse:
     Attributes:
         tokens: (n,) int64.
         media: its images and videos, in order.
-        num_response_tokens: of the response's own text.
+        num_response_tokens: of the response's own text, and of what the template writes for its calls and reasoning.
         positions: (3, n) int64; None: numbered from 0 on all axes.
 
     An encoder made by `for_planning` leaves `num_response_tokens` 0 and `positions` None.
@@ -57,7 +55,8 @@ class ConversationEncoder:
         counts_responses: tokenise each response's text once more for its length (see `num_text_tokens`).
 
     Raises:
-        ConfigError: if our tokens differ from the stock ones on a sample conversation.
+        ConfigError: if our tokens differ from the stock ones on a sample conversation, or if its anchor comes before
+            the end of its response.
     """
 
     def __init__(
@@ -79,6 +78,7 @@ class ConversationEncoder:
         # Longest first: of two special tokens of which one begins the other, the longer one matches.
         names = sorted(self.special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._renderer = ChatRenderer(tokenizer, self._special, vision)
         self._media_ids = frozenset() if vision is None else frozenset(vision.placeholders.values())
         self._backend = _text_tokenizer(tokenizer)
         self._sizes, self._runs = Latest(REMEMBERED_SIZES), Latest(REMEMBERED_RUNS)
@@ -89,14 +89,19 @@ class ConversationEncoder:
         """Tokenise one conversation.
 
         Raises:
-            RecordError: TEMPLATE if the template refuses it or misplaces a medium, IMAGE_UNSUPPORTED or
-                VIDEO_UNSUPPORTED for one that the model does not read, SPECIAL_TOKEN if typed text became a
+            RecordError: TEMPLATE if the template refuses it or misplaces a medium, UNRENDERED_KEY if it leaves
+                something out, ANCHOR if it closes the conversation before the response's end, IMAGE_UNSUPPORTED or
+                VIDEO_UNSUPPORTED for a medium that the model does not read, SPECIAL_TOKEN if typed text became a
                 medium's token, and the codes of `VisionFormat.measure`.
         """
         self._check_supported(response)
+        self._renderer.check_arguments(response)
+        rendered = self._renderer.render(response)
+        self._renderer.check(response)
+        self._check_anchor(response, rendered)
         pieces, spans, length = [], [], 0
         media = iter(response.media)
-        for item in self._tokenize(*self._render(response)):
+        for item in self._tokenize(rendered):
             if isinstance(item, int) and item in self._media_ids:
                 ref = next(media, None)
                 if ref is None or self.vision.placeholders[type(ref)] != item:
@@ -116,7 +121,7 @@ class ConversationEncoder:
         if self._is_for_planning:
             return EncodedResponse(tokens, tuple(spans), 0)
         positions = self.vision.positions(length, spans) if spans else None
-        num_response_tokens = self.num_text_tokens(response.text) if self.counts_responses else 0
+        num_response_tokens = self._num_response_tokens(response, rendered) if self.counts_responses else 0
         return EncodedResponse(tokens, tuple(spans), num_response_tokens, positions)
 
     def looking_anew(self) -> "ConversationEncoder":
@@ -142,6 +147,15 @@ class ConversationEncoder:
         """Tokens of a response's own text, the length of length normalisation."""
         return len(self._tokenize_runs([text])[0])
 
+    def _num_response_tokens(self, response: Response, rendered: Rendered) -> int:
+        """Those of its text, and what its other fields add to the whole."""
+        num_tokens = self.num_text_tokens(response.text)
+        if not response.messages[-1].fields:
+            return num_tokens
+        plain = _with_last(response, replace(response.messages[-1], fields=""))
+        lengths = [_num_tokens(self._tokenize(one)) for one in (rendered, self._renderer.render(plain))]
+        return num_tokens + max(0, lengths[0] - lengths[1])
+
     def measure(self, ref: MediaRef) -> MediaSize:
         """The tokens of an image or a video, from headers alone; the latest are remembered.
 
@@ -164,48 +178,36 @@ class ConversationEncoder:
                 continue
             raise RecordError(f"{ref.noun.upper()}_UNSUPPORTED", f"the record has {what} but the model {reads}")
 
-    def _render(self, response: Response) -> tuple[str, str]:
-        """The template's output with special-token strings in the text broken, and the character that breaks them."""
-        all_text = "".join(message.text for message in response.messages)
-        breaker = next((c for c in _BREAKERS if c not in all_text), None)
-        if breaker is None:
-            raise RecordError("BAD_TEXT", f"the text uses all of U+E000 to U+{ord(_BREAKERS[-1]):X}")
-        messages = [{"role": m.role, "content": self._content(m, breaker)} for m in response.messages]
-        from jinja2 import TemplateError
+    def _check_anchor(self, response: Response, rendered: Rendered) -> None:
+        """Where the anchor may come before the response's end, look whether a change of the response is before it."""
+        if self.anchor != "last_token" and not self._anchor_follows(response, rendered):
+            raise RecordError(
+                "ANCHOR",
+                "the chat template writes no special token behind the response, so that with model.anchor: end_of_turn "
+                "the reward would be read before its end; set model.anchor: last_token",
+            )
 
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False), breaker
-        except TemplateError as error:
-            raise RecordError("TEMPLATE", f"the chat template refuses the conversation: {error}") from None
+    def _anchor_follows(self, response: Response, rendered: Rendered) -> bool:
+        seen = self._up_to_anchor(rendered)
+        return all(
+            self._up_to_anchor(self._renderer.render(_with_last(response, longer))) != seen
+            for longer in lengthened(response.messages[-1])
+        )
 
-    def _content(self, message, breaker):
-        parts: list[str | MediaRef] = []
-        for part in message.parts:
-            # Neighbouring texts are joined first: a special token could be typed across their border.
-            if isinstance(part, str) and parts and isinstance(parts[-1], str):
-                parts[-1] += part
-            else:
-                parts.append(part)
-        broken = [
-            part
-            if isinstance(part, MediaRef)
-            else self._special.sub(lambda m: m.group()[0] + breaker + m.group()[1:], part)
-            for part in parts
-        ]
-        if not any(isinstance(part, MediaRef) for part in broken):
-            return "".join(broken)
-        return [self.vision.part(p) if isinstance(p, MediaRef) else {"type": "text", "text": p} for p in broken]
+    def _up_to_anchor(self, rendered: Rendered) -> str:
+        if self.anchor == "last_token":
+            return rendered.text
+        end = max((match.end() for match in self._special.finditer(rendered.text)), default=len(rendered.text))
+        return rendered.text[:end]
 
-    def _tokenize(self, rendered: str, breaker: str) -> list:
-        """Special-token ids (int) and token lists of the text runs between them, in order; `breaker` is taken out."""
-        items, at = [], 0
-        for match in self._special.finditer(rendered):
-            items += [rendered[at : match.start()], self.special_ids[match.group()]]
+    def _tokenize(self, rendered: Rendered) -> list:
+        """Special-token ids (int) and token lists of the text runs between them, in order."""
+        items, at, text = [], 0, self._up_to_anchor(rendered)
+        for match in self._special.finditer(text):
+            items += [text[at : match.start()], self.special_ids[match.group()]]
             at = match.end()
-        if self.anchor == "last_token" or not items:
-            items.append(rendered[at:])
-        items = [item for item in items if item != ""]
-        texts = [item.replace(breaker, "") for item in items if isinstance(item, str)]
+        items = [item for item in (*items, text[at:]) if item != ""]
+        texts = [rendered.mend(item) for item in items if isinstance(item, str)]
         runs = iter(self._tokenize_runs(texts))
         return [next(runs) if isinstance(item, str) else item for item in items]
 
@@ -222,14 +224,19 @@ class ConversationEncoder:
 
     def _check_against_stock(self) -> None:
         """Tokenizers that treat the start of a string differently cannot be cut at special tokens."""
-        from fastrm.data.record import Message
-
         turns = [("user", " Is  1 < 2?\n\n"), ("assistant", "Yes: it is.\n")]
         response = Response(tuple(Message(role, (text,)) for role, text in turns))
         stock = self.tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in turns], tokenize=True, return_dict=False
         )
-        items = self._tokenize(*self._render(response))
+        rendered = self._renderer.render(response)
+        if not self._anchor_follows(response, rendered):
+            reason = "does not render it" if self.anchor == "last_token" else "writes no special token behind it"
+            raise ConfigError(
+                f"model.anchor: {self.anchor} comes before the end of the response, since the chat template {reason}; "
+                "all responses to a prompt would have one reward: set model.anchor: last_token, or change the template"
+            )
+        items = self._tokenize(rendered)
         ours = [token for item in items for token in (item if isinstance(item, list) else [item])]
         if ours != stock[: len(ours)] or (self.anchor == "last_token" and len(ours) != len(stock)):
             raise ConfigError(
@@ -252,3 +259,11 @@ def _text_tokenizer(tokenizer):
     backend.no_padding()
     backend.encode_special_tokens = True
     return backend
+
+
+def _with_last(response: Response, message: Message) -> Response:
+    return replace(response, messages=(*response.messages[:-1], message))
+
+
+def _num_tokens(items: list) -> int:
+    return sum(1 if isinstance(item, int) else len(item) for item in items)

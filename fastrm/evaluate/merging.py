@@ -26,7 +26,7 @@ class PromptGroup:
 
     def add(self, row: int, record: Record) -> None:
         """Take in a record with the group's prompt."""
-        keys = [_content_key(response) for response in record.responses]
+        keys = [response.key for response in record.responses]
         for key, response in zip(keys, record.responses, strict=True):
             self.responses.setdefault(key, response)
         numbers = {key: number for number, key in enumerate(self.responses)}
@@ -72,7 +72,3 @@ def score_merged(
         for row, result in zip(alone, score([records[row] for row in alone]), strict=True):
             results[row] = result
     return results
-
-
-def _content_key(response: Response) -> tuple:
-    return tuple((m.role, tuple(p if isinstance(p, str) else p.key for p in m.parts)) for m in response.messages)

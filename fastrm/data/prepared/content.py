@@ -41,9 +41,11 @@ def with_digests(record: Record, limits: MediaLimits) -> Record:
     known = {ref: replace(ref, digest=_digest(ref, limits)) for ref in refs}
 
     def message(old: Message) -> Message:
-        return Message(old.role, tuple(part if isinstance(part, str) else known[part] for part in old.parts))
+        return replace(old, parts=tuple(part if isinstance(part, str) else known[part] for part in old.parts))
 
-    responses = tuple(Response(tuple(message(old) for old in response.messages)) for response in record.responses)
+    responses = tuple(
+        replace(response, messages=tuple(message(old) for old in response.messages)) for response in record.responses
+    )
     return replace(record, responses=responses)
 
 
@@ -74,12 +76,12 @@ def _stored_digest(ref: MediaRef, limits: MediaLimits, status: tuple[int, int] |
 
 def prompt_hash(record: Record) -> bytes:
     """16 bytes; equal for records with the same prompt and images, as `Record.prompt_key` says."""
-    return _hash(_canonical(record.responses[0].messages[:-1]))
+    return _hash(record.prompt_key)
 
 
 def response_hash(response: Response) -> bytes:
     """16 bytes of a response with its whole conversation."""
-    return _hash(_canonical(response.messages))
+    return _hash(response.key)
 
 
 def record_hash(responses: list[bytes], preferences: tuple[Preference, ...]) -> bytes:
@@ -151,10 +153,6 @@ def _cosines() -> np.ndarray:
     return np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5))
 
 
-def _canonical(messages: tuple[Message, ...]) -> list:
-    return [[m.role, *(part if isinstance(part, str) else [part.key] for part in m.parts)] for m in messages]
-
-
-def _hash(value: list, num_bytes: int = 16) -> bytes:
+def _hash(value: list | tuple, num_bytes: int = 16) -> bytes:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=num_bytes).digest()

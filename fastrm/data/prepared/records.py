@@ -1,9 +1,9 @@
 """Records as bytes: one JSON object each, media by reference, prompts that responses share written once.
 
-    {"id", "source", "origin", "prompt": [message, ...], "responses": [[message, ...], ...],
+    {"id", "source", "origin", "prompt": [message, ...], "responses": [[arguments, message, ...], ...],
      "preferences": [[winner, loser, margin, weight, tie], ...]}
 
-A message is ``[role, part, ...]``; a part is a text or an object that says where a medium is. `prompt`
+A message is ``[role, fields, part, ...]``; a part is a text or an object that says where a medium is. `prompt`
 holds the messages that all responses begin with. Bytes that were embedded in a row are in a file of their
 own, the media file of the unit, and are referred to by ``"embedded": [first byte, number of bytes]``, so that
 a prepared set may be moved to another folder.
@@ -36,7 +36,10 @@ def encode_record(record: Record, embed: Embed) -> bytes:
         "source": record.source,
         "origin": record.origin,
         "prompt": [_message(message, embed) for message in responses[0][:num_shared]],
-        "responses": [[_message(message, embed) for message in messages[num_shared:]] for messages in responses],
+        "responses": [
+            [response.arguments, *(_message(message, embed) for message in response.messages[num_shared:])]
+            for response in record.responses
+        ],
         "preferences": [[p.winner, p.loser, p.margin, p.weight, p.tie] for p in record.preferences],
     }
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
@@ -49,8 +52,8 @@ def decode_record(line: bytes, media_file: str) -> Record:
     return Record(
         id=row["id"],
         responses=tuple(
-            Response(prompt + tuple(_read_message(message, media_file) for message in messages))
-            for messages in row["responses"]
+            Response(prompt + tuple(_read_message(message, media_file) for message in messages), arguments)
+            for arguments, *messages in row["responses"]
         ),
         preferences=tuple(Preference(*edge) for edge in row["preferences"]),
         source=row["source"],
@@ -88,7 +91,8 @@ def _num_common(first: tuple[Message, ...], second: tuple[Message, ...]) -> int:
 
 
 def _message(message: Message, embed: Embed) -> list:
-    return [message.role, *(part if isinstance(part, str) else _medium(part, embed) for part in message.parts)]
+    parts = (part if isinstance(part, str) else _medium(part, embed) for part in message.parts)
+    return [message.role, message.fields, *parts]
 
 
 def _medium(ref: MediaRef, embed: Embed) -> dict:
@@ -100,8 +104,9 @@ def _medium(ref: MediaRef, embed: Embed) -> dict:
 
 
 def _read_message(row: list, media_file: str) -> Message:
-    role, *parts = row
-    return Message(role, tuple(part if isinstance(part, str) else _read_medium(part, media_file) for part in parts))
+    role, fields, *parts = row
+    read = tuple(part if isinstance(part, str) else _read_medium(part, media_file) for part in parts)
+    return Message(role, read, fields)
 
 
 def _read_medium(row: dict, media_file: str) -> MediaRef:

@@ -13,7 +13,7 @@ from fastrm.data.record import ImageRef
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import DataError, RecordError
 
-FORMAT = 1  # of the index; sets of another format are refused
+FORMAT = 2  # of the index; sets of another format are refused
 # Keys of `data` that change nothing of what a prepared set holds.
 _FREE_KEYS = {"prepared", "num_workers", "image_mean", "image_std"}
 

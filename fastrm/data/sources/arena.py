@@ -8,7 +8,7 @@ user turn unless placeholders or image parts say otherwise.
 from reprlib import repr as brief
 
 from fastrm.data.record import Preference
-from fastrm.data.sources.conversation import prompt_messages, read_turns, response_text
+from fastrm.data.sources.conversation import prompt_messages, read_turns, response_message
 from fastrm.data.sources.draft import Draft, answer
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.errors import RecordError
@@ -37,5 +37,6 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     responses = []
     for name in ("conversation_a", "conversation_b"):
         *turns, last = read_turns(row.get(name), resolve, name)
-        responses.append(answer(prompt_messages(turns, media, strict=False), response_text(last, name), name))
+        prompt = prompt_messages(row, turns, media, strict=False)
+        responses.append(answer(prompt, response_message(last, name), name))
     return Draft(tuple(responses), (vote,))

@@ -1,12 +1,14 @@
-"""Turns as datasets write them -> messages, with every image and video at its place."""
+"""Turns as datasets write them -> messages, with every image and video at its place, and all that templates render."""
 
+import json
 import re
 from reprlib import repr as brief
 from typing import NamedTuple
 
 from fastrm.data.record import ROLES, ImageRef, MediaRef, Message, Part, VideoRef
+from fastrm.data.sources.keys import TURN_NOTES
 from fastrm.data.sources.media import Resolve, media_ref
-from fastrm.data.sources.values import bad_row, check_list, check_text
+from fastrm.data.sources.values import bad_row, check_json, check_list, check_text
 from fastrm.errors import RecordError
 
 # In texts; where they stand, the next medium of this kind of the row is meant.
@@ -18,19 +20,24 @@ _ROLE_NAMES = {role: role for role in ROLES} | {
     "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
     "tool_response": "tool",
-    "developer": "system",
 }
+_CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory's and ms-swift's: the content is the call, as JSON
 _KINDS = {"image": ImageRef, "image_url": ImageRef, "video": VideoRef, "video_url": VideoRef}
 _MEDIA_KEYS = ("path", "url", "bytes", "value")
 
 
 class Turn(NamedTuple):
-    """One turn as it was read. A part that is a class takes the next medium of this kind of the row."""
+    """One turn as it was read. A part that is a class takes the next medium of this kind of the row.
+
+    `fields` is that of `Message`.
+    """
 
     role: str
     parts: tuple[Part | type[MediaRef], ...]
+    fields: str = ""
 
 
 def text_turn(role: str, text: object, name: str) -> Turn:
@@ -48,7 +55,11 @@ def read_turns(value: object, resolve: Resolve, name: str) -> list[Turn]:
 
 
 def read_turn(value: object, resolve: Resolve, name: str) -> Turn:
-    """One turn; its content is text or a list of parts."""
+    """One turn; its content is text or a list of parts, and may be missing beside a call of a tool.
+
+    All other keys but nulls and notes (`TURN_NOTES`) become `Turn.fields`: whether the template renders them is
+    seen when the turn is encoded.
+    """
     if not isinstance(value, dict):
         raise bad_row(name, value, 'a message such as {"role", "content"}')
     role_key, content_key = ("from", "value") if value.get("from") is not None else ("role", "content")
@@ -58,26 +69,34 @@ def read_turn(value: object, resolve: Resolve, name: str) -> Turn:
         raise RecordError("BAD_ROW", f'"{name}.{role_key}" is {brief(written)}, wanted one of {", ".join(_ROLE_NAMES)}')
     content = value.get(content_key)
     name = f"{name}.{content_key}"
+    own = {role_key, content_key}
+    left = {key: v for key, v in value.items() if v is not None and key not in own and key not in TURN_NOTES}
+    if written in _CALL_ROLES and (calls := _read_calls(content)):
+        content, left = "", {"tool_calls": calls, **left}
+    fields = check_json(left, name) if left else ""
     if isinstance(content, list):
-        return Turn(role, tuple(_read_part(part, resolve, f"{name}[{i}]") for i, part in enumerate(content)))
-    return text_turn(role, content, name)
+        return Turn(role, tuple(_read_part(part, resolve, f"{name}[{i}]") for i, part in enumerate(content)), fields)
+    if content is None and left.get("tool_calls"):
+        content = ""
+    return text_turn(role, content, name)._replace(fields=fields)
 
 
-def prompt_messages(turns: list[Turn], media: list[MediaRef], *, strict: bool) -> tuple[Message, ...]:
-    """The turns before a response, with the row's images and videos at their places.
+def prompt_messages(row: dict, turns: list[Turn], media: list[MediaRef], *, strict: bool) -> tuple[Message, ...]:
+    """The turns before a response, after the row's `system` and `history`, with its media at their places.
 
     The places are the media parts of the content if it has any, else the ``<image>`` and ``<video>``
     placeholders in the text, else, of a kind without any, the start of the first user turn.
 
     Args:
-        strict: a placeholder is never plain text, as in LLaMA-Factory and ms-swift; otherwise it is
-            plain text in a row without media of its kind.
+        strict: as in LLaMA-Factory and ms-swift: a placeholder is never plain text, otherwise it is plain text in a
+            row without media of its kind; and a system turn replaces the row's `system`, otherwise they must agree.
 
     Raises:
         RecordError: IMAGE_COUNT or VIDEO_COUNT if the places are not as many as the media; BAD_ROW if the
-            prompt is empty or ends with the assistant.
+            prompt is empty or ends with the assistant, or for a bad `system` or `history`.
     """
-    if not any(part != "" for turn in turns for part in turn.parts) and not media:
+    turns = _in_context(row, turns, replaced=strict)
+    if not any(part != "" for turn in turns for part in (*turn.parts, turn.fields)) and not media:
         raise RecordError("BAD_ROW", "the prompt is empty; every response needs a prompt or an image")
     if turns and turns[-1].role == "assistant":
         raise RecordError("BAD_ROW", "the prompt ends with the assistant's turn; end it with the user's")
@@ -85,15 +104,15 @@ def prompt_messages(turns: list[Turn], media: list[MediaRef], *, strict: bool) -
         kinds = {type(ref) for ref in media}
         if kinds or strict:
             split = set(PLACEHOLDERS.values()) if strict else kinds
-            turns = [Turn(turn.role, _split_placeholders(turn.parts, split)) for turn in turns]
+            turns = [turn._replace(parts=_split_placeholders(turn.parts, split)) for turn in turns]
         homeless = tuple(type(ref) for ref in media if not any(type(ref) in turn.parts for turn in turns))
         if homeless:
             turns = _media_first(turns, homeless)
     return _fill(turns, media)
 
 
-def response_text(turn: Turn, name: str) -> str:
-    """The text of a turn that is a response.
+def response_message(turn: Turn, name: str) -> Message:
+    """A turn that is a response.
 
     Raises:
         RecordError: BAD_ROW if it is not the assistant's or holds an image or a video.
@@ -102,7 +121,70 @@ def response_text(turn: Turn, name: str) -> str:
         raise RecordError("BAD_ROW", f'"{name}" ends with a turn of the {turn.role}, wanted the assistant')
     if not all(isinstance(part, str) for part in turn.parts):
         raise RecordError("BAD_ROW", f'"{name}" holds an image or a video, wanted text only')
-    return "".join(turn.parts)
+    return Message(turn.role, ("".join(turn.parts),), turn.fields)
+
+
+def template_arguments(row: dict) -> str:
+    """`Response.arguments` of a row: its `tools` and `documents`, and what its `chat_template_kwargs` hold.
+
+    Raises:
+        RecordError: BAD_ROW, BAD_JSON or BAD_TEXT.
+    """
+    found = {key: value for key in ("tools", "documents") if (value := _json_list(row.get(key), key))}
+    further = row.get("chat_template_kwargs") or {}
+    if not isinstance(further, dict):
+        raise bad_row("chat_template_kwargs", further, "an object")
+    found |= {key: value for key, value in further.items() if value is not None}
+    return check_json(found, "tools") if found else ""
+
+
+def _json_list(value: object, name: str) -> list | None:
+    """A list of objects, or the same as JSON text, as trainers write it."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RecordError("BAD_JSON", f'"{name}" is text that is not JSON: {error}; correct it') from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise bad_row(name, value, "a list of objects, or the same as JSON text")
+    return value
+
+
+def _read_calls(content: object) -> list[dict] | None:
+    """The `tool_calls` that the content of a turn in `_CALL_ROLES` stands for; None if it is not calls in JSON."""
+    try:
+        calls = json.loads(content)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        return None
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _in_context(row: dict, turns: list[Turn], *, replaced: bool) -> list[Turn]:
+    """The turns after the row's `system` and `history`; `replaced`: their own system turn wins."""
+    own = turns[:1] if turns and turns[0].role == "system" else []
+    system = [text_turn("system", row["system"], "system")] if row.get("system") else []
+    if own and system and own != system and not replaced:
+        raise RecordError("BAD_ROW", '"system" is not the system turn that the prompt begins with; remove one of them')
+    return [*(own or system), *_history(row), *turns[len(own) :]]
+
+
+def _history(row: dict) -> list[Turn]:
+    """The earlier turns of a row, from its list of [query, response] pairs."""
+    history = row.get("history", [])
+    if not isinstance(history, list):
+        raise bad_row("history", history, "a list of [query, response] pairs")
+    turns = []
+    for i, exchange in enumerate(history):
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise bad_row(f"history[{i}]", exchange, "[query, response]")
+        turns.append(text_turn("user", exchange[0], f"history[{i}][0]"))
+        turns.append(text_turn("assistant", exchange[1], f"history[{i}][1]"))
+    return turns
 
 
 def _read_part(part: object, resolve: Resolve, name: str) -> Part | type[MediaRef]:
@@ -134,7 +216,7 @@ def _split_placeholders(parts: tuple[str, ...], kinds: set[type[MediaRef]]) -> t
 def _media_first(turns: list[Turn], places: tuple[type[MediaRef], ...]) -> list[Turn]:
     for i, turn in enumerate(turns):
         if turn.role == "user":
-            return [*turns[:i], Turn(turn.role, places + turn.parts), *turns[i + 1 :]]
+            return [*turns[:i], turn._replace(parts=places + turn.parts), *turns[i + 1 :]]
     raise RecordError("BAD_ROW", "the row has images but no user turn to show them in")
 
 
@@ -151,7 +233,11 @@ def _fill(turns: list[Turn], media: list[MediaRef]) -> tuple[Message, ...]:
             )
         sources[kind] = iter(refs)
     return tuple(
-        Message(turn.role, _merged([next(sources[part]) if isinstance(part, type) else part for part in turn.parts]))
+        Message(
+            turn.role,
+            _merged([next(sources[part]) if isinstance(part, type) else part for part in turn.parts]),
+            turn.fields,
+        )
         for turn in turns
     )
 

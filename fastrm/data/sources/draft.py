@@ -1,10 +1,12 @@
 """The last step of every layout: responses and preferences, checked, as a `Record`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 from fastrm.data.record import Message, Preference, Record, Response
-from fastrm.data.sources.conversation import PLACEHOLDERS
+from fastrm.data.sources.conversation import PLACEHOLDERS, template_arguments
+from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import check_number
 from fastrm.errors import RecordError
 
@@ -24,22 +26,36 @@ class Draft:
     left_out: tuple[RecordError, ...] = ()
 
 
-def answer(prompt: tuple[Message, ...], text: str, name: str, *, strict: bool = False) -> Response:
+def answer(prompt: tuple[Message, ...], said: str | Message, name: str, *, strict: bool = False) -> Response:
     """A response to a prompt.
 
     Args:
+        said: its text, or the assistant's whole turn.
         strict: a placeholder is never plain text, and a response cannot hold an image or a video.
 
     Raises:
         RecordError: EMPTY_RESPONSE; IMAGE_COUNT or VIDEO_COUNT for a placeholder in a strict layout.
     """
-    if not text.strip():
+    message = Message("assistant", (said,)) if isinstance(said, str) else said
+    if not message.text.strip() and not message.fields:
         raise RecordError("EMPTY_RESPONSE", f'"{name}" is empty; write or remove it')
     for placeholder, kind in PLACEHOLDERS.items():
-        if strict and placeholder in text:
+        if strict and placeholder in message.text:
             code, noun = f"{kind.noun.upper()}_COUNT", f"{kind.noun}s"
             raise RecordError(code, f'"{name}" holds {placeholder}; {noun} belong in the prompt')
-    return Response((*prompt, Message("assistant", (text,))))
+    return Response((*prompt, message))
+
+
+def read_draft(parse: Callable[[dict, Resolve], Draft], row: dict, resolve: Resolve) -> Draft:
+    """A row read by its layout's `parse`, with what of it the template is given beside the messages.
+
+    Raises:
+        RecordError: the row cannot be used.
+    """
+    draft = parse(row, resolve)
+    if not (arguments := template_arguments(row)):
+        return draft
+    return replace(draft, responses=tuple(replace(response, arguments=arguments) for response in draft.responses))
 
 
 def pair(chosen: Response, rejected: Response, row: dict) -> Draft:

@@ -1,17 +1,18 @@
 """Our own layout: one prompt, its responses, and preferences between them by index.
 
-``{"id", "prompt" or "messages": text or messages, "images": [...], "responses": [text, ...],
-"preferences": [[winner, loser, margin?], ...], "source"}``; `id`, `images`, `source` and, for
-scoring, `preferences` are optional. ``"scores": [number, ...]``, one for each response, may stand in place of
-`preferences`. A response may also be an assistant turn, or a list of turns that ends with one and follows the prompt.
+``{"id", "system", "tools", "prompt" or "messages": text or messages, "images": [...], "responses": [text, ...],
+"preferences": [[winner, loser, margin?], ...], "source"}``; all but `prompt`, `responses` and, for training,
+`preferences` are optional. ``"scores": [number, ...]``, one for each response, may stand in place of `preferences`.
+A response may also be the assistant's turn, with `tool_calls` and the like, or a list of turns that ends with one and
+follows the prompt.
 """
 
 from reprlib import repr as brief
 
 from fastrm.data.record import Preference, Record
 from fastrm.data.sources import messages
-from fastrm.data.sources.conversation import Turn, prompt_messages, read_turn, read_turns, response_text, text_turn
-from fastrm.data.sources.draft import Draft, answer, to_record
+from fastrm.data.sources.conversation import Turn, prompt_messages, read_turn, read_turns, response_message, text_turn
+from fastrm.data.sources.draft import Draft, answer, read_draft, to_record
 from fastrm.data.sources.keys import check_unread, key_names, unread_keys
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, any_path, no_path, row_media
 from fastrm.data.sources.values import bad_row, check_list, check_number
@@ -28,13 +29,13 @@ def matches(row: dict) -> bool:
 def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
     turns, media = _prompt_turns(row, resolve), row_media(row, resolve)
-    prompt = prompt_messages(turns, media, strict=False)
+    prompt = prompt_messages(row, turns, media, strict=False)
     responses = []
     for i, value in enumerate(check_list(row.get("responses"), "responses", "a list of texts")):
         name = f"responses[{i}]"
         *before, last = _response_turns(value, resolve, name)
-        mine = prompt_messages([*turns, *before], media, strict=False) if before else prompt
-        responses.append(answer(mine, response_text(last, name), name))
+        mine = prompt_messages(row, [*turns, *before], media, strict=False) if before else prompt
+        responses.append(answer(mine, response_message(last, name), name))
     preferences = _preferences(row.get("preferences", []), len(responses))
     scores = _scores(row["scores"], len(responses)) if "scores" in row else None
     if preferences and scores is not None:
@@ -44,7 +45,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
 
 def row_prompt(row: dict, resolve: Resolve) -> tuple:
     """The messages of a row's prompt under one of PROMPT_KEYS, text or messages, with the row's images."""
-    return prompt_messages(_prompt_turns(row, resolve), row_media(row, resolve), strict=False)
+    return prompt_messages(row, _prompt_turns(row, resolve), row_media(row, resolve), strict=False)
 
 
 def _prompt_turns(row: dict, resolve: Resolve) -> list[Turn]:
@@ -57,8 +58,14 @@ def _prompt_turns(row: dict, resolve: Resolve) -> list[Turn]:
 
 def _response_turns(value: object, resolve: Resolve, name: str) -> list[Turn]:
     if isinstance(value, dict):
-        return [read_turn(value, resolve, name)]
+        return [read_response(value, resolve, name)]
     return read_turns(value, resolve, name) if isinstance(value, list) else [text_turn("assistant", value, name)]
+
+
+def read_response(value: dict, resolve: Resolve, name: str) -> Turn:
+    """A response that is a turn, by default the assistant's."""
+    role = {} if any(value.get(key) is not None for key in ("role", "from")) else {"role": "assistant"}
+    return read_turn(role | value, resolve, name)
 
 
 def group_record(group: dict, index: int, *, allow_any_path: bool = True, require_preferences: bool = False) -> Record:
@@ -83,7 +90,7 @@ def group_record(group: dict, index: int, *, allow_any_path: bool = True, requir
     if unread:
         names, wanted = ", ".join(f'"{name}"' for name in unread), ", ".join(key_names(layout_keys))
         raise RecordError("UNKNOWN_KEY", f"the group has {names}, which is not read; remove it, or use one of {wanted}")
-    draft = read(group, any_path if allow_any_path else no_path)
+    draft = read_draft(read, group, any_path if allow_any_path else no_path)
     return to_record(
         draft,
         record_id=str(group.get("id", index)),

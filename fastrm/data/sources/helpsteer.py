@@ -29,7 +29,8 @@ def join(rows: list[dict]) -> dict:
 
 def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for rows that cannot be used."""
-    prompt = prompt_messages([text_turn("user", row.get("prompt"), "prompt")], row_media(row, resolve), strict=False)
+    turns = [text_turn("user", row.get("prompt"), "prompt")]
+    prompt = prompt_messages(row, turns, row_media(row, resolve), strict=False)
     responses, scores = [], []
     for i, rated in enumerate(row.get(_JOINED, [row])):
         where = f" of row {i + 1} of the prompt" if i else ""

@@ -54,7 +54,7 @@ def _parse_r1_reward(row: dict, resolve: Resolve) -> Draft:
     if match is None:
         raise RecordError("BAD_PREFERENCE", '"answer" is not one <answer>1</answer> or <answer>2</answer>; correct it')
     vote = Preference(0, 1) if match[1] == "1" else Preference(1, 0)
-    return _draft(question, (first, second), images, vote)
+    return _draft(row, question, (first, second), images, vote)
 
 
 def _message(row: dict, resolve: Resolve) -> tuple[str, list[MediaRef]]:
@@ -88,7 +88,8 @@ def _parse_llava_critic(row: dict, resolve: Resolve) -> Draft:
     if not (question.rstrip().endswith("]") and first.rstrip().endswith("]")):
         raise RecordError("BAD_JUDGE_TEXT", '"conversations" has a bracket that is not closed; remove the row')
     question, first = (part.rstrip().removesuffix("]") for part in (question, first))
-    return _draft(question, (first, second), image_refs(row.get("image"), resolve, "image"), _verdict(judged))
+    images = image_refs(row.get("image"), resolve, "image")
+    return _draft(row, question, (first, second), images, _verdict(judged))
 
 
 def _verdict(judged: str) -> Preference:
@@ -116,7 +117,7 @@ def _parts(text: str, marks: tuple[str, ...], name: str) -> list[str]:
     return [text[spans[i][1] : spans[i + 1][0]] for i in range(3)]
 
 
-def _draft(question: str, texts: tuple[str, str], images: list[MediaRef], vote: Preference) -> Draft:
-    prompt = prompt_messages([text_turn("user", question, "question")], images, strict=False)
+def _draft(row: dict, question: str, texts: tuple[str, str], images: list[MediaRef], vote: Preference) -> Draft:
+    prompt = prompt_messages(row, [text_turn("user", question, "question")], images, strict=False)
     names = ("the first response", "the second response")
     return Draft(tuple(answer(prompt, text, name) for text, name in zip(texts, names, strict=True)), (vote,))

@@ -41,7 +41,16 @@ METADATA = _NAMES | _words("""
     annotator_id judge model models model_a model_b model_id model_name chosen_model rejected_model chosen_score
     rejected_score score_chosen score_rejected chosen_rating rejected_rating chosen_reason rejected_reason num_turns
 """)
-_TURN_KEYS = _words("role content from value loss loss_weight weight")
+# Of a row of any layout, beside its messages: what the chat template is given (conversation.py).
+RENDERED_KEYS = ("system", "history", "tools", "documents", "chat_template_kwargs")
+# Of a turn, what no template renders: settings of trainers, and what arenas and logs note.
+TURN_NOTES = METADATA | _words("""
+    loss loss_scale loss_weight weight train num_tokens country hashed_ip header redacted state toxic turn_identifier
+""")
+# The other keys of a turn go to the template as well, which decides whether they are rendered or refused.
+_TURN_KEYS = (
+    _words("role content from value name tool_calls tool_call_id reasoning_content reasoning thinking") | TURN_NOTES
+)
 _PART_KEYS = _words(
     "type text value image images image_url video video_url path url bytes min_pixels max_pixels fps nframes detail"
 )
@@ -69,8 +78,9 @@ _brief.maxstring = _brief.maxother = 40
 
 
 def key_names(keys: Keys) -> list[str]:
-    """All names that a layout reads, alternatives included."""
-    return [name for entry in keys for name in ((entry,) if isinstance(entry, str) else entry)]
+    """All names that a layout reads, alternatives and RENDERED_KEYS included."""
+    own = [name for entry in keys for name in ((entry,) if isinstance(entry, str) else entry)]
+    return [*own, *(name for name in RENDERED_KEYS if name not in own)]
 
 
 def unread_keys(row: dict, keys: Keys, ignore: Sequence[str] = ()) -> dict[str, object]:
@@ -83,12 +93,26 @@ def unread_keys(row: dict, keys: Keys, ignore: Sequence[str] = ()) -> dict[str, 
         ignore: names to leave out, nested ones as they are named here.
     """
     read = {entry if isinstance(entry, str) else next((name for name in entry if name in row), None) for entry in keys}
+    read.update(RENDERED_KEYS)
     unread = {str(key): value for key, value in row.items() if key not in read and key not in METADATA}
     for key, value in row.items():
         if key in read and isinstance(value, (list, tuple, dict)):
             for name, inner in _nested(key, value):
                 unread.setdefault(name, inner)
     return {name: value for name, value in unread.items() if name not in ignore}
+
+
+def without_nested(row: dict, ignore: Sequence[str]) -> dict:
+    """The row without the keys of its turns that are ignored, which are named as `unread_keys` does."""
+    for name in ignore:
+        key, _, inner = name.partition("[].") if "[]." in name else name.partition(".")
+        value = row.get(key)
+        if inner and isinstance(value, dict):
+            row = {**row, key: {k: v for k, v in value.items() if k != inner}}
+        elif inner and isinstance(value, (list, tuple)):
+            left = [{k: v for k, v in i.items() if k != inner} if isinstance(i, dict) else i for i in value]
+            row = {**row, key: left}
+    return row
 
 
 def check_unread(row: dict, unread: dict[str, object], keys: Keys, *, is_file: bool = True) -> None:
@@ -174,17 +198,18 @@ def _nested(name: str, value: object) -> Iterator[tuple[str, object]]:
                         yield from _other(f"{path}.{key}[]", part, _PART_KEYS)
     if name == "responses" and isinstance(value, (list, tuple)):
         for item in value:
-            if isinstance(item, dict) and not _is_turn(item):
+            if isinstance(item, dict) and not is_turn(item):
                 yield from _other("responses[]", item, _RATED_KEYS)
 
 
 def _turns(value: object) -> list[dict]:
     items = value if isinstance(value, (list, tuple)) else [value]
-    return [item for item in items if _is_turn(item)]
+    return [item for item in items if is_turn(item)]
 
 
-def _is_turn(item: object) -> bool:
-    return isinstance(item, dict) and ("role" in item or "from" in item)
+def is_turn(item: object) -> bool:
+    """Whether a value is a turn, whose role may be missing beside a call of a tool."""
+    return isinstance(item, dict) and any(key in item for key in ("role", "from", "tool_calls"))
 
 
 def _other(path: str, item: dict, known: frozenset[str]) -> Iterator[tuple[str, object]]:

@@ -47,7 +47,8 @@ def parse(row: dict, resolve: Resolve) -> Draft:
         turns = read_turns(value, resolve, columns.prompt)
     else:
         turns = [text_turn("user", value, columns.prompt)]
-    prompt = prompt_messages(turns, row_media(row, resolve), strict=False)
+    context = {key: value for key, value in row.items() if key != columns.prompt}  # SHP's `history` is its prompt
+    prompt = prompt_messages(context, turns, row_media(row, resolve), strict=False)
     texts = [(name, check_text(row.get(name), name)) for name in (columns.first, columns.second)]
     responses = tuple(answer(prompt, text, name) for name, text in texts)
     return Draft(responses, (_preference(check_number(row.get(columns.label), columns.label), columns.label),))

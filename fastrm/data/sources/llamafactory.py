@@ -13,11 +13,10 @@ from fastrm.data.sources.conversation import (
     prompt_messages,
     read_turn,
     read_turns,
-    response_text,
+    response_message,
     text_turn,
 )
 from fastrm.data.sources.draft import Draft, answer, pair
-from fastrm.data.sources.history import history_turns, with_system
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import check_text
 
@@ -41,16 +40,15 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     responses = []
     for name in ("chosen", "rejected"):
         *turns, last = _conversation(row, resolve, name)
-        prompt = prompt_messages(turns, images, strict=True)
-        responses.append(answer(prompt, response_text(last, name), name, strict=True))
+        prompt = prompt_messages(row, turns, images, strict=True)
+        responses.append(answer(prompt, response_message(last, name), name, strict=True))
     return pair(*responses, row)
 
 
 def _conversation(row: dict, resolve: Resolve, name: str) -> list[Turn]:
     if "chosen_messages" in row:
         return read_turns(row.get(f"{name}_messages"), resolve, f"{name}_messages")
-    prompt = with_system(row, _prompt_turns(row, resolve))
-    return [*prompt, _response_turn(row.get(name), resolve, name)]
+    return [*_prompt_turns(row, resolve), _response_turn(row.get(name), resolve, name)]
 
 
 def _prompt_turns(row: dict, resolve: Resolve) -> list[Turn]:
@@ -58,7 +56,7 @@ def _prompt_turns(row: dict, resolve: Resolve) -> list[Turn]:
         if key in row:
             return read_turns(row[key], resolve, key)
     parts = [check_text(row.get("instruction"), "instruction"), check_text(row.get("input", ""), "input")]
-    return [*history_turns(row), text_turn("user", "\n".join(filter(None, parts)), "instruction")]
+    return [text_turn("user", "\n".join(filter(None, parts)), "instruction")]
 
 
 def _response_turn(value: object, resolve: Resolve, name: str) -> Turn:

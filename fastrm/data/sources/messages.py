@@ -4,7 +4,7 @@
 training refuses it (NO_PREFERENCE).
 """
 
-from fastrm.data.sources.conversation import prompt_messages, read_turns, response_text
+from fastrm.data.sources.conversation import prompt_messages, read_turns, response_message
 from fastrm.data.sources.draft import Draft, answer
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 
@@ -22,5 +22,5 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
     key = next((key for key in _MESSAGES if key in row), "messages")
     *turns, last = read_turns(row.get(key), resolve, key)
-    text = response_text(last, key)
-    return Draft((answer(prompt_messages(turns, row_media(row, resolve), strict=False), text, key),))
+    said = response_message(last, key)
+    return Draft((answer(prompt_messages(row, turns, row_media(row, resolve), strict=False), said, key),))

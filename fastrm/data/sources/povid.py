@@ -3,7 +3,7 @@
 ``<image>`` in the text is always the place of an image.
 """
 
-from fastrm.data.sources.conversation import prompt_messages, read_turns, response_text
+from fastrm.data.sources.conversation import prompt_messages, read_turns, response_message
 from fastrm.data.sources.draft import Draft, answer, pair
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 
@@ -20,6 +20,6 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     responses = []
     for name in ("conversations", "rejected_conversations"):
         *turns, last = read_turns(row.get(name), resolve, name)
-        text = response_text(last, name)
-        responses.append(answer(prompt_messages(turns, media, strict=True), text, name, strict=True))
+        prompt = prompt_messages(row, turns, media, strict=True)
+        responses.append(answer(prompt, response_message(last, name), name, strict=True))
     return pair(*responses, row)

@@ -3,8 +3,11 @@
 Each pair of responses becomes a preference for the higher score, equal scores a tie.
 """
 
+from fastrm.data.record import Message
+from fastrm.data.sources.conversation import response_message
 from fastrm.data.sources.draft import Draft, answer
-from fastrm.data.sources.groups import PROMPT_KEYS, row_prompt
+from fastrm.data.sources.groups import PROMPT_KEYS, read_response, row_prompt
+from fastrm.data.sources.keys import is_turn
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve
 from fastrm.data.sources.values import bad_row, check_list, check_number, check_text
 
@@ -17,7 +20,7 @@ def matches(row: dict) -> bool:
     responses = row.get("responses")
     first = responses[0] if isinstance(responses, list) and responses else None
     # A turn without a score is a response of `groups`.
-    return isinstance(first, dict) and ("score" in first or "role" not in first)
+    return isinstance(first, dict) and ("score" in first or not is_turn(first))
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
@@ -25,14 +28,19 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     prompt = row_prompt(row, resolve)
     responses, scores = [], []
     for i, rated in enumerate(check_list(row.get("responses"), "responses", "a list of rated texts")):
-        text, score = _rated(rated, f"responses[{i}]")
-        responses.append(answer(prompt, text, f"responses[{i}]"))
+        said, score = _rated(rated, resolve, f"responses[{i}]")
+        responses.append(answer(prompt, said, f"responses[{i}]"))
         scores.append(score)
     return Draft(tuple(responses), scores=tuple(scores))
 
 
-def _rated(value: object, name: str) -> tuple[str, float]:
+def _rated(value: object, resolve: Resolve, name: str) -> tuple[str | Message, float]:
     if not isinstance(value, dict):
         raise bad_row(name, value, 'an object with "text" and "score"')
+    if is_turn(value):
+        turn = {key: item for key, item in value.items() if key != "score"}
+        return response_message(read_response(turn, resolve, name), name), check_number(
+            value.get("score"), f"{name}.score"
+        )
     key = next((key for key in _TEXT_KEYS if value.get(key) is not None), "text")
     return check_text(value.get(key), f"{name}.{key}"), check_number(value.get("score"), f"{name}.score")

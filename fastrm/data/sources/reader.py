@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record, VideoRef
-from fastrm.data.sources.draft import Draft, to_record
+from fastrm.data.sources.draft import Draft, read_draft, to_record
 from fastrm.data.sources.files import NumberedRow, count_rows, file_stem, read_rows
-from fastrm.data.sources.keys import KeyTally, check_unread, unread_keys
+from fastrm.data.sources.keys import KeyTally, check_unread, unread_keys, without_nested
 from fastrm.data.sources.layouts import ALL_KEYS, JOINING, LAYOUTS, detect
 from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import bad_row, check_text
@@ -115,7 +115,7 @@ class SourceFile:
         unread = unread_keys(row, layout.KEYS, self.ignore)
         keys.add(layout.__name__.rpartition(".")[2], unread)
         check_unread(row, unread, layout.KEYS)
-        draft = layout.parse(row, self.resolve)
+        draft = read_draft(layout.parse, without_nested(row, self.ignore), self.resolve)
         self._check_media(draft)
         if draft.left_out and not self.require_preferences:
             # Rewards are given in the order of the row's responses.

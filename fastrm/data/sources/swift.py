@@ -8,9 +8,8 @@ image, ``<video>`` of a video.
 """
 
 from fastrm.data.record import ImageRef, MediaRef, Response, VideoRef
-from fastrm.data.sources.conversation import Turn, prompt_messages, read_turns, response_text, text_turn
+from fastrm.data.sources.conversation import Turn, prompt_messages, read_turns, response_message, text_turn
 from fastrm.data.sources.draft import Draft, answer, pair
-from fastrm.data.sources.history import history_turns, with_system
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, media_refs, row_media
 from fastrm.data.sources.values import bad_row, check_list
 from fastrm.errors import RecordError
@@ -31,29 +30,25 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
     turns = _chosen_turns(row, resolve)
     media = row_media(row, resolve)
-    chosen = _response(turns, media, "chosen")
+    chosen = _response(row, turns, media, "chosen")
     rejected_media = [ref for kind in (ImageRef, VideoRef) for ref in _rejected_media(row, media, resolve, kind)]
-    rejected = _response(_rejected_turns(row, turns, resolve), rejected_media, "rejected")
+    rejected = _response(row, _rejected_turns(row, turns, resolve), rejected_media, "rejected")
     return pair(chosen, rejected, row)
 
 
-def _response(turns: list[Turn], media: list[MediaRef], name: str) -> Response:
+def _response(row: dict, turns: list[Turn], media: list[MediaRef], name: str) -> Response:
     *prompt, last = turns
-    text = response_text(last, name)
-    return answer(prompt_messages(prompt, media, strict=True), text, name, strict=True)
+    messages = prompt_messages(row, prompt, media, strict=True)
+    return answer(messages, response_message(last, name), name, strict=True)
 
 
 def _chosen_turns(row: dict, resolve: Resolve) -> list[Turn]:
     key = next((key for key in _MESSAGES if key in row), None)
     if key is not None:
-        return with_system(row, read_turns(row[key], resolve, key))
+        return read_turns(row[key], resolve, key)
     query = next((key for key in _QUERY if key in row), "messages")
     response = next((key for key in _RESPONSE if key in row), "response")
-    exchange = [
-        text_turn("user", row.get(query), query),
-        text_turn("assistant", row.get(response), response),
-    ]
-    return with_system(row, [*history_turns(row), *exchange])
+    return [text_turn("user", row.get(query), query), text_turn("assistant", row.get(response), response)]
 
 
 def _rejected_turns(row: dict, chosen: list[Turn], resolve: Resolve) -> list[Turn]:

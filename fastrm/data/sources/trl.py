@@ -7,7 +7,7 @@ content or else before the first user turn. `margin` is optional.
 
 import os
 
-from fastrm.data.sources.conversation import Turn, prompt_messages, read_turns, response_text, text_turn
+from fastrm.data.sources.conversation import Turn, prompt_messages, read_turns, response_message, text_turn
 from fastrm.data.sources.draft import Draft, answer, pair
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import bad_row, check_text
@@ -29,8 +29,8 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     responses = []
     for name in ("chosen", "rejected"):
         *turns, last = _conversation(prompt, row.get(name), resolve, name)
-        messages = prompt_messages(turns, images, strict=False)
-        responses.append(answer(messages, response_text(last, name), name))
+        messages = prompt_messages(row, turns, images, strict=False)
+        responses.append(answer(messages, response_message(last, name), name))
     return pair(*responses, row)
 
 

@@ -1,6 +1,8 @@
 """Checks of single values of a row; each failure names the field, what was got and what was wanted."""
 
+import json
 import math
+from collections.abc import Iterator
 
 from fastrm.errors import RecordError
 
@@ -39,6 +41,34 @@ def check_text(value: object, name: str) -> str:
             "BAD_TEXT", f'"{name}" has a lone surrogate at character {error.start}; write it as valid UTF-8'
         ) from error
     return value
+
+
+def check_json(value: object, name: str) -> str:
+    """The value as JSON text, with keys in their order.
+
+    Raises:
+        RecordError: BAD_ROW if it cannot be written as JSON; BAD_TEXT as `check_text`.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecordError(
+            "BAD_ROW", f'"{name}" holds what JSON cannot: {error}; wanted texts, numbers, lists'
+        ) from error
+    for item in _texts(value):
+        check_text(item, name)
+    return text
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in (*value.keys(), *value.values()):
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
 
 
 def check_list(value: object, name: str, wanted: str) -> list | tuple:

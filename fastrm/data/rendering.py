@@ -1,0 +1,225 @@
+"""A conversation as the model's own chat template renders it, and what of it the template leaves out.
+
+Special-token strings that were typed in a text, a tool's argument or a schema are broken with a private-use character
+first, so that what still matches in the rendering was put there by the template. Whether a template renders
+something is seen by rendering the conversation once more with that changed: equal outputs mean that it does not.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from fastrm.data.latest import Latest
+from fastrm.data.record import MediaRef, Message, Response
+from fastrm.data.vision_format import VisionFormat
+from fastrm.errors import RecordError
+
+# Characters that no published text needs; one that the conversation does not contain is used.
+_BREAKERS = "".join(chr(code) for code in range(0xE000, 0xE010))
+_ALWAYS_RENDERED = ("user", "assistant")  # roles whose texts every template writes
+# Of a tool's answer, what ties it to its call. Most templates go by the order of turns and write neither.
+_TIES = {"tool_call_id": None, "name": ("tool", "ipython", "function", "environment")}
+# Arguments that only the caller of a template may set.
+_RESERVED = ("messages", "add_generation_prompt")
+REMEMBERED_CHECKS = 4096
+
+
+class Rendered(NamedTuple):
+    """A template's output, in which `breaker` breaks typed special tokens."""
+
+    text: str
+    breaker: str
+
+    def mend(self, text: str) -> str:
+        """A piece of the output as it was typed. A template that writes an object's `repr` has escaped the breaker."""
+        return text.replace(self.breaker, "").replace(_escaped(self.breaker), "")
+
+
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template.
+
+    Args:
+        special: matches the special tokens' strings.
+        vision: how the model's family reads images and videos, or None for a text model.
+    """
+
+    def __init__(self, tokenizer, special: re.Pattern, vision: VisionFormat | None):
+        self._tokenizer, self._special, self._vision = tokenizer, special, vision
+        self._found_rendered = Latest(REMEMBERED_CHECKS)
+
+    def render(self, response: Response) -> Rendered:
+        """The template's output for a conversation.
+
+        Raises:
+            RecordError: TEMPLATE if the template refuses it; BAD_TEXT if no breaker is left.
+        """
+        from jinja2 import TemplateError
+
+        breaker = _breaker(response)
+        messages = [self._message(message, breaker) for message in response.messages]
+        arguments = self._broken(json.loads(response.arguments), breaker) if response.arguments else {}
+        try:
+            return Rendered(self._tokenizer.apply_chat_template(messages, tokenize=False, **arguments), breaker)
+        except TemplateError as error:
+            raise RecordError("TEMPLATE", f"the chat template refuses the conversation: {error}") from None
+        except TypeError as error:
+            # Templates add texts, and take a tool's arguments for an object: Jinja lets Python's error through.
+            raise RecordError("TEMPLATE", f"the chat template cannot render the conversation: {error}") from None
+
+    def check(self, response: Response) -> None:
+        """Refuse a conversation of which the template leaves something out that is no note.
+
+        What a template writes of a turn when it is the last one and leaves out of earlier ones (Qwen3's reasoning) is
+        the template's own rule, and no refusal.
+
+        Raises:
+            RecordError: UNRENDERED_KEY.
+        """
+        for name, altered in self._altered_arguments(response):
+            prompt = replace(response, messages=response.messages[:-1])
+            if not self._renders(name, (prompt, replace(prompt, arguments=altered.arguments)), (response, altered)):
+                raise _unrendered(f'the row has "{name}"')
+        for number, message in enumerate(response.messages):
+            for name, altered in _altered(message):
+                before, after = response.messages[:number], response.messages[number + 1 :]
+                first = replace(response, messages=(*before, message)), replace(response, messages=(*before, altered))
+                whole = replace(response, messages=(*before, altered, *after))
+                if not self._renders(name, first, (response, whole)):
+                    raise _unrendered(f'message {number + 1}, of role "{message.role}", has "{name}"')
+
+    def check_arguments(self, response: Response) -> None:
+        """Refuse arguments of the template that it does not read.
+
+        Raises:
+            RecordError: UNRENDERED_KEY.
+        """
+        if not response.arguments:
+            return
+        template = self._tokenizer.get_chat_template(tools=json.loads(response.arguments).get("tools"))
+        for name in json.loads(response.arguments):
+            if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", template):
+                raise _unrendered(f'the row has "{name}"')
+
+    def _renders(self, name: str, *pairs: tuple[Response, Response]) -> bool:
+        """Whether the outputs of one of the pairs differ; the latest findings are remembered by the first."""
+        known = hashlib.blake2b(json.dumps([name, pairs[0][0].key]).encode(), digest_size=16).hexdigest()
+        if self._found_rendered.get(known):
+            return True
+        if not any(self._differ(*pair) for pair in pairs):
+            return False
+        self._found_rendered.store(known, True)
+        return True
+
+    def _differ(self, first: Response, second: Response) -> bool:
+        try:
+            text = self.render(first).text
+        except RecordError:
+            return False  # the beginning of a conversation may be none
+        try:
+            return self.render(second).text != text
+        except RecordError:
+            return True
+
+    def _altered_arguments(self, response: Response) -> Iterator[tuple[str, Response]]:
+        if not response.arguments:
+            return
+        arguments = json.loads(response.arguments)
+        for name in ("tools", "documents"):
+            if arguments.get(name):
+                changed = _without_last(arguments, name)
+                yield name, replace(response, arguments=json.dumps(changed, ensure_ascii=False) if changed else "")
+
+    def _message(self, message: Message, breaker: str) -> dict:
+        row = {"role": message.role, "content": self._content(message, breaker)}
+        return row | self._broken(json.loads(message.fields), breaker) if message.fields else row
+
+    def _content(self, message: Message, breaker: str) -> str | list[dict]:
+        parts: list[str | MediaRef] = []
+        for part in message.parts:
+            # Neighbouring texts are joined first: a special token could be typed across their border.
+            if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                parts[-1] += part
+            else:
+                parts.append(part)
+        if not any(isinstance(part, MediaRef) for part in parts):
+            return self._broken("".join(parts), breaker)
+        return [
+            self._vision.part(part) if isinstance(part, MediaRef) else {"type": "text", "text": part}
+            for part in self._broken(parts, breaker)
+        ]
+
+    def _broken(self, value, breaker: str):
+        """The value with all special tokens in its texts broken."""
+        if isinstance(value, str):
+            return self._special.sub(lambda match: match.group()[0] + breaker + match.group()[1:], value)
+        if isinstance(value, list):
+            return [self._broken(item, breaker) for item in value]
+        if isinstance(value, dict):
+            return {self._broken(key, breaker): self._broken(item, breaker) for key, item in value.items()}
+        return value
+
+
+def _breaker(response: Response) -> str:
+    texts = "".join(text for m in response.messages for text in (m.text, m.fields)) + response.arguments
+    breaker = next((c for c in _BREAKERS if c not in texts and _escaped(c) not in texts), None)
+    if breaker is None:
+        raise RecordError("BAD_TEXT", f"the text uses all of U+E000 to U+{ord(_BREAKERS[-1]):X}")
+    return breaker
+
+
+def _escaped(breaker: str) -> str:
+    return f"\\u{ord(breaker):04x}"
+
+
+def _altered(message: Message) -> Iterator[tuple[str, Message]]:
+    """(what is changed, the message with that changed) for all that a template might leave out."""
+    if message.text.strip() and (message.fields or message.role not in _ALWAYS_RENDERED):
+        yield "content", replace(message, parts=(*message.parts, "x"))
+    fields = json.loads(message.fields) if message.fields else {}
+    for name, value in fields.items():
+        is_tie = name in _TIES and (_TIES[name] is None or message.role in _TIES[name])
+        if is_tie or value in ("", [], {}):
+            continue
+        changed = fields | {name: value + "x"} if isinstance(value, str) else _without_last(fields, name)
+        yield name, replace(message, fields=json.dumps(changed, ensure_ascii=False) if changed else "")
+
+
+def lengthened(message: Message) -> Iterator[Message]:
+    """The message with more text at its end, and with more at the end of its fields, of what of both it has."""
+    if message.text.strip() or not message.fields:
+        yield replace(message, parts=(*message.parts, "x"))
+    if message.fields:
+        fields = json.loads(message.fields)
+        if _lengthen(fields):
+            yield replace(message, fields=json.dumps(fields, ensure_ascii=False))
+
+
+def _lengthen(value: dict | list) -> bool:
+    """Make the last text in an object or a list longer, in place; False if there is none."""
+    for key, item in reversed(list(value.items() if isinstance(value, dict) else enumerate(value))):
+        if key in ("id", "type", "tool_call_id"):
+            continue
+        if isinstance(item, str):
+            value[key] = item + "x"
+            return True
+        if isinstance(item, (dict, list)) and _lengthen(item):
+            return True
+    return False
+
+
+def _without_last(fields: dict, name: str) -> dict:
+    """The fields with the last item less in a list, or without the value."""
+    if isinstance(fields[name], list) and len(fields[name]) > 1:
+        return fields | {name: fields[name][:-1]}
+    return {key: value for key, value in fields.items() if key != name}
+
+
+def _unrendered(what: str) -> RecordError:
+    return RecordError(
+        "UNRENDERED_KEY",
+        f"{what}, which the model's chat template does not render, so the model would not read it; "
+        "remove it from the row, or use a chat template that renders it",
+    )
