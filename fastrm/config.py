@@ -62,7 +62,8 @@ class SourceConfig(_Section):
     """Layout of the rows; auto decides row by row from their keys."""
     images: str | None = None
     """Folder, or tar/zip archive, that paths of images and videos are relative to; of an archive in parts
-    (images.zip_aa, ...) the name without them. Default: the file's folder."""
+    (images.zip_aa, ...) the name without them. Default: the file's folder. none: the rows have no images and videos,
+    and <image> in their texts is text; elsewhere it is the place of an image, and <<image>> is the text."""
     columns: dict[str, str] = {}
     """Where the file has other names for its columns: the key that fastrm reads, and the file's name for it, as
     {prompt: question, chosen: better, images: img}. Checked against the file's first rows."""

@@ -160,6 +160,16 @@ BAD_ROWS = {
     "null": (None, "BAD_ROW", '"row" is missing or null'),
     "empty prompt": ({**FLAT, "prompt": ""}, "BAD_ROW", "the prompt is empty"),
     "no common prompt": ({"chosen": "a b", "rejected": "c d"}, "BAD_ROW", '"prompt" is missing'),
+    "empty HH response": (
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Ho", "rejected": "\n\nHuman: Hi\n\nAssistant:"},
+        "EMPTY_RESPONSE",
+        '"rejected" is empty',
+    ),
+    "empty HH response with a space": (
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: ", "rejected": "\n\nHuman: Hi\n\nAssistant: Ho"},
+        "EMPTY_RESPONSE",
+        '"chosen" is empty',
+    ),
     "equal without prompt": ({"chosen": "a b", "rejected": "a b"}, "IDENTICAL_RESPONSES", "are equal"),
     "empty chosen": ({**FLAT, "chosen": ""}, "EMPTY_RESPONSE", '"chosen" is empty'),
     "blank rejected": ({**FLAT, "rejected": " \n"}, "EMPTY_RESPONSE", '"rejected" is empty'),

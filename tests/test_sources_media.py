@@ -17,7 +17,6 @@ from source_rows import (
     IMAGE,
     SAME_PAIR,
     SHAREGPT,
-    SWIFT,
     TEXT_PART,
     data_uri,
     human_turns,
@@ -55,22 +54,44 @@ def test_placeholder_is_plain_text_where_there_are_image_parts(read_one):
     assert shape(read_one(row), 0)[0] == ("user", "Write <image>", IMAGE)
 
 
-def test_response_may_speak_of_a_placeholder_in_loose_layouts(read_one):
-    row = {**FLAT, "image": "a.png", "chosen": "Write <image> there."}
-    assert shape(read_one(row), 0) == [("user", IMAGE, "What?"), ("assistant", "Write <image> there.")]
+@pytest.mark.parametrize("key", ["flat", "groups", "rated", "trl, implicit prompt", "llamafactory alpaca", "swift"])
+def test_a_text_may_speak_of_a_placeholder_by_its_escape_or_in_a_source_without_media(read_one, refusal, key):
+    text = json.dumps(SAME_PAIR[key]).replace("<image>", "").replace("What?", "Is <image> HTML?")
+    row = {k: v for k, v in json.loads(text.replace('"no', '"no <video>')).items() if k not in ("image", "images")}
+    code, message = refusal(row)
+    assert code == "IMAGE_COUNT" and "write <<image>>, or set `images: none`" in message
+    for read, options in ((row, {"images": "none"}), (json.loads(_escaped(json.dumps(row))), {})):
+        record = read_one(read, **options)
+        assert shape(record, 0)[0] == ("user", "Is <image> HTML?")
+        assert shape(record, 1)[-1] == ("assistant", "no <video>")
 
 
-@pytest.mark.parametrize("key", ["flat", "groups", "rated", "trl, implicit prompt"])
-def test_placeholder_without_images_is_plain_text_in_loose_layouts(read_one, key):
-    text = json.dumps(SAME_PAIR[key]).replace("What?", "Is <image> HTML?")
-    row = {k: v for k, v in json.loads(text).items() if k not in ("image", "images")}
-    assert shape(read_one(row), 0)[0] == ("user", "Is <image> HTML?")
+def _escaped(text):
+    return text.replace("<image>", "<<image>>").replace("<video>", "<<video>>")
 
 
-@pytest.mark.parametrize("key", ["llamafactory sharegpt", "llamafactory alpaca", "swift", "swift, old columns"])
+@pytest.mark.parametrize("key", ["flat", "groups", "swift", "trl, content parts"])
+def test_response_with_a_placeholder_is_refused_in_training_and_text_in_scoring(read_json_rows, key):
+    row = json.loads(json.dumps(SAME_PAIR[key]).replace('"no', '"no <image>'))
+    (_, ((_, code, message),)) = read_json_rows(row)
+    assert code == "IMAGE_COUNT" and "response 1 holds <image>" in message and "write <<image>>" in message
+    (record,), _ = read_json_rows(row, require_preferences=False)
+    assert shape(record, 1)[-1] == ("assistant", "no <image>")
+    (record,), _ = read_json_rows(json.loads(json.dumps(row).replace("no <image>", "no <<image>>")))
+    assert shape(record, 1)[-1] == ("assistant", "no <image>")
+
+
+def test_an_image_in_a_source_without_media_is_refused(refusal):
+    code, message = refusal({**FLAT, "image": "a.png"}, images="none")
+    assert code == "IMAGE_COUNT" and "images: none" in message
+
+
+@pytest.mark.parametrize("key", ["flat", "llamafactory sharegpt", "llamafactory alpaca", "swift", "swift, old columns"])
 @pytest.mark.parametrize("images", [[], ["a.png", "b.png"]])
-def test_placeholder_count_is_checked_in_strict_layouts(refusal, key, images):
+def test_placeholder_count_is_checked(refusal, key, images):
     row = {k: v for k, v in SAME_PAIR[key].items() if k != "image"}
+    if key == "flat":
+        row["prompt"] = "<image>What?"
     code, message = refusal({**row, "images": images})
     assert code == "IMAGE_COUNT"
     assert f"is 1, of images in the row {len(images)}; make them equal" in message
@@ -90,10 +111,6 @@ def test_placeholder_count_is_checked_in_strict_layouts(refusal, key, images):
 )
 def test_other_image_counts_are_refused(refusal, change):
     assert refusal({**FLAT, **change})[0] == "IMAGE_COUNT"
-
-
-def test_strict_response_cannot_hold_a_placeholder(refusal):
-    assert refusal({**SWIFT, "rejected_response": "no <image>"})[0] == "IMAGE_COUNT"
 
 
 def test_swift_rejected_messages_must_repeat_the_images(refusal):
@@ -272,8 +289,10 @@ def test_video_count_is_checked_in_strict_layouts(refusal, videos):
     assert f"of videos in the row {len(videos)}; make them equal" in message
 
 
-def test_video_placeholder_without_videos_is_plain_text_in_loose_layouts(read_one):
+def test_escaped_video_placeholder_is_plain_text_beside_an_image(read_one, refusal):
     row = {**FLAT, "prompt": "Is <video> HTML? <image>", "image": "a.png"}
+    assert refusal(row)[0] == "VIDEO_COUNT"
+    row = {**FLAT, "prompt": "Is <<video>> HTML? <image>", "image": "a.png"}
     assert shape(read_one(row), 0)[0] == ("user", "Is <video> HTML? ", IMAGE)
 
 

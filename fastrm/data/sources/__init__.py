@@ -19,7 +19,7 @@ from fastrm.data.sources.hub import hub_files
 from fastrm.data.sources.keys import KeyTally
 from fastrm.data.sources.layouts import FORMATS, keys_read_by
 from fastrm.data.sources.media import in_folder, path_resolver
-from fastrm.data.sources.published import find_set, set_files
+from fastrm.data.sources.published import NONE, find_set, set_files
 from fastrm.data.sources.reader import Refusal, SourceFile
 from fastrm.errors import DataError
 
@@ -56,7 +56,8 @@ def source_files(
             ``hub:owner/name[/config][:split]``; with `set` the set's folder, None for the hub.
         set: a published set by its name in `PUBLISHED`.
         format: a name of FORMATS; ``auto`` decides for each row by its keys.
-        images: folder or .tar/.zip archive that image paths are relative to; default the file's folder.
+        images: folder or .tar/.zip archive that image paths are relative to; default the file's folder; ``none``: the
+            rows have no images and videos, and ``<image>`` in them is text, as in published sets of text.
         name, require_preferences: see `SourceFile`.
         pairs: see `SourceFile`; None: the set's own, else ``all``.
         columns: the file's name for each key that fastrm reads, where the two differ.
@@ -76,6 +77,9 @@ def source_files(
         "ignore": tuple(ignore),
     }
     path, images = (None if value is None else os.fspath(value) for value in (path, images))
+    is_text = images == NONE or (set is not None and images is None and find_set(set).media == NONE)
+    reading["placeholders_are_text"] = is_text
+    images = None if is_text else images
     if set is not None:
         published = find_set(set)
         return set_files(

@@ -37,6 +37,6 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     responses = []
     for name in ("conversation_a", "conversation_b"):
         *turns, last = read_turns(row.get(name), resolve, name)
-        prompt = prompt_messages(row, turns, media, strict=False)
+        prompt = prompt_messages(row, turns, media)
         responses.append(answer(prompt, response_message(last, name), name))
     return Draft(tuple(responses), (vote,))

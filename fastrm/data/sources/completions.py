@@ -36,7 +36,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
     key = "instruction" if "instruction" in row else "prompt"
     media = row_media(row, resolve) + media_refs(row.get("img_path"), resolve, "img_path", ImageRef)
-    prompt = prompt_messages(row, [text_turn("user", row.get(key), key)], media, strict=False)
+    prompt = prompt_messages(row, [text_turn("user", row.get(key), key)], media)
     completions = _completions(row.get("completions"))
     texts = [check_text(c.get("response"), f"completions[{i}].response") for i, c in enumerate(completions)]
     scores = _scores(completions)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from reprlib import repr as brief
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ from fastrm.data.sources.media import Resolve, media_ref
 from fastrm.data.sources.values import bad_row, check_json, check_list, check_text
 from fastrm.errors import RecordError
 
-# In texts; where they stand, the next medium of this kind of the row is meant.
+# In texts; where they stand, the next medium of this kind of the row is meant. <<image>> is the text <image>.
 PLACEHOLDERS = {"<image>": ImageRef, "<video>": VideoRef}
-_PLACEHOLDER = re.compile("(<image>|<video>)")
+_PLACEHOLDER = re.compile("(<<image>>|<<video>>|<image>|<video>)")
 _ROLE_NAMES = {role: role for role in ROLES} | {
     "human": "user",
     "gpt": "assistant",
@@ -81,30 +82,30 @@ def read_turn(value: object, resolve: Resolve, name: str) -> Turn:
     return text_turn(role, content, name)._replace(fields=fields)
 
 
-def prompt_messages(row: dict, turns: list[Turn], media: list[MediaRef], *, strict: bool) -> tuple[Message, ...]:
+def prompt_messages(
+    row: dict, turns: list[Turn], media: list[MediaRef], *, replaces_system: bool = False
+) -> tuple[Message, ...]:
     """The turns before a response, after the row's `system` and `history`, with its media at their places.
 
     The places are the media parts of the content if it has any, else the ``<image>`` and ``<video>``
-    placeholders in the text, else, of a kind without any, the start of the first user turn.
+    placeholders in the text, else, of a kind without any, the start of the first user turn. A text that only speaks
+    of a placeholder writes ``<<image>>``; beside media parts, placeholders are text.
 
     Args:
-        strict: as in LLaMA-Factory and ms-swift: a placeholder is never plain text, otherwise it is plain text in a
-            row without media of its kind; and a system turn replaces the row's `system`, otherwise they must agree.
+        replaces_system: as in LLaMA-Factory and ms-swift, a system turn replaces the row's `system`; otherwise
+            they must agree.
 
     Raises:
         RecordError: IMAGE_COUNT or VIDEO_COUNT if the places are not as many as the media; BAD_ROW if the
             prompt is empty or ends with the assistant, or for a bad `system` or `history`.
     """
-    turns = _in_context(row, turns, replaced=strict)
+    turns = _in_context(row, turns, replaced=replaces_system)
     if not any(part != "" for turn in turns for part in (*turn.parts, turn.fields)) and not media:
         raise RecordError("BAD_ROW", "the prompt is empty; every response needs a prompt or an image")
     if turns and turns[-1].role == "assistant":
         raise RecordError("BAD_ROW", "the prompt ends with the assistant's turn; end it with the user's")
     if all(isinstance(part, str) for turn in turns for part in turn.parts):
-        kinds = {type(ref) for ref in media}
-        if kinds or strict:
-            split = set(PLACEHOLDERS.values()) if strict else kinds
-            turns = [turn._replace(parts=_split_placeholders(turn.parts, split)) for turn in turns]
+        turns = [turn._replace(parts=_split_placeholders(turn.parts)) for turn in turns]
         homeless = tuple(type(ref) for ref in media if not any(type(ref) in turn.parts for turn in turns))
         if homeless:
             turns = _media_first(turns, homeless)
@@ -204,13 +205,49 @@ def _read_part(part: object, resolve: Resolve, name: str) -> Part | type[MediaRe
     raise RecordError("BAD_ROW", f'"{name}.type" is {brief(kind)}, wanted "text", "image" or "video"')
 
 
-def _split_placeholders(parts: tuple[str, ...], kinds: set[type[MediaRef]]) -> tuple[str | type[MediaRef], ...]:
-    split = []
-    for text in parts:
-        for piece in _PLACEHOLDER.split(text):
-            kind = PLACEHOLDERS.get(piece)
-            split.append(kind if kind in kinds else piece)
-    return tuple(split)
+def without_placeholders(message: Message, name: str, *, refuse: bool) -> Message:
+    """A response in whose text ``<<image>>`` has become ``<image>``.
+
+    Args:
+        refuse: a placeholder, which stands for an image that a response cannot hold, is an error; otherwise it is text.
+
+    Raises:
+        RecordError: IMAGE_COUNT or VIDEO_COUNT.
+    """
+    pieces = _PLACEHOLDER.split(message.text)
+    if refuse and (found := next((piece for piece in pieces if piece in PLACEHOLDERS), None)):
+        noun = PLACEHOLDERS[found].noun
+        raise RecordError(
+            f"{noun.upper()}_COUNT",
+            f"{name} holds {found}; {noun}s belong in the prompt. Where it only speaks of it, write <{found}>, or "
+            "set `images: none` for a source without images and videos",
+        )
+    return replace(message, parts=("".join(map(_unescaped, pieces)),)) if len(pieces) > 1 else message
+
+
+def escaped(value: object) -> object:
+    """A row's value in whose texts every placeholder is the text that it is written with."""
+    if isinstance(value, str):
+        for placeholder in PLACEHOLDERS:
+            value = value.replace(placeholder, f"<{placeholder}>")
+        return value
+    if isinstance(value, dict):
+        return {key: escaped(item) for key, item in value.items()}
+    return list(map(escaped, value)) if isinstance(value, (list, tuple)) else value
+
+
+def unescaped(text: str) -> str:
+    """The text that `escaped` was given."""
+    return "".join(map(_unescaped, _PLACEHOLDER.split(text)))
+
+
+def _unescaped(piece: str) -> str:
+    return piece[1:-1] if piece[1:-1] in PLACEHOLDERS else piece
+
+
+def _split_placeholders(parts: tuple[str, ...]) -> tuple[str | type[MediaRef], ...]:
+    pieces = (piece for text in parts for piece in _PLACEHOLDER.split(text))
+    return tuple(PLACEHOLDERS.get(piece, _unescaped(piece)) for piece in pieces)
 
 
 def _media_first(turns: list[Turn], places: tuple[type[MediaRef], ...]) -> list[Turn]:
@@ -229,7 +266,8 @@ def _fill(turns: list[Turn], media: list[MediaRef]) -> tuple[Message, ...]:
             raise RecordError(
                 f"{kind.noun.upper()}_COUNT",
                 f"the number of {kind.noun} places in the prompt ({placeholder} or {kind.noun} parts) is "
-                f"{num_places}, of {kind.noun}s in the row {len(refs)}; make them equal",
+                f"{num_places}, of {kind.noun}s in the row {len(refs)}; make them equal. Where a text only speaks of "
+                f"{placeholder}, write <{placeholder}>, or set `images: none` for a source without images and videos",
             )
         sources[kind] = iter(refs)
     return tuple(

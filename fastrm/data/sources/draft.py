@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from fastrm.data.record import Message, Preference, Record, Response
-from fastrm.data.sources.conversation import PLACEHOLDERS, template_arguments
+from fastrm.data.sources.conversation import escaped, template_arguments, unescaped, without_placeholders
 from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import check_number
 from fastrm.errors import RecordError
@@ -26,36 +26,49 @@ class Draft:
     left_out: tuple[RecordError, ...] = ()
 
 
-def answer(prompt: tuple[Message, ...], said: str | Message, name: str, *, strict: bool = False) -> Response:
+def answer(prompt: tuple[Message, ...], said: str | Message, name: str) -> Response:
     """A response to a prompt.
 
     Args:
         said: its text, or the assistant's whole turn.
-        strict: a placeholder is never plain text, and a response cannot hold an image or a video.
 
     Raises:
-        RecordError: EMPTY_RESPONSE; IMAGE_COUNT or VIDEO_COUNT for a placeholder in a strict layout.
+        RecordError: EMPTY_RESPONSE.
     """
     message = Message("assistant", (said,)) if isinstance(said, str) else said
     if not message.text.strip() and not message.fields:
         raise RecordError("EMPTY_RESPONSE", f'"{name}" is empty; write or remove it')
-    for placeholder, kind in PLACEHOLDERS.items():
-        if strict and placeholder in message.text:
-            code, noun = f"{kind.noun.upper()}_COUNT", f"{kind.noun}s"
-            raise RecordError(code, f'"{name}" holds {placeholder}; {noun} belong in the prompt')
     return Response((*prompt, message))
 
 
-def read_draft(parse: Callable[[dict, Resolve], Draft], row: dict, resolve: Resolve) -> Draft:
+def read_draft(
+    parse: Callable[[dict, Resolve], Draft],
+    row: dict,
+    resolve: Resolve,
+    *,
+    is_scored: bool,
+    placeholders_are_text: bool = False,
+) -> Draft:
     """A row read by its layout's `parse`, with what of it the template is given beside the messages.
+
+    Args:
+        is_scored: a placeholder in a response is text, as a policy may write it; in training it is an error.
+        placeholders_are_text: they are, in prompts as well: the source says `images: none`.
 
     Raises:
         RecordError: the row cannot be used.
     """
-    draft = parse(row, resolve)
-    if not (arguments := template_arguments(row)):
-        return draft
-    return replace(draft, responses=tuple(replace(response, arguments=arguments) for response in draft.responses))
+    draft = parse(escaped(row) if placeholders_are_text else row, resolve)
+    arguments, responses = template_arguments(row), []
+    for number, response in enumerate(draft.responses):
+        *messages, said = response.messages
+        messages.append(without_placeholders(said, f"response {number}", refuse=not is_scored))
+        if placeholders_are_text:
+            if response.media:
+                raise RecordError("IMAGE_COUNT", "the row has an image or a video, but its source says `images: none`")
+            messages = [replace(message, fields=unescaped(message.fields)) for message in messages]
+        responses.append(Response(tuple(messages), arguments))
+    return replace(draft, responses=tuple(responses))
 
 
 def pair(chosen: Response, rejected: Response, row: dict) -> Draft:

@@ -29,12 +29,12 @@ def matches(row: dict) -> bool:
 def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
     turns, media = _prompt_turns(row, resolve), row_media(row, resolve)
-    prompt = prompt_messages(row, turns, media, strict=False)
+    prompt = prompt_messages(row, turns, media)
     responses = []
     for i, value in enumerate(check_list(row.get("responses"), "responses", "a list of texts")):
         name = f"responses[{i}]"
         *before, last = _response_turns(value, resolve, name)
-        mine = prompt_messages(row, [*turns, *before], media, strict=False) if before else prompt
+        mine = prompt_messages(row, [*turns, *before], media) if before else prompt
         responses.append(answer(mine, response_message(last, name), name))
     preferences = _preferences(row.get("preferences", []), len(responses))
     scores = _scores(row["scores"], len(responses)) if "scores" in row else None
@@ -45,7 +45,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
 
 def row_prompt(row: dict, resolve: Resolve) -> tuple:
     """The messages of a row's prompt under one of PROMPT_KEYS, text or messages, with the row's images."""
-    return prompt_messages(row, _prompt_turns(row, resolve), row_media(row, resolve), strict=False)
+    return prompt_messages(row, _prompt_turns(row, resolve), row_media(row, resolve))
 
 
 def _prompt_turns(row: dict, resolve: Resolve) -> list[Turn]:
@@ -90,7 +90,7 @@ def group_record(group: dict, index: int, *, allow_any_path: bool = True, requir
     if unread:
         names, wanted = ", ".join(f'"{name}"' for name in unread), ", ".join(key_names(layout_keys))
         raise RecordError("UNKNOWN_KEY", f"the group has {names}, which is not read; remove it, or use one of {wanted}")
-    draft = read_draft(read, group, any_path if allow_any_path else no_path)
+    draft = read_draft(read, group, any_path if allow_any_path else no_path, is_scored=not require_preferences)
     return to_record(
         draft,
         record_id=str(group.get("id", index)),

@@ -30,7 +30,7 @@ def join(rows: list[dict]) -> dict:
 def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for rows that cannot be used."""
     turns = [text_turn("user", row.get("prompt"), "prompt")]
-    prompt = prompt_messages(row, turns, row_media(row, resolve), strict=False)
+    prompt = prompt_messages(row, turns, row_media(row, resolve))
     responses, scores = [], []
     for i, rated in enumerate(row.get(_JOINED, [row])):
         where = f" of row {i + 1} of the prompt" if i else ""

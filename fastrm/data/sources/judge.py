@@ -118,6 +118,6 @@ def _parts(text: str, marks: tuple[str, ...], name: str) -> list[str]:
 
 
 def _draft(row: dict, question: str, texts: tuple[str, str], images: list[MediaRef], vote: Preference) -> Draft:
-    prompt = prompt_messages(row, [text_turn("user", question, "question")], images, strict=False)
+    prompt = prompt_messages(row, [text_turn("user", question, "question")], images)
     names = ("the first response", "the second response")
     return Draft(tuple(answer(prompt, text, name) for text, name in zip(texts, names, strict=True)), (vote,))

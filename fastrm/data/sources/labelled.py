@@ -48,7 +48,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     else:
         turns = [text_turn("user", value, columns.prompt)]
     context = {key: value for key, value in row.items() if key != columns.prompt}  # SHP's `history` is its prompt
-    prompt = prompt_messages(context, turns, row_media(row, resolve), strict=False)
+    prompt = prompt_messages(context, turns, row_media(row, resolve))
     texts = [(name, check_text(row.get(name), name)) for name in (columns.first, columns.second)]
     responses = tuple(answer(prompt, text, name) for name, text in texts)
     return Draft(responses, (_preference(check_number(row.get(columns.label), columns.label), columns.label),))

@@ -40,8 +40,8 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     responses = []
     for name in ("chosen", "rejected"):
         *turns, last = _conversation(row, resolve, name)
-        prompt = prompt_messages(row, turns, images, strict=True)
-        responses.append(answer(prompt, response_message(last, name), name, strict=True))
+        prompt = prompt_messages(row, turns, images, replaces_system=True)
+        responses.append(answer(prompt, response_message(last, name), name))
     return pair(*responses, row)
 
 

@@ -20,6 +20,6 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     responses = []
     for name in ("conversations", "rejected_conversations"):
         *turns, last = read_turns(row.get(name), resolve, name)
-        prompt = prompt_messages(row, turns, media, strict=True)
-        responses.append(answer(prompt, response_message(last, name), name, strict=True))
+        prompt = prompt_messages(row, turns, media, replaces_system=True)
+        responses.append(answer(prompt, response_message(last, name), name))
     return pair(*responses, row)

@@ -46,6 +46,7 @@ class SourceFile:
         repeat: how often the set's authors use the file in an epoch (MMPR's `repeat_time`).
         columns: (key that fastrm reads, column of the file that holds it), where the two have other names.
         ignore: keys that are metadata of these rows: they are not read, and not mentioned.
+        placeholders_are_text: the rows have no media, and ``<image>`` in them is text.
         rows: ``all``; ``with_media`` refuses rows that have lost their image or video, in a set where each has one;
             ``with_images`` also rows with videos, as not part of the set.
     """
@@ -60,6 +61,7 @@ class SourceFile:
     rows: str = "all"
     columns: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
+    placeholders_are_text: bool = False
 
     def count_rows(self) -> int:
         """Rows of the file, as numbers of `read` count them.
@@ -115,7 +117,13 @@ class SourceFile:
         unread = unread_keys(row, layout.KEYS, self.ignore)
         keys.add(layout.__name__.rpartition(".")[2], unread)
         check_unread(row, unread, layout.KEYS)
-        draft = read_draft(layout.parse, without_nested(row, self.ignore), self.resolve)
+        draft = read_draft(
+            layout.parse,
+            without_nested(row, self.ignore),
+            self.resolve,
+            is_scored=not self.require_preferences,
+            placeholders_are_text=self.placeholders_are_text,
+        )
         self._check_media(draft)
         if draft.left_out and not self.require_preferences:
             # Rewards are given in the order of the row's responses.

@@ -38,8 +38,8 @@ def parse(row: dict, resolve: Resolve) -> Draft:
 
 def _response(row: dict, turns: list[Turn], media: list[MediaRef], name: str) -> Response:
     *prompt, last = turns
-    messages = prompt_messages(row, prompt, media, strict=True)
-    return answer(messages, response_message(last, name), name, strict=True)
+    messages = prompt_messages(row, prompt, media, replaces_system=True)
+    return answer(messages, response_message(last, name), name)
 
 
 def _chosen_turns(row: dict, resolve: Resolve) -> list[Turn]:

@@ -29,7 +29,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     responses = []
     for name in ("chosen", "rejected"):
         *turns, last = _conversation(prompt, row.get(name), resolve, name)
-        messages = prompt_messages(row, turns, images, strict=False)
+        messages = prompt_messages(row, turns, images)
         responses.append(answer(messages, response_message(last, name), name))
     return pair(*responses, row)
 
@@ -62,6 +62,8 @@ def _split_prompt(row: dict) -> dict:
         raise RecordError("IDENTICAL_RESPONSES", "chosen and rejected are equal; remove the row")
     common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (by character is meant)
     cut = max(common.rfind(" "), common.rfind("\n"))
+    if common.rstrip().endswith(":") and common.strip() in (chosen.strip(), rejected.strip()):
+        cut = len(common)  # of HH's dialogues: "Assistant:" with nothing behind it is the prompt of an empty response
     if cut <= 0:
         raise RecordError("BAD_ROW", '"prompt" is missing, and chosen and rejected begin differently; add it')
     return {"prompt": common[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
