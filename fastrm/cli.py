@@ -66,6 +66,9 @@ MaxImagePixels = Annotated[int, typer.Option(min=1, help="Refuse images that dec
 MaxImageBytes = Annotated[int, typer.Option(min=1, help="Refuse image files with more bytes, before reading")]
 MaxVideoBytes = Annotated[int, typer.Option(min=1, help="Refuse video files with more bytes, before reading")]
 MaxVideoSeconds = Annotated[float, typer.Option(min=0.0, help="Refuse longer videos, before decoding")]
+CheckExactness = Annotated[
+    bool, typer.Option("--check-exactness/--no-check-exactness", help="Compare first rewards with transformers' own")
+]
 # Those of fastrm.data.images.MediaLimits, whose import would slow --help down.
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_IMAGE_BYTES = 64 * 2**20
@@ -172,6 +175,7 @@ def score(
     max_image_bytes: MaxImageBytes = MAX_IMAGE_BYTES,
     max_video_bytes: MaxVideoBytes = MAX_VIDEO_BYTES,
     max_video_seconds: MaxVideoSeconds = MAX_VIDEO_SECONDS,
+    check_exactness: CheckExactness = True,
 ) -> None:
     """Write the rewards of a file's responses."""
     from fastrm.evaluate.files import score_file
@@ -180,7 +184,7 @@ def score(
     options = ScoringOptions(
         images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, num_workers=num_workers,
         device=device, dtype=dtype, max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes,
-        max_video_bytes=max_video_bytes, max_video_seconds=max_video_seconds,
+        max_video_bytes=max_video_bytes, max_video_seconds=max_video_seconds, check_exactness=check_exactness,
     )  # fmt: skip
     choice = ModelChoice(tuple(models), ensemble and ensemble.value, validation, route, save_ensemble)
     score_file(choice, data, out, options)
@@ -217,6 +221,7 @@ def evaluate(
     max_image_bytes: MaxImageBytes = MAX_IMAGE_BYTES,
     max_video_bytes: MaxVideoBytes = MAX_VIDEO_BYTES,
     max_video_seconds: MaxVideoSeconds = MAX_VIDEO_SECONDS,
+    check_exactness: CheckExactness = True,
 ) -> None:
     """Print pair accuracy overall and per source, or a benchmark's metrics; equal rewards count as wrong."""
     from fastrm.evaluate.command import evaluate as run
@@ -225,7 +230,7 @@ def evaluate(
     options = ScoringOptions(
         images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, num_workers=num_workers,
         device=device, dtype=dtype, max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes,
-        max_video_bytes=max_video_bytes, max_video_seconds=max_video_seconds,
+        max_video_bytes=max_video_bytes, max_video_seconds=max_video_seconds, check_exactness=check_exactness,
     )  # fmt: skip
     *models, data = models_and_data
     choice = ModelChoice(tuple(map(Path, models)), ensemble and ensemble.value, validation, route, save_ensemble)

@@ -326,6 +326,10 @@ class Config(_Section):
     each of them the one that was measured to be faster on this device, eager where none was."""
     compile: Annotated[Literal["off", "layers"], _Off] = "off"
     """layers: decoder layers and vision blocks through torch.compile, for any number of tokens."""
+    check_exactness: bool = True
+    """Before the first step, compare rewards of two of the run's own groups, an image among them where there are any,
+    with those of the stock transformers class with the same weights, in the precision of the run; a difference that
+    rounding does not explain ends the run. A model is checked once (fastrm/model/first_use.py)."""
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig

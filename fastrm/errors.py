@@ -24,6 +24,12 @@ class DataError(FastrmError):
     exit_code = 65
 
 
+class ExactnessError(FastrmError):
+    """Rewards of a model differ from those of the stock class by more than rounding explains."""
+
+    exit_code = 65
+
+
 class StorageError(FastrmError):
     """A file or folder could not be read or written, or a checkpoint is damaged."""
 

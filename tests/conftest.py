@@ -1,6 +1,7 @@
 """Without a GPU, Triton's kernels run in its interpreter; it must be chosen before Triton is imported."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,3 +14,14 @@ pytest.register_assert_rewrite("drop_in_models", "head_cases", "precision", "run
 
 from smollm2 import smollm2_folder  # noqa: E402, F401  (fixture of the pretrained model's tests)
 from source_rows import read_json_rows, read_one, refusal  # noqa: E402, F401  (fixtures of the readers' tests)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Results of checks against transformers go where no other session finds them; caches of others stay."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, folder in (("MPLCONFIGDIR", "matplotlib"), ("HF_HOME", "huggingface")):
+            patch.setenv(name, os.environ.get(name, str(usual / folder)))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

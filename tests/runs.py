@@ -109,3 +109,21 @@ def fastrm(*arguments, **kwargs) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastrm.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+
+
+def fastrm_here(capfd, *arguments) -> tuple[int, str]:
+    """Exit code and standard error of the command in this process, where something may have been replaced.
+
+    Args:
+        capfd: pytest's fixture.
+    """
+    from fastrm.cli import main
+
+    before, sys.argv = sys.argv, ["fastrm", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as leave:
+        return leave.code, capfd.readouterr().err
+    finally:
+        sys.argv = before
+    raise AssertionError("the command did not leave")

@@ -276,6 +276,8 @@ def test_runs_and_resumed_runs_are_those_of_one_process(server, mixed_data, one_
     config = run_config(tmp_path / "two", mixed_data, stage)
     server.run(tmp_path, "train", config)
     assert_same_run(run_dir, one_process)
+    layers = " of the first 2 layers" if stage == 3 else ""
+    assert f"exact: 4 rewards{layers} agree with transformers to" in server.logs()
     assert "Traceback" not in server.logs() and "Warning" not in server.logs()
     summary = json.loads((run_dir / "summary.json").read_text())
     wanted = json.loads((one_process / "summary.json").read_text())

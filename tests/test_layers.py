@@ -405,8 +405,8 @@ class TestLiger:
         for ours, stock in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
         gate, up = torch.randn(2, 7, 32, requires_grad=True).unbind(0)
-        wanted = torch.autograd.grad(layers.stock_gate(gate, up), (gate, up), upstream)
-        found = torch.autograd.grad(layers.liger_gate(gate, up), (gate, up), upstream)
+        wanted = torch.autograd.grad(layers.stock_gate(torch.nn.SiLU(), gate, up), (gate, up), upstream)
+        found = torch.autograd.grad(layers.liger_gate(torch.nn.SiLU(), gate, up), (gate, up), upstream)
         for ours, stock in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
 

@@ -11,6 +11,7 @@ from fastrm.data.record import Record
 from fastrm.errors import ConfigError, RecordError
 from fastrm.evaluate.ensemble import VALIDATION_PAIRS, Ensemble, Rewards
 from fastrm.evaluate.reading import read_in_order
+from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.train.display import Display
 
 # Validation records that are read at a time.
@@ -31,6 +32,7 @@ class ScoringOptions:
     max_image_bytes: int
     max_video_bytes: int = MediaLimits.max_video_bytes
     max_video_seconds: float = MediaLimits.max_video_seconds
+    check_exactness: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,16 @@ def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) 
         max_image_bytes=options.max_image_bytes,
         max_video_bytes=options.max_video_bytes,
         max_video_seconds=options.max_video_seconds,
+        check_exactness=options.check_exactness,
     )
+    for member in ensemble.models:
+        if member.network.first_use is not None:
+            member.network.first_use.say = display.say
     for line in dict.fromkeys(f"weights: {member.weights}" for member in ensemble.models):
         display.say(line)
+    for line in dict.fromkeys(describe_unknown_keys(member.network.model.config) for member in ensemble.models):
+        if line is not None:
+            display.say(line)
     if choice.validation is not None:
         margins = _validation_margins(ensemble, choice.validation, options, display)
         ensemble.fit_weights(margins)

@@ -89,6 +89,9 @@ def score_with_each(
             numbers.append(number)
         except RecordError as error:
             results[number] = error
+    for network in networks:
+        if network.first_use is not None:
+            network.first_use(groups, encoded.__getitem__)
     builder = PackBuilder([records[number] for number in numbers], encoder, share=True, encoded=encoded, finish=planner)
 
     def forward(pack: Pack) -> torch.Tensor:

@@ -9,7 +9,8 @@ them, because nothing else of it is read.
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -78,6 +79,25 @@ class BackboneRunner:
         self._layer = torch.compile(own_copy(decoder_layer), **options)
         if self.tower is not None:
             self._block = torch.compile(own_copy(self.tower.block), **options)
+        self._choose_again()
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Run the layers themselves and not their graphs, until the block ends."""
+        if not self.compiled:
+            yield
+            return
+        kept = self.compiled, self._layer, self._block
+        self.compiled, self._layer = False, decoder_layer
+        self._block = None if self.tower is None else self.tower.block
+        self._choose_again()
+        try:
+            yield
+        finally:
+            self.compiled, self._layer, self._block = kept
+            self._choose_again()
+
+    def _choose_again(self) -> None:
         self.choose(self._kernels.attention.impl, self._kernels.norm, self._kernels.gate)
 
     def planner(self, dtype: torch.dtype) -> LayoutPlanner:

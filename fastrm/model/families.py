@@ -5,6 +5,9 @@ from fastrm.errors import ConfigError
 QWEN_VL_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 VISION_FAMILIES = (*QWEN_VL_FAMILIES, "internvl")
 TEXT_FAMILIES = ("qwen2", "qwen3", "llama")
+SILU = {"silu", "swish"}  # swish is an older name of it
+# Rotary embeddings whose frequencies are the stock module's, whatever a pack holds; dynamic up to `longest_path`.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 
 
 def chat_layout(model_type: str) -> str:
@@ -12,30 +15,87 @@ def chat_layout(model_type: str) -> str:
     return "internvl" if model_type == "internvl" else "qwen"
 
 
+def gated_activations(config) -> set[str]:
+    """Names of the activations of a model's gated MLPs, which our layers evaluate; other MLPs are stock modules."""
+    text = config.get_text_config().hidden_act
+    return {text, config.vision_config.hidden_act} if config.model_type == "qwen2_5_vl" else {text}
+
+
 def check_family(config) -> None:
     """Refuse configs of transformers whose forward is not known to match `BackboneRunner`.
 
+    A value of a key that changes what a stock model computes is either read, here or by the stock modules that are
+    called, or refused by name. Keys that nobody has looked at are named by `config_keys.unknown_keys`.
+
     Raises:
-        ConfigError: for another model type, and for sliding windows, dropout, or ways to read image features
-            that are not supported.
+        ConfigError: for another model type, and for values of its keys that are not supported.
     """
     if config.model_type not in VISION_FAMILIES + TEXT_FAMILIES:
         raise ConfigError(
             f"model type {config.model_type!r} is not supported; wanted one of "
             f"{', '.join(VISION_FAMILIES + TEXT_FAMILIES)}"
         )
-    text = config.get_text_config()
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"{config.model_type}: quantization_config is set; quantised weights cannot be trained or scored here: "
+            "take the checkpoint that they were made from"
+        )
     if config.model_type == "internvl":
         _check_internvl(config)
+    elif config.model_type in QWEN_VL_FAMILIES:
+        _check_qwen_vision(config)
+    _check_text(config.model_type, config.get_text_config())
+
+
+def _check_text(family: str, text) -> None:
+    """Refuse what a stock text model would compute otherwise than our layers."""
     if getattr(text, "attention_dropout", 0.0):
-        raise ConfigError(f"{config.model_type}: attention_dropout is {text.attention_dropout}, only 0 is supported")
+        raise ConfigError(f"{family}: attention_dropout is {text.attention_dropout}, only 0 is supported")
+    if not getattr(text, "is_causal", True):
+        raise ConfigError(f"{family}: is_causal is {text.is_causal!r}, only true is supported")
+    if getattr(text, "is_heterogeneous", False):
+        raise ConfigError(f"{family}: per_layer_config is set; layers that differ from one another are not supported")
     if _rope_type(text) == "longrope":
-        raise ConfigError(f"{config.model_type}: rope_type longrope depends on the longest of a pack; not supported")
-    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise ConfigError(f"{family}: rope_type longrope depends on the longest of a pack; not supported")
+    if _rope_type(text) not in ROPE_TYPES:
+        raise ConfigError(f"{family}: rope_type is {_rope_type(text)!r}, wanted one of {', '.join(ROPE_TYPES)}")
+    partial = _rope(text).get("partial_rotary_factor")
+    if partial not in (None, 1):
+        raise ConfigError(f"{family}: partial_rotary_factor is {partial}, only 1 is supported")
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    if "sliding_attention" in layer_types:
         raise ConfigError(
-            f"{config.model_type}: sliding-window layers are not supported; set use_sliding_window: false if the "
+            f"{family}: sliding-window layers are not supported; set use_sliding_window: false if the "
             "checkpoint was trained without"
         )
+    if others := layer_types - {"full_attention"}:
+        raise ConfigError(f"{family}: layer_types has {sorted(others)}, only 'full_attention' is supported")
+    _check_activation(family, "hidden_act", text.hidden_act)
+
+
+def _check_activation(family: str, name: str, value) -> None:
+    from transformers.activations import ACT2FN
+
+    if not isinstance(value, str) or value not in ACT2FN:
+        raise ConfigError(f"{family}: {name} is {value!r}, which transformers does not know")
+
+
+def _check_qwen_vision(config) -> None:
+    vision = config.vision_config
+    if vision.in_channels != 3:
+        raise ConfigError(
+            f"{config.model_type}: vision_config.in_channels is {vision.in_channels}, only 3 is supported: images are "
+            "read as red, green and blue"
+        )
+    for name in ("patch_size", "temporal_patch_size"):
+        if not isinstance(getattr(vision, name), int):
+            raise ConfigError(
+                f"{config.model_type}: vision_config.{name} is {getattr(vision, name)!r}, only one number is supported"
+            )
+    rope_type = _rope(vision).get("rope_type", "axial")
+    if rope_type != "axial":
+        raise ConfigError(f"{config.model_type}: vision_config's rope_type is {rope_type!r}, only 'axial' is supported")
+    _check_activation(config.model_type, "vision_config.hidden_act", vision.hidden_act)
 
 
 def _check_internvl(config) -> None:
@@ -52,6 +112,15 @@ def _check_internvl(config) -> None:
     for name, value in found.items():
         if value != wanted[name]:
             raise ConfigError(f"internvl: {name} is {value!r}, only {wanted[name]!r} is supported")
+    if vision.num_channels != 3:
+        raise ConfigError(
+            f"internvl: vision_config.num_channels is {vision.num_channels}, only 3 is supported: images are read as "
+            "red, green and blue"
+        )
+    if vision.norm_type not in ("layer_norm", "rms_norm"):
+        raise ConfigError(f"internvl: norm_type is {vision.norm_type!r}, wanted layer_norm or rms_norm")
+    _check_activation("internvl", "vision_config.hidden_act", vision.hidden_act)
+    _check_activation("internvl", "projector_hidden_act", config.projector_hidden_act)
     merge = int(1 / config.downsample_ratio)
     height, width = (size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
     if height != width or len(set(vision.patch_size)) > 1 or height % merge or merge * config.downsample_ratio != 1:
@@ -72,5 +141,9 @@ def longest_path(config) -> int | None:
     return text.max_position_embeddings if _rope_type(text) == "dynamic" else None
 
 
+def _rope(part) -> dict:
+    return getattr(part, "rope_parameters", None) or {}
+
+
 def _rope_type(text) -> str:
-    return (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    return _rope(text).get("rope_type", "default")

@@ -9,7 +9,7 @@ torch.compile makes one graph of it for all layers and all packs.
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -18,10 +18,11 @@ from torch import nn
 
 from fastrm.errors import ConfigError
 from fastrm.model.attention import Attention
+from fastrm.model.families import SILU
 from fastrm.model.fusion import GATE_UP, QKV
 
 Norm = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Gate = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LayerKernels(NamedTuple):
@@ -31,7 +32,7 @@ class LayerKernels(NamedTuple):
         attention: of the tree, or of the vision tower.
         rotate: the stock rotary embedding (query, key, cos, sin) -> (query, key); None where layers have none.
         norm: (module, states) -> states, for RMSNorm modules.
-        gate: (gate, up) -> silu(gate) * up.
+        gate: (activation, gate, up) -> activation(gate) * up, with the stock MLP's own activation module.
     """
 
     attention: Attention
@@ -128,10 +129,12 @@ def _norm(module: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> tor
 
 def _mlp(mlp: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> torch.Tensor:
     if hasattr(mlp, GATE_UP):
-        return mlp.down_proj(kernels.gate(*mlp.gate_up_proj(states).chunk(2, dim=-1)))
-    if hasattr(mlp, "gate_proj"):
-        return mlp.down_proj(kernels.gate(mlp.gate_proj(states), mlp.up_proj(states)))
-    return mlp(states)  # Qwen2-VL's vision tower: two layers without a gate
+        gate, up = mlp.gate_up_proj(states).chunk(2, dim=-1)
+    elif hasattr(mlp, "gate_proj"):
+        gate, up = mlp.gate_proj(states), mlp.up_proj(states)
+    else:
+        return mlp(states)  # Qwen2-VL's vision tower: two layers without a gate
+    return mlp.down_proj(kernels.gate(mlp.act_fn, gate, up))
 
 
 def rotation(attention: nn.Module) -> Callable:
@@ -145,9 +148,9 @@ def stock_norm(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return module(states)
 
 
-def stock_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, by PyTorch's own operations."""
-    return F.silu(gate) * up
+def stock_gate(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """activation(gate) * up, by PyTorch's own operations; the activation is the one that `hidden_act` names."""
+    return activation(gate) * up
 
 
 def liger_norm(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -158,20 +161,26 @@ def liger_norm(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return LigerRMSNormFunction.apply(states, module.weight, module.variance_epsilon, 0.0, "llama", False)
 
 
-def liger_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up in one kernel of Liger's, which keeps no intermediate for the backward pass."""
+def liger_gate(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up in one kernel of Liger's, which keeps no intermediate for the backward pass.
+
+    Only for MLPs whose activation is SiLU: the module is not looked at.
+    """
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     return LigerSiLUMulFunction.apply(gate, up)
 
 
-def choose_norm_and_gate(kernels: str, compiled: bool, fused: bool, device: torch.device) -> tuple[Norm, Gate, str]:
+def choose_norm_and_gate(
+    kernels: str, compiled: bool, fused: bool, device: torch.device, activations: Collection[str] = ("silu",)
+) -> tuple[Norm, Gate, str]:
     """RMSNorm and SwiGLU of the layers, and what they are and why; proved by a call on the device.
 
     Args:
         kernels: auto, triton or eager. triton means Liger's Triton kernels here.
         compiled: layers go through torch.compile, which makes kernels of the stock operations itself.
         fused: gate and up come from one matrix; Liger's SwiGLU would copy both out of it first.
+        activations: of the model's gated MLPs, as its config names them; Liger's SwiGLU knows SiLU alone.
 
     Raises:
         ConfigError: if Liger is asked for and not installed, or does not run.
@@ -183,8 +192,11 @@ def choose_norm_and_gate(kernels: str, compiled: bool, fused: bool, device: torc
         return stock_norm, stock_gate, f"stock operations ({why})"
     if importlib.util.find_spec("liger_kernel") is None:
         raise ConfigError('kernels: triton needs Liger for RMSNorm and SwiGLU; pip install "fastrm[liger]"')
-    gate = stock_gate if fused else liger_gate
+    others = sorted(set(activations) - SILU)
+    gate = stock_gate if fused or others else liger_gate
     _prove_liger(gate is liger_gate, device)
+    if others:
+        return liger_norm, gate, f"Liger RMSNorm, stock operations for {' and '.join(others)}"
     return liger_norm, gate, "Liger RMSNorm" + (", stock SwiGLU on the fused matrix" if fused else " and SwiGLU")
 
 
@@ -196,7 +208,7 @@ def _prove_liger(with_gate: bool, device: torch.device) -> None:
     outputs = {"LigerRMSNorm": liger_norm(norm, states)}
     wanted = {"LigerRMSNorm": states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)}
     if with_gate:
-        outputs["LigerSiLUMul"], wanted["LigerSiLUMul"] = liger_gate(states, states), F.silu(states) * states
+        outputs["LigerSiLUMul"], wanted["LigerSiLUMul"] = liger_gate(nn.SiLU(), states, states), F.silu(states) * states
     for name, output in outputs.items():
         node = type(output.grad_fn).__name__
         if not node.startswith(name) or not torch.allclose(output, wanted[name], rtol=1e-4, atol=1e-5):

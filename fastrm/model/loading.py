@@ -162,7 +162,7 @@ def load_backbone_config(path: str):
     return config
 
 
-class _WeightsOnMeta(TorchFunctionMode):
+class WeightsOnMeta(TorchFunctionMode):
     """Where weights take no memory: modules make theirs with `torch.empty`, and buffers from other functions.
 
     The few that are made otherwise (norms, class tokens) are small. Buffers that no file holds, the frequencies of
@@ -181,7 +181,7 @@ def _empty_models(config) -> tuple[nn.Module, nn.Module]:
     is_vision = config.model_type in VISION_FAMILIES
     # Only the full vision classes know both names of published weights, `visual.*` and `model.visual.*`.
     auto_class = AutoModelForImageTextToText if is_vision else AutoModel
-    with _WeightsOnMeta():
+    with WeightsOnMeta():
         # Any attention will do until `use_kernels` chooses, but a stock one must not be checked for.
         full = auto_class.from_config(config, dtype=torch.float32, attn_implementation="eager")
     return full, full.model if is_vision else full

@@ -1,6 +1,7 @@
 """`RewardNetwork`: a stock backbone and a reward head, from packs to rewards."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -13,12 +14,12 @@ from fastrm.model.attention import BACKENDS
 from fastrm.model.backbone import BackboneRunner
 from fastrm.model.checkpointing import MODES
 from fastrm.model.compiled import CompiledGraphs
-from fastrm.model.families import check_family
+from fastrm.model.families import check_family, gated_activations
 from fastrm.model.fusion import FusedLinear, fuse_projections
 from fastrm.model.head import head_loss, head_rewards, make_head
 from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
 from fastrm.model.layers import choose_norm_and_gate
-from fastrm.model.precision import Fp8Report
+from fastrm.model.precision import Fp8Report, fp8_disabled
 from fastrm.model.towers import VisionTower
 
 
@@ -39,6 +40,7 @@ class RewardNetwork(nn.Module):
         planner: makes the layouts of packs, in a data worker or where the network runs.
         fp8: which layers compute in FP8 and why others do not; None without FP8.
         graphs: what torch.compile has made of the layers; None where they are not compiled.
+        first_use: compares rewards with stock's before they are given away (first_use.py); None: nothing does.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class RewardNetwork(nn.Module):
         self.graphs: CompiledGraphs | None = None
         self._runner = BackboneRunner(model, pooling)
         self.planner = self._runner.planner(torch.float32)
+        self.first_use: Callable | None = None
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +115,9 @@ class RewardNetwork(nn.Module):
         self.head_kernels = choose_head_kernels(kernels, self.device, self.head.layers)
         self.attention = choose_backend(attention, kernels, self.device, dtype, head_dims_of(self.model.config))
         fused = any(isinstance(module, FusedLinear) for module in self.model.modules())
-        norm, gate, self.norm_and_gate = choose_norm_and_gate(kernels, self._runner.compiled, fused, self.device)
+        norm, gate, self.norm_and_gate = choose_norm_and_gate(
+            kernels, self._runner.compiled, fused, self.device, gated_activations(self.model.config)
+        )
         self._runner.choose(BACKENDS[self.attention[0]], norm, gate)
         self.planner = self._runner.planner(dtype)
 
@@ -126,6 +131,12 @@ class RewardNetwork(nn.Module):
         self._runner.compile(self.graphs)
         self.use_activation_checkpointing(self._runner.checkpointing)
         return self.graphs
+
+    @contextmanager
+    def plain_layers(self) -> Iterator[None]:
+        """Compute layers as they were before `compile_layers` and `convert_to_fp8`, until the block ends."""
+        with self._runner.uncompiled(), fp8_disabled(self) if self.fp8 is not None else nullcontext():
+            yield
 
     def use_activation_checkpointing(self, mode: str) -> None:
         """What the backward pass recomputes: none, selective or full (see checkpointing.py).

@@ -9,6 +9,7 @@ from fastrm.data.images import MediaLimits
 from fastrm.errors import ConfigError
 from fastrm.model.attention import BACKENDS
 from fastrm.model.export import load_model
+from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.kernels import CHOICES
 from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.model.weight_files import WeightFiles
@@ -46,6 +47,7 @@ class RewardModel:
         max_image_bytes: int = MediaLimits.max_bytes,
         max_video_bytes: int = MediaLimits.max_video_bytes,
         max_video_seconds: float = MediaLimits.max_video_seconds,
+        check_exactness: bool = True,
     ) -> "RewardModel":
         """Load the `model/` folder of a run, or any folder of the same layout.
 
@@ -59,6 +61,9 @@ class RewardModel:
             min_pixels, max_pixels: images are resized to these limits; default: those of the training run.
             max_image_pixels, max_image_bytes: an image that declares more is refused before it is decoded.
             max_video_bytes, max_video_seconds: a video that has or declares more likewise.
+            check_exactness: before the first rewards of text, of images and of videos, compare two with those of the
+                stock transformers class with the same weights. The result is kept in the user's cache
+                (first_use.py), so that a model is checked once.
 
         Raises:
             ConfigError: for a value that is none of the choices, if the folder is not a reward model, or
@@ -74,6 +79,8 @@ class RewardModel:
         network = load_model(Path(path), min_pixels, max_pixels, dtype=wanted, device=target)
         network.encoder.limits = MediaLimits(max_image_bytes, max_image_pixels, max_video_bytes, max_video_seconds)
         network.use_kernels(network.model.dtype, kernels=kernels, attention=attention)
+        if check_exactness:
+            network.first_use = FirstUse(network, weights_of(path))
         return cls(network, _describe(network.model.dtype, WeightFiles.open(path).dtype, dtype))
 
     def score(self, groups: Sequence[dict], *, tokens_per_pack: int = 32768, num_workers: int = 0) -> list[list[float]]:
@@ -90,6 +97,7 @@ class RewardModel:
 
         Raises:
             DataError: for a group that cannot be scored, naming it and the reason.
+            ExactnessError: if the model's first rewards differ from those of the stock class (`check_exactness`).
         """
         from fastrm.evaluate.scoring import score_groups
 

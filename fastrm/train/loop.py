@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 
 from fastrm.config import Config
+from fastrm.data.group import encode_group
 from fastrm.data.loader import LoadedPack, PackBuilder, Refusal, Waiting, load_packs
 from fastrm.data.order import StepOrder
-from fastrm.data.packing import Pack
+from fastrm.data.packing import EncodedGroup, Pack
 from fastrm.data.plan import plan_steps
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
 from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.evaluate.flips import Flips, compare_fp8
 from fastrm.evaluate.scoring import run_packs
+from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.precision import token_multiple
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.display import Display
@@ -28,7 +30,7 @@ from fastrm.train.progress import Progress, StepReport
 from fastrm.train.ranks import Ranks, joined
 from fastrm.train.report import draw_report, peak_memory_bytes, summary_table, versions
 from fastrm.train.resume import check_config, find_start
-from fastrm.train.setup import Job, export_model, make_engine, set_up
+from fastrm.train.setup import Job, export_model, make_engine, make_first_use, set_up
 from fastrm.train.step_cost import make_cost_model
 
 # Saves in a row that may fail, for a full disk say, before the run stops.
@@ -117,6 +119,7 @@ class _Run:
         self.step_refusals: list[Refusal] = []
         self.must_stop = False  # by the last step's reports, on all ranks alike
         self._announce(start)
+        self._check_exactness()
 
     def to_the_end(self) -> dict:
         try:
@@ -382,6 +385,8 @@ class _Run:
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in job.network.parameters()]
         parameters, trainable = (sum(size for size, trained in sizes if trained or all) for all in (True, False))
         say(f"model: {parameters:,} parameters, {trainable:,} trained, on {job.network.device}")
+        if (line := describe_unknown_keys(job.network.model.config)) is not None:
+            say(line)
         if self.ranks.num_ranks > 1:
             say(f"processes: {self.ranks.num_ranks}, DeepSpeed ZeRO stage {self.config.engine.zero_stage}")
         for part, (choice, why) in (("attention", job.network.attention), ("head and loss", job.network.head_kernels)):
@@ -397,6 +402,18 @@ class _Run:
         say(f"run: {self.num_steps:,} steps of {self.config.optim.batch_pairs:,} preferences in {self.run_dir}")
         if start is not None:
             say(f"resumed from {start}")
+
+    def _check_exactness(self) -> None:
+        """Compare the network with the stock class, on the first rank."""
+        if not self.config.check_exactness:
+            return
+        train, encoder = self.job.train, self.job.network.encoder
+        first_use = make_first_use(self.job.network, self.engine, self.config, self.ranks, self.display.say)
+
+        def load(number: int) -> EncodedGroup:
+            return encode_group(train.records[number], encoder)
+
+        self.ranks.on_first(lambda: first_use(train.groups, load))
 
     def _finish(self, flips: Flips | None) -> dict:
         export_model(self.engine, self.run_dir / "model", self.ranks)

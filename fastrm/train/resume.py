@@ -13,7 +13,7 @@ MAY_CHANGE = (
     "run.keep_checkpoints", "run.report_to", "run.device", "data.eval", "data.prepared", "data.num_workers",
     "run.num_processes", "engine", "compile", "kernels", "model.attention", "model.activation_checkpointing",
     "model.export_dtype",
-    "optim.tokens_per_pack",
+    "optim.tokens_per_pack", "check_exactness",
 )  # fmt: skip
 
 

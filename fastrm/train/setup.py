@@ -1,5 +1,6 @@
 """From a configuration to what the loop needs: data, tokeniser, network."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.architectures import find_architecture
+from fastrm.model.exactness import first_layers
 from fastrm.model.export import (
     check_same_head,
     export_dtype,
@@ -22,9 +24,10 @@ from fastrm.model.export import (
     save_model,
 )
 from fastrm.model.families import longest_path
+from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.loading import Backbone, load_backbone_config, open_backbone
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
-from fastrm.model.precision import convert_to_fp8
+from fastrm.model.precision import convert_to_fp8, token_multiple
 from fastrm.train.data import RunData, make_tokenizer
 from fastrm.train.display import Display
 from fastrm.train.engine import LocalEngine
@@ -145,6 +148,29 @@ def find_backbone_config(settings: ModelConfig):
         return find_architecture(settings)[0]
     except LookupError:
         return load_backbone_config(settings.path)
+
+
+def make_first_use(
+    network: RewardNetwork, engine, config: Config, ranks: Ranks, say: Callable[[str], None]
+) -> FirstUse:
+    """The check of a run's network against the stock class; made on all ranks, used on the first.
+
+    In the precision of the run; where ranks have only parts of the weights, of two layers.
+
+    Args:
+        say: takes the line that tells what was found.
+    """
+    path = config.model.path
+    weights = ["random", config.run.seed] if path is None else weights_of(path)
+    options = {"share": config.data.share_prefixes, "multiple": token_multiple(config.precision.fp8)}
+    if ranks.num_ranks == 1 or config.engine.zero_stage < 3:
+        options["autocast"] = torch.bfloat16 if config.precision.dtype == "bf16" else None
+    elif ranks.is_first:
+        network, options["whole"] = first_layers(network, engine.model_tensors()), False
+    else:
+        for _ in engine.model_tensors():  # only helps to gather
+            pass
+    return FirstUse(network, weights, options, say)
 
 
 def make_engine(network: RewardNetwork, config: Config, ranks: Ranks):

@@ -1,0 +1,405 @@
+"""Rewards of a loaded model against the stock transformers class, on the user's own groups.
+
+Our layers are an evaluation of their own of a stock model (backbone.py). That both compute the same was tested for the
+models that we had; whether it holds for the model, the config, the versions and the device at hand, this check finds
+out before anything is built on the rewards. The stock class is made from the config, takes the weights that are in
+memory (no second copy of them; fused matrices as views of their parts), and reads one conversation at a time, with
+stock attention and, for images, the stock processor. The head is the network's own module.
+
+How far may the two be apart? Sums are taken in another order, and a few intermediate values are rounded in one and
+not in the other; nothing else differs. So the bound is measured, not guessed: the stock model runs DRAWS times more
+with the factors of every matrix product, and the state that the head reads, off by one unit of rounding (2^-24 in
+float32, 2^-8 in bfloat16), up or down by chance. The root mean square of what that changes in the rewards, s, is the
+effect of one rounding at every product. Two implementations that both round there differ by sqrt(2) s; up to four
+further operations between two products round too (norm, rotary embedding, softmax, activation), which makes
+sqrt(2 * 5) s = 3.2 s; s comes from few rewards and may be off by a factor of two; and the largest of a few normal
+deviates lies within three of them: 3.2 * 2 * 3 < ROUNDINGS = 20. Measured on the tests' models, the difference is at
+most 3.2 s. In float32 a setting that is not read moves rewards by ten thousand times s.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+
+from fastrm.data.group import PreparedGroup
+from fastrm.data.images import decode_image
+from fastrm.data.packing import EncodedGroup, build_pack
+from fastrm.data.record import ImageRef, VideoRef
+from fastrm.data.template import ConversationEncoder, EncodedResponse
+from fastrm.data.vision_format import MediaSpan, Patches
+from fastrm.errors import ExactnessError, RecordError
+from fastrm.model.config_keys import unknown_keys
+from fastrm.model.loading import WeightsOnMeta
+from fastrm.model.network import RewardNetwork
+
+ROUNDINGS = 20
+# Of each group, the first and the last: the one ends where the prompt's own sequence goes on, the other in a branch.
+RESPONSES = 2
+# Groups that are looked at for the shortest ones.
+CANDIDATES = 512
+LAYERS = 2  # of a network that stands for the whole
+# A check on a CPU computes no more than this, some ten seconds of one core.
+CPU_OPERATIONS = 10**12
+TRIES = 8  # groups of a kind, until one can be read
+KINDS = ("text", "image", "video")
+DRAWS = 3  # of directions of rounding
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A group to check with: tokenised, its media decoded.
+
+    Attributes:
+        pixels: patches of its images and videos by key.
+    """
+
+    group: EncodedGroup
+    pixels: dict[str, Patches]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a comparison has found; `difference` and `bound` are in units of the reward.
+
+    Attributes:
+        dtype: of the matrix products: fp32, bf16 or fp16.
+        whole: all layers; else the first two.
+        against: the stock class and its version.
+    """
+
+    num_rewards: int
+    difference: float
+    bound: float
+    dtype: str
+    whole: bool
+    against: str
+
+
+def describe(found: Sequence[Agreement]) -> str:
+    """One line for the user, such as `exact: 4 rewards agree with transformers to 3e-7`."""
+    by_kind = [[part for part in found if part.whole == whole] for whole in (True, False)]
+    count = sum(part.num_rewards for part in by_kind[0] or by_kind[1])
+    whole, cut = (None if not parts else _how_far(parts) for parts in by_kind)
+    if whole is None:
+        return f"exact: {count} rewards of the first {LAYERS} layers agree with transformers {cut}"
+    line = f"exact: {count} rewards agree with transformers {whole}"
+    return line if cut is None else f"{line}, those of the first {LAYERS} layers {cut}"
+
+
+def _how_far(parts: Sequence[Agreement]) -> str:
+    difference = max(part.difference for part in parts)
+    to = f"to {difference:.0e}".replace("e-0", "e-") if difference else "to the bit"
+    return to if parts[0].dtype == "fp32" and parts[0].whole else f"{to} in {parts[0].dtype}"
+
+
+def choose_samples(
+    groups: Sequence[PreparedGroup],
+    load: Callable[[int], EncodedGroup],
+    encoder: ConversationEncoder,
+    kinds: Sequence[str] = KINDS,
+) -> dict[str, Sample]:
+    """Of the first groups the shortest of each kind that there is.
+
+    Args:
+        load: the tokenised group of a number; where it or decoding raises RecordError, the next longer one is taken.
+    """
+    first = [groups[number] for number in range(min(len(groups), CANDIDATES))]
+    by_kind: dict[str, list[int]] = {}
+    for number in sorted(range(len(first)), key=lambda number: first[number].num_tokens):
+        by_kind.setdefault(_kind_of(first[number], encoder), []).append(number)
+    samples = {
+        kind: next(filter(None, (_read(number, load, encoder) for number in numbers[:TRIES])), None)
+        for kind, numbers in by_kind.items()
+        if kind in kinds
+    }
+    return {kind: sample for kind, sample in samples.items() if sample is not None}
+
+
+def _kind_of(group: PreparedGroup, encoder: ConversationEncoder) -> str:
+    """What of a model a group needs."""
+    if not group.images:
+        return "text"
+    # InternVL's several planes are tiles of one image; a video of one plane is read as an image is.
+    has_planes = not encoder.vision.opening and any(image.frames > 1 for image in group.images)
+    return "video" if has_planes else "image"
+
+
+def _read(number: int, load: Callable[[int], EncodedGroup], encoder: ConversationEncoder) -> Sample | None:
+    try:
+        group = load(number)
+        cut = {key: encoder.vision.cut(ref, encoder.measure(ref), encoder.limits) for key, ref in group.media.items()}
+        return Sample(group, cut)
+    except RecordError:
+        return None  # named by whoever reads it in its turn
+
+
+def check_network(
+    network: RewardNetwork,
+    sample: Sample,
+    *,
+    autocast: torch.dtype | None = None,
+    share: bool = True,
+    multiple: int = 1,
+    whole: bool = True,
+) -> list[Agreement]:
+    """Compare the rewards of a group with those of the stock class; nothing if stock gives no finite ones.
+
+    All layers are compared in the precision of the run. Where that is not float32, in which alone a small fault shows,
+    the first two layers are compared in float32 besides; and nothing but they where the whole model would take the
+    device's memory or minutes of a CPU. Random states, gradients and the network are left as they were. Layers are not
+    compiled here, and products in FP8 are computed in bf16: FP8 rounds more coarsely than most faults show.
+
+    Args:
+        network: on its device, kernels chosen.
+        autocast: dtype of the matrix products where training computes them under autocast; None: as the weights.
+        share, multiple: as packs of the run are made.
+        whole: False: the network is one that `first_layers` has made.
+
+    Raises:
+        ExactnessError: if a reward lies further from stock's than rounding explains.
+    """
+    device, found = network.device, []
+    options = {"share": share, "multiple": multiple}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        if whole and (device.type != "cpu" or _num_operations(network, sample) <= CPU_OPERATIONS):
+            with _autocast(device, autocast), suppress(torch.OutOfMemoryError):
+                found += _compare(network, sample, whole=True, **options)
+        if not found or found[0].dtype != "fp32":
+            found += _compare(first_layers(network) if whole else network, sample, whole=False, **options)
+    return found
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None):
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def _num_operations(network: RewardNetwork, sample: Sample) -> int:
+    """Of the passes of a check, about: two for a weight and a token. Embeddings are looked up."""
+    embedding = network.model.get_input_embeddings().weight.numel()
+    num_weights = sum(parameter.numel() for parameter in network.parameters()) - embedding
+    num_tokens = sum(len(sample.group.responses[number].tokens) for number in _chosen(sample))
+    return 2 * num_weights * num_tokens * (2 + DRAWS)
+
+
+def _compare(network: RewardNetwork, sample: Sample, *, whole: bool, share: bool, multiple: int) -> list[Agreement]:
+    """Whatever autocast is on holds for both sides."""
+    ours = _packed_rewards(network, sample, share, multiple)
+    stock = StockModel(network)
+    wanted = stock.rewards(sample)
+    moved = [stock.moved_rewards(sample, seed) for seed in range(DRAWS)]
+    if not all(map(math.isfinite, wanted)):
+        return []
+    squares = [(a - b) ** 2 for draw in moved for a, b in zip(draw, wanted, strict=True)]
+    # Where the last bias is all that a reward is made of, nothing before it matters.
+    bound = ROUNDINGS * math.sqrt(sum(squares) / len(squares)) + _EPS * max(map(abs, wanted))
+    worst = max(range(len(wanted)), key=lambda place: _distance(ours[place], wanted[place]))
+    difference = _distance(ours[worst], wanted[worst])
+    if not difference <= bound:
+        raise ExactnessError(_complaint(network, stock.name, sample, worst, ours[worst], wanted[worst], bound))
+    linear = next(module for module in network.model.modules() if isinstance(module, nn.Linear))
+    dtype = _NAMES[product_dtype(linear.weight, linear.weight)]
+    return [Agreement(len(wanted), difference, bound, dtype, whole, stock.name)]
+
+
+@torch.no_grad()
+def first_layers(network: RewardNetwork, tensors: Iterable[tuple[str, torch.Tensor]] | None = None) -> RewardNetwork:
+    """The network of the first two decoder layers and vision blocks of another one, in float32, with eager kernels.
+
+    Weights that are float32 are shared. The others are copied, except the embedding, whose rows are widened as they
+    are looked up.
+
+    Args:
+        tensors: (stock name, whole tensor) of all weights, each valid until the next, where the network has only parts
+            of them; all are taken, and those of the first layers copied.
+    """
+    with WeightsOnMeta():
+        model = transformers.AutoModel.from_config(
+            _config_of_first_layers(network.model.config), dtype=torch.float32, attn_implementation="eager"
+        )
+        cut = RewardNetwork(model, network.head, network.encoder, network.pooling)
+    embedding = model.get_input_embeddings().weight
+    wanted = {name: parameter is embedding for name, parameter in cut.named_parameters()}
+    wanted |= dict.fromkeys(cut.state_dict().keys() - wanted.keys(), False)
+    state = {}
+    for name, tensor in network.state_dict().items() if tensors is None else tensors:
+        if name in wanted:
+            tensor = tensor if tensors is None else tensor.detach().clone()
+            state[name] = tensor if wanted[name] else tensor.float()
+    cut.load_state_dict(state, assign=True)
+    _widen(model)
+    cut.to(network.device).eval().use_kernels(torch.float32, kernels="eager", attention="sdpa")
+    return cut
+
+
+def _config_of_first_layers(config):
+    config = copy.deepcopy(config)
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    text.num_hidden_layers = min(LAYERS, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:LAYERS]
+    if vision is not None:
+        name = "num_hidden_layers" if config.model_type == "internvl" else "depth"
+        setattr(vision, name, min(LAYERS, getattr(vision, name)))
+        if config.model_type == "qwen2_5_vl":  # one block sees windows, and one whole images
+            vision.fullatt_block_indexes = [vision.depth - 1]
+    return config
+
+
+def _widen(model: nn.Module) -> None:
+    """Let a model's embedding, whatever its dtype, give float32."""
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
+
+
+def _distance(ours: float, wanted: float) -> float:
+    return abs(ours - wanted) if math.isfinite(ours) else math.inf
+
+
+def _chosen(sample: Sample) -> list[int]:
+    """Numbers of the responses of a group that are compared."""
+    count = len(sample.group.responses)
+    return list(range(count)) if count <= RESPONSES else [0, count - 1]
+
+
+def _packed_rewards(network: RewardNetwork, sample: Sample, share: bool, multiple: int) -> list[float]:
+    """Of the chosen responses, from one pack of the whole group."""
+    vision = network.encoder.vision
+    patch_format = None if vision is None else vision.patch_format
+    pack = build_pack([sample.group], sample.pixels, patch_format, share=share, multiple=multiple)
+    pack.prepared = network.planner(pack)
+    with network.plain_layers():
+        rewards = network(pack.to(network.device)).float().tolist()
+    return [rewards[number] for number in _chosen(sample)]
+
+
+class StockModel:
+    """The stock base model of a network's config, on the network's own weights, and the network's head.
+
+    Attributes:
+        name: of the class, with the version of transformers.
+    """
+
+    def __init__(self, network: RewardNetwork):
+        self._network = network
+        config = copy.deepcopy(network.model.config)  # which the model would write its attention into
+        with WeightsOnMeta():
+            model = transformers.AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        # The same tensors: `assign` copies nothing, and a fused matrix is split into views of itself.
+        model.load_state_dict(network.model.state_dict(), assign=True)
+        self._model = model.to(network.device).eval()
+        if network.model.get_input_embeddings()._forward_hooks:
+            _widen(self._model)
+        self.name = f"transformers {transformers.__version__} ({type(model).__name__})"
+
+    def rewards(self, sample: Sample) -> list[float]:
+        """Rewards of the chosen responses, each conversation alone."""
+        found = []
+        for number in _chosen(sample):
+            inputs = self._inputs(sample.group.responses[number], sample.pixels)
+            hidden = self._model(**inputs, use_cache=False).last_hidden_state[0]  # (n, D)
+            state = hidden.float().mean(0) if self._network.pooling == "mean" else hidden[-1]
+            with torch.autocast(state.device.type, enabled=False):
+                head = next(self._network.score.parameters())
+                found.append(float(self._network.score(state.to(head.dtype))))
+        return found
+
+    def moved_rewards(self, sample: Sample, seed: int) -> list[float]:
+        """The same with the factors of every matrix product off by a unit of rounding, up or down by chance."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def move(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            signs = 2 * torch.randint(0, 2, states.shape, generator=generator, dtype=torch.int8) - 1
+            return states + states * (torch.finfo(dtype).eps / 2 * signs.to(states.device, states.dtype))
+
+        def before(module: nn.Module, inputs: tuple) -> tuple:
+            return (move(inputs[0], product_dtype(inputs[0], module.weight)), *inputs[1:])
+
+        def after(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+            return move(output, output.dtype)
+
+        language = getattr(self._model, "language_model", self._model)
+        modules = [*self._model.modules(), *self._network.score.modules()]
+        products = [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)]
+        # The head computes in float32, but what stock hands to it was rounded as all states are.
+        handles = [module.register_forward_pre_hook(before) for module in products]
+        handles.append(language.norm.register_forward_hook(after))
+        try:
+            return self.rewards(sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _inputs(self, response: EncodedResponse, pixels: dict[str, Patches]) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the stock model for one conversation, on its device."""
+        vision = self._network.encoder.vision
+        ids = torch.from_numpy(response.tokens)[None]
+        inputs = {"input_ids": ids}
+        if vision is not None:
+            inputs |= self._images([span.ref for span in response.media if isinstance(span.ref, ImageRef)])
+            inputs |= self._videos([span for span in response.media if isinstance(span.ref, VideoRef)], pixels)
+            if not vision.opening:  # Qwen: which tokens are of images (1) and of videos (2)
+                kinds = [(ids == vision.placeholders.get(kind, -1)).int() for kind in (ImageRef, VideoRef)]
+                inputs["mm_token_type_ids"] = kinds[0] + 2 * kinds[1]
+        return {name: value.to(self._network.device) for name, value in inputs.items()}
+
+    def _images(self, refs: list[ImageRef]) -> dict[str, torch.Tensor]:
+        """What the stock image processor makes of images."""
+        encoder = self._network.encoder
+        if not refs:
+            return {}
+        images = [decode_image(ref, encoder.limits) for ref in refs]
+        options = {"crop_to_patches": True} if encoder.vision.opening else {}
+        found = encoder.vision.processor(images=images, return_tensors="pt", **options)
+        return {name: found[name] for name in ("pixel_values", "image_grid_thw") if name in found}
+
+    def _videos(self, spans: list[MediaSpan], pixels: dict[str, Patches]) -> dict[str, torch.Tensor]:
+        """Our patches of videos, whose stock processor needs torchvision."""
+        vision = self._network.encoder.vision
+        if not spans:
+            return {}
+        patches = [pixels[span.ref.key] for span in spans]
+        values = [vision.patch_format.normalize(torch.from_numpy(part.values)) for part in patches]
+        found = {
+            "pixel_values_videos": torch.cat(values),
+            "video_grid_thw": torch.tensor([part.grid for part in patches]),
+        }
+        if vision.tokens_per_second is not None:
+            found["second_per_grid_ts"] = torch.tensor([span.size.seconds for span in spans])
+        return found
+
+
+def product_dtype(states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """dtype in which the product of the two is computed."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _complaint(
+    network: RewardNetwork, name: str, sample: Sample, worst: int, ours: float, wanted: float, bound: float
+) -> str:
+    group, number = sample.group, _chosen(sample)[worst]
+    causes = list(_likely_causes(network))
+    return (
+        f"not exact: {group.origin or group.id}: response {number} has reward {ours:.7g} here and {wanted:.7g} in "
+        f"{name} with the same weights; rounding explains a difference of {bound:.1e}, this is "
+        f"{_distance(ours, wanted):.1e}. Likeliest causes: {'; '.join(causes)}. Please report it with config.json; "
+        "check_exactness: false (training), --no-check-exactness (score, eval) or check_exactness=False (Python) go on "
+        "without the check"
+    )
+
+
+def _likely_causes(network: RewardNetwork) -> Iterator[str]:
+    if names := unknown_keys(network.model.config):
+        yield f"keys of config.json that fastrm does not know and stock may read: {', '.join(names)}"
+    if network.attention[0] != "sdpa":
+        yield f"the attention backend {network.attention[0]}: try attention: sdpa"
+    if network.head_kernels[0] != "eager" or not network.norm_and_gate.startswith("stock"):
+        yield "a kernel: try kernels: eager"
+    yield f"a change in transformers {transformers.__version__} that fastrm was not tested with"

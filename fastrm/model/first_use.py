@@ -1,0 +1,144 @@
+"""The check of exactness.py, made when a model is first used, and its result, kept so that it is made once.
+
+Results lie in $XDG_CACHE_HOME/fastrm/exact (~/.cache/fastrm/exact), one small file for a model, a kind of input and a
+setting. Its name is a digest of all that the result depends on: the files of the model by size and time of change,
+config, precision, kernels, device, the versions of torch and transformers, and fastrm's own code. A folder that
+cannot be written costs a check at each start, and is no error.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import fastrm
+import fastrm_kernels
+from fastrm.data.group import PreparedGroup
+from fastrm.data.packing import EncodedGroup
+from fastrm.model.exactness import KINDS, Agreement, Sample, check_network, choose_samples, describe
+from fastrm.model.fusion import FusedLinear
+from fastrm.model.network import RewardNetwork
+from fastrm.model.weight_files import WeightFiles
+
+
+class FirstUse:
+    """Checks a network before its first rewards; of a vision model once for text, for images and for videos.
+
+    May be called from any number of threads.
+
+    Args:
+        network: on its device, kernels chosen.
+        weights: what tells these weights from others, plain data (`weights_of`).
+        options: of `check_network`.
+
+    Attributes:
+        say: takes the line that tells what was found.
+    """
+
+    def __init__(
+        self,
+        network: RewardNetwork,
+        weights: object,
+        options: dict[str, Any] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.say = say
+        self._network, self._weights = network, weights
+        self._options = options or {}
+        self._checked: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, groups: Sequence[PreparedGroup], load: Callable[[int], EncodedGroup]) -> None:
+        """Check with groups of the kinds that were not yet met.
+
+        Args:
+            groups: about to be used.
+            load: as of `choose_samples`.
+
+        Raises:
+            ExactnessError: as `check_network`.
+        """
+        encoder = self._network.encoder
+        with self._lock:
+            kinds = KINDS if encoder.vision is not None else KINDS[:1]
+            if missing := [kind for kind in kinds if kind not in self._checked]:
+                self._check(choose_samples(groups, load, encoder, missing))
+
+    def _check(self, samples: dict[str, Sample]) -> None:
+        found: list[Agreement] = []
+        for kind, sample in samples.items():
+            file = cache_folder() / f"{self._key(kind)}.json"
+            agreements = _read(file)
+            if not agreements:
+                agreements = check_network(self._network, sample, **self._options)
+                if agreements:
+                    _write(file, agreements)
+            found += agreements
+            self._checked.add(kind)
+        if found:
+            self.say(describe(found))
+
+    def _key(self, kind: str) -> str:
+        network = self._network
+        parts = [
+            network.model.config.to_dict(), self._weights, kind, self._options, network.pooling, network.encoder.anchor,
+            str(network.score), network.head.activation, network.attention[0], network.head_kernels[0],
+            network.norm_and_gate, sorted({str(parameter.dtype) for parameter in network.parameters()}),
+            any(isinstance(module, FusedLinear) for module in network.modules()), _device_name(network.device),
+            torch.__version__, transformers.__version__, _code(),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_of(path: str | Path) -> list:
+    """What tells the weights of a folder or hub id from others: size and time of change of the folder's files."""
+    place = Path(path)
+    if not place.exists():  # a hub id, whose files are in the hub's cache
+        place = next(iter(WeightFiles.open(path).values())).file.parent
+    files = [file for file in sorted(place.iterdir()) if file.is_file()] if place.is_dir() else [place]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def cache_folder() -> Path:
+    """Where results of checks are kept; relative paths in XDG_CACHE_HOME are ignored, as its specification says."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastrm" / "exact"
+
+
+def _read(file: Path) -> list[Agreement]:
+    try:
+        return [Agreement(**fields) for fields in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _write(file: Path, agreements: list[Agreement]) -> None:
+    """Appears whole, or not at all where the folder cannot be written."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}.part")
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps([asdict(agreement) for agreement in agreements]) + "\n")
+        part.replace(file)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@cache
+def _code() -> str:
+    """A digest of fastrm's own sources: another version of them is checked anew."""
+    digest = hashlib.sha256()
+    for package in (fastrm, fastrm_kernels):
+        for file in sorted(Path(package.__file__).parent.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
