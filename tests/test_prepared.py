@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from chat_templates import TRIMMED
 from fastrm.config import load_config
+from fastrm.data import tokenizer
 from fastrm.data.images import MediaLimits
 from fastrm.data.prepared import build, durable
 from fastrm.data.prepared.content import with_digests
@@ -349,6 +351,27 @@ def test_sources_without_a_usable_group_are_refused_by_reason(tmp_path):
     empty = write_rows(tmp_path / "good.jsonl", text_rows(4))
     with pytest.raises(DataError, match=r"data\.eval: no usable group"):
         Made(config_of(tmp_path, {"path": str(empty)}, eval=[{"path": str(path)}]))
+
+
+def test_what_the_model_would_not_read_as_meant_is_refused_by_its_own_code(tmp_path, monkeypatch):
+    monkeypatch.setitem(tokenizer.CHAT_LAYOUTS, "qwen", tokenizer.CHAT_LAYOUTS["qwen"]._replace(template=TRIMMED))
+    pair = {"prompt": "What?", "chosen": "yes", "rejected": "no"}
+    bad = [
+        {**pair, "rejected": "yes\n"},
+        {**pair, "system": "Be brief."},
+        {**pair, "tools": [{"name": "f"}]},
+        {**pair, "prompt": "<|im_start|>user\nWhat?<|im_end|>\n"},
+        {**pair, "chosen": "yes <image>"},
+        {**pair, "prompt": "<image>What?"},
+    ]
+    path = write_rows(tmp_path / "bad.jsonl", [*text_rows(4), *bad])
+    made = Made(config_of(tmp_path, {"path": str(path)}, model={"tokenizer": {"train_vocab_size": 280}}))
+    codes = {int(row["origin"].rsplit(":", 1)[1]) - 4: row["code"] for row in made.refused}
+    assert codes == {
+        1: "IDENTICAL_RESPONSES", 2: "UNRENDERED_KEY", 3: "UNRENDERED_KEY", 4: "RENDERED_TEMPLATE", 5: "IMAGE_COUNT",
+        6: "IMAGE_COUNT",
+    }  # fmt: skip
+    assert len(made.train) == 4
 
 
 def test_embedded_images_are_kept_in_the_set_once_in_a_unit(tmp_path):

@@ -1,15 +1,18 @@
 """What a row says is what the stock chat template renders of it, in every layout, or it is refused by name."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 
 from chat_templates import HERMES, LLAMA3_1, QWEN2_5, QWEN3, TEMPLATES, TRIMMED, UNCLOSED, tokenizer_with
-from fastrm.data.record import Message, Response
+from fastrm.data.group import check_distinct, encode_group
+from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.data.sources.groups import group_record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, RecordError
 from source_rows import FLAT, GROUP, RATED, SHAREGPT, turns
+from support import make_image, make_model
 
 WEATHER = {
     "type": "function",
@@ -296,3 +299,71 @@ def test_hashes_see_all_that_is_rendered():
     assert plain[1] != tools[1]
     other = Response((Message("user", ("Weather in Oslo?",)), Message("assistant", ("Yes.",))))
     assert response_hash(other) != plain[1]
+
+
+def test_a_preference_between_equal_tokens_is_refused():
+    record = group_record({"prompt": ASKED, "responses": ["Yes", "Yes\n", "No"], "preferences": [[0, 2], [0, 1]]}, 0)
+    check_distinct(encode_group(record, encoder_of(QWEN2_5)))  # which does not trim
+    trimmed = encode_group(record, encoder_of(TRIMMED))
+    code, message = refused(check_distinct, trimmed)
+    assert code == "IDENTICAL_RESPONSES"
+    assert f"the chat template makes the same {len(trimmed.responses[0].tokens)} tokens of both" in message
+    check_distinct(replace(trimmed, preferences=(Preference(0, 2), Preference(0, 1, tie=True))))
+
+
+def test_equal_tokens_about_other_images_are_two_responses():
+    encoder = make_model("qwen2_5_vl").encoder
+    images = [make_image(56, 56, seed) for seed in (0, 1)]
+    responses = tuple(Response((Message("user", (image, "What?")), Message("assistant", ("a",)))) for image in images)
+    record = Record("r", responses, (Preference(0, 1),), "s", "o")
+    group = encode_group(record, encoder)
+    assert group.responses[0].tokens.tolist() == group.responses[1].tokens.tolist()
+    check_distinct(group)
+
+
+CHATML = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+RENDERED = {
+    "chatml": CHATML,
+    "image": "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n",
+    "image alone": "<|vision_start|><|image_pad|><|vision_end|>What?",
+    "behind a preamble": "Go on. " + CHATML,
+    "end of a turn": "What?<|im_end|>\n<|im_start|>assistant\nThis",
+    "generation prompt": "What?\n<|im_start|>assistant\n",
+    "llama 3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>",
+    "llama 2": "<s>[INST] What? [/INST]",
+    "gemma": "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\n",
+    "zephyr": "<|user|>\nWhat?</s>\n<|assistant|>\n",
+    "deepseek": "<\uff5cbegin▁of▁sentence\uff5c><\uff5cUser\uff5c>What?<\uff5cAssistant\uff5c>",
+    "internvl": "<img><IMG_CONTEXT></img>\nWhat?",
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_texts_of_rendered_templates_are_refused(name):
+    encoder = encoder_of(QWEN2_5)
+    said = scored({"prompt": RENDERED[name], "responses": ["a"]})[0]
+    code, message = refused(encoder.encode, said)
+    assert code == "RENDERED_TEMPLATE"
+    assert 'message 1, of role "user"' in message
+
+
+def test_a_response_of_rendered_turns_is_refused():
+    said = scored({"prompt": "What?", "responses": ["<|im_start|>assistant\nThis.<|im_end|>"]})[0]
+    assert refused(encoder_of(QWEN2_5).encode, said)[0] == "RENDERED_TEMPLATE"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What does <|im_start|>user mean?",
+        "Qwen writes `<|im_start|>user`, then the text, then `<|im_end|>` and a line break.",
+        "The turn ends with <|im_end|>",
+        "[INSTALL] the <user> and </s>",
+        "array[0] < [1]; user: hi\nassistant: ho",
+        "<|im_end|><|im_end|>",
+    ],
+)
+def test_texts_that_speak_of_templates_stay_texts(text):
+    encoder = encoder_of(QWEN2_5)
+    said = scored({"prompt": text, "responses": [text]})[0]
+    assert encoder.tokenizer.decode(encoder.encode(said).tokens).count(text) == 2

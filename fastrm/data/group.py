@@ -7,6 +7,8 @@ them. Afterwards the order and the packs of every step follow from the counts al
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from fastrm.config import Config
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.record import Preference, Record, Response
@@ -116,6 +118,24 @@ def join_records(parts: list[Record]) -> Record:
             numbers.append(responses[key])
         preferences += [replace(p, winner=numbers[p.winner], loser=numbers[p.loser]) for p in record.preferences]
     return replace(parts[0], responses=tuple(kept), preferences=tuple(preferences))
+
+
+def check_distinct(group: EncodedGroup) -> None:
+    """Refuse a preference between responses of equal tokens and media, as texts that a template trims have.
+
+    Raises:
+        RecordError: IDENTICAL_RESPONSES.
+    """
+    for preference in group.preferences:
+        winner, loser = group.responses[preference.winner], group.responses[preference.loser]
+        same_media = [span.ref.key for span in winner.media] == [span.ref.key for span in loser.media]
+        if not preference.tie and same_media and np.array_equal(winner.tokens, loser.tokens):
+            raise RecordError(
+                "IDENTICAL_RESPONSES",
+                f"response {preference.winner} is preferred to response {preference.loser}, but the chat template "
+                f"makes the same {len(winner.tokens):,} tokens of both, so that their rewards are always equal; remove "
+                "the preference",
+            )
 
 
 def check_length(num_tokens: int, config: Config) -> None:

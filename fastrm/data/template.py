@@ -14,6 +14,7 @@ import numpy as np
 
 from fastrm.data.images import MediaLimits
 from fastrm.data.latest import Latest
+from fastrm.data.markup import check_not_rendered
 from fastrm.data.record import MediaRef, Message, Response
 from fastrm.data.rendering import ChatRenderer, Rendered, lengthened
 from fastrm.data.vision_format import MediaSize, MediaSpan, VisionFormat
@@ -91,10 +92,11 @@ class ConversationEncoder:
         Raises:
             RecordError: TEMPLATE if the template refuses it or misplaces a medium, UNRENDERED_KEY if it leaves
                 something out, ANCHOR if it closes the conversation before the response's end, IMAGE_UNSUPPORTED or
-                VIDEO_UNSUPPORTED for a medium that the model does not read, SPECIAL_TOKEN if typed text became a
-                medium's token, and the codes of `VisionFormat.measure`.
+                VIDEO_UNSUPPORTED for a medium that the model does not read, RENDERED_TEMPLATE (see markup.py),
+                SPECIAL_TOKEN if typed text became a medium's token, and the codes of `VisionFormat.measure`.
         """
         self._check_supported(response)
+        check_not_rendered(response.messages)
         self._renderer.check_arguments(response)
         rendered = self._renderer.render(response)
         self._renderer.check(response)

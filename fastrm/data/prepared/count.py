@@ -13,7 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from fastrm.config import Config
-from fastrm.data.group import PreparedGroup, check_length, encode_group, join_records, resolve_preferences
+from fastrm.data.group import (
+    PreparedGroup,
+    check_distinct,
+    check_length,
+    encode_group,
+    join_records,
+    resolve_preferences,
+)
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.prepared.content import HASH
 from fastrm.data.prepared.durable import replaced
@@ -168,6 +175,7 @@ def _fit(
         group = encode_group(record, encoder)
         counted = PreparedGroup.of(group, config.data.share_prefixes)
         check_length(counted.num_tokens, config)
+        check_distinct(group)
         if not record.preferences:
             raise RecordError("ONLY_TIES", "every preference is a tie; set loss.ties: half to train on ties")
         return [_Fit(place, len(parts), group, counted, num_ignored)]

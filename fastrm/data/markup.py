@@ -1,0 +1,66 @@
+"""Texts that were rendered with a chat template already, which would be rendered once more.
+
+A conversation is rendered here, once. A text of a row that holds the turns of one, as trainers that take rendered text
+want it, would become one turn of markup, with its images in front. Such a text is told from one that speaks of a
+template by where its markup stands: a turn is opened at its beginning, or right behind the end of another turn, or the
+assistant's turn is opened at its very end.
+"""
+
+import re
+
+from fastrm.data.record import Message
+from fastrm.errors import RecordError
+
+_ROLES = "(?:system|user|assistant|tool|developer|model|ipython)"
+_ASSISTANT = "(?:assistant|model)"
+# What opens a turn, where {role} stands for the role, and what closes one. Sources: the templates of Qwen and other
+# models with ChatML; Llama 3 and 4; Gemma; Phi 3 and Zephyr; gpt-oss; Llama 2 and Mistral; DeepSeek; Cohere.
+_OPENINGS = (
+    r"<\|im_start\|>{role}\b",
+    r"<\|(?:start_header_id|header_start)\|>{role}<\|(?:end_header_id|header_end)\|>",
+    r"<start_of_turn>{role}\b",
+    r"<\|{role}\|>",
+    r"<\|start\|>{role}\b",
+)
+_FIXED_OPENINGS = (r"\[INST\]", "<\uff5cUser\uff5c>", r"<\|START_OF_TURN_TOKEN\|>")
+_FIXED_ASSISTANT = (r"\[/INST\]", "<\uff5cAssistant\uff5c>", r"<\|CHATBOT_TOKEN\|>")
+_CLOSINGS = (
+    r"<\|im_end\|>", r"<\|(?:eot_id|eom_id|eot|eom)\|>", "<end_of_turn>", r"<\|end\|>", "</s>",
+    r"<\|END_OF_TURN_TOKEN\|>", "<\uff5cend▁of▁sentence\uff5c>",
+)  # fmt: skip
+_STARTS = (r"<s>", r"<\|begin_of_text\|>", "<bos>", "<\uff5cbegin▁of▁sentence\uff5c>", r"\[gMASK\]", "<sop>")
+_opening = "|".join([*(form.format(role=_ROLES) for form in _OPENINGS), *_FIXED_OPENINGS, *_FIXED_ASSISTANT[1:]])
+_assistant = "|".join([*(form.format(role=_ASSISTANT) for form in _OPENINGS), *_FIXED_ASSISTANT])
+_RENDERED = re.compile(
+    rf"\A\s*(?:(?:{'|'.join(_STARTS)})\s*)*(?:{_opening})"
+    rf"|(?:{'|'.join(_CLOSINGS)})\s*(?:{'|'.join(_STARTS)})?\s*(?:{_opening})"
+    rf"|(?:{_assistant})\s*\Z"
+)
+# An image or a video as a processor takes it, of Qwen-VL and of InternVL; in a response it is a quotation.
+_RENDERED_MEDIUM = re.compile(
+    r"<\|vision_start\|>\s*<\|(?:image|video)_pad\|>|<img>\s*<IMG_CONTEXT>|<start_of_image>|<\|image\|>"
+)
+# One of these is in everything that is looked for.
+_MARKS = ("<|", "<\uff5c", "INST]", "_of_turn>", "</s>", "_CONTEXT>", "_of_image>")
+
+
+def check_not_rendered(messages: tuple[Message, ...]) -> None:
+    """Refuse a conversation of which a text is a rendered one, or a prompt's text holds a rendered image.
+
+    Raises:
+        RecordError: RENDERED_TEMPLATE.
+    """
+    for number, message in enumerate(messages):
+        text = message.text
+        if not any(mark in text for mark in _MARKS):  # as in nearly all texts
+            continue
+        found = _RENDERED.search(text)
+        if found is None and number < len(messages) - 1:
+            found = _RENDERED_MEDIUM.search(text)
+        if found is not None:
+            raise RecordError(
+                "RENDERED_TEMPLATE",
+                f'message {number + 1}, of role "{message.role}", holds what a chat template has written '
+                f"({found.group().strip()!r}), and would be rendered once more; give the turns as messages, and "
+                "images by their files",
+            )
