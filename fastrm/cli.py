@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fastrm.errors import FastrmError
+from fastrm.errors import ConfigError, FastrmError
 
 app = typer.Typer(
     help="Train and evaluate scalar reward models for multimodal LLMs, and score responses with them.",
@@ -248,6 +248,45 @@ def prepare_data(
     from fastrm.train.data import prepare_ahead
 
     prepare_ahead(load_config(config, overrides or []), workers)
+
+
+@data_app.command("check")
+def check_data(
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Data files or folders, or configurations (.yaml), whose sources are all checked"),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Model whose tokenizer shows the first row as it is read; default: the config's")
+    ] = None,
+    images: Images = None,
+    data_format: DataFormat = "auto",
+    columns: Annotated[
+        str | None, typer.Option(help="The files' names for the keys, as prompt=question,chosen=better")
+    ] = None,
+    ignore: Annotated[str | None, typer.Option(help="Keys that are metadata, as url,level")] = None,
+    scoring: Annotated[
+        bool, typer.Option("--scoring", help="The rows are to be scored: they need no preference")
+    ] = False,
+    max_refused: Annotated[str, typer.Option(help="Share of rows that may be refused; more: exit code 65")] = "1%",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: all cores")] = None,
+) -> None:
+    """Show what data files are read as, and what is refused, unread, repeated, contradictory or one-sided in them."""
+    from fastrm.data.check_command import check_data as check
+
+    reading = {"images": images, "format": data_format, "columns": _pairs(columns), "ignore": _names(ignore)}
+    check(files, model=model, reading=reading, scoring=scoring, max_refused=max_refused, num_workers=workers)
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []
+
+
+def _pairs(text: str | None) -> dict[str, str]:
+    pairs = [name.partition("=") for name in _names(text)]
+    if any(not (key.strip() and column.strip()) for key, _, column in pairs):
+        raise ConfigError(f"--columns: got {text!r}, wanted key=column,key=column")
+    return {key.strip(): column.strip() for key, _, column in pairs}
 
 
 @data_app.command("sets")

@@ -8,10 +8,11 @@ import numpy as np
 from fastrm.config import Config, ModelConfig
 from fastrm.data.balance import CostModel
 from fastrm.data.prepared.count import COUNT, IMAGE, Counted
+from fastrm.data.prepared.findings import PAIR
 from fastrm.data.prepared.report import make_report
 from fastrm.data.prepared.select import Selection
 from fastrm.data.prepared.table import RecordTable
-from fastrm.data.prepared.units import MEDIUM, RECORD, REFUSED, TEXT, Unit
+from fastrm.data.prepared.units import MEDIUM, PAIRS, RECORD, REFUSED, TEXT, Unit
 from fastrm.model.architectures import PUBLISHED, find_architecture
 from fastrm.train.step_cost import make_cost_model
 
@@ -131,6 +132,7 @@ def counted_of(counts=None, images=None) -> Counted:
 def _table(folder: Path, num_records: int) -> RecordTable:
     (folder / "unit").mkdir(exist_ok=True)
     (folder / "unit" / REFUSED).touch()
+    np.save(folder / "unit" / PAIRS, np.zeros(0, dtype=PAIR))
     columns = np.zeros(num_records, dtype=RECORD)
     columns["offset"] = np.arange(num_records, dtype=np.uint64) * 40_000  # 120 GB of records
     columns["length"], columns["num_responses"], columns["num_preferences"] = 40_000, 16, 1_500

@@ -10,7 +10,7 @@ from fastrm.config import AgainstConfig, Config, TrainedTokenizer
 from fastrm.data.prepared.build import Preparation
 from fastrm.data.prepared.durable import locked_folder
 from fastrm.data.prepared.refusals import read_refusals
-from fastrm.data.prepared.report import draw_report, report_tables, sharing_line
+from fastrm.data.prepared.report import draw_report, pair_lines, report_tables, sharing_line
 from fastrm.data.prepared.stored import REFUSED, PreparedSet, read_manifest
 from fastrm.data.prepared.units import Unit
 from fastrm.data.quarantine import Quarantine
@@ -83,6 +83,8 @@ class RunData:
                 self._preparation.check_encoder(encoder)
                 return None
             report = self._preparation.finish(self._planned, encoder, make_cost_model(architecture, self.config.model))
+        for line in pair_lines(report):
+            self.display.say(line)
         self.display.say(f"prepared set made: {self.folder}; {sharing_line(report)}")
         return report
 

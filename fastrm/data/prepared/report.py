@@ -10,6 +10,7 @@ begin with the same image save more.
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from fastrm.config import Config, SourceConfig
 from fastrm.data.balance import CostModel
 from fastrm.data.prepared.count import Counted, refusals
 from fastrm.data.prepared.durable import replaced
+from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs
 from fastrm.data.prepared.refusals import read_refusals
 from fastrm.data.prepared.select import Selection
 from fastrm.data.prepared.table import RecordTable
-from fastrm.data.prepared.units import REFUSED
+from fastrm.data.prepared.units import PAIRS, REFUSED
 
 HISTOGRAMS = {
     "tokens": "tokens of a group",
@@ -101,7 +103,23 @@ def _reading(table: RecordTable, split: str, number: int, mine: np.ndarray, remo
         "parts_left_out": dict(partial),  # of records that live on without them
         "duplicates": int((is_copy & mine).sum()),
         "contaminated": {"removed": int((matched & mine & ~is_copy).sum()), **kinds},
+        "pairs": asdict(_find_in_pairs(table, split, number)),
     }
+
+
+def _find_in_pairs(table: RecordTable, split: str, number: int) -> PairFindings:
+    """Contradictions and lengths in a source's preferences as they were read."""
+    mine = [unit for unit in table.units if (unit.split, unit.source) == (split, number)]
+    return find_in_pairs(np.concatenate([np.empty(0, PAIR), *(np.load(table.folder / u.name / PAIRS) for u in mine)]))
+
+
+def pair_lines(report: dict) -> list[str]:
+    """One line for each finding in the sources' preferences that a model may learn from, or cannot."""
+    lines = []
+    for row in report["sources"]:
+        pairs = PairFindings(**row["pairs"])
+        lines += [f"{row['source']}: {found}" for found in (pairs.contradiction, pairs.liking) if found is not None]
+    return lines
 
 
 def _grouping(table: RecordTable, selection: Selection, counted: Counted, number: int) -> dict:

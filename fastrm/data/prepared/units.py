@@ -38,6 +38,7 @@ from fastrm.data.prepared.content import (
     with_digests,
 )
 from fastrm.data.prepared.durable import put_folder
+from fastrm.data.prepared.findings import PAIR, pair_rows
 from fastrm.data.prepared.records import MEDIA_BYTES, RECORDS, decode_record, encode_record
 from fastrm.data.prepared.refusals import refusal_line
 from fastrm.data.record import ImageRef, Record
@@ -49,7 +50,7 @@ FORMAT = 2  # of the files of a unit; a change of their meaning makes all units 
 # Work of a second or two: what a kill costs, and what one worker takes at a time.
 ROWS_PER_UNIT = 8192
 COLUMNS, MEDIA, TEXTS, REFUSED = "columns.npy", "media.npy", "texts.npy", "refused.jsonl"
-KEYS = "keys.json"
+KEYS, PAIRS = "keys.json", "pairs.npy"
 
 # Of one record each, and as narrow as that allows; what adds or multiplies counts widens them to int64 first.
 RECORD = np.dtype(
@@ -198,6 +199,7 @@ class _UnitWriter:
         self._columns: list[tuple] = []
         self._media: list[tuple] = []
         self._texts: list[tuple] = []
+        self._pairs: list[tuple] = []
         self._embedded: dict[str, tuple[int, int]] = {}
         self._offset = self._media_offset = 0
 
@@ -214,6 +216,7 @@ class _UnitWriter:
             np.save(self.folder / COLUMNS, np.array(self._columns, dtype=RECORD))
             np.save(self.folder / MEDIA, np.array(self._media, dtype=MEDIUM))
             np.save(self.folder / TEXTS, np.array(self._texts, dtype=TEXT))
+            np.save(self.folder / PAIRS, np.array(self._pairs, dtype=PAIR))
 
     def add(self, item: Record | Refusal) -> None:
         if isinstance(item, Refusal):
@@ -249,6 +252,7 @@ class _UnitWriter:
         )
         self._offset += len(line)
         self._media += media
+        self._pairs += pair_rows(record, responses)
         if self.settings.texts:
             self._texts += [(_word(text_hash(response.text)), is_short(response.text)) for response in record.responses]
 

@@ -51,7 +51,7 @@ class DigitsFile:
         """The records from number `start` up to, not including, `stop` (0-based); `keys` takes their number."""
         for record in islice(digit_records(self.split), start, stop):
             if keys is not None:
-                keys.add("digits", {})
+                keys.add("digits", (), {})
             yield replace(record, source=self.name) if self.name else record
 
 

@@ -11,9 +11,10 @@ unread, and one of three things:
 - Anything else is counted and reported once for its file (`KeyTally`).
 """
 
+import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from reprlib import Repr
 
@@ -73,6 +74,7 @@ _CHANGE_THE_PROMPT = ("system", "tools")  # whose synonyms are refused: the mode
 _MAX_ITEMS = 1000  # of a list or object that is searched for media
 _MAX_DEPTH = 6
 _MAX_REPORTED = 12  # unread keys that a report describes; it names all
+_NOT_PLAIN = frozenset("[]{},:#&*!|>'\"%@` ")  # characters of a key that YAML wants in quotes
 _brief = Repr()
 _brief.maxstring = _brief.maxother = 40
 
@@ -158,7 +160,7 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
 def _remedy(name: str, near: str, is_file: bool) -> str:
     if "[]." in name or not is_file:
         return "Rename it, or remove it"
-    return f"Rename it, map it with `columns: {{{near}: {name}}}`, or leave it out with `ignore: [{name}]`"
+    return f"Rename it, map it with `columns: {{{near}: {name}}}`, or leave it out with `{ignore_setting([name])}`"
 
 
 def _unread_media(name: str, found: tuple[str, str], is_file: bool) -> RecordError:
@@ -256,23 +258,34 @@ def _places_of_media(row: dict, keys: Keys) -> list:
     ]
 
 
+def ignore_setting(names: Iterable[str]) -> str:
+    """What a data source's settings say about keys that are rightly not read, as YAML."""
+    return f"ignore: [{', '.join(json.dumps(name) if set(name) & _NOT_PLAIN else name for name in names)}]"
+
+
 class KeyTally:
     """What the keys of a file's rows were: how many rows each layout read, and which keys were not read.
 
     Attributes:
         layouts: rows by the name of their layout.
+        read: the keys that were read, by layout, in the order of the rows.
         unread: rows that have a key which is not read, by its name.
         examples: a value of each of them, shortened.
     """
 
     def __init__(self):
         self.layouts: Counter[str] = Counter()
+        self.read: dict[str, list[str]] = {}
+        self._known: set[tuple] = set()  # layouts with the keys of rows that were seen
         self.unread: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
-    def add(self, layout: str, unread: dict[str, object]) -> None:
-        """Count a row."""
+    def add(self, layout: str, read: Iterable[str], unread: dict[str, object]) -> None:
+        """Count a row with the keys of it that are read, and those that are not with their values."""
         self.layouts[layout] += 1
+        if (seen := (layout, *read)) not in self._known:
+            self._known.add(seen)
+            self._add_read(layout, seen[1:])
         for name, value in unread.items():
             if name not in self.examples:
                 self.examples[name] = _brief.repr(value)
@@ -283,16 +296,21 @@ class KeyTally:
         self.layouts += other.layouts
         self.unread += other.unread
         self.examples = other.examples | self.examples
+        for layout, read in other.read.items():
+            self._add_read(layout, read)
+
+    def _add_read(self, layout: str, read: Iterable[str]) -> None:
+        self.read[layout] = list(dict.fromkeys([*self.read.get(layout, ()), *read]))
 
     def to_json(self) -> dict:
         """The tally as plain values, for `from_json`."""
-        return {"layouts": self.layouts, "unread": self.unread, "examples": self.examples}
+        return {"layouts": self.layouts, "read": self.read, "unread": self.unread, "examples": self.examples}
 
     @classmethod
     def from_json(cls, value: dict) -> "KeyTally":
         tally = cls()
         tally.layouts, tally.unread = Counter(value["layouts"]), Counter(value["unread"])
-        tally.examples = dict(value["examples"])
+        tally.read, tally.examples = dict(value["read"]), dict(value["examples"])
         return tally
 
     def report(self, path: str, known: Sequence[str]) -> str | None:
@@ -309,5 +327,5 @@ class KeyTally:
             hint = f"; nearest key: {near}" if near else ""
             parts.append(f"{name} ({number:,} row{'s' if number > 1 else ''}, such as {self.examples[name]}{hint})")
         more = f" and {len(self.unread) - len(parts):,} more" if len(self.unread) > len(parts) else ""
-        names = ", ".join(self.unread)
-        return f"{path}: keys that are not read: {', '.join(parts)}{more}; where that is right: ignore: [{names}]"
+        right = ignore_setting(self.unread)
+        return f"{path}: keys that are not read: {', '.join(parts)}{more}; where that is right: {right}"

@@ -1,0 +1,230 @@
+"""`fastrm data check`: what the rows of data files are read as, before anything is trained on them.
+
+Every row is read as training reads it, with the bytes of its images, by the same code; nothing is written.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fastrm.config import SourceConfig
+from fastrm.data.images import MediaLimits
+from fastrm.data.prepared.content import prompt_hash, record_hash, response_hash, with_digests
+from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pair_rows
+from fastrm.data.prepared.units import ReadSettings, Unit, plan_units
+from fastrm.data.prepared.workers import run_pieces
+from fastrm.data.record import MediaRef, Record
+from fastrm.data.sources import KeyTally, Refusal, SourceFile
+from fastrm.errors import RecordError
+
+_RECORD = np.dtype([("content", "<u8"), ("prompt", "<u8"), ("row", "<u4"), ("file", "<u4")])
+
+
+@dataclass
+class Refused:
+    """Rows refused for one reason, and the first of them."""
+
+    number: int
+    origin: str
+    message: str
+
+
+@dataclass
+class SourceCheck:
+    """What was found in the rows of one source, or of a part of it.
+
+    Attributes:
+        files: the paths of its files, in order.
+        keys: of each file.
+        refused, left_out: by code; rows, and parts of rows that live on without them.
+        media: uses of every image and video by its digest, and what it is called.
+        num_ties: preferences that prefer neither.
+        first: the first record.
+    """
+
+    files: list[str] = field(default_factory=list)
+    keys: dict[str, KeyTally] = field(default_factory=dict)
+    refused: dict[str, Refused] = field(default_factory=dict)
+    left_out: dict[str, Refused] = field(default_factory=dict)
+    media: dict[str, tuple[int, str]] = field(default_factory=dict)
+    num_ties: int = 0
+    first: Record | None = None
+    records: np.ndarray = field(default_factory=lambda: np.empty(0, _RECORD))
+    pairs: np.ndarray = field(default_factory=lambda: np.empty(0, PAIR))
+
+    @property
+    def num_refused(self) -> int:
+        return sum(refused.number for refused in self.refused.values())
+
+    @property
+    def num_rows(self) -> int:
+        """Rows with a record or a refusal; those that are joined into one record count once."""
+        return len(self.records) + self.num_refused
+
+    @property
+    def layouts(self) -> Counter[str]:
+        """Rows by the name of their layout; a row that no layout takes is in none."""
+        return self.all_keys.layouts
+
+    @property
+    def all_keys(self) -> KeyTally:
+        """The keys of all files together."""
+        whole = KeyTally()
+        for tally in self.keys.values():
+            whole.merge(tally)
+        return whole
+
+    @property
+    def num_prompts(self) -> int:
+        """Different prompts, images included: the groups that training would make."""
+        return len(np.unique(self.records["prompt"]))
+
+    @property
+    def copies(self) -> list[tuple[str, str]]:
+        """The places of every record that has the content of an earlier one, and of that one."""
+        _, first, which = np.unique(self.records["content"], return_index=True, return_inverse=True)
+        again = np.flatnonzero(first[which] != np.arange(len(self.records)))
+        return [(self._place(int(number)), self._place(int(first[which[number]]))) for number in again]
+
+    @property
+    def preferences(self) -> PairFindings:
+        """Contradictions and lengths."""
+        return find_in_pairs(self.pairs)
+
+    def place(self, file: int, row: int) -> str:
+        """What messages call a row: its number, or of several files what origins call it."""
+        return f"row {row}" if len(self.files) == 1 else f"{self.files[file]}:{row}"
+
+    def _place(self, number: int) -> str:
+        return self.place(int(self.records["file"][number]), int(self.records["row"][number]))
+
+    def add_refusal(self, refusal: Refusal) -> None:
+        """Count a refused row, or a part of one."""
+        found = self.left_out if refusal.partial else self.refused
+        known = found.setdefault(refusal.code, Refused(0, refusal.origin, refusal.message))
+        known.number += 1
+
+    def merge(self, other: "SourceCheck") -> None:
+        """Add what was found in later rows of the same source."""
+        for path, tally in other.keys.items():
+            self.keys.setdefault(path, KeyTally()).merge(tally)
+        for mine, others in ((self.refused, other.refused), (self.left_out, other.left_out)):
+            for code, refused in others.items():
+                known = mine.setdefault(code, replace(refused, number=0))
+                known.number += refused.number
+        for digest, (uses, name) in other.media.items():
+            known_uses, known_name = self.media.get(digest, (0, name))
+            self.media[digest] = (known_uses + uses, known_name)
+        self.num_ties += other.num_ties
+        self.first = self.first or other.first
+        self.records = np.concatenate([self.records, other.records])
+        self.pairs = np.concatenate([self.pairs, other.pairs])
+
+
+@dataclass(frozen=True)
+class _RowChecker:
+    """Checks units of rows; `checker(unit)` returns their number, and what was found in them."""
+
+    files: list[str]
+    limits: MediaLimits
+    require_preferences: bool
+
+    def __call__(self, numbered: tuple[int, Unit]) -> tuple[int, SourceCheck]:
+        number, unit = numbered
+        found, tally, rows = SourceCheck(), KeyTally(), []
+        pairs: list[tuple] = []
+        file = unit.file
+        if isinstance(file, SourceFile):
+            file = replace(file, require_preferences=self.require_preferences)
+        for item in file.read(unit.start, unit.stop, tally):
+            if isinstance(item, Record):
+                try:
+                    item = with_digests(item, self.limits)
+                except RecordError as error:
+                    item = Refusal(item.source, item.origin, item.id, error.code, error.message)
+            if isinstance(item, Refusal):
+                found.add_refusal(item)
+            else:
+                rows.append(self._add(found, item, pairs))
+        found.keys[file.path] = tally
+        found.records, found.pairs = np.array(rows, _RECORD), np.array(pairs, PAIR)
+        found.records["file"] = found.pairs["file"] = self.files.index(file.path)
+        return number, found
+
+    def _add(self, found: SourceCheck, record: Record, pairs: list[tuple]) -> tuple:
+        """Count a record; returns its row of `_RECORD`."""
+        responses = [response_hash(response) for response in record.responses]
+        pairs += pair_rows(record, responses)
+        found.num_ties += sum(p.tie for p in record.preferences)
+        found.first = found.first or record
+        for ref in record.media:
+            uses, name = found.media.get(ref.digest) or (0, nearby(ref))
+            found.media[ref.digest] = (uses + 1, name)
+        prompt = prompt_hash(record)
+        content = record_hash([*responses, prompt], record.preferences)
+        row = record.origin.rpartition(":")[2]
+        return _word(content), _word(prompt), int(row), 0
+
+
+def _word(value: bytes) -> int:
+    return int.from_bytes(value[:8], "little")
+
+
+def check_source(
+    source: SourceConfig,
+    limits: MediaLimits,
+    *,
+    require_preferences: bool = True,
+    num_workers: int = 1,
+    progress=lambda done, total: None,
+) -> SourceCheck:
+    """Read all rows of a source.
+
+    Args:
+        limits: of the bytes of images and videos.
+        require_preferences: refuse rows that only scoring can use.
+        progress: called with rows done and all rows.
+
+    Raises:
+        ConfigError, DataError: the source cannot be read at all.
+    """
+    settings = ReadSettings(limits.max_bytes, limits.max_pixels, limits.max_video_bytes)
+    planned = plan_units("train", [source], settings)
+    files = list(dict.fromkeys(unit.file.path for unit in planned))
+    total, done = sum(unit.stop - unit.start for unit in planned), 0
+    checker, found = _RowChecker(files, limits, require_preferences), {}
+    for number, part in run_pieces(checker, list(enumerate(planned)), num_workers):
+        found[number] = part
+        done += planned[number].stop - planned[number].start
+        progress(done, total)
+    whole = SourceCheck(files=files)
+    for number in sorted(found):
+        whole.merge(found[number])
+    return whole
+
+
+def example_turns(record: Record) -> Iterator[tuple[str, str]]:
+    """(who, text) of a record's prompt and of all its responses, with media as their names."""
+    chosen, rejected = {p.winner for p in record.preferences if not p.tie}, {p.loser for p in record.preferences}
+    prompt = record.responses[0].messages[:-1]
+    for message in prompt:
+        yield message.role, _with_media(message.parts)
+    for number, response in enumerate(record.responses):
+        what = "chosen" if number in chosen - rejected else "rejected" if number in rejected - chosen else ""
+        what = f"response {number + 1}" + (f", {what}" if what and len(record.responses) == 2 else "")
+        for message in response.messages[:-1] if response.messages[:-1] != prompt else ():
+            yield f"{message.role} ({what} only)", _with_media(message.parts)
+        yield f"{response.messages[-1].role} ({what})", response.text
+
+
+def _with_media(parts: Sequence) -> str:
+    return "".join(part if isinstance(part, str) else f"<{part.noun} {nearby(part)}>" for part in parts)
+
+
+def nearby(ref: MediaRef) -> str:
+    """What a medium is called, from the working directory where that is shorter."""
+    name = str(ref)
+    return min(name, os.path.relpath(name), key=len) if ref.path is not None else name

@@ -1,0 +1,120 @@
+"""`fastrm data check`: pages about data files or about the sources of a configuration, and the exit code."""
+
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from fastrm.config import Config, ModelConfig, SourceConfig, load_config
+from fastrm.data.check import SourceCheck, check_source
+from fastrm.data.check_page import print_page
+from fastrm.data.images import MediaLimits
+from fastrm.data.prepared.units import open_source
+from fastrm.data.sources.columns import understood
+from fastrm.data.template import ConversationEncoder
+from fastrm.errors import ConfigError, DataError
+from fastrm.train.display import Display
+
+_CONFIG_SUFFIXES = (".yaml", ".yml")
+
+
+def check_data(
+    names: Sequence[str],
+    *,
+    model: str | None = None,
+    reading: dict | None = None,
+    scoring: bool = False,
+    max_refused: str = "1%",
+    num_workers: int | None = None,
+) -> list[SourceCheck]:
+    """Print a page about every source.
+
+    Args:
+        names: data files and folders as `path` of a source takes them, or configurations (.yaml), of which all
+            sources are checked under their own settings.
+        model: folder or hub id whose tokenizer renders the first row. Default: model.path of a configuration.
+        reading: further settings of the sources that are no configurations, as `SourceConfig` names them.
+        scoring: rows need no preference.
+        max_refused: the share of rows, as ``1%`` or ``0.01``, that may be refused.
+
+    Returns:
+        what was found, in the order of the sources.
+
+    Raises:
+        ConfigError: an option cannot be what it is.
+        DataError: a source cannot be read at all, or more of its rows are refused.
+    """
+    limit, console = _share(max_refused), Console()
+    checked, too_many = [], []
+    for name, source, config in _sources(names, reading or {}):
+        encoder = _encoder(config, model)
+        with Display() as display:
+            for file in open_source(source):
+                if (line := understood(file)) is not None:
+                    display.say(line)
+            found = check_source(
+                source,
+                _limits(config),
+                require_preferences=not scoring,
+                num_workers=num_workers or len(os.sched_getaffinity(0)),
+                progress=display.task("reading rows"),
+            )
+        print_page(console, name, found, encoder)
+        checked.append(found)
+        if not found.num_rows:
+            too_many.append(f"{name} has no rows")
+        elif found.num_refused > limit * found.num_rows:
+            too_many.append(f"{found.num_refused:,} of {found.num_rows:,} rows of {name} are refused")
+    if too_many:
+        raise DataError(
+            f"{'; '.join(too_many)}: more than --max-refused {max_refused}; mend the rows, or raise the share"
+        )
+    return checked
+
+
+def _sources(names: Sequence[str], reading: dict) -> list[tuple[str, SourceConfig, Config | None]]:
+    """(what to call it, source, configuration that it is of) for every source that is named."""
+    found: list[tuple[str, SourceConfig, Config | None]] = []
+    for name in names:
+        if not name.lower().endswith(_CONFIG_SUFFIXES):
+            found.append((name, SourceConfig(path=name, **reading), None))
+            continue
+        config = load_config(name, [])
+        for split in ("train", "eval"):
+            for number, source in enumerate(getattr(config.data, split)):
+                found.append((f"data.{split}.{number}: {source.name or source.set or source.path}", source, config))
+    return found
+
+
+def _limits(config: Config | None) -> MediaLimits:
+    if config is None:
+        return MediaLimits()
+    data = config.data
+    return MediaLimits(data.max_image_bytes, data.max_image_pixels, data.max_video_bytes, data.max_video_seconds)
+
+
+def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | None:
+    """What renders the first row; None: it is shown as turns."""
+    from fastrm.data.tokenizer import load_tokenizer
+    from fastrm.train.setup import find_backbone_config, make_data_encoder
+
+    if model is None and (config is None or config.model.path is None):
+        return None
+    if config is None:
+        config = Config(model=ModelConfig(path=model))
+    elif model is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": model, "tokenizer": None})})
+    settings = config.model
+    tokenizer = load_tokenizer(settings.tokenizer if isinstance(settings.tokenizer, str) else settings.path)
+    return make_data_encoder(config, find_backbone_config(settings), tokenizer)
+
+
+def _share(text: str) -> float:
+    """The number that ``1%`` or ``0.01`` stands for."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise ConfigError(f"--max-refused: got {text!r}, wanted a share such as 1% or 0.01")
+    return share

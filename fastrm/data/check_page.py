@@ -1,0 +1,210 @@
+"""The page that `fastrm data check` prints about a source."""
+
+import re
+from collections.abc import Iterable
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fastrm.data.check import SourceCheck, example_turns
+from fastrm.data.prepared.findings import PairFindings
+from fastrm.data.record import Record
+from fastrm.data.sources.keys import ignore_setting, nearest
+from fastrm.data.sources.layouts import keys_read_by
+from fastrm.data.template import ConversationEncoder
+from fastrm.errors import RecordError
+
+_MAX_TEXT = 400  # characters of a turn that are shown
+_MAX_TURNS = 6
+_MAX_COPIES = 3
+
+
+def print_page(console: Console, name: str, found: SourceCheck, encoder: ConversationEncoder | None = None) -> None:
+    """Print what was found in the rows of a source.
+
+    Args:
+        name: what the user calls the source.
+        encoder: of the model that will read the rows: the first one is shown as it reads it.
+    """
+    console.print(Text(name, style="bold"))
+    console.print(_summary(found))
+    for part in (_layouts(found), _refused(found), _left_out(found), _unread(found), _ignore(found), _contents(found)):
+        if part is not None:
+            console.print()
+            console.print(part)
+    console.print()
+    if found.first is not None:
+        console.print(Text(f"The first row as it is read, {found.first.origin}", style="italic"))
+        console.print(Padding(_first_row(found.first, encoder), (0, 2)))
+        console.print()
+
+
+def _summary(found: SourceCheck) -> Text:
+    files = "1 file" if len(found.files) == 1 else f"{len(found.files):,} files"
+    good = len(found.records)
+    share = f" ({_percent(found.num_refused / found.num_rows)})" if found.num_refused else ""
+    return Text(
+        f"{_count(found.num_rows, 'row')} in {files}: {good:,} can be used, {found.num_refused:,} refused{share}"
+    )
+
+
+def _table(title: str, *columns: str, number: int | None = None) -> Table:
+    table = Table(title=title, title_justify="left", title_style="italic", box=SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 2, 0, 0)
+    for place, column in enumerate(columns):
+        is_number = place == number
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+    return table
+
+
+def _layouts(found: SourceCheck) -> Table | None:
+    keys = found.all_keys
+    if not keys.layouts:
+        return None
+    table = _table("Read as", "layout", "rows", "keys that are read", number=1)
+    for name, number in keys.layouts.most_common():
+        table.add_row(name, f"{number:,}", ", ".join(keys.read[name]))
+    return table
+
+
+def _refused(found: SourceCheck) -> Table | None:
+    if not found.refused:
+        return None
+    table = _table("Refused", "reason", "rows", "the first", number=1)
+    for code, refused in sorted(found.refused.items(), key=lambda item: -item[1].number):
+        table.add_row(code, f"{refused.number:,}", f"{refused.origin}: {refused.message}")
+    return table
+
+
+def _left_out(found: SourceCheck) -> Table | None:
+    if not found.left_out:
+        return None
+    table = _table("Parts of rows that are left out", "reason", "rows", "the first", number=1)
+    for code, part in sorted(found.left_out.items(), key=lambda item: -item[1].number):
+        table.add_row(code, f"{part.number:,}", f"{part.origin}: {part.message}")
+    return table
+
+
+def _unread(found: SourceCheck) -> Table | None:
+    """Keys that are not read, of each file once."""
+    tallies = {path: tally for path, tally in found.keys.items() if tally.unread}
+    if not tallies:
+        return None
+    table = _table("Keys that are not read", "key", "rows", "such as", "nearest key", number=1)
+    for path, tally in tallies.items():
+        if len(found.files) > 1:
+            table.add_row(Text(path, style="italic"), "", "", "")
+        known = keys_read_by(tally.layouts)
+        for name, number in tally.unread.most_common():
+            table.add_row(name, f"{number:,}", tally.examples[name], nearest(name, known) or "")
+    return table
+
+
+def _ignore(found: SourceCheck) -> Text | None:
+    names = found.all_keys.unread
+    return Text(f"Where that is right, say so in the source: {ignore_setting(names)}") if names else None
+
+
+def _contents(found: SourceCheck) -> Table | None:
+    if not len(found.records):
+        return None
+    table = Table(title="In the rows", title_justify="left", box=None, show_header=False, title_style="italic")
+    table.padding = (0, 2, 0, 0)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    pairs = found.preferences
+    ties = f", and {_count(found.num_ties, 'tie')}" if found.num_ties else ""
+    table.add_row("prompts", f"{found.num_prompts:,} different ones; rows of one prompt become one group")
+    table.add_row("preferences", f"{pairs.num_pairs:,}{ties}")
+    table.add_row("both ways", _contradictions(found, pairs))
+    table.add_row("copies", _copies(found))
+    if pairs.num_pairs:
+        table.add_row("length", _length(pairs))
+    table.add_row("media", _media(found))
+    return table
+
+
+def _contradictions(found: SourceCheck, pairs: PairFindings) -> str:
+    if pairs.contradiction is None:
+        return "no two responses are preferred both ways"
+    first, second = (found.place(*place) for place in pairs.example)
+    return f"{pairs.contradiction}, first at {first} and {second}: nothing can be learned from them"
+
+
+def _copies(found: SourceCheck) -> str:
+    copies = found.copies
+    if not copies:
+        return "no row repeats another"
+    shown = "; ".join(f"{again} repeats {first}" for again, first in copies[:_MAX_COPIES])
+    more = f"; and {len(copies) - _MAX_COPIES:,} more" if len(copies) > _MAX_COPIES else ""
+    return f"{_count(len(copies), 'row')} with the prompt, responses and preferences of an earlier one: {shown}{more}"
+
+
+def _length(pairs: PairFindings) -> str:
+    medians = f"median of {pairs.chosen:,} characters chosen, {pairs.rejected:,} rejected"
+    share = pairs.share_longer
+    if share is None:
+        return f"{medians}; all pairs are of equal length"
+    line = f"{medians}; the longer one is chosen in {_percent(share)} of {pairs.longer + pairs.shorter:,} unequal pairs"
+    return f"{line}: {pairs.liking}" if pairs.liking else line
+
+
+def _media(found: SourceCheck) -> str:
+    uses = sum(number for number, _ in found.media.values())
+    if not uses:
+        return "none; text only"
+    most, name = max(found.media.values(), key=lambda use: use[0])
+    line = f"{_count(len(found.media), 'different image or video', 'different images and videos')}"
+    if most == 1:
+        return f"{line}, each in one row"
+    repeated = sum(number > 1 for number, _ in found.media.values())
+    return f"{line} in {uses:,} places; {repeated:,} of them in several rows, most often {name}, in {most:,}"
+
+
+def _first_row(record: Record, encoder: ConversationEncoder | None) -> Text:
+    if encoder is None:
+        return _turns(example_turns(record))
+    text = Text()
+    for number, response in enumerate(record.responses[:2]):
+        try:
+            tokens = encoder.encode(response).tokens.tolist()
+        except RecordError as error:
+            text.append(f"response {number + 1} is refused: {error.message} ({error.code})\n", style="red")
+            continue
+        text.append(f"response {number + 1}, {len(tokens):,} tokens\n", style="bold")
+        text.append(_shortened(_runs(encoder.tokenizer.decode(tokens)), 3 * _MAX_TEXT) + "\n")
+    return text
+
+
+def _turns(turns: Iterable[tuple[str, str]]) -> Text:
+    text, turns = Text(), list(turns)
+    for who, said in turns[:_MAX_TURNS]:
+        text.append(f"{who}: ", style="bold")
+        text.append(_shortened(said, _MAX_TEXT) + "\n")
+    if len(turns) > _MAX_TURNS:
+        text.append(f"and {len(turns) - _MAX_TURNS:,} more\n", style="italic")
+    return text
+
+
+def _shortened(text: str, length: int) -> str:
+    """The beginning and the end of a long text."""
+    if len(text) <= length:
+        return text
+    half = length // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def _runs(text: str) -> str:
+    """A special token that stands many times in a row, once with its number."""
+    return re.sub(r"(<[^<>\s]+>)\1{2,}", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])} ", text)
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
