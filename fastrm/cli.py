@@ -257,7 +257,8 @@ def check_data(
         typer.Argument(help="Data files or folders, or configurations (.yaml), whose sources are all checked"),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Model whose tokenizer shows the first row as it is read; default: the config's")
+        str | None,
+        typer.Option(help="Model whose tokenizer reads every row and shows the first; default: the config's"),
     ] = None,
     images: Images = None,
     data_format: DataFormat = "auto",

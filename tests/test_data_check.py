@@ -165,7 +165,11 @@ def test_first_row_is_shown_as_the_model_reads_it(tmp_path):
     write_rows(tmp_path / "rows.jsonl", text_rows(6))
     Made(tiny_config(tmp_path, tmp_path / "rows.jsonl"))
     encoder = ConversationEncoder(load_tokenizer(str(tmp_path / "run" / "prepared" / "tokenizer")))
-    text = page(checked(tmp_path), width=200, encoder=encoder)
+    write_rows(tmp_path / "rows.jsonl", [*text_rows(2), {**text_rows(1)[0], "image": {"path": "a.png"}}])
+    (tmp_path / "a.png").write_bytes(png("red"))
+    found = checked(tmp_path, encoder=encoder)
+    assert {code: refused.number for code, refused in found.refused.items()} == {"IMAGE_UNSUPPORTED": 1}
+    text = page(found, width=200, encoder=encoder)
     assert "<|im_start|>user\n" in text.replace("  ", "") and "Is 0 even?<|im_end|>" in text
     assert "response 1, " in text and " tokens" in text
 

@@ -1,23 +1,26 @@
 """`fastrm data check`: what the rows of data files are read as, before anything is trained on them.
 
-Every row is read as training reads it, with the bytes of its images, by the same code; nothing is written.
+Every row is read as training reads it, with the bytes of its images, by the same code, and tokenised where a model is
+named; nothing is written.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fastrm.config import SourceConfig
+from fastrm.data.group import encode_group
 from fastrm.data.images import MediaLimits
 from fastrm.data.prepared.content import prompt_hash, record_hash, response_hash, with_digests
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pair_rows
 from fastrm.data.prepared.units import ReadSettings, Unit, plan_units
 from fastrm.data.prepared.workers import run_pieces
-from fastrm.data.record import MediaRef, Record
+from fastrm.data.record import MediaRef, Message, Record
 from fastrm.data.sources import KeyTally, Refusal, SourceFile
+from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
 
 _RECORD = np.dtype([("content", "<u8"), ("prompt", "<u8"), ("row", "<u4"), ("file", "<u4")])
@@ -131,6 +134,7 @@ class _RowChecker:
     files: list[str]
     limits: MediaLimits
     require_preferences: bool
+    encoder: ConversationEncoder | None
 
     def __call__(self, numbered: tuple[int, Unit]) -> tuple[int, SourceCheck]:
         number, unit = numbered
@@ -143,6 +147,8 @@ class _RowChecker:
             if isinstance(item, Record):
                 try:
                     item = with_digests(item, self.limits)
+                    if self.encoder is not None:
+                        encode_group(item, self.encoder)
                 except RecordError as error:
                     item = Refusal(item.source, item.origin, item.id, error.code, error.message)
             if isinstance(item, Refusal):
@@ -176,6 +182,7 @@ def _word(value: bytes) -> int:
 def check_source(
     source: SourceConfig,
     limits: MediaLimits,
+    encoder: ConversationEncoder | None = None,
     *,
     require_preferences: bool = True,
     num_workers: int = 1,
@@ -185,6 +192,7 @@ def check_source(
 
     Args:
         limits: of the bytes of images and videos.
+        encoder: of a model, which refuses what it cannot read; None: rows are not tokenised.
         require_preferences: refuse rows that only scoring can use.
         progress: called with rows done and all rows.
 
@@ -195,7 +203,8 @@ def check_source(
     planned = plan_units("train", [source], settings)
     files = list(dict.fromkeys(unit.file.path for unit in planned))
     total, done = sum(unit.stop - unit.start for unit in planned), 0
-    checker, found = _RowChecker(files, limits, require_preferences), {}
+    planner = None if encoder is None else encoder.for_planning()
+    checker, found = _RowChecker(files, limits, require_preferences, planner), {}
     for number, part in run_pieces(checker, list(enumerate(planned)), num_workers):
         found[number] = part
         done += planned[number].stop - planned[number].start
@@ -207,21 +216,27 @@ def check_source(
 
 
 def example_turns(record: Record) -> Iterator[tuple[str, str]]:
-    """(who, text) of a record's prompt and of all its responses, with media as their names."""
+    """(who, text) of a record's prompt and of all its responses, with media as their names.
+
+    What only the chat template renders, such as calls of tools, follows the text as JSON.
+    """
     chosen, rejected = {p.winner for p in record.preferences if not p.tie}, {p.loser for p in record.preferences}
     prompt = record.responses[0].messages[:-1]
+    if record.responses[0].arguments:
+        yield "for the chat template", record.responses[0].arguments
     for message in prompt:
-        yield message.role, _with_media(message.parts)
+        yield message.role, _written(message)
     for number, response in enumerate(record.responses):
         what = "chosen" if number in chosen - rejected else "rejected" if number in rejected - chosen else ""
         what = f"response {number + 1}" + (f", {what}" if what and len(record.responses) == 2 else "")
         for message in response.messages[:-1] if response.messages[:-1] != prompt else ():
-            yield f"{message.role} ({what} only)", _with_media(message.parts)
-        yield f"{response.messages[-1].role} ({what})", response.text
+            yield f"{message.role} ({what} only)", _written(message)
+        yield f"{response.messages[-1].role} ({what})", _written(response.messages[-1])
 
 
-def _with_media(parts: Sequence) -> str:
-    return "".join(part if isinstance(part, str) else f"<{part.noun} {nearby(part)}>" for part in parts)
+def _written(message: Message) -> str:
+    parts = [part if isinstance(part, str) else f"<{part.noun} {nearby(part)}>" for part in message.parts]
+    return " ".join(filter(None, ["".join(parts), message.fields]))
 
 
 def nearby(ref: MediaRef) -> str:

@@ -32,7 +32,8 @@ def check_data(
     Args:
         names: data files and folders as `path` of a source takes them, or configurations (.yaml), of which all
             sources are checked under their own settings.
-        model: folder or hub id whose tokenizer renders the first row. Default: model.path of a configuration.
+        model: folder or hub id whose tokenizer reads every row and renders the first. Default: model.path of a
+            configuration.
         reading: further settings of the sources that are no configurations, as `SourceConfig` names them.
         scoring: rows need no preference.
         max_refused: the share of rows, as ``1%`` or ``0.01``, that may be refused.
@@ -55,6 +56,7 @@ def check_data(
             found = check_source(
                 source,
                 _limits(config),
+                encoder,
                 require_preferences=not scoring,
                 num_workers=num_workers or len(os.sched_getaffinity(0)),
                 progress=display.task("reading rows"),
@@ -94,7 +96,7 @@ def _limits(config: Config | None) -> MediaLimits:
 
 
 def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | None:
-    """What renders the first row; None: it is shown as turns."""
+    """What reads the rows as a model does; None: the first is shown as turns."""
     from fastrm.data.tokenizer import load_tokenizer
     from fastrm.train.setup import find_backbone_config, make_data_encoder
 

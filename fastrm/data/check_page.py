@@ -117,7 +117,7 @@ def _contents(found: SourceCheck) -> Table | None:
     table.add_column(overflow="fold")
     pairs = found.preferences
     ties = f", and {_count(found.num_ties, 'tie')}" if found.num_ties else ""
-    table.add_row("prompts", f"{found.num_prompts:,} different ones; rows of one prompt become one group")
+    table.add_row("prompts", f"{found.num_prompts:,} different; rows of one prompt and source become one group")
     table.add_row("preferences", f"{pairs.num_pairs:,}{ties}")
     table.add_row("both ways", _contradictions(found, pairs))
     table.add_row("copies", _copies(found))
