@@ -74,7 +74,7 @@ def embedded(data=RED, path="a.png"):
 def rlaif_v(folder):
     row = {
         "ds_name": "RLAIF-V", "image": embedded(), "question": "What?", "chosen": "good", "rejected": "bad",
-        "origin_dataset": "coco", "origin_split": json.dumps({"model": "x"}), "idx": 0, "image_path": "x/a.png",
+        "origin_dataset": "coco", "origin_split": json.dumps({"model": "x"}), "idx": 0, "image_path": "x/other.png",
     }  # fmt: skip
     write_table(folder / "RLAIF-V-Dataset_000.parquet", [row, {**row, "rejected": "good", "idx": 1}])
     write_table(folder / "RLAIF-V-Dataset_001.parquet", [{**row, "chosen": "better", "idx": 2}])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fastrm.config import SourceConfig
-from fastrm.data.group import encode_group
+from fastrm.data.group import check_distinct, encode_group
 from fastrm.data.images import MediaLimits
 from fastrm.data.prepared.content import prompt_hash, record_hash, response_hash, with_digests
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pair_rows
@@ -148,7 +148,7 @@ class _RowChecker:
                 try:
                     item = with_digests(item, self.limits)
                     if self.encoder is not None:
-                        encode_group(item, self.encoder)
+                        check_distinct(encode_group(item, self.encoder))
                 except RecordError as error:
                     item = Refusal(item.source, item.origin, item.id, error.code, error.message)
             if isinstance(item, Refusal):

@@ -36,6 +36,7 @@ class PublishedSet:
         licence: as its card says; "not stated" where it does not.
         pairs: ``all`` or ``hard``, for scored responses.
         rows: see `SourceFile`.
+        ignore: columns that name the embedded image once more, as it was called elsewhere.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PublishedSet:
     licence: str
     pairs: str = "all"
     rows: str = "all"
+    ignore: tuple[str, ...] = ()
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ _TULU = (_PARQUET, "trl", NONE)
 
 _SETS = (
     PublishedSet("rlaif-v", "openbmb/RLAIF-V-Dataset", "kept", "83k [P]", ("*.parquet",), "flat", EMBEDDED,
-                 "cc-by-nc-4.0"),
+                 "cc-by-nc-4.0", ignore=("image_path",)),
     PublishedSet("mmpr-v1.2", "OpenGVLab/MMPR-v1.2", "kept", "2M [P]", ("meta.json",), "mmpr", MMPR, "MIT"),
     PublishedSet("mmpr-v1.1", "OpenGVLab/MMPR-v1.1", "other", "-", ("meta.json",), "mmpr", MMPR, "MIT"),
     PublishedSet("mmpr-v1.0", "OpenGVLab/MMPR", "other", "-", ("meta.json",), "mmpr", MMPR, "MIT"),
@@ -98,7 +100,7 @@ _SETS = (
                  "images.tar", "not seen"),
     PublishedSet("shp", "stanfordnlp/SHP", "dropped", "348k [P]", ("*/train.json",), "labelled", NONE, "not stated"),
     PublishedSet("rlhf-v", "openbmb/RLHF-V-Dataset", "other", "5.7k", ("*.parquet",), "json_text", EMBEDDED,
-                 "cc-by-nc-4.0"),
+                 "cc-by-nc-4.0", ignore=("image_path",)),
     PublishedSet("visionarena-battle", "lmarena-ai/VisionArena-Battle", "other", "30k", ("**/*.parquet",), "arena",
                  EMBEDDED, "its own agreement"),
     PublishedSet("llava-critic", "lmms-lab/llava-critic-113k", "other", "40,154", ("pairwise/*.parquet",), "judge",
@@ -144,6 +146,7 @@ def set_files(published: PublishedSet, folder: str | None, images: str | None, *
     root = Path(folder if folder is not None else hub_folder(published.hub, published.patterns))
     if not root.is_dir():
         raise DataError(f'set "{published.name}": "{root}" is not a folder; wanted a copy of {published.hub}')
+    reading["ignore"] = (*reading.get("ignore", ()), *published.ignore)
     open_file = partial(SourceFile, rows=published.rows, **reading)
     if published.media == MMPR:
         return mmpr_files(root, images, open_file)
