@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fastrm.config import Config
 from fastrm.model.architectures import find_architecture, meta_network
+from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.network import RewardNetwork
 from fastrm.plan.advice import ways
 from fastrm.plan.console import gib, make_console, make_table, peta, say, show
@@ -43,6 +44,8 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
         network = meta_network(architecture, config.model)
         report |= _size(config, network)
         print_parameters(console, report["parameters"], origin)
+        if (line := describe_unknown_keys(architecture)) is not None:
+            say(console, line)
         _print_memory(console, report["memory"], config)
         print_needs(console, config, report["needs"], 1)
         print_problems(console, config, report["needs"])
