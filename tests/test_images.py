@@ -14,6 +14,7 @@ from inspect import signature
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from fastrm.data.images import MediaLimits, decode_image, encode_png, image_size, read_bytes, to_rgb
 from fastrm.data.record import ImageRef
@@ -337,11 +338,81 @@ def test_first_frame_of_an_animation_is_decoded():
         assert decode_image(ImageRef(data=buffer.getvalue()), LIMITS).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_exif_orientation_is_not_applied():
+ORIENTATION = 0x0112
+
+
+def oriented(kind, orientation):
+    """A file of 20 x 10 pixels that says its orientation in one of the ways that Pillow knows."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
+    exif[ORIENTATION] = orientation
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    if kind == "JPEG with XMP":
+        return encoded("JPEG", (20, 10), xmp=xmp.encode())
+    if not kind.startswith("PNG"):
+        return encoded(kind, (20, 10), exif=exif)
+    info = PngInfo()
+    if kind == "PNG with XMP":
+        info.add_itxt("XML:com.adobe.xmp", xmp)
+        return encoded("PNG", (20, 10), pnginfo=info)
+    if kind == "PNG with a raw profile":
+        data = exif.tobytes()
+        info.add_text("Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n", zip=True)
+        return encoded("PNG", (20, 10), pnginfo=info)
+    early = encoded("PNG", (20, 10), exif=exif)
+    return early if kind == "PNG" else chunk_last(early, b"eXIf")
+
+
+def chunk_last(png, kind):
+    """The file with the chunk of this kind moved behind its pixels."""
+    start = png.index(kind) - 4
+    stop = start + 12 + int.from_bytes(png[start : start + 4], "big")
+    rest, end = png[:start] + png[stop:], len(png) - 12 - (stop - start)
+    return rest[:end] + png[start:stop] + rest[end:]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "WEBP", "PNG", "PNG, late", "PNG with XMP", "PNG with a raw profile", "JPEG with XMP"]
+)
+def test_images_are_turned_as_stock_loaders_turn_them(tmp_path, kind, orientation):
+    from transformers.image_utils import load_image
+
+    file = tmp_path / "image"
+    file.write_bytes(oriented(kind, orientation))
+    stock, ref = load_image(str(file)), ImageRef(path=str(file))
+    assert stock.size == ((10, 20) if orientation > 4 else (20, 10))
+    assert image_size(ref, LIMITS) == stock.size
+    assert np.array_equal(decode_image(ref, LIMITS), stock)
+    with Image.open(file) as image:  # as the Python interface takes it
+        assert np.array_equal(decode_image(ImageRef(data=encode_png(image)), LIMITS), stock)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_there_is_not_turns_nothing(orientation):
+    ref = ImageRef(data=oriented("JPEG", orientation))
+    assert image_size(ref, LIMITS) == decode_image(ref, LIMITS).size == (20, 10)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0nothing", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12"]
+)
+def test_exif_data_that_cannot_be_read_turns_nothing(exif):
     ref = ImageRef(data=encoded("JPEG", (20, 10), exif=exif))
     assert image_size(ref, LIMITS) == decode_image(ref, LIMITS).size == (20, 10)
+
+
+def test_only_a_png_that_tells_of_itself_late_is_decoded_for_its_size(monkeypatch):
+    decoded = []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: (decoded.append(image), load(image))[1])
+    info = PngInfo()
+    info.add_text("date:create", "2024")
+    for data in (oriented("PNG", 6), chunk_last(encoded("PNG", pnginfo=info), b"tEXt"), encoded("PNG", (300, 300))):
+        image_size(ImageRef(data=data), LIMITS)
+    assert not decoded
+    image_size(ImageRef(data=oriented("PNG, late", 6)), LIMITS)
+    assert decoded
 
 
 def images_of_every_mode():

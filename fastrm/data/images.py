@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -24,6 +24,18 @@ from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.errors import FastrmError, RecordError
 
 HEADER_BYTES = 30  # enough to tell the three formats apart and to size a WebP
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Names of the texts in a PNG file that may say how it is turned, and the length of the longest.
+_PNG_KEYS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+_PNG_KEY_BYTES = 22
+_MOST_CHUNKS = 10_000  # more than writers make of 64 MB
+# By the EXIF orientation; 1 is upright. Those from 5 on exchange width and height.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_LYING = (5, 6, 7, 8)
 _FIND_IT = "check the path and the images folder"
 
 
@@ -56,21 +68,29 @@ def read_bytes(ref: ImageRef, limits: MediaLimits) -> bytes:
 
 
 def image_size(ref: ImageRef, limits: MediaLimits) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone.
+    """Width and height in pixels of what `decode_image` returns, from the header alone.
+
+    A PNG whose EXIF or XMP data comes after its pixels, or that is cut into very many chunks, has to be decoded for it;
+    both are rare.
 
     Raises:
         RecordError: those of `read_bytes`; IMAGE_FORMAT, IMAGE_DAMAGED or IMAGE_TOO_LARGE.
     """
     with open_bytes(ref, limits) as file:
-        return _open_image(file, ref, limits).size
+        image = _open_image(file, ref, limits)
+        with damage_named(ref):
+            if isinstance(image, PngImageFile) and _tells_of_itself_late(file):
+                image.load()
+            width, height = image.size
+            return (height, width) if _orientation(image) in _LYING else (width, height)
 
 
 def decode_image(ref: ImageRef, limits: MediaLimits) -> Image.Image:
     """Decode the first frame of an image to RGB, as the stock image processor sees it.
 
     Pixels are those of transformers' ``convert_to_rgb``: transparency is composited onto white. The
-    EXIF orientation is NOT applied, since stock processors do not apply it to the images that they
-    are given (transformers' and datasets' own file loaders do, before the processor).
+    image is turned as its EXIF orientation says, as ``transformers.image_utils.load_image`` and
+    ``datasets.Image`` do before the processor.
 
     Raises:
         RecordError: those of `image_size`; a truncated file is IMAGE_DAMAGED.
@@ -78,8 +98,46 @@ def decode_image(ref: ImageRef, limits: MediaLimits) -> Image.Image:
     with open_bytes(ref, limits) as file:
         image = _open_image(file, ref, limits)
         with damage_named(ref):
-            image.load()
-            return to_rgb(image)
+            return to_rgb(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF or XMP orientation says: the pixels of ``PIL.ImageOps.exif_transpose``.
+
+    That function also writes the EXIF data anew, which fails where it is not well formed, and copies an image that
+    is upright already.
+    """
+    image.load()  # until then a PNG may not have said it
+    method = _TURNS.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int:
+    """From 1 (upright) to 8, of what has been read of the file; 1 where nothing, or nothing readable, is said."""
+    try:
+        # Not PngImageFile's own, which decodes the image to find out whether more follows.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises what its parser of TIFF meets: SyntaxError, struct.error, KeyError ...
+        return 1
+
+
+def _tells_of_itself_late(file: BinaryIO) -> bool:
+    """May a PNG file have EXIF or XMP data after its pixels? Reads the heads of its chunks, but not of very many."""
+    place, is_late = file.tell(), False
+    file.seek(len(_PNG))
+    try:
+        for _ in range(_MOST_CHUNKS):
+            head = file.read(8 + _PNG_KEY_BYTES)
+            num_bytes, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if not kind.isalpha() or kind == b"IEND":
+                return False
+            is_late |= kind == b"IDAT"
+            if is_late and (kind == b"eXIf" or head[8:].split(b"\0")[0] in _PNG_KEYS):
+                return True
+            file.seek(num_bytes + 4 - (len(head) - 8), os.SEEK_CUR)  # 4: the checksum
+        return True
+    finally:
+        file.seek(place)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -97,9 +155,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """PNG bytes whose decoded pixels are exactly `to_rgb(image)`."""
+    """PNG bytes whose decoded pixels are exactly `to_rgb(upright(image))`."""
     buffer = io.BytesIO()
-    to_rgb(image).save(buffer, "PNG", compress_level=1)
+    to_rgb(upright(image)).save(buffer, "PNG", compress_level=1, exif=b"")
     return buffer.getvalue()
 
 
@@ -122,7 +180,7 @@ def _open_image(file: BinaryIO, ref: ImageRef, limits: MediaLimits) -> Image.Ima
 def _plugin(header: bytes) -> type | None:
     if header.startswith(b"\xff\xd8\xff"):
         return JpegImageFile
-    if header.startswith(b"\x89PNG\r\n\x1a\n"):
+    if header.startswith(_PNG):
         return PngImageFile
     if header.startswith(b"RIFF") and header[8:12] == b"WEBP":
         return WebPImageFile

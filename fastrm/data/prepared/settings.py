@@ -13,7 +13,7 @@ from fastrm.data.record import ImageRef
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import DataError, RecordError
 
-FORMAT = 2  # of the index; sets of another format are refused
+FORMAT = 3  # of the index; sets of another format are refused
 # Keys of `data` that change nothing of what a prepared set holds.
 _FREE_KEYS = {"prepared", "num_workers", "image_mean", "image_std"}
 
@@ -84,7 +84,7 @@ def set_settings(config: Config) -> dict:
         "data": config.data.model_dump(mode="json", exclude=_FREE_KEYS),
         "loss": {"ties": config.loss.ties},
         "optim": {"group_weight": config.optim.group_weight},
-        "model": {"tokenizer": config.model.model_dump(mode="json")["tokenizer"]},
+        "model": config.model.model_dump(mode="json", include={"tokenizer", "template_date"}),
     }
 
 

@@ -46,7 +46,7 @@ from fastrm.data.sources import DigitsFile, KeyTally, Refusal, SourceFile, sourc
 from fastrm.data.sources.files import stored_in
 from fastrm.errors import RecordError, StorageError
 
-FORMAT = 2  # of the files of a unit; a change of their meaning makes all units be read again
+FORMAT = 3  # of the files of a unit; a change of their meaning makes all units be read again
 # Work of a second or two: what a kill costs, and what one worker takes at a time.
 ROWS_PER_UNIT = 8192
 COLUMNS, MEDIA, TEXTS, REFUSED = "columns.npy", "media.npy", "texts.npy", "refused.jsonl"
