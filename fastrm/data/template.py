@@ -7,11 +7,13 @@ What the template writes for an image or a video becomes its tokens, as the mode
 """
 
 import copy
+import datetime
 import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fastrm.data.clock import at_date
 from fastrm.data.images import MediaLimits
 from fastrm.data.latest import Latest
 from fastrm.data.markup import check_not_rendered
@@ -51,8 +53,10 @@ class ConversationEncoder:
         vision: how the model's family reads images and videos, or None for a text model.
         anchor: last_token or end_of_turn.
         limits: for opening image files.
+        date: for a template that reads the clock; default: that of the template (see clock.py), else today.
 
     Attributes:
+        date: that the template is given; None if it does not read the clock.
         counts_responses: tokenise each response's text once more for its length (see `num_text_tokens`).
 
     Raises:
@@ -67,7 +71,9 @@ class ConversationEncoder:
         *,
         anchor: str = "last_token",
         limits: MediaLimits | None = None,
+        date: datetime.date | None = None,
     ):
+        tokenizer, self.date = at_date(tokenizer, date)
         self.tokenizer = tokenizer
         self.vision = vision
         self.anchor = anchor
@@ -228,13 +234,10 @@ class ConversationEncoder:
         """Tokenizers that treat the start of a string differently cannot be cut at special tokens."""
         turns = [("user", " Is  1 < 2?\n\n"), ("assistant", "Yes: it is.\n")]
         response = Response(tuple(Message(role, (text,)) for role, text in turns))
-        try:
-            rendered = self._renderer.render(response)
-        except RecordError as error:
-            raise ConfigError(f"{error.message}, which is a sample of a question and an answer; change it") from None
         stock = self.tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in turns], tokenize=True, return_dict=False
         )
+        rendered = self._renderer.render(response)
         if not self._anchor_follows(response, rendered):
             reason = "does not render it" if self.anchor == "last_token" else "writes no special token behind it"
             raise ConfigError(
