@@ -1,17 +1,21 @@
 """The `fastrm` command. Heavy imports happen inside the commands, so that --help is instant."""
 
-import json
 import logging
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastrm import errors
 from fastrm.errors import ConfigError, FastrmError
+from fastrm.names import checked_dtype, device_name
+from fastrm.stop import StopFlag, end_with_parent, fail
 
 app = typer.Typer(
     help="Train and evaluate scalar reward models for multimodal LLMs, and score responses with them.",
@@ -21,19 +25,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Preference data: published sets, and preparing for training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-
-class Device(StrEnum):
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Dtype(StrEnum):
-    AUTO = "auto"
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
 
 
 class Combine(StrEnum):
@@ -55,12 +46,33 @@ RouteChoice = Annotated[
     str | None, typer.Option("--route", help="text=MODEL: that model for inputs without images or videos")
 ]
 SaveEnsemble = Annotated[Path | None, typer.Option(help="Write a YAML file that can be used as a model")]
-DeviceChoice = Annotated[Device, typer.Option(help="auto: cuda if there is one")]
+
+
+def _checked(check: Callable[[object], str]) -> Callable[[str], str]:
+    def choose(value: str) -> str:
+        try:
+            return check(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return choose
+
+
+DeviceChoice = Annotated[
+    str,
+    typer.Option(callback=_checked(device_name), help="auto (cuda if there is one), cpu, cuda, or a GPU as cuda:1"),
+]
 DtypeChoice = Annotated[
-    Dtype,
+    str,
     typer.Option(
-        help="Precision of the backbone; auto: bf16 or fp16 where the files have it, else bf16 on cuda, fp32 on cpu"
+        callback=_checked(checked_dtype),
+        help="Precision of the backbone: auto, fp32, bf16 or fp16; auto: bf16 or fp16 where the files have it, else "
+        "bf16 on cuda, fp32 on cpu",
     ),
+]
+TemplateDate = Annotated[
+    str | None,
+    typer.Option(help="For a chat template that reads the clock, as 2026-07-26; default: that of training, else today"),
 ]
 MaxImagePixels = Annotated[int, typer.Option(min=1, help="Refuse images that declare more, before decoding")]
 MaxImageBytes = Annotated[int, typer.Option(min=1, help="Refuse image files with more bytes, before reading")]
@@ -92,7 +104,7 @@ def train(
 
         check(resolved)
         return
-    from fastrm.train.launch import FAILURE, die_with_the_watcher, launch, num_ranks_to_start
+    from fastrm.train.launch import FAILURE, launch, num_ranks_to_start
 
     is_watched = FAILURE in os.environ
     if os.environ.get("RANK", "0") == "0" and not is_watched:
@@ -101,7 +113,7 @@ def train(
         launch(num_ranks, ["train", str(config), *(overrides or []), "--resume", resume])
         return
     if is_watched:
-        die_with_the_watcher()
+        end_with_parent(os.getppid(), signal.SIGTERM)
     from fastrm.plan.room import check_room
     from fastrm.train.loop import train as run
 
@@ -169,8 +181,9 @@ def score(
     save_ensemble: SaveEnsemble = None,
     tokens_per_pack: TokensPerPack = 32768,
     num_workers: NumWorkers = 1,
-    device: DeviceChoice = Device.AUTO,
-    dtype: DtypeChoice = Dtype.AUTO,
+    device: DeviceChoice = "auto",
+    dtype: DtypeChoice = "auto",
+    template_date: TemplateDate = None,
     max_image_pixels: MaxImagePixels = MAX_IMAGE_PIXELS,
     max_image_bytes: MaxImageBytes = MAX_IMAGE_BYTES,
     max_video_bytes: MaxVideoBytes = MAX_VIDEO_BYTES,
@@ -183,8 +196,9 @@ def score(
 
     options = ScoringOptions(
         images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, num_workers=num_workers,
-        device=device, dtype=dtype, max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes,
-        max_video_bytes=max_video_bytes, max_video_seconds=max_video_seconds, check_exactness=check_exactness,
+        device=device, dtype=dtype, template_date=template_date,
+        max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
+        max_video_seconds=max_video_seconds, check_exactness=check_exactness,
     )  # fmt: skip
     choice = ModelChoice(tuple(models), ensemble and ensemble.value, validation, route, save_ensemble)
     score_file(choice, data, out, options)
@@ -215,8 +229,9 @@ def evaluate(
     save_ensemble: SaveEnsemble = None,
     tokens_per_pack: TokensPerPack = 32768,
     num_workers: NumWorkers = 1,
-    device: DeviceChoice = Device.AUTO,
-    dtype: DtypeChoice = Dtype.AUTO,
+    device: DeviceChoice = "auto",
+    dtype: DtypeChoice = "auto",
+    template_date: TemplateDate = None,
     max_image_pixels: MaxImagePixels = MAX_IMAGE_PIXELS,
     max_image_bytes: MaxImageBytes = MAX_IMAGE_BYTES,
     max_video_bytes: MaxVideoBytes = MAX_VIDEO_BYTES,
@@ -229,8 +244,9 @@ def evaluate(
 
     options = ScoringOptions(
         images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, num_workers=num_workers,
-        device=device, dtype=dtype, max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes,
-        max_video_bytes=max_video_bytes, max_video_seconds=max_video_seconds, check_exactness=check_exactness,
+        device=device, dtype=dtype, template_date=template_date,
+        max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
+        max_video_seconds=max_video_seconds, check_exactness=check_exactness,
     )  # fmt: skip
     *models, data = models_and_data
     choice = ModelChoice(tuple(map(Path, models)), ensemble and ensemble.value, validation, route, save_ensemble)
@@ -310,34 +326,39 @@ def main() -> None:
     # devices and formats that nothing here uses.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    errors.is_command_line = True
     try:
-        code = app(standalone_mode=False)
+        with StopFlag(breaks=True) as stop:
+            code = _run(stop)
+    finally:
+        errors.is_command_line = False
+    sys.exit(code)
+
+
+def _run(stop: StopFlag) -> int:
+    """Carry out the command line; returns the exit code."""
+    try:
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # how typer passes KeyboardInterrupt on, in some versions
+            raise KeyboardInterrupt
+        stop.leave()
+        return code
     except FastrmError as error:
-        code = _fail(error.exit_code, getattr(error, "kind", type(error).__name__), str(error))
+        stop.leave()
+        return fail(error.exit_code, getattr(error, "kind", type(error).__name__), str(error))
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail(75, "Interrupted", "stopped by Ctrl-C; nothing was written")
+        stop.leave()
+        return fail(75, "Interrupted", f"stopped by {stop.signal or 'Ctrl-C'}; nothing was written")
     except typer.Exit as leave:
-        code = leave.exit_code
+        return leave.exit_code
     except OSError as error:
-        code = _fail(74, type(error).__name__, f"{error.filename or 'file system'}: {error.strerror or error}")
+        return fail(74, type(error).__name__, f"{error.filename or 'file system'}: {error.strerror or error}")
     except Exception as error:
         # Usage errors come from click, which typer may carry inside itself: known by what they offer.
         if hasattr(error, "format_message"):
-            code = _fail(64, "UsageError", f"{error.format_message().rstrip('.')}; see fastrm --help")
-        else:
-            message = f"internal error: {error}; please report it with the lines above"
-            code = _fail(70, type(error).__name__, message, traceback.format_exc())
-    sys.exit(code or 0)
-
-
-def _fail(code: int, kind: str, message: str, trace: str = "") -> int:
-    if report := os.environ.get("FASTRM_FAILURE"):  # one of several processes: the one that watches speaks for all
-        Path(report).write_text(json.dumps({"error": kind, "message": message, "trace": trace}))
-        return code
-    sys.stderr.write(trace)
-    print(f"error: {message}", file=sys.stderr)
-    print(json.dumps({"exit_code": code, "error": kind, "message": message}), file=sys.stderr)
-    return code
+            return fail(64, "UsageError", f"{error.format_message().rstrip('.')}; see fastrm --help")
+        message = f"internal error: {error}; please report it with the lines above"
+        return fail(70, type(error).__name__, message, traceback.format_exc())
 
 
 if __name__ == "__main__":

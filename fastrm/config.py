@@ -3,11 +3,13 @@
 Strict, as yaml_files.py says. Relative paths are relative to the working directory.
 """
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fastrm.names import device_name, dtype_name
 from fastrm.yaml_files import apply_override, dump_yaml, read_yaml, validate
 
 Positive = Annotated[int, Field(gt=0)]
@@ -15,6 +17,13 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # YAML 1.1 reads an unquoted `off` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
+
+_Dtype = BeforeValidator(dtype_name)  # bfloat16 and torch.bfloat16 too
+# JSON, and YAML that we have written ourselves, hold it as text.
+_Date = Annotated[
+    datetime.date,
+    BeforeValidator(lambda value: datetime.date.fromisoformat(value) if isinstance(value, str) else value),
+]
 
 
 class _Section(BaseModel):
@@ -42,7 +51,8 @@ class RunConfig(_Section):
     """Newest checkpoints kept; the one with the best evaluation is kept besides."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Loggers besides metrics.jsonl, which is always written."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[str, BeforeValidator(device_name)] = "auto"
+    """auto (a GPU if there is one), cpu, cuda, or one GPU by its number: cuda:1."""
     """auto = cuda if there is one, else cpu."""
     num_processes: Positive | None = None
     """Ranks to start on this machine, one for each GPU. Default: all GPUs, or 1 on a CPU. Under torchrun or
@@ -216,6 +226,9 @@ class ModelConfig(_Section):
     pooling: Literal["anchor", "mean"] = "anchor"
     """What the head reads: the anchor's hidden state, or the mean over all tokens up to it, prompt and images
     included (needs the last layer for every token). Stored in the export."""
+    template_date: _Date | None = None
+    """Date that a chat template which reads the clock is given, as 2026-07-26. Default: the day of the run's first
+    start. Stored in the run, in the prepared set and in the export."""
     freeze: list[Literal["vision", "projector", "language"]] = []
     """Parts without gradient: the vision tower, its projector (Qwen: merger), the language model."""
     attention: Literal["auto", "sdpa", "flash", "flash_attn", "triton"] = "auto"
@@ -226,7 +239,7 @@ class ModelConfig(_Section):
     matrix products and attention; or whole layers."""
     fuse_projections: bool = False
     """Compute q, k and v in one matrix product, and gate and up in one. Files keep the stock names."""
-    export_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    export_dtype: Annotated[Literal["auto", "fp32", "bf16"], _Dtype] = "auto"
     """Precision of the backbone in the exported model; auto = precision.dtype, that of its products. The head is
     float32 in any case."""
 
@@ -286,9 +299,9 @@ class OptimConfig(_Section):
 
 
 class PrecisionConfig(_Section):
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: Annotated[Literal["fp32", "bf16"], _Dtype] = "bf16"
     """bf16: matrix products in bfloat16 (autocast)."""
-    weights: Literal["auto", "fp32", "bf16"] = "auto"
+    weights: Annotated[Literal["auto", "fp32", "bf16"], _Dtype] = "auto"
     """Weight matrices of the backbone: auto = float32 where they are trained; what is frozen stays bfloat16 or float16
     where its files have that and one process runs with dtype bf16, which changes no bit of any result. fp32 = float32
     throughout. bf16 = bfloat16 with stochastically rounded updates, in half the memory. Norms, biases, embeddings and

@@ -5,6 +5,8 @@ codes follow sysexits.h where it has one: 64 usage or configuration, 65 data, 70
 process was lost, 74 input/output; 75 interrupted (resume) and 76 diverged are ours.
 """
 
+import os
+
 
 class FastrmError(Exception):
     """Base of all errors that fastrm raises for its users."""
@@ -56,6 +58,20 @@ class RankFailure(FastrmError):
     def __init__(self, message: str, kind: str = "RankFailure", exit_code: int = 71):
         super().__init__(message)
         self.kind, self.exit_code = kind, exit_code
+
+
+is_command_line = False
+"""Is this process the `fastrm` command? Hints name its flags then, else arguments in Python."""
+
+
+def option(name: str) -> str:
+    """What a user sets: `--tokens-per-pack` of the command, or `tokens_per_pack` of a call in Python."""
+    return f"--{name.replace('_', '-')}" if is_command_line else name
+
+
+def looked_for(path: object) -> str:
+    """Where a path was looked for that does not stand for itself: " in FOLDER" for a relative one, else nothing."""
+    return "" if os.path.isabs(str(path)) else f" in {os.getcwd()}"
 
 
 class RecordError(Exception):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, looked_for
 
 Places = dict[tuple, str]  # of every key path, the `file:line` where it stands
 Model = TypeVar("Model", bound=BaseModel)
@@ -55,7 +55,8 @@ def read_yaml(path: str | Path) -> tuple[dict, Places]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}; check the path") from None
+        reason = f"{error.strerror}{looked_for(path)}"
+        raise ConfigError(f"{path}: cannot read the configuration: {reason}; check the path") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
     return _parse_yaml(text, str(path))
@@ -158,11 +159,15 @@ def _explain(model: type[BaseModel], problem: dict, places: Places, path: str) -
     where = places.get(known, path)
     if problem["type"] == "extra_forbidden":
         section = _fields_at(model, location[:-1])
+        if elsewhere := [place for place in _places_of(model, str(location[-1])) if place[:-1] != location[:-1]]:
+            names = " or ".join(map(_dotted, elsewhere))
+            return f"{where}: unknown key {_dotted(location)}; did you mean {names}?"
         near = difflib.get_close_matches(str(location[-1]), section, n=1, cutoff=0.4)
         hint = f"did you mean {_dotted((*location[:-1], near[0]))}?" if near else f"keys: {', '.join(section)}"
         return f"{where}: unknown key {_dotted(location)}; {hint}"
     if problem["type"] == "value_error":
-        return f"{where}: {problem['ctx']['error']}"
+        text = str(problem["ctx"]["error"])  # of a section it names its keys, of a value it says what was got
+        return f"{where}: {_dotted(location)}: {text}" if text.startswith("got") else f"{where}: {text}"
     if problem["type"] == "missing":
         return f"{where}: {_dotted(location)} is missing; it has no default"
     return f"{where}: {_dotted(location)}: got {problem['input']!r}; {problem['msg'].lower()}"
@@ -180,6 +185,18 @@ def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
         arguments = [annotation, *getattr(annotation, "__args__", ())]
         section = next((a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)), section)
     return list(section.model_fields)
+
+
+def _places_of(model: type[BaseModel], name: str, prefix: tuple = ()) -> list[tuple]:
+    """Every place in the model's sections, and in theirs, where there is a key of this name."""
+    found = []
+    for field, info in model.model_fields.items():
+        if field == name:
+            found.append((*prefix, field))
+        for kind in [info.annotation, *getattr(info.annotation, "__args__", ())]:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += _places_of(kind, name, (*prefix, field))
+    return found
 
 
 def _dotted(names) -> str:

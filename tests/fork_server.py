@@ -1,6 +1,6 @@
-"""Runs training in forked processes, so that the imports are paid for once.
+"""Runs the command line in forked processes, so that the imports are paid for once.
 
-One line of JSON {"config", "resume"} in, one line with the child's pid out; after the child has
+One line of JSON {"arguments", "log", "patch"} in, one line with the child's pid out; after the child has
 ended, one line with its wait status. This process never computes: a child that inherits idle
 libraries is a fresh process in all that matters.
 """
@@ -9,28 +9,34 @@ import json
 import os
 import sys
 
-import fastrm.train.loop
-from fastrm.config import load_config
-from fastrm.errors import FastrmError
+import fastrm.evaluate.files
+import fastrm.train.loop  # noqa: F401
+from fastrm import cli
+from fastrm.stop import end_with_parent
 
 
-def child(config: str, resume: str) -> int:
-    log = os.open(f"{config}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def child(arguments: list[str], log: str, patch: str | None) -> int:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if patch is not None:
+        import stuck_work
+
+        getattr(stuck_work, patch)()
+    sys.argv = ["fastrm", *arguments]
     try:
-        fastrm.train.loop.train(load_config(config), resume)
-        return 0
-    except FastrmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        cli.main()
+    except SystemExit as leave:
+        return leave.code
 
 
 def main() -> None:
+    server = os.getpid()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            os.setsid()  # so that a kill reaches the data workers too
+            os.setsid()  # so that a kill reaches the whole group
+            end_with_parent(server)  # a test that was killed leaves nobody behind
             os._exit(child(**json.loads(line)))
         print(pid, flush=True)
         _, status = os.waitpid(pid, 0)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,8 +26,14 @@ class ForkServer:
             env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
 
-    def start(self, config: Path, resume: str = "auto") -> int:
-        self._process.stdin.write(json.dumps({"config": str(config), "resume": resume}) + "\n")
+    def start(self, config: Path, resume: str = "auto", patch: str | None = None) -> int:
+        """`fastrm train`; its process id. What it says is in the configuration's name with .log."""
+        return self.command(["train", config, "--resume", resume], Path(f"{config}.log"), patch)
+
+    def command(self, arguments: Sequence, log: Path, patch: str | None = None) -> int:
+        """`fastrm ARGUMENTS` after the function `patch` of stuck_work; its process id."""
+        line = json.dumps({"arguments": list(map(str, arguments)), "log": str(log), "patch": patch})
+        self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 

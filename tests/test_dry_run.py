@@ -16,6 +16,8 @@ import support
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.plan.dry_run import dry_run
+from fastrm.plan.hardware import find_gpu
+from fastrm.plan.plan import Assumptions, make_plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,7 +72,7 @@ def test_dry_run_tells_found_from_missing(small_config, tmp_path, monkeypatch):
     details = [detail for _, _, detail in inputs]
     assert "here.jsonl: 1 file, 0.0 MiB" in details[1]
     assert "a folder without data files" in details[2]
-    assert 'images "pictures.tar" does not exist' in details[3]
+    assert 'images "pictures.tar" does not exist in ' in details[3]
     assert "digits:none" in details[4]
 
 
@@ -103,7 +105,7 @@ def test_dry_run_checks_model_folder(small_config, tmp_path):
 def test_dry_run_of_unknown_model_still_checks_inputs(small_config, capsys):
     config = small_config("model.init=null", "model.tokenizer=null", "model.path=someone/some-model")
     report = dry_run(config)
-    assert set(report) == {"inputs"}
+    assert set(report) == {"inputs", "rows"} and "not tokenised" in report["rows"][0][2]
     output = capsys.readouterr().out
     assert "Model not sized: no config.json in 'someone/some-model'" in output
     assert "1 of 2 inputs are missing here" in output
@@ -153,4 +155,18 @@ def test_dry_run_asks_no_hub(small_config, tmp_path, monkeypatch):
     asked = "not looked for; a run downloads it from the hub"
     assert rows["data.eval.0"] == ("missing", f"rlaif-v (openbmb/RLAIF-V-Dataset): {asked}")
     assert rows["data.eval.1"] == ("missing", f"hub:owner/name: {asked}")
-    assert rows["data.eval.2"][1].endswith('"absent" is not a folder; wanted a copy of openbmb/UltraFeedback')
+    lost = f'"absent" is not a folder in {Path.cwd()}; wanted a copy of openbmb/UltraFeedback'
+    assert rows["data.eval.2"][1].endswith(lost)
+
+
+@pytest.mark.parametrize("overrides", [[], ["engine.zero_stage=1"], ["optim.batch_pairs=8"]], ids=str)
+def test_dry_run_and_plan_agree_about_memory(overrides):
+    config = load_config(ROOT / "configs/full.yaml", overrides)
+    ours = dry_run(config, quiet())["memory"]
+    compared = set()
+    for count in (1, 8, 64):
+        for fit in make_plan(config, Assumptions(count, find_gpu("h100"), 1000, "--pairs", results=ROOT)).fits:
+            if fit.way.num_gpus == count:
+                assert ours[fit.way.label][fit.checkpointing].total == fit.peak.total, fit
+                compared.add(fit.way.label)
+    assert compared == set(ours)

@@ -4,12 +4,17 @@ Workers get plans (which groups make which pack) and return packs in the order o
 they return is a pure function of the plan, so the number of workers changes nothing but the speed.
 """
 
+import functools
+import os
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing import active_children
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
@@ -22,9 +27,11 @@ from fastrm.data.record import Record
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.vision_format import MediaSize, Patches
 from fastrm.errors import RecordError, StorageError
+from fastrm.stop import StopRequest, end_with_parent
 
 # Packs that each worker prepares ahead.
 PREFETCH_PACKS = 4
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # Files that the process may hold open, if the system lets it.
 OPEN_FILES = 65_536
 
@@ -152,17 +159,26 @@ def load_packs(
         num_workers=num_workers,
         prefetch_factor=PREFETCH_PACKS if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
         pin_memory=pin_memory,
     )
+    before, workers = set(active_children()), set()
     try:
-        yield from loader if waiting is None else _timed(loader, waiting)
+        with _signals_held():
+            packs = iter(loader)
+        workers = set(active_children()) - before
+        yield from packs if waiting is None else _timed(packs, waiting)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise StorageError(
-            f"a data worker died ({str(error).splitlines()[0]}); it was killed or ran out of memory: use fewer workers"
+            f"a data worker died ({str(error).splitlines()[0]}); it was killed or ran out of memory, or of shared "
+            "memory (/dev/shm; docker run --shm-size): use fewer workers"
         ) from error
+    except StopRequest:  # in the wait for a worker, which may be stuck
+        for worker in workers:
+            worker.terminate()
+        raise
 
 
 def _raise_open_file_limit() -> None:
@@ -174,8 +190,7 @@ def _raise_open_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _timed(loader: Iterable[LoadedPack], waiting: Waiting) -> Iterator[LoadedPack]:
-    packs = iter(loader)
+def _timed(packs: Iterator[LoadedPack], waiting: Waiting) -> Iterator[LoadedPack]:
     while True:
         started = time.perf_counter()
         loaded = next(packs, None)
@@ -185,12 +200,34 @@ def _timed(loader: Iterable[LoadedPack], waiting: Waiting) -> Iterator[LoadedPac
         yield loaded
 
 
-def _start_worker(worker: int) -> None:
-    """Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the training process decides
-    what they mean. Workers whose parent is gone leave by themselves."""
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A worker begins with signals blocked, until it has left the group that they are sent to."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(parent: int, worker: int) -> None:
+    """Ctrl-C, and a scheduler's SIGTERM, reach a whole process group. A worker is in one of its own: the training
+    process decides what they mean, and its SIGTERM, which torch answers without Python, ends a worker that is stuck.
+    """
+    os.setpgid(0, 0)
+    while came := signal.sigpending() & _SIGNALS:
+        signal.sigwait(came)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    end_with_parent(parent)
+    # What cannot be sent, for want of shared memory say, would be named and left out, and waited for, for ever.
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)
     sys.excepthook = _report_but_lost_connections
+
+
+def _end_unsent(error: Exception, pack) -> None:
+    print(f"a data worker cannot send a pack: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _report_but_lost_connections(kind, error, trace) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from fastrm.errors import StorageError
 
+# Codes that are shown with an example; more would hide the end of a run.
+MOST_REASONS = 6
+
 
 class Quarantine:
     """Counts refused records by code and, given a path, appends one JSON row for each.
@@ -21,6 +24,7 @@ class Quarantine:
     Attributes:
         counts: refused records by code.
         partial_counts: records that lost a part, by code.
+        examples: of each code the first record, with its file, row and reason.
 
     Raises:
         StorageError: the file cannot be opened, or (from `add`) written.
@@ -30,6 +34,7 @@ class Quarantine:
         self.path = path
         self.counts: Counter[str] = Counter()
         self.partial_counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
         self._known: set[tuple[str, str]] = set()
         self._file = None
         if path is not None:
@@ -51,7 +56,14 @@ class Quarantine:
         if self._file is not None:
             # ASCII escapes, so that a row can name a record whose text UTF-8 cannot encode.
             self._write(json.dumps(row).encode("ascii") + b"\n")
-        self._count(origin, code, partial)
+        self._count(row)
+
+    def reasons(self) -> list[str]:
+        """A line for each code, the most frequent first, with its number of records and the first of them."""
+        counts = (self.counts + self.partial_counts).most_common(MOST_REASONS + 1)
+        shown = counts[:MOST_REASONS]
+        lines = [f"refused: {self.examples[code]} ({code}, {number:,} in all)" for code, number in shown]
+        return [*lines, "refused for other reasons too"] if len(counts) > MOST_REASONS else lines
 
     def close(self) -> None:
         if self._file is not None:
@@ -83,16 +95,19 @@ class Quarantine:
         for line in file:
             try:
                 row = json.loads(line)
-                self._count(row["origin"], row["code"], row.get("partial", False))
+                self._count(row)
             except (ValueError, KeyError, TypeError):
                 continue  # a torn row: its record is refused, and written, again
         if not line.endswith(b"\n"):
             file.write(b"\n")
 
-    def _count(self, origin: str, code: str, partial: bool) -> None:
+    def _count(self, row: dict) -> None:
+        origin, code = row["origin"], row["code"]
         if (origin, code) not in self._known:
             self._known.add((origin, code))
-            (self.partial_counts if partial else self.counts)[code] += 1
+            (self.partial_counts if row.get("partial") else self.counts)[code] += 1
+            message = str(row.get("message", ""))
+            self.examples.setdefault(code, message if message.startswith(origin) else f"{origin}: {message}")
 
     def _write(self, line: bytes) -> None:
         try:

@@ -30,6 +30,7 @@ class ScoringOptions:
     dtype: str
     max_image_pixels: int
     max_image_bytes: int
+    template_date: str | None = None
     max_video_bytes: int = MediaLimits.max_video_bytes
     max_video_seconds: float = MediaLimits.max_video_seconds
     check_exactness: bool = True
@@ -84,6 +85,7 @@ def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) 
         text=_text_route(choice.route),
         device=options.device,
         dtype=options.dtype,
+        template_date=options.template_date,
         max_image_pixels=options.max_image_pixels,
         max_image_bytes=options.max_image_bytes,
         max_video_bytes=options.max_video_bytes,
@@ -98,6 +100,8 @@ def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) 
     for line in dict.fromkeys(describe_unknown_keys(member.network.model.config) for member in ensemble.models):
         if line is not None:
             display.say(line)
+    for date in dict.fromkeys(member.date for member in ensemble.models if member.date):
+        display.say(f"chat template: reads the clock, which stands at {date} (--template-date)")
     if choice.validation is not None:
         margins = _validation_margins(ensemble, choice.validation, options, display)
         ensemble.fit_weights(margins)

@@ -1,6 +1,7 @@
 """Rewards for prepared groups, record files and plain dicts; all through the same packs."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from fastrm.data.plan import PackPlan, plan_once
 from fastrm.data.record import Record
 from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.values import describe
-from fastrm.errors import DataError, RecordError
+from fastrm.errors import DataError, RecordError, option
 from fastrm.model.network import RewardNetwork
 
 Forward = Callable[[Pack | None], torch.Tensor | None]
@@ -36,8 +37,9 @@ def run_packs(
     """
     plans = plan_once(groups, budget)
     plans += [PackPlan((), len(groups), False)] * (-len(plans) % num_ranks)
-    with torch.no_grad():
-        for loaded in load_packs(builder, plans[rank::num_ranks], num_workers, pin_memory=pin_memory):
+    packs = load_packs(builder, plans[rank::num_ranks], num_workers, pin_memory=pin_memory)
+    with torch.no_grad(), closing(packs):
+        for loaded in packs:
             if loaded.pack is not None:
                 yield loaded, forward(loaded.pack).float().cpu()
                 continue
@@ -80,10 +82,8 @@ def score_with_each(
             group = encode_group(record, encoder)
             prepared = PreparedGroup.of(group)
             if prepared.num_tokens > tokens_per_pack:
-                raise RecordError(
-                    "TOO_LONG",
-                    f"the group has {prepared.num_tokens:,} tokens, limit {tokens_per_pack:,}; raise --tokens-per-pack",
-                )
+                limit = f"limit {tokens_per_pack:,}; raise {option('tokens_per_pack')}"
+                raise RecordError("TOO_LONG", f"the group has {prepared.num_tokens:,} tokens, {limit}")
             groups.append(prepared)
             encoded.append(group)
             numbers.append(number)
@@ -96,7 +96,8 @@ def score_with_each(
 
     def forward(pack: Pack) -> torch.Tensor:
         pack = pack.to(device)
-        return torch.stack([network(_as_planned(pack, network, planner)) for network in networks])  # (M, R)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # threads have their own
+            return torch.stack([network(_as_planned(pack, network, planner)) for network in networks])  # (M, R)
 
     done = len(records) - len(groups)
     for loaded, rewards in run_packs(

@@ -6,6 +6,7 @@ model/
   tokenizer files, chat template, preprocessor_config.json
 """
 
+import datetime
 import errno
 import json
 import shutil
@@ -22,7 +23,7 @@ from fastrm.data.qwen_format import load_qwen_format
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.data.videos import VideoSettings
-from fastrm.errors import ConfigError, StorageError
+from fastrm.errors import ConfigError, StorageError, option
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
 from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
@@ -108,6 +109,8 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None) -> dict:
     config["fastrm"] = {
         "format": FORMAT, "head": model.head.model_dump(), "anchor": model.encoder.anchor, "pooling": model.pooling,
     }  # fmt: skip
+    if model.encoder.date is not None:
+        config["fastrm"]["template_date"] = str(model.encoder.date)
     return config
 
 
@@ -118,6 +121,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
+    date: datetime.date | None = None,
 ) -> RewardNetwork:
     """A network with its encoder, from a folder that `save_model` wrote.
 
@@ -125,6 +129,7 @@ def load_model(
         dtype: of the backbone's weights; the head is float32 in any case, and so are the rotary embedding's
             frequencies, which are no weights: rounded, they would turn late tokens by whole radians. None: as in
             the files where they have two bytes an element, else float32, or bfloat16 on a GPU.
+        date: for a chat template that reads the clock; default: that of the training run, else today.
 
     Raises:
         ConfigError: if the folder is not a fastrm reward model, or reads tiles and is given limits of pixels.
@@ -150,8 +155,9 @@ def load_model(
             "preprocessor_config.json"
         )
     encoder = make_encoder(
-        backbone.config, tokenizer, str(folder), anchor, MediaLimits(), min_pixels=min_pixels, max_pixels=max_pixels
-    )
+        backbone.config, tokenizer, str(folder), anchor, MediaLimits(), min_pixels=min_pixels, max_pixels=max_pixels,
+        date=date,
+    )  # fmt: skip
     model = RewardNetwork(backbone, head, encoder, pooling)
     load_head(model.score, folder)
     if dtype is None:
@@ -166,7 +172,7 @@ def _check_memory(folder: Path, needed: int, dtype: torch.dtype) -> None:
     """Refuse weights that the host has no memory for, before it begins to swap or the kernel ends the process."""
     there = available_memory()
     if needed > there:
-        smaller = ", --dtype bf16" if dtype.itemsize > 2 else ""
+        smaller = f", {option('dtype')} bf16" if dtype.itemsize > 2 else ""
         raise StorageError(
             f"{folder}: the weights take {needed / 2**30:,.1f} GiB in {str(dtype).removeprefix('torch.')}, "
             f"{there / 2**30:,.1f} GiB of host memory are available; free memory, or try one of: a GPU{smaller}"
@@ -186,6 +192,12 @@ def _pooling(section: dict) -> str:
     if pooling not in ("anchor", "mean"):
         raise ValueError(pooling)
     return pooling
+
+
+def kept_date(folder: Path) -> datetime.date | None:
+    """The date that the chat template of a reward model was given in training; None: the model keeps none."""
+    date = json.loads((folder / "config.json").read_text()).get("fastrm", {}).get("template_date")
+    return None if date is None else datetime.date.fromisoformat(date)
 
 
 def load_head(score: nn.Module, folder: Path) -> None:
@@ -232,21 +244,21 @@ def make_encoder(
     config, tokenizer, processor_path: str | None, anchor: str, limits: MediaLimits, *,
     min_pixels: int | None = None, max_pixels: int | None = None,
     image_mean: list[float] | None = None, image_std: list[float] | None = None,
-    max_tiles: int | None = None, video: VideoSettings | None = None,
+    max_tiles: int | None = None, video: VideoSettings | None = None, date: datetime.date | None = None,
 ) -> ConversationEncoder:  # fmt: skip
     """Tokeniser and vision format for a backbone's configuration; None keeps the setting of `processor_path`.
 
     Limits of pixels and videos are Qwen's, `max_tiles` is InternVL's; the other family's are not looked at.
     """
     if config.model_type not in VISION_FAMILIES:
-        return ConversationEncoder(tokenizer, None, anchor=anchor, limits=limits)
+        return ConversationEncoder(tokenizer, None, anchor=anchor, limits=limits, date=date)
     if config.model_type not in QWEN_VL_FAMILIES:
         vision = load_internvl_format(
             config, tokenizer, processor_path, max_tiles=max_tiles, image_mean=image_mean, image_std=image_std
         )
-        return ConversationEncoder(tokenizer, vision, anchor=anchor, limits=limits)
+        return ConversationEncoder(tokenizer, vision, anchor=anchor, limits=limits, date=date)
     vision = load_qwen_format(
         config.vision_config, tokenizer, processor_path, video,
         min_pixels=min_pixels, max_pixels=max_pixels, image_mean=image_mean, image_std=image_std,
     )  # fmt: skip
-    return ConversationEncoder(tokenizer, vision, anchor=anchor, limits=limits)
+    return ConversationEncoder(tokenizer, vision, anchor=anchor, limits=limits, date=date)

@@ -21,6 +21,7 @@ from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_
 from fastrm.model.layers import choose_norm_and_gate
 from fastrm.model.precision import Fp8Report, fp8_disabled
 from fastrm.model.towers import VisionTower
+from fastrm.names import device_name
 
 
 class RewardNetwork(nn.Module):
@@ -180,17 +181,28 @@ class RewardNetwork(nn.Module):
                     parameter.requires_grad_(False)
 
 
-def pick_device(requested: str) -> torch.device:
-    """auto = cuda if there is one, else cpu.
+def pick_device(requested: str | int | torch.device) -> torch.device:
+    """auto = cuda if there is one, else cpu; otherwise the device that `device_name` understands.
+
+    A GPU that is asked for by its number becomes torch's current one, on which kernels are launched.
 
     Raises:
-        ConfigError: if cuda is asked for and there is none.
+        ConfigError: for another name, or if there is no such GPU.
     """
-    if requested == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch finds no CUDA device; use cpu, or install a CUDA build of torch")
-    if requested == "auto":
-        requested = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(requested)
+    try:
+        device = device_name(requested)
+    except ValueError as error:
+        raise ConfigError(f"device: {error}") from None
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {device}: torch finds no CUDA device; use cpu, or install a CUDA build of torch")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.device(device)
+    if found.index is not None:
+        if found.index >= (there := torch.cuda.device_count()):
+            raise ConfigError(f"device {device}: this machine has {there} GPUs, cuda:0 to cuda:{there - 1}; choose one")
+        torch.cuda.set_device(found)
+    return found
 
 
 def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:

@@ -1,20 +1,21 @@
 """`RewardModel`: a trained reward model as other programs use it."""
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from fastrm.data.images import MediaLimits
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, option
 from fastrm.model.attention import BACKENDS
-from fastrm.model.export import load_model
+from fastrm.model.export import kept_date, load_model
 from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.kernels import CHOICES
 from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.model.weight_files import WeightFiles
+from fastrm.names import checked_dtype
 
-DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,22 +28,24 @@ class RewardModel:
     Attributes:
         network: the weights, and the tokeniser and image processor that belong to them.
         weights: in words, the dtype of the backbone and why it is that.
+        date: in words, the date that a chat template which reads the clock is given; "" for another template.
     """
 
-    def __init__(self, network: RewardNetwork, weights: str = ""):
-        self.network, self.weights = network.eval(), weights
+    def __init__(self, network: RewardNetwork, weights: str = "", date: str = ""):
+        self.network, self.weights, self.date = network.eval(), weights, date
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
         *,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | int | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         kernels: str = "auto",
         attention: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        template_date: datetime.date | str | None = None,
         max_image_pixels: int = MediaLimits.max_pixels,
         max_image_bytes: int = MediaLimits.max_bytes,
         max_video_bytes: int = MediaLimits.max_video_bytes,
@@ -52,13 +55,15 @@ class RewardModel:
         """Load the `model/` folder of a run, or any folder of the same layout.
 
         Args:
-            device: auto (cuda if there is one), cpu, cuda.
-            dtype: of the backbone: fp32, bf16, fp16, or auto: as in the files where those are bf16 or fp16, else
-                bf16 on cuda and fp32 on cpu. The final norm of a response's last state and the head compute in
-                float32 either way.
+            device: auto (cuda if there is one), cpu, cuda, or one GPU: cuda:1, 1, torch.device("cuda", 1).
+            dtype: of the backbone: fp32, bf16, fp16 (also as float32, torch.bfloat16 ...), or auto: as in the files
+                where those are bf16 or fp16, else bf16 on cuda and fp32 on cpu. The final norm of a response's last
+                state and the head compute in float32 either way.
             kernels: auto, triton, eager: as in a training configuration.
             attention: auto to follow `kernels`, sdpa, flash, flash_attn, triton.
             min_pixels, max_pixels: images are resized to these limits; default: those of the training run.
+            template_date: for a chat template that reads the clock, a date or 2026-07-26; default: that of the
+                training run, else today, with which rewards change from day to day.
             max_image_pixels, max_image_bytes: an image that declares more is refused before it is decoded.
             max_video_bytes, max_video_seconds: a video that has or declares more likewise.
             check_exactness: before the first rewards of text, of images and of videos, compare two with those of the
@@ -70,18 +75,22 @@ class RewardModel:
                 if the device cannot do what is asked.
             StorageError: if its weights are damaged or incomplete.
         """
-        _check_choice("device", device, DEVICES)
-        _check_choice("dtype", dtype, ("auto", *DTYPES))
+        try:
+            dtype = checked_dtype(dtype)
+        except ValueError as error:
+            raise ConfigError(f"{option('dtype')}: {error}") from None
         _check_choice("kernels", kernels, CHOICES)
         _check_choice("attention", attention, ("auto", *BACKENDS))
         target = pick_device(device)
         wanted = None if dtype == "auto" else DTYPES[dtype]
-        network = load_model(Path(path), min_pixels, max_pixels, dtype=wanted, device=target)
+        given = _date(template_date)
+        network = load_model(Path(path), min_pixels, max_pixels, dtype=wanted, device=target, date=given)
         network.encoder.limits = MediaLimits(max_image_bytes, max_image_pixels, max_video_bytes, max_video_seconds)
         network.use_kernels(network.model.dtype, kernels=kernels, attention=attention)
         if check_exactness:
             network.first_use = FirstUse(network, weights_of(path))
-        return cls(network, _describe(network.model.dtype, WeightFiles.open(path).dtype, dtype))
+        weights = _describe(network.model.dtype, WeightFiles.open(path).dtype, dtype)
+        return cls(network, weights, _describe_date(network.encoder.date, given, kept_date(Path(path))))
 
     def score(self, groups: Sequence[dict], *, tokens_per_pack: int = 32768, num_workers: int = 0) -> list[list[float]]:
         """Rewards of every response, in the order of the groups.
@@ -110,6 +119,21 @@ def _describe(used: torch.dtype, stored: torch.dtype, asked: str) -> str:
         return f"{names[used]}, as in the files"
     why = "as asked for" if asked != "auto" else "on a GPU" if used is torch.bfloat16 else "on a CPU"
     return f"{names[used]} {why}; the files have {names.get(stored, 'fp64')}"
+
+
+def _date(given: datetime.date | str | None) -> datetime.date | None:
+    try:
+        return datetime.date.fromisoformat(given) if isinstance(given, str) else given
+    except ValueError:
+        raise ConfigError(f"{option('template_date')}: got {given!r}, wanted a date such as 2026-07-26") from None
+
+
+def _describe_date(used: datetime.date | None, given: datetime.date | None, kept: datetime.date | None) -> str:
+    if used is None:
+        return ""
+    if given is not None:
+        return f"{used}, as asked for"
+    return f"{used}, as in training" if kept is not None else f"{used}, today: the model keeps no date, give it one"
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

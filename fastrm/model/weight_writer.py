@@ -113,9 +113,15 @@ def replace_folder(new: Path, target: Path) -> None:
     sync_path(new)
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
+    is_there = target.exists()
+    try:
+        if is_there:
+            target.rename(old)
+        new.rename(target)
+    except BaseException:  # a signal, too, may come between the two
+        if is_there and not target.exists():
+            old.rename(target)
+        raise
     sync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -1,7 +1,7 @@
-"""`fastrm train --dry-run`: check what can be checked without weights and data, and size the run.
+"""`fastrm train --dry-run`: check what can be checked without weights, and size the run.
 
-Nothing is downloaded, read or written. A missing input does not end a dry run; it is listed. What a
-step costs depends on data that may not be here, so it is computed for a stated, typical group.
+Nothing is downloaded or written, and of data that is here the first rows are read. A missing input does not end a
+dry run; it is listed. What a step costs depends on all of the data, so it is computed for a stated, typical group.
 """
 
 from rich.console import Console
@@ -9,7 +9,6 @@ from rich.table import Table
 
 from fastrm.config import Config
 from fastrm.model.architectures import find_architecture, meta_network
-from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.network import RewardNetwork
 from fastrm.plan.advice import ways
 from fastrm.plan.console import gib, make_console, make_table, peta, say, show
@@ -19,6 +18,8 @@ from fastrm.plan.memory import MODES, peak_of
 from fastrm.plan.needs import needs_of
 from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.plan.room import print_needs, print_problems
+from fastrm.plan.rows import ROWS, check_rows
+from fastrm.plan.step_time import packs_of_a_step
 
 GPU_COUNTS = (1, 8, 64)
 
@@ -27,15 +28,19 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
     """Print inputs, parameters, memory and operations of a run on standard output.
 
     Returns:
-        {"inputs": [(name, state, detail)], "parameters", "memory", "needs", "step"}, in bytes and operations;
-        the last four are missing if nothing here knows the model's architecture.
+        {"inputs": [(name, state, detail)], "rows": the same of sources' first rows, "parameters", "memory",
+        "needs", "step"}, in bytes and operations; the last four are missing if nothing here knows the model's
+        architecture.
 
     Raises:
         ConfigError: if the model's family, its config or model.freeze cannot work.
     """
     console = console or make_console()
     report: dict = {"inputs": check_inputs(config)}
-    _print_inputs(console, report["inputs"])
+    _print_table(console, "Inputs", report["inputs"])
+    report["rows"] = check_rows(config)
+    if report["rows"]:
+        _print_table(console, f"Up to {ROWS} rows of each source that is here", report["rows"])
     try:
         architecture, origin = find_architecture(config.model)
     except LookupError as error:
@@ -44,28 +49,29 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
         network = meta_network(architecture, config.model)
         report |= _size(config, network)
         print_parameters(console, report["parameters"], origin)
-        if (line := describe_unknown_keys(architecture)) is not None:
-            say(console, line)
         _print_memory(console, report["memory"], config)
         print_needs(console, config, report["needs"], 1)
         print_problems(console, config, report["needs"])
         _print_step(console, report["step"], config)
     num_missing = sum(state == "missing" for _, state, _ in report["inputs"])
     here = f"{num_missing} of {len(report['inputs'])} inputs are missing here" if num_missing else "its inputs are here"
-    say(console, f"The configuration is valid; {here}.")
+    unusable = [name for name, state, _ in report["rows"] if state == "missing"]
+    then = f"; no row that was looked at can be used: {', '.join(unusable)}" if unusable else ""
+    say(console, f"The configuration is valid; {here}{then}.")
     return report
 
 
 def _size(config: Config, network: RewardNetwork) -> dict:
     load = typical_workload(config, network)
+    packs = {count: packs_of_a_step(config, load, count) for count in GPU_COUNTS}  # as `fastrm plan` has it
     return {
         "parameters": count_parameters(network),
         "memory": {
-            way.label: {mode: peak_of(way.config(config, mode), way.num_gpus, network, load) for mode in MODES}
+            way.label: {mode: peak_of(way.config(config, mode), count, network, load, packs[count]) for mode in MODES}
             for count in GPU_COUNTS
             for way in ways(config, count)
         },
-        "needs": needs_of(config, network, load),
+        "needs": needs_of(config, network, load, num_packs=packs[1]),
         "step": {"workload": load, "ways": _ways(config, network, load)},
     }
 
@@ -88,13 +94,13 @@ def _ways(config: Config, network: RewardNetwork, load: Workload) -> dict[str, d
     }
 
 
-def _print_inputs(console: Console, inputs: list[tuple[str, str, str]]) -> None:
+def _print_table(console: Console, title: str, rows: list[tuple[str, str, str]]) -> None:
     table = Table()
     for column in ("key", "state", "detail"):
         table.add_column(column, overflow="fold")
-    for row in inputs:
-        table.add_row(*row, style="red" if row[1] == "missing" else None)
-    show(console, "Inputs", table)
+    for row in rows:
+        table.add_row(*row, style="red" if row[1] in ("missing", "refused") else None)
+    show(console, title, table)
 
 
 def print_parameters(console: Console, parts: dict[str, Parameters], origin: str) -> None:
@@ -130,7 +136,7 @@ def _print_step(console: Console, step: dict, config: Config) -> None:
     show(console, f"One step of {load.num_pairs:,} preferences (estimate)", table)
     say(
         console,
-        f"  Assumed, since no data is read: 1 pair per prompt, {load.image_tokens:,} image tokens ({load.image_key}), "
+        f"  Assumed, whatever the data are: 1 pair per prompt, {load.image_tokens:,} image tokens ({load.image_key}), "
         f"{load.prompt_text_tokens} prompt\n  tokens of text, {load.response_tokens} per response. "
         "Operations per matrix parameter and row: 2 forward, 2 for the gradient of the\n  input where something "
         "before it is trained, 2 for its own where it is trained; attention 4 Q forward, 8 Q backward\n"

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from fastrm.config import Config, ModelConfig, SourceConfig
 from fastrm.data.prepared.stored import read_manifest
-from fastrm.data.sources import Refusal, SourceFile, hub_name, is_on_hub, source_files
+from fastrm.data.prepared.units import open_source
+from fastrm.data.sources import Refusal, SourceFile, hub_name, is_on_hub
 from fastrm.data.sources.files import stored_in
-from fastrm.errors import DataError
+from fastrm.errors import DataError, looked_for
 
 # Sources that are larger take minutes to read, which is no part of a plan.
 MOST_BYTES_TO_COUNT = 256 * 2**20
@@ -36,7 +37,7 @@ def _check_source(source: SourceConfig) -> tuple[str, str]:
     if is_on_hub(source.path, source.set):
         return "missing", f"{hub_name(source.path, source.set)}: not looked for; a run downloads it from the hub"
     try:
-        files = _files(source)
+        files = open_source(source)
         if not isinstance(files[0], SourceFile):
             # Ships with a package; only making the first record tells whether it is there.
             next(files[0].read(0, 1))
@@ -47,12 +48,6 @@ def _check_source(source: SourceConfig) -> tuple[str, str]:
     num_bytes = sum(path.stat().st_size for path in paths)
     name = f"{source.set}, {source.path}" if source.set else source.path
     return "found", f"{name}: {len(files):,} file{'s' * (len(files) > 1)}, {num_bytes / 2**20:,.1f} MiB"
-
-
-def _files(source: SourceConfig) -> list:
-    return source_files(
-        source.path, set=source.set, format=source.format, images=source.images, name=source.name, pairs=source.pairs
-    )
 
 
 def _paths(files: list) -> set[Path]:
@@ -80,7 +75,7 @@ def _check_model(model: ModelConfig) -> list[tuple[str, str, str]]:
 def _check_folder(path: str, *patterns: str) -> tuple[str, str]:
     folder = Path(path)
     if not folder.is_dir():
-        return "missing", f"{path}: no such folder here; a run asks the hub for it"
+        return "missing", f"{path}: no such folder{looked_for(path) or ' here'}; a run asks the hub for it"
     absent = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     return ("missing", f"{path}: has no {' and no '.join(absent)}") if absent else ("found", path)
 
@@ -92,7 +87,7 @@ def count_preferences(config: Config) -> int | None:
         return None
     if config.data.prepared is not None and (manifest := read_manifest(Path(config.data.prepared))) is not None:
         return manifest["splits"]["train"]["num_preferences"]
-    files = [file for source in sources for file in _files(source)]
+    files = [file for source in sources for file in open_source(source)]
     if sum(path.stat().st_size for path in _paths(files)) > MOST_BYTES_TO_COUNT:
         return None
     return sum(

@@ -18,7 +18,7 @@ from fastrm.plan.model import pixel_bytes
 from fastrm.plan.needs import Needs, needs_of
 from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.plan.rates import ASSUMED_BANDWIDTH_SHARE, RESULTS, Rate, find_rate
-from fastrm.plan.step_time import StepTime, Work, first_dominated, gpu_counts, step_time
+from fastrm.plan.step_time import IMBALANCE, StepTime, Work, first_dominated, gpu_counts, packs_of_a_step, step_time
 from fastrm.train.optim import training_bytes
 
 # Share of the communication that runs beside the backward pass. DeepSpeed overlaps with ZeRO-3 alone unless told
@@ -50,7 +50,7 @@ class Assumptions:
     gpu: Gpu
     num_pairs: int
     pairs_origin: str
-    imbalance: float = 1.05
+    imbalance: float = IMBALANCE
     nvlink: float | None = None
     network: float | None = None
     latency_s: float = 5e-6
@@ -240,7 +240,7 @@ def _work(config: Config, assumptions: Assumptions, network: RewardNetwork, load
 
 def _fits(config: Config, num_gpus: int, network: RewardNetwork, load: Workload, num_packs: int) -> list[Fit]:
     """All ways to run on that number of GPUs, and on one alone."""
-    found = [(way, 2) for way in ways(config, 1)]
+    found = [(way, packs_of_a_step(config, load, 1)) for way in ways(config, 1)]
     if num_gpus > 1:
         found += [(way, num_packs) for way in ways(config, num_gpus)]
     return [

@@ -4,9 +4,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fastrm.config import Config
 from fastrm.plan.communication import Collective, Network, collectives
+from fastrm.plan.flops import Workload
 from fastrm.plan.hardware import GPUS_PER_NODE
 from fastrm.plan.parameters import Parameters
+
+IMBALANCE = 1.05  # slowest over mean rank, where nothing else is given
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,27 @@ def messages(work: Work, num_gpus: int, num_packs: int) -> list[Collective]:
     return collectives(work.parameters, work.stage, num_packs) if num_gpus > 1 else []
 
 
+def slowest_pairs(num_pairs: float, num_gpus: int, imbalance: float = IMBALANCE) -> float:
+    """Pairs of a step on the slowest rank: `imbalance` times the mean, and no less than one."""
+    mean = num_pairs / num_gpus
+    return max(1.0, mean * imbalance) if num_gpus > 1 else mean
+
+
+def packs_of_a_step(config: Config, load: Workload, num_gpus: int, imbalance: float = IMBALANCE) -> int:
+    """Packs of a step on the slowest rank."""
+    tokens_per_pair = load.num_tokens(config.data.share_prefixes) / load.num_pairs
+    pairs = slowest_pairs(load.num_pairs, num_gpus, imbalance)
+    return _num_packs(pairs, tokens_per_pair, config.optim.tokens_per_pack)
+
+
+def _num_packs(pairs: float, tokens_per_pair: float, tokens_per_pack: int) -> int:
+    return max(1, math.ceil(pairs * tokens_per_pair / tokens_per_pack))
+
+
 def step_time(work: Work, num_gpus: int, network: Network) -> StepTime:
-    """Predict one step. The slowest rank has `imbalance` times the mean, and no less than one pair."""
-    mean = work.num_pairs / num_gpus
-    slowest = max(1.0, mean * work.imbalance) if num_gpus > 1 else mean
-    num_packs = max(1, math.ceil(slowest * work.tokens_per_pair / work.tokens_per_pack))
+    """Predict one step, which is as long as that of the slowest rank."""
+    slowest = slowest_pairs(work.num_pairs, num_gpus, work.imbalance)
+    num_packs = _num_packs(slowest, work.tokens_per_pair, work.tokens_per_pack)
     compute = slowest * work.seconds_per_pair
     communication = sum(message.seconds(num_gpus, network) for message in messages(work, num_gpus, num_packs))
     return StepTime(

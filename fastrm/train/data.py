@@ -18,11 +18,13 @@ from fastrm.data.record import Record
 from fastrm.data.sources import read_source
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, InterruptedRun
 from fastrm.evaluate.benchmarks import BENCHMARKS, load_benchmark
 from fastrm.model.families import chat_layout
+from fastrm.stop import StopRequest
 from fastrm.train.display import Display
 from fastrm.train.step_cost import make_cost_model
+from fastrm.train.template_date import fix_date
 
 TOKENIZER = "tokenizer"  # in the prepared set's folder, where one is trained
 
@@ -83,7 +85,9 @@ class RunData:
                 self._preparation.check_encoder(encoder)
                 return None
             report = self._preparation.finish(self._planned, encoder, make_cost_model(architecture, self.config.model))
-        for line in pair_lines(report):
+        refused = Quarantine(None)
+        self.refusals_into(refused)
+        for line in (*pair_lines(report), *refused.reasons()):
             self.display.say(line)
         self.display.say(f"prepared set made: {self.folder}; {sharing_line(report)}")
         return report
@@ -166,6 +170,7 @@ def make_set(config: Config, display: Display, num_workers: int | None = None) -
     """
     from fastrm.train.setup import find_backbone_config, make_data_encoder
 
+    config = fix_date(config, prepared_folder(config), display.say)
     data = RunData(config, display, num_workers)
     try:
         data.begin()
@@ -176,9 +181,19 @@ def make_set(config: Config, display: Display, num_workers: int | None = None) -
 
 
 def prepare_ahead(config: Config, num_workers: int | None = None) -> None:
-    """`fastrm data prepare`: `make_set`, with a table and a picture."""
+    """`fastrm data prepare`: `make_set`, with a table and a picture.
+
+    Raises:
+        InterruptedRun: after SIGTERM or Ctrl-C.
+        FastrmError: another subclass, as `make_set`.
+    """
     with Display() as display:
-        report = make_set(config, display, num_workers)
+        try:
+            report = make_set(config, display, num_workers)
+        except StopRequest as stop:
+            raise InterruptedRun(
+                f"stopped by {stop.name}; the parts that are done are kept, and the same command goes on from there"
+            ) from None
         if report is None:
             return
         folder = prepared_folder(config)

@@ -43,8 +43,6 @@ class Display:
 
     def __init__(self, console: Console | None = None, silent: bool = False):
         self.console = console or Console(stderr=True, quiet=silent)
-        self.poll: Callable[[], None] | None = None
-        """Called at every update; may raise to leave long work."""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -77,8 +75,6 @@ class Display:
 
         def update(done: int, total: int | None, note: str = "") -> None:
             nonlocal last, first
-            if self.poll is not None:
-                self.poll()
             self._progress.update(task, completed=done, total=total, note=note)
             now = time.monotonic()
             first = first or (done, now)
@@ -97,8 +93,6 @@ class Display:
         update, number = self.task(description), 0
         for number, item in enumerate(items, 1):
             if number % 256 == 0:
-                if self.poll is not None:
-                    self.poll()
                 self._progress.update(self._progress.task_ids[-1], completed=number)
             yield item
         update(number, number)

@@ -1,9 +1,8 @@
-"""Signals, the run folder's lock, and what to do about non-finite steps."""
+"""The run folder's lock, and what to do about non-finite steps."""
 
 import fcntl
 import json
 import os
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,37 +13,6 @@ from fastrm.train.ranks import Ranks
 
 # Steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
 MAX_SKIPPED_STEPS = 3
-
-
-# What the watcher of several ranks passes a signal on by. A scheduler may have sent it to all of them itself,
-# and it would then look like a second one.
-PASSED_ON = signal.SIGUSR1
-
-
-class StopFlag:
-    """Set by SIGTERM or SIGINT; the loop polls it and leaves in order. A second signal leaves at once."""
-
-    def __init__(self):
-        self.signal: str | None = None
-        self._signalled = False
-
-    def __enter__(self) -> "StopFlag":
-        numbers = (signal.SIGTERM, signal.SIGINT, PASSED_ON)
-        self._before = {number: signal.signal(number, self._on) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on(self, number, frame) -> None:
-        if number == PASSED_ON:
-            self.signal = self.signal or signal.SIGTERM.name
-            return
-        if self._signalled:
-            os._exit(75)
-        self._signalled = True
-        self.signal = signal.Signals(number).name
 
 
 class RunLock:

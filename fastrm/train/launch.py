@@ -5,7 +5,6 @@ scheduler's kill of the group does not reach; it notices a process that has died
 might learn only by waiting for it; and it says once what all of them would say.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -21,14 +20,13 @@ import torch
 
 from fastrm.config import Config
 from fastrm.errors import RankFailure
-from fastrm.train.guard import PASSED_ON
-from fastrm.train.ranks import check_deepspeed, check_gpus, is_launched
+from fastrm.stop import PASSED_ON
+from fastrm.train.ranks import check_deepspeed, check_gpus, check_not_one_gpu, is_launched
 
 # Where a process that the watcher has started leaves what stopped it.
 FAILURE = "FASTRM_FAILURE"
 # How long the others may take to leave when one has. A checkpoint is complete before anyone leaves.
 GRACE_SECONDS = 30.0
-_PR_SET_PDEATHSIG = 1
 
 
 def num_ranks_to_start(config: Config) -> int:
@@ -41,6 +39,9 @@ def num_ranks_to_start(config: Config) -> int:
         return 1
     uses_cuda = config.run.device != "cpu" and torch.cuda.is_available()
     wanted = config.run.num_processes or (torch.cuda.device_count() if uses_cuda else 1)
+    if ":" in config.run.device:
+        check_not_one_gpu(config.run.device, config.run.num_processes or 1)
+        return 1
     if wanted > 1:
         check_deepspeed(wanted)
         if uses_cuda:
@@ -64,12 +65,6 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> None:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         watcher.check()
-
-
-def die_with_the_watcher() -> None:
-    """Get SIGTERM when the process that has started this one ends, however it ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _Watcher:

@@ -3,8 +3,10 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -19,17 +21,18 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.evaluate.flips import Flips, compare_fp8
 from fastrm.evaluate.scoring import run_packs
-from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.precision import token_multiple
+from fastrm.stop import StopFlag, StopRequest
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.display import Display
-from fastrm.train.guard import StepGuard, StopFlag, locked
+from fastrm.train.guard import StepGuard, locked
 from fastrm.train.metrics import MetricsLog, PreferenceMeter, check_loggers, keep_rows, read_rows
+from fastrm.train.opening import opening_lines
 from fastrm.train.optim import learning_rate
 from fastrm.train.progress import Progress, StepReport
 from fastrm.train.ranks import Ranks, joined
 from fastrm.train.report import draw_report, peak_memory_bytes, summary_table, versions
-from fastrm.train.resume import check_config, find_start
+from fastrm.train.resume import check_config, clear_failed_start, find_start
 from fastrm.train.setup import Job, export_model, make_engine, make_first_use, set_up
 from fastrm.train.step_cost import make_cost_model
 
@@ -55,24 +58,28 @@ def train(
     """
     run_dir = Path(config.run.dir)
     with StopFlag() as stop, joined(config.run.device) as ranks:
-        ranks.on_first(lambda: check(ranks))
-        with locked(run_dir, ranks), display or Display(silent=not ranks.is_first) as shown:
-            start = ranks.on_first(lambda: _find_start(run_dir, resume, shown))
-            with Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None) as quarantine:
-                return _Run(config, run_dir, start, quarantine, shown, stop, ranks).to_the_end()
+        stop.is_forced = ranks.num_ranks == 1
+        try:
+            with stop.breakable(patience=0), ExitStack() as begun:
+                ranks.on_first(lambda: check(ranks))
+                begun.enter_context(locked(run_dir, ranks))
+                shown = begun.enter_context(display or Display(silent=not ranks.is_first))
+                start = ranks.on_first(lambda: _find_start(run_dir, resume, shown))
+                quarantine = begun.enter_context(Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None))
+                run, opened = _Run(config, run_dir, start, quarantine, shown, stop, ranks), begun.pop_all()
+        except StopRequest as request:
+            raise InterruptedRun(
+                f"stopped by {request.name} before the first step; start again with --resume auto"
+            ) from None
+        with opened:
+            return run.to_the_end()
 
 
 def _find_start(run_dir: Path, resume: str, display: Display) -> Path | None:
     start = find_start(run_dir, resume, display.say)
     if start is None:
-        _clear_failed_start(run_dir)
+        clear_failed_start(run_dir)
     return start
-
-
-def _clear_failed_start(run_dir: Path) -> None:
-    """What a start that reached no checkpoint has left would count in this run, or be taken for its own."""
-    for name in ("quarantine.jsonl", "incidents.jsonl"):
-        (run_dir / name).unlink(missing_ok=True)
 
 
 class _Run:
@@ -88,12 +95,11 @@ class _Run:
         stop: StopFlag,
         ranks: Ranks,
     ):
-        self.config, self.run_dir, self.quarantine = config, run_dir, quarantine
+        self.run_dir, self.quarantine = run_dir, quarantine
         self.display, self.stop, self.ranks = display, stop, ranks
         check_loggers(config.run.report_to)
-        display.poll = self._leave_before_the_first_step
         self.job: Job = set_up(config, run_dir, quarantine, display, ranks)
-        display.poll = None
+        self.config = config = self.job.config
         self.engine = make_engine(self.job.network, config, ranks)
         self.progress = Progress()
         if start is not None:
@@ -131,6 +137,8 @@ class _Run:
             summary = self._finish(flips)
             self._save()
             return summary
+        except StopRequest:
+            self._interrupt()
         finally:
             if self.log is not None:
                 self.log.close()
@@ -152,26 +160,31 @@ class _Run:
         members: list[int] = []
         waiting, pin = Waiting(), self.job.network.device.type != "cpu"
         step_started = time.perf_counter()
-        for loaded in load_packs(builder, plans, data.num_workers, pin_memory=pin, waiting=waiting):
-            # Alone, a run stops inside a step; several ranks at its end, when they have told one another.
-            if self.must_stop or (self.stop.signal and self.ranks.num_ranks == 1):
-                self._interrupt()
-            members += loaded.plan.groups
-            self._accumulate(loaded)
-            if not loaded.plan.is_last:
-                continue
-            self._update(loaded.plan.position, members)
-            members = []
-            seconds = time.perf_counter() - step_started
-            self.progress.train_seconds += seconds
-            self.progress.window_seconds += seconds
-            self.progress.window_wait_seconds += waiting.take()
-            if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.num_steps:
-                update(self.progress.step, self.num_steps, self._log_row())
-            self._evaluate_and_save_when_due()
-            if self.progress.step >= self.num_steps:
-                return
-            step_started = time.perf_counter()
+        with closing(load_packs(builder, plans, data.num_workers, pin_memory=pin, waiting=waiting)) as packs:
+            while self.progress.step < self.num_steps:
+                with self._breakable():
+                    loaded = next(packs)
+                # Alone, a run stops inside a step; several ranks at its end, when they have told one another.
+                if self.must_stop or (self.stop.signal and self.ranks.num_ranks == 1):
+                    self._interrupt()
+                members += loaded.plan.groups
+                self._accumulate(loaded)
+                if not loaded.plan.is_last:
+                    continue
+                self._update(loaded.plan.position, members)
+                members = []
+                seconds = time.perf_counter() - step_started
+                self.progress.train_seconds += seconds
+                self.progress.window_seconds += seconds
+                self.progress.window_wait_seconds += waiting.take()
+                if self.progress.step % self.config.run.log_every == 0 or self.progress.step == self.num_steps:
+                    update(self.progress.step, self.num_steps, self._log_row())
+                self._evaluate_and_save_when_due()
+                step_started = time.perf_counter()
+
+    def _breakable(self) -> AbstractContextManager:
+        """Of a pass that takes its time. Several ranks are not broken off: the others would wait for this one."""
+        return self.stop.breakable() if self.ranks.num_ranks == 1 else nullcontext()
 
     def _builder(self, prepared: PreparedSet) -> PackBuilder:
         share = self.config.data.share_prefixes
@@ -184,7 +197,8 @@ class _Run:
     def _accumulate(self, loaded: LoadedPack) -> None:
         self._note_refusals(loaded.refused, self.job.train)
         self.step_refusals += loaded.refused
-        rewards = self.engine.accumulate(loaded.pack)
+        with self._breakable():
+            rewards = self.engine.accumulate(loaded.pack)
         if loaded.pack is not None:
             # Patches are most of a pack, and no longer needed; nor are layouts, whose tensors may be open files.
             self.step_rewards.append((replace(loaded.pack, patches=None, prepared=None), rewards))
@@ -262,15 +276,14 @@ class _Run:
             self.engine.rewards, builder, prepared.groups, config.optim.tokens_per_pack, config.data.num_workers,
             self.ranks.rank, self.ranks.num_ranks, pin_memory=network.device.type != "cpu",
         )  # fmt: skip
-        for loaded, rewards in packs:
-            if self.ranks.any(self.stop.signal is not None):
-                network.train()
-                self._interrupt()
-            refused += loaded.refused
-            if loaded.pack is not None:
-                mine.add(loaded.pack, rewards)
-                loss += float(self.engine.loss(rewards, loaded.pack))
-                weight += float(loaded.pack.weight.sum())
+        with self._breakable(), closing(packs):
+            for loaded, rewards in packs:
+                self._leave_if_stopped()
+                refused += loaded.refused
+                if loaded.pack is not None:
+                    mine.add(loaded.pack, rewards)
+                    loss += float(self.engine.loss(rewards, loaded.pack))
+                    weight += float(loaded.pack.weight.sum())
         meter, reports = PreferenceMeter(), self.ranks.gather((mine, refused, loss, weight))
         for counted, named, _, _ in reports:
             meter.merge(counted)
@@ -297,10 +310,11 @@ class _Run:
         network, prepared, config = self.job.network, self.job.eval, self.config
         if network.fp8 is None or prepared is None:
             return None
-        flips = compare_fp8(
-            network, self.engine.rewards, self._builder(prepared), prepared.groups, config.optim.tokens_per_pack,
-            config.data.num_workers, self._leave_if_stopped,
-        )  # fmt: skip
+        with self._breakable():
+            flips = compare_fp8(
+                network, self.engine.rewards, self._builder(prepared), prepared.groups, config.optim.tokens_per_pack,
+                config.data.num_workers, self._leave_if_stopped,
+            )  # fmt: skip
         fp8, bf16 = flips.accuracies
         self.display.say(
             f"FP8 against bf16, same weights: {flips.lost + flips.gained:,} of {flips.num_preferences:,} held-out "
@@ -332,7 +346,8 @@ class _Run:
             "data_fingerprint": self.job.train.fingerprint,
             "versions": versions(),
         }
-        save_checkpoint(folder, self.progress.step, self.engine, state, self.ranks)
+        with self.stop.saving():
+            save_checkpoint(folder, self.progress.step, self.engine, state, self.ranks)
         self.saved_step = self.progress.step
         if self.ranks.is_first:
             prune(folder, self.config.run.keep_checkpoints, self.progress.best_checkpoint)
@@ -352,7 +367,7 @@ class _Run:
         if self.ranks.is_first:
             set_newer_aside(self.run_dir / "checkpoints", self.progress.step)
 
-    def _interrupt(self) -> None:
+    def _interrupt(self) -> NoReturn:
         self.engine.discard()
         self._save()
         signal = next(filter(None, self.ranks.gather(self.stop.signal)))
@@ -363,10 +378,6 @@ class _Run:
     def _leave_if_stopped(self) -> None:
         if self.ranks.any(self.stop.signal is not None):
             self._interrupt()
-
-    def _leave_before_the_first_step(self) -> None:
-        if self.stop.signal:
-            raise InterruptedRun(f"stopped by {self.stop.signal} before the first step; start again with --resume auto")
 
     def _write(self, row: dict) -> None:
         if self.log is not None:
@@ -380,28 +391,11 @@ class _Run:
                 )
 
     def _announce(self, start: Path | None) -> None:
-        job, say = self.job, self.display.say
-        # Of weights that are divided over ranks, this one holds a part.
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in job.network.parameters()]
-        parameters, trainable = (sum(size for size, trained in sizes if trained or all) for all in (True, False))
-        say(f"model: {parameters:,} parameters, {trainable:,} trained, on {job.network.device}")
-        if (line := describe_unknown_keys(job.network.model.config)) is not None:
-            say(line)
-        if self.ranks.num_ranks > 1:
-            say(f"processes: {self.ranks.num_ranks}, DeepSpeed ZeRO stage {self.config.engine.zero_stage}")
-        for part, (choice, why) in (("attention", job.network.attention), ("head and loss", job.network.head_kernels)):
-            say(f"{part}: {choice} ({why})")
-        say(f"norm and SwiGLU: {job.network.norm_and_gate}")
-        for line in job.network.fp8.lines(self.config.compile == "layers") if job.network.fp8 else ():
-            say(line)
-        say(
-            f"data: {len(job.train.groups):,} groups with {job.train.num_preferences:,} preferences from "
-            f"{job.train.num_records:,} records; {job.train.num_ties_ignored:,} ties ignored; "
-            f"{self.quarantine.total:,} records in quarantine"
-        )
-        say(f"run: {self.num_steps:,} steps of {self.config.optim.batch_pairs:,} preferences in {self.run_dir}")
+        for line in opening_lines(self.job, self.ranks.num_ranks, self.quarantine.total):
+            self.display.say(line)
+        self.display.say(f"run: {self.num_steps:,} steps of {self.order.batch_pairs:,} preferences in {self.run_dir}")
         if start is not None:
-            say(f"resumed from {start}")
+            self.display.say(f"resumed from {start}")
 
     def _check_exactness(self) -> None:
         """Compare the network with the stock class, on the first rank."""
@@ -416,7 +410,9 @@ class _Run:
         self.ranks.on_first(lambda: first_use(train.groups, load))
 
     def _finish(self, flips: Flips | None) -> dict:
-        export_model(self.engine, self.run_dir / "model", self.ranks)
+        self._leave_if_stopped()
+        with self._breakable():
+            export_model(self.engine, self.run_dir / "model", self.ranks)
         progress = self.progress
         summary = {
             "eval_accuracy": progress.last_eval.get("eval/accuracy"),
@@ -433,6 +429,7 @@ class _Run:
             "fp8_flip_rate": flips.rate if flips else None,
             "compiled_graphs": None if self.job.network.graphs is None else self.job.network.graphs.count,
             "best_checkpoint": progress.best_checkpoint,
+            "best_accuracy": progress.best_accuracy,
             "versions": versions(),
         }
         if self.ranks.is_first:
@@ -449,4 +446,5 @@ class _Run:
             f"{self.run_dir.name}: {summary['steps']:,} steps, {summary['preferences']:,} preferences",
         )
         self.display.console.print(summary_table(summary, summary["eval_by_source"]))
-        self.display.say(f"model, report.png and summary.json are in {self.run_dir}")
+        for line in (*self.quarantine.reasons(), f"model, report.png and summary.json are in {self.run_dir}"):
+            self.display.say(line)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -142,7 +143,9 @@ def read_rows(path: Path) -> list[dict]:
 def keep_rows(path: Path, wanted: Callable[[dict], bool]) -> None:
     """Remove the other rows of a JSON Lines file, if it exists."""
     if path.exists():
-        path.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if wanted(row)))
+        partial = path.with_name(path.name + ".part")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if wanted(row)))
+        os.replace(partial, path)  # whole, whenever the process ends
 
 
 def check_loggers(report_to: list[str]) -> None:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastrm.errors import ConfigError, FastrmError
+from fastrm.errors import ConfigError, FastrmError, InterruptedRun
+from fastrm.stop import StopRequest
 
 T = TypeVar("T")
 # What one rank may do while the others wait: verify a checkpoint, write one, train a tokenizer.
@@ -64,7 +65,7 @@ class Ranks:
         """What `function` returns on rank 0, where alone it is called.
 
         Raises:
-            FastrmError: on every rank what it raised there.
+            FastrmError: on every rank what it raised there; InterruptedRun where a signal broke it off.
         """
         if self.num_ranks == 1:
             return function()
@@ -74,6 +75,8 @@ class Ranks:
                 outcome[0] = function()
             except FastrmError as error:
                 outcome[1] = error
+            except StopRequest as stop:
+                outcome[1] = InterruptedRun(f"stopped by {stop.name}; start again with --resume auto")
         dist.broadcast_object_list(outcome, group=self.group, group_src=0)
         if outcome[1] is not None:
             raise outcome[1]
@@ -107,7 +110,7 @@ def join(requested: str) -> Ranks:
     """Meet the other ranks, where the launcher's environment names any, and take this one's GPU.
 
     Args:
-        requested: run.device: auto, cpu or cuda.
+        requested: run.device.
 
     Raises:
         ConfigError: if DeepSpeed is not installed, or there is no GPU for this rank.
@@ -115,6 +118,7 @@ def join(requested: str) -> Ranks:
     if not is_launched() or os.environ["WORLD_SIZE"] == "1":
         return ALONE
     check_deepspeed(int(os.environ["WORLD_SIZE"]))
+    check_not_one_gpu(requested, int(os.environ["WORLD_SIZE"]))
     uses_cuda = requested == "cuda" or (requested == "auto" and torch.cuda.is_available())
     if uses_cuda:
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -138,6 +142,19 @@ def check_deepspeed(num_ranks: int) -> None:
         raise ConfigError(
             f'{num_ranks} processes need DeepSpeed, which is not installed; pip install "fastrm[deepspeed]", or set '
             "run.num_processes: 1"
+        )
+
+
+def check_not_one_gpu(requested: str, num_ranks: int) -> None:
+    """Refuse to run several ranks on the one GPU that run.device names.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    if ":" in requested and num_ranks > 1:
+        raise ConfigError(
+            f"run.device: {requested} is one GPU, but there are {num_ranks} processes, which take one each; set "
+            "run.device: cuda, or run.num_processes: 1"
         )
 
 

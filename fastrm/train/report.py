@@ -68,6 +68,9 @@ def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
     if len(by_source) > 1:
         for source, values in by_source.items():
             table.add_row(f"  {source} ({values['preferences']:,})", f"{values['accuracy']:.4f}")
+    if summary["best_checkpoint"] is not None:
+        best_step = int(summary["best_checkpoint"].removeprefix("step-"))
+        table.add_row("best at an evaluation", f"{summary['best_accuracy']:.4f} (step {best_step:,})")
     table.add_row("steps", f"{summary['steps']:,}")
     table.add_row("preferences", f"{summary['preferences']:,}")
     table.add_row("preferences per second", f"{summary['preferences_per_second']:,.1f}")

@@ -50,6 +50,12 @@ def find_start(run_dir: Path, resume: str, say) -> Path | None:
     return Path(resume)
 
 
+def clear_failed_start(run_dir: Path) -> None:
+    """What a start that reached no checkpoint has left would count in this run, or be taken for its own."""
+    for name in ("quarantine.jsonl", "incidents.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
 def check_config(saved: dict, config: Config) -> None:
     """Refuse to resume under a configuration that would have computed something else.
 

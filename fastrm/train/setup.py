@@ -28,16 +28,21 @@ from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.loading import Backbone, load_backbone_config, open_backbone
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8, token_multiple
-from fastrm.train.data import RunData, make_tokenizer
+from fastrm.train.data import RunData, make_tokenizer, prepared_folder
 from fastrm.train.display import Display
 from fastrm.train.engine import LocalEngine
 from fastrm.train.optim import storage_dtype
 from fastrm.train.ranks import ALONE, Ranks
+from fastrm.train.template_date import fix_date
 
 
 @dataclass
 class Job:
-    """Everything that the configuration stands for, before the first step."""
+    """Everything that the configuration stands for, before the first step.
+
+    Attributes:
+        config: with what is decided at the first start (`fix_date`).
+    """
 
     config: Config
     network: RewardNetwork
@@ -53,6 +58,7 @@ def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Displ
     """
     if config.model.path is not None:
         ranks.on_first(lambda: check_weights(config.model))  # before hours of other work
+    config = ranks.on_first(lambda: fix_date(config, prepared_folder(config), display.say))
     data = RunData(config, display)
     try:
         ranks.on_first(data.begin)
@@ -135,6 +141,7 @@ def make_data_encoder(config: Config, architecture, tokenizer) -> ConversationEn
         video=VideoSettings(
             data.video_frames, data.video_min_pixels, data.video_max_pixels, data.frame_folder_fps
         ),
+        date=settings.template_date,
     )  # fmt: skip
 
 

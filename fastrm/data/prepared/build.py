@@ -256,7 +256,7 @@ class Preparation:
             *(a for s in chosen.values() for a in (s.members, s.starts, s.times, s.held_out)),
         ]
         layout = [COUNT.descr, IMAGE.descr]  # pieces of another width are not gone on with
-        return fingerprint_of(arrays, [layout, set_settings(self.config), encoder_key(encoder)])[:24]
+        return fingerprint_of(arrays, [FORMAT, layout, set_settings(self.config), encoder_key(encoder)])[:24]
 
     def _refusals(self, table, removed, planned, counted) -> Iterator[Refusal]:
         for unit in planned:

@@ -3,22 +3,20 @@
 Every piece writes its own file, so results do not depend on which process did what, or when.
 """
 
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 from fastrm.errors import StorageError
+from fastrm.stop import StopRequest, end_with_parent
 
 Result = TypeVar("Result")
 # Pieces that wait for each worker: enough to keep it busy, few enough to stop soon.
 _AHEAD = 2
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _function: Callable[[Any], Any] | None = None  # of a worker process
 
 
@@ -33,11 +31,13 @@ def run_pieces(function: Callable[[Any], Result], pieces: Sequence[Any], num_wor
     Raises:
         StorageError: if a worker process dies.
         Exception: the first that `function` raises; work under way is then waited for, nothing new begins.
+        StopRequest: when a signal comes; work under way is ended, and its file does not appear.
     """
     num_workers = min(num_workers, len(pieces))
     if num_workers < 2:
         yield from map(function, pieces)
         return
+    before = set(active_children())
     executor = ProcessPoolExecutor(num_workers, get_context("fork"), _start, (function, os.getpid()))
     try:
         yield from _completed(executor, pieces, _AHEAD * num_workers)
@@ -46,6 +46,10 @@ def run_pieces(function: Callable[[Any], Result], pieces: Sequence[Any], num_wor
             "a process that prepares data died; it was killed or ran out of memory: use fewer --workers, and start "
             "again: what is done is kept"
         ) from error
+    except StopRequest:
+        for worker in set(active_children()) - before:
+            worker.kill()
+        raise
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -69,10 +73,7 @@ def _start(function: Callable[[Any], Any], parent: int) -> None:
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(1)
+    end_with_parent(parent)
 
 
 def _work(piece: Any) -> Any:

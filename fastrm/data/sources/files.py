@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastrm.data.archives import archive_status, open_member
 from fastrm.data.sources.values import describe
-from fastrm.errors import DataError, RecordError
+from fastrm.errors import DataError, RecordError, looked_for
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 PARQUET_BATCH_ROWS = 32  # rows may hold images: this bounds the memory, not the speed
@@ -34,7 +34,7 @@ def data_files(path: str) -> list[str]:
     wanted = f"one of {', '.join(SUFFIXES)}"
     entry = Path(path)
     if not entry.exists():
-        raise DataError(f'data source "{path}" does not exist; wanted {wanted}, or a folder of them')
+        raise DataError(f'data source "{path}" does not exist{looked_for(path)}; wanted {wanted}, or a folder of them')
     if entry.is_dir():
         files = sorted(f for f in entry.iterdir() if _has_suffix(f.name) and f.is_file() and f.name[0] != ".")
         if not files:

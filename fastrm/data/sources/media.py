@@ -21,7 +21,7 @@ from fastrm.data.archives import ARCHIVE_SUFFIXES, BadArchive, archive_exists, m
 from fastrm.data.images import encode_png
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.data.sources.values import bad_row
-from fastrm.errors import DataError, RecordError
+from fastrm.errors import DataError, RecordError, looked_for
 
 # From the path that a row names and the kind of medium, ImageRef unless it says VideoRef.
 Resolve = Callable[..., MediaRef]
@@ -53,7 +53,8 @@ def path_resolver(images: str) -> Resolve:
     if os.path.isdir(images):
         return in_folder(images)
     if not archive_exists(images):
-        raise DataError(f'images "{images}" does not exist; name a folder or a .tar or .zip archive')
+        where = looked_for(images)
+        raise DataError(f'images "{images}" does not exist{where}; name a folder or a .tar or .zip archive')
     if images.lower().endswith(ARCHIVE_SUFFIXES):
         return partial(_in_archive, os.path.abspath(images), "")
     raise DataError(

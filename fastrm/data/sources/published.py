@@ -15,7 +15,7 @@ from fastrm.data.sources.hub import hub_folder
 from fastrm.data.sources.media import Resolve, in_archives, in_folder, path_resolver
 from fastrm.data.sources.mmpr_meta import mmpr_files
 from fastrm.data.sources.reader import SourceFile
-from fastrm.errors import DataError
+from fastrm.errors import DataError, looked_for
 
 # Values of PublishedSet.media; any other is the name of an archive in the set's folder.
 NONE, EMBEDDED, ARCHIVES, MMPR, ELSEWHERE = "none", "embedded", "archives", "mmpr", "elsewhere"
@@ -145,7 +145,8 @@ def set_files(published: PublishedSet, folder: str | None, images: str | None, *
     """
     root = Path(folder if folder is not None else hub_folder(published.hub, published.patterns))
     if not root.is_dir():
-        raise DataError(f'set "{published.name}": "{root}" is not a folder; wanted a copy of {published.hub}')
+        wanted = f"wanted a copy of {published.hub}"
+        raise DataError(f'set "{published.name}": "{root}" is not a folder{looked_for(root)}; {wanted}')
     reading["ignore"] = (*reading.get("ignore", ()), *published.ignore)
     open_file = partial(SourceFile, rows=published.rows, **reading)
     if published.media == MMPR:

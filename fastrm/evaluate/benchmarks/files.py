@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastrm.data.sources.files import SUFFIXES, data_files, read_rows
-from fastrm.errors import DataError, RecordError
+from fastrm.errors import DataError, RecordError, looked_for
 from fastrm.evaluate.benchmarks.rows import named
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -25,7 +25,8 @@ def find_files(name: str, data: str | None, hub_id: str | None, patterns: Sequen
     if data is not None and Path(data).exists():
         return _in_folder(name, Path(data), patterns) if Path(data).is_dir() else data_files(data)
     if data is not None and (not _HUB_ID.fullmatch(data) or Path(data).suffix in SUFFIXES):
-        raise DataError(f"bench:{name}: {data} does not exist; wanted its file, its folder, or a hub id owner/name")
+        wanted = "wanted its file, its folder, or a hub id owner/name"
+        raise DataError(f"bench:{name}: {data} does not exist{looked_for(data)}; {wanted}")
     if data is None and hub_id is None:
         raise DataError(f"bench:{name}: is not on the hub; name a local copy with --data (see docs/evaluation.md)")
     return _in_folder(name, _download(name, data or hub_id, patterns), patterns)

@@ -1,0 +1,91 @@
+"""The first rows of every source, read as a run would read them: what a dry run can say about data.
+
+Images are opened for their headers, and conversations are tokenised; nothing is decoded or written.
+"""
+
+from collections import Counter
+from itertools import chain, islice
+from pathlib import Path
+
+from fastrm.config import Config, SourceConfig, TrainedTokenizer
+from fastrm.data.group import PreparedGroup, check_length, encode_group
+from fastrm.data.prepared.units import open_source
+from fastrm.data.record import Record
+from fastrm.data.sources import Refusal, is_on_hub
+from fastrm.data.template import ConversationEncoder
+from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
+from fastrm.errors import DataError, RecordError
+from fastrm.model.architectures import find_architecture
+from fastrm.model.families import chat_layout
+from fastrm.train.setup import make_data_encoder
+
+# Of a source: enough to meet a mistake that most rows share, few enough to be quick.
+ROWS = 200
+_NAMED = 2  # refusals of a source that are shown in full
+
+
+def check_rows(config: Config) -> list[tuple[str, str, str]]:
+    """(name, state, detail) of each local source's first rows: usable, refused in part, or missing if none is usable.
+
+    Raises:
+        ConfigError: the tokenizer, its template or the image processor cannot be used, as in a run.
+    """
+    sources = {
+        f"data.{split}.{number}": source
+        for split in ("train", "eval")
+        for number, source in enumerate(getattr(config.data, split))
+    }
+    read = {name: _read(source) for name, source in sources.items() if not is_on_hub(source.path, source.set)}
+    read = {name: rows for name, rows in read.items() if rows is not None}
+    encoder = _encoder(config, [row for rows in read.values() for row in rows if isinstance(row, Record)])
+    return [(name, *_judge(rows, encoder, config)) for name, rows in read.items()]
+
+
+def _read(source: SourceConfig) -> list[Record | Refusal] | None:
+    """The first rows; None if there is no such source, which is said elsewhere."""
+    try:
+        rows = chain.from_iterable(file.read() for file in open_source(source))
+        return list(islice((row for row in rows if isinstance(row, Record) or not row.partial), ROWS))
+    except DataError:
+        return None
+
+
+def _encoder(config: Config, records: list[Record]) -> ConversationEncoder | None:
+    """None if the model or its tokenizer is not here: the hub is not asked."""
+    named = config.model.tokenizer or config.model.path
+    local = [path for path in (config.model.path, named) if isinstance(path, str)]
+    if not records or not all(Path(path).is_dir() for path in local):
+        return None
+    if isinstance(named, str) and not (Path(named) / "tokenizer_config.json").exists():
+        return None
+    try:
+        architecture, _ = find_architecture(config.model)
+    except LookupError:
+        return None
+    if isinstance(named, TrainedTokenizer):
+        conversations = (response.messages for record in records for response in record.responses)
+        layout = chat_layout(config.model.init["model_type"])
+        tokenizer = train_tokenizer(conversations, named.train_vocab_size, layout)
+    else:
+        tokenizer = load_tokenizer(named)
+    return make_data_encoder(config, architecture, tokenizer)
+
+
+def _judge(rows: list[Record | Refusal], encoder: ConversationEncoder | None, config: Config) -> tuple[str, str]:
+    refusals = [(row.code, row.message, row.origin) for row in rows if isinstance(row, Refusal)]
+    for record in (row for row in rows if isinstance(row, Record)):
+        try:
+            if encoder is not None:
+                check_length(PreparedGroup.of(encode_group(record, encoder)).num_tokens, config)
+        except RecordError as error:
+            refusals.append((error.code, error.message, record.origin))
+    if not rows:
+        return "missing", "no usable row: the source is empty"
+    first = f"{'all' if len(rows) < ROWS else 'the first'} {len(rows):,} rows"
+    if not refusals:
+        unread = "" if encoder is not None else ", not tokenised: the model or its tokenizer is not here"
+        return "usable", f"{first} looked at{unread}"
+    counts = ", ".join(f"{code} {number:,}" for code, number in Counter(code for code, _, _ in refusals).most_common())
+    examples = "; ".join(f"{origin}: {message}" for _, message, origin in refusals[:_NAMED])
+    state = "missing" if len(refusals) >= len(rows) else "refused"
+    return state, f"of {first} {len(refusals):,} cannot be used ({counts}): {examples}"
