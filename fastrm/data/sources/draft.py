@@ -67,7 +67,7 @@ def read_draft(
             if response.media:
                 raise RecordError("IMAGE_COUNT", "the row has an image or a video, but its source says `images: none`")
             messages = [replace(message, fields=unescaped(message.fields)) for message in messages]
-        responses.append(Response(tuple(messages), arguments))
+        responses.append(Response(tuple(messages), response.arguments or arguments))
     return replace(draft, responses=tuple(responses))
 
 
