@@ -192,6 +192,7 @@ def test_preparing_says_what_a_model_may_learn_from_lengths_and_contradictions(t
         ("caption_contest/pairs_even_contests.jsonl", 1080, 0), ("caption_contest/rated_lists.jsonl", 45, 0),
         ("quickstart_mix/train.jsonl", 156, 2), ("llamafactory_dpo_demo/dpo_en_demo.json", 300, 0),
         ("mathv_pairs/pairs_even.jsonl", 453, 0), ("nlvr/pairs_dev_balanced.jsonl", 884, 0),
+        ("pandalm/testset-v1.json", 999, 60),
     ],
 )  # fmt: skip
 def test_page_about_real_files(name, rows, refused):

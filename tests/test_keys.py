@@ -372,3 +372,18 @@ def test_columns_are_checked_and_said_before_a_run_reads(tmp_path):
 def test_groups_that_are_no_list_are_refused_as_such(groups):
     with pytest.raises(DataError, match=r"wanted a list of groups: score\(\[group\]\)"):
         score_dicts(lambda records: [], groups)
+
+
+@pytest.mark.parametrize(
+    "votes, preference",
+    [
+        ((1, 1, 2), Preference(0, 1)), ((2, 0, 2), Preference(1, 0)), ((0, 0, 2), Preference(0, 1, tie=True)),
+        ((0, 1, 2), Preference(0, 1, tie=True)), ((1,), Preference(0, 1)),
+    ],
+)  # fmt: skip
+def test_majority_of_pandalms_annotators_decides(read_one, refusal, votes, preference):
+    row = {"instruction": "Correct it.", "input": "a b", "response1": "x", "response2": "y"}
+    record = read_one({**row, **{f"annotator{number}": vote for number, vote in enumerate(votes, 1)}})
+    assert shape(record, 0) == [("user", "Correct it.\na b"), ("assistant", "x")]
+    assert record.preferences == (preference,)
+    assert refusal({**row, "annotator1": 3})[0] == "BAD_PREFERENCE"

@@ -149,7 +149,7 @@ def _length(pairs: PairFindings) -> str:
     if share is None:
         return f"{medians}; all pairs are of equal length"
     line = f"{medians}; the longer one is chosen in {_percent(share)} of {pairs.longer + pairs.shorter:,} unequal pairs"
-    return f"{line}: {pairs.liking}" if pairs.liking else line
+    return f"{line}: a model may learn that in place of quality" if pairs.liking else line
 
 
 def _media(found: SourceCheck) -> str:

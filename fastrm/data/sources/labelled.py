@@ -5,8 +5,10 @@
 | SHP | `history` | `human_ref_A`, `human_ref_B` | `labels`: 1 = the first, 0 = the second |
 | HelpSteer3 | `context`, messages | `response1`, `response2` | `overall_preference`, -3 to 3 |
 | HelpSteer2's preferences | `prompt` | `response_1`, `response_2` | `preference_strength`, -3 to 3 |
+| PandaLM | `instruction`, a line break, `input` | `response1`, `response2` | `annotator1`, ...: 1, 2 or 0 = a tie |
 
-A strength below 0 prefers the first, above 0 the second; 0 is a tie. How strong it is is not used [ours].
+A strength below 0 prefers the first, above 0 the second; 0 is a tie. How strong it is is not used [ours]. PandaLM's
+annotators decide by more than half of their votes, otherwise the row is a tie [ours].
 """
 
 from typing import NamedTuple
@@ -30,9 +32,11 @@ _COLUMNS = (
     _Columns("history", "human_ref_A", "human_ref_B", "labels"),
     _Columns("context", "response1", "response2", "overall_preference"),
     _Columns("prompt", "response_1", "response_2", "preference_strength"),
+    _Columns("instruction", "response1", "response2", "annotator1"),
 )
+_VOTES = tuple(f"annotator{number}" for number in range(1, 6))
 
-KEYS = (*(name for columns in _COLUMNS for name in columns), *MEDIA_KEYS)
+KEYS = (*dict.fromkeys(name for columns in _COLUMNS for name in columns), "input", *_VOTES[1:], *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
@@ -41,8 +45,11 @@ def matches(row: dict) -> bool:
 
 def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
-    columns = next((c for c in _COLUMNS if c.first in row or c.second in row), _COLUMNS[-1])
+    named = [c for c in _COLUMNS if c.first in row or c.second in row] or [_COLUMNS[2]]
+    columns = next((c for c in named if c.label in row or c.prompt in row), named[0])
     value = row.get(columns.prompt)
+    if columns.prompt == "instruction" and row.get("input"):
+        value = f"{check_text(value, 'instruction')}\n{check_text(row['input'], 'input')}"
     if isinstance(value, list):
         turns = read_turns(value, resolve, columns.prompt)
     else:
@@ -51,7 +58,18 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     prompt = prompt_messages(context, turns, row_media(row, resolve))
     texts = [(name, check_text(row.get(name), name)) for name in (columns.first, columns.second)]
     responses = tuple(answer(prompt, text, name) for name, text in texts)
+    if columns.label in _VOTES:
+        return Draft(responses, (_majority([check_number(row[name], name) for name in _VOTES if name in row]),))
     return Draft(responses, (_preference(check_number(row.get(columns.label), columns.label), columns.label),))
+
+
+def _majority(votes: list[float]) -> Preference:
+    if not votes or any(vote not in (0, 1, 2) for vote in votes):
+        raise RecordError("BAD_PREFERENCE", f'"annotator1" and so on are {votes}, wanted 1, 2 or 0 (a tie) of each')
+    first, second = votes.count(1), votes.count(2)
+    if 2 * max(first, second) <= len(votes):
+        return Preference(0, 1, tie=True)
+    return Preference(0, 1) if first > second else Preference(1, 0)
 
 
 def _preference(label: float, name: str) -> Preference:
