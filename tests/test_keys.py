@@ -5,6 +5,7 @@ import base64
 import pytest
 from PIL import Image
 
+from fastrm.config import load_config
 from fastrm.data.record import Preference
 from fastrm.data.sources import source_files, unread_lines
 from fastrm.data.sources.columns import understood
@@ -15,6 +16,7 @@ from fastrm.data.sources.media import file_kind, media_kind
 from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import score_dicts
+from fastrm.plan.rows import check_rows
 from prepared_sets import Made, config_of
 from runs import text_rows, write_rows
 from source_rows import FLAT, GROUP, RATED, SAME_PAIR, SHAREGPT, SWIFT, data_uri, png, shape, turns
@@ -387,3 +389,13 @@ def test_majority_of_pandalms_annotators_decides(read_one, refusal, votes, prefe
     assert shape(record, 0) == [("user", "Correct it.\na b"), ("assistant", "x")]
     assert record.preferences == (preference,)
     assert refusal({**row, "annotator1": 3})[0] == "BAD_PREFERENCE"
+
+
+def test_dry_run_checks_columns_and_names_unread_keys(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{**row, "level": 2} for row in text_rows(3)])
+    source = {"path": str(tmp_path / "rows.jsonl")}
+    ((name, state, detail),) = check_rows(load_config(config_of(tmp_path, source), []))
+    assert (name, state) == ("data.train.0", "usable") and "keys that are not read: level (3 rows" in detail
+    wrong = config_of(tmp_path, {**source, "columns": {"prompt": "promt"}})
+    ((name, state, detail),) = check_rows(load_config(wrong, []))
+    assert state == "missing" and 'has a column "promt"; did you mean "prompt"?' in detail

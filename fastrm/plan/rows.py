@@ -6,15 +6,17 @@ Images are opened for their headers, and conversations are tokenised; nothing is
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from fastrm.config import Config, SourceConfig, TrainedTokenizer
 from fastrm.data.group import PreparedGroup, check_length, encode_group
 from fastrm.data.prepared.units import open_source
 from fastrm.data.record import Record
-from fastrm.data.sources import Refusal, is_on_hub
+from fastrm.data.sources import KeyTally, Refusal, is_on_hub, unread_lines
+from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
-from fastrm.errors import DataError, RecordError
+from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.model.architectures import find_architecture
 from fastrm.model.families import chat_layout
 from fastrm.train.setup import make_data_encoder
@@ -37,17 +39,31 @@ def check_rows(config: Config) -> list[tuple[str, str, str]]:
     }
     read = {name: _read(source) for name, source in sources.items() if not is_on_hub(source.path, source.set)}
     read = {name: rows for name, rows in read.items() if rows is not None}
-    encoder = _encoder(config, [row for rows in read.values() for row in rows if isinstance(row, Record)])
+    encoder = _encoder(config, [row for first in read.values() for row in first.rows if isinstance(row, Record)])
     return [(name, *_judge(rows, encoder, config)) for name, rows in read.items()]
 
 
-def _read(source: SourceConfig) -> list[Record | Refusal] | None:
-    """The first rows; None if there is no such source, which is said elsewhere."""
+class _FirstRows(NamedTuple):
+    """The first rows of a source, and what their keys and its `columns` tell."""
+
+    rows: list[Record | Refusal]
+    notes: list[str]
+    problem: str | None = None
+
+
+def _read(source: SourceConfig) -> _FirstRows | None:
+    """None if there is no such source, which is said elsewhere."""
     try:
-        rows = chain.from_iterable(file.read() for file in open_source(source))
-        return list(islice((row for row in rows if isinstance(row, Record) or not row.partial), ROWS))
+        files, keys = open_source(source), {}
+        read = chain.from_iterable(file.read(keys=keys.setdefault(file.path, KeyTally())) for file in files)
+        rows = list(islice((row for row in read if isinstance(row, Record) or not row.partial), ROWS))
     except DataError:
         return None
+    try:
+        notes = [line for file in files if (line := understood(file)) is not None]
+    except (ConfigError, DataError) as error:
+        return _FirstRows(rows, [], str(error))
+    return _FirstRows(rows, notes + unread_lines(keys))
 
 
 def _encoder(config: Config, records: list[Record]) -> ConversationEncoder | None:
@@ -71,7 +87,10 @@ def _encoder(config: Config, records: list[Record]) -> ConversationEncoder | Non
     return make_data_encoder(config, architecture, tokenizer)
 
 
-def _judge(rows: list[Record | Refusal], encoder: ConversationEncoder | None, config: Config) -> tuple[str, str]:
+def _judge(first_rows: _FirstRows, encoder: ConversationEncoder | None, config: Config) -> tuple[str, str]:
+    if first_rows.problem is not None:
+        return "missing", first_rows.problem
+    rows, notes = first_rows.rows, "".join(f"; {note}" for note in first_rows.notes)
     refusals = [(row.code, row.message, row.origin) for row in rows if isinstance(row, Refusal)]
     for record in (row for row in rows if isinstance(row, Record)):
         try:
@@ -84,8 +103,8 @@ def _judge(rows: list[Record | Refusal], encoder: ConversationEncoder | None, co
     first = f"{'all' if len(rows) < ROWS else 'the first'} {len(rows):,} rows"
     if not refusals:
         unread = "" if encoder is not None else ", not tokenised: the model or its tokenizer is not here"
-        return "usable", f"{first} looked at{unread}"
+        return "usable", f"{first} looked at{unread}{notes}"
     counts = ", ".join(f"{code} {number:,}" for code, number in Counter(code for code, _, _ in refusals).most_common())
     examples = "; ".join(f"{origin}: {message}" for _, message, origin in refusals[:_NAMED])
     state = "missing" if len(refusals) >= len(rows) else "refused"
-    return state, f"of {first} {len(refusals):,} cannot be used ({counts}): {examples}"
+    return state, f"of {first} {len(refusals):,} cannot be used ({counts}): {examples}{notes}"
