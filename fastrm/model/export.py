@@ -1,8 +1,9 @@
 """Reading and writing model folders: stock key names, safetensors only, nothing that runs code.
 
 model/
-  config.json               stock config and a `fastrm` section: head, anchor, pooling; num_labels 1 for pooling anchor
-  model.safetensors         model.*, score.*; of more than 5 GB in shards, with the index that transformers reads
+  config.json               stock config and a `fastrm` section: head, anchor, pooling
+  model.safetensors         the weights by published names, and score.* (stock_classes.py); of more than 5 GB in shards,
+                            with the index that transformers reads
   tokenizer files, chat template, preprocessor_config.json
 """
 
@@ -28,11 +29,21 @@ from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
 from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
 from fastrm.model.network import RewardNetwork
+from fastrm.model.stock_classes import (
+    GUARD,
+    StockReading,
+    file_entries,
+    file_name,
+    head_tensors,
+    read_by_stock,
+    with_padding,
+)
 from fastrm.model.weight_files import WeightFiles, check_format
 from fastrm.model.weight_writer import WeightWriter, replace_folder
 from fastrm.resources import available_memory
 
-FORMAT = 1
+# 2: Qwen's vision models have published names, heads that stock classifiers misread are under score.0. 1 is read too.
+FORMAT = 2
 
 
 def save_model(
@@ -56,17 +67,22 @@ def save_model(
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
+    reading, model_type = read_by_stock(model), model.model.config.model_type
+    tensors = model.state_dict().items() if tensors is None else tensors
     writer = None
     try:
         part.mkdir(parents=True)
-        writer = WeightWriter(
-            part, [(name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model)]
-        )
-        for name, tensor in model.state_dict().items() if tensors is None else tensors:
-            writer.write(name, tensor)
+        entries = ((name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model))
+        writer = WeightWriter(part, file_entries(entries, model_type, reading.classifies))
+        for name, tensor in tensors:
+            writer.write(file_name(name, model_type, reading.classifies), tensor)
+        if not reading.classifies:
+            writer.write(GUARD, torch.empty(0))
         writer.close()
-        (part / "config.json").write_text(json.dumps(_config_of(model, dtype), indent=2, sort_keys=True) + "\n")
-        model.encoder.tokenizer.save_pretrained(part)
+        tokenizer = with_padding(model.encoder.tokenizer, reading.pad_token)
+        config = _config_of(model, dtype, reading, tokenizer.pad_token_id)
+        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        tokenizer.save_pretrained(part)
         if model.encoder.vision is not None:
             model.encoder.vision.save(part)
         replace_folder(part, folder)
@@ -91,7 +107,7 @@ def _export_dtype(name: str, own: torch.dtype, dtype: torch.dtype | None) -> tor
     return own if dtype is None or name.startswith("score.") or not own.is_floating_point else dtype
 
 
-def _config_of(model: RewardNetwork, dtype: torch.dtype | None) -> dict:
+def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockReading, pad_id: int | None) -> dict:
     """What config.json of an export holds."""
     config = model.model.config.to_dict()
     name = str(model.model.dtype if dtype is None else dtype).removeprefix("torch.")
@@ -100,12 +116,13 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None) -> dict:
             part["dtype"] = name
     for name in ("num_labels", "id2label", "label2id", "problem_type"):
         config.pop(name, None)
-    if model.pooling == "anchor":
+    if reading.classifies:
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config["problem_type"] = "regression"
-    # Else the stock classes for sequence classification, which read the last token whatever we do, take the default of
-    # two labels: the head does not fit them, and they refuse it instead of giving other rewards.
-    config["architectures"] = [type(model.model).__name__]
+    config["architectures"] = [reading.architecture or type(model.model).__name__]
+    text = config.get("text_config", config)
+    if pad_id is not None and pad_id < text["vocab_size"]:
+        text["pad_token_id"] = pad_id
     config["fastrm"] = {
         "format": FORMAT, "head": model.head.model_dump(), "anchor": model.encoder.anchor, "pooling": model.pooling,
     }  # fmt: skip
@@ -206,11 +223,7 @@ def load_head(score: nn.Module, folder: Path) -> None:
     Raises:
         StorageError: if keys or shapes do not fit.
     """
-    stored = {
-        name.removeprefix("score."): tensor
-        for name, tensor in WeightFiles.open(folder).items()
-        if name.startswith("score.")
-    }
+    stored = head_tensors(WeightFiles.open(folder), isinstance(score, nn.Linear))
     wanted = {name: tuple(tensor.shape) for name, tensor in score.state_dict().items()}
     found = {name: tensor.shape for name, tensor in stored.items()}
     if wanted != found:

@@ -1,0 +1,163 @@
+"""What an export is to stock transformers: names of weights that every class knows, and a head that none misreads.
+
+AutoModel reads any export as its backbone and names the head's weights as unexpected. The stock class for sequence
+classification computes `score(state of the last token that is not the pad token)`, with a linear `score` without bias.
+An export that means the same is a checkpoint of that class, by its names, its `architectures` and its pad token. Any
+other is kept out of it: beside the head's own weights, `score.0.weight` and so on, its files hold an empty
+`score.weight`, which has the shape of no number of labels, so that the stock class refuses to load instead of drawing a
+random head.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fastrm.data.record import Message, Response
+from fastrm.data.template import ConversationEncoder
+from fastrm.model.families import QWEN_VL_FAMILIES
+from fastrm.model.network import RewardNetwork
+from fastrm.model.weight_files import StoredTensor
+from fastrm.model.weight_writer import Entry
+
+# What keeps stock classifiers out: a tensor of this name and without elements.
+GUARD = "score.weight"
+# Letters of the special tokens that tokenizers have for padding, the likeliest first.
+_PADDING_NAMES = ("finetunerightpadid", "pad", "padding", "endoftext", "unk")
+# The ends of conversations are looked for in these responses.
+_SAMPLES = ("Yes: it is.", "no\n", "4")
+
+
+@dataclass(frozen=True)
+class StockReading:
+    """How stock classes read an export.
+
+    Attributes:
+        classifies: its head on its anchor is what a stock classifier computes, with `pad_token`.
+        architecture: name of the stock class that is the nearest to it; None: that of the backbone.
+        pad_token: content of the token that the export pads with; None: the tokenizer has none that fits.
+        why: where `classifies` is false, what the stock class would read wrongly.
+    """
+
+    classifies: bool
+    architecture: str | None
+    pad_token: str | None
+    why: str = ""
+
+
+def read_by_stock(network: RewardNetwork) -> StockReading:
+    """Find out what stock classes make of a network with its tokenizer; renders and tokenises short conversations."""
+    encoder, head = network.encoder, network.head
+    pad_token = _pad_token(encoder, network.model.config.get_text_config().vocab_size)
+    why = ""
+    if network.pooling != "anchor":
+        why = f"model.pooling is {network.pooling}"
+    elif head.layers > 1:
+        why = f"the head has {head.layers} layers"
+    elif head.bias:
+        why = "the head has a bias"
+    elif not _anchors_end(encoder):
+        why = f"model.anchor is {encoder.anchor}, and the chat template goes on after it"
+    elif pad_token is None:
+        why = "every special token of the tokenizer ends conversations or stands in them, so none can pad"
+    if why:
+        return StockReading(False, None, encoder.tokenizer.pad_token, why)
+    return StockReading(True, _classifier(network.model.config), pad_token)
+
+
+def padding_note(network: RewardNetwork) -> str | None:
+    """In words, that an export pads with another token than the network's tokenizer; None where it does not."""
+    reading, own = read_by_stock(network), network.encoder.tokenizer.pad_token
+    if reading.pad_token == own:
+        return None
+    why = "had no pad token" if own is None else f"padded with {own}, with which conversations end"
+    return (
+        f"export: its tokenizer and config.json pad with {reading.pad_token}, so that stock classifiers find the last "
+        f"token; the tokenizer {why}"
+    )
+
+
+def file_entries(entries: Iterable[Entry], model_type: str, classifies: bool) -> list[Entry]:
+    """(name, shape, dtype) of all tensors in the files of an export, from those of the network."""
+    found = [(file_name(name, model_type, classifies), shape, dtype) for name, shape, dtype in entries]
+    return found if classifies else [*found, (GUARD, (0,), torch.float32)]
+
+
+def file_name(name: str, model_type: str, classifies: bool) -> str:
+    """The name in an export's files of a weight, from that in the network.
+
+    Qwen's vision models have those of the published checkpoints, `visual.*` and `model.*`: they are the ones that
+    every stock class of every version knows, since AutoModel does not know `model.visual.*`.
+    """
+    if name.startswith("score."):
+        kind = name.removeprefix("score.")
+        return name if classifies or "." in kind else f"score.0.{kind}"
+    if model_type in QWEN_VL_FAMILIES:
+        return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
+    return name
+
+
+def head_tensors(tensors: Mapping[str, StoredTensor], is_linear: bool) -> dict[str, StoredTensor]:
+    """The weights of a head, by their names in its module, from the files of an export of any age."""
+    found = {name.removeprefix("score."): stored for name, stored in tensors.items()
+             if name.startswith("score.") and not (name == GUARD and stored.numel == 0)}  # fmt: skip
+    return {name.removeprefix("0."): stored for name, stored in found.items()} if is_linear else found
+
+
+def with_padding(tokenizer, pad_token: str | None):
+    """The tokenizer, or a copy of it that pads with another token."""
+    if pad_token == tokenizer.pad_token:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = pad_token
+    return tokenizer
+
+
+def _classifier(config) -> str | None:
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as classes
+
+    return classes[type(config)].__name__ if type(config) in classes else None
+
+
+def _pad_token(encoder: ConversationEncoder, vocab_size: int) -> str | None:
+    """A special token with which no conversation ends: the tokenizer's own pad token, or another.
+
+    A special token comes from the template and never from text, so a few conversations show all that occur. The stock
+    classifier takes a token for padding wherever it stands, so only the last of a conversation matters.
+    """
+    conversations = [_whole(encoder).encode(sample).tokens for sample in _samples()]
+    ends = {int(tokens[-1]) for tokens in conversations}
+    usable = {token: number for token, number in encoder.special_ids.items() if number < vocab_size}
+    own = encoder.tokenizer.pad_token
+    if own in usable and usable[own] not in ends:
+        return own
+    media = set() if encoder.vision is None else set(encoder.vision.placeholders.values())
+    # A new one must not be in use for anything else.
+    taken = {int(token) for tokens in conversations for token in tokens} | media
+    free = [token for token, number in usable.items() if number not in taken]
+    free = [token for token in free if token not in (encoder.tokenizer.eos_token, encoder.tokenizer.bos_token)]
+    return min(free, key=lambda token: (_likelihood(token), usable[token]), default=None)
+
+
+def _likelihood(token: str) -> int:
+    letters = "".join(filter(str.isalpha, token)).lower()
+    return _PADDING_NAMES.index(letters) if letters in _PADDING_NAMES else len(_PADDING_NAMES)
+
+
+def _anchors_end(encoder: ConversationEncoder) -> bool:
+    """Is the anchor the last token of a conversation as the template renders it?"""
+    whole = _whole(encoder)
+    return all(len(encoder.encode(sample).tokens) == len(whole.encode(sample).tokens) for sample in _samples())
+
+
+def _whole(encoder: ConversationEncoder) -> ConversationEncoder:
+    if encoder.anchor == "last_token":
+        return encoder
+    whole = copy.copy(encoder)
+    whole.anchor = "last_token"
+    return whole
+
+
+def _samples() -> list[Response]:
+    return [Response((Message("user", ("Is 1 < 2?",)), Message("assistant", (text,)))) for text in _SAMPLES]
