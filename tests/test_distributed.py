@@ -254,7 +254,8 @@ def rows_of(run_dir: Path, after: int = 0) -> list[dict]:
 
 
 def exported(run_dir: Path) -> dict:
-    return load_file(run_dir / "model" / "model.safetensors")
+    """The weights of an export, by their names in the network."""
+    return load_model(run_dir / "model").state_dict()
 
 
 def assert_same_run(run_dir: Path, wanted_dir: Path, after: int = 0) -> None:
