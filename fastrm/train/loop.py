@@ -22,7 +22,6 @@ from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.evaluate.flips import Flips, compare_fp8
 from fastrm.evaluate.scoring import run_packs
 from fastrm.model.precision import token_multiple
-from fastrm.model.stock_classes import padding_note
 from fastrm.stop import StopFlag, StopRequest
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.display import Display
@@ -414,8 +413,6 @@ class _Run:
         self._leave_if_stopped()
         with self._breakable():
             export_model(self.engine, self.run_dir / "model", self.ranks)
-        if (note := padding_note(self.job.network)) is not None:
-            self.display.say(note)
         progress = self.progress
         summary = {
             "eval_accuracy": progress.last_eval.get("eval/accuracy"),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from fastrm.model.config_keys import describe_unknown_keys
+from fastrm.model.stock_classes import padding_note
 from fastrm.train.setup import Job
 
 
@@ -22,6 +23,8 @@ def opening_lines(job: Job, num_ranks: int, num_quarantined: int) -> Iterator[st
     yield f"norm and SwiGLU: {network.norm_and_gate}"
     if network.fp8:
         yield from network.fp8.lines(config.compile == "layers")
+    if (line := padding_note(network)) is not None:
+        yield line
     yield (
         f"data: {len(train.groups):,} groups with {train.num_preferences:,} preferences from "
         f"{train.num_records:,} records; {train.num_ties_ignored:,} ties ignored; "
