@@ -5,7 +5,7 @@ Strict, as yaml_files.py says. Relative paths are relative to the working direct
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -334,6 +334,19 @@ class EngineConfig(_Section):
 
 
 class Config(_Section):
+    names_elsewhere: ClassVar[dict[str, str]] = {
+        "learning_rate": "optim.lr", "num_train_epochs": "run.epochs", "output_dir": "run.dir",
+        "per_device_train_batch_size": "optim.batch_pairs, of all processes together",
+        "train_batch_size": "optim.batch_pairs, of all processes together",
+        "gradient_accumulation_steps": "optim.batch_pairs, which packs add up to whatever they hold",
+        "max_length": "data.max_tokens_per_group", "max_seq_length": "data.max_tokens_per_group",
+        "cutoff_len": "data.max_tokens_per_group", "bf16": "precision.dtype", "torch_dtype": "precision.dtype",
+        "gradient_checkpointing": "model.activation_checkpointing", "lr_scheduler_type": "optim.schedule",
+        "logging_steps": "run.log_every", "save_steps": "run.save_every", "eval_steps": "run.eval_every",
+        "save_total_limit": "run.keep_checkpoints", "model_name_or_path": "model.path",
+        "deepspeed": "engine.zero_stage",
+    }  # fmt: skip
+    """What keys of transformers' trainer, TRL, LLaMA-Factory and ms-swift are called here, for a hint."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Head, loss and attention: triton = our kernels, CUDA; eager = PyTorch's own operations; auto = for
     each of them the one that was measured to be faster on this device, eager where none was."""

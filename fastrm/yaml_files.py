@@ -159,6 +159,8 @@ def _explain(model: type[BaseModel], problem: dict, places: Places, path: str) -
     where = places.get(known, path)
     if problem["type"] == "extra_forbidden":
         section = _fields_at(model, location[:-1])
+        if meant := getattr(model, "names_elsewhere", {}).get(location[-1]):
+            return f"{where}: unknown key {_dotted(location)}; did you mean {meant}?"
         if elsewhere := [place for place in _places_of(model, str(location[-1])) if place[:-1] != location[:-1]]:
             names = " or ".join(map(_dotted, elsewhere))
             return f"{where}: unknown key {_dotted(location)}; did you mean {names}?"

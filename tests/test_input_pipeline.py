@@ -75,6 +75,23 @@ def test_pixel_values_equal_those_of_the_stock_processor(limits):
     assert len(seen) >= (20 if limits[1] > 10_000 else 3)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_that_lies_is_read_as_stock_loaders_turn_it(tmp_path, orientation):
+    from transformers.image_utils import load_image
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif)
+    vision, ref = make_model("qwen2_5_vl").encoder.vision, ImageRef(path=str(tmp_path / "photo.jpg"))
+    stock = vision.processor(images=[load_image(ref.path)], return_tensors="pt")
+    size = vision.measure(ref, MediaLimits())
+    assert (size.height, size.width) == ((3, 1) if orientation > 4 else (1, 3))
+    patches, grid = vision.cut(ref, size, MediaLimits())
+    assert [list(grid)] == stock["image_grid_thw"].tolist()
+    assert torch.equal(vision.patch_format.normalize(torch.from_numpy(patches)), stock["pixel_values"])
+
+
 @pytest.mark.parametrize(
     "settings",
     [

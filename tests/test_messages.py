@@ -9,7 +9,7 @@ from rich.console import Console
 
 import fastrm as package
 from fastrm import cli, errors
-from fastrm.config import load_config
+from fastrm.config import Config, load_config
 from fastrm.errors import ConfigError, DataError
 from fastrm.names import device_name, dtype_name
 from fastrm.plan.dry_run import dry_run
@@ -39,6 +39,8 @@ def run(tmp_path_factory):
         ("run.lr=1e-5", "unknown key run.lr; did you mean optim.lr?"),
         ("max_steps=3", "unknown key max_steps; did you mean run.max_steps?"),
         ("model.num_workers=2", "unknown key model.num_workers; did you mean data.num_workers?"),
+        ("optim.learning_rate=1e-5", "unknown key optim.learning_rate; did you mean optim.lr?"),
+        ("per_device_train_batch_size=8", "did you mean optim.batch_pairs, of all processes together?"),
         ("data.held_out=0.1", "did you mean data.train.held_out or data.eval.held_out?"),
         ("optim.weigth_decay=0", "did you mean optim.weight_decay?"),
     ],
@@ -48,6 +50,12 @@ def test_a_key_of_another_section_is_known_again(tmp_path, override, meant):
     with pytest.raises(ConfigError) as caught:
         load_config(config, [override])
     assert meant in str(caught.value)
+
+
+def test_names_of_other_trainers_lead_to_keys_that_there_are():
+    for meant in Config.names_elsewhere.values():
+        section, key = meant.partition(",")[0].split(".")
+        assert key in Config.model_fields[section].annotation.model_fields, meant
 
 
 @pytest.mark.parametrize(
