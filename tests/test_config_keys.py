@@ -145,12 +145,20 @@ def test_a_run_and_a_score_name_unknown_keys_once(tmp_path, capfd):
     assert (code, told.count(line)) == (0, 1), told
 
 
-def test_channels_of_other_images_are_a_configuration_error(tmp_path):
-    network = make_model("qwen2_5_vl")
-    save_model(network, tmp_path / "model")
+@pytest.mark.parametrize(
+    ("family", "part", "key", "value", "message"),
+    [
+        ("qwen2_5_vl", "vision_config", "in_channels", 1, r"vision_config\.in_channels is 1, only 3 is supported"),
+        ("qwen2_5_vl", None, "image_token_id", 5, r"config\.json: image_token_id is 5, but the tokenizer has \d+ for"),
+        ("qwen2_vl", None, "video_token_id", 5, r"config\.json: video_token_id is 5, but the tokenizer has \d+ for"),
+        ("internvl", None, "image_token_id", 5, r"config\.json: image_token_id is 5, but the tokenizer has \d+ for"),
+    ],
+)
+def test_a_folder_that_does_not_fit_together_is_a_configuration_error(family, part, key, value, message, tmp_path):
+    save_model(make_model(family), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     tree = json.loads(file.read_text())
-    tree["vision_config"]["in_channels"] = 1
+    (tree if part is None else tree[part])[key] = value
     file.write_text(json.dumps(tree))
-    with pytest.raises(ConfigError, match=r"vision_config\.in_channels is 1, only 3 is supported"):
+    with pytest.raises(ConfigError, match=message):
         load_model(tmp_path / "model")

@@ -166,6 +166,13 @@ class TestFaults:
         assert "try kernels: eager" in str(caught.value)
         assert caught.value.exit_code == 65
 
+    def test_what_stock_cannot_read_is_one(self):
+        network = make_model("qwen2_5_vl")
+        samples = _samples(network, _records("qwen2_5_vl"))
+        network.model.config.image_token_id = 5
+        with pytest.raises(ExactnessError, match=r"not comparable: test:2: transformers .* fails on what was scored"):
+            check_network(network, samples["image"])
+
     def test_rewards_that_stock_has_not_either_are_no_finding(self):
         network = make_model("llama")
         network.model.norm.weight.data[0] = torch.nan

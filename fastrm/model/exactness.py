@@ -50,6 +50,10 @@ TRIES = 8  # groups of a kind, until one can be read
 KINDS = ("text", "image", "video")
 DRAWS = 3  # of directions of rounding
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_GO_ON = (
+    "check_exactness: false (training), --no-check-exactness (score, eval) or check_exactness=False (Python) go on "
+    "without this check"
+)
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -193,7 +197,16 @@ def _compare(network: RewardNetwork, sample: Sample, *, whole: bool, share: bool
     """Whatever autocast is on holds for both sides."""
     ours = _packed_rewards(network, sample, share, multiple)
     stock = StockModel(network)
-    wanted = stock.rewards(sample)
+    try:
+        wanted = stock.rewards(sample)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        where = sample.group.origin or sample.group.id
+        raise ExactnessError(
+            f"not comparable: {where}: {stock.name} fails on what was scored here: {str(error).strip()}; the config "
+            f"and the files beside it may be of different models. {_GO_ON}"
+        ) from error
     moved = [stock.moved_rewards(sample, seed) for seed in range(DRAWS)]
     if not all(map(math.isfinite, wanted)):
         return []
@@ -389,9 +402,8 @@ def _complaint(
     return (
         f"not exact: {group.origin or group.id}: response {number} has reward {ours:.7g} here and {wanted:.7g} in "
         f"{name} with the same weights; rounding explains a difference of {bound:.1e}, this is "
-        f"{_distance(ours, wanted):.1e}. Likeliest causes: {'; '.join(causes)}. Please report it with config.json; "
-        "check_exactness: false (training), --no-check-exactness (score, eval) or check_exactness=False (Python) go on "
-        "without the check"
+        f"{_distance(ours, wanted):.1e}. Likeliest causes: {'; '.join(causes)}. Please report it with "
+        f"config.json. {_GO_ON}"
     )
 
 

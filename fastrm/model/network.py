@@ -52,6 +52,7 @@ class RewardNetwork(nn.Module):
         pooling: str = "anchor",
     ):
         super().__init__()
+        _check_media_ids(model.config, encoder)
         self.model = model
         self.head = head
         self.pooling = pooling
@@ -179,6 +180,19 @@ class RewardNetwork(nn.Module):
                 # Qwen's projector is inside the tower.
                 for parameter in self.tower.parameters() - set(self.tower.projector.parameters()):
                     parameter.requires_grad_(False)
+
+
+def _check_media_ids(config, encoder: ConversationEncoder | None) -> None:
+    """The config and the tokenizer must mean the same tokens: stock models find images by the one, we by the other."""
+    if encoder is None or encoder.vision is None:
+        return
+    for kind, number in encoder.vision.placeholders.items():
+        key = f"{kind.noun}_token_id"
+        if (found := getattr(config, key, None)) != number:
+            raise ConfigError(
+                f"config.json: {key} is {found}, but the tokenizer has {number} for a token of a {kind.noun}; take the "
+                "tokenizer that belongs to the model, or correct the key"
+            )
 
 
 def pick_device(requested: str | int | torch.device) -> torch.device:
