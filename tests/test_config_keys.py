@@ -162,3 +162,13 @@ def test_a_folder_that_does_not_fit_together_is_a_configuration_error(family, pa
     file.write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=message):
         load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("key", ["patch_size", "merge_size", "temporal_patch_size"])
+def test_patches_of_another_model_are_a_configuration_error(key, tmp_path):
+    save_model(make_model("qwen2_5_vl"), tmp_path / "model")
+    file = tmp_path / "model" / "preprocessor_config.json"
+    tree = json.loads(file.read_text())
+    file.write_text(json.dumps(tree | {key: 4}))
+    with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: {key} is 4, but .*{key} of vision_config"):
+        load_model(tmp_path / "model")

@@ -179,7 +179,7 @@ def load_qwen_format(
         folder: where preprocessor_config.json is, a folder or a hub id; None: the class's defaults.
 
     Raises:
-        ConfigError: if the tokenizer has no <|image_pad|>, or the processor does not resize.
+        ConfigError: if the tokenizer has no <|image_pad|>, or the processor does not resize or is of another model.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -191,6 +191,7 @@ def load_qwen_format(
             merge_size=vision_config.spatial_merge_size,
             temporal_patch_size=vision_config.temporal_patch_size,
         )
+    _check_patches(processor, vision_config)
     size = processor.size
     processor.size = {
         "shortest_edge": min_pixels or size["shortest_edge"],
@@ -205,6 +206,22 @@ def load_qwen_format(
         raise ConfigError("the tokenizer has no special token <|image_pad|>; wanted that of the model's family")
     placeholders = {kind: number for kind, number in ids.items() if number is not None}
     return QwenFormat(processor, placeholders, video, getattr(vision_config, "tokens_per_second", None))
+
+
+def _check_patches(processor, vision_config) -> None:
+    """Patches must be cut as the tower reads them: another model's preprocessor_config.json may lie in a folder."""
+    names = {
+        "patch_size": "patch_size",
+        "merge_size": "spatial_merge_size",
+        "temporal_patch_size": "temporal_patch_size",
+    }
+    for name, key in names.items():
+        found, wanted = getattr(processor, name), getattr(vision_config, key)
+        if found != wanted:
+            raise ConfigError(
+                f"preprocessor_config.json: {name} is {found}, but {key} of vision_config in config.json is {wanted}; "
+                "take the file that belongs to the model"
+            )
 
 
 def _saved_video_settings(folder: Path) -> VideoSettings | None:
