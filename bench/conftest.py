@@ -1,11 +1,11 @@
 """Collects the comparisons of a run: a table at its end, and JSON with --save-results."""
 
-import json
 import platform
 from pathlib import Path
 
 import pytest
 
+from fastrm.json_files import to_json
 from kernel_results import RESULTS, cpu_name, file_stem, package_versions
 from run_kernels import BUDGET_SECONDS, Run
 
@@ -153,5 +153,5 @@ def _save(done) -> Path:
     }
     file = RESULTS / f"{file_stem(device)}.json"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(report, indent=2) + "\n")
+    file.write_text(to_json(report, indent=2) + "\n")
     return file

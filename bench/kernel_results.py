@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from fastrm.json_files import to_json
 from kernel_shapes import STEP
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,7 +85,7 @@ def write_json(file: Path, content: object) -> None:
     """Write JSON so that a reader, or whoever comes after a kill, finds the old content or the new one whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
+    draft.write_text(to_json(content, indent=1) + "\n")
     draft.replace(file)
 
 

@@ -1,6 +1,5 @@
 """Synthetic preference rows in the layouts and shares of the recipe's seven sets, and a configuration for them."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from fastrm.data.record import Message
 from fastrm.data.tokenizer import train_tokenizer
+from fastrm.json_files import to_json
 
 VOCABULARY, NUM_WORDS, NUM_IMAGES = 32_000, 30_000, 4096
 _SPREAD = 0.6  # standard deviation of the logarithm of a length
@@ -76,7 +76,7 @@ def write_sets(folder: Path, num_rows: int) -> Path:
         if not path.exists():
             with open(path.with_suffix(".part"), "w", encoding="utf-8") as file:
                 for row in _rows(shape, round(num_rows * shape.pairs / ROWS), number + 1):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(to_json(row, ensure_ascii=False) + "\n")
             os.replace(path.with_suffix(".part"), path)
     sources = "\n".join(
         f"    - {{path: {folder}/{shape.name}.jsonl, name: {shape.name}, "

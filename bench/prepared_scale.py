@@ -18,6 +18,8 @@ import threading
 import time
 from pathlib import Path
 
+from fastrm.json_files import to_json
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
@@ -53,7 +55,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     suffix = "" if options.rows == ROWS else f"-{options.rows}"
     path = options.out / f"{file_stem(result['device'])}-prepared{suffix}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(to_json(result, indent=1) + "\n")
     print(table_of(result))
     print(f"written to {path}")
 
@@ -111,7 +113,7 @@ def _prepare(config: Path, folder: Path, workers: int | None) -> dict:
         "index_bytes": _size(prepared / "index"),
         "unit_bytes": _size(prepared / "units"),
     }
-    kept.write_text(json.dumps(figures))
+    kept.write_text(to_json(figures))
     return figures
 
 

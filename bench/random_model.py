@@ -24,6 +24,7 @@ from safetensors.torch import save_file  # noqa: E402
 from fastrm.data.images import MediaLimits  # noqa: E402
 from fastrm.data.record import Message  # noqa: E402
 from fastrm.data.tokenizer import CHAT_LAYOUTS, train_tokenizer  # noqa: E402
+from fastrm.json_files import to_json  # noqa: E402
 from fastrm.model.architectures import PUBLISHED  # noqa: E402
 from fastrm.model.export import make_encoder  # noqa: E402
 from fastrm.model.families import VISION_FAMILIES, chat_layout  # noqa: E402
@@ -126,7 +127,7 @@ def padded_tokenizer(model_type: str, vocabulary: int, shift: int):
     for added in tree["added_tokens"]:
         added["id"] = ids[added["content"]]
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(tree)), chat_template=small.chat_template,
+        tokenizer_object=Tokenizer.from_str(to_json(tree)), chat_template=small.chat_template,
         eos_token=small.eos_token, pad_token=small.pad_token, clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
@@ -150,7 +151,7 @@ def _write_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch
         places |= dict.fromkeys(names, file)
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / "model.safetensors.index.json").write_text(to_json(index, indent=2, sort_keys=True) + "\n")
 
 
 def random_tensor(name: str, shape: tuple[int, ...], pool: torch.Tensor) -> torch.Tensor:

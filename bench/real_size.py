@@ -21,6 +21,8 @@ import threading
 import time
 from pathlib import Path
 
+from fastrm.json_files import to_json
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        print(json.dumps(run_part(options.part, options.models[0], options.layers, options.dir)))
+        print(to_json(run_part(options.part, options.models[0], options.layers, options.dir)))
         return
     result = {"device": device_name(), **environment()}
     suffix = "" if options.layers is None else f"-{options.layers}-layers"
@@ -89,7 +91,7 @@ def measure_model(model: str, layers: int | None, folder: Path, parts: list[str]
             if done.returncode:
                 raise SystemExit(f"{model}, {part}: ended with {done.returncode}; its messages are above")
             rows += [{"model": model, "layers": layers, **row} for row in json.loads(done.stdout.splitlines()[-1])]
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            print(to_json(rows[-1]), file=sys.stderr, flush=True)
     finally:
         if not keep:
             shutil.rmtree(scratch)

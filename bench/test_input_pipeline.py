@@ -7,7 +7,6 @@ machine disturbs the least.
 """
 
 import io
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -30,6 +29,7 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.sources import read_source
 from fastrm.data.tokenizer import train_tokenizer
+from fastrm.json_files import to_json
 from fastrm.model.export import make_encoder
 from fastrm.model.inputs import LayoutPlanner
 from fastrm.model.vision import VisionShape
@@ -149,7 +149,7 @@ def save(images: Sequence[Images], work: Sequence[Work]) -> Path:
     }
     file = RESULTS / f"{file_stem(device)}-input-pipeline.json"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(report, indent=2) + "\n")
+    file.write_text(to_json(report, indent=2) + "\n")
     return file
 
 

@@ -8,7 +8,6 @@ image counts once in each pack. Against it: groups dealt out in turn, and groups
     lockstep   sum over packs of the slowest rank's pack: ranks that wait at every pack, as under ZeRO-3
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import pytest
 from fastrm.data.balance import CostModel, slowest_bound
 from fastrm.data.group import PreparedGroup
 from fastrm.data.plan import divide_step, plan_packs
+from fastrm.json_files import to_json
 from fastrm.model.architectures import find_architecture
 from fastrm.train.step_cost import make_cost_model
 from kernel_results import RESULTS
@@ -166,7 +166,7 @@ def save(cases: list[Case]):
         "cases": [asdict(case) for case in cases],
     }
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(report, indent=2) + "\n")
+    file.write_text(to_json(report, indent=2) + "\n")
     return file
 
 

@@ -15,4 +15,8 @@ def __getattr__(name):
         from fastrm.evaluate.ensemble import Ensemble
 
         return Ensemble
+    if name == "GroupError":
+        from fastrm.errors import GroupError
+
+        return GroupError
     raise AttributeError(f"module 'fastrm' has no attribute {name!r}")

@@ -32,6 +32,36 @@ class ExactnessError(FastrmError):
     exit_code = 65
 
 
+class GroupError(DataError):
+    """Why one group of `RewardModel.score` has no rewards.
+
+    With ``on_error="return"`` it stands where the group's rewards would be. It cannot be mistaken for them: taking
+    its length, an element, a number or an array of it raises it.
+
+    Attributes:
+        index: of the group in the call.
+        id: of the group, or None.
+        code: a stable upper-case word such as ``IMAGE_MISSING``.
+        message: what is wrong and what to do.
+    """
+
+    def __init__(self, index: int, id: str | None, code: str, message: str):
+        name = f"group {index}" if id is None else f'group {index} ("{id}")'
+        super().__init__(f"{name}: {message} ({code})")
+        self.index, self.id, self.code, self.message = index, id, code, message
+
+    def __reduce__(self):
+        return type(self), (self.index, self.id, self.code, self.message)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _refuse(self, *_, **__):
+        raise self
+
+    __len__ = __iter__ = __getitem__ = __float__ = __array__ = _refuse
+
+
 class StorageError(FastrmError):
     """A file or folder could not be read or written, or a checkpoint is damaged."""
 

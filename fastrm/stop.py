@@ -12,7 +12,6 @@ A signal is answered in three ways, each for what the one before it does not rea
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from fastrm.errors import InterruptedRun
+from fastrm.json_files import to_json
 
 # What the watcher of several ranks passes a signal on by. A scheduler may have sent it to all of them itself,
 # and it would then look like a second one.
@@ -177,9 +177,9 @@ def fail(code: int, kind: str, message: str, trace: str = "") -> int:
     One of several processes leaves it in a file: the process that watches over them speaks for all.
     """
     if report := os.environ.get("FASTRM_FAILURE"):
-        Path(report).write_text(json.dumps({"error": kind, "message": message, "trace": trace}))
+        Path(report).write_text(to_json({"error": kind, "message": message, "trace": trace}))
         return code
     sys.stderr.write(trace)
     print(f"error: {message}", file=sys.stderr)
-    print(json.dumps({"exit_code": code, "error": kind, "message": message}), file=sys.stderr, flush=True)
+    print(to_json({"exit_code": code, "error": kind, "message": message}), file=sys.stderr, flush=True)
     return code

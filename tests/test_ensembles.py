@@ -65,8 +65,8 @@ def models(folder):
     return [package.RewardModel.from_pretrained(folder / name) for name in "ab"]
 
 
-def records_of(path):
-    return list(read_in_order(str(path), None, "auto", require_preferences=False))
+def records_of(path, *, require_preferences=False):
+    return list(read_in_order(str(path), None, "auto", require_preferences=require_preferences))
 
 
 def rewards_of(results):
@@ -204,7 +204,7 @@ def agreed_pairs(folder, models):
 def test_evaluation_shows_members_and_weights_from_validation_pairs(folder, models, tmp_path, monkeypatch, capsys, how):
     monkeypatch.setattr("fastrm.evaluate.models.VALIDATION_PAIRS", 20)
     data = agreed_pairs(folder, models) if how == "margin" else folder / "colours.jsonl"
-    records, pairs = records_of(data), []
+    records, pairs = records_of(data, require_preferences=True), []
     for record, result in zip(records, Ensemble(models).score_records(records, 2048), strict=True):
         pairs += [[m[p.winner] - m[p.loser] for m in result.members] for p in record.preferences]
     first = np.array(pairs[:20]).T

@@ -154,7 +154,7 @@ def test_image_limits_can_be_set(folder, limit):
         limited.score([group])
     out = folder / f"{limit}.jsonl"
     files.score_file(chosen(folder / "run" / "model"), str(folder / "colours.jsonl"), out, options(**{limit: 50}))
-    assert all("IMAGE_TOO_LARGE" in json.loads(line)["error"] for line in out.read_text().splitlines())
+    assert all(json.loads(line)["error"]["code"] == "IMAGE_TOO_LARGE" for line in out.read_text().splitlines())
 
 
 def test_the_commands_defaults_are_those_of_the_api_and_of_training():
@@ -230,13 +230,15 @@ def test_files_give_one_line_per_row_in_order(folder):
     rows = [json.loads(line) for line in (folder / "colours.jsonl").read_text().splitlines()][:5]
     rows.insert(2, '{"id": "broken"')
     rows.insert(4, {"id": "empty", "prompt": "a", "responses": ["b", ""]})
+    rows.insert(5, {"id": "blind", "prompt": "a", "images": ["no.png"], "responses": ["b"]})
     data = write_rows(folder / "score.jsonl", rows)
     result = fastrm("score", folder / "run" / "model", data, "--out", folder / "out.jsonl")
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in lines if "error" not in line] == ["c0", "c1", "c2", "c3", "c4"]
-    assert [n for n, line in enumerate(lines) if line["rewards"] is None] == [2, 4]
-    assert "BAD_JSON" in lines[2]["error"] and "EMPTY_RESPONSE" in lines[4]["error"]
+    assert [line["id"] for line in lines if "error" not in line] == ["c0", "c1", "c2", "empty", "c3", "c4"]
+    assert [n for n, line in enumerate(lines) if line["rewards"] is None] == [2, 5]
+    assert [lines[n]["error"]["code"] for n in (2, 5)] == ["BAD_JSON", "IMAGE_MISSING"]
+    assert "no.png" in lines[5]["error"]["message"] and len(lines[4]["rewards"]) == 2
     assert not (folder / "out.jsonl.part").exists()
 
 

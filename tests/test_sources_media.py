@@ -232,7 +232,7 @@ def test_group_record_opens_no_path_for_strangers(image):
     [
         ("text", "BAD_ROW"),
         ({"prompt": "?"}, "BAD_ROW"),
-        ({"prompt": "?", "responses": ["a", ""]}, "EMPTY_RESPONSE"),
+        ({"prompt": "?", "responses": []}, "BAD_ROW"),
         ({"prompt": "?", "responses": ["a"], "images": ["https://host/a.png"]}, "IMAGE_PATH"),
     ],
 )

@@ -306,13 +306,19 @@ def test_download_of_a_set_has_all_that_reading_it_needs(tmp_path, monkeypatch, 
     assert pairs_of(read(None, set=name, **expected.options)[0]) == expected.pairs
 
 
-def test_row_is_scored_with_all_its_responses_or_refused(tmp_path):
+def test_a_row_is_scored_with_all_its_responses(tmp_path):
+    """Those without a rating too, which training leaves out; and rows that training refuses."""
     BUILDERS["vlfeedback"](tmp_path)
-    (file,) = source_files(tmp_path, set="vlfeedback", require_preferences=False)
-    first, second, third = file.read()
-    assert isinstance(first, Refusal) and not first.partial and isinstance(second, Refusal)
-    assert first.message.endswith("a row is scored with all its responses or not at all")
-    assert len(third.responses) == 2
+    (scoring,) = source_files(tmp_path, set="vlfeedback", require_preferences=False)
+    (training,) = source_files(tmp_path, set="vlfeedback")
+    scored = {record.origin: [response.text for response in record.responses] for record in scoring.read()}
+    trained = {record.origin: record for record in training.read() if isinstance(record, Record)}
+    assert len(scored) == 3 > len(trained)
+    for origin, record in trained.items():
+        texts = [response.text for response in record.responses]
+        assert [text for text in scored[origin] if text in texts] == texts
+    assert any("unrated" in texts for texts in scored.values())
+    assert not any(response.text == "unrated" for record in trained.values() for response in record.responses)
 
 
 def test_configuration_knows_every_layout():

@@ -5,7 +5,6 @@ use), and for each workload `<workload>.jsonl` in ms-swift's own format, which f
 responses is six rows with one prompt: ms-swift has no other form for it, fastrm makes one group of them.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from fastrm.data.record import ImageRef, Message, Response
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.data.tree import causal_pairs
+from fastrm.json_files import to_json
 from fastrm.model.architectures import find_architecture
 from fastrm.model.export import make_encoder, save_model
 from fastrm.model.network import RewardNetwork, init_backbone
@@ -130,7 +130,7 @@ def make_inputs(folder: Path, sizes: Sizes = SIZES) -> None:
             random_image(rng, sizes.image_side).save(image)
             prompt, responses = _texts(network.encoder, rng, known, image, prompt_tokens, response_tokens)
             rows += pair_rows(prompt, responses, str(image))
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        lines = "".join(to_json(row) + "\n" for row in rows)
         (folder / f"{workload.name}.jsonl").write_text(lines)
 
 

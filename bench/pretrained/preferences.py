@@ -16,6 +16,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastrm.json_files import to_json
+
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 FOLDER = Path("runs/human")
 HELD_OUT = 5
@@ -64,7 +66,7 @@ def main() -> None:
     (captions, held_out_captions), (answers, held_out_answers) = split(caption_pairs()), split(answer_pairs())
     files = {"captions": captions, "answers": answers, "eval": held_out_captions + held_out_answers}
     for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
         prompts = len({row["prompt"] for row in rows})
         print(f"{folder / name}.jsonl: {len(rows):,} pairs of {prompts} prompts")
 

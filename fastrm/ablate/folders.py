@@ -8,6 +8,7 @@ from pathlib import Path
 from fastrm.ablate.grid import Cell, Grid
 from fastrm.config import Config, load_config
 from fastrm.errors import ConfigError
+from fastrm.json_files import to_json
 from fastrm.train.resume import differences
 
 SUMMARY = "summary.json"
@@ -84,7 +85,7 @@ def seconds_taken(folder: Path) -> float:
 def add_seconds(folder: Path, seconds: float) -> None:
     """Count time that a cell has taken."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SECONDS).write_text(json.dumps({"seconds": seconds_taken(folder) + seconds}) + "\n")
+    (folder / SECONDS).write_text(to_json({"seconds": seconds_taken(folder) + seconds}) + "\n")
 
 
 def read_json(path: Path) -> dict | None:

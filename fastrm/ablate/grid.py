@@ -5,7 +5,6 @@ each axis with one seed: an ordinary `fastrm train` run in a folder of its own.
 """
 
 import itertools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastrm.config import Config, load_config
 from fastrm.errors import ConfigError
+from fastrm.json_files import to_json
 from fastrm.yaml_files import apply_override, read_yaml, validate
 
 HELD_OUT = "held_out"
@@ -280,7 +280,7 @@ def _cell(path: Path, settings: GridConfig, folder: Path, row: str, group: str, 
     run_dir = folder / name
     values = settings.overrides | settings.groups[group] | settings.rows[row]
     values |= {"run.seed": seed, "run.dir": str(run_dir)}
-    overrides = tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
+    overrides = tuple(f"{key}={to_json(value)}" for key, value in values.items())
     try:
         config = load_config(settings.base, overrides)
     except ConfigError as error:

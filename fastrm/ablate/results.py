@@ -1,6 +1,5 @@
 """From the figures of cells to estimates over seeds, and results.json."""
 
-import json
 import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from fastrm.ablate.folders import config_differences, is_finished, seconds_taken
 from fastrm.ablate.grid import Cell, EnsembleCell, Grid
 from fastrm.ablate.statistics import Estimate, estimate, paired_difference
 from fastrm.config import load_config
+from fastrm.json_files import to_json
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def collect(grid: Grid, failed: dict[str, str]) -> Results:
 def write_json(results: Results, path: Path) -> None:
     """results.json, which appears complete or not at all."""
     partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(_as_json(results), indent=1) + "\n")
+    partial.write_text(to_json(_as_json(results), indent=1) + "\n")
     os.replace(partial, path)
 
 

@@ -47,11 +47,17 @@ class Refusal:
 
 @dataclass
 class LoadedPack:
-    """A plan carried out. `pack` is None if every group of it was refused."""
+    """A plan carried out.
+
+    Attributes:
+        pack: None if every group of the plan was refused.
+        packed: the numbers of the groups in the pack, in its order.
+    """
 
     plan: PackPlan
     pack: Pack | None
     refused: list[Refusal] = field(default_factory=list)
+    packed: tuple[int, ...] = ()
 
     def pin_memory(self) -> "LoadedPack":
         """The same with its pack in page-locked memory (the interface of torch's DataLoader)."""
@@ -116,7 +122,8 @@ class PackBuilder(torch.utils.data.Dataset):
         pack = build_pack(groups, pixels, self._format, share=self.share, multiple=self.multiple)
         if self.finish is not None:
             pack.prepared = self.finish(pack)
-        return LoadedPack(plan, pack, refused)
+        packed = tuple(number for number in plan.groups if number not in {refusal.group for refusal in refused})
+        return LoadedPack(plan, pack, refused, packed)
 
 
 @dataclass

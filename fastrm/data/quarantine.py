@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from fastrm.errors import StorageError
+from fastrm.json_files import to_json
 
 # Codes that are shown with an example; more would hide the end of a run.
 MOST_REASONS = 6
@@ -55,7 +56,7 @@ class Quarantine:
         row |= {"partial": True} if partial else {}
         if self._file is not None:
             # ASCII escapes, so that a row can name a record whose text UTF-8 cannot encode.
-            self._write(json.dumps(row).encode("ascii") + b"\n")
+            self._write(to_json(row).encode("ascii") + b"\n")
         self._count(row)
 
     def reasons(self) -> list[str]:

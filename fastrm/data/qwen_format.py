@@ -20,6 +20,7 @@ from fastrm.data.tokenizer import special_id
 from fastrm.data.videos import VideoHeader, VideoSettings, open_video
 from fastrm.data.vision_format import MediaSize, MediaSpan, Patches, VisionFormat
 from fastrm.errors import ConfigError
+from fastrm.json_files import to_json
 
 VIDEO_FILE = "video_preprocessor_config.json"
 
@@ -121,7 +122,7 @@ class QwenFormat(VisionFormat):
         }
         copied = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
         stock |= {name: getattr(self.processor, name) for name in copied}
-        (folder / VIDEO_FILE).write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
+        (folder / VIDEO_FILE).write_text(to_json(stock, indent=2, sort_keys=True) + "\n")
 
     def _video_size(self, header: VideoHeader, ref: VideoRef) -> MediaSize:
         num_frames, width, height, fps = header

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from fastrm.data.record import Record, VideoRef
 from fastrm.data.template import ConversationEncoder
-from fastrm.errors import ConfigError, DataError, RecordError, StorageError
+from fastrm.errors import ConfigError, DataError, GroupError, RecordError, StorageError
 from fastrm.evaluate.scoring import score_dicts, score_with_each
 from fastrm.model.reward_model import RewardModel
 from fastrm.yaml_files import dump_yaml, read_yaml, validate
@@ -202,18 +202,25 @@ class Ensemble:
         except OSError as error:
             raise StorageError(f"{file}: cannot be written: {error.strerror}; name another file") from None
 
-    def score(self, groups: Sequence[dict], *, tokens_per_pack: int = 32768, num_workers: int = 0) -> list[list[float]]:
-        """As `RewardModel.score`.
+    def score(
+        self,
+        groups: Sequence[dict],
+        *,
+        tokens_per_pack: int = 32768,
+        num_workers: int = 0,
+        on_error: Literal["raise", "return"] = "raise",
+    ) -> list[list[float] | GroupError]:
+        """As `RewardModel.score`. A group that one member cannot score is not scored.
 
         Raises:
-            DataError: for a group that cannot be scored, naming it and the reason.
+            GroupError: a `DataError` that names the group and the reason.
         """
 
         def score(records: Sequence[Record]) -> list[list[float] | RecordError]:
             results = self.score_records(records, tokens_per_pack, num_workers)
             return [result if isinstance(result, RecordError) else result.combined for result in results]
 
-        return score_dicts(score, groups)
+        return score_dicts(score, groups, on_error)
 
     def score_records(
         self,

@@ -1,6 +1,5 @@
 """`fastrm score` and `fastrm eval` on data files: rewards, or pair accuracy."""
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -17,6 +16,8 @@ from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.evaluate.output import check_output, complete_file, print_refused
 from fastrm.evaluate.pair_accuracy import PairAccuracy
 from fastrm.evaluate.reading import read_in_order
+from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
+from fastrm.json_files import to_json
 from fastrm.train.display import Display
 
 # Records that are read, scored and written at a time.
@@ -28,19 +29,25 @@ Scored = tuple[Record | str | None, Rewards | RecordError]
 def score_file(choice: ModelChoice, data: str, out: Path, options: ScoringOptions) -> None:
     """Write one line {"id", "rewards"} per group, in input order; several models add "members".
 
-    A refused group has "rewards": null and "error". The file appears under its name when complete.
+    A refused group has "rewards": null and "error": {"code", "message"}. The file appears under its name when complete.
 
     Raises:
         ConfigError, DataError, StorageError: for a model, data or output that cannot be used.
+        DataError: after everything is written, if a reward was not finite.
     """
     choice.check()
     done = failed = 0
+    broken: list[str] = []
     with complete_file(out) as write, Display() as display:
         for record, result in Scoring(choice, data, options, display, "scoring").run(require_preferences=False):
-            write(json.dumps(_score_row(record, result)) + "\n")
-            failed += isinstance(result, RecordError)
+            write(to_json(_score_row(record, result)) + "\n")
             done += 1
+            if isinstance(result, RecordError):
+                failed += 1
+                broken += [f"{record.origin}: {result.message}"] if result.code == NON_FINITE else []
     Console(stderr=True).print(f"{done:,} groups scored, {failed:,} of them refused; {out}", markup=False)
+    if broken:
+        raise DataError(f"{len(broken):,} of {done:,} groups have a reward that is not finite; {broken[0]}")
 
 
 def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options: ScoringOptions) -> None:
@@ -57,7 +64,7 @@ def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options
         Console().print(_table(report))
         print_refused([f"{row['message']} ({row['code']})" for row in report["refused"]], "--json lists them all")
         if write is not None:
-            write(json.dumps(report, indent=2) + "\n")
+            write(to_json(report, indent=2) + "\n")
 
 
 class Scoring:
@@ -102,6 +109,8 @@ def _evaluate(scoring: Scoring, data: str) -> dict:
     accuracy, members, refused = PairAccuracy(), [], []
     for record, result in scoring.run(require_preferences=True):
         if isinstance(result, RecordError):
+            if isinstance(record, Record):
+                refuse_non_finite(record.origin, result)
             refused.append({"code": result.code, "message": result.message})
             continue
         accuracy.add(record, result.combined)
@@ -131,7 +140,7 @@ def describe(ensemble: Ensemble) -> dict:
 def _score_row(record: Record | str | None, result: Rewards | RecordError) -> dict:
     name = record.id if isinstance(record, Record) else record
     if isinstance(result, RecordError):
-        return {"id": name, "rewards": None, "error": f"{result.code}: {result.message}"}
+        return {"id": name, "rewards": None, "error": {"code": result.code, "message": result.message}}
     members = {"members": result.members} if len(result.members) > 1 else {}
     return {"id": name, "rewards": result.combined, **members}
 

@@ -8,7 +8,7 @@ import torch
 from fastrm.data.group import PreparedGroup
 from fastrm.data.loader import PackBuilder
 from fastrm.data.packing import Pack
-from fastrm.evaluate.scoring import Forward, run_packs
+from fastrm.evaluate.scoring import Forward, refuse_non_finite, run_packs
 from fastrm.model.network import RewardNetwork
 from fastrm.model.precision import fp8_disabled
 
@@ -85,6 +85,8 @@ def compare_fp8(
     network.eval()
     try:
         for loaded, rewards in run_packs(both, builder, groups, budget, num_workers):
+            for refusal in loaded.refused:
+                refuse_non_finite(builder.records[refusal.group].origin, refusal)
             if loaded.pack is not None:
                 flips.add(*rewards, loaded.pack.edges[~loaded.pack.is_tie])
     finally:

@@ -11,6 +11,7 @@ from fastrm.data.record import Record
 from fastrm.errors import ConfigError, RecordError
 from fastrm.evaluate.ensemble import VALIDATION_PAIRS, Ensemble, Rewards
 from fastrm.evaluate.reading import read_in_order
+from fastrm.evaluate.scoring import refuse_non_finite
 from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.train.display import Display
 
@@ -139,6 +140,7 @@ def _validation_margins(ensemble: Ensemble, validation: str, options: ScoringOpt
             records, ensemble.score_records(records, options.tokens_per_pack, options.num_workers), strict=True
         ):
             if isinstance(result, RecordError):
+                refuse_non_finite(record.origin, result)
                 display.say(f"validation row left out: {record.origin}: {result.message} ({result.code})")
             else:
                 margins += _margins(record, result)

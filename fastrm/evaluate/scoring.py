@@ -1,20 +1,32 @@
-"""Rewards for prepared groups, record files and plain dicts; all through the same packs."""
+"""Rewards for prepared groups, record files and plain dicts; all through the same packs.
 
+A group that cannot be scored is refused by itself, with a code and a message, and costs no other group anything. A
+reward that is not a finite number is such a refusal: nothing writes it, averages it or compares it.
+"""
+
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from fastrm.data.group import PreparedGroup, encode_group
-from fastrm.data.loader import LoadedPack, PackBuilder, load_packs
-from fastrm.data.packing import Pack
+from fastrm.data.loader import LoadedPack, PackBuilder, Refusal, load_packs
+from fastrm.data.packing import EncodedGroup, Pack
 from fastrm.data.plan import PackPlan, plan_once
 from fastrm.data.record import Record
 from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.values import describe
-from fastrm.errors import DataError, RecordError, option
+from fastrm.data.template import ConversationEncoder
+from fastrm.errors import ConfigError, DataError, GroupError, RecordError, option
+from fastrm.evaluate.merging import PromptGroup
+from fastrm.model.families import longest_path
 from fastrm.model.network import RewardNetwork
+
+NON_FINITE = "NON_FINITE_REWARD"
+ON_ERROR = ("raise", "return")
 
 Forward = Callable[[Pack | None], torch.Tensor | None]
 
@@ -32,6 +44,8 @@ def run_packs(
 ) -> Iterator[tuple[LoadedPack, torch.Tensor | None]]:
     """Every group once, without gradients, with rewards (R,) on the CPU; None if all were refused.
 
+    Groups with a reward that is not finite are among the refused of their pack, and their rewards are not to be used.
+
     Of several ranks each does its part of the packs. They are the same packs as on one, and every rank
     calls `forward` equally often: with None where it has no pack.
     """
@@ -41,11 +55,46 @@ def run_packs(
     with torch.no_grad(), closing(packs):
         for loaded in packs:
             if loaded.pack is not None:
-                yield loaded, forward(loaded.pack).float().cpu()
+                rewards = forward(loaded.pack).float().cpu()
+                yield _without_non_finite(loaded, rewards), rewards
                 continue
             if num_ranks > 1:
                 forward(None)
             yield loaded, None
+
+
+def _without_non_finite(loaded: LoadedPack, rewards: torch.Tensor) -> LoadedPack:
+    """The pack with the groups refused of which a reward (..., R) is not finite; one look at each pack."""
+    if rewards.isfinite().all():
+        return loaded
+    found = [
+        Refusal(group, NON_FINITE, _describe(values))
+        for group, place in zip(loaded.packed, loaded.pack.groups, strict=True)
+        if not (values := rewards[..., place.responses]).isfinite().all()
+    ]
+    return replace(loaded, refused=[*loaded.refused, *found])
+
+
+def _describe(values: torch.Tensor) -> str:
+    value = float(values[~values.isfinite()][0])
+    return (
+        f"a reward is {value}, which is no finite number: either a weight of the model is none, or a value is too "
+        "large for its precision; look at the weights, or score in float32 (dtype fp32)"
+    )
+
+
+def refuse_non_finite(name: str, error: RecordError | Refusal) -> None:
+    """Refuse figures of a model with a reward that is not finite: those of other groups would say nothing of it.
+
+    Args:
+        name: of the group.
+        error: why it was refused; other reasons are let pass.
+
+    Raises:
+        DataError: naming the group.
+    """
+    if error.code == NON_FINITE:
+        raise DataError(f"{name}: {error.message} ({error.code})")
 
 
 def score_records(
@@ -73,43 +122,78 @@ def score_with_each(
         for each record, a list of rewards for each network, or why it could not be scored.
     """
     results: list[list[list[float]] | RecordError | None] = [None] * len(records)
-    groups, encoded, numbers = [], [], []
     # A file may have been replaced since the last call.
     encoder = networks[0].encoder.looking_anew()
     planner, device = networks[0].planner, networks[0].device
+    ready: list[_Ready] = []
     for number, record in enumerate(records):
         try:
-            group = encode_group(record, encoder)
-            prepared = PreparedGroup.of(group)
-            if prepared.num_tokens > tokens_per_pack:
-                limit = f"limit {tokens_per_pack:,}; raise {option('tokens_per_pack')}"
-                raise RecordError("TOO_LONG", f"the group has {prepared.num_tokens:,} tokens, {limit}")
-            groups.append(prepared)
-            encoded.append(group)
-            numbers.append(number)
+            ready.append(_make_ready(number, record, encoder, networks, tokens_per_pack))
         except RecordError as error:
             results[number] = error
+    groups, encoded = [one.counted for one in ready], [one.group for one in ready]
     for network in networks:
         if network.first_use is not None:
             network.first_use(groups, encoded.__getitem__)
-    builder = PackBuilder([records[number] for number in numbers], encoder, share=True, encoded=encoded, finish=planner)
+    builder = PackBuilder([records[one.number] for one in ready], encoder, share=True, encoded=encoded, finish=planner)
 
     def forward(pack: Pack) -> torch.Tensor:
         pack = pack.to(device)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # threads have their own
             return torch.stack([network(_as_planned(pack, network, planner)) for network in networks])  # (M, R)
 
-    done = len(records) - len(groups)
+    done = len(records) - len(ready)
     for loaded, rewards in run_packs(
         forward, builder, groups, tokens_per_pack, num_workers, pin_memory=device.type != "cpu"
     ):
-        problems = {r.group: RecordError(r.code, r.message) for r in loaded.refused}
-        placed = iter(loaded.pack.groups if loaded.pack is not None else ())
-        for group in loaded.plan.groups:
-            results[numbers[group]] = problems.get(group) or rewards[:, next(placed).responses].tolist()
+        for group, placed in zip(loaded.packed, loaded.pack.groups if loaded.pack is not None else (), strict=True):
+            results[ready[group].number] = rewards[:, placed.responses][:, ready[group].places].tolist()
+        for refusal in loaded.refused:
+            results[ready[refusal.group].number] = RecordError(refusal.code, refusal.message)
         done += len(loaded.plan.groups)
         progress(done)
     return results
+
+
+class _Ready(NamedTuple):
+    """A record that can be packed.
+
+    Attributes:
+        group: its distinct responses: equal ones get equal rewards.
+        places: of each of its responses among those.
+    """
+
+    number: int
+    group: EncodedGroup
+    counted: PreparedGroup
+    places: list[int]
+
+
+def _make_ready(
+    number: int, record: Record, encoder: ConversationEncoder, networks: Sequence[RewardNetwork], tokens_per_pack: int
+) -> _Ready:
+    """Tokenise a record and refuse what the networks could not take, by itself.
+
+    Raises:
+        RecordError: as `encode_group`; TOO_LONG.
+    """
+    merged = PromptGroup()
+    merged.add(0, record)
+    group = encode_group(replace(record, responses=tuple(merged.responses.values()), preferences=()), encoder)
+    limits = [longest_path(network.model.config) for network in networks]
+    limit = min((limit for limit in limits if limit is not None), default=math.inf)
+    longest = max(len(response.tokens) for response in group.responses)
+    if longest > limit:
+        raise RecordError(
+            "TOO_LONG",
+            f"a response has {longest:,} tokens with its prompt; with its rope_type dynamic the model is exact up to "
+            f"{limit:,}; shorten it",
+        )
+    counted = PreparedGroup.of(group)
+    if counted.num_tokens > tokens_per_pack:
+        limit = f"limit {tokens_per_pack:,}; raise {option('tokens_per_pack')}"
+        raise RecordError("TOO_LONG", f"the group has {counted.num_tokens:,} tokens, {limit}")
+    return _Ready(number, group, counted, merged.places[0])
 
 
 def _as_planned(pack: Pack, network: RewardNetwork, planner) -> Pack:
@@ -118,33 +202,55 @@ def _as_planned(pack: Pack, network: RewardNetwork, planner) -> Pack:
 
 
 def score_groups(
-    network: RewardNetwork, groups: Sequence[dict], tokens_per_pack: int, num_workers: int = 0
-) -> list[list[float]]:
+    network: RewardNetwork, groups: Sequence[dict], tokens_per_pack: int, num_workers: int = 0, on_error: str = "raise"
+) -> list[list[float] | GroupError]:
     """See `RewardModel.score`."""
-    return score_dicts(lambda records: score_records(network, records, tokens_per_pack, num_workers), groups)
+    return score_dicts(lambda records: score_records(network, records, tokens_per_pack, num_workers), groups, on_error)
 
 
 def score_dicts(
-    score: Callable[[Sequence[Record]], list[list[float] | RecordError]], groups: Sequence[dict]
-) -> list[list[float]]:
+    score: Callable[[Sequence[Record]], list[list[float] | RecordError]],
+    groups: Sequence[dict],
+    on_error: str = "raise",
+) -> list[list[float] | GroupError]:
     """Rewards of groups as the Python API takes them.
 
     Args:
         score: of records, in order.
+        on_error: raise, or return: an error stands in the place of the group's rewards.
 
     Raises:
-        DataError: for a group that cannot be scored, naming it and the reason.
+        GroupError: for the first group that cannot be scored.
+        ConfigError: for another `on_error`.
     """
+    if on_error not in ON_ERROR:
+        raise ConfigError(f"on_error: got {on_error!r}, wanted one of {', '.join(ON_ERROR)}")
     if isinstance(groups, (dict, str, bytes)) or not isinstance(groups, Iterable):
         raise DataError(f"groups: got {describe(groups)}, wanted a list of groups: score([group])")
+    groups = list(groups)
+    results: list[list[float] | GroupError] = []
     records = []
     for number, group in enumerate(groups):
         try:
             records.append(group_record(group, number, allow_any_path=True, require_preferences=False))
+            results.append([])
         except RecordError as error:
-            raise DataError(f"group {number}: {error.message} ({error.code})") from None
-    results = score(records)
-    for number, result in enumerate(results):
-        if isinstance(result, RecordError):
-            raise DataError(f"group {number}: {result.message} ({result.code})")
+            results.append(_group_error(number, group, error))
+            if on_error == "raise":
+                raise results[-1] from None
+    scored = iter(score(records))
+    for number, group in enumerate(groups):
+        if isinstance(results[number], GroupError):
+            continue
+        result = next(scored)
+        results[number] = _group_error(number, group, result) if isinstance(result, RecordError) else result
+    if on_error == "raise":
+        for result in results:
+            if isinstance(result, GroupError):
+                raise result
     return results
+
+
+def _group_error(index: int, group: object, error: RecordError) -> GroupError:
+    name = group.get("id") if isinstance(group, dict) else None
+    return GroupError(index, None if name is None else str(name), error.code, error.message)

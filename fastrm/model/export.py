@@ -25,6 +25,7 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, StorageError, option
+from fastrm.json_files import to_json
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
 from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
@@ -81,7 +82,7 @@ def save_model(
         writer.close()
         tokenizer = with_padding(model.encoder.tokenizer, reading.pad_token)
         config = _config_of(model, dtype, reading, tokenizer.pad_token_id)
-        (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (part / "config.json").write_text(to_json(config, indent=2, sort_keys=True) + "\n")
         tokenizer.save_pretrained(part)
         if model.encoder.vision is not None:
             model.encoder.vision.save(part)

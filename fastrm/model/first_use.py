@@ -24,6 +24,7 @@ import fastrm
 import fastrm_kernels
 from fastrm.data.group import PreparedGroup
 from fastrm.data.packing import EncodedGroup
+from fastrm.json_files import to_json
 from fastrm.model.exactness import KINDS, Agreement, Sample, check_network, choose_samples, describe
 from fastrm.model.fusion import FusedLinear
 from fastrm.model.network import RewardNetwork
@@ -96,7 +97,7 @@ class FirstUse:
             any(isinstance(module, FusedLinear) for module in network.modules()), _device_name(network.device),
             torch.__version__, transformers.__version__, _code(),
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(to_json(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_of(path: str | Path) -> list:
@@ -126,7 +127,7 @@ def _write(file: Path, agreements: list[Agreement]) -> None:
     part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}.part")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps([asdict(agreement) for agreement in agreements]) + "\n")
+        part.write_text(to_json([asdict(agreement) for agreement in agreements]) + "\n")
         part.replace(file)
 
 

@@ -3,11 +3,12 @@
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from fastrm.data.images import MediaLimits
-from fastrm.errors import ConfigError, option
+from fastrm.errors import ConfigError, GroupError, option
 from fastrm.model.attention import BACKENDS
 from fastrm.model.export import kept_date, load_model
 from fastrm.model.first_use import FirstUse, weights_of
@@ -92,7 +93,14 @@ class RewardModel:
         weights = _describe(network.model.dtype, WeightFiles.open(path).dtype, dtype)
         return cls(network, weights, _describe_date(network.encoder.date, given, kept_date(Path(path))))
 
-    def score(self, groups: Sequence[dict], *, tokens_per_pack: int = 32768, num_workers: int = 0) -> list[list[float]]:
+    def score(
+        self,
+        groups: Sequence[dict],
+        *,
+        tokens_per_pack: int = 32768,
+        num_workers: int = 0,
+        on_error: Literal["raise", "return"] = "raise",
+    ) -> list[list[float] | GroupError]:
         """Rewards of every response, in the order of the groups.
 
         All responses of a group share one pass over its prompt and images. Image files are read anew at
@@ -100,17 +108,19 @@ class RewardModel:
 
         Args:
             groups: {"prompt": str or messages, "images": [path | bytes | PIL image], "responses":
-                [str, ...]}; images may be left out.
+                [str, ...]}; images may be left out. Responses may be empty, equal, and any number from one on.
             tokens_per_pack: token budget of one forward pass; the largest group must fit.
             num_workers: processes that decode images ahead of the forward passes; 0 = in this one.
+            on_error: raise at the first group that cannot be scored, or return a `GroupError` in the place of its
+                rewards; the other groups get theirs. A reward that is not a finite number is such an error.
 
         Raises:
-            DataError: for a group that cannot be scored, naming it and the reason.
+            GroupError: a `DataError` that names the group and the reason.
             ExactnessError: if the model's first rewards differ from those of the stock class (`check_exactness`).
         """
         from fastrm.evaluate.scoring import score_groups
 
-        return score_groups(self.network, groups, tokens_per_pack, num_workers)
+        return score_groups(self.network, groups, tokens_per_pack, num_workers, on_error)
 
 
 def _describe(used: torch.dtype, stored: torch.dtype, asked: str) -> str:

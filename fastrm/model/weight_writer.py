@@ -4,7 +4,6 @@ Where every tensor goes is decided before the first one comes: headers need only
 may come in any order, and none is kept.
 """
 
-import json
 import math
 import os
 import shutil
@@ -15,6 +14,7 @@ import torch
 
 from fastrm.durable import sync_path
 from fastrm.errors import StorageError
+from fastrm.json_files import to_json
 from fastrm.model.weight_files import DTYPES, INDEX, SINGLE
 from fastrm.resources import free_disk
 
@@ -57,7 +57,7 @@ class WeightWriter:
             if len(shards) > 1:
                 weight_map = {name: self._files[name].name for name in sorted(self._files)}
                 index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-                (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                (folder / INDEX).write_text(to_json(index, indent=2) + "\n")
         except BaseException:
             self.abandon()  # nobody else can: there is no writer yet
             raise
@@ -69,7 +69,7 @@ class WeightWriter:
             end = begin + _nbytes(entry)
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
             begin = end
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = to_json(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data begins at a multiple of 8
         descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         self._descriptors.append(descriptor)

@@ -1,9 +1,9 @@
 """What `fastrm plan` does with its options."""
 
-import json
 from pathlib import Path
 
 from fastrm.config import Config
+from fastrm.json_files import to_json
 from fastrm.plan.console import make_console, say
 from fastrm.plan.hardware import find_gpu
 from fastrm.plan.inputs import count_preferences
@@ -52,7 +52,7 @@ def plan_run(
     print_plan(plan, console)
     if json_out is not None:
         json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(json.dumps(as_json(plan), indent=1) + "\n", encoding="utf-8")
+        json_out.write_text(to_json(as_json(plan), indent=1) + "\n", encoding="utf-8")
     if png_out is not None:
         from fastrm.plan.picture import draw_plan
 

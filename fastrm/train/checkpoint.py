@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from fastrm.durable import sync_path
 from fastrm.errors import StorageError
+from fastrm.json_files import to_json
 from fastrm.train.ranks import ALONE, Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -113,10 +114,10 @@ class _Writer:
         if self._stem == MODEL:
             self._stem = OPTIMIZER
             self._flush()
-        (self._temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        (self._temporary / STATE).write_text(to_json(state, indent=2) + "\n")
         self._files[STATE] = _seal(self._temporary / STATE)
         manifest = {"step": self._step, "files": self._files}
-        (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (self._temporary / MANIFEST).write_text(to_json(manifest, indent=2) + "\n")
         sync_path(self._temporary / MANIFEST)
         sync_path(self._temporary)
         if self._target.exists():

@@ -1,7 +1,6 @@
 """The run folder's lock, and what to do about non-finite steps."""
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastrm.errors import DivergedError, StorageError
+from fastrm.json_files import to_json
 from fastrm.train.ranks import Ranks
 
 # Steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
@@ -89,7 +89,7 @@ class StepGuard:
         row = {"step": step, "loss": repr(loss), "grad_norm": repr(grad_norm), "records": records}
         if self._path is not None:
             with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(to_json(row) + "\n")
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise DivergedError(
                 f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite, as in the "

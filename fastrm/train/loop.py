@@ -20,18 +20,18 @@ from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
 from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.evaluate.flips import Flips, compare_fp8
-from fastrm.evaluate.scoring import run_packs
+from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite, run_packs
 from fastrm.model.precision import token_multiple
 from fastrm.stop import StopFlag, StopRequest
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.display import Display
 from fastrm.train.guard import StepGuard, locked
-from fastrm.train.metrics import MetricsLog, PreferenceMeter, check_loggers, keep_rows, read_rows
+from fastrm.train.metrics import MetricsLog, PreferenceMeter, check_loggers, keep_rows
 from fastrm.train.opening import opening_lines
 from fastrm.train.optim import learning_rate
 from fastrm.train.progress import Progress, StepReport
 from fastrm.train.ranks import Ranks, joined
-from fastrm.train.report import draw_report, peak_memory_bytes, summary_table, versions
+from fastrm.train.report import peak_memory_bytes, summary_table, versions, write_report
 from fastrm.train.resume import check_config, clear_failed_start, find_start
 from fastrm.train.setup import Job, export_model, make_engine, make_first_use, set_up
 from fastrm.train.step_cost import make_cost_model
@@ -213,8 +213,9 @@ class _Run:
         self.progress.preferences += step_meter.num_preferences
         self.progress.tokens_processed += step_meter.num_tokens
         self.progress.tokens_unshared += step_meter.num_unshared_tokens
-        self.meter.merge(step_meter)
-        self.progress.window_losses.append([done.loss, done.grad_norm])
+        if done.finite:  # what a skipped step computed is no number to average
+            self.meter.merge(step_meter)
+            self.progress.window_losses.append([done.loss, done.grad_norm])
         train = self.job.train
         names = [] if done.finite else [o for report in reports for n in report.members for _, o, _ in train.members(n)]
         try:
@@ -241,9 +242,9 @@ class _Run:
         row = {
             "step": self.progress.step,
             "epoch": self.progress.position / self.order.num_groups,
-            "loss": sum(loss for loss, _ in losses) / len(losses),
+            "loss": sum(loss for loss, _ in losses) / len(losses) if losses else None,
             **self.meter.means(),
-            "grad_norm": sum(norm for _, norm in losses) / len(losses),
+            "grad_norm": sum(norm for _, norm in losses) / len(losses) if losses else None,
             "lr": learning_rate(self.progress.step - 1, self.num_steps, self.config.optim),
             "preferences_per_second": self.meter.num_preferences / seconds,
             "tokens_per_second": self.meter.num_tokens / seconds,
@@ -253,6 +254,8 @@ class _Run:
         self.meter.clear()
         losses.clear()
         self.progress.window_seconds = self.progress.window_wait_seconds = 0.0
+        if row["loss"] is None:
+            return "no step was finite"
         return (
             f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  margin {row['rewards/margins']:+.3f}  "
             f"{row['preferences_per_second']:,.0f} pairs/s"
@@ -288,6 +291,9 @@ class _Run:
         for counted, named, _, _ in reports:
             meter.merge(counted)
             self._note_refusals(named, prepared)
+        if broken := [refusal for _, named, _, _ in reports for refusal in named if refusal.code == NON_FINITE]:
+            self._save()  # without figures: they would choose a checkpoint
+            refuse_non_finite(f"evaluation, {prepared.members(broken[0].group)[0][1]}", broken[0])
         loss, weight = (sum(report[part] for report in reports) for part in (2, 3))
         network.train()
         row = {
@@ -437,14 +443,7 @@ class _Run:
         return summary
 
     def _leave_report(self, summary: dict) -> None:
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        rows = read_rows(self.run_dir / "metrics.jsonl")
-        draw_report(
-            [row for row in rows if "loss" in row],
-            [row for row in rows if "eval/accuracy" in row],
-            self.run_dir / "report.png",
-            f"{self.run_dir.name}: {summary['steps']:,} steps, {summary['preferences']:,} preferences",
-        )
+        write_report(self.run_dir, summary)
         self.display.console.print(summary_table(summary, summary["eval_by_source"]))
         for line in (*self.quarantine.reasons(), f"model, report.png and summary.json are in {self.run_dir}"):
             self.display.say(line)

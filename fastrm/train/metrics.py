@@ -11,6 +11,7 @@ import torch
 
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
+from fastrm.json_files import to_json
 
 
 class PreferenceMeter:
@@ -117,7 +118,7 @@ class MetricsLog:
 
     def write(self, row: dict) -> None:
         """Append one row; `row["step"]` is the number of steps done."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(to_json(row) + "\n")
         self._file.flush()
         for sink in self._sinks:
             sink(row)
@@ -144,7 +145,7 @@ def keep_rows(path: Path, wanted: Callable[[dict], bool]) -> None:
     """Remove the other rows of a JSON Lines file, if it exists."""
     if path.exists():
         partial = path.with_name(path.name + ".part")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if wanted(row)))
+        partial.write_text("".join(to_json(row) + "\n" for row in read_rows(path) if wanted(row)))
         os.replace(partial, path)  # whole, whenever the process ends
 
 

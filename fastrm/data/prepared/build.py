@@ -32,6 +32,7 @@ from fastrm.data.sources import KeyTally, Refusal, unread_lines
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, StorageError
+from fastrm.json_files import to_json
 
 _COUNTS, _FILES = "counts", "files.json"
 
@@ -190,7 +191,7 @@ class Preparation:
                 if before[file] != now[file]:
                     self.watch.say(f"{file} has changed since the last time: it is read again")
         with replaced(path) as file:
-            file.write(json.dumps(now).encode())
+            file.write(to_json(now).encode())
 
     def _remove(self, table: RecordTable) -> dict[str, np.ndarray]:
         """What is not trained on: of each record the first equal one (`copy_of`), and matches of each kind."""
@@ -306,7 +307,7 @@ class Preparation:
             },
         }
         with replaced(self.folder / MANIFEST) as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+            file.write(to_json(manifest, indent=1).encode())
 
     def _tidy(self, names: Sequence[str]) -> None:
         """Remove what only an unfinished preparation needs: all but the units of these names, and the index."""

@@ -7,7 +7,6 @@ SHA-256 for media, which processors have instructions for.
 
 import functools
 import hashlib
-import json
 import os
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from PIL import Image
 from fastrm.data.images import MediaLimits, decode_image, open_bytes, read_bytes
 from fastrm.data.record import ImageRef, MediaRef, Message, Preference, Record, Response, VideoRef
 from fastrm.data.videos import frame_named, frame_refs
+from fastrm.json_files import to_json
 
 # Media whose digest a process remembers: rows that share an image are mostly neighbours.
 REMEMBERED_MEDIA = 4096
@@ -154,5 +154,5 @@ def _cosines() -> np.ndarray:
 
 
 def _hash(value: list | tuple, num_bytes: int = 16) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = to_json(value, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=num_bytes).digest()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fastrm.data.record import ImageRef, MediaRef, Message, Preference, Record, Response, VideoRef
 from fastrm.errors import StorageError
+from fastrm.json_files import to_json
 
 RECORDS, MEDIA_BYTES = "records.jsonl", "media.bin"  # of a unit
 _KINDS = {"image": ImageRef, "video": VideoRef}
@@ -42,7 +43,7 @@ def encode_record(record: Record, embed: Embed) -> bytes:
         ],
         "preferences": [[p.winner, p.loser, p.margin, p.weight, p.tie] for p in record.preferences],
     }
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
+    return to_json(row, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def decode_record(line: bytes, media_file: str) -> Record:

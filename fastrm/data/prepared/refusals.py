@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastrm.data.sources import Refusal
+from fastrm.json_files import to_json
 
 
 def refusal_line(refusal: Refusal) -> bytes:
     """One line, in ASCII: a row can then name a record whose text UTF-8 cannot encode."""
     source, origin, record_id, code, message, partial = refusal
     row = {"source": source, "origin": origin, "id": record_id, "code": code, "message": message}
-    return json.dumps(row | ({"partial": True} if partial else {})).encode("ascii") + b"\n"
+    return to_json(row | ({"partial": True} if partial else {})).encode("ascii") + b"\n"
 
 
 def read_refusals(path: Path) -> Iterator[Refusal]:

@@ -7,7 +7,6 @@ encodes twice for every preference and a group once. Both are of single groups: 
 begin with the same image save more.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from fastrm.data.prepared.refusals import read_refusals
 from fastrm.data.prepared.select import Selection
 from fastrm.data.prepared.table import RecordTable
 from fastrm.data.prepared.units import PAIRS, REFUSED
+from fastrm.json_files import to_json
 
 HISTOGRAMS = {
     "tokens": "tokens of a group",
@@ -201,7 +201,7 @@ def _histogram(values: np.ndarray) -> dict:
 def write_report(report: dict, folder: Path) -> None:
     """report.json."""
     with replaced(folder / "report.json") as file:
-        file.write(json.dumps(report, indent=1).encode() + b"\n")
+        file.write(to_json(report, indent=1).encode() + b"\n")
 
 
 def draw_report(report: dict, path: Path) -> None:

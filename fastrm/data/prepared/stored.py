@@ -24,6 +24,7 @@ from fastrm.data.packing import EncodedGroup
 from fastrm.data.prepared.records import read_record
 from fastrm.data.record import Record
 from fastrm.errors import RecordError, StorageError
+from fastrm.json_files import to_json
 
 MANIFEST, REFUSED, INDEX, UNITS = "manifest.json", "refused.jsonl", "index", "units"
 SPLITS = ("train", "eval")
@@ -179,7 +180,7 @@ def read_manifest(folder: Path) -> dict | None:
 
 def fingerprint_of(arrays: Sequence[np.ndarray], settings: object) -> str:
     """SHA-256 of arrays and of what their meaning depends on."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(to_json(settings, sort_keys=True).encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()

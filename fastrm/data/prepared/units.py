@@ -45,6 +45,7 @@ from fastrm.data.record import ImageRef, Record
 from fastrm.data.sources import DigitsFile, KeyTally, Refusal, SourceFile, source_files
 from fastrm.data.sources.files import stored_in
 from fastrm.errors import RecordError, StorageError
+from fastrm.json_files import to_json
 
 FORMAT = 3  # of the files of a unit; a change of their meaning makes all units be read again
 # Work of a second or two: what a kill costs, and what one worker takes at a time.
@@ -127,7 +128,7 @@ def plan_units(split: str, sources: Iterable[SourceConfig], settings: ReadSettin
             for start in range(0, num_rows, max(1, size)):
                 stop = min(start + size, num_rows)
                 key = [FORMAT, source_key(source), place, file.path, file_status(file.path), start, stop]
-                name = hashlib.sha256(json.dumps([key, asdict(settings)]).encode()).hexdigest()[:24]
+                name = hashlib.sha256(to_json([key, asdict(settings)]).encode()).hexdigest()[:24]
                 units.append(Unit(split, number, file, start, stop, name))
     return units
 
@@ -179,7 +180,7 @@ class UnitReader:
             with _UnitWriter(partial, self.settings) as writer:
                 for item in unit.file.read(unit.start, unit.stop, keys):
                     writer.add(item)
-            (partial / KEYS).write_text(json.dumps(keys.to_json()))
+            (partial / KEYS).write_text(to_json(keys.to_json()))
             put_folder(partial, done)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)

@@ -9,7 +9,7 @@ from reprlib import repr as brief
 
 from fastrm.data.record import Preference
 from fastrm.data.sources.conversation import prompt_messages, read_turns, response_message
-from fastrm.data.sources.draft import Draft, answer
+from fastrm.data.sources.draft import Draft, answer, judged
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.errors import RecordError
 
@@ -29,14 +29,17 @@ def matches(row: dict) -> bool:
 
 def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
-    winner = row.get("winner")
+    media = row_media(row, resolve)
+    names, responses = ("conversation_a", "conversation_b"), []
+    for name in names:
+        *turns, last = read_turns(row.get(name), resolve, name)
+        prompt = prompt_messages(row, turns, media)
+        responses.append(answer(prompt, response_message(last, name)))
+    return judged(responses, lambda: (_vote(row.get("winner")),), names)
+
+
+def _vote(winner: object) -> Preference:
     vote = _VOTES.get(winner) if isinstance(winner, str) else None
     if vote is None:
         raise RecordError("BAD_PREFERENCE", f'"winner" is {brief(winner)}, wanted one of {", ".join(_VOTES)}')
-    media = row_media(row, resolve)
-    responses = []
-    for name in ("conversation_a", "conversation_b"):
-        *turns, last = read_turns(row.get(name), resolve, name)
-        prompt = prompt_messages(row, turns, media)
-        responses.append(answer(prompt, response_message(last, name), name))
-    return Draft(tuple(responses), (vote,))
+    return vote

@@ -9,7 +9,8 @@ Ratings are numbers as text, "N/A" or absent. The score of a completion [ours]:
 - VLFeedback: the mean of those of its three ratings that are numbers.
 
 A completion without a score, an empty one, and one that repeats the text of an earlier one in the group are left out of
-it, and named; the others stay. UltraFeedback's `custom_system_prompt` is not part of the prompt.
+it, and named; the others stay. Scoring takes all of them. UltraFeedback's `custom_system_prompt` is not part of the
+prompt.
 """
 
 import math
@@ -42,15 +43,23 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     scores = _scores(completions)
     left_out = dict(_unusable(texts, scores))
     usable = [i for i in range(len(texts)) if i not in left_out]
-    problems = _by_code(left_out)
-    if len(usable) < 2:
-        reasons = "; ".join(error.message for error in problems) or "the row has no other"
-        raise RecordError(
-            problems[0].code if problems else "NO_PREFERENCE",
-            f"{len(usable)} of {len(texts)} completions can be used, wanted 2 or more: {reasons}",
-        )
-    responses = tuple(answer(prompt, texts[i], f"completions[{i}].response") for i in usable)
-    return Draft(responses, scores=tuple(scores[i] for i in usable), left_out=problems)
+    reasons = _by_code(left_out)
+    responses = tuple(answer(prompt, text) for text in texts)
+    return Draft(
+        tuple(responses[i] for i in usable),
+        scores=tuple(scores[i] for i in usable),
+        left_out=reasons,
+        all_responses=responses,
+        problem=_too_few(len(usable), len(texts), reasons) if len(usable) < 2 else None,
+    )
+
+
+def _too_few(num_usable: int, num_completions: int, reasons: tuple[RecordError, ...]) -> RecordError:
+    why = "; ".join(error.message for error in reasons) or "the row has no other"
+    return RecordError(
+        reasons[0].code if reasons else "NO_PREFERENCE",
+        f"{num_usable} of {num_completions} completions can be used, wanted 2 or more: {why}",
+    )
 
 
 def _completions(value: object) -> list[dict]:

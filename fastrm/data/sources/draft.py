@@ -1,6 +1,6 @@
 """The last step of every layout: responses and preferences, checked, as a `Record`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -17,27 +17,28 @@ class Draft:
 
     Attributes:
         scores: one for each response, instead of preferences, which `to_record` makes of them.
-        left_out: what of the row cannot be used, while the rest can.
+        left_out: what of the row says nothing about preferences, while the rest does.
+        all_responses: of the row, in its order, where `left_out` names some; scoring takes them.
+        problem: why no preference can be made of the row, which can be scored nevertheless.
+        names: of the responses, for messages; ``responses[i]`` without.
     """
 
     responses: tuple[Response, ...]
     preferences: tuple[Preference, ...] = ()
     scores: tuple[float, ...] | None = None
     left_out: tuple[RecordError, ...] = ()
+    all_responses: tuple[Response, ...] = ()
+    problem: RecordError | None = None
+    names: tuple[str, ...] = ()
 
 
-def answer(prompt: tuple[Message, ...], said: str | Message, name: str) -> Response:
-    """A response to a prompt.
+def answer(prompt: tuple[Message, ...], said: str | Message) -> Response:
+    """A response to a prompt; an empty one is refused by `to_record`, where preferences are wanted.
 
     Args:
         said: its text, or the assistant's whole turn.
-
-    Raises:
-        RecordError: EMPTY_RESPONSE.
     """
     message = Message("assistant", (said,)) if isinstance(said, str) else said
-    if not message.text.strip() and not message.fields:
-        raise RecordError("EMPTY_RESPONSE", f'"{name}" is empty; write or remove it')
     return Response((*prompt, message))
 
 
@@ -59,22 +60,53 @@ def read_draft(
         RecordError: the row cannot be used.
     """
     draft = parse(escaped(row) if placeholders_are_text else row, resolve)
-    arguments, responses = template_arguments(row), []
-    for number, response in enumerate(draft.responses):
+    arguments = template_arguments(row)
+
+    def finished(number: int, response: Response) -> Response:
         *messages, said = response.messages
         messages.append(without_placeholders(said, f"response {number}", refuse=not is_scored))
         if placeholders_are_text:
             if response.media:
                 raise RecordError("IMAGE_COUNT", "the row has an image or a video, but its source says `images: none`")
             messages = [replace(message, fields=unescaped(message.fields)) for message in messages]
-        responses.append(Response(tuple(messages), response.arguments or arguments))
-    return replace(draft, responses=tuple(responses))
+        return Response(tuple(messages), arguments)
+
+    parts = {name: getattr(draft, name) for name in ("responses", "all_responses")}
+    return replace(
+        draft, **{name: tuple(finished(n, one) for n, one in enumerate(part)) for name, part in parts.items()}
+    )
+
+
+def judged(
+    responses: Sequence[Response], preferences: Callable[[], tuple[Preference, ...]], names: Sequence[str] = ()
+) -> Draft:
+    """A draft with the preferences that a row states; what is wrong with them is a problem for them alone.
+
+    Args:
+        preferences: reads them; may raise RecordError.
+    """
+    draft = Draft(tuple(responses), names=tuple(names))
+    try:
+        return replace(draft, preferences=preferences())
+    except RecordError as error:
+        return replace(draft, problem=error)
+
+
+def rated(responses: Sequence[Response], scores: Callable[[], Iterable[float]]) -> Draft:
+    """As `judged`, with a score for each response."""
+    try:
+        return Draft(tuple(responses), scores=tuple(scores()))
+    except RecordError as error:
+        return Draft(tuple(responses), problem=error)
 
 
 def pair(chosen: Response, rejected: Response, row: dict) -> Draft:
     """A draft of two responses and one preference, with the row's `margin` if it has one."""
-    margin = check_number(row["margin"], "margin") if "margin" in row else 0.0
-    return Draft((chosen, rejected), (Preference(0, 1, margin),))
+
+    def preference() -> tuple[Preference, ...]:
+        return (Preference(0, 1, check_number(row["margin"], "margin") if "margin" in row else 0.0),)
+
+    return judged((chosen, rejected), preference, ("chosen", "rejected"))
 
 
 def to_record(
@@ -82,18 +114,26 @@ def to_record(
 ) -> Record:
     """The record of a draft.
 
+    What a policy produces can be scored: empty responses, equal ones, one alone. Preferences need more.
+
     Args:
+        require_preferences: False for scoring, whose records have every response and no preference.
         pairs: of scored responses, ``all``: a preference for each two, equal scores a tie; ``hard``: only
             the pair with the largest gap, the first best and the first worst where several are equal.
 
     Raises:
-        RecordError: NO_PREFERENCE; NO_SCORES for ``hard`` without scores; IDENTICAL_RESPONSES for a
-            preference between equal responses.
+        RecordError: where preferences are required: the draft's own problem; EMPTY_RESPONSE; NO_PREFERENCE;
+            NO_SCORES for ``hard`` without scores; IDENTICAL_RESPONSES for a preference between equal responses.
     """
+    if not require_preferences:
+        return Record(record_id, draft.all_responses or draft.responses, (), source, origin)
+    if draft.problem is not None:
+        raise draft.problem
+    _check_not_empty(draft)
     if pairs == "hard":
         draft = _hardest(draft)
     preferences = draft.preferences if draft.scores is None else _ranked(draft.scores)
-    if require_preferences and not preferences:
+    if not preferences:
         raise RecordError(
             "NO_PREFERENCE",
             f"there is no preference between the responses (found {len(draft.responses)}); "
@@ -108,6 +148,13 @@ def to_record(
                 "which is equal to it; remove the preference",
             )
     return Record(record_id, draft.responses, preferences, source, origin)
+
+
+def _check_not_empty(draft: Draft) -> None:
+    for number, response in enumerate(draft.responses):
+        if not response.text.strip() and not response.messages[-1].fields:
+            name = draft.names[number] if draft.names else f"responses[{number}]"
+            raise RecordError("EMPTY_RESPONSE", f'"{name}" is empty; write or remove it')
 
 
 def _ranked(scores: tuple[float, ...]) -> tuple[Preference, ...]:

@@ -12,7 +12,7 @@ from reprlib import repr as brief
 from fastrm.data.record import Preference, Record
 from fastrm.data.sources import messages
 from fastrm.data.sources.conversation import Turn, prompt_messages, read_turn, read_turns, response_message, text_turn
-from fastrm.data.sources.draft import Draft, answer, read_draft, to_record
+from fastrm.data.sources.draft import Draft, answer, judged, rated, read_draft, to_record
 from fastrm.data.sources.keys import check_unread, key_names, unread_keys
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, any_path, no_path, row_media
 from fastrm.data.sources.values import bad_row, check_list, check_number
@@ -35,12 +35,13 @@ def parse(row: dict, resolve: Resolve) -> Draft:
         name = f"responses[{i}]"
         *before, last = _response_turns(value, resolve, name)
         mine = prompt_messages(row, [*turns, *before], media) if before else prompt
-        responses.append(answer(mine, response_message(last, name), name))
-    preferences = _preferences(row.get("preferences", []), len(responses))
-    scores = _scores(row["scores"], len(responses)) if "scores" in row else None
-    if preferences and scores is not None:
-        raise RecordError("BAD_PREFERENCE", 'the row has "preferences" and "scores"; keep one of them')
-    return Draft(tuple(responses), preferences, scores)
+        responses.append(answer(mine, response_message(last, name)))
+    if "scores" not in row:
+        return judged(responses, lambda: _preferences(row.get("preferences", []), len(responses)))
+    if row.get("preferences"):
+        both = RecordError("BAD_PREFERENCE", 'the row has "preferences" and "scores"; keep one of them')
+        return Draft(tuple(responses), problem=both)
+    return rated(responses, lambda: _scores(row["scores"], len(responses)))
 
 
 def row_prompt(row: dict, resolve: Resolve) -> tuple:

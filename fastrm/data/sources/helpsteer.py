@@ -4,7 +4,7 @@ The score is `helpfulness` [ours]; correctness, coherence, complexity and verbos
 """
 
 from fastrm.data.sources.conversation import prompt_messages, text_turn
-from fastrm.data.sources.draft import Draft, answer
+from fastrm.data.sources.draft import Draft, answer, rated
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import check_number, check_text
 
@@ -31,9 +31,8 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for rows that cannot be used."""
     turns = [text_turn("user", row.get("prompt"), "prompt")]
     prompt = prompt_messages(row, turns, row_media(row, resolve))
-    responses, scores = [], []
-    for i, rated in enumerate(row.get(_JOINED, [row])):
-        where = f" of row {i + 1} of the prompt" if i else ""
-        responses.append(answer(prompt, check_text(rated.get("response"), "response" + where), "response" + where))
-        scores.append(check_number(rated.get("helpfulness"), "helpfulness" + where))
-    return Draft(tuple(responses), scores=tuple(scores))
+    rows = [(one, f" of row {i + 1} of the prompt" if i else "") for i, one in enumerate(row.get(_JOINED, [row]))]
+    responses = [answer(prompt, check_text(one.get("response"), "response" + where)) for one, where in rows]
+    return rated(
+        responses, lambda: [check_number(one.get("helpfulness"), "helpfulness" + where) for one, where in rows]
+    )

@@ -12,10 +12,11 @@ once, in order; every other row is refused.
 
 import json
 import re
+from collections.abc import Callable
 
 from fastrm.data.record import ImageRef, MediaRef, Preference
 from fastrm.data.sources.conversation import prompt_messages, read_turns, text_turn
-from fastrm.data.sources.draft import Draft, answer
+from fastrm.data.sources.draft import Draft, answer, judged
 from fastrm.data.sources.media import MAX_PATH_CHARS, Resolve, decode_base64, image_refs
 from fastrm.data.sources.values import bad_row, check_list, check_text
 from fastrm.errors import RecordError
@@ -49,12 +50,15 @@ def _parse_r1_reward(row: dict, resolve: Resolve) -> Draft:
     question, first, second = (part.strip() for part in _parts(text, _SECTIONS, "message"))
     if "question" in row and check_text(row["question"], "question").strip() != question:
         raise RecordError("BAD_JUDGE_TEXT", '"question" is not the [Question] of "message"; correct the row')
-    answers = check_list(row.get("answer"), "answer", 'a list such as ["<answer>2</answer>"]')
+    return _draft(row, question, (first, second), images, lambda: _answered(row.get("answer")))
+
+
+def _answered(value: object) -> Preference:
+    answers = check_list(value, "answer", 'a list such as ["<answer>2</answer>"]')
     match = _ANSWER.fullmatch(answers[0]) if len(answers) == 1 and isinstance(answers[0], str) else None
     if match is None:
         raise RecordError("BAD_PREFERENCE", '"answer" is not one <answer>1</answer> or <answer>2</answer>; correct it')
-    vote = Preference(0, 1) if match[1] == "1" else Preference(1, 0)
-    return _draft(row, question, (first, second), images, vote)
+    return Preference(0, 1) if match[1] == "1" else Preference(1, 0)
 
 
 def _message(row: dict, resolve: Resolve) -> tuple[str, list[MediaRef]]:
@@ -83,20 +87,20 @@ def _parse_llava_critic(row: dict, resolve: Resolve) -> Draft:
     turns = read_turns(row.get("conversations"), resolve, "conversations")
     if [turn.role for turn in turns] != ["user", "assistant"]:
         raise bad_row("conversations", row["conversations"], "a judge's question and its answer")
-    asked, judged = ("".join(part for part in turn.parts if isinstance(part, str)) for turn in turns)
+    asked, said = ("".join(part for part in turn.parts if isinstance(part, str)) for turn in turns)
     question, first, second = _parts(asked, _BRACKETS, "conversations")
     if not (question.rstrip().endswith("]") and first.rstrip().endswith("]")):
         raise RecordError("BAD_JUDGE_TEXT", '"conversations" has a bracket that is not closed; remove the row')
     question, first = (part.rstrip().removesuffix("]") for part in (question, first))
     images = image_refs(row.get("image"), resolve, "image")
-    return _draft(row, question, (first, second), images, _verdict(judged))
+    return _draft(row, question, (first, second), images, lambda: _verdict(said))
 
 
-def _verdict(judged: str) -> Preference:
-    named = {name.lower() for name in _VERDICT.findall(judged)}
+def _verdict(said: str) -> Preference:
+    named = {name.lower() for name in _VERDICT.findall(said)}
     if len(named) == 1 and named <= {*_FIRST, *_SECOND}:
         return Preference(0, 1) if named <= {*_FIRST} else Preference(1, 0)
-    if not named and "equally good" in judged:
+    if not named and "equally good" in said:
         return Preference(0, 1, tie=True)
     raise RecordError("BAD_PREFERENCE", '"conversations" has no single verdict "The better response: [first]"')
 
@@ -117,7 +121,10 @@ def _parts(text: str, marks: tuple[str, ...], name: str) -> list[str]:
     return [text[spans[i][1] : spans[i + 1][0]] for i in range(3)]
 
 
-def _draft(row: dict, question: str, texts: tuple[str, str], images: list[MediaRef], vote: Preference) -> Draft:
+def _draft(
+    row: dict, question: str, texts: tuple[str, str], images: list[MediaRef], vote: Callable[[], Preference]
+) -> Draft:
     prompt = prompt_messages(row, [text_turn("user", question, "question")], images)
     names = ("the first response", "the second response")
-    return Draft(tuple(answer(prompt, text, name) for text, name in zip(texts, names, strict=True)), (vote,))
+    responses = [answer(prompt, text) for text in texts]
+    return judged(responses, lambda: (vote(),), names)

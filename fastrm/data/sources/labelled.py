@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from fastrm.data.record import Preference
 from fastrm.data.sources.conversation import prompt_messages, read_turns, text_turn
-from fastrm.data.sources.draft import Draft, answer
+from fastrm.data.sources.draft import Draft, answer, judged
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import check_number, check_text
 from fastrm.errors import RecordError
@@ -56,11 +56,15 @@ def parse(row: dict, resolve: Resolve) -> Draft:
         turns = [text_turn("user", value, columns.prompt)]
     context = {key: value for key, value in row.items() if key != columns.prompt}  # SHP's `history` is its prompt
     prompt = prompt_messages(context, turns, row_media(row, resolve))
-    texts = [(name, check_text(row.get(name), name)) for name in (columns.first, columns.second)]
-    responses = tuple(answer(prompt, text, name) for name, text in texts)
-    if columns.label in _VOTES:
-        return Draft(responses, (_majority([check_number(row[name], name) for name in _VOTES if name in row]),))
-    return Draft(responses, (_preference(check_number(row.get(columns.label), columns.label), columns.label),))
+    texts = [check_text(row.get(name), name) for name in (columns.first, columns.second)]
+    responses = tuple(answer(prompt, text) for text in texts)
+    return judged(responses, lambda: (_labelled(row, columns.label),), columns[1:3])
+
+
+def _labelled(row: dict, label: str) -> Preference:
+    if label in _VOTES:
+        return _majority([check_number(row[name], name) for name in _VOTES if name in row])
+    return _preference(check_number(row.get(label), label), label)
 
 
 def _majority(votes: list[float]) -> Preference:

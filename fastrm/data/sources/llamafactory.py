@@ -41,7 +41,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     for name in ("chosen", "rejected"):
         *turns, last = _conversation(row, resolve, name)
         prompt = prompt_messages(row, turns, images, replaces_system=True)
-        responses.append(answer(prompt, response_message(last, name), name))
+        responses.append(answer(prompt, response_message(last, name)))
     return pair(*responses, row)
 
 

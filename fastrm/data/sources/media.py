@@ -211,7 +211,9 @@ def _encoded(image: Image.Image, name: str) -> bytes:
         with _LOADING:
             image.load()
         return encode_png(image)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a picture that Pillow has not read yet fails as its decoder does: in any way
         raise RecordError("IMAGE_DAMAGED", f'"{name}" cannot be decoded: {error}; replace the image') from error
 
 

@@ -23,4 +23,4 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     key = next((key for key in _MESSAGES if key in row), "messages")
     *turns, last = read_turns(row.get(key), resolve, key)
     said = response_message(last, key)
-    return Draft((answer(prompt_messages(row, turns, row_media(row, resolve)), said, key),))
+    return Draft((answer(prompt_messages(row, turns, row_media(row, resolve)), said),))

@@ -21,5 +21,5 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     for name in ("conversations", "rejected_conversations"):
         *turns, last = read_turns(row.get(name), resolve, name)
         prompt = prompt_messages(row, turns, media, replaces_system=True)
-        responses.append(answer(prompt, response_message(last, name), name))
+        responses.append(answer(prompt, response_message(last, name)))
     return pair(*responses, row)

@@ -5,7 +5,7 @@ Each pair of responses becomes a preference for the higher score, equal scores a
 
 from fastrm.data.record import Message
 from fastrm.data.sources.conversation import response_message
-from fastrm.data.sources.draft import Draft, answer
+from fastrm.data.sources.draft import Draft, answer, rated
 from fastrm.data.sources.groups import PROMPT_KEYS, read_response, row_prompt
 from fastrm.data.sources.keys import is_turn
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve
@@ -26,21 +26,18 @@ def matches(row: dict) -> bool:
 def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
     prompt = row_prompt(row, resolve)
-    responses, scores = [], []
-    for i, rated in enumerate(check_list(row.get("responses"), "responses", "a list of rated texts")):
-        said, score = _rated(rated, resolve, f"responses[{i}]")
-        responses.append(answer(prompt, said, f"responses[{i}]"))
-        scores.append(score)
-    return Draft(tuple(responses), scores=tuple(scores))
+    values = check_list(row.get("responses"), "responses", "a list of rated texts")
+    responses = [answer(prompt, _said(value, resolve, f"responses[{i}]")) for i, value in enumerate(values)]
+    return rated(
+        responses, lambda: [check_number(value.get("score"), f"responses[{i}].score") for i, value in enumerate(values)]
+    )
 
 
-def _rated(value: object, resolve: Resolve, name: str) -> tuple[str | Message, float]:
+def _said(value: object, resolve: Resolve, name: str) -> str | Message:
     if not isinstance(value, dict):
         raise bad_row(name, value, 'an object with "text" and "score"')
     if is_turn(value):
         turn = {key: item for key, item in value.items() if key != "score"}
-        return response_message(read_response(turn, resolve, name), name), check_number(
-            value.get("score"), f"{name}.score"
-        )
+        return response_message(read_response(turn, resolve, name), name)
     key = next((key for key in _TEXT_KEYS if value.get(key) is not None), "text")
-    return check_text(value.get(key), f"{name}.{key}"), check_number(value.get("score"), f"{name}.score")
+    return check_text(value.get(key), f"{name}.{key}")

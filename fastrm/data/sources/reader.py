@@ -9,7 +9,7 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record, VideoRef
 from fastrm.data.sources.draft import Draft, read_draft, to_record
 from fastrm.data.sources.files import NumberedRow, count_rows, file_stem, read_rows
-from fastrm.data.sources.keys import KeyTally, check_unread, read_keys, unread_keys, without_nested
+from fastrm.data.sources.keys import KeyTally, check_unread, key_names, unread_keys, without_nested
 from fastrm.data.sources.layouts import ALL_KEYS, JOINING, LAYOUTS, detect
 from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import bad_row, check_text
@@ -107,7 +107,7 @@ class SourceFile:
         except RecordError as error:
             yield Refusal(source, origin, record_id, error.code, error.message + _null_keys(row, error))
             return
-        for error in draft.left_out:
+        for error in draft.left_out if self.require_preferences else ():
             yield Refusal(source, origin, record_id, error.code, error.message, partial=True)
         yield record
 
@@ -115,7 +115,8 @@ class SourceFile:
         """What the row's layout reads from it."""
         layout = self._layout(row)
         unread = unread_keys(row, layout.KEYS, self.ignore)
-        keys.add(layout.__name__.rpartition(".")[2], read_keys(row, layout.KEYS), unread)
+        read = set(key_names(layout.KEYS))
+        keys.add(layout.__name__.rpartition(".")[2], (key for key in row if key in read and key not in unread), unread)
         check_unread(row, unread, layout.KEYS)
         draft = read_draft(
             layout.parse,
@@ -125,10 +126,6 @@ class SourceFile:
             placeholders_are_text=self.placeholders_are_text,
         )
         self._check_media(draft)
-        if draft.left_out and not self.require_preferences:
-            # Rewards are given in the order of the row's responses.
-            first = draft.left_out[0]
-            raise RecordError(first.code, f"{first.message}; a row is scored with all its responses or not at all")
         return draft
 
     def _check_media(self, draft: Draft) -> None:

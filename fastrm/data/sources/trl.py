@@ -30,7 +30,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     for name in ("chosen", "rejected"):
         *turns, last = _conversation(prompt, row.get(name), resolve, name)
         messages = prompt_messages(row, turns, images)
-        responses.append(answer(messages, response_message(last, name), name))
+        responses.append(answer(messages, response_message(last, name)))
     return pair(*responses, row)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from fastrm.errors import RecordError
 
+MAX_NUMBER = float((2 - 2**-23) * 2**127)  # the largest of float32, without numpy
+
 
 def describe(value: object) -> str:
     """A value's kind in the words of its file, such as ``a boolean (true)`` or ``a list``."""
@@ -81,7 +83,7 @@ def check_list(value: object, name: str, wanted: str) -> list | tuple:
 
 
 def check_number(value: object, name: str) -> float:
-    """A finite number.
+    """A finite number, also in float32, in which it is computed with.
 
     Raises:
         RecordError: BAD_PREFERENCE for anything else.
@@ -92,6 +94,8 @@ def check_number(value: object, name: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise RecordError("BAD_PREFERENCE", f'"{name}" is {number}, wanted a finite number')
+    if not abs(number) <= MAX_NUMBER:
+        raise RecordError(
+            "BAD_PREFERENCE", f'"{name}" is {number:g}, wanted a finite number of at most {MAX_NUMBER:.4g} (float32)'
+        )
     return number

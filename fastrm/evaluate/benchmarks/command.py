@@ -1,6 +1,5 @@
 """`fastrm eval ... bench:NAME`: models, or a file of scores, on a benchmark."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastrm.evaluate.files import CHUNK, describe
 from fastrm.evaluate.merging import score_merged
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.evaluate.output import check_output, complete_file, print_refused
+from fastrm.json_files import to_json
 from fastrm.train.display import Display
 
 
@@ -116,7 +116,7 @@ def _finish(evaluation: Evaluation, outputs: Outputs) -> None:
     console.print(comparison_table(evaluation))
     if outputs.json is not None:
         with complete_file(outputs.json) as write:
-            write(json.dumps(evaluation.to_json(), indent=1, allow_nan=False) + "\n")
+            write(to_json(evaluation.to_json(), indent=1) + "\n")
     if outputs.png is not None:
         draw(evaluation, outputs.png)
     if evaluation.refused:
