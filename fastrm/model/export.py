@@ -214,8 +214,9 @@ def _pooling(section: dict) -> str:
 
 def kept_date(folder: Path) -> datetime.date | None:
     """The date that the chat template of a reward model was given in training; None: the model keeps none."""
-    date = json.loads((folder / "config.json").read_text()).get("fastrm", {}).get("template_date")
-    return None if date is None else datetime.date.fromisoformat(date)
+    file = folder / "config.json"
+    section = json.loads(file.read_text()).get("fastrm", {}) if file.is_file() else {}
+    return datetime.date.fromisoformat(section["template_date"]) if "template_date" in section else None
 
 
 def load_head(score: nn.Module, folder: Path) -> None:
