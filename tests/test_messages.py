@@ -10,6 +10,8 @@ from rich.console import Console
 import fastrm as package
 from fastrm import cli, errors
 from fastrm.config import Config, load_config
+from fastrm.data.record import Message
+from fastrm.data.tokenizer import train_tokenizer
 from fastrm.errors import ConfigError, DataError
 from fastrm.names import device_name, dtype_name
 from fastrm.plan.dry_run import dry_run
@@ -166,3 +168,17 @@ def test_a_dry_run_of_usable_rows_says_how_many_were_looked_at(tmp_path):
     found, said = dry(tiny_config(tmp_path, write_rows(tmp_path / "rows.jsonl", text_rows(300))))
     assert found == {"data.train.0": ("usable", "the first 200 rows looked at")}
     assert "its inputs are here." in said
+
+
+def test_a_dry_run_finds_an_anchor_that_is_not_there(tmp_path):
+    rows = text_rows(9)
+    conversations = [(Message("user", (row["prompt"],)), Message("assistant", (row["chosen"],))) for row in rows]
+    tokenizer = train_tokenizer(conversations, 300)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + m['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    text = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = {"init": text, "tokenizer": str(tmp_path / "tokenizer"), "anchor": "end_of_turn"}
+    config = tiny_config(tmp_path, write_rows(tmp_path / "rows.jsonl", text_rows(8)), model=model)
+    with pytest.raises(ConfigError, match=r"model\.anchor: end_of_turn comes before the end of the response"):
+        dry(config)
+    assert dry(config, "model.anchor=last_token")[0]["data.train.0"][0] == "usable"
