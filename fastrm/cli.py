@@ -36,6 +36,8 @@ class Combine(StrEnum):
 Models = Annotated[list[Path], typer.Argument(help="model/ folders of runs, or one ensemble file")]
 Images = Annotated[str | None, typer.Option(help="Folder or archive of the images")]
 DataFormat = Annotated[str, typer.Option("--format", help="Layout of the rows")]
+Columns = Annotated[str | None, typer.Option(help="The file's names for the keys, as prompt=question,chosen=better")]
+Ignore = Annotated[str | None, typer.Option(help="Keys that are metadata, as url,level")]
 TokensPerPack = Annotated[int, typer.Option(min=1, help="Token budget of one forward pass; each group must fit")]
 NumWorkers = Annotated[int, typer.Option(min=0, help="Processes that decode images ahead")]
 EnsembleChoice = Annotated[
@@ -175,6 +177,8 @@ def score(
     out: Annotated[Path, typer.Option(help="JSON Lines: {id, rewards} for each group, in input order")],
     images: Images = None,
     data_format: DataFormat = "auto",
+    columns: Columns = None,
+    ignore: Ignore = None,
     ensemble: EnsembleChoice = None,
     validation: Validation = None,
     route: RouteChoice = None,
@@ -195,7 +199,8 @@ def score(
     from fastrm.evaluate.models import ModelChoice, ScoringOptions
 
     options = ScoringOptions(
-        images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, num_workers=num_workers,
+        images=images, data_format=data_format, columns=_pairs(columns), ignore=_names(ignore),
+        tokens_per_pack=tokens_per_pack, num_workers=num_workers,
         device=device, dtype=dtype, template_date=template_date,
         max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
         max_video_seconds=max_video_seconds, check_exactness=check_exactness,
@@ -217,6 +222,8 @@ def evaluate(
     ],
     images: Images = None,
     data_format: DataFormat = "auto",
+    columns: Columns = None,
+    ignore: Ignore = None,
     bench_data: Annotated[str | None, typer.Option("--data", help="Of a benchmark: its file, folder or hub id")] = None,
     scores: Annotated[
         Path | None, typer.Option(help="Somebody else's scores in place of models: a line {rewards} for each row")
@@ -243,7 +250,8 @@ def evaluate(
     from fastrm.evaluate.models import ModelChoice, ScoringOptions
 
     options = ScoringOptions(
-        images=images, data_format=data_format, tokens_per_pack=tokens_per_pack, num_workers=num_workers,
+        images=images, data_format=data_format, columns=_pairs(columns), ignore=_names(ignore),
+        tokens_per_pack=tokens_per_pack, num_workers=num_workers,
         device=device, dtype=dtype, template_date=template_date,
         max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
         max_video_seconds=max_video_seconds, check_exactness=check_exactness,
@@ -278,10 +286,8 @@ def check_data(
     ] = None,
     images: Images = None,
     data_format: DataFormat = "auto",
-    columns: Annotated[
-        str | None, typer.Option(help="The files' names for the keys, as prompt=question,chosen=better")
-    ] = None,
-    ignore: Annotated[str | None, typer.Option(help="Keys that are metadata, as url,level")] = None,
+    columns: Columns = None,
+    ignore: Ignore = None,
     scoring: Annotated[
         bool, typer.Option("--scoring", help="The rows are to be scored: they need no preference")
     ] = False,
@@ -296,10 +302,12 @@ def check_data(
 
 
 def _names(text: str | None) -> list[str]:
+    """The names of an option, which commas part."""
     return [name.strip() for name in text.split(",") if name.strip()] if text else []
 
 
 def _pairs(text: str | None) -> dict[str, str]:
+    """The columns of an option, by the keys that they stand for."""
     pairs = [name.partition("=") for name in _names(text)]
     if any(not (key.strip() and column.strip()) for key, _, column in pairs):
         raise ConfigError(f"--columns: got {text!r}, wanted key=column,key=column")

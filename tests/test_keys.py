@@ -5,6 +5,7 @@ import base64
 import pytest
 from PIL import Image
 
+from fastrm import cli
 from fastrm.config import load_config
 from fastrm.data.record import Preference
 from fastrm.data.sources import source_files, unread_lines
@@ -393,3 +394,31 @@ def test_dry_run_checks_columns_and_names_unread_keys(tmp_path):
     wrong = config_of(tmp_path, {**source, "columns": {"prompt": "promt"}})
     ((name, state, detail),) = check_rows(load_config(wrong, []))
     assert state == "missing" and 'has a column "promt"; did you mean "prompt"?' in detail
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command in this process; returns its exit code and what it said on standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["fastrm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as leave:
+            cli.main()
+        return leave.value.code or 0, capsys.readouterr().err
+
+    return run
+
+
+def test_score_and_eval_take_columns_and_keys_to_ignore(tmp_path, command):
+    rows = [{"q": r["prompt"], "good": r["chosen"], "bad": r["rejected"], "page": "a.png"} for r in text_rows(3)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    read = list(read_in_order(path, None, "auto", require_preferences=True, columns=columns, ignore=["page"]))
+    assert [record.responses[0].text for record in read] == [row["good"] for row in rows]
+    options = ["--columns", "prompt=q,chosen=good,rejected=bad", "--ignore", "page"]
+    assert command("data", "check", path, "--workers", "1", *options)[0] == 0
+    code, said = command("eval", "model", "bench:rm_bench", *options)
+    assert code == 64 and "--columns and --ignore are for preferences of your own" in said
+    assert command("data", "check", path, "--columns", "prompt")[0] == 64
+    code, said = command("score", "model", path, "--out", tmp_path / "out.jsonl", "--columns", "prompt=p")
+    assert code == 65 and 'has a column "p"' in said

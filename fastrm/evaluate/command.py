@@ -33,6 +33,8 @@ def evaluate(
         return
     if options.data_format != "auto":
         raise ConfigError(f"--format is for preferences of your own; {data} has its published layout")
+    if options.columns or options.ignore:
+        raise ConfigError(f"--columns and --ignore are for preferences of your own; {data} has its published layout")
     outputs = Outputs(json_out, png_out)
     if scores is None:
         evaluate_benchmark(choice, data, bench_data, options, outputs)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrm.data.record import Record
-from fastrm.data.sources import unread_lines
+from fastrm.data.sources import source_files, unread_lines
+from fastrm.data.sources.columns import understood
 from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.ensemble import Ensemble, Rewards
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
@@ -84,9 +85,11 @@ class Scoring:
     def run(self, *, require_preferences: bool) -> Iterator[Scored]:
         """(record, rewards), or (record or id, RecordError), for each row in order."""
         options, keys = self._options, {}
-        rows = read_in_order(
-            self._data, options.images, options.data_format, require_preferences=require_preferences, keys=keys
-        )
+        reading = {"require_preferences": require_preferences, "columns": options.columns, "ignore": options.ignore}
+        for file in source_files(self._data, images=options.images, format=options.data_format, **reading):
+            if (line := understood(file)) is not None:
+                self._display.say(line)
+        rows = read_in_order(self._data, options.images, options.data_format, keys=keys, **reading)
         # Before the models are loaded, so that data that cannot be read fails at once.
         chunk, done = list(islice(rows, CHUNK)), 0
         self.ensemble = open_models(self._choice, options, self._display)

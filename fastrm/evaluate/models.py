@@ -1,6 +1,7 @@
 """The models of `fastrm score` and `fastrm eval`: what the command line names, loaded and weighted."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class ScoringOptions:
 
     images: str | None
     data_format: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignore: Sequence[str] = ()
     tokens_per_pack: int
     num_workers: int
     device: str

@@ -1,6 +1,6 @@
 """Rows of a data file in their order, the bad ones among the good."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from fastrm.data.record import Record
 from fastrm.data.sources import KeyTally, read_source
@@ -25,11 +25,14 @@ def read_in_order(
     *,
     require_preferences: bool,
     keys: dict[str, KeyTally] | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
 ) -> Iterator[Record | tuple[str | None, RecordError]]:
     """Records, and (id, RecordError) for rows that are none, in the order of the file.
 
     Args:
         keys: as `read_source`.
+        columns, ignore: as `source_files`.
     """
     refused = _Refused()
     records = read_source(
@@ -39,6 +42,8 @@ def read_in_order(
         quarantine=refused,
         require_preferences=require_preferences,
         keys=keys,
+        columns=columns,
+        ignore=ignore,
     )
     while True:
         record = next(records, None)
