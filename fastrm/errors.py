@@ -94,9 +94,13 @@ is_command_line = False
 """Is this process the `fastrm` command? Hints name its flags then, else arguments in Python."""
 
 
-def option(name: str) -> str:
-    """What a user sets: `--tokens-per-pack` of the command, or `tokens_per_pack` of a call in Python."""
-    return f"--{name.replace('_', '-')}" if is_command_line else name
+def option(name: str, argument: str | None = None) -> str:
+    """What a user sets: `--tokens-per-pack` of the command, or `tokens_per_pack` of a call in Python.
+
+    Args:
+        argument: in Python, if it has another name there.
+    """
+    return f"--{name.replace('_', '-')}" if is_command_line else argument or name
 
 
 def looked_for(path: object) -> str:

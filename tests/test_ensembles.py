@@ -176,7 +176,7 @@ def test_weights_by_hand():
             [[1.0, 1.0], [-3.0, 1.0]],
             "b has a mean margin of -1 on the validation pairs.*leave it out, or use",
         ),
-        ("margin", [[0.0, 0.0], [1.0, -1.0]], "every member's margin is 0 .*use --ensemble mean"),
+        ("margin", [[0.0, 0.0], [1.0, -1.0]], "every member's margin is 0 .*use mean"),
         ("accuracy", [[-1.0], [0.0]], "every member's accuracy is 0"),
         ("accuracy", [[], []], "has no preference that every member could score"),
     ],

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from fastrm.data.record import Record, VideoRef
 from fastrm.data.template import ConversationEncoder
-from fastrm.errors import ConfigError, DataError, GroupError, RecordError, StorageError
+from fastrm.errors import ConfigError, DataError, GroupError, RecordError, StorageError, option
 from fastrm.evaluate.scoring import score_dicts, score_with_each
 from fastrm.model.reward_model import RewardModel
 from fastrm.yaml_files import dump_yaml, read_yaml, validate
@@ -297,22 +297,23 @@ def validation_weights(how: str, margins: np.ndarray, names: Sequence[str]) -> l
     Raises:
         DataError: no pairs; a negative mean margin, or nothing but zeros, which are no weights.
     """
+    pairs, setting = option("validation", "margins"), option("ensemble", "combine")
     if margins.shape[1] == 0:
         raise DataError(
-            "--validation: has no preference that every member could score; name another file (inputs that --route "
-            "sends elsewhere do not count)"
+            f"{pairs}: has no preference that every member could score; name others (inputs that a route sends "
+            "elsewhere do not count)"
         )
     values = (margins > 0).mean(axis=1) if how == "accuracy" else margins.mean(axis=1)
     for name, value in zip(names, values, strict=True):
         if value < 0:
             raise DataError(
-                f"--ensemble {how}: {name} has a mean margin of {value:.4g} on the validation pairs: it prefers the "
-                "rejected responses; leave it out, or use --ensemble mean or accuracy"
+                f"{setting} {how}: {name} has a mean margin of {value:.4g} on the validation pairs: it prefers the "
+                "rejected responses; leave it out, or use mean or accuracy"
             )
     if not values.sum() > 0:
         raise DataError(
-            f"--ensemble {how}: every member's {how} is 0 on the validation pairs, which gives no weights; use "
-            "--ensemble mean, or other pairs"
+            f"{setting} {how}: every member's {how} is 0 on the validation pairs, which gives no weights; use mean, "
+            "or other pairs"
         )
     return (values / values.sum()).tolist()
 
