@@ -17,6 +17,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # YAML 1.1 reads an unquoted `off` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
+_NEW_HEAD = BeforeValidator(lambda value: {"new": True} if value == "new" else value)
 
 _Dtype = BeforeValidator(dtype_name)  # bfloat16 and torch.bfloat16 too
 # JSON, and YAML that we have written ourselves, hold it as text.
@@ -204,6 +205,13 @@ class HeadConfig(_Section):
     """Between the layers."""
     bias: bool = True
     """Biases on all layers."""
+    new: bool = False
+    """Draw a head even where model.path holds a trained one, whose weights are then left out and named. `head: new`
+    says the same with the other settings' defaults. Not stored in the export."""
+
+    def stored(self) -> dict[str, Any]:
+        """What describes the head itself, as config.json of an export holds it."""
+        return self.model_dump(exclude={"new"})
 
 
 class TrainedTokenizer(_Section):
@@ -214,15 +222,19 @@ class TrainedTokenizer(_Section):
 
 class ModelConfig(_Section):
     path: str | None = None
-    """Folder or hub id of a backbone, or folder of an exported reward model, whose head is then kept."""
+    """Folder or hub id of a backbone or of a reward model, whose head is then kept, whoever trained it; a run's folder,
+    or a LoRA adapter's, which is merged into its base model (docs/models.md)."""
     init: dict[str, Any] | None = None
     """A transformers config (with model_type) to initialise at random instead of `path`."""
     tokenizer: str | TrainedTokenizer | None = None
     """Folder or hub id; default: `path`. With `init`: a folder, or {train_vocab_size: n}."""
-    head: HeadConfig = HeadConfig()
-    anchor: Literal["last_token", "end_of_turn"] = "last_token"
+    head: Annotated[HeadConfig, _NEW_HEAD] = HeadConfig()
+    """Of a model that holds a trained head, what is left out here comes from its files, and what contradicts them is
+    refused. So do anchor and pooling."""
+    anchor: Literal["last_token", "end_of_turn", "before_padding"] = "last_token"
     """Token that the head reads: the last of the rendered response (for Qwen the newline after
-    <|im_end|>), or the last special token that ends the turn. Stored in the export."""
+    <|im_end|>), the last special token that ends the turn, or the last that is not the pad_token_id of config.json, as
+    transformers' classes for sequence classification do. Stored in the export."""
     pooling: Literal["anchor", "mean"] = "anchor"
     """What the head reads: the anchor's hidden state, or the mean over all tokens up to it, prompt and images
     included (needs the last layer for every token). Stored in the export."""

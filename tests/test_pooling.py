@@ -8,7 +8,8 @@ import stock
 from fastrm.config import HeadConfig
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.errors import ConfigError
-from fastrm.model.export import check_same_head, load_model, save_model
+from fastrm.model.adopt import adopt
+from fastrm.model.export import load_model, save_model
 from fastrm.model.pooling import MeanPlan
 from fastrm_kernels import TreeLayout, preference_loss
 from support import make_image, make_model, make_record, needs_interpreter, pack_of
@@ -159,9 +160,10 @@ def test_pooling_is_stored_in_the_export_and_read_back(tmp_path):
 
     from fastrm.config import ModelConfig
 
-    settings = ModelConfig(path=str(tmp_path / "model"), head=LINEAR)
-    with pytest.raises(ConfigError, match=r"exported with .*'pooling': 'mean'.*the configuration has .*'anchor'"):
-        check_same_head(tmp_path / "model", settings)
+    settings, line = adopt(ModelConfig(path=str(tmp_path / "model")))
+    assert (settings.pooling, settings.head, line) == ("mean", LINEAR, "")
+    with pytest.raises(ConfigError, match=r"model.pooling: got 'anchor', but the reward head in .* has 'mean'"):
+        adopt(ModelConfig(path=str(tmp_path / "model"), head=LINEAR, pooling="anchor"))
 
 
 def test_stock_classifier_refuses_the_export_of_means(tmp_path):

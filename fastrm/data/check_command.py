@@ -97,7 +97,7 @@ def _limits(config: Config | None) -> MediaLimits:
 
 def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | None:
     """What reads the rows as a model does; None: the first is shown as turns."""
-    from fastrm.data.tokenizer import load_tokenizer
+    from fastrm.train.data import make_tokenizer
     from fastrm.train.setup import find_backbone_config, make_data_encoder
 
     if model is None and (config is None or config.model.path is None):
@@ -106,9 +106,7 @@ def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | 
         config = Config(model=ModelConfig(path=model))
     elif model is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": model, "tokenizer": None})})
-    settings = config.model
-    tokenizer = load_tokenizer(settings.tokenizer if isinstance(settings.tokenizer, str) else settings.path)
-    return make_data_encoder(config, find_backbone_config(settings), tokenizer)
+    return make_data_encoder(config, find_backbone_config(config.model), make_tokenizer(config))
 
 
 def _share(text: str) -> float:

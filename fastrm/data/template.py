@@ -51,9 +51,10 @@ class ConversationEncoder:
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
         vision: how the model's family reads images and videos, or None for a text model.
-        anchor: last_token or end_of_turn.
+        anchor: last_token, end_of_turn or before_padding.
         limits: for opening image files.
         date: for a template that reads the clock; default: that of the template (see clock.py), else today.
+        pad_token_id: of the model, for before_padding: conversations end at their last token that is another one.
 
     Attributes:
         date: that the template is given; None if it does not read the clock.
@@ -72,12 +73,14 @@ class ConversationEncoder:
         anchor: str = "last_token",
         limits: MediaLimits | None = None,
         date: datetime.date | None = None,
+        pad_token_id: int | None = None,
     ):
         tokenizer, self.date = at_date(tokenizer, date)
         self.tokenizer = tokenizer
         self.vision = vision
         self.anchor = anchor
         self.limits = limits or MediaLimits()
+        self.pad_token_id = pad_token_id
         self.counts_responses = True
         self.special_ids = {
             token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -126,6 +129,9 @@ class ConversationEncoder:
         if (ref := next(media, None)) is not None:
             raise RecordError("TEMPLATE", f"the chat template left a {ref.noun} out")
         tokens = np.concatenate(pieces)
+        if self.anchor == "before_padding":
+            tokens = tokens[: np.flatnonzero(tokens != self.pad_token_id)[-1] + 1]
+            length = len(tokens)
         if self._is_for_planning:
             return EncodedResponse(tokens, tuple(spans), 0)
         positions = self.vision.positions(length, spans) if spans else None
@@ -188,7 +194,7 @@ class ConversationEncoder:
 
     def _check_anchor(self, response: Response, rendered: Rendered) -> None:
         """Where the anchor may come before the response's end, look whether a change of the response is before it."""
-        if self.anchor != "last_token" and not self._anchor_follows(response, rendered):
+        if self.anchor == "end_of_turn" and not self._anchor_follows(response, rendered):
             raise RecordError(
                 "ANCHOR",
                 "the chat template writes no special token behind the response, so that with model.anchor: end_of_turn "
@@ -203,7 +209,7 @@ class ConversationEncoder:
         )
 
     def _up_to_anchor(self, rendered: Rendered) -> str:
-        if self.anchor == "last_token":
+        if self.anchor != "end_of_turn":
             return rendered.text
         end = max((match.end() for match in self._special.finditer(rendered.text)), default=len(rendered.text))
         return rendered.text[:end]
@@ -239,14 +245,14 @@ class ConversationEncoder:
         )
         rendered = self._renderer.render(response)
         if not self._anchor_follows(response, rendered):
-            reason = "does not render it" if self.anchor == "last_token" else "writes no special token behind it"
+            reason = "does not render it" if self.anchor != "end_of_turn" else "writes no special token behind it"
             raise ConfigError(
                 f"model.anchor: {self.anchor} comes before the end of the response, since the chat template {reason}; "
                 "all responses to a prompt would have one reward: set model.anchor: last_token, or change the template"
             )
         items = self._tokenize(rendered)
         ours = [token for item in items for token in (item if isinstance(item, list) else [item])]
-        if ours != stock[: len(ours)] or (self.anchor == "last_token" and len(ours) != len(stock)):
+        if ours != stock[: len(ours)] or (self.anchor != "end_of_turn" and len(ours) != len(stock)):
             raise ConfigError(
                 f"{type(self.tokenizer).__name__}: tokens cut at special tokens differ from the tokenizer's own on a "
                 "sample conversation, so training on it would not be exact; use the model's fast tokenizer"

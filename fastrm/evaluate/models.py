@@ -106,6 +106,8 @@ def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) 
             display.say(line)
     for date in dict.fromkeys(member.date for member in ensemble.models if member.date):
         display.say(f"chat template: reads the clock, which stands at {date} (--template-date)")
+    for line in dict.fromkeys(member.network.adopted for member in ensemble.models if member.network.adopted):
+        display.say(line)
     if choice.validation is not None:
         margins = _validation_margins(ensemble, choice.validation, options, display)
         ensemble.fit_weights(margins)

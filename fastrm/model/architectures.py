@@ -9,6 +9,7 @@ from fastrm.config import ModelConfig, TrainedTokenizer
 from fastrm.errors import ConfigError
 from fastrm.model.families import check_family
 from fastrm.model.network import RewardNetwork, refusal
+from fastrm.model.places import locate
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,15 @@ def find_architecture(settings: ModelConfig) -> tuple[object, str]:
     """
     if settings.init is not None:
         config, origin = _initial_config(settings), "model.init"
-    elif (Path(settings.path) / "config.json").is_file():
-        config, origin = _local_config(settings.path), f"{settings.path}/config.json"
-    elif Path(settings.path).name in PUBLISHED:
-        name = Path(settings.path).name
+        check_family(config)
+        return config, origin
+    base = locate(settings.path).base if Path(settings.path).is_dir() else settings.path
+    if (Path(base) / "config.json").is_file():
+        config, origin = _local_config(base), f"{base}/config.json"
+    elif (name := Path(base).name) in PUBLISHED:
         config, origin = _make_config(PUBLISHED[name].options, "published config"), f"published config of {name}"
     else:
-        raise LookupError(f"no config.json in {settings.path!r}, and its name is not one of {', '.join(PUBLISHED)}")
+        raise LookupError(f"no config.json in {base!r}, and its name is not one of {', '.join(PUBLISHED)}")
     check_family(config)
     return config, origin
 

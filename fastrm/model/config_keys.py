@@ -17,6 +17,8 @@ _ANYWHERE = {
     "task_specific_params", "tie_last_hidden_states", "tie_word_embeddings", "torch_dtype", "torchscript",
     "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
+# Of OpenRLHF's head (adopt.py).
+_HEAD = {"mean", "normalize_reward", "std", "value_head_prefix"}
 _TEXT = {
     "attention_dropout", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "is_causal", "layer_types",
     "max_position_embeddings", "max_window_layers", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
@@ -63,7 +65,7 @@ def unknown_keys(config) -> list[str]:
     Args:
         config: a transformers config that `check_family` accepts.
     """
-    found = _unknown(config, "", {*PARTS, "fastrm"})
+    found = _unknown(config, "", {*PARTS, *_HEAD, "fastrm"})
     for part in PARTS:
         if hasattr(config, part):
             found += _unknown(getattr(config, part), f"{part}.", set())

@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from fastrm.config import Config, HeadConfig, ModelConfig
+from fastrm.config import Config
 from fastrm.data.images import MediaLimits
 from fastrm.data.internvl_format import load_internvl_format
 from fastrm.data.qwen_format import load_qwen_format
@@ -26,20 +25,14 @@ from fastrm.data.tokenizer import load_tokenizer
 from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, StorageError, option
 from fastrm.json_files import to_json
+from fastrm.model.adopt import OPENRLHF_KEYS, find_head, missing_head
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
 from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
 from fastrm.model.network import RewardNetwork
-from fastrm.model.stock_classes import (
-    GUARD,
-    StockReading,
-    file_entries,
-    file_name,
-    head_tensors,
-    read_by_stock,
-    with_padding,
-)
-from fastrm.model.weight_files import WeightFiles, check_format
+from fastrm.model.places import locate
+from fastrm.model.stock_classes import GUARD, StockReading, file_entries, file_name, read_by_stock, with_padding
+from fastrm.model.weight_files import CONFIG, finder
 from fastrm.model.weight_writer import WeightWriter, replace_folder
 from fastrm.resources import available_memory
 
@@ -115,7 +108,8 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockRe
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if part is config or "dtype" in part:
             part["dtype"] = name
-    for name in ("num_labels", "id2label", "label2id", "problem_type"):
+    # Those of an OpenRLHF head are in the weights now, and would be applied to them once more.
+    for name in ("num_labels", "id2label", "label2id", "problem_type", *OPENRLHF_KEYS):
         config.pop(name, None)
     if reading.classifies:
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -125,7 +119,7 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockRe
     if pad_id is not None and pad_id < text["vocab_size"]:
         text["pad_token_id"] = pad_id
     config["fastrm"] = {
-        "format": FORMAT, "head": model.head.model_dump(), "anchor": model.encoder.anchor, "pooling": model.pooling,
+        "format": FORMAT, "head": model.head.stored(), "anchor": model.encoder.anchor, "pooling": model.pooling,
     }  # fmt: skip
     if model.encoder.date is not None:
         config["fastrm"]["template_date"] = str(model.encoder.date)
@@ -141,7 +135,7 @@ def load_model(
     device: torch.device | str = "cpu",
     date: datetime.date | None = None,
 ) -> RewardNetwork:
-    """A network with its encoder, from a folder that `save_model` wrote.
+    """A network with its encoder, from a folder that `save_model` or another trainer wrote (adopt.py).
 
     Args:
         dtype: of the backbone's weights; the head is float32 in any case, and so are the rotary embedding's
@@ -150,34 +144,27 @@ def load_model(
         date: for a chat template that reads the clock; default: that of the training run, else today.
 
     Raises:
-        ConfigError: if the folder is not a fastrm reward model, or reads tiles and is given limits of pixels.
+        ConfigError: if the folder is no reward model that is known here, or reads tiles and is given limits of pixels.
         StorageError: if its weights are damaged or incomplete, or the host has no memory for them.
     """
-    check_format(folder)
-    config_file = folder / "config.json"
-    try:
-        section = json.loads(config_file.read_text())["fastrm"]
-        head, anchor, pooling = HeadConfig(**section["head"]), section["anchor"], _pooling(section)
-    except OSError as error:
-        raise ConfigError(f"{config_file}: {error.strerror}; wanted the model/ folder of a run") from None
-    except (KeyError, TypeError, ValueError):
-        raise ConfigError(
-            f"{config_file}: not a fastrm reward model (no valid `fastrm` section); a backbone has no reward "
-            "head yet: train one with model.path"
-        ) from None
     opened = open_backbone(str(folder))
-    tokenizer, backbone, device = load_tokenizer(str(folder)), opened.model, torch.device(device)
+    place = opened.place
+    tokenizer, backbone, device = load_tokenizer(place.tokenizer), opened.model, torch.device(device)
+    found = find_head(opened, tokenizer)
+    if found is None:
+        raise missing_head(place)
     if backbone.config.model_type == "internvl" and (min_pixels or max_pixels):
         raise ConfigError(
             f"{folder}: min_pixels and max_pixels are for Qwen models; InternVL reads tiles: set max_patches in "
             "preprocessor_config.json"
         )
     encoder = make_encoder(
-        backbone.config, tokenizer, str(folder), anchor, MediaLimits(), min_pixels=min_pixels, max_pixels=max_pixels,
-        date=date,
+        backbone.config, tokenizer, place.processor, found.anchor or "last_token", MediaLimits(),
+        min_pixels=min_pixels, max_pixels=max_pixels, date=date,
     )  # fmt: skip
-    model = RewardNetwork(backbone, head, encoder, pooling)
-    load_head(model.score, folder)
+    model = RewardNetwork(backbone, found.head, encoder, found.pooling or "anchor")
+    found.load_into(model.score)
+    model.adopted = "" if found.is_export else found.describe()
     if dtype is None:
         dtype = scoring_dtype(opened.dtype, device)
     if device.type == "cpu":
@@ -204,55 +191,11 @@ def scoring_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _pooling(section: dict) -> str:
-    """Of an export's `fastrm` section; the first exports had no other than the anchor and do not say so."""
-    pooling = section.get("pooling", "anchor")
-    if pooling not in ("anchor", "mean"):
-        raise ValueError(pooling)
-    return pooling
-
-
-def kept_date(folder: Path) -> datetime.date | None:
+def kept_date(path: str | Path) -> datetime.date | None:
     """The date that the chat template of a reward model was given in training; None: the model keeps none."""
-    file = folder / "config.json"
-    section = json.loads(file.read_text()).get("fastrm", {}) if file.is_file() else {}
+    file = finder(locate(path).base)(CONFIG)
+    section = {} if file is None else json.loads(file.read_text()).get("fastrm", {})
     return datetime.date.fromisoformat(section["template_date"]) if "template_date" in section else None
-
-
-def load_head(score: nn.Module, folder: Path) -> None:
-    """Load `score.*` from a folder's safetensors into the head, in its own dtype.
-
-    Raises:
-        StorageError: if keys or shapes do not fit.
-    """
-    stored = head_tensors(WeightFiles.open(folder), isinstance(score, nn.Linear))
-    wanted = {name: tuple(tensor.shape) for name, tensor in score.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    if wanted != found:
-        raise StorageError(f"{folder}: reward head: got {found or 'no score.* weights'}, wanted {wanted}")
-    score.load_state_dict({name: tensor.read() for name, tensor in stored.items()})
-
-
-def check_same_head(folder: Path, settings: ModelConfig) -> None:
-    """An exported head goes on training only as what it was.
-
-    Raises:
-        ConfigError: if model.head, model.anchor or model.pooling differs from the export's.
-    """
-    section = json.loads((folder / "config.json").read_text())["fastrm"]
-    wanted = {"head": settings.head.model_dump(), "anchor": settings.anchor, "pooling": settings.pooling}
-    head = HeadConfig(**section["head"]).model_dump()
-    found = {"head": head, "anchor": section["anchor"], "pooling": _pooling(section)}
-    if wanted != found:
-        raise ConfigError(
-            f"model.path {str(folder)!r}: exported with {found}, the configuration has {wanted}; set it so"
-        )
-
-
-def has_head(path: str) -> bool:
-    """Is this local folder an exported reward model, whose head goes on training?"""
-    file = Path(path) / "config.json"
-    return file.is_file() and "fastrm" in json.loads(file.read_text())
 
 
 def make_encoder(
@@ -264,16 +207,41 @@ def make_encoder(
     """Tokeniser and vision format for a backbone's configuration; None keeps the setting of `processor_path`.
 
     Limits of pixels and videos are Qwen's, `max_tiles` is InternVL's; the other family's are not looked at.
+
+    Raises:
+        ConfigError: if the tokenizer has ids that the embeddings lack, or as `ConversationEncoder`.
     """
+    check_vocabulary(config, tokenizer)
+    options = {"anchor": anchor, "limits": limits, "date": date, "pad_token_id": config.get_text_config().pad_token_id}
     if config.model_type not in VISION_FAMILIES:
-        return ConversationEncoder(tokenizer, None, anchor=anchor, limits=limits, date=date)
+        return ConversationEncoder(tokenizer, None, **options)
     if config.model_type not in QWEN_VL_FAMILIES:
         vision = load_internvl_format(
             config, tokenizer, processor_path, max_tiles=max_tiles, image_mean=image_mean, image_std=image_std
         )
-        return ConversationEncoder(tokenizer, vision, anchor=anchor, limits=limits, date=date)
+        return ConversationEncoder(tokenizer, vision, **options)
     vision = load_qwen_format(
         config.vision_config, tokenizer, processor_path, video,
         min_pixels=min_pixels, max_pixels=max_pixels, image_mean=image_mean, image_std=image_std,
     )  # fmt: skip
-    return ConversationEncoder(tokenizer, vision, anchor=anchor, limits=limits, date=date)
+    return ConversationEncoder(tokenizer, vision, **options)
+
+
+def check_vocabulary(config, tokenizer) -> None:
+    """Refuse a tokenizer that makes tokens which the model has no embedding for.
+
+    Args:
+        config: the backbone's transformers config.
+
+    Raises:
+        ConfigError: naming the first such token.
+    """
+    size, known = config.get_text_config().vocab_size, tokenizer.get_vocab()
+    beyond = [(number, token) for token, number in known.items() if number >= size]
+    if beyond:
+        number, token = min(beyond)
+        raise ConfigError(
+            f"tokenizer: {len(beyond):,} of its {len(known):,} tokens have no embedding, the first is {token!r} with "
+            f"id {number:,}; the model has {size:,} embeddings (vocab_size in config.json). Use the model's own "
+            "tokenizer, or enlarge the model with transformers' resize_token_embeddings and save it"
+        )

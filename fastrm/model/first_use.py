@@ -28,7 +28,8 @@ from fastrm.json_files import to_json
 from fastrm.model.exactness import KINDS, Agreement, Sample, check_network, choose_samples, describe
 from fastrm.model.fusion import FusedLinear
 from fastrm.model.network import RewardNetwork
-from fastrm.model.weight_files import WeightFiles
+from fastrm.model.places import ADAPTER_CONFIG, locate
+from fastrm.model.weight_files import CONFIG, finder
 
 
 class FirstUse:
@@ -101,11 +102,17 @@ class FirstUse:
 
 
 def weights_of(path: str | Path) -> list:
-    """What tells the weights of a folder or hub id from others: size and time of change of the folder's files."""
-    place = Path(path)
-    if not place.exists():  # a hub id, whose files are in the hub's cache
-        place = next(iter(WeightFiles.open(path).values())).file.parent
-    files = [file for file in sorted(place.iterdir()) if file.is_file()] if place.is_dir() else [place]
+    """What tells the weights of a folder or hub id from others: size and time of change of the folder's files.
+
+    Those of an adapter and of its base model.
+    """
+    place = locate(path)
+    files: list[Path] = []
+    for where in dict.fromkeys((place.base, place.adapter or place.base)):
+        folder = Path(where)
+        if not folder.exists():  # a hub id, whose files are in the hub's cache
+            folder = finder(where)(CONFIG if where == place.base else ADAPTER_CONFIG).parent
+        files += [file for file in sorted(folder.iterdir()) if file.is_file()]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 

@@ -6,8 +6,9 @@ anything is read. Then each parameter gets its memory and is filled from its fil
 more than 16 MiB (weight_files.py).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,9 +16,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastrm.errors import ConfigError, StorageError
+from fastrm.model.adapters import Adapter, MergedTensor
 from fastrm.model.families import VISION_FAMILIES, check_family
 from fastrm.model.fusion import stock_names
-from fastrm.model.weight_files import INDEX, SINGLE, StoredTensor, WeightFiles, check_format
+from fastrm.model.places import ModelPlace, locate
+from fastrm.model.weight_files import INDEX, SINGLE, VALUE_HEAD, StoredTensor, WeightFiles, finder, read_header
+
+# Weights of published files that a reward model has no use for: the LM head, and buffers that are computed from the
+# configuration. No other weight of a checkpoint is left out without a word.
+UNUSED = re.compile(r"(.*\.)?(lm_head\.(weight|bias)|inv_freq|position_ids)")
+# What TRL's wrapper class puts in front of the names of a model that a Trainer saves.
+_WRAPPER = "pretrained_model."
 
 # (name in the backbone, parameter, dtype of most of the files) -> dtype in memory.
 ChooseDtype = Callable[[str, nn.Parameter, torch.dtype], torch.dtype]
@@ -31,11 +40,16 @@ class Backbone:
         model: without memory for its weights; buffers, which are computed from the configuration, are there.
         tensors: of the files, by the names of the model's state dict.
         dtype: that most elements of the files have.
+        place: of its files.
+        rest: by their names in the files, weights that are not of the backbone, such as a reward head's; without those
+            that are of no use (UNUSED).
     """
 
     model: nn.Module
     tensors: dict[str, StoredTensor]
     dtype: torch.dtype
+    place: ModelPlace
+    rest: dict[str, StoredTensor] = field(default_factory=dict)
 
     def num_bytes(self, choose_dtype: ChooseDtype) -> int:
         """Bytes of all parameters, as `load` will place them."""
@@ -90,19 +104,66 @@ class Backbone:
 
 
 def open_backbone(path: str) -> Backbone:
-    """The backbone in a folder or at a hub id; checks that all its weights are there, and reads none of them.
+    """The backbone in a folder or at a hub id; checks that all its weights are there and used, and reads none of them.
+
+    The weights of a LoRA adapter are added to the base model's where they are read.
 
     Raises:
         ConfigError: if there is no such model, it is in another format, or its family is not supported.
-        StorageError: if files or weights are missing, damaged, or of another shape than the configuration says.
+        StorageError: if files or weights are missing, damaged, or of another shape than the configuration says, or if
+            weights of layers would be left out.
     """
+    place = locate(path)
     config = load_backbone_config(path)
-    files = WeightFiles.open(path)
+    files = WeightFiles.open(place.base)
     full, model = _empty_models(config)
-    names = _names_in_the_model(full, files)
+    find_name = _renamer(full)
+    stored, rest = _assign(place, files, find_name)
+    if place.adapter is not None:
+        _merge(Adapter.open(place), stored, rest, find_name)
     prefix = "model." if full is not model else ""
     wanted = model.state_dict()
-    tensors = {name: files[names[prefix + name]] for name in wanted if prefix + name in names}
+    tensors = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
+    _check_all_there(path, tensors, wanted)
+    # A tensor without elements holds nothing: exports keep stock classifiers out with one (stock_classes.py).
+    rest = {name: tensor for name, tensor in rest.items() if tensor.numel and not UNUSED.fullmatch(name)}
+    _check_all_used(path, rest, full, model)
+    return Backbone(model, tensors, files.dtype, place, rest)
+
+
+def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> tuple[dict, dict]:
+    """(weights by their names in the model, other weights by their names in the files)."""
+    stored, rest = {}, {}
+    for name, tensor in files.items():
+        found = find_name(name)
+        (rest if found is None else stored)[found or name] = tensor
+    for where in dict.fromkeys((place.base, place.adapter or place.base)):
+        if (file := finder(where)(VALUE_HEAD)) is not None:
+            rest |= read_header(file)
+    return stored, rest
+
+
+def _merge(adapter: Adapter, stored: dict[str, StoredTensor], rest: dict[str, StoredTensor], find_name) -> None:
+    """Put an adapter's weights into `stored` and `rest`."""
+    for name, tensor in adapter.replaced.items():
+        found = find_name(name)
+        (rest if found is None else stored)[found or name] = tensor
+    for module, (down, up, scale) in adapter.products.items():
+        name = f"{module}.weight"
+        found = find_name(name)
+        if found is None and UNUSED.fullmatch(name):
+            continue
+        base = stored.get(found)
+        if base is None or base.shape != (up.shape[0], down.shape[1]):
+            got = "no weight of this model" if base is None else f"{list(base.shape)} in the base model"
+            raise StorageError(
+                f"{adapter.where}: changes {name} by {[up.shape[0], down.shape[1]]}, which is {got}; was the adapter "
+                "trained on this base model?"
+            )
+        stored[found] = MergedTensor(base.file, base.dtype, base.shape, base.start, down, up, scale)
+
+
+def _check_all_there(path: str, tensors: Mapping[str, StoredTensor], wanted: Mapping[str, torch.Tensor]) -> None:
     broken = [
         f"{name} is missing" if name not in tensors
         else f"{name} has shape {list(tensors[name].shape)}, wanted {list(tensor.shape)}"
@@ -114,7 +175,29 @@ def open_backbone(path: str) -> Backbone:
             f"model.path {path!r}: {len(broken):,} of {len(wanted):,} weights are missing or have another shape, "
             f"first: {broken[0]}; is it the whole checkpoint of this architecture?"
         )
-    return Backbone(model, tensors, files.dtype)
+
+
+def _check_all_used(path: str, rest: Mapping[str, StoredTensor], full: nn.Module, model: nn.Module) -> None:
+    """Refuse weights that lie inside the backbone and have no place there: without them it would be another model."""
+    parts = {name for module in (full, model, getattr(model, "language_model", model)) for name, _ in _children(module)}
+    lost = [name for name in rest if parts & set(name.removeprefix(_WRAPPER).split(".")[:3])]
+    if lost:
+        raise StorageError(
+            f"model.path {path!r}: {len(lost):,} weights of the files have no place in the {model.config.model_type} "
+            f"model that config.json describes, and would be left out: {shortened(lost)}; is config.json that of this "
+            "checkpoint?"
+        )
+
+
+def _children(module: nn.Module):
+    return [(name, child) for name, child in module.named_children() if name != "model"]
+
+
+def shortened(names, most: int = 4) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -137,8 +220,15 @@ def stored_dtype(path: str | None) -> torch.dtype:
     """
     if path is None:
         return torch.float32
-    has_weights = any((Path(path) / name).is_file() for name in (SINGLE, INDEX))
-    return WeightFiles.open(path).dtype if has_weights else torch.bfloat16
+    return WeightFiles.open(locate(path).base).dtype if has_weights(path) else torch.bfloat16
+
+
+def has_weights(path: str) -> bool:
+    """Are the weights of model.path on this disk, in a folder?"""
+    if not Path(path).is_dir():
+        return False
+    base = Path(locate(path).base)
+    return any((base / name).is_file() for name in (SINGLE, INDEX))
 
 
 def load_backbone_config(path: str):
@@ -149,9 +239,9 @@ def load_backbone_config(path: str):
     """
     from transformers import AutoConfig
 
-    check_format(path)
+    base = locate(path).base
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -187,19 +277,24 @@ def _empty_models(config) -> tuple[nn.Module, nn.Module]:
     return full, full.model if is_vision else full
 
 
-def _names_in_the_model(full: nn.Module, files: WeightFiles) -> dict[str, str]:
-    """Name in the stock model -> name in the files, as transformers' own loading pairs them."""
+def _renamer(full: nn.Module) -> Callable[[str], str | None]:
+    """A function from a weight's name in files to that in the stock model, as transformers' own loading pairs them.
+
+    None: the model has no such weight.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     # What would be computed from several tensors (a WeightConverter) does not occur in these families; if it ever does,
     # the weight is named as missing.
     renamings = [entry for entry in get_model_conversion_mapping(full) if isinstance(entry, WeightRenaming)]
-    state, prefix, names = full.state_dict(), full.base_model_prefix, {}
-    for name in files:
+    state, prefix = full.state_dict(), full.base_model_prefix
+
+    def find(name: str) -> str | None:
+        name = name.removeprefix(_WRAPPER)
         found, _ = rename_source_key(name, renamings, [], prefix, state)
         if found not in state and name in state:
             found, _ = rename_source_key(name, [], [], prefix, state)
-        if found in state:
-            names[found] = name
-    return names
+        return found if found in state else None
+
+    return find

@@ -42,6 +42,7 @@ class RewardNetwork(nn.Module):
         fp8: which layers compute in FP8 and why others do not; None without FP8.
         graphs: what torch.compile has made of the layers; None where they are not compiled.
         first_use: compares rewards with stock's before they are given away (first_use.py); None: nothing does.
+        adopted: in words, how a head that others trained was read; empty for a new one and for an export's.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class RewardNetwork(nn.Module):
         self.norm_and_gate = "not chosen yet"
         self.fp8: Fp8Report | None = None
         self.graphs: CompiledGraphs | None = None
+        self.adopted = ""
         self._runner = BackboneRunner(model, pooling)
         self.planner = self._runner.planner(torch.float32)
         self.first_use: Callable | None = None

@@ -13,8 +13,8 @@ from fastrm.model.attention import BACKENDS
 from fastrm.model.export import kept_date, load_model
 from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.kernels import CHOICES
+from fastrm.model.loading import stored_dtype
 from fastrm.model.network import RewardNetwork, pick_device
-from fastrm.model.weight_files import WeightFiles
 from fastrm.names import checked_dtype
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +27,8 @@ class RewardModel:
         model.score([{"prompt": "Which digit?", "images": ["7.png"], "responses": ["seven", "two"]}])
 
     Attributes:
-        network: the weights, and the tokeniser and image processor that belong to them.
+        network: the weights, and the tokeniser and image processor that belong to them; `network.adopted` says in
+            words how a head that others trained was read.
         weights: in words, the dtype of the backbone and why it is that.
         date: in words, the date that a chat template which reads the clock is given; "" for another template.
     """
@@ -53,7 +54,7 @@ class RewardModel:
         max_video_seconds: float = MediaLimits.max_video_seconds,
         check_exactness: bool = True,
     ) -> "RewardModel":
-        """Load the `model/` folder of a run, or any folder of the same layout.
+        """Load the `model/` folder of a run, or a reward model that others trained (docs/models.md).
 
         Args:
             device: auto (cuda if there is one), cpu, cuda, or one GPU: cuda:1, 1, torch.device("cuda", 1).
@@ -90,8 +91,8 @@ class RewardModel:
         network.use_kernels(network.model.dtype, kernels=kernels, attention=attention)
         if check_exactness:
             network.first_use = FirstUse(network, weights_of(path))
-        weights = _describe(network.model.dtype, WeightFiles.open(path).dtype, dtype)
-        return cls(network, weights, _describe_date(network.encoder.date, given, kept_date(Path(path))))
+        weights = _describe(network.model.dtype, stored_dtype(str(path)), dtype)
+        return cls(network, weights, _describe_date(network.encoder.date, given, kept_date(path)))
 
     def score(
         self,

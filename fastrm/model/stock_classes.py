@@ -9,7 +9,7 @@ random head.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from fastrm.data.record import Message, Response
 from fastrm.data.template import ConversationEncoder
 from fastrm.model.families import QWEN_VL_FAMILIES
 from fastrm.model.network import RewardNetwork
-from fastrm.model.weight_files import StoredTensor
 from fastrm.model.weight_writer import Entry
 
 # What keeps stock classifiers out: a tensor of this name and without elements.
@@ -49,27 +48,30 @@ class StockReading:
 def read_by_stock(network: RewardNetwork) -> StockReading:
     """Find out what stock classes make of a network with its tokenizer; renders and tokenises short conversations."""
     encoder, head = network.encoder, network.head
-    pad_token = _pad_token(encoder, network.model.config.get_text_config().vocab_size)
-    why = ""
+    before_padding, why = encoder.anchor == "before_padding", ""
+    if before_padding:  # read as the stock class does, by the pad token that the model has
+        pad_token = encoder.tokenizer.convert_ids_to_tokens(encoder.pad_token_id)
+    else:
+        pad_token = _pad_token(encoder, network.model.config.get_text_config().vocab_size)
     if network.pooling != "anchor":
         why = f"model.pooling is {network.pooling}"
     elif head.layers > 1:
         why = f"the head has {head.layers} layers"
     elif head.bias:
         why = "the head has a bias"
-    elif not _anchors_end(encoder):
+    elif not before_padding and not _anchors_end(encoder):
         why = f"model.anchor is {encoder.anchor}, and the chat template goes on after it"
     elif pad_token is None:
         why = "every special token of the tokenizer ends conversations or stands in them, so none can pad"
     if why:
-        return StockReading(False, None, encoder.tokenizer.pad_token, why)
+        return StockReading(False, None, pad_token if before_padding else encoder.tokenizer.pad_token, why)
     return StockReading(True, _classifier(network.model.config), pad_token)
 
 
 def padding_note(network: RewardNetwork) -> str | None:
     """In words, that an export pads with another token than the network's tokenizer; None where it does not."""
     reading, own = read_by_stock(network), network.encoder.tokenizer.pad_token
-    if reading.pad_token == own:
+    if reading.pad_token == own or network.encoder.anchor == "before_padding":
         return None
     why = "had no pad token" if own is None else f"padded with {own}, with which conversations end"
     return (
@@ -96,13 +98,6 @@ def file_name(name: str, model_type: str, classifies: bool) -> str:
     if model_type in QWEN_VL_FAMILIES:
         return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
     return name
-
-
-def head_tensors(tensors: Mapping[str, StoredTensor], is_linear: bool) -> dict[str, StoredTensor]:
-    """The weights of a head, by their names in its module, from the files of an export of any age."""
-    found = {name.removeprefix("score."): stored for name, stored in tensors.items()
-             if name.startswith("score.") and not (name == GUARD and stored.numel == 0)}  # fmt: skip
-    return {name.removeprefix("0."): stored for name, stored in found.items()} if is_linear else found
 
 
 def with_padding(tokenizer, pad_token: str | None):

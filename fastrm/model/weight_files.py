@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ import torch
 
 from fastrm.errors import ConfigError, StorageError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+VALUE_HEAD = "value_head.safetensors"  # beside a model or an adapter of LLaMA-Factory
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # As the safetensors library refuses longer ones.
 MAX_HEADER_BYTES = 100_000_000
@@ -126,7 +127,7 @@ class WeightFiles(Mapping[str, StoredTensor]):
             ConfigError: if there is a GGUF file instead, or no such folder or hub id.
             StorageError: if a file is missing, damaged, incomplete or of another save than the index.
         """
-        find = _local_finder(Path(path)) if Path(path).exists() else _hub_finder(str(path))
+        find = finder(path)
         if (single := find(SINGLE)) is not None:
             return cls(str(path), read_header(single))
         if (index := find(INDEX)) is not None:
@@ -246,9 +247,18 @@ def check_format(path: str | Path) -> None:
             raise ConfigError(f"{gguf}: {_GGUF}")
 
 
-def _local_finder(folder: Path):
-    check_format(folder)
-    return lambda name: folder / name if (folder / name).is_file() else None
+def finder(path: str | Path) -> Callable[[str], Path | None]:
+    """A function from the name of a file in a folder or hub id to its place on this disk; None: there is no such file.
+
+    Of a hub id it downloads the file, and without a network takes it from the cache.
+
+    Raises:
+        ConfigError: if there is a GGUF file instead; the function itself, if there is no such folder or hub id.
+    """
+    if not Path(path).exists():
+        return _hub_finder(str(path))
+    check_format(path)
+    return lambda name: Path(path) / name if (Path(path) / name).is_file() else None
 
 
 def _hub_finder(repository: str):
@@ -259,8 +269,8 @@ def _hub_finder(repository: str):
         try:
             return Path(hf_hub_download(repository, name))
         except LocalEntryNotFoundError as error:
-            # Offline: what is not in the cache may still be on the hub.
-            if name == SINGLE:
+            # Offline: what is not in the cache may still be on the hub; only what every model has must be there.
+            if name not in (INDEX, CONFIG):
                 return None
             reason = str(error).strip().splitlines()[0]
         except EntryNotFoundError:

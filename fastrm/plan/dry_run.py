@@ -4,12 +4,18 @@ Nothing is downloaded or written, and of data that is here the first rows are re
 dry run; it is listed. What a step costs depends on all of the data, so it is computed for a stated, typical group.
 """
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
-from fastrm.config import Config
+from fastrm.config import Config, ModelConfig
+from fastrm.data.tokenizer import load_tokenizer
+from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.architectures import find_architecture, meta_network
+from fastrm.model.export import check_vocabulary
 from fastrm.model.network import RewardNetwork
+from fastrm.model.places import locate
 from fastrm.plan.advice import ways
 from fastrm.plan.console import gib, make_console, make_table, peta, say, show
 from fastrm.plan.flops import Workload, step_flops, typical_workload
@@ -33,11 +39,16 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
         architecture.
 
     Raises:
-        ConfigError: if the model's family, its config or model.freeze cannot work.
+        ConfigError: if the model's family, its config or model.freeze cannot work, if the configuration contradicts
+            the reward head in the model's files, or if the tokenizer has more tokens than the model embeddings.
+        StorageError: if the model's files do not fit one another.
     """
     console = console or make_console()
     report: dict = {"inputs": check_inputs(config)}
     _print_table(console, "Inputs", report["inputs"])
+    config, head = adopt_what_is_here(config)
+    if head:
+        say(console, head)
     report["rows"] = check_rows(config)
     if report["rows"]:
         _print_table(console, f"Up to {ROWS} rows of each source that is here", report["rows"])
@@ -46,6 +57,7 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
     except LookupError as error:
         say(console, f"Model not sized: {error.args[0]}.")
     else:
+        _check_tokenizer(config.model, architecture)
         network = meta_network(architecture, config.model)
         report |= _size(config, network)
         print_parameters(console, report["parameters"], origin)
@@ -59,6 +71,15 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
     then = f"; no row that was looked at can be used: {', '.join(unusable)}" if unusable else ""
     say(console, f"The configuration is valid; {here}{then}.")
     return report
+
+
+def _check_tokenizer(settings: ModelConfig, architecture) -> None:
+    """Refuse a tokenizer that is here and has more tokens than the embeddings; one that is trained fits by itself."""
+    if settings.path is None or not Path(settings.path).is_dir():
+        return
+    folder = settings.tokenizer or locate(settings.path).tokenizer
+    if (Path(folder) / "tokenizer.json").is_file():
+        check_vocabulary(architecture, load_tokenizer(folder))
 
 
 def _size(config: Config, network: RewardNetwork) -> dict:

@@ -9,6 +9,7 @@ from fastrm.data.prepared.units import open_source
 from fastrm.data.sources import Refusal, SourceFile, hub_name, is_on_hub
 from fastrm.data.sources.files import stored_in
 from fastrm.errors import DataError, looked_for
+from fastrm.model.places import locate
 
 # Sources that are larger take minutes to read, which is no part of a plan.
 MOST_BYTES_TO_COUNT = 256 * 2**20
@@ -66,7 +67,8 @@ def _check_prepared(folder: str) -> tuple[str, str]:
 def _check_model(model: ModelConfig) -> list[tuple[str, str, str]]:
     rows = []
     if model.path is not None:
-        rows.append(("model.path", *_check_folder(model.path, "config.json", "*.safetensors")))
+        base = locate(model.path).base if Path(model.path).is_dir() else model.path
+        rows.append(("model.path", *_check_folder(base, "config.json", "*.safetensors")))
     if isinstance(model.tokenizer, str):
         rows.append(("model.tokenizer", *_check_folder(model.tokenizer, "tokenizer.json", "tokenizer_config.json")))
     return rows

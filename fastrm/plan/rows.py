@@ -19,6 +19,7 @@ from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
 from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.model.architectures import find_architecture
 from fastrm.model.families import chat_layout
+from fastrm.model.places import locate
 from fastrm.train.setup import make_data_encoder
 
 # Of a source: enough to meet a mistake that most rows share, few enough to be quick.
@@ -68,9 +69,11 @@ def _read(source: SourceConfig) -> _FirstRows | None:
 
 def _encoder(config: Config, records: list[Record]) -> ConversationEncoder | None:
     """None if the model or its tokenizer is not here: the hub is not asked."""
-    named = config.model.tokenizer or config.model.path
-    local = [path for path in (config.model.path, named) if isinstance(path, str)]
-    if not records or not all(Path(path).is_dir() for path in local):
+    path = config.model.path
+    if not records or (path is not None and not Path(path).is_dir()):
+        return None
+    named = config.model.tokenizer or locate(path).tokenizer
+    if isinstance(named, str) and not Path(named).is_dir():
         return None
     if isinstance(named, str) and not (Path(named) / "tokenizer_config.json").exists():
         return None

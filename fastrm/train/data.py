@@ -20,7 +20,9 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
 from fastrm.errors import ConfigError, InterruptedRun
 from fastrm.evaluate.benchmarks import BENCHMARKS, load_benchmark
+from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.families import chat_layout
+from fastrm.model.places import locate
 from fastrm.stop import StopRequest
 from fastrm.train.display import Display
 from fastrm.train.step_cost import make_cost_model
@@ -130,7 +132,7 @@ def make_tokenizer(config: Config):
     settings = config.model.tokenizer
     if isinstance(settings, TrainedTokenizer):
         return load_tokenizer(str(prepared_folder(config) / TOKENIZER))
-    return load_tokenizer(settings or config.model.path)
+    return load_tokenizer(settings or locate(config.model.path).tokenizer)
 
 
 def benchmark_records(config: Config, display: Display) -> Iterator[Record]:
@@ -170,6 +172,7 @@ def make_set(config: Config, display: Display, num_workers: int | None = None) -
     """
     from fastrm.train.setup import find_backbone_config, make_data_encoder
 
+    config, _ = adopt_what_is_here(config)  # the head says which token it reads
     config = fix_date(config, prepared_folder(config), display.say)
     data = RunData(config, display, num_workers)
     try:

@@ -21,6 +21,7 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.evaluate.flips import Flips, compare_fp8
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite, run_packs
+from fastrm.model.adopt import adopt
 from fastrm.model.precision import token_multiple
 from fastrm.stop import StopFlag, StopRequest
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
@@ -65,6 +66,11 @@ def train(
                 begun.enter_context(locked(run_dir, ranks))
                 shown = begun.enter_context(display or Display(silent=not ranks.is_first))
                 start = ranks.on_first(lambda: _find_start(run_dir, resume, shown))
+                # Before hours of other work: the files of model.path are there, whole, and fit the configuration.
+                model, head = ranks.on_first(lambda: adopt(config.model))
+                if head:
+                    shown.say(head)
+                config = config.model_copy(update={"model": model})
                 quarantine = begun.enter_context(Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None))
                 run, opened = _Run(config, run_dir, start, quarantine, shown, stop, ranks), begun.pop_all()
         except StopRequest as request:

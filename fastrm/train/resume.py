@@ -12,7 +12,7 @@ MAY_CHANGE = (
     "run.dir", "run.epochs", "run.max_steps", "run.log_every", "run.eval_every", "run.save_every",
     "run.keep_checkpoints", "run.report_to", "run.device", "data.eval", "data.prepared", "data.num_workers",
     "run.num_processes", "engine", "compile", "kernels", "model.attention", "model.activation_checkpointing",
-    "model.export_dtype",
+    "model.export_dtype", "model.head.new",
     "optim.tokens_per_pack", "check_exactness",
 )  # fmt: skip
 

@@ -13,20 +13,15 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, StorageError
+from fastrm.model.adopt import find_head
 from fastrm.model.architectures import find_architecture
 from fastrm.model.exactness import first_layers
-from fastrm.model.export import (
-    check_same_head,
-    export_dtype,
-    has_head,
-    load_head,
-    make_encoder,
-    save_model,
-)
+from fastrm.model.export import export_dtype, make_encoder, save_model
 from fastrm.model.families import longest_path
 from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.loading import Backbone, load_backbone_config, open_backbone
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
+from fastrm.model.places import locate
 from fastrm.model.precision import convert_to_fp8, token_multiple
 from fastrm.train.data import RunData, make_tokenizer, prepared_folder
 from fastrm.train.display import Display
@@ -56,8 +51,6 @@ def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Displ
     Raises:
         ConfigError, DataError, StorageError: whatever is wrong with what the configuration names.
     """
-    if config.model.path is not None:
-        ranks.on_first(lambda: check_weights(config.model))  # before hours of other work
     config = ranks.on_first(lambda: fix_date(config, prepared_folder(config), display.say))
     data = RunData(config, display)
     try:
@@ -69,17 +62,6 @@ def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Displ
     if ranks.is_first:
         data.refusals_into(quarantine)
     return Job(config, network, *data.open())
-
-
-def check_weights(settings: ModelConfig) -> None:
-    """Find out from their headers whether the files of model.path are there and fit; reads no weight.
-
-    Raises:
-        ConfigError, StorageError: as `open_backbone`, or for a reward model with another head.
-    """
-    open_backbone(settings.path)
-    if has_head(settings.path):
-        check_same_head(Path(settings.path), settings)
 
 
 def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwork:
@@ -100,9 +82,8 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
     encoder = make_data_encoder(config, backbone.config, tokenizer)
     encoder.counts_responses = config.loss.length_normalization
     network = RewardNetwork(backbone, settings.head, encoder, settings.pooling)
-    if settings.path is not None and has_head(settings.path):
-        check_same_head(Path(settings.path), settings)
-        load_head(network.score, Path(settings.path))
+    if files is not None and not settings.head.new and (found := find_head(files, tokenizer, settings)) is not None:
+        found.load_into(network.score)
     network.freeze(settings.freeze)
     if settings.fuse_projections:
         network.fuse_projections()
@@ -135,7 +116,7 @@ def make_data_encoder(config: Config, architecture, tokenizer) -> ConversationEn
     settings, data = config.model, config.data
     limits = MediaLimits(data.max_image_bytes, data.max_image_pixels, data.max_video_bytes, data.max_video_seconds)
     return make_encoder(
-        architecture, tokenizer, settings.path, settings.anchor, limits,
+        architecture, tokenizer, settings.path and locate(settings.path).processor, settings.anchor, limits,
         min_pixels=data.min_pixels, max_pixels=data.max_pixels, max_tiles=data.max_tiles,
         image_mean=data.image_mean, image_std=data.image_std,
         video=VideoSettings(

@@ -9,7 +9,8 @@ from fastrm.data.clock import reads_clock, today
 from fastrm.data.prepared.stored import read_manifest
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.errors import ConfigError
-from fastrm.model.export import has_head, kept_date
+from fastrm.model.export import kept_date
+from fastrm.model.places import locate
 from fastrm.yaml_files import read_yaml
 
 
@@ -28,7 +29,7 @@ def fix_date(config: Config, folder: Path, say: Callable[[str], None] = lambda t
     """
     wanted = config.model.template_date
     if isinstance(config.model.tokenizer, TrainedTokenizer) or not reads_clock(
-        load_tokenizer(config.model.tokenizer or config.model.path)
+        load_tokenizer(config.model.tokenizer or locate(config.model.path).tokenizer)
     ):
         if wanted is not None:
             raise ConfigError("model.template_date: the chat template does not read the clock; leave it out")
@@ -57,4 +58,4 @@ def _date_of_run(file: Path) -> datetime.date | None:
 
 
 def _date_of_model(path: str | None) -> datetime.date | None:
-    return kept_date(Path(path)) if path is not None and has_head(path) else None
+    return None if path is None else kept_date(path)

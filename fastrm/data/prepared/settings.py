@@ -48,6 +48,8 @@ def encoder_key(encoder: ConversationEncoder) -> dict[str, str]:
         [_probe(encoder, side) for side in ((8, 8), (90, 60), (640, 480), (3000, 2000))],
     ]  # fmt: skip
     template = [tokenizer.chat_template, encoder.anchor]
+    if encoder.anchor == "before_padding":
+        template.append(encoder.pad_token_id)
     return {
         "tokenizer": fingerprint_of([], tokenizer.backend_tokenizer.to_str())[:24],
         "chat template": fingerprint_of([], template)[:24],

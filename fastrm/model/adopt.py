@@ -1,0 +1,400 @@
+"""The reward head that a folder holds, read from its files, whoever wrote them.
+
+Read are the head of an export (`fastrm` section in config.json), and linear heads or `Sequential` ones under the names
+of the classes in `_KINDS`. Each kind says which token its class reads for one conversation without padding, and what
+else its class does to the reward. What is none of these is refused by name, as is every weight of a checkpoint that
+would be left out.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from fastrm.config import Config, HeadConfig, ModelConfig
+from fastrm.data.tokenizer import load_tokenizer
+from fastrm.errors import ConfigError, StorageError
+from fastrm.model.loading import Backbone, has_weights, open_backbone, shortened
+from fastrm.model.places import ModelPlace
+from fastrm.model.weight_files import VALUE_HEAD, StoredTensor, finder
+
+ANCHORS = {
+    "last_token": "the last token",
+    "end_of_turn": "the token that ends the turn",
+    "before_padding": "the last token that is not padding",
+}
+POOLINGS = ("anchor", "mean")
+_SCORE_KEY = re.compile(r"(?:(\d+)\.)?(weight|bias)")
+# Modules that trainers have put the head into.
+_INSIDE = ("", "model.", "language_model.", "pretrained_model.")
+# Of config.json: where OpenRLHF's head is, and what is done to its rewards.
+OPENRLHF_KEYS = ("value_head_prefix", "normalize_reward", "mean", "std")
+# Buffers that OpenRLHF has written beside its head; the values that count are those of config.json.
+_BUFFERS = {"mean", "std"}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A name that heads have in files, and what the class that writes it does.
+
+    Attributes:
+        reads: last_token, stock (the last token that is not the pad token of config.json), or None: no file says it.
+        activation: between the layers of a Sequential; None: no file says it.
+    """
+
+    name: str
+    reads: str | None
+    activation: str | None = None
+
+
+_KINDS = (
+    # transformers' GenericForSequenceClassification, ms-swift's seq_cls, Skywork's; OpenRLHF by its config.json.
+    _Kind("score", "stock"),
+    # TRL's ValueHead: in the checkpoint, or LLaMA-Factory's file beside it, which reads the last attended token.
+    _Kind("v_head.summary", "last_token"),
+    # OpenRLHF's RewardModel (openrlhf/models/model.py): the last attended token.
+    _Kind("value_head", "last_token"),
+    # MM-RLHF (llava/model/language_model/llava_qwen.py): dropout, linear, tanh, dropout, linear.
+    _Kind("rm_head", "last_token", "tanh"),
+    # InternLM's and InternLM-XComposer's: a linear layer, whose reading no file states.
+    _Kind("v_head", None),
+)
+# Classes whose Sequential head has an activation that is known.
+_ACTIVATIONS = {"Qwen2ForRewardModel": "relu"}
+
+
+@dataclass(frozen=True)
+class FoundHead:
+    """A reward head in files.
+
+    Attributes:
+        head: its depth, activation and bias.
+        anchor: the token that it reads; None: no file says it.
+        pooling: anchor or mean; None: no file says it.
+        layers: (weight, bias or None) of each layer.
+        names: of its weights in the files.
+        mean, std: the reward is (output - mean) / std.
+        is_export: written by fastrm.
+        activation_is_known: False: `head.activation` is a default, since no file says it.
+    """
+
+    head: HeadConfig
+    anchor: str | None
+    pooling: str | None
+    layers: tuple[tuple[StoredTensor, StoredTensor | None], ...]
+    names: tuple[str, ...]
+    mean: float = 0.0
+    std: float = 1.0
+    is_export: bool = False
+    activation_is_known: bool = True
+
+    def load_into(self, score: nn.Module) -> None:
+        """Fill a head of `make_head` with the weights, in its own dtype; a normalisation goes into the last layer.
+
+        Raises:
+            StorageError: if a file cannot be read.
+        """
+        linears = [module for module in score.modules() if isinstance(module, nn.Linear)]
+        with torch.no_grad():
+            for linear, (weight, bias) in zip(linears, self.layers, strict=True):
+                linear.weight.copy_(weight.read())
+                if linear.bias is not None:
+                    linear.bias.copy_(torch.zeros(weight.shape[0]) if bias is None else bias.read())
+            if (self.mean, self.std) != (0.0, 1.0):
+                linears[-1].bias.sub_(self.mean).div_(self.std)
+                linears[-1].weight.div_(self.std)
+
+    def describe(self) -> str:
+        """The reading in one line, as in "head: 1 layer, no bias, from score.weight; reads the last token"."""
+        count = self.head.layers
+        parts = [f"{count} layer{'s' * (count > 1)}"]
+        if count > 1:
+            parts.append(self.head.activation if self.head.activation != "none" else "no activation")
+        normalised = (self.mean, self.std) != (0.0, 1.0)
+        parts.append("bias" if any(bias is not None for _, bias in self.layers) else "no bias")
+        reads = "the mean over all tokens" if self.pooling == "mean" else ANCHORS[self.anchor or "last_token"]
+        extra = f", normalised by mean {self.mean:g} and std {self.std:g}" if normalised else ""
+        return f"head: {', '.join(parts)}, from {shortened(self.names)}; reads {reads}{extra}"
+
+
+def find_head(opened: Backbone, tokenizer, settings: ModelConfig | None = None) -> FoundHead | None:
+    """The head in the files of a backbone; None: there is none, and config.json does not speak of one.
+
+    Every weight of the files is then the backbone's, the head's, or of no use to any reward model.
+
+    Args:
+        tokenizer: says whether conversations end with the pad token.
+        settings: of a training run, for what no file says; None: that is an error.
+
+    Raises:
+        ConfigError: for heads that are not read, or not all of it is known.
+        StorageError: for weights of a head of another shape than its class has.
+    """
+    config = opened.place.read_config()
+    found = _groups(opened.rest, config)
+    used = {name for group in found.values() for name in group.values()} | (_BUFFERS if found else set())
+    lost = [name for name in opened.rest if name not in used]
+    where = opened.place.given
+    if len(found) > 1:
+        names = [name for group in found.values() for name in group.values()]
+        raise ConfigError(f"{where}: holds {len(found)} reward heads: {shortened(names)}. {_way_on(names)}")
+    if lost:
+        raise ConfigError(
+            f"{where}: weights of the files belong neither to the {opened.model.config.model_type} backbone nor to a "
+            f"reward head that is known here, and would be lost: {shortened(lost)}. {_way_on(lost)}"
+        )
+    if not found:
+        _check_no_head_expected(opened.place, config)
+        return None
+    ((kind, group),) = found.items()
+    if "fastrm" in config:
+        return _exported(where, config["fastrm"], group, _layers(where, group, opened))
+    return _foreign(where, config, kind, group, opened, tokenizer, settings)
+
+
+def _groups(rest: Mapping[str, StoredTensor], config: dict) -> dict[_Kind, dict[str, str]]:
+    """Heads by kind: key in the head ("weight", "0.bias") -> name in the files."""
+    found: dict[_Kind, dict[str, str]] = {}
+    for kind in _kinds(config):
+        for name in rest:
+            inside = next((name.removeprefix(p) for p in _INSIDE if name.startswith(f"{p}{kind.name}.")), "")
+            key = inside.removeprefix(f"{kind.name}.")
+            if inside and _SCORE_KEY.fullmatch(key):
+                found.setdefault(kind, {})[key] = name
+    return found
+
+
+def _kinds(config: dict) -> Sequence[_Kind]:
+    """The known kinds; OpenRLHF's config.json names its head and says that it reads the last attended token."""
+    prefix = config.get("value_head_prefix")
+    is_openrlhf = isinstance(prefix, str) or "normalize_reward" in config
+    name = prefix if isinstance(prefix, str) else "score"
+    own = [_Kind(name, "last_token")] if is_openrlhf else []
+    return own + [kind for kind in _KINDS if not own or kind.name != name]
+
+
+def _layers(where: str, group: Mapping[str, str], opened: Backbone) -> list[tuple[StoredTensor, StoredTensor | None]]:
+    """(weight, bias) of each layer in order, of the shapes that a head here can have."""
+    width = opened.model.config.get_text_config().hidden_size
+    keys = sorted({key.rpartition(".")[0] for key in group}, key=lambda key: int(key or 0))
+    layers = []
+    for place, key in enumerate(keys):
+        dot = key and f"{key}."
+        name = group.get(f"{dot}weight")
+        if name is None or ("" in keys and len(keys) > 1):
+            raise StorageError(
+                f"{where}: reward head {shortened(group.values())}: not the weights of linear layers, {dot}weight is "
+                "missing; download or copy the checkpoint again"
+            )
+        rows = 1 if place == len(keys) - 1 else width
+        _check_shape(where, name, opened.rest[name], (rows, width))
+        bias = group.get(f"{dot}bias")
+        if bias is not None:
+            _check_shape(where, bias, opened.rest[bias], (rows,))
+        layers.append((opened.rest[name], None if bias is None else opened.rest[bias]))
+    return layers
+
+
+def _check_shape(where: str, name: str, tensor: StoredTensor, wanted: tuple[int, ...]) -> None:
+    if tensor.shape != wanted:
+        raise StorageError(
+            f"{where}: {name} has shape {list(tensor.shape)}, wanted {list(wanted)}: a reward head here has layers as "
+            f"wide as the model and one output, no several labels. {_way_on([name])}"
+        )
+
+
+def _exported(where: str, section: object, group: Mapping[str, str], layers: list[tuple]) -> FoundHead:
+    """The head that config.json's `fastrm` section describes."""
+    head, anchor, pooling = read_section(where, section)
+    biases = sum(bias is not None for _, bias in layers)
+    if len(layers) != head.layers or biases != head.bias * head.layers:
+        raise StorageError(
+            f"{where}: reward head: got {len(layers)} layers with {biases} biases in the files, wanted {head.layers} "
+            f"with {head.bias * head.layers} as the `fastrm` section of config.json says; copy the whole folder again"
+        )
+    return FoundHead(head, anchor, pooling, tuple(layers), tuple(group.values()), is_export=True)
+
+
+def read_section(where: str, section: object) -> tuple[HeadConfig, str, str]:
+    """(head, anchor, pooling) of an export's `fastrm` section.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    try:
+        # The first exports had no other pooling than the anchor and do not say so.
+        head, anchor = HeadConfig(**section["head"]), section["anchor"]
+        pooling = section.get("pooling", "anchor")
+        if anchor in ANCHORS and pooling in POOLINGS:
+            return head, anchor, pooling
+    except (KeyError, TypeError, AttributeError, ValidationError):
+        pass
+    raise ConfigError(
+        f"{where}/config.json: no valid `fastrm` section; wanted, for example, "
+        '{"head": {"layers": 1, "bias": false}, "anchor": "last_token", "pooling": "anchor"}'
+    )
+
+
+def _foreign(
+    where: str, config: dict, kind: _Kind, group: dict, opened: Backbone, tokenizer, settings: ModelConfig | None
+) -> FoundHead:
+    """A head that another trainer wrote."""
+    architecture = next(iter(config.get("architectures") or ()), "")
+    if architecture.endswith("ForTokenClassification") or "Process" in architecture:
+        raise ConfigError(
+            f"{where}: config.json names {architecture}, which gives a reward for each token; wanted one for a "
+            f"response. {_way_on(group.values())}"
+        )
+    layers = _layers(where, group, opened)
+    numbers = sorted(int(key.partition(".")[0]) for key in group if key.endswith("weight") and "." in key)
+    activation = _ACTIVATIONS.get(architecture, kind.activation)
+    if any(after - before == 1 for before, after in itertools.pairwise(numbers)) or len(layers) == 1:
+        activation = "none"
+    is_known = activation is not None
+    if not is_known and settings is not None:
+        activation = settings.head.activation
+    if activation is None:
+        raise ConfigError(
+            f"{where}: no file says which activation stands between the layers of {shortened(group.values())}; add it "
+            f'to config.json: "fastrm": {_section_text(layers)}, with tanh, relu, silu or none'
+        )
+    if len(layers) > 5:
+        raise ConfigError(f"{where}: a head of {len(layers)} layers; wanted at most 5. {_way_on(group.values())}")
+    mean, std = _normalisation(where, config)
+    bias = any(bias is not None for _, bias in layers) or (mean, std) != (0.0, 1.0)
+    head = HeadConfig(layers=len(layers), activation=activation, bias=bias)
+    anchor = kind.reads
+    if anchor == "stock":
+        pad = opened.model.config.get_text_config().pad_token_id
+        anchor = "before_padding" if pad is not None and _may_end_with(tokenizer, pad) else "last_token"
+    pooling = None if kind.reads is None else "anchor"
+    return FoundHead(
+        head, anchor, pooling, tuple(layers), tuple(group.values()), mean, std, activation_is_known=is_known
+    )
+
+
+def _section_text(layers: Sequence[tuple]) -> str:
+    bias = "true" if any(bias is not None for _, bias in layers) else "false"
+    head = f'{{"layers": {len(layers)}, "activation": "silu", "bias": {bias}}}'
+    return f'{{"head": {head}, "anchor": "last_token", "pooling": "anchor"}}'
+
+
+def _may_end_with(tokenizer, pad: int) -> bool:
+    """Could the last token of a rendered conversation be this one? No, if all end with another one."""
+    ends = {
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": text}],
+            tokenize=True, return_dict=False,
+        )[-1]
+        for text in ("Yes.", "No, 7")
+    }  # fmt: skip
+    return len(ends) > 1 or pad in ends
+
+
+def _normalisation(where: str, config: dict) -> tuple[float, float]:
+    """(mean, std) of OpenRLHF's rewards, from config.json as its class takes them."""
+    if not config.get("normalize_reward") or "mean" not in config:
+        return 0.0, 1.0
+    values = [config.get(name) for name in ("mean", "std")]
+    values = [value[0] if isinstance(value, list) and value else value for value in values]
+    if not all(isinstance(value, (int, float)) for value in values) or not values[1] > 0:
+        raise ConfigError(
+            f"{where}/config.json: normalize_reward with mean {values[0]!r} and std {values[1]!r}; wanted two numbers, "
+            "the second above 0"
+        )
+    return float(values[0]), float(values[1])
+
+
+def _check_no_head_expected(place: ModelPlace, config: dict) -> None:
+    """Refuse to draw a head for a model whose files should hold one."""
+    where = place.given
+    for folder in dict.fromkeys((place.base, place.adapter or place.base)):
+        if (pickled := finder(folder)("value_head.bin")) is not None:
+            raise ConfigError(
+                f"{pickled}: a reward head in a format that can run code, which is not read; save it as {VALUE_HEAD} "
+                "with safetensors.torch.save_file, or set model.head: new to train a new one"
+            )
+    names = [*(config.get("architectures") or ()), *(["a fastrm export"] if "fastrm" in config else ())]
+    kinds = ("ForSequenceClassification", "RewardModel", "SequenceRegression", "a fastrm export", "WithValueHead")
+    named = next((name for name in names if any(kind in name for kind in kinds)), None)
+    if named is not None:
+        raise ConfigError(
+            f"{where}: config.json names {named}, but no file holds the weights of its reward head (looked for "
+            f"{', '.join(kind.name for kind in _KINDS)}); copy the whole folder again. To train a new head on purpose, "
+            "set model.head: new"
+        )
+
+
+def _way_on(names: Sequence[str]) -> str:
+    return (
+        f"To train a new head on purpose, without {shortened(names, 1)}, set model.head: new; docs/models.md lists "
+        "what is read"
+    )
+
+
+def adopt(settings: ModelConfig) -> tuple[ModelConfig, str]:
+    """A training run's settings of the model with what the files of model.path say of its head, and a line about it.
+
+    The line is empty for a backbone, for an export, and for random weights. No weight is read.
+
+    Raises:
+        ConfigError: if settings contradict the files, or as `find_head`.
+        StorageError: as `open_backbone` and `find_head`.
+    """
+    if settings.path is None:
+        return settings, ""
+    opened = open_backbone(settings.path)
+    if settings.head.new:
+        lost = f"; left out on purpose: {shortened(opened.rest, 8)}" if opened.rest else ""
+        return settings, f"head: new, {settings.head.layers} layers{lost}" if lost else ""
+    tokenizer = load_tokenizer(settings.tokenizer or opened.place.tokenizer)
+    found = find_head(opened, tokenizer, settings)
+    if found is None:
+        return settings, ""
+    wanted = {
+        **{name: getattr(found.head, name) for name in ("layers", "bias")},
+        **({"activation": found.head.activation} if found.head.layers > 1 else {}),
+    }
+    _check_agreement(settings, "head.", settings.head, wanted)
+    places = {"anchor": found.anchor, "pooling": found.pooling}
+    _check_agreement(settings, "", settings, {name: value for name, value in places.items() if value is not None})
+    found = replace(found, anchor=found.anchor or settings.anchor, pooling=found.pooling or settings.pooling)
+    adopted = settings.model_copy(update={"head": found.head, "anchor": found.anchor, "pooling": found.pooling})
+    return adopted, "" if found.is_export else found.describe()
+
+
+def adopt_what_is_here(config: Config) -> tuple[Config, str]:
+    """`adopt` for a whole configuration, where the weights of model.path are in a folder here; else it stays as it is.
+
+    Raises:
+        ConfigError, StorageError: as `adopt`.
+    """
+    if config.model.path is None or not has_weights(config.model.path):
+        return config, ""
+    settings, line = adopt(config.model)
+    return config.model_copy(update={"model": settings}), line
+
+
+def _check_agreement(settings: ModelConfig, prefix: str, section, wanted: dict) -> None:
+    """Refuse what a configuration sets and the files say otherwise; what it leaves out is theirs."""
+    if prefix and "head" not in settings.model_fields_set:
+        return
+    for name, value in wanted.items():
+        if name in section.model_fields_set and (got := getattr(section, name)) != value:
+            raise ConfigError(
+                f"model.{prefix}{name}: got {got!r}, but the reward head in {settings.path} has {value!r}; remove the "
+                "key, or set model.head: new to train a new head in its place"
+            )
+
+
+def missing_head(place: ModelPlace) -> ConfigError:
+    """The error for a model to score with that has no head."""
+    return ConfigError(
+        f"{place.given}: a backbone has no reward head yet (looked for {', '.join(kind.name for kind in _KINDS)} in "
+        "its weights, and value_head.safetensors beside them): train one with model.path, or name the model/ folder of "
+        "a run"
+    )

@@ -1,0 +1,137 @@
+"""What a user's `model.path` is, by the files that lie there: a model, a run, a checkpoint or an adapter."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastrm.errors import ConfigError, StorageError
+from fastrm.model.weight_files import CONFIG, INDEX, SINGLE, finder
+
+ADAPTER_CONFIG = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where the parts of a model are, each a folder or hub id.
+
+    Attributes:
+        given: as the user wrote it.
+        base: holds config.json and the weights.
+        adapter: holds adapter_config.json and the adapter's weights; None: the model has no adapter.
+    """
+
+    given: str
+    base: str
+    adapter: str | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        """The adapter's own tokenizer where it has one, since trainers may have added to it; else the base model's."""
+        return self._of_adapter(_TOKENIZER_FILES)
+
+    @property
+    def processor(self) -> str:
+        """As `tokenizer`, for the files of the image processor."""
+        return self._of_adapter(_PROCESSOR_FILES)
+
+    def _of_adapter(self, names: tuple[str, ...]) -> str:
+        if self.adapter is None or self.adapter == self.base:
+            return self.base
+        find = finder(self.adapter)
+        return self.adapter if any(find(name) is not None for name in names) else self.base
+
+    def read_config(self) -> dict:
+        """config.json of the base as plain objects, with keys that transformers does not know.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        return read_json(self.base, CONFIG)
+
+
+def locate(path: str | Path) -> ModelPlace:
+    """The parts of the model at a folder or hub id. Looks for files and reads no weights.
+
+    A run's folder stands for its `model/`. An adapter brings the base model that its adapter_config.json names, unless
+    that lies in the same folder.
+
+    Raises:
+        ConfigError: for a checkpoint, a run that has exported nothing yet, or an adapter without its base model.
+    """
+    given, folder = str(path), Path(path)
+    if folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file():
+        return ModelPlace(given, _model_folder(folder))
+    find = finder(given)
+    if find(ADAPTER_CONFIG) is None:
+        return ModelPlace(given, given)
+    if find(SINGLE) is not None or (folder / INDEX).is_file():
+        return ModelPlace(given, given, given)
+    return ModelPlace(given, _base_of(given), given)
+
+
+def _model_folder(folder: Path) -> str:
+    """The folder with config.json in or under a local folder that is no adapter."""
+    if (folder / CONFIG).is_file():
+        return str(folder)
+    if (folder / "state.json").is_file() and (folder / "manifest.json").is_file():
+        raise ConfigError(_checkpoint_message(folder))
+    exported = folder / "model"
+    if (exported / CONFIG).is_file():
+        return str(exported)
+    if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{folder}: is a run that has exported no model yet; finish it with fastrm train CONFIG --resume auto, and "
+            f"then name {exported}"
+        )
+    return str(folder)
+
+
+def _checkpoint_message(folder: Path) -> str:
+    run = folder.parent.parent
+    step = folder.name.removeprefix("step-").lstrip("0") or "0"
+    exported = run / "model"
+    there = f"the model of the run's last step is {exported}" if exported.is_dir() else f"{run} has exported none yet"
+    return (
+        f"{folder}: is a checkpoint for going on with a run, not a model, and holds no config.json and no tokenizer; "
+        f"{there}. To export this step, end a new run there: fastrm train {run / 'config.yaml'} --resume {folder} "
+        f"run.dir=NEW run.max_steps={step}"
+    )
+
+
+def _base_of(adapter: str) -> str:
+    """The base model that an adapter names: as a path of its own, then relative to the adapter, else as a hub id."""
+    name = read_json(adapter, ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"{adapter}/{ADAPTER_CONFIG}: names no base model; set base_model_name_or_path to its folder or hub id"
+        )
+    places = [Path(name), Path(adapter) / name]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
+        raise ConfigError(
+            f"{adapter}: is an adapter for the base model {name!r}, which is not here (looked for "
+            f"{' and '.join(map(str, dict.fromkeys(places)))}); set base_model_name_or_path in {ADAPTER_CONFIG} to its "
+            "folder or hub id"
+        )
+    base = name if found is None else str(found)
+    if finder(base)(ADAPTER_CONFIG) is not None:
+        raise ConfigError(f"{adapter}: its base model {base!r} is an adapter itself; merge that one first")
+    return base
+
+
+def read_json(where: str, name: str) -> dict:
+    file = finder(where)(name)
+    if file is None:
+        raise ConfigError(
+            f"{where}: has no {name}; wanted the model/ folder of a run, a model's folder with config.json and "
+            "safetensors, or a reachable hub id"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{file}: cannot be read ({error}); download or copy it again") from None
+    if not isinstance(content, dict):
+        raise StorageError(f"{file}: holds {type(content).__name__}, wanted an object; download or copy it again")
+    return content
