@@ -396,7 +396,7 @@ class TestTraining:
         with pytest.raises(ConfigError, match="is a checkpoint for going on with a run, not a model") as refusal:
             rewards_of(checkpoint)
         # As the message says, with a folder for NEW.
-        _, file, _, start, *overrides = str(refusal.value).partition("fastrm train ")[2].split()
+        file, _, start, *overrides = str(refusal.value).partition("fastrm train ")[2].split()
         overrides = [override.replace("NEW", str(tmp_path / "new")) for override in overrides]
         train(load_config(file, overrides), start)
         kept, made = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "new/model/model.safetensors")

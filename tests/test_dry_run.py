@@ -88,14 +88,19 @@ def test_a_model_that_cannot_be_made_is_a_configuration_error(small_config, over
 
 def test_dry_run_checks_model_folder(small_config, tmp_path):
     folder = tmp_path / "model"
-    support.make_model("qwen2").model.config.save_pretrained(folder)
+    network = support.make_model("qwen2")
+    network.model.config.save_pretrained(folder)
     overrides = ("model.init=null", "model.tokenizer=null", f"model.path={folder}")
     report = dry_run(small_config(*overrides), quiet())
     assert report["inputs"][-1] == ("model.path", "missing", f"{folder}: has no *.safetensors")
     (folder / "model.safetensors").touch()
     with pytest.raises(StorageError, match=r"model.safetensors: no safetensors header in its 0 bytes"):
         dry_run(small_config(*overrides), quiet())
-    save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+    save_file({"embed_tokens.weight": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(StorageError, match=r"38 of 38 weights are missing or have another shape"):
+        dry_run(small_config(*overrides), quiet())
+    network.model.save_pretrained(folder)
+    network.encoder.tokenizer.save_pretrained(folder)
     report = dry_run(small_config(*overrides), quiet())
     assert report["inputs"][-1][:2] == ("model.path", "found")
     assert report["step"]["workload"].image_tokens == 0

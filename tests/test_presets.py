@@ -62,7 +62,7 @@ def test_preset_trains_a_tiny_model(name, family, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2
     section = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["fastrm"]
-    assert section["pooling"] == config.model.pooling and section["head"] == config.model.head.model_dump()
+    assert section["pooling"] == config.model.pooling and section["head"] == config.model.head.stored()
     if family == "internvl":
         processor = json.loads((tmp_path / "run" / "model" / "preprocessor_config.json").read_text())
         assert processor["max_patches"] == 2  # data.max_tiles

@@ -246,7 +246,7 @@ def test_a_folder_that_is_no_reward_model_is_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="wanted the model/ folder of a run"):
         package.RewardModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    with pytest.raises(ConfigError, match="not a fastrm reward model"):
+    with pytest.raises(StorageError, match=r"the weights cannot be loaded: wanted model.safetensors"):
         package.RewardModel.from_pretrained(tmp_path)
 
 

@@ -245,8 +245,8 @@ def load_backbone_config(path: str):
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model.path {path!r}: no model configuration there ({reason}); wanted a folder with config.json "
-            "and safetensors, or a reachable hub id"
+            f"model.path {path!r}: no model configuration there ({reason}); wanted the model/ folder of a run, "
+            "a folder with config.json and safetensors, or a reachable hub id"
         ) from None
     check_family(config)
     return config

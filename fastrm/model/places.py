@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastrm.errors import ConfigError, StorageError
-from fastrm.model.weight_files import CONFIG, INDEX, SINGLE, finder
+from fastrm.model.weight_files import CONFIG, INDEX, SINGLE, check_format, finder
 
 ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -58,9 +58,11 @@ def locate(path: str | Path) -> ModelPlace:
     that lies in the same folder.
 
     Raises:
-        ConfigError: for a checkpoint, a run that has exported nothing yet, or an adapter without its base model.
+        ConfigError: for a GGUF file, a checkpoint, a run that has exported nothing yet, or an adapter without its base
+            model.
     """
     given, folder = str(path), Path(path)
+    check_format(folder)
     if folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file():
         return ModelPlace(given, _model_folder(folder))
     find = finder(given)
