@@ -14,6 +14,7 @@ from fastrm import RewardModel
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
+from fastrm.model.export import save_model
 from fastrm.plan.dry_run import dry_run
 from fastrm.train.display import Display
 from fastrm.train.loop import train
@@ -167,6 +168,17 @@ def test_rewards_are_those_of_the_class_that_wrote_the_head(name, tmp_path):
     assert_same(found, stock_rewards(tmp_path, lambda ids: reward(stock.model(ids).last_hidden_state[0, -1])))
     assert line.startswith("head: ") and next(name for name in weights if "weight" in name) in line
     assert ("normalised by mean 0.25 and std 2.5" in line) is (name == "OpenRLHF, normalised")
+
+
+def test_an_export_of_a_normalised_head_is_not_normalised_once_more(tmp_path):
+    keys, weights, _, _ = HEADS["OpenRLHF, normalised"]
+    save_backbone(tmp_path)
+    add_weights(tmp_path, **weights)
+    set_config(tmp_path, **keys)
+    model = RewardModel.from_pretrained(tmp_path, device="cpu", dtype="fp32")
+    save_model(model.network, tmp_path / "export")
+    assert rewards_of(tmp_path / "export") == (model.score(GROUPS), "")
+    assert not {"normalize_reward", "mean", "std"} & json.loads((tmp_path / "export/config.json").read_text()).keys()
 
 
 def test_names_of_a_wrapper_class_as_a_trainer_saves_them(tmp_path):
