@@ -341,9 +341,8 @@ def _reading(encoder: ConversationEncoder, has_videos: bool) -> str:
     }
     return repr(
         (
-            tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, encoder.anchor, encoder.pad_token_id,
-            encoder.limits,
-            type(encoder.vision).__name__, settings,
+            tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, encoder.anchor, encoder.limits,
+            encoder.anchor == "before_padding" and encoder.pad_token_id, type(encoder.vision).__name__, settings,
         )
     )  # fmt: skip
 
