@@ -11,7 +11,7 @@ from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.data.sources.groups import group_record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, RecordError
-from source_rows import FLAT, GROUP, RATED, SHAREGPT, turns
+from source_rows import FLAT, GROUP, RATED, SHAREGPT, read, turns
 from support import make_image, make_model
 
 WEATHER = {
@@ -94,6 +94,22 @@ def test_system_history_and_tools_are_rendered_in_every_layout(layout, read_one)
         *turns("yes", roles=("assistant",)),
     ]
     assert encoder.encode(said).tokens.tolist() == stock_tokens(encoder, messages, tools=[WEATHER])
+
+
+def test_nulls_that_parquet_fills_objects_with_are_not_rendered(tmp_path, read_json_rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    def row(arguments):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        said = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"prompt": ASKED, "chosen": said, "rejected": turns("Dry.", roles=("assistant",))}
+
+    rows = [row({"city": "Oslo"}), row({"day": 1})]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    records, refused = read(tmp_path / "rows.parquet")
+    assert refused == []
+    assert [record.responses for record in records] == [record.responses for record in read_json_rows(*rows)[0]]
 
 
 def test_tools_as_json_text_are_the_same(read_one):
@@ -254,6 +270,14 @@ def test_calls_of_llama_factory_and_ms_swift_are_calls(read_one):
     swift = read_one({"messages": [*agent, *turns("It rains.", roles=("assistant",))], "rejected_response": "Dry."})
     assert encoder.encode(factory.responses[0]).tokens.tolist() == tokens
     assert encoder.encode(swift.responses[0]).tokens.tolist() == tokens
+
+
+def test_tools_of_ms_swifts_rejected_conversation_are_its_own(read_one):
+    other = {**WEATHER, "function": {**WEATHER["function"], "name": "tides"}}
+    row = {"messages": turns("What?", "yes"), "rejected_response": "no", "tools": [WEATHER], "rejected_tools": [other]}
+    encoder = encoder_of(QWEN2_5)
+    for said, text, tool in zip(read_one(row).responses, ("yes", "no"), (WEATHER, other), strict=True):
+        assert encoder.encode(said).tokens.tolist() == stock_tokens(encoder, turns("What?", text), tools=[tool])
 
 
 def test_a_row_with_two_system_texts_is_refused(refusal):

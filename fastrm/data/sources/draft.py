@@ -69,7 +69,7 @@ def read_draft(
             if response.media:
                 raise RecordError("IMAGE_COUNT", "the row has an image or a video, but its source says `images: none`")
             messages = [replace(message, fields=unescaped(message.fields)) for message in messages]
-        return Response(tuple(messages), arguments)
+        return Response(tuple(messages), response.arguments or arguments)
 
     parts = {name: getattr(draft, name) for name in ("responses", "all_responses")}
     return replace(

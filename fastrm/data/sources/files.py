@@ -237,9 +237,32 @@ def _row_groups(table, start: int, stop: int) -> tuple[list[int], int]:
 
 def _batch_rows(batch) -> list:
     try:
-        return batch.to_pylist()
+        rows = batch.to_pylist()
     except UnicodeDecodeError:
-        return [_row_alone(batch.slice(i, 1)) for i in range(batch.num_rows)]
+        rows = [_row_alone(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    nested = [field.name for field in batch.schema if _holds_objects(field.type)]
+    for row in rows:
+        if isinstance(row, dict):
+            row.update({name: _without_nulls(row[name]) for name in nested})
+    return rows
+
+
+def _holds_objects(kind) -> bool:
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _holds_objects(kind.value_type)
+    return types.is_struct(kind)
+
+
+def _without_nulls(value: object) -> object:
+    """The value without the nulls that Parquet fills objects with, so that all of a column have the same keys.
+
+    A template would render them: in the schema of a tool and in the arguments of a call.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _row_alone(batch) -> object:

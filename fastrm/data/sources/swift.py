@@ -2,13 +2,22 @@
 
 Rejected is `rejected_response` (text, or the messages after the last user turn), or
 `rejected_messages` (a whole conversation with its own `rejected_images` and `rejected_videos`), or these
-alone (the same conversation about other media). The older columns `query`, `response`, `history` and
-`system`, and ms-swift's aliases of them, also work. ``<image>`` in the text is always the place of an
-image, ``<video>`` of a video.
+alone (the same conversation about other media). `rejected_tools` are the tools of the rejected conversation.
+The older columns `query`, `response`, `history` and `system`, and ms-swift's aliases of them, also work.
+``<image>`` in the text is always the place of an image, ``<video>`` of a video.
 """
 
+from dataclasses import replace
+
 from fastrm.data.record import ImageRef, MediaRef, Response, VideoRef
-from fastrm.data.sources.conversation import Turn, prompt_messages, read_turns, response_message, text_turn
+from fastrm.data.sources.conversation import (
+    Turn,
+    prompt_messages,
+    read_turns,
+    response_message,
+    template_arguments,
+    text_turn,
+)
 from fastrm.data.sources.draft import Draft, answer, pair
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, media_refs, row_media
 from fastrm.data.sources.values import bad_row, check_list
@@ -17,7 +26,7 @@ from fastrm.errors import RecordError
 _MESSAGES = ("messages", "conversations", "conversation")
 _QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
 _RESPONSE = ("response", "answer", "output")
-_REJECTED = ("rejected_response", "rejected_messages", "rejected_images", "rejected_videos")
+_REJECTED = ("rejected_response", "rejected_messages", "rejected_images", "rejected_videos", "rejected_tools")
 
 KEYS = (_MESSAGES, _QUERY, _RESPONSE, *_REJECTED, "history", "system", "margin", *MEDIA_KEYS)
 
@@ -33,6 +42,8 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     chosen = _response(row, turns, media, "chosen")
     rejected_media = [ref for kind in (ImageRef, VideoRef) for ref in _rejected_media(row, media, resolve, kind)]
     rejected = _response(row, _rejected_turns(row, turns, resolve), rejected_media, "rejected")
+    if "rejected_tools" in row:
+        rejected = replace(rejected, arguments=template_arguments({**row, "tools": row["rejected_tools"]}))
     return pair(chosen, rejected, row)
 
 
