@@ -67,6 +67,12 @@ def test_layout_declares_every_key_that_it_asks_for(name, tmp_path):
         ({**GROUP, "photo": "a.png"}, "photo", "images"),
         ({**RATED, "photo": "a.png"}, "photo", "images"),
         ({**FLAT, "prompt": [{"role": "user", "content": "What?", "image": "a.png"}]}, "prompt[].image", "images"),
+        (
+            {**FLAT, "prompt": [{"role": "user", "content": [{"type": "text", "text": "What?", "image": "a.png"}]}]},
+            "prompt[].content[].image",
+            "images",
+        ),
+        ({"text": '{"question": "What?", "chosen": "a", "rejected": "b", "img": "a.png"}'}, "img", "images"),
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ import json
 
 from fastrm.data.sources import flat
 from fastrm.data.sources.draft import Draft
+from fastrm.data.sources.keys import check_unread, unread_keys
 from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import bad_row, check_text
 from fastrm.errors import RecordError
@@ -24,4 +25,5 @@ def parse(row: dict, resolve: Resolve) -> Draft:
         raise RecordError("BAD_JSON", f'"text" is not JSON: {error}; correct it') from error
     if not isinstance(inner, dict):
         raise bad_row("text", inner, "an object with question, chosen and rejected")
+    check_unread({**row, **inner}, unread_keys(inner, flat.KEYS), flat.KEYS)
     return flat.parse({**row, **inner}, resolve)

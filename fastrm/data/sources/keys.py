@@ -11,6 +11,7 @@ unread, and one of three things:
 - Anything else is counted and reported once for its file (`KeyTally`).
 """
 
+import functools
 import json
 import os
 from collections import Counter
@@ -23,7 +24,7 @@ from PIL import Image
 from fastrm.data.sources.media import MEDIA_KEYS, file_kind, media_kind
 from fastrm.errors import RecordError
 
-Keys = Sequence[str | tuple[str, ...]]
+Keys = tuple[str | tuple[str, ...], ...]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -37,11 +38,12 @@ _NAMES = _words("""
     subset_name
 """)
 # What is told of a row and belongs to no model's input.
-METADATA = _NAMES | _words("""
+_TOLD = _words("""
     meta metadata category task domain topic language lang license licence timestamp tstamp created_at date annotator
     annotator_id judge model models model_a model_b model_id model_name chosen_model rejected_model chosen_score
     rejected_score score_chosen score_rejected chosen_rating rejected_rating chosen_reason rejected_reason num_turns
 """)
+METADATA = _NAMES | _TOLD
 # Of a row of any layout, beside its messages: what the chat template is given (conversation.py).
 RENDERED_KEYS = ("system", "history", "tools", "documents", "chat_template_kwargs")
 # Of a turn, what no template renders: settings of trainers, and what arenas and logs note.
@@ -52,8 +54,9 @@ TURN_NOTES = METADATA | _words("""
 _TURN_KEYS = (
     _words("role content from value name tool_calls tool_call_id reasoning_content reasoning thinking") | TURN_NOTES
 )
-_PART_KEYS = _words(
-    "type text value image images image_url video video_url path url bytes min_pixels max_pixels fps nframes detail"
+_TEXT_KEYS = _words("type text value")  # of a part of the content
+_PART_KEYS = _TEXT_KEYS | _words(
+    "image image_url video video_url path url bytes min_pixels max_pixels fps nframes detail"
 )
 _RATED_KEYS = _words("role text caption response completion content answer output score model")
 # What people call the keys of the layouts, by which the nearest key is found.
@@ -79,10 +82,29 @@ _brief = Repr()
 _brief.maxstring = _brief.maxother = 40
 
 
-def key_names(keys: Keys) -> list[str]:
+@functools.cache
+def key_names(keys: Keys) -> tuple[str, ...]:
     """All names that a layout reads, alternatives and RENDERED_KEYS included."""
     own = [name for entry in keys for name in ((entry,) if isinstance(entry, str) else entry)]
-    return [*own, *(name for name in RENDERED_KEYS if name not in own)]
+    return (*own, *(name for name in RENDERED_KEYS if name not in own))
+
+
+@functools.lru_cache(maxsize=4096)  # nearly all rows of a file have the same keys
+def _split(names: tuple, keys: Keys) -> tuple[tuple[str, ...], tuple]:
+    """The names of a row's keys that are read, and those that are neither read nor metadata."""
+    read = {
+        entry if isinstance(entry, str) else next((name for name in entry if name in names), None) for entry in keys
+    }
+    read.update(RENDERED_KEYS)
+    return (
+        tuple(name for name in names if name in read),
+        tuple(name for name in names if name not in read and name not in METADATA),
+    )
+
+
+def read_keys(row: dict, keys: Keys) -> tuple[str, ...]:
+    """The keys of a row that its layout reads, in the order of the row."""
+    return _split(tuple(row), keys)[0]
 
 
 def unread_keys(row: dict, keys: Keys, ignore: Sequence[str] = ()) -> dict[str, object]:
@@ -94,14 +116,13 @@ def unread_keys(row: dict, keys: Keys, ignore: Sequence[str] = ()) -> dict[str, 
         keys: `KEYS` of the row's layout.
         ignore: names to leave out, nested ones as they are named here.
     """
-    read = {entry if isinstance(entry, str) else next((name for name in entry if name in row), None) for entry in keys}
-    read.update(RENDERED_KEYS)
-    unread = {str(key): value for key, value in row.items() if key not in read and key not in METADATA}
-    for key, value in row.items():
-        if key in read and isinstance(value, (list, tuple, dict)):
-            for name, inner in _nested(key, value):
+    read, others = _split(tuple(row), keys)
+    unread = {str(key): row[key] for key in others}
+    for key in read:
+        if isinstance(row[key], (list, tuple, dict)):
+            for name, inner in _nested(key, row[key]):
                 unread.setdefault(name, inner)
-    return {name: value for name, value in unread.items() if name not in ignore}
+    return {name: value for name, value in unread.items() if name not in ignore} if ignore else unread
 
 
 def without_nested(row: dict, ignore: Sequence[str]) -> dict:
@@ -132,10 +153,9 @@ def check_unread(row: dict, unread: dict[str, object], keys: Keys, *, is_file: b
             read_media = _media_names(row, keys) if read_media is None else read_media
             if os.path.basename(found[1]) not in read_media:
                 raise _unread_media(name, found, is_file)
-    if not _holds_media(row, keys):
-        for name in row.keys() & (METADATA - _NAMES):
-            if found := next(_media(row[name]), None):
-                raise _unread_media(name, found, is_file)
+    for name in row.keys() & _TOLD:
+        if (found := next(_media(row[name]), None)) and not _holds_media(row, keys):
+            raise _unread_media(name, found, is_file)
     for name, value in unread.items():
         near = misspelt(name, key_names(keys))
         if near is None and SYNONYMS.get(name) in _CHANGE_THE_PROMPT and value:
@@ -145,7 +165,8 @@ def check_unread(row: dict, unread: dict[str, object], keys: Keys, *, is_file: b
             raise RecordError("UNKNOWN_KEY", f'the key "{name}" is not read; did you mean "{near}"? {remedy}')
 
 
-def misspelt(name: str, known: Sequence[str]) -> str | None:
+@functools.lru_cache(maxsize=4096)
+def misspelt(name: str, known: tuple[str, ...]) -> str | None:
     """The key that a name is a slip of the pen for: one letter more, less, other or swapped, or other capitals."""
     same = [key for key in known if _plain(key) == _plain(name)]
     return next(iter(same + [key for key in known if _is_one_edit(name.lower(), key)]), None)
@@ -153,7 +174,7 @@ def misspelt(name: str, known: Sequence[str]) -> str | None:
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The other key that a name most likely stands for, by spelling or by meaning; None if nothing is near."""
-    others = [key for key in known if key != name]
+    others = tuple(key for key in known if key != name)
     return misspelt(name, others) or (SYNONYMS.get(name) if SYNONYMS.get(name) in others else None)
 
 
@@ -197,7 +218,8 @@ def _nested(name: str, value: object) -> Iterator[tuple[str, object]]:
             if isinstance(item.get(key), (list, tuple)):
                 for part in item[key]:
                     if isinstance(part, dict):
-                        yield from _other(f"{path}.{key}[]", part, _PART_KEYS)
+                        known = _TEXT_KEYS if part.get("type") == "text" else _PART_KEYS
+                        yield from _other(f"{path}.{key}[]", part, known)
     if name == "responses" and isinstance(value, (list, tuple)):
         for item in value:
             if isinstance(item, dict) and not is_turn(item):
@@ -250,11 +272,13 @@ def _holds_media(row: dict, keys: Keys) -> bool:
 
 def _places_of_media(row: dict, keys: Keys) -> list:
     """The values of a row that its media are read from: its columns of media, and the parts of its turns."""
-    read = {name: row[name] for name in key_names(keys) if name in row}
-    parts = [turn.get(key) for value in read.values() for turn in _turns(value) for key in ("content", "value")]
+    read = read_keys(row, keys)
+    turns = [turn for name in read for turn in _turns(row[name])]
+    contents = [turn.get(key) for turn in turns for key in ("content", "value")]
+    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
     return [
-        *(read[name] for name in (*MEDIA_KEYS, "img_path") if name in read),
-        *(content for content in parts if isinstance(content, (list, tuple))),
+        *(row[name] for name in (*MEDIA_KEYS, "img_path") if name in read),
+        *(part for part in parts if isinstance(part, dict) and part.get("type") != "text"),
     ]
 
 
@@ -280,12 +304,12 @@ class KeyTally:
         self.unread: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
-    def add(self, layout: str, read: Iterable[str], unread: dict[str, object]) -> None:
+    def add(self, layout: str, read: tuple[str, ...], unread: dict[str, object]) -> None:
         """Count a row with the keys of it that are read, and those that are not with their values."""
         self.layouts[layout] += 1
-        if (seen := (layout, *read)) not in self._known:
-            self._known.add(seen)
-            self._add_read(layout, seen[1:])
+        if (layout, read) not in self._known:
+            self._known.add((layout, read))
+            self._add_read(layout, read)
         for name, value in unread.items():
             if name not in self.examples:
                 self.examples[name] = _brief.repr(value)

@@ -9,7 +9,7 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record, VideoRef
 from fastrm.data.sources.draft import Draft, read_draft, to_record
 from fastrm.data.sources.files import NumberedRow, count_rows, file_stem, read_rows
-from fastrm.data.sources.keys import KeyTally, check_unread, key_names, unread_keys, without_nested
+from fastrm.data.sources.keys import KeyTally, check_unread, read_keys, unread_keys, without_nested
 from fastrm.data.sources.layouts import ALL_KEYS, JOINING, LAYOUTS, detect
 from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import bad_row, check_text
@@ -115,8 +115,7 @@ class SourceFile:
         """What the row's layout reads from it."""
         layout = self._layout(row)
         unread = unread_keys(row, layout.KEYS, self.ignore)
-        read = set(key_names(layout.KEYS))
-        keys.add(layout.__name__.rpartition(".")[2], (key for key in row if key in read and key not in unread), unread)
+        keys.add(layout.__name__.rpartition(".")[2], read_keys(row, layout.KEYS), unread)
         check_unread(row, unread, layout.KEYS)
         draft = read_draft(
             layout.parse,
