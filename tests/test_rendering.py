@@ -280,6 +280,30 @@ def test_tools_of_ms_swifts_rejected_conversation_are_its_own(read_one):
         assert encoder.encode(said).tokens.tolist() == stock_tokens(encoder, turns("What?", text), tools=[tool])
 
 
+def test_rated_rows_of_one_prompt_join_only_when_all_that_is_rendered_agrees(read_json_rows):
+    rows = [
+        {"prompt": "What?", "response": text, "helpfulness": n, "system": "Be brief."} for n, text in enumerate("ab")
+    ]
+    assert [len(record.responses) for record in read_json_rows(*rows)[0]] == [2]
+    rows[1]["system"] = "Be long."
+    records, _ = read_json_rows(*rows, require_preferences=False)
+    assert [record.responses[0].messages[0].text for record in records] == ["Be brief.", "Be long."]
+
+
+def test_a_turn_of_both_namings_says_one_thing(read_one, refusal):
+    turn = {"from": "human", "value": "What?", "role": "user", "content": "What?"}
+    row = {**SHAREGPT, "conversations": [turn], "images": []}
+    assert read_one(row).responses[0].messages[0] == Message("user", ("What?",))
+    code, message = refusal({**row, "conversations": [turn | {"content": "Why?"}]})
+    assert code == "BAD_ROW" and 'another "value" than "content"' in message
+
+
+def test_an_old_function_call_is_refused_where_the_template_does_not_render_it():
+    said = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    code, message = refused(encoder_of(QWEN2_5).encode, scored({"prompt": ASKED, "responses": [said]})[0])
+    assert code == "UNRENDERED_KEY" and '"function_call"' in message
+
+
 def test_a_row_with_two_system_texts_is_refused(refusal):
     prompt = [{"role": "system", "content": "Be kind."}, *ASKED]
     row = {"prompt": prompt, "chosen": "a", "rejected": "b", "system": "Be rude."}

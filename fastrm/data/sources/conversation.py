@@ -26,6 +26,7 @@ _ROLE_NAMES = {role: role for role in ROLES} | {
     "tool_response": "tool",
 }
 _CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory's and ms-swift's: the content is the call, as JSON
+_OWN_KEYS = ("role", "content", "from", "value")
 _KINDS = {"image": ImageRef, "image_url": ImageRef, "video": VideoRef, "video_url": VideoRef}
 _MEDIA_KEYS = ("path", "url", "bytes", "value")
 
@@ -56,7 +57,7 @@ def read_turns(value: object, resolve: Resolve, name: str) -> list[Turn]:
 
 
 def read_turn(value: object, resolve: Resolve, name: str) -> Turn:
-    """One turn; its content is text or a list of parts, and may be missing beside a call of a tool.
+    """One turn; its content is text or a list of parts. The assistant's may be missing beside `tool_calls` or the like.
 
     All other keys but nulls and notes (`TURN_NOTES`) become `Turn.fields`: whether the template renders them is
     seen when the turn is encoded.
@@ -70,14 +71,15 @@ def read_turn(value: object, resolve: Resolve, name: str) -> Turn:
         raise RecordError("BAD_ROW", f'"{name}.{role_key}" is {brief(written)}, wanted one of {", ".join(_ROLE_NAMES)}')
     content = value.get(content_key)
     name = f"{name}.{content_key}"
-    own = {role_key, content_key}
-    left = {key: v for key, v in value.items() if v is not None and key not in own and key not in TURN_NOTES}
+    if value.get("content") is not None and value.get("value") not in (None, value["content"]):
+        raise RecordError("BAD_ROW", f'"{name}" has another "value" than "content"; remove one of them')
+    left = {key: v for key, v in value.items() if v is not None and key not in _OWN_KEYS and key not in TURN_NOTES}
     if written in _CALL_ROLES and (calls := _read_calls(content)):
         content, left = "", {"tool_calls": calls, **left}
     fields = check_json(left, name) if left else ""
     if isinstance(content, list):
         return Turn(role, tuple(_read_part(part, resolve, f"{name}[{i}]") for i, part in enumerate(content)), fields)
-    if content is None and left.get("tool_calls"):
+    if content is None and role == "assistant" and left:
         content = ""
     return text_turn(role, content, name)._replace(fields=fields)
 

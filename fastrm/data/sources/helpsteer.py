@@ -5,6 +5,7 @@ The score is `helpfulness` [ours]; correctness, coherence, complexity and verbos
 
 from fastrm.data.sources.conversation import prompt_messages, text_turn
 from fastrm.data.sources.draft import Draft, answer, rated
+from fastrm.data.sources.keys import RENDERED_KEYS
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, row_media
 from fastrm.data.sources.values import check_number, check_text
 
@@ -18,8 +19,8 @@ def matches(row: dict) -> bool:
 
 
 def continues(previous: dict, row: dict) -> bool:
-    """Whether a row has the prompt, with its images, of the row before it."""
-    return all(previous.get(key) == row.get(key) for key in ("prompt", *MEDIA_KEYS))
+    """Whether a row has the prompt, with all that is rendered and shown beside it, of the row before it."""
+    return all(previous.get(key) == row.get(key) for key in ("prompt", *RENDERED_KEYS, *MEDIA_KEYS))
 
 
 def join(rows: list[dict]) -> dict:

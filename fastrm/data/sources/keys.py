@@ -52,7 +52,8 @@ TURN_NOTES = METADATA | _words("""
 """)
 # The other keys of a turn go to the template as well, which decides whether they are rendered or refused.
 _TURN_KEYS = (
-    _words("role content from value name tool_calls tool_call_id reasoning_content reasoning thinking") | TURN_NOTES
+    _words("role content from value name tool_calls tool_call_id reasoning_content reasoning thinking function_call")
+    | TURN_NOTES
 )
 _TEXT_KEYS = _words("type text value")  # of a part of the content
 _PART_KEYS = _TEXT_KEYS | _words(
