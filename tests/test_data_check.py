@@ -87,6 +87,7 @@ def test_page_says_what_was_found_in_80_columns(tmp_path):
         "flat 7 prompt, chosen, rejected, images",
         "groups 1 messages, responses, scores",
         "UNREAD_MEDIA 1",
+        "leave it out with `ignore: [imags]`",
         "level 1 3",
         "ignore: [level",
         "1 pair of responses is preferred both ways, first at row 1 and row 4: nothing can be learned from them",

@@ -164,9 +164,10 @@ def test_unread_keys_are_counted_and_reported_once(tmp_path, read_json_rows):
     )
 
 
-def test_alternative_that_is_not_read_is_unread():
+def test_alternative_that_is_not_read_is_unread(read_one):
     row = {"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}
     assert unread_keys(row, LAYOUTS["flat"].KEYS) == {"question": "b"}
+    assert shape(read_one(row), 0)[0] == ("user", "a")
 
 
 def test_image_and_images_that_differ_are_refused(refusal, read_one):

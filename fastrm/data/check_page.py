@@ -60,13 +60,18 @@ def _table(title: str, *columns: str, number: int | None = None) -> Table:
     return table
 
 
+def _add(table: Table, *cells: str) -> None:
+    """A row of plain text: brackets in it are no markup."""
+    table.add_row(*map(Text, cells))
+
+
 def _layouts(found: SourceCheck) -> Table | None:
     keys = found.all_keys
     if not keys.layouts:
         return None
     table = _table("Read as", "layout", "rows", "keys that are read", number=1)
     for name, number in keys.layouts.most_common():
-        table.add_row(name, f"{number:,}", ", ".join(keys.read[name]))
+        _add(table, name, f"{number:,}", ", ".join(keys.read[name]))
     return table
 
 
@@ -75,7 +80,7 @@ def _refused(found: SourceCheck) -> Table | None:
         return None
     table = _table("Refused", "reason", "rows", "the first", number=1)
     for code, refused in sorted(found.refused.items(), key=lambda item: -item[1].number):
-        table.add_row(code, f"{refused.number:,}", f"{refused.origin}: {refused.message}")
+        _add(table, code, f"{refused.number:,}", f"{refused.origin}: {refused.message}")
     return table
 
 
@@ -84,7 +89,7 @@ def _left_out(found: SourceCheck) -> Table | None:
         return None
     table = _table("Parts of rows that are left out", "reason", "rows", "the first", number=1)
     for code, part in sorted(found.left_out.items(), key=lambda item: -item[1].number):
-        table.add_row(code, f"{part.number:,}", f"{part.origin}: {part.message}")
+        _add(table, code, f"{part.number:,}", f"{part.origin}: {part.message}")
     return table
 
 
@@ -96,10 +101,10 @@ def _unread(found: SourceCheck) -> Table | None:
     table = _table("Keys that are not read", "key", "rows", "such as", "nearest key", number=1)
     for path, tally in tallies.items():
         if len(found.files) > 1:
-            table.add_row(Text(path, style="italic"), "", "", "")
+            table.add_row(Text(path, style="italic"))
         known = keys_read_by(tally.layouts)
         for name, number in tally.unread.most_common():
-            table.add_row(name, f"{number:,}", tally.examples[name], nearest(name, known) or "")
+            _add(table, name, f"{number:,}", tally.examples[name], nearest(name, known) or "")
     return table
 
 
@@ -117,13 +122,13 @@ def _contents(found: SourceCheck) -> Table | None:
     table.add_column(overflow="fold")
     pairs = found.preferences
     ties = f", and {_count(found.num_ties, 'tie')}" if found.num_ties else ""
-    table.add_row("prompts", f"{found.num_prompts:,} different; rows of one prompt and source become one group")
-    table.add_row("preferences", f"{pairs.num_pairs:,}{ties}")
-    table.add_row("both ways", _contradictions(found, pairs))
-    table.add_row("copies", _copies(found))
+    _add(table, "prompts", f"{found.num_prompts:,} different; rows of one prompt and source become one group")
+    _add(table, "preferences", f"{pairs.num_pairs:,}{ties}")
+    _add(table, "both ways", _contradictions(found, pairs))
+    _add(table, "copies", _copies(found))
     if pairs.num_pairs:
-        table.add_row("length", _length(pairs))
-    table.add_row("media", _media(found))
+        _add(table, "length", _length(pairs))
+    _add(table, "media", _media(found))
     return table
 
 

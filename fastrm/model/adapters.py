@@ -144,6 +144,4 @@ def _product(file: Path, module: str, parts: dict[str, StoredTensor], settings: 
 
 def _by_pattern(patterns: dict | None, module: str, default):
     """PEFT's rule: the first pattern that matches the end of a module's name, whole parts of it."""
-    return next(
-        (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", module)), default
-    )
+    return next((value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)

@@ -158,7 +158,8 @@ def check_unread(row: dict, unread: dict[str, object], keys: Keys, *, is_file: b
         if (found := next(_media(row[name]), None)) and not _holds_media(row, keys):
             raise _unread_media(name, found, is_file)
     for name, value in unread.items():
-        near = misspelt(name, key_names(keys))
+        # An alternative of a key that is read is no slip of the pen.
+        near = misspelt(name, key_names(keys)) if name not in key_names(keys) else None
         if near is None and SYNONYMS.get(name) in _CHANGE_THE_PROMPT and value:
             near = SYNONYMS[name]
         if near is not None:
