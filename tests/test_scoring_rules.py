@@ -130,6 +130,13 @@ def test_an_error_stands_in_the_place_of_a_group_and_costs_no_other_anything(mod
     assert found[1].id == "seen" and str(found[1]).startswith('group 1 ("seen"): image "/nowhere.png"')
 
 
+def test_there_may_be_no_group_or_none_that_can_be_scored(model):
+    assert model.score([]) == []
+    refused = model.score([MISSING, "text"], on_error="return")
+    assert [error.code for error in refused] == ["IMAGE_MISSING", "BAD_ROW"]
+    assert [error.code for error in model.score(iter([MISSING]), on_error="return", num_workers=1)] == ["IMAGE_MISSING"]
+
+
 def test_without_asking_for_it_the_first_error_is_raised(model):
     with pytest.raises(GroupError, match=r'group 1 \("seen"\): .*IMAGE_MISSING') as caught:
         model.score([GOOD, MISSING, {**GOOD, "images": ["/other.png"]}])

@@ -119,8 +119,9 @@ def _sources(pairs: list[Pair]) -> dict[str, str]:
 
 
 def _draw_curve(axes, rows: list[dict], sources: dict[str, str]) -> None:
-    steps = [row["step"] for row in rows if "loss" in row]
-    losses = np.array([row["loss"] for row in rows if "loss" in row])
+    rows_with_loss = [row for row in rows if row.get("loss") is not None]
+    steps = [row["step"] for row in rows_with_loss]
+    losses = np.array([row["loss"] for row in rows_with_loss])
     width = max(1, len(losses) // 20)
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
     axes.plot(steps, losses, color="lightgray", linewidth=0.8)
