@@ -64,8 +64,8 @@ def folder(tmp_path_factory):
         broken = {**weights, "score.0.weight": weights["score.0.weight"] * scale}
         save(folder, name, broken)
     # Only prompts with this token are affected: the others have rewards.
-    partly = {**weights, "model.language_model.embed_tokens.weight": spoilt(folder, weights)}
-    save(folder, "partly", partly)
+    (embeddings,) = [name for name in weights if name.endswith("embed_tokens.weight")]
+    save(folder, "partly", {**weights, embeddings: spoilt(folder, weights[embeddings])})
     return folder
 
 
@@ -77,9 +77,9 @@ def save(folder, name, weights):
     save_file(weights, model / "model.safetensors", {"format": "pt"})
 
 
-def spoilt(folder, weights):
+def spoilt(folder, table):
     tokenizer = RewardModel.from_pretrained(folder / "run" / "model").network.encoder.tokenizer
-    table = weights["model.language_model.embed_tokens.weight"].clone()
+    table = table.clone()
     table[tokenizer("Z", add_special_tokens=False)["input_ids"]] = float("nan")
     return table
 
