@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import check_exactness
 import fastrm
 from fastrm.config import load_config
 from fastrm.data.group import PreparedGroup, encode_group
@@ -345,3 +346,14 @@ def test_two_layers_stand_for_a_model_that_is_too_large(monkeypatch):
 def test_the_line_says_how_many_rewards_and_how_far(found, line):
     parts = [Agreement(2, difference, 1.0, dtype, whole, "") for dtype, whole, difference in found]
     assert describe(parts) == line
+
+
+def test_the_bench_measures_a_check(tmp_path, capsys):
+    save_model(make_model("qwen2_5_vl"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["fastrm"]  # a backbone
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    parts = check_exactness.measure(str(tmp_path / "model"), "bf16")
+    assert [(part.dtype, part.whole) for part in parts] == [("bf16", True), ("fp32", False)] * 2
+    told = capsys.readouterr().out
+    assert "text: all layers in bf16: difference" in told and "image: two layers in fp32: difference" in told
