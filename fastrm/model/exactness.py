@@ -172,7 +172,8 @@ def check_network(
     """
     device, found = network.device, []
     options = {"share": share, "multiple": multiple}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # for kernels of Triton
+    with on_device, torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         if whole and (device.type != "cpu" or _num_operations(network, sample) <= CPU_OPERATIONS):
             with _autocast(device, autocast), suppress(torch.OutOfMemoryError):
                 found += _compare(network, sample, whole=True, **options)
