@@ -53,7 +53,7 @@ def test_findings_are_what_is_in_the_rows(tmp_path):
     found = checked(tmp_path)
     assert (found.num_rows, found.num_refused, len(found.records)) == (10, 4, 6)
     assert found.layouts == {"flat": 7, "groups": 1, "trl": 1}  # the line that is not JSON is in none
-    assert {code: (refused.number, refused.origin[-1]) for code, refused in found.refused.items()} == {
+    assert {code: (refused.number, refused.examples[0][0][-1]) for code, refused in found.refused.items()} == {
         "IMAGE_MISSING": (1, "6"), "EMPTY_RESPONSE": (1, "7"), "UNREAD_MEDIA": (1, "8"), "BAD_JSON": (1, "9"),
     }  # fmt: skip
     assert found.copies == [("row 3", "row 1")]
@@ -200,3 +200,10 @@ def test_page_about_real_files(name, rows, refused):
     found = check_source(SourceConfig(path=str(SHARED / name)), MediaLimits())
     assert (found.num_rows, found.num_refused) == (rows, refused)
     assert max(map(len, page(found).splitlines())) <= 80
+
+
+def test_first_two_refused_rows_of_a_reason_are_named(tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{n}?", "chosen": "", "rejected": "no"} for n in range(5)])
+    monkeypatch.setattr(units, "ROWS_PER_UNIT", 1)
+    refused = checked(tmp_path).refused["EMPTY_RESPONSE"]
+    assert (refused.number, [origin[-2:] for origin, _ in refused.examples]) == (5, [":1", ":2"])

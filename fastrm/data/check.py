@@ -6,7 +6,7 @@ named; nothing is written.
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,16 +23,21 @@ from fastrm.data.sources import KeyTally, Refusal, SourceFile
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
 
+_MAX_EXAMPLES = 2  # refused rows of one reason that are named
 _RECORD = np.dtype([("content", "<u8"), ("prompt", "<u8"), ("row", "<u4"), ("file", "<u4")])
 
 
 @dataclass
 class Refused:
-    """Rows refused for one reason, and the first of them."""
+    """Rows refused for one reason, and (origin, message) of the first of them."""
 
-    number: int
-    origin: str
-    message: str
+    number: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, number: int, examples: Iterable[tuple[str, str]]) -> None:
+        """Count more rows, the first of which have these examples."""
+        self.number += number
+        self.examples = [*self.examples, *examples][:_MAX_EXAMPLES]
 
 
 @dataclass
@@ -107,8 +112,7 @@ class SourceCheck:
     def add_refusal(self, refusal: Refusal) -> None:
         """Count a refused row, or a part of one."""
         found = self.left_out if refusal.partial else self.refused
-        known = found.setdefault(refusal.code, Refused(0, refusal.origin, refusal.message))
-        known.number += 1
+        found.setdefault(refusal.code, Refused()).add(1, [(refusal.origin, refusal.message)])
 
     def merge(self, other: "SourceCheck") -> None:
         """Add what was found in later rows of the same source."""
@@ -116,8 +120,7 @@ class SourceCheck:
             self.keys.setdefault(path, KeyTally()).merge(tally)
         for mine, others in ((self.refused, other.refused), (self.left_out, other.left_out)):
             for code, refused in others.items():
-                known = mine.setdefault(code, replace(refused, number=0))
-                known.number += refused.number
+                mine.setdefault(code, Refused()).add(refused.number, refused.examples)
         for digest, (uses, name) in other.media.items():
             known_uses, known_name = self.media.get(digest, (0, name))
             self.media[digest] = (known_uses + uses, known_name)
@@ -167,7 +170,8 @@ class _RowChecker:
         found.num_ties += sum(p.tie for p in record.preferences)
         found.first = found.first or record
         for ref in record.media:
-            uses, name = found.media.get(ref.digest) or (0, nearby(ref))
+            own = f"that of {record.origin}" if ref.data is not None else nearby(ref)
+            uses, name = found.media.get(ref.digest, (0, own))
             found.media[ref.digest] = (uses + 1, name)
         prompt = prompt_hash(record)
         content = record_hash([*responses, prompt], record.preferences)
@@ -241,5 +245,6 @@ def _written(message: Message) -> str:
 
 def nearby(ref: MediaRef) -> str:
     """What a medium is called, from the working directory where that is shorter."""
-    name = str(ref)
-    return min(name, os.path.relpath(name), key=len) if ref.path is not None else name
+    if ref.data is not None:
+        return f"of {len(ref.data):,} bytes"
+    return min(str(ref), os.path.relpath(str(ref)), key=len)

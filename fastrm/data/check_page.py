@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fastrm.data.check import SourceCheck, example_turns
+from fastrm.data.check import Refused, SourceCheck, example_turns
 from fastrm.data.prepared.findings import PairFindings
 from fastrm.data.record import Record
 from fastrm.data.sources.keys import ignore_setting, nearest
@@ -78,18 +78,22 @@ def _layouts(found: SourceCheck) -> Table | None:
 def _refused(found: SourceCheck) -> Table | None:
     if not found.refused:
         return None
-    table = _table("Refused", "reason", "rows", "the first", number=1)
+    table = _table("Refused", "reason", "rows", "the first of them", number=1)
     for code, refused in sorted(found.refused.items(), key=lambda item: -item[1].number):
-        _add(table, code, f"{refused.number:,}", f"{refused.origin}: {refused.message}")
+        _add(table, code, f"{refused.number:,}", _examples(refused))
     return table
+
+
+def _examples(refused: Refused) -> str:
+    return "\n".join(f"{origin}: {message}" for origin, message in refused.examples)
 
 
 def _left_out(found: SourceCheck) -> Table | None:
     if not found.left_out:
         return None
-    table = _table("Parts of rows that are left out", "reason", "rows", "the first", number=1)
+    table = _table("Parts of rows that are left out", "reason", "rows", "the first of them", number=1)
     for code, part in sorted(found.left_out.items(), key=lambda item: -item[1].number):
-        _add(table, code, f"{part.number:,}", f"{part.origin}: {part.message}")
+        _add(table, code, f"{part.number:,}", _examples(part))
     return table
 
 
