@@ -96,6 +96,18 @@ def test_every_layout_is_scored_without_a_usable_label(tmp_path, layout):
     assert isinstance(refused, tuple), refused  # training still refuses the row
 
 
+def test_what_training_leaves_out_refuses_no_row(tmp_path):
+    """An unrated completion that quotes a placeholder: scored as text, and no reason to refuse the others."""
+    scored = (("a", 1), ("b", 2), ("an <image>", None))
+    rated = [{"response": text, "fine-grained_score": score} for text, score in scored]
+    path = write_rows(tmp_path / "rows.jsonl", [{"instruction": "p", "completions": rated}])
+    texts = {}
+    for wanted in (True, False):
+        (record,) = read_in_order(str(path), None, "auto", require_preferences=wanted)
+        texts[wanted] = [response.text for response in record.responses]
+    assert texts == {True: ["a", "b"], False: ["a", "b", "an <image>"]}
+
+
 def test_training_still_refuses_and_names_an_empty_response(tmp_path):
     rows = [{"prompt": "p", "chosen": "a", "rejected": " "}, {"prompt": "p", "responses": ["", "a"],
             "preferences": [[1, 0]]}]  # fmt: skip

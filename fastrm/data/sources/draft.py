@@ -71,10 +71,9 @@ def read_draft(
             messages = [replace(message, fields=unescaped(message.fields)) for message in messages]
         return Response(tuple(messages), response.arguments or arguments)
 
-    parts = {name: getattr(draft, name) for name in ("responses", "all_responses")}
-    return replace(
-        draft, **{name: tuple(finished(n, one) for n, one in enumerate(part)) for name, part in parts.items()}
-    )
+    # What training leaves out cannot be wrong for it.
+    wanted = "all_responses" if is_scored and draft.all_responses else "responses"
+    return replace(draft, **{wanted: tuple(finished(n, one) for n, one in enumerate(getattr(draft, wanted)))})
 
 
 def judged(
