@@ -56,7 +56,7 @@ def test_findings_are_what_is_in_the_rows(tmp_path):
     assert {code: (refused.number, refused.examples[0][0][-1]) for code, refused in found.refused.items()} == {
         "IMAGE_MISSING": (1, "6"), "EMPTY_RESPONSE": (1, "7"), "UNREAD_MEDIA": (1, "8"), "BAD_JSON": (1, "9"),
     }  # fmt: skip
-    assert found.copies == [("row 3", "row 1")]
+    assert found.copies(5) == (1, [("row 3", "row 1")])
     assert found.num_prompts == 4  # about a.png, about b.png, "So?", and "What?" alone
     assert found.num_ties == 1
     pairs = found.preferences

@@ -90,12 +90,12 @@ class SourceCheck:
         """Different prompts, images included: the groups that training would make."""
         return len(np.unique(self.records["prompt"]))
 
-    @property
-    def copies(self) -> list[tuple[str, str]]:
-        """The places of every record that has the content of an earlier one, and of that one."""
+    def copies(self, most: int) -> tuple[int, list[tuple[str, str]]]:
+        """How many records have the content of an earlier one, and the places of the first `most` and of those."""
         _, first, which = np.unique(self.records["content"], return_index=True, return_inverse=True)
         again = np.flatnonzero(first[which] != np.arange(len(self.records)))
-        return [(self._place(int(number)), self._place(int(first[which[number]]))) for number in again]
+        shown = again[:most].tolist()
+        return len(again), [(self._place(number), self._place(int(first[which[number]]))) for number in shown]
 
     @property
     def preferences(self) -> PairFindings:

@@ -144,12 +144,12 @@ def _contradictions(found: SourceCheck, pairs: PairFindings) -> str:
 
 
 def _copies(found: SourceCheck) -> str:
-    copies = found.copies
-    if not copies:
+    number, copies = found.copies(_MAX_COPIES)
+    if not number:
         return "no row repeats another"
-    shown = "; ".join(f"{again} repeats {first}" for again, first in copies[:_MAX_COPIES])
-    more = f"; and {len(copies) - _MAX_COPIES:,} more" if len(copies) > _MAX_COPIES else ""
-    return f"{_count(len(copies), 'row')} with the prompt, responses and preferences of an earlier one: {shown}{more}"
+    shown = "; ".join(f"{again} repeats {first}" for again, first in copies)
+    more = f"; and {number - len(copies):,} more" if number > len(copies) else ""
+    return f"{_count(number, 'row')} with the prompt, responses and preferences of an earlier one: {shown}{more}"
 
 
 def _length(pairs: PairFindings) -> str:
