@@ -33,7 +33,7 @@ class Combine(StrEnum):
     MARGIN = "margin"
 
 
-Models = Annotated[list[Path], typer.Argument(help="model/ folders of runs, or one ensemble file")]
+Models = Annotated[list[Path], typer.Argument(help="model/ folders of runs, other reward models, or one ensemble file")]
 Images = Annotated[str | None, typer.Option(help="Folder or archive of the images")]
 DataFormat = Annotated[str, typer.Option("--format", help="Layout of the rows")]
 Columns = Annotated[str | None, typer.Option(help="The file's names for the keys, as prompt=question,chosen=better")]
@@ -215,7 +215,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="[MODEL]... DATA",
-            help="Models (model/ folders of runs, or one ensemble file), then preferences in any known layout or "
+            help="Models (model/ folders of runs, other reward models, or one ensemble file), then preferences or "
             "bench:NAME, with NAME one of vl_rewardbench, mm_rlhf_rewardbench, multimodal_rewardbench, rewardbench, "
             "rewardbench2, rm_bench",
         ),

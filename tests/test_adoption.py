@@ -473,6 +473,12 @@ def test_the_line_is_printed_by_score_and_eval(tmp_path, capsys):
     assert "head: 1 layer, no bias, from score.weight; reads the last token" in capsys.readouterr().err
 
 
+def test_a_path_that_does_not_exist_is_said_with_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"runs/my/model: no such folder \(looked for {tmp_path}/runs/my/model\)"):
+        rewards_of(Path("runs/my/model"))
+
+
 def test_a_run_that_has_exported_nothing_says_so(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match="a run that has exported no model yet; finish it"):

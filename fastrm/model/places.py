@@ -58,11 +58,16 @@ def locate(path: str | Path) -> ModelPlace:
     that lies in the same folder.
 
     Raises:
-        ConfigError: for a GGUF file, a checkpoint, a run that has exported nothing yet, or an adapter without its base
-            model.
+        ConfigError: for a GGUF file, a checkpoint, a run that has exported nothing yet, an adapter without its base
+            model, or a path that does not exist.
     """
     given, folder = str(path), Path(path)
     check_format(folder)
+    if not folder.exists() and not _may_be_on_hub(given):
+        raise ConfigError(
+            f"{given}: no such folder (looked for {folder.absolute()}); wanted the model/ folder of a run, a folder "
+            "with config.json and safetensors, or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
+        )
     if folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file():
         return ModelPlace(given, _model_folder(folder))
     find = finder(given)
@@ -71,6 +76,11 @@ def locate(path: str | Path) -> ModelPlace:
     if find(SINGLE) is not None or (folder / INDEX).is_file():
         return ModelPlace(given, given, given)
     return ModelPlace(given, _base_of(given), given)
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Has it the form of a hub id, owner/name or name?"""
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def _model_folder(folder: Path) -> str:
@@ -111,7 +121,7 @@ def _base_of(adapter: str) -> str:
         )
     places = [Path(name), Path(adapter) / name]
     found = next((place for place in places if place.is_dir()), None)
-    if found is None and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
+    if found is None and not _may_be_on_hub(name):
         raise ConfigError(
             f"{adapter}: is an adapter for the base model {name!r}, which is not here (looked for "
             f"{' and '.join(map(str, dict.fromkeys(places)))}); set base_model_name_or_path in {ADAPTER_CONFIG} to its "
