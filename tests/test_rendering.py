@@ -374,7 +374,6 @@ CHATML = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
 RENDERED = {
     "chatml": CHATML,
     "image": "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n",
-    "image alone": "<|vision_start|><|image_pad|><|vision_end|>What?",
     "behind a preamble": "Go on. " + CHATML,
     "end of a turn": "What?<|im_end|>\n<|im_start|>assistant\nThis",
     "generation prompt": "What?\n<|im_start|>assistant\n",
@@ -383,7 +382,6 @@ RENDERED = {
     "gemma": "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\n",
     "zephyr": "<|user|>\nWhat?</s>\n<|assistant|>\n",
     "deepseek": "<\uff5cbegin▁of▁sentence\uff5c><\uff5cUser\uff5c>What?<\uff5cAssistant\uff5c>",
-    "internvl": "<img><IMG_CONTEXT></img>\nWhat?",
 }
 
 
@@ -394,6 +392,16 @@ def test_texts_of_rendered_templates_are_refused(name):
     code, message = refused(encoder.encode, said)
     assert code == "RENDERED_TEMPLATE"
     assert 'message 1, of role "user"' in message
+
+
+@pytest.mark.parametrize("markup", ["<|vision_start|><|image_pad|><|vision_end|>", "<img><IMG_CONTEXT></img>"])
+def test_a_rendered_image_beside_the_image_is_refused_and_else_is_text(markup):
+    encoder = make_model("qwen2_5_vl").encoder
+    answer = Message("assistant", (f"Write {markup}",))
+    shown = Response((Message("user", (make_image(56, 56), f"{markup}What?")), answer))
+    assert refused(encoder.encode, shown)[0] == "RENDERED_TEMPLATE"
+    encoder.encode(Response((Message("user", (make_image(56, 56), "What?")), answer)))
+    encoder.encode(Response((Message("user", (f"{markup}What?",)), answer)))
 
 
 def test_a_response_of_rendered_turns_is_refused():

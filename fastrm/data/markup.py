@@ -8,7 +8,7 @@ assistant's turn is opened at its very end.
 
 import re
 
-from fastrm.data.record import Message
+from fastrm.data.record import MediaRef, Message
 from fastrm.errors import RecordError
 
 _ROLES = "(?:system|user|assistant|tool|developer|model|ipython)"
@@ -36,7 +36,8 @@ _RENDERED = re.compile(
     rf"|(?:{'|'.join(_CLOSINGS)})\s*(?:{'|'.join(_STARTS)})?\s*(?:{_opening})"
     rf"|(?:{_assistant})\s*\Z"
 )
-# An image or a video as a processor takes it, of Qwen-VL and of InternVL; in a response it is a quotation.
+# An image or a video as a processor takes it, of Qwen-VL and of InternVL. Beside an image of the row it was meant for
+# that image's place; in a response, or in a row without images, it is a quotation.
 _RENDERED_MEDIUM = re.compile(
     r"<\|vision_start\|>\s*<\|(?:image|video)_pad\|>|<img>\s*<IMG_CONTEXT>|<start_of_image>|<\|image\|>"
 )
@@ -45,17 +46,18 @@ _MARKS = ("<|", "<\uff5c", "INST]", "_of_turn>", "</s>", "_CONTEXT>", "_of_image
 
 
 def check_not_rendered(messages: tuple[Message, ...]) -> None:
-    """Refuse a conversation of which a text is a rendered one, or a prompt's text holds a rendered image.
+    """Refuse a conversation of which a text is a rendered one, or whose prompt has media and rendered ones in a text.
 
     Raises:
         RecordError: RENDERED_TEMPLATE.
     """
+    has_media = any(isinstance(part, MediaRef) for message in messages for part in message.parts)
     for number, message in enumerate(messages):
         text = message.text
         if not any(mark in text for mark in _MARKS):  # as in nearly all texts
             continue
         found = _RENDERED.search(text)
-        if found is None and number < len(messages) - 1:
+        if found is None and has_media and number < len(messages) - 1:
             found = _RENDERED_MEDIUM.search(text)
         if found is not None:
             raise RecordError(
