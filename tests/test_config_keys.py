@@ -152,6 +152,15 @@ def test_a_run_and_a_score_name_unknown_keys_once(tmp_path, capfd):
         ("qwen2_5_vl", None, "image_token_id", 5, r"config\.json: image_token_id is 5, but the tokenizer has \d+ for"),
         ("qwen2_vl", None, "video_token_id", 5, r"config\.json: video_token_id is 5, but the tokenizer has \d+ for"),
         ("internvl", None, "image_token_id", 5, r"config\.json: image_token_id is 5, but the tokenizer has \d+ for"),
+        (
+            "llama",
+            None,
+            "rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 1e4},
+            "transformers refuses it: .*factor",
+        ),
+        ("llama", None, "hidden_act", None, "transformers refuses it: .*hidden_act|hidden_act is None"),
+        ("llama", None, "num_attention_heads", 0, "transformers refuses it: "),
     ],
 )
 def test_a_folder_that_does_not_fit_together_is_a_configuration_error(family, part, key, value, message, tmp_path):

@@ -187,6 +187,6 @@ def _local_config(path: str):
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of a wrong value, whatever it has run into
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{path}/config.json: not a model configuration: {reason}; is the download whole?") from None

@@ -119,7 +119,10 @@ def weights_of(path: str | Path) -> list:
 def cache_folder() -> Path:
     """Where results of checks are kept; relative paths in XDG_CACHE_HOME are ignored, as its specification says."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastrm" / "exact"
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.cache")
+    # Without a home there is nothing to write to, and none of our affair is in the working directory.
+    return Path(base if os.path.isabs(base) else os.devnull) / "fastrm" / "exact"
 
 
 def _read(file: Path) -> list[Agreement]:

@@ -116,7 +116,10 @@ def open_backbone(path: str) -> Backbone:
     place = locate(path)
     config = load_backbone_config(path)
     files = WeightFiles.open(place.base)
-    full, model = _empty_models(config)
+    try:
+        full, model = _empty_models(config)
+    except Exception as error:
+        raise _refused(path, error) from error
     find_name = _renamer(full)
     stored, rest = _assign(place, files, find_name)
     if place.adapter is not None:
@@ -248,8 +251,16 @@ def load_backbone_config(path: str):
             f"model.path {path!r}: no model configuration there ({reason}); wanted the model/ folder of a run, "
             "a folder with config.json and safetensors, or a reachable hub id"
         ) from None
+    except Exception as error:
+        raise _refused(path, error) from error
     check_family(config)
     return config
+
+
+def _refused(path: str, error: Exception) -> ConfigError:
+    """The error for whatever a wrong value in config.json has run into, deep inside transformers."""
+    reason = " ".join((str(error).strip() or type(error).__name__).split())
+    return ConfigError(f"model.path {path!r}: config.json: transformers refuses it: {reason}; correct the file")
 
 
 class WeightsOnMeta(TorchFunctionMode):
