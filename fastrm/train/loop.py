@@ -11,10 +11,9 @@ from typing import NoReturn
 import torch
 
 from fastrm.config import Config
-from fastrm.data.group import encode_group
 from fastrm.data.loader import LoadedPack, PackBuilder, Refusal, Waiting, load_packs
 from fastrm.data.order import StepOrder
-from fastrm.data.packing import EncodedGroup, Pack
+from fastrm.data.packing import Pack
 from fastrm.data.plan import plan_steps
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
@@ -34,7 +33,7 @@ from fastrm.train.progress import Progress, StepReport
 from fastrm.train.ranks import Ranks, joined
 from fastrm.train.report import peak_memory_bytes, summary_table, versions, write_report
 from fastrm.train.resume import check_config, clear_failed_start, find_start
-from fastrm.train.setup import Job, export_model, make_engine, make_first_use, set_up
+from fastrm.train.setup import Job, check_exactness, export_model, make_engine, set_up
 from fastrm.train.step_cost import make_cost_model
 
 # Saves in a row that may fail, for a full disk say, before the run stops.
@@ -131,7 +130,7 @@ class _Run:
         self.step_refusals: list[Refusal] = []
         self.must_stop = False  # by the last step's reports, on all ranks alike
         self._announce(start)
-        self._check_exactness()
+        check_exactness(self.job, self.engine, ranks, display.say)
 
     def to_the_end(self) -> dict:
         try:
@@ -408,18 +407,6 @@ class _Run:
         self.display.say(f"run: {self.num_steps:,} steps of {self.order.batch_pairs:,} preferences in {self.run_dir}")
         if start is not None:
             self.display.say(f"resumed from {start}")
-
-    def _check_exactness(self) -> None:
-        """Compare the network with the stock class, on the first rank."""
-        if not self.config.check_exactness:
-            return
-        train, encoder = self.job.train, self.job.network.encoder
-        first_use = make_first_use(self.job.network, self.engine, self.config, self.ranks, self.display.say)
-
-        def load(number: int) -> EncodedGroup:
-            return encode_group(train.records[number], encoder)
-
-        self.ranks.on_first(lambda: first_use(train.groups, load))
 
     def _finish(self, flips: Flips | None) -> dict:
         self._leave_if_stopped()

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from fastrm.config import Config, ModelConfig
+from fastrm.data.group import encode_group
 from fastrm.data.images import MediaLimits
+from fastrm.data.packing import EncodedGroup
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.template import ConversationEncoder
@@ -138,16 +140,28 @@ def find_backbone_config(settings: ModelConfig):
         return load_backbone_config(settings.path)
 
 
-def make_first_use(
-    network: RewardNetwork, engine, config: Config, ranks: Ranks, say: Callable[[str], None]
-) -> FirstUse:
-    """The check of a run's network against the stock class; made on all ranks, used on the first.
-
-    In the precision of the run; where ranks have only parts of the weights, of two layers.
+def check_exactness(job: Job, engine, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Compare the network with the stock class on the run's own groups; called on all ranks.
 
     Args:
         say: takes the line that tells what was found.
+
+    Raises:
+        ExactnessError: on all ranks, if rewards differ by more than rounding explains.
     """
+    if not job.config.check_exactness:
+        return
+    train, encoder = job.train, job.network.encoder
+    first_use = _first_use(job.network, engine, job.config, ranks, say)
+
+    def load(number: int) -> EncodedGroup:
+        return encode_group(train.records[number], encoder)
+
+    ranks.on_first(lambda: first_use(train.groups, load))
+
+
+def _first_use(network: RewardNetwork, engine, config: Config, ranks: Ranks, say: Callable[[str], None]) -> FirstUse:
+    """The check in the precision of the run; of two layers, where ranks have only parts of the weights."""
     path = config.model.path
     weights = ["random", config.run.seed] if path is None else weights_of(path)
     options = {"share": config.data.share_prefixes, "multiple": token_multiple(config.precision.fp8)}
