@@ -160,7 +160,7 @@ def test_unread_keys_are_counted_and_reported_once(tmp_path, read_json_rows):
     assert line == (
         "rows.jsonl: keys that are not read: contest_no (2 rows, such as 520), z (1 row, such as 6.7), "
         f"query (1 row, such as '{'x' * 17}...{'x' * 18}'; nearest key: prompt), "
-        "prompt[].mood (1 row, such as 'glad'); where that is right: ignore: [contest_no, z, query, \"prompt[].mood\"]"
+        "prompt[].mood (1 row, such as 'glad'); where that is right: ignore: [contest_no, z, \"prompt[].mood\"]"
     )
 
 

@@ -113,7 +113,8 @@ def _unread(found: SourceCheck) -> Table | None:
 
 
 def _ignore(found: SourceCheck) -> Text | None:
-    names = found.all_keys.unread
+    keys = found.all_keys
+    names = keys.likely_metadata(keys_read_by(keys.layouts))
     return Text(f"Where that is right, say so in the source: {ignore_setting(names)}") if names else None
 
 

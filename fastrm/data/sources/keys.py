@@ -77,7 +77,7 @@ SYNONYMS = {word: key for key, words in _OTHER_WORDS.items() for word in words.s
 _CHANGE_THE_PROMPT = ("system", "tools")  # whose synonyms are refused: the model would read another prompt
 _MAX_ITEMS = 1000  # of a list or object that is searched for media
 _MAX_DEPTH = 6
-_MAX_REPORTED = 12  # unread keys that a report describes; it names all
+_MAX_REPORTED = 12  # unread keys that a report describes
 _NOT_PLAIN = frozenset("[]{},:#&*!|>'\"%@` ")  # characters of a key that YAML wants in quotes
 _brief = Repr()
 _brief.maxstring = _brief.maxother = 40
@@ -353,5 +353,10 @@ class KeyTally:
             hint = f"; nearest key: {near}" if near else ""
             parts.append(f"{name} ({number:,} row{'s' if number > 1 else ''}, such as {self.examples[name]}{hint})")
         more = f" and {len(self.unread) - len(parts):,} more" if len(self.unread) > len(parts) else ""
-        right = ignore_setting(self.unread)
-        return f"{path}: keys that are not read: {', '.join(parts)}{more}; where that is right: {right}"
+        metadata = self.likely_metadata(known)
+        right = f"; where that is right: {ignore_setting(metadata)}" if metadata else ""
+        return f"{path}: keys that are not read: {', '.join(parts)}{more}{right}"
+
+    def likely_metadata(self, known: Sequence[str]) -> list[str]:
+        """The unread keys that no known key is near to, as a source may ignore them."""
+        return [name for name in self.unread if nearest(name, known) is None]
