@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastrm.data.images import MediaLimits, decode_image, image_size, media_error
 from fastrm.data.patches import PatchFormat
+from fastrm.data.processor_files import ProcessorSettings, image_settings
 from fastrm.data.record import ImageRef, MediaRef
 from fastrm.data.tokenizer import special_id
 from fastrm.data.vision_format import MediaSize, MediaSpan, Patches, VisionFormat
@@ -137,14 +138,14 @@ def load_internvl_format(
         max_tiles: of an image, the thumbnail not counted.
 
     Raises:
-        ConfigError: if the tokenizer has not all of <IMG_CONTEXT>, <img> and </img>, or the processor's
-            tiles are not those of the model.
+        ConfigError: if the tokenizer has not all of <IMG_CONTEXT>, <img> and </img>, if the processor's settings
+            are missing or its class refuses them, or its tiles are not those of the model.
     """
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     side = config.vision_config.image_size[0]
     if folder is not None:
-        processor = GotOcr2ImageProcessorPil.from_pretrained(folder)
+        processor = _tile_processor(image_settings(folder), GotOcr2ImageProcessorPil)
     else:
         processor = GotOcr2ImageProcessorPil(
             size={"height": side, "width": side}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
@@ -164,3 +165,10 @@ def load_internvl_format(
             "preprocessor_config.json"
         )
     return form
+
+
+def _tile_processor(settings: ProcessorSettings, kind: type):
+    processor = settings.make(kind)
+    if not all(isinstance(processor.size.get(side), int) for side in ("height", "width")):
+        raise settings.refuse("size", f"is {settings.values.get('size')}, wanted the height and width of a tile")
+    return processor

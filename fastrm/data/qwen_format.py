@@ -1,10 +1,10 @@
 """Images and videos as Qwen2-VL and Qwen2.5-VL read them; equal to the stock processors' values to the bit."""
 
 import functools
-import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from fastrm.data.images import MediaLimits, decode_image, image_size, media_error
 from fastrm.data.patches import PatchFormat
 from fastrm.data.positions import mrope_positions
+from fastrm.data.processor_files import VIDEO_FILE, ProcessorSettings, image_settings, video_settings
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.data.tokenizer import special_id
 from fastrm.data.videos import VideoHeader, VideoSettings, open_video
@@ -22,7 +23,15 @@ from fastrm.data.vision_format import MediaSize, MediaSpan, Patches, VisionForma
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
 
-VIDEO_FILE = "video_preprocessor_config.json"
+# What videos and images have in common here.
+_SHARED = (
+    "patch_size", "temporal_patch_size", "merge_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std",
+)  # fmt: skip
+# Of a processor -> of a model's vision_config.
+_PATCHES = {
+    "patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size",
+}  # fmt: skip
 
 
 class QwenFormat(VisionFormat):
@@ -120,8 +129,7 @@ class QwenFormat(VisionFormat):
             "do_sample_frames": True,
             "frame_folder_fps": self.video.folder_fps,  # ours; the stock class keeps what it does not know
         }
-        copied = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-        stock |= {name: getattr(self.processor, name) for name in copied}
+        stock |= {name: getattr(self.processor, name) for name in _SHARED}
         (folder / VIDEO_FILE).write_text(to_json(stock, indent=2, sort_keys=True) + "\n")
 
     def _video_size(self, header: VideoHeader, ref: VideoRef) -> MediaSize:
@@ -180,28 +188,28 @@ def load_qwen_format(
         folder: where preprocessor_config.json is, a folder or a hub id; None: the class's defaults.
 
     Raises:
-        ConfigError: if the tokenizer has no <|image_pad|>, or the processor does not resize or is of another model.
+        ConfigError: if the tokenizer has no <|image_pad|>, if the settings of a processor are missing or cannot be
+            read as the stock processor reads them, or the processor does not resize.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     if folder is not None:
-        processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        settings = image_settings(folder)
+        processor = settings.make(Qwen2VLImageProcessorPil)
+        _check_patches(processor, vision_config, settings)
+        processor.size = _limits(processor.size, min_pixels, max_pixels, settings)
     else:
         processor = Qwen2VLImageProcessorPil(
             patch_size=vision_config.patch_size,
             merge_size=vision_config.spatial_merge_size,
             temporal_patch_size=vision_config.temporal_patch_size,
         )
-    _check_patches(processor, vision_config)
-    size = processor.size
-    processor.size = {
-        "shortest_edge": min_pixels or size["shortest_edge"],
-        "longest_edge": max_pixels or size["longest_edge"],
-    }
+        processor.size = {"shortest_edge": min_pixels or processor.size["shortest_edge"],
+                          "longest_edge": max_pixels or processor.size["longest_edge"]}  # fmt: skip
     processor.image_mean = image_mean or processor.image_mean
     processor.image_std = image_std or processor.image_std
     if video is None and folder is not None:
-        video = _saved_video_settings(Path(folder))
+        video = _stored_video_settings(video_settings(folder), processor)
     ids = {kind: special_id(tokenizer, f"<|{kind.noun}_pad|>") for kind in (ImageRef, VideoRef)}
     if ids[ImageRef] is None:
         raise ConfigError("the tokenizer has no special token <|image_pad|>; wanted that of the model's family")
@@ -209,30 +217,63 @@ def load_qwen_format(
     return QwenFormat(processor, placeholders, video, getattr(vision_config, "tokens_per_second", None))
 
 
-def _check_patches(processor, vision_config) -> None:
+def _limits(size, min_pixels: int | None, max_pixels: int | None, settings: ProcessorSettings) -> dict[str, int]:
+    """The limits of an image's pixels: those asked for, else the file's."""
+    found = {"shortest_edge": min_pixels or size.get("shortest_edge"),
+             "longest_edge": max_pixels or size.get("longest_edge")}  # fmt: skip
+    for (edge, pixels), beside in zip(found.items(), ("min_pixels", "max_pixels"), strict=True):
+        if not isinstance(pixels, int) or pixels <= 0:
+            got = settings.values.get("size")
+            raise settings.refuse("size", f"is {got}, wanted {edge} in it, or {beside} beside it: a number of pixels")
+    return found
+
+
+def _check_patches(processor, vision_config, settings: ProcessorSettings) -> None:
     """Patches must be cut as the tower reads them: another model's preprocessor_config.json may lie in a folder."""
-    names = {
-        "patch_size": "patch_size",
-        "merge_size": "spatial_merge_size",
-        "temporal_patch_size": "temporal_patch_size",
-    }
-    for name, key in names.items():
-        found, wanted = getattr(processor, name), getattr(vision_config, key)
+    for key, of_model in _PATCHES.items():
+        found, wanted = getattr(processor, key), getattr(vision_config, of_model)
         if found != wanted:
-            raise ConfigError(
-                f"preprocessor_config.json: {name} is {found}, but {key} of vision_config in config.json is {wanted}; "
-                "take the file that belongs to the model"
+            raise settings.refuse(
+                key,
+                f"is {found!r}, but {of_model} of vision_config in config.json is {wanted!r}; take the file that belongs "
+                "to the model",
             )
 
 
-def _saved_video_settings(folder: Path) -> VideoSettings | None:
-    """What `QwenFormat.save` wrote; None for a folder of another origin, or a hub id."""
-    file = folder / VIDEO_FILE
-    saved = json.loads(file.read_text()) if file.is_file() else {}
-    if not {"num_frames", "size"} <= saved.keys():
-        return None
-    size, fps = saved["size"], saved.get("frame_folder_fps", VideoSettings.folder_fps)
-    return VideoSettings(saved["num_frames"], size["shortest_edge"], size["longest_edge"], fps)
+def _stored_video_settings(settings: ProcessorSettings, processor) -> VideoSettings:
+    """How the files of a model say that videos become frames.
+
+    The stock processor takes all frames that it is given unless `do_sample_frames` is true; whoever calls it
+    samples before, as fastrm does by its own default.
+
+    Args:
+        settings: of the video processor.
+        processor: that of images. Its patches and normalisation are those of videos here.
+
+    Raises:
+        ConfigError: for settings that would be read as others.
+    """
+    values, kind = settings.values, type(processor)
+    for key in _SHARED:
+        wanted, found = getattr(processor, key), values.get(key, getattr(kind, key))
+        if not np.array_equal(found, wanted):
+            raise settings.refuse(key, f"is {found!r}, that of images is {wanted!r}; only one for both is supported")
+    for key, wanted in {"cap_pixels_per_frame": False, "do_resize": True, "resample": Image.Resampling.BICUBIC}.items():
+        if (found := values.get(key)) is not None and found != wanted:
+            raise settings.refuse(key, f"is {found!r}, which is not supported for videos; wanted {wanted!r}")
+    # The class for images takes limits by the same rule as that for videos, which needs torchvision.
+    sizes = {"size": {"shortest_edge": VideoSettings.min_pixels, "longest_edge": VideoSettings.max_pixels}}
+    sizes |= {key: values[key] for key in ("size", "min_pixels", "max_pixels") if values.get(key) is not None}
+    limits = _limits(replace(settings, values=sizes).make(kind).size, None, None, settings)
+    num_frames, depth = VideoSettings.num_frames, processor.temporal_patch_size
+    if values.get("do_sample_frames") and values.get("num_frames") is not None:
+        num_frames = values["num_frames"]
+        if num_frames % depth and "frame_folder_fps" not in values:  # of another origin
+            raise settings.refuse("num_frames", f"is {num_frames}, wanted a multiple of temporal_patch_size, {depth}")
+    elif values.get("do_sample_frames") and values.get("fps") is not None:
+        raise settings.refuse("fps", f"is {values['fps']}: frames a second are not supported; wanted num_frames")
+    fps = values.get("frame_folder_fps", VideoSettings.folder_fps)
+    return VideoSettings(num_frames, limits["shortest_edge"], limits["longest_edge"], fps)
 
 
 @functools.cache
