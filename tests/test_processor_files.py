@@ -49,7 +49,7 @@ def vision_of(folder):
 
 @pytest.mark.parametrize("place", ["a file of its own", "nested", "nested beside another file"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_images_are_read_as_the_stock_processor_reads_the_folder(variant, place, folder):
+def test_images_are_read_as_the_stock_processor_reads_the_folder(variant, place, folder, monkeypatch):
     settings = {"image_processor_type": "Qwen2VLImageProcessor", **NUMBERS, **VARIANTS[variant]}
     if place == "a file of its own":
         write(folder, "preprocessor_config.json", settings)
@@ -58,8 +58,10 @@ def test_images_are_read_as_the_stock_processor_reads_the_folder(variant, place,
         write(folder, "processor_config.json", {"image_processor": settings})
     if place == "nested beside another file":
         write(folder, "preprocessor_config.json", {"size": {"shortest_edge": 784, "longest_edge": 1568}})
-    stock = Qwen2VLImageProcessorPil.from_pretrained(folder)
     vision = vision_of(folder)
+    # transformers 5.17 writes limits of one file into the class's default.
+    monkeypatch.setattr(Qwen2VLImageProcessorPil, "size", dict(Qwen2VLImageProcessorPil.size))
+    stock = Qwen2VLImageProcessorPil.from_pretrained(folder)
     assert vision.processor.size == {name: stock.size[name] for name in ("shortest_edge", "longest_edge")}
     assert all(getattr(vision.processor, name) == getattr(stock, name) for name in READ)
     assert list(vision.processor.image_mean) == list(stock.image_mean)
@@ -78,6 +80,14 @@ def make_pil(record):
     from PIL import Image
 
     return Image.open(io.BytesIO(record.responses[0].media[0].data))
+
+
+def test_limits_of_one_model_are_not_the_default_of_the_next(folder):
+    default = dict(Qwen2VLImageProcessorPil.size)
+    write(folder, "preprocessor_config.json", {**NUMBERS, **PIXELS})
+    assert vision_of(folder).processor.size["longest_edge"] == PIXELS["max_pixels"] != default["longest_edge"]
+    write(folder, "preprocessor_config.json", NUMBERS)
+    assert vision_of(folder).processor.size == default
 
 
 BROKEN = {
@@ -151,7 +161,7 @@ class TestVideos:
 
     @pytest.mark.parametrize("nested", [False, True], ids=["a file of its own", "nested"])
     @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "another normalisation"])
-    def test_limits_are_those_of_the_stock_class(self, variant, nested, folder):
+    def test_limits_are_those_of_the_stock_class(self, variant, nested, folder, monkeypatch):
         pytest.importorskip("torchvision", reason="the stock video processor needs torchvision")
         from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
@@ -160,6 +170,7 @@ class TestVideos:
             "video_preprocessor_config.json", settings
         )  # fmt: skip
         write(folder, name, content)
+        monkeypatch.setattr(Qwen2VLVideoProcessor, "size", dict(Qwen2VLVideoProcessor.size))
         stock, found = Qwen2VLVideoProcessor.from_pretrained(folder), vision_of(folder).video
         assert (found.min_pixels, found.max_pixels) == (stock.size["shortest_edge"], stock.size["longest_edge"])
         assert found.num_frames == stock.num_frames

@@ -5,6 +5,7 @@ files of their own: preprocessor_config.json, and video_preprocessor_config.json
 pixels, `min_pixels` and `max_pixels` beside `size` replace its `shortest_edge` and `longest_edge`.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,8 +41,12 @@ class ProcessorSettings:
         Raises:
             ConfigError: if its class refuses them.
         """
+        values = copy.deepcopy(dict(self.values))
+        if values.get("size") is None:
+            # In transformers 5.17, limits beside a default size would become the default of the whole process.
+            values["size"] = dict(kind.size)
         try:
-            return kind.from_dict(dict(self.values))
+            return kind.from_dict(values)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             key = "size" if "size" in str(error) else "settings"
             got = f" {self.values[key]!r}" if key in self.values else ""

@@ -233,11 +233,8 @@ def _check_patches(processor, vision_config, settings: ProcessorSettings) -> Non
     for key, of_model in _PATCHES.items():
         found, wanted = getattr(processor, key), getattr(vision_config, of_model)
         if found != wanted:
-            raise settings.refuse(
-                key,
-                f"is {found!r}, but {of_model} of vision_config in config.json is {wanted!r}; take the file that belongs "
-                "to the model",
-            )
+            of_model = f"{of_model} of vision_config in config.json"
+            raise settings.refuse(key, f"is {found!r}, but {of_model} is {wanted!r}; take the file of this model")
 
 
 def _stored_video_settings(settings: ProcessorSettings, processor) -> VideoSettings:
