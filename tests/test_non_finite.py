@@ -123,6 +123,15 @@ def test_eval_has_no_figures(folder, model, tmp_path, capsys):
     assert "accuracy" not in capsys.readouterr().out and not out.exists()
 
 
+def test_eval_names_the_row_of_every_refusal(folder, tmp_path):
+    rows = [GROUPS[0], {**GROUPS[0], "images": ["no.png"]}, '{"torn"']
+    data, out = write_rows(tmp_path / "g.jsonl", rows), tmp_path / "eval.json"
+    evaluate_file(ModelChoice((folder / "run" / "model",)), str(data), out, OPTIONS)
+    refused = strictly(out.read_text())["refused"]
+    assert [row["code"] for row in refused] == ["IMAGE_MISSING", "BAD_JSON"]
+    assert [f"g.jsonl:{number}" in row["message"] for number, row in zip((2, 3), refused, strict=True)] == [True, True]
+
+
 def test_a_benchmark_names_the_row_and_its_figures_are_partial(folder, tmp_path, capsys):
     three = [["yes"] * 3, ["no"] * 3]
     rows = [{"id": n, "prompt": "p", "chosen": three[0], "rejected": three[1], "domain": "math"} for n in range(2)]

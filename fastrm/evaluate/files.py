@@ -112,9 +112,11 @@ def _evaluate(scoring: Scoring, data: str) -> dict:
     accuracy, members, refused = PairAccuracy(), [], []
     for record, result in scoring.run(require_preferences=True):
         if isinstance(result, RecordError):
+            message = result.message  # of a row that is no record it has the place already
             if isinstance(record, Record):
                 refuse_non_finite(record.origin, result)
-            refused.append({"code": result.code, "message": result.message})
+                message = f"{record.origin}: {message}"
+            refused.append({"code": result.code, "message": message})
             continue
         accuracy.add(record, result.combined)
         members = members or [PairAccuracy() for _ in result.members]
