@@ -9,6 +9,7 @@ import check_exactness
 import fastrm
 from fastrm.config import load_config
 from fastrm.data.group import PreparedGroup, encode_group
+from fastrm.data.qwen_format import stock_keeps_video_seconds
 from fastrm.data.record import Message, Record, Response
 from fastrm.errors import ExactnessError
 from fastrm.model import exactness, first_use, layers
@@ -111,12 +112,16 @@ class TestAgreement:
             network(pack_of(network, _records(family)))
             assert graphs.count > 0, "the network is not compiled any more"
 
-    def test_a_video_agrees(self):
+    @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+    def test_a_video_agrees(self, family):
         pytest.importorskip("av")
-        network = make_model("qwen2_5_vl")
+        network = make_model(family)
         question = Message("user", (make_video(8, 64, 48), "What moves?"))
         responses = tuple(Response((question, Message("assistant", (text,)))) for text in ("a ball", "nothing at all"))
         samples = _samples(network, [Record("v", responses, (), "test", "test:v")])
+        if family == "qwen2_5_vl" and not stock_keeps_video_seconds():
+            assert not samples, "an old transformers gives frames other times"
+            return
         assert samples.keys() == {"video"}
         (found,) = check_network(network, samples["video"])
         assert found.difference <= found.bound / 3

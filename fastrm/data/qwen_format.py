@@ -273,12 +273,19 @@ def _stored_video_settings(settings: ProcessorSettings, processor) -> VideoSetti
     return VideoSettings(num_frames, limits["shortest_edge"], limits["longest_edge"], fps)
 
 
+def stock_keeps_video_seconds() -> bool:
+    """Does this transformers give the frames of Qwen2.5-VL videos the positions that we do? Before 5.18 it did not."""
+    import transformers
+
+    return Version(transformers.__version__) >= Version("5.18")
+
+
 @functools.cache
 def _say_where_stock_differs() -> None:
     """Warn, once in each process, that this transformers gives the frames of a video other times."""
     import transformers
 
-    if Version(transformers.__version__) < Version("5.18"):
+    if not stock_keeps_video_seconds():
         warnings.warn(
             f"transformers {transformers.__version__} rounds the seconds between the frames of Qwen2.5-VL videos down; "
             "fastrm does as 5.18 and newer, so that version's own rewards of videos are others: use 5.18 or newer",

@@ -30,6 +30,7 @@ from torch import nn
 from fastrm.data.group import PreparedGroup
 from fastrm.data.images import decode_image
 from fastrm.data.packing import EncodedGroup, build_pack
+from fastrm.data.qwen_format import stock_keeps_video_seconds
 from fastrm.data.record import ImageRef, VideoRef
 from fastrm.data.template import ConversationEncoder, EncodedResponse
 from fastrm.data.vision_format import MediaSpan, Patches
@@ -110,7 +111,7 @@ def choose_samples(
     encoder: ConversationEncoder,
     kinds: Sequence[str] = KINDS,
 ) -> dict[str, Sample]:
-    """Of the first groups the shortest of each kind that there is.
+    """Of the first groups the shortest of each kind that there is, and that stock reads as we do.
 
     Args:
         load: the tokenised group of a number; where it or decoding raises RecordError, the next longer one is taken.
@@ -122,7 +123,7 @@ def choose_samples(
     samples = {
         kind: next(filter(None, (_read(number, load, encoder) for number in numbers[:TRIES])), None)
         for kind, numbers in by_kind.items()
-        if kind in kinds
+        if kind in kinds and (kind != "video" or _stock_reads_videos_alike(encoder))
     }
     return {kind: sample for kind, sample in samples.items() if sample is not None}
 
@@ -134,6 +135,10 @@ def _kind_of(group: PreparedGroup, encoder: ConversationEncoder) -> str:
     # InternVL's several planes are tiles of one image; a video of one plane is read as an image is.
     has_planes = not encoder.vision.opening and any(image.frames > 1 for image in group.images)
     return "video" if has_planes else "image"
+
+
+def _stock_reads_videos_alike(encoder: ConversationEncoder) -> bool:
+    return encoder.vision.tokens_per_second is None or stock_keeps_video_seconds()
 
 
 def _read(number: int, load: Callable[[int], EncodedGroup], encoder: ConversationEncoder) -> Sample | None:
