@@ -8,11 +8,13 @@ import torch
 from transformers import AutoConfig
 
 import stock
+from fastrm.config import load_config
 from fastrm.errors import ConfigError
 from fastrm.model.architectures import PUBLISHED
 from fastrm.model.config_keys import KNOWN, PARTS, describe_unknown_keys, unknown_keys
 from fastrm.model.export import load_model, save_model
 from fastrm.model.families import TEXT_FAMILIES, VISION_FAMILIES, check_family
+from fastrm.plan.dry_run import dry_run
 from runs import fastrm_here, text_rows, tiny_config, write_rows
 from support import FAMILIES, make_image, make_model, make_record, pack_of
 
@@ -137,8 +139,11 @@ def test_known_keys_are_of_supported_models():
 def test_a_run_and_a_score_name_unknown_keys_once(tmp_path, capfd):
     rows = write_rows(tmp_path / "rows.jsonl", text_rows(8))
     config = tiny_config(tmp_path, rows, run={"max_steps": 1})
-    code, told = fastrm_here(capfd, "train", config, "model.init.text_config.logit_scale=2.0")
+    key = "model.init.text_config.logit_scale=2.0"
     line = "config.json: key text_config.logit_scale is unknown to fastrm for qwen2_5_vl, and not read"
+    dry_run(load_config(config, [key]))
+    assert capfd.readouterr().out.replace("\n", " ").count(line) == 1
+    code, told = fastrm_here(capfd, "train", config, key)
     assert (code, told.count(line)) == (0, 1), told
     out = tmp_path / "out.jsonl"
     code, told = fastrm_here(capfd, "score", tmp_path / "run" / "model", rows, "--out", out, "--num-workers", "0")

@@ -13,6 +13,7 @@ from fastrm.config import Config, ModelConfig
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.architectures import find_architecture, meta_network
+from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.export import check_vocabulary
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import locate
@@ -61,6 +62,8 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
         network = meta_network(architecture, config.model)
         report |= _size(config, network)
         print_parameters(console, report["parameters"], origin)
+        if (line := describe_unknown_keys(architecture)) is not None:
+            say(console, line)
         _print_memory(console, report["memory"], config)
         print_needs(console, config, report["needs"], 1)
         print_problems(console, config, report["needs"])
