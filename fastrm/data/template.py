@@ -240,10 +240,13 @@ class ConversationEncoder:
         """Tokenizers that treat the start of a string differently cannot be cut at special tokens."""
         turns = [("user", " Is  1 < 2?\n\n"), ("assistant", "Yes: it is.\n")]
         response = Response(tuple(Message(role, (text,)) for role, text in turns))
+        try:
+            rendered = self._renderer.render(response)
+        except RecordError as error:
+            raise ConfigError(f"{error.message}, which is a sample of a question and an answer; change it") from None
         stock = self.tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in turns], tokenize=True, return_dict=False
         )
-        rendered = self._renderer.render(response)
         if not self._anchor_follows(response, rendered):
             reason = "does not render it" if self.anchor != "end_of_turn" else "writes no special token behind it"
             raise ConfigError(
