@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastrm import RewardModel
 from fastrm.config import load_config
@@ -18,71 +18,28 @@ from fastrm.model.export import save_model
 from fastrm.plan.dry_run import dry_run
 from fastrm.train.display import Display
 from fastrm.train.loop import train
+from foreign_models import (
+    BIAS,
+    GROUPS,
+    ROW,
+    SQUARE,
+    WIDE,
+    D,
+    add_weights,
+    assert_same,
+    merged,
+    random,
+    rewards_of,
+    save_adapter,
+    save_backbone,
+    set_config,
+    stock_rewards,
+    tokens_of,
+)
 from runs import text_rows, tiny_config, write_rows
-from support import FAMILIES, make_model
+from support import make_model
 
-PROMPTS = {"Which bird is this?": ["a red robin", "blue", "it is green and big"], "Why?": ["no idea", "because"]}
-GROUPS = [{"prompt": prompt, "responses": responses} for prompt, responses in PROMPTS.items()]
 NO_NEWLINE = "<|im_end|>' }}\n{%- endfor"
-
-
-def save_backbone(folder: Path, family="llama", kind=AutoModelForCausalLM, **config) -> nn.Module:
-    """A tiny stock model with its tokenizer, as transformers writes it; returns the stock model."""
-    network = make_model(family)
-    options = network.model.config.to_dict() | config
-    full = kind.from_config(type(network.model.config).from_dict(options), dtype=torch.float32)
-    full.model.load_state_dict(network.model.state_dict())
-    if hasattr(full, "score"):
-        nn.init.normal_(full.score.weight)
-    full.save_pretrained(folder)
-    network.encoder.tokenizer.save_pretrained(folder)
-    return full.eval()
-
-
-def set_config(folder: Path, **keys) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
-
-
-def add_weights(folder: Path, file="model.safetensors", **tensors) -> None:
-    """Write tensors into a file of weights, besides those that are there."""
-    path = folder / file
-    there = load_file(path) if path.exists() else {}
-    save_file(there | {name: tensor.clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
-
-
-def tokens_of(folder: Path) -> list[list[torch.Tensor]]:
-    """Token ids (1, n) of every conversation, by the stock tokenizer and template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [
-        [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], return_tensors="pt",
-                return_dict=False,
-            )
-            for response in responses
-        ]
-        for prompt, responses in PROMPTS.items()
-    ]  # fmt: skip
-
-
-@torch.no_grad()
-def stock_rewards(folder: Path, reward) -> list[list[float]]:
-    """`reward` of the ids of each conversation alone."""
-    return [[float(reward(ids)) for ids in group] for group in tokens_of(folder)]
-
-
-def rewards_of(folder: Path) -> tuple[list[list[float]], str]:
-    model = RewardModel.from_pretrained(folder, device="cpu", dtype="fp32")
-    return model.score(GROUPS), model.network.adopted
-
-
-def assert_same(found: list[list[float]], wanted: list[list[float]]) -> None:
-    for ours, stock in zip(found, wanted, strict=True):
-        assert ours == pytest.approx(stock, abs=1e-5)
-    assert max(map(max, wanted)) - min(map(min, wanted)) > 0.05, "rewards that are all alike prove nothing"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -98,8 +55,6 @@ def _with_pad_at_the_end(folder: Path, kind=AutoModelForSequenceClassification, 
     save_backbone(folder, "llama", kind, **config)
     file = folder / "chat_template.jinja"
     file.write_text(file.read_text().replace("<|im_end|>\\n' }}\n{%- endfor", NO_NEWLINE))
-    from transformers import AutoTokenizer
-
     pad = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
     set_config(folder, pad_token_id=pad)
     assert tokens_of(folder)[0][0][0, -1] == pad
@@ -115,12 +70,6 @@ def test_a_classifier_that_pads_with_the_last_token_reads_the_one_before(tmp_pat
     assert abs(found[0][0] - last[0][0]) > 1e-3, "both tokens give the same reward: the test proves nothing"
 
 
-def _random(*shape) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-D = FAMILIES["llama"]["hidden_size"]
-ROW, BIAS, SQUARE, WIDE = _random(1, D), torch.tensor([0.7]), _random(D, D) / 4, _random(D)
 # What a trainer leaves: (keys of config.json, weights of the head, file, class's reward of the last normed state).
 HEADS = {
     "score with bias": ({}, {"score.weight": ROW, "score.bias": BIAS}, None, lambda h: h @ ROW[0] + 0.7),
@@ -208,119 +157,14 @@ def test_ms_swifts_classifier_of_a_vision_model(tmp_path):
     assert "from score.weight" in line
 
 
-LORA = {
-    "peft_type": "LORA", "task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "bias": "none",
-    "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["classifier", "score"], "inference_mode": True,
-    "base_model_name_or_path": None, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False,
-}  # fmt: skip
-
-
-def _save_adapter(folder: Path, base: Path, **settings) -> dict[str, torch.Tensor]:
-    """A LoRA of `q_proj` and `down_proj` of all layers with a head of its own, by PEFT's layout; returns B @ A."""
-    folder.mkdir(exist_ok=True)
-    settings = LORA | {"base_model_name_or_path": str(base)} | settings
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    weights, products = {"base_model.model.score.weight": ROW}, {}
-    state = load_file(base / "model.safetensors")
-    for number, (name, tensor) in enumerate(sorted(state.items())):
-        module = name.removesuffix(".weight")
-        if module.endswith(("q_proj", "down_proj")):
-            rank = settings["rank_pattern"].get("layers.1.self_attn.q_proj", 4) if "1.self_attn" in module else 4
-            down, up = _random(rank, tensor.shape[1]), _random(tensor.shape[0], rank) * (1 + number % 3) / 10
-            weights[f"base_model.model.{module}.lora_A.weight"] = down
-            weights[f"base_model.model.{module}.lora_B.weight"] = up
-            products[name] = up @ down
-    save_file(weights, folder / "adapter_model.safetensors")
-    return products
-
-
-def _merged(base: Path, products: dict[str, torch.Tensor], scale) -> nn.Module:
-    model = AutoModel.from_pretrained(base, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, product in products.items():
-            module = name.removesuffix(".weight")
-            model.get_submodule(module.removeprefix("model.")).weight += scale(module) * product
-    return model
-
-
-@pytest.mark.parametrize(
-    ("settings", "scale"),
-    [
-        ({}, lambda module: 2.0),
-        ({"use_rslora": True}, lambda module: 4.0),
-        (
-            {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"down_proj": 1}},
-            lambda module: 0.25 if module.endswith("down_proj") else 4.0 if "layers.1." in module else 2.0,
-        ),
-    ],
-    ids=["plain", "rslora", "patterns"],
-)
-def test_an_adapter_is_merged_into_the_base_that_it_names(settings, scale, tmp_path):
-    save_backbone(tmp_path / "base")
-    products = _save_adapter(tmp_path / "adapter", tmp_path / "base", **settings)
-    stock = _merged(tmp_path / "base", products, scale)
-    found, line = rewards_of(tmp_path / "adapter")
-    wanted = stock_rewards(tmp_path / "base", lambda ids: stock(ids).last_hidden_state[0, -1] @ ROW[0])
-    assert_same(found, wanted)
-    assert "from score.weight" in line
-    # Some rows at a time, as of a large matrix, in bf16 and from the middle of a row.
-    from fastrm.model import adapters
-    from fastrm.model.loading import open_backbone
-
-    tensor = open_backbone(str(tmp_path / "adapter")).tensors["layers.0.mlp.down_proj.weight"]
-    whole = tensor.read()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "CHUNK_BYTES", 4 * 100)
-        part = torch.empty(333, dtype=torch.bfloat16)
-        tensor.read_into(part, 77)
-    assert torch.equal(part, whole.flatten()[77 : 77 + 333].bfloat16())
-
-
-def test_an_adapter_beside_its_base_is_not_ignored(tmp_path):
-    save_backbone(tmp_path)
-    stock = _merged(tmp_path, _save_adapter(tmp_path, tmp_path), lambda module: 2.0)
-    wanted = stock_rewards(tmp_path, lambda ids: stock(ids).last_hidden_state[0, -1] @ ROW[0])
-    assert_same(rewards_of(tmp_path)[0], wanted)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"use_dora": True}, r"use_dora is True; only plain LoRA .* merge_and_unload"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-        ({"a_setting_of_tomorrow": [1]}, r"a_setting_of_tomorrow is \[1\]"),
-        ({"base_model_name_or_path": "/nowhere/base"}, "adapter for the base model '/nowhere/base', which is not here"),
-        ({"base_model_name_or_path": ""}, "names no base model"),
-    ],
-)
-def test_what_is_no_plain_lora_is_refused_by_the_name_of_its_setting(settings, message, tmp_path):
-    save_backbone(tmp_path / "base")
-    _save_adapter(tmp_path / "adapter", tmp_path / "base", **settings)
-    with pytest.raises(ConfigError, match=message):
-        rewards_of(tmp_path / "adapter")
-
-
-def test_an_adapter_of_another_base_is_refused(tmp_path):
-    save_backbone(tmp_path / "base")
-    _save_adapter(tmp_path / "adapter", tmp_path / "base")
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    extra = {f"{name.replace('0', '9')}.lora_{part}.weight": _random(*shape) for part, shape in
-             {"A": (4, D), "B": (D, 4)}.items()}  # fmt: skip
-    save_file(load_file(file) | extra, file)
-    with pytest.raises(StorageError, match=r"changes model.layers.9.self_attn.q_proj.weight .*no weight of"):
-        rewards_of(tmp_path / "adapter")
-
-
 REFUSED = {
     "an unknown head": ({"classifier.weight": ROW}, {}, ConfigError, r"would be lost: classifier.weight.*head: new"),
     "two heads": (
         {"score.weight": ROW, "v_head.summary.weight": ROW}, {}, ConfigError, "2 reward heads: score.weight, v_head",
     ),
-    "two labels": ({"score.weight": _random(2, D)}, {}, StorageError, r"shape \[2, 32\], wanted \[1, 32\]"),
+    "two labels": ({"score.weight": random(2, D)}, {}, StorageError, r"shape \[2, 32\], wanted \[1, 32\]"),
     "a narrow layer": (
-        {"rm_head.0.weight": _random(8, D), "rm_head.2.weight": _random(1, 8)}, {}, StorageError,
+        {"rm_head.0.weight": random(8, D), "rm_head.2.weight": random(1, 8)}, {}, StorageError,
         r"rm_head.0.weight has shape \[8, 32\], wanted \[32, 32\]",
     ),
     "rewards of tokens": (
@@ -441,8 +285,8 @@ class TestTraining:
 
     def test_an_adapter_goes_on_as_a_whole_model(self, configuration, tmp_path, capsys):
         save_backbone(tmp_path / "other")
-        stock = _merged(
-            tmp_path / "other", _save_adapter(tmp_path / "base", tmp_path / "other"), lambda module: 2.0
+        stock = merged(
+            tmp_path / "other", save_adapter(tmp_path / "base", tmp_path / "other"), lambda module: 2.0
         )  # fmt: skip
         train(configuration())
         wanted = stock_rewards(tmp_path / "other", lambda ids: stock(ids).last_hidden_state[0, -1] @ ROW[0])
@@ -451,8 +295,6 @@ class TestTraining:
     @pytest.mark.parametrize("use", [train, dry_run])
     def test_a_tokenizer_larger_than_the_embeddings_is_found_before_work(self, configuration, tmp_path, use):
         save_backbone(tmp_path / "base")
-        from transformers import AutoTokenizer
-
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
         size = len(tokenizer)
         tokenizer.add_tokens(["<one>", "<two>"])
