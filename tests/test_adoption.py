@@ -174,6 +174,10 @@ REFUSED = {
         {"score.0.weight": SQUARE, "score.2.weight": ROW}, {}, ConfigError,
         r'which activation .* "fastrm": \{"head": \{"layers": 2, "activation": "silu", "bias": false\}',
     ),
+    "an activation between some layers only": (
+        {"score.0.weight": SQUARE, "score.2.weight": SQUARE, "score.3.weight": ROW},
+        {"architectures": ["Qwen2ForRewardModel"]}, ConfigError, "between some layers of score.0.weight",
+    ),
     "a head that is missing": (
         {}, {"architectures": ["LlamaForSequenceClassification"]}, ConfigError,
         "names LlamaForSequenceClassification, but no file holds the weights of its reward head",

@@ -250,10 +250,7 @@ def _foreign(
             f"response. {_way_on(group.values())}"
         )
     layers = _layers(where, group, opened)
-    numbers = sorted(int(key.partition(".")[0]) for key in group if key.endswith("weight") and "." in key)
-    activation = _ACTIVATIONS.get(architecture, kind.activation)
-    if any(after - before == 1 for before, after in itertools.pairwise(numbers)) or len(layers) == 1:
-        activation = "none"
+    activation = _stored_activation(where, group, _ACTIVATIONS.get(architecture, kind.activation))
     is_known = activation is not None
     if not is_known and settings is not None:
         activation = settings.head.activation
@@ -275,6 +272,24 @@ def _foreign(
     return FoundHead(
         head, anchor, pooling, tuple(layers), tuple(group.values()), mean, std, activation_is_known=is_known
     )
+
+
+def _stored_activation(where: str, group: Mapping[str, str], usual: str | None) -> str | None:
+    """What stands between the layers: nothing where their numbers in the Sequential follow on one another.
+
+    Args:
+        usual: the activation of the class that wrote the head, None if no file says it.
+    """
+    numbers = sorted(int(key.partition(".")[0]) if "." in key else 0 for key in group if key.endswith("weight"))
+    steps = [after - before for before, after in itertools.pairwise(numbers)]
+    if all(step == 1 for step in steps):
+        return "none"
+    if 1 in steps:
+        raise ConfigError(
+            f"{where}: between some layers of {shortened(group.values())} stands a module without weights, between "
+            f"others none; a reward head here has one activation between all of them. {_way_on(group.values())}"
+        )
+    return usual
 
 
 def _section_text(layers: Sequence[tuple]) -> str:
