@@ -149,6 +149,12 @@ class TestRefusals:
         with pytest.raises(StorageError, match=f"{names[1]}: lacks {lost}"):
             open_backbone(str(folder))
 
+    def test_what_a_shard_holds_and_its_index_does_not_name_is_read(self, sharded):
+        folder, names = sharded
+        extra = {"score.weight": torch.ones(1, 32), "model.position_ids": torch.arange(4)}
+        save_file(load_file(folder / names[1]) | extra, folder / names[1], {"format": "pt"})
+        assert list(open_backbone(str(folder)).rest) == ["score.weight"], "buffers of whole numbers are of no use"
+
     def test_quantised_weights(self, sharded):
         folder, names = sharded
         state = {name: tensor.to(torch.int8) for name, tensor in load_file(folder / names[0]).items()}

@@ -24,6 +24,8 @@ from fastrm.errors import ConfigError, StorageError
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 VALUE_HEAD = "value_head.safetensors"  # beside a model or an adapter of LLaMA-Factory
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# Of buffers in published files, which no model here reads (position ids, masks).
+_BUFFER_DTYPES = {"I64": torch.int64, "BOOL": torch.bool}
 # As the safetensors library refuses longer ones.
 MAX_HEADER_BYTES = 100_000_000
 # Read at a time where elements change their dtype or go to a GPU.
@@ -168,12 +170,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def _stored(file: Path, name: str, entry: dict, begin: int, end: int) -> StoredTensor:
     start, stop = entry["data_offsets"]
-    if entry["dtype"] not in DTYPES:
+    dtype = (DTYPES | _BUFFER_DTYPES).get(entry["dtype"])
+    if dtype is None:
         raise StorageError(
             f"{file}: {name} has dtype {entry['dtype']}, wanted one of {', '.join(DTYPES)}; quantised weights "
             "cannot be trained or scored here: take the checkpoint that they were made from"
         )
-    tensor = StoredTensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + start)
+    tensor = StoredTensor(file, dtype, tuple(entry["shape"]), begin + start)
     if start != end or stop - start != tensor.numel * tensor.dtype.itemsize:
         raise ValueError(f"{name} does not lie where the tensor before it ends, or has another size than its shape")
     return tensor
@@ -202,7 +205,9 @@ def _read_shards(index: Path, find) -> dict[str, StoredTensor]:
                 "download or copy all files again"
             )
     _check_dtypes(index, shards, total)
-    return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
+    # Some tools add tensors, such as a head, to a shard and not to the index; transformers loads those too.
+    there = {tensor: stored for shard in shards.values() for tensor, stored in shard.items()}
+    return there | {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
 
 
 def _check_dtypes(index: Path, shards: dict[str, dict[str, StoredTensor]], total: int | None) -> None:
