@@ -186,7 +186,7 @@ def test_image_and_images_that_differ_are_refused(refusal, read_one):
         ({"context": "a text"}, 'the group has "context", which is not read; remove it'),
         ({7: 1}, 'the group has "7", which is not read'),
     ],
-    ids=str,
+    ids=["imags", "imags, empty", "a picture", "bytes", "context", "a number"],
 )
 def test_python_group_with_an_unknown_key_is_refused(extra, part):
     group = {"prompt": "What?", "responses": ["a", "b"], "id": "x", "metadata": {"a": 1}, "images": None}
