@@ -14,19 +14,23 @@ from fastrm.errors import RecordError
 _ROLES = "(?:system|user|assistant|tool|developer|model|ipython)"
 _ASSISTANT = "(?:assistant|model)"
 # What opens a turn, where {role} stands for the role, and what closes one. Sources: the templates of Qwen and other
-# models with ChatML; Llama 3 and 4; Gemma; Phi 3 and Zephyr; gpt-oss; Llama 2 and Mistral; DeepSeek; Cohere.
+# models with ChatML; Llama 3 and 4; Gemma; Phi 3 and Zephyr; gpt-oss; Granite; Kimi K2; EXAONE; Llama 2 and Mistral;
+# DeepSeek; Cohere.
 _OPENINGS = (
     r"<\|im_start\|>{role}\b",
     r"<\|(?:start_header_id|header_start)\|>{role}<\|(?:end_header_id|header_end)\|>",
     r"<start_of_turn>{role}\b",
     r"<\|{role}\|>",
     r"<\|start\|>{role}\b",
+    r"<\|start_of_role\|>{role}<\|end_of_role\|>",
+    r"<\|im_{role}\|>",
+    r"\[\|{role}\|\]",
 )
 _FIXED_OPENINGS = (r"\[INST\]", "<\uff5cUser\uff5c>", r"<\|START_OF_TURN_TOKEN\|>")
 _FIXED_ASSISTANT = (r"\[/INST\]", "<\uff5cAssistant\uff5c>", r"<\|CHATBOT_TOKEN\|>")
 _CLOSINGS = (
     r"<\|im_end\|>", r"<\|(?:eot_id|eom_id|eot|eom)\|>", "<end_of_turn>", r"<\|end\|>", "</s>",
-    r"<\|END_OF_TURN_TOKEN\|>", "<\uff5cend▁of▁sentence\uff5c>",
+    r"<\|END_OF_TURN_TOKEN\|>", r"<\|end_of_text\|>", r"\[\|endofturn\|\]", "<\uff5cend▁of▁sentence\uff5c>",
 )  # fmt: skip
 _STARTS = (r"<s>", r"<\|begin_of_text\|>", "<bos>", "<\uff5cbegin▁of▁sentence\uff5c>", r"\[gMASK\]", "<sop>")
 _opening = "|".join([*(form.format(role=_ROLES) for form in _OPENINGS), *_FIXED_OPENINGS, *_FIXED_ASSISTANT[1:]])
@@ -42,7 +46,7 @@ _RENDERED_MEDIUM = re.compile(
     r"<\|vision_start\|>\s*<\|(?:image|video)_pad\|>|<img>\s*<IMG_CONTEXT>|<start_of_image>|<\|image\|>"
 )
 # One of these is in everything that is looked for.
-_MARKS = ("<|", "<\uff5c", "INST]", "_of_turn>", "</s>", "_CONTEXT>", "_of_image>")
+_MARKS = ("<|", "<\uff5c", "INST]", "[|", "_of_turn>", "</s>", "_CONTEXT>", "_of_image>")
 
 
 def check_not_rendered(messages: tuple[Message, ...]) -> None:

@@ -113,7 +113,8 @@ def _parts(text: str, marks: tuple[str, ...], name: str) -> list[str]:
         raise RecordError(
             "BAD_JUDGE_TEXT",
             f'"{name}" has the question, the two responses and the end marked {counts} times, wanted once each: '
-            "the responses cannot be told apart; remove the row",
+            "the responses cannot be told apart; remove the row. A finished conversation that is to be scored belongs "
+            'under "messages"',
         )
     spans = [matches[0].span() for matches in found]
     if spans != sorted(spans):

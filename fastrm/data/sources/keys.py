@@ -56,10 +56,9 @@ _TURN_KEYS = (
     | TURN_NOTES
 )
 _TEXT_KEYS = _words("type text value")  # of a part of the content
-_PART_KEYS = _TEXT_KEYS | _words(
-    "image image_url video video_url path url bytes min_pixels max_pixels fps nframes detail"
-)
-_RATED_KEYS = _words("role text caption response completion content answer output score model")
+_PART_KEYS = _TEXT_KEYS | _words("image image_url video video_url path url bytes detail")
+# Of a rated response: its text, under the first of these names that it has.
+RATED_TEXTS = ("text", "caption", "response", "completion", "content", "answer", "output")
 # What people call the keys of the layouts, by which the nearest key is found.
 _OTHER_WORDS = {
     "system": "system_prompt system_message system_instruction sys_prompt",
@@ -74,7 +73,8 @@ _OTHER_WORDS = {
     "scores": "rewards ratings",
 }
 SYNONYMS = {word: key for key, words in _OTHER_WORDS.items() for word in words.split()}
-_CHANGE_THE_PROMPT = ("system", "tools")  # whose synonyms are refused: the model would read another prompt
+# Whose synonyms are refused: the model would read another prompt.
+_CHANGE_THE_PROMPT = ("system", "tools", "images", "videos")
 _MAX_ITEMS = 1000  # of a list or object that is searched for media
 _MAX_DEPTH = 6
 _MAX_REPORTED = 12  # unread keys that a report describes
@@ -160,11 +160,31 @@ def check_unread(row: dict, unread: dict[str, object], keys: Keys, *, is_file: b
     for name, value in unread.items():
         # An alternative of a key that is read is no slip of the pen.
         near = misspelt(name, key_names(keys)) if name not in key_names(keys) else None
-        if near is None and SYNONYMS.get(name) in _CHANGE_THE_PROMPT and value:
-            near = SYNONYMS[name]
+        near = near or _changes_the_prompt(row, name, value, keys)
         if near is not None:
             remedy = _remedy(name, near, is_file)
             raise RecordError("UNKNOWN_KEY", f'the key "{name}" is not read; did you mean "{near}"? {remedy}')
+
+
+def _changes_the_prompt(row: dict, name: str, value: object, keys: Keys) -> str | None:
+    """The key that an unread one is another word for, if the model would read another prompt without it."""
+    meant = SYNONYMS.get(name)
+    if meant == "prompt":
+        # Of whole conversations the prompt is in `chosen` and `rejected`; of texts it would be a part of the answers.
+        names = _alternatives(meant, keys)
+        is_missing = bool(names) and not any(name in row for name in names)
+        return meant if is_missing and value and not isinstance(row.get("chosen"), list) else None
+    if meant not in _CHANGE_THE_PROMPT or not value:
+        return None
+    if meant in MEDIA_KEYS and (not isinstance(value, (str, list, tuple, dict)) or any(map(row.get, MEDIA_KEYS))):
+        return None  # a number is none; beside media that are read it may name them again
+    return meant
+
+
+def _alternatives(name: str, keys: Keys) -> tuple[str, ...]:
+    """The names of which the first that a row has is read, `name` among them; none if the layout does not read it."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in keys)
+    return next((entry for entry in entries if name in entry), ())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -225,7 +245,8 @@ def _nested(name: str, value: object) -> Iterator[tuple[str, object]]:
     if name == "responses" and isinstance(value, (list, tuple)):
         for item in value:
             if isinstance(item, dict) and not is_turn(item):
-                yield from _other("responses[]", item, _RATED_KEYS)
+                texts = {next((key for key in RATED_TEXTS if item.get(key) is not None), "text")}
+                yield from _other("responses[]", item, texts | {"role", "score"})
 
 
 def _turns(value: object) -> list[dict]:
@@ -238,9 +259,12 @@ def is_turn(item: object) -> bool:
     return isinstance(item, dict) and any(key in item for key in ("role", "from", "tool_calls"))
 
 
-def _other(path: str, item: dict, known: frozenset[str]) -> Iterator[tuple[str, object]]:
+def _other(path: str, item: dict, known: frozenset[str] | set[str]) -> Iterator[tuple[str, object]]:
     for key, value in item.items():
-        if value is not None and key not in known and key not in METADATA:
+        if value is None or key in known:
+            continue
+        # A part's `source` may be its image, as other APIs write it.
+        if key not in METADATA or (not isinstance(value, str) and next(_media(value), None)):
             yield f"{path}.{key}", value
 
 
@@ -280,7 +304,11 @@ def _places_of_media(row: dict, keys: Keys) -> list:
     parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
     return [
         *(row[name] for name in (*MEDIA_KEYS, "img_path") if name in read),
-        *(part for part in parts if isinstance(part, dict) and part.get("type") != "text"),
+        *(
+            [value for key, value in part.items() if key in _PART_KEYS]
+            for part in parts
+            if isinstance(part, dict) and part.get("type") != "text"
+        ),
     ]
 
 

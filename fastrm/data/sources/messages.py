@@ -13,7 +13,9 @@ KEYS = (_MESSAGES, *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
-    return isinstance(row.get("messages"), (list, tuple)) and not any(
+    # `conversations` alone are a judge's, which is asked before.
+    key = next((key for key in _MESSAGES if key in row), "messages")
+    return isinstance(row.get(key), (list, tuple)) and not any(
         key in row for key in ("chosen", "rejected", "responses")
     )
 

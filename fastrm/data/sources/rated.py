@@ -7,11 +7,9 @@ from fastrm.data.record import Message
 from fastrm.data.sources.conversation import response_message
 from fastrm.data.sources.draft import Draft, answer, rated
 from fastrm.data.sources.groups import PROMPT_KEYS, read_response, row_prompt
-from fastrm.data.sources.keys import is_turn
+from fastrm.data.sources.keys import RATED_TEXTS, is_turn
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve
 from fastrm.data.sources.values import bad_row, check_list, check_number, check_text
-
-_TEXT_KEYS = ("text", "caption", "response", "completion", "content", "answer", "output")
 
 KEYS = (PROMPT_KEYS, "responses", *MEDIA_KEYS)
 
@@ -39,5 +37,5 @@ def _said(value: object, resolve: Resolve, name: str) -> str | Message:
     if is_turn(value):
         turn = {key: item for key, item in value.items() if key != "score"}
         return response_message(read_response(turn, resolve, name), name)
-    key = next((key for key in _TEXT_KEYS if value.get(key) is not None), "text")
+    key = next((key for key in RATED_TEXTS if value.get(key) is not None), "text")
     return check_text(value.get(key), f"{name}.{key}")

@@ -28,7 +28,7 @@ _QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
 _RESPONSE = ("response", "answer", "output")
 _REJECTED = ("rejected_response", "rejected_messages", "rejected_images", "rejected_videos", "rejected_tools")
 
-KEYS = (_MESSAGES, _QUERY, _RESPONSE, *_REJECTED, "history", "system", "margin", *MEDIA_KEYS)
+KEYS = (_MESSAGES, _QUERY, _RESPONSE, *_REJECTED, "history", "system", "margin", "objects", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
@@ -37,6 +37,12 @@ def matches(row: dict) -> bool:
 
 def parse(row: dict, resolve: Resolve) -> Draft:
     """See the module. Raises RecordError for a row that cannot be used."""
+    if row.get("objects"):
+        raise RecordError(
+            "UNRENDERED_KEY",
+            'the row has "objects", names and boxes for <ref-object> and <bbox>, which are not put in; '
+            "write them into the texts and remove it",
+        )
     turns = _chosen_turns(row, resolve)
     media = row_media(row, resolve)
     chosen = _response(row, turns, media, "chosen")

@@ -1,7 +1,8 @@
 """TRL's preference format: standard or conversational, with an explicit or an implicit prompt.
 
 Without `prompt`, or when `chosen` and `rejected` start with the prompt's own turns (Skywork, Tulu,
-OLMo mixes), both are whole conversations. Images are `images` or `image`, at the image parts of the
+OLMo mixes), both are whole conversations. A prompt that they do not repeat, though they start with the system or the
+user, is refused: it would not be read. Images are `images` or `image`, at the image parts of the
 content or else before the first user turn. `margin` is optional.
 """
 
@@ -28,7 +29,8 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     images = row_media(row, resolve)
     responses = []
     for name in ("chosen", "rejected"):
-        *turns, last = _conversation(prompt, row.get(name), resolve, name)
+        is_text = isinstance(row.get("prompt"), str)
+        *turns, last = _conversation(prompt, row.get(name), resolve, name, is_text=is_text)
         messages = prompt_messages(row, turns, images)
         responses.append(answer(messages, response_message(last, name)))
     return pair(*responses, row)
@@ -44,15 +46,34 @@ def _prompt_turns(value: object, resolve: Resolve) -> list[Turn]:
     raise bad_row("prompt", value, "text or a list of messages")
 
 
-def _conversation(prompt: list[Turn], value: object, resolve: Resolve, name: str) -> list[Turn]:
+def _conversation(prompt: list[Turn], value: object, resolve: Resolve, name: str, *, is_text: bool) -> list[Turn]:
     """The whole conversation that ends with a response, which may repeat the prompt or follow it."""
     if isinstance(value, str):
         return [*prompt, text_turn("assistant", value, name)]
     if not isinstance(value, list):
         raise bad_row(name, value, "text or a list of messages")
     turns = read_turns(value, resolve, name)
-    repeats_prompt = turns[0].role in ("system", "user")
-    return turns if repeats_prompt else [*prompt, *turns]
+    if turns[0].role not in ("system", "user"):
+        return [*prompt, *turns]
+    if not _repeats(prompt, turns, is_text=is_text):
+        raise RecordError(
+            "BAD_ROW",
+            f'"{name}" is a whole conversation that does not begin with "prompt", which would not be read; '
+            "remove one of them, or begin the conversation with the prompt",
+        )
+    return turns
+
+
+def _repeats(prompt: list[Turn], turns: list[Turn], *, is_text: bool) -> bool:
+    """Whether a conversation says what the prompt says; a text may be a part of one turn, or all turns in one."""
+    if not is_text:
+        return turns[: len(prompt)] == prompt
+    said, texts = _said(prompt[0]), [_said(turn) for turn in turns[:-1] if turn.role != "assistant"]
+    return any(said in text for text in texts) or all(text in said for text in texts)
+
+
+def _said(turn: Turn) -> str:
+    return "".join(part for part in turn.parts if isinstance(part, str)).strip()
 
 
 def _split_prompt(row: dict) -> dict:

@@ -1,0 +1,102 @@
+"""Rows of which a part that stands for the prompt, or for an image of it, would not be read."""
+
+import pytest
+
+from fastrm.data.sources import source_files
+from fastrm.data.sources.keys import KeyTally
+from source_rows import FLAT, IMAGE, PAIR, RATED, SWIFT, human_turns, shape, turns
+
+WHOLE = {"chosen": turns("What?", "yes"), "rejected": turns("What?", "no")}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[SYSTEM, *turns("What?")], turns("Hello.", "Hi."), [SYSTEM], "Answer in French: why?"],
+    ids=["a system", "earlier turns", "a system alone", "another text"],
+)
+def test_prompt_that_whole_conversations_do_not_repeat_is_refused(refusal, prompt):
+    code, message = refusal({**WHOLE, "prompt": prompt})
+    assert code == "BAD_ROW"
+    assert '"chosen" is a whole conversation that does not begin with "prompt"' in message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**WHOLE, "prompt": "What?\n"},
+        {**WHOLE, "prompt": turns("What?")},
+        {"prompt": "What?", "chosen": [SYSTEM, *turns("What?", "yes")], "rejected": [SYSTEM, *turns("What?", "no")]},
+        {
+            "prompt": "User: What?\nBot: This.\nUser: Why?",
+            "chosen": turns("What?", "This.", "Why?", "yes"),
+            "rejected": turns("What?", "That.", "Why?", "no"),
+        },
+    ],
+    ids=["a text", "turns", "a text behind a system", "all turns in one text"],
+)
+def test_prompt_that_whole_conversations_repeat_is_read_once(read_one, row):
+    record = read_one(row)
+    assert record.preferences == PAIR
+    for number, name in enumerate(("chosen", "rejected")):
+        assert shape(record, number) == [(turn["role"], turn["content"]) for turn in row[name]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "Where did it sit?", "chosen": "The cat sat.", "rejected": "The cat stood."},
+        {"query": "Where did it sit?", "chosen": "The cat sat.", "rejected": "The cat stood."},
+    ],
+    ids=str,
+)
+def test_texts_beside_another_word_for_the_prompt_are_not_split(refusal, read_one, row):
+    code, message = refusal(row)
+    assert code == "UNKNOWN_KEY" and 'did you mean "prompt"?' in message
+    # Of whole conversations it is the prompt again.
+    assert shape(read_one({**row, **WHOLE}), 1) == [("user", "What?"), ("assistant", "no")]
+
+
+@pytest.mark.parametrize(
+    "value", ["000123", ["https://example.org/photo/7"], {"url": "https://example.org/7"}], ids=str
+)
+def test_another_word_for_images_is_refused_whatever_it_holds(refusal, read_one, value):
+    code, message = refusal({**FLAT, "image_url": value})
+    assert code == "UNKNOWN_KEY" and 'did you mean "images"?' in message
+    assert shape(read_one({**FLAT, "image": "a.png", "image_url": value}), 0)[0] == ("user", IMAGE, "What?")
+    assert read_one({**FLAT, "clip": 0.31, "image_url": ""}).media == ()
+
+
+@pytest.mark.parametrize("images", [[], ["b.png"]])
+@pytest.mark.parametrize(
+    "part", [{"source": {"type": "base64", "data": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYA"}}, {"data": "a.png"}], ids=str
+)
+def test_part_whose_image_is_under_another_key_takes_no_other_image(refusal, part, images):
+    content = [{"type": "image", **part}, {"type": "text", "text": "What?"}]
+    code, message = refusal({**FLAT, "images": images, "prompt": [{"role": "user", "content": content}]})
+    assert code == "UNREAD_MEDIA" and f'"prompt[].content[].{next(iter(part))}" holds an image' in message
+
+
+def test_settings_and_texts_that_are_not_read_are_reported(read_json_rows, tmp_path):
+    part = {"type": "image", "image": "a.png", "max_pixels": 3136}
+    rated = {"text": "a", "response": "b", "score": 1}
+    read_json_rows(
+        {**FLAT, "prompt": [{"role": "user", "content": [part]}]}, {**RATED, "responses": [rated, *RATED["responses"]]}
+    )
+    (file,), tally = source_files(tmp_path / "rows.jsonl"), KeyTally()
+    assert len(list(file.read(keys=tally))) == 2
+    assert tally.unread == {"prompt[].content[].max_pixels": 1, "responses[].response": 1}
+
+
+def test_names_and_boxes_that_are_not_put_in_are_refused(refusal):
+    row = {**SWIFT, "messages": turns("<image>Find <ref-object>.", "<bbox>"), "objects": {"ref": ["cat"]}}
+    code, message = refusal(row)
+    assert code == "UNRENDERED_KEY" and '"objects"' in message
+
+
+@pytest.mark.parametrize(
+    "row", [{"conversations": human_turns("What?", "yes")}, {"conversation": turns("What?", "yes")}]
+)
+def test_finished_conversation_may_have_any_of_its_names(read_one, row):
+    record = read_one(row, require_preferences=False)
+    assert shape(record, 0) == [("user", "What?"), ("assistant", "yes")]
