@@ -94,9 +94,8 @@ def test_names_and_boxes_that_are_not_put_in_are_refused(refusal):
     assert code == "UNRENDERED_KEY" and '"objects"' in message
 
 
-@pytest.mark.parametrize(
-    "row", [{"conversations": human_turns("What?", "yes")}, {"conversation": turns("What?", "yes")}]
-)
-def test_finished_conversation_may_have_any_of_its_names(read_one, row):
-    record = read_one(row, require_preferences=False)
+def test_finished_conversation_of_another_name_is_scored_or_told_how(read_one, refusal):
+    record = read_one({"conversation": turns("What?", "yes")}, require_preferences=False)
     assert shape(record, 0) == [("user", "What?"), ("assistant", "yes")]
+    code, message = refusal({"conversations": human_turns("What?", "yes")}, require_preferences=False)
+    assert code == "BAD_JUDGE_TEXT" and 'to be scored belongs under "messages"' in message
