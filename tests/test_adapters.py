@@ -54,6 +54,8 @@ def test_an_adapter_beside_its_base_is_not_ignored(tmp_path):
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"a_setting_of_tomorrow": [1]}, r"a_setting_of_tomorrow is \[1\]"),
+        ({"lora_alpha": None}, "r is 4 and lora_alpha None for model.layers.0.mlp.down_proj, wanted two numbers"),
+        ({"lora_alpha": "8"}, "lora_alpha '8'"),
         ({"base_model_name_or_path": "/nowhere/base"}, "adapter for the base model '/nowhere/base', which is not here"),
         ({"base_model_name_or_path": ""}, "names no base model"),
     ],

@@ -174,6 +174,20 @@ REFUSED = {
         {"score.0.weight": SQUARE, "score.2.weight": ROW}, {}, ConfigError,
         r'which activation .* "fastrm": \{"head": \{"layers": 2, "activation": "silu", "bias": false\}',
     ),
+    "a normalisation that no key speaks of": (
+        {"score.weight": ROW, "mean": torch.tensor([0.25]), "std": torch.tensor([2.5])}, {}, ConfigError,
+        "would be lost: mean, std",
+    ),
+    "a normalisation whose numbers are not in config.json": (
+        {"score.weight": ROW, "mean": torch.tensor([0.25]), "std": torch.tensor([2.5])}, {"normalize_reward": True},
+        ConfigError, "would be lost: mean, std",
+    ),
+    "a section beside OpenRLHF's keys": (
+        {"score.weight": ROW}, {
+            "fastrm": {"head": {"layers": 1, "bias": False}, "anchor": "last_token"}, "normalize_reward": True,
+            "mean": 0.25, "std": 2.5,
+        }, ConfigError, "has a `fastrm` section and normalize_reward",
+    ),
     "an activation between some layers only": (
         {"score.0.weight": SQUARE, "score.2.weight": SQUARE, "score.3.weight": ROW},
         {"architectures": ["Qwen2ForRewardModel"]}, ConfigError, "between some layers of score.0.weight",
@@ -196,6 +210,14 @@ def test_no_weight_is_left_out_without_a_word(name, tmp_path):
     add_weights(tmp_path, **weights)
     set_config(tmp_path, **keys)
     with pytest.raises(kind, match=message):
+        rewards_of(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no') }}"])
+def test_a_template_that_renders_nothing_is_a_configuration_error(template, tmp_path):
+    save_backbone(tmp_path, "llama", AutoModelForSequenceClassification, num_labels=1)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match="the chat template cannot render a question and an answer"):
         rewards_of(tmp_path)
 
 

@@ -132,8 +132,13 @@ def _check(where: str, settings: dict) -> None:
 def _product(file: Path, module: str, parts: dict[str, StoredTensor], settings: dict):
     """(A, B, scale) of one module."""
     down, up = parts["A"], parts["B"]
-    rank = _by_pattern(settings.get("rank_pattern"), module, settings["r"])
-    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
+    rank = _by_pattern(settings.get("rank_pattern"), module, settings.get("r"))
+    alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+        raise ConfigError(
+            f"{file.parent / ADAPTER_CONFIG}: r is {rank!r} and lora_alpha {alpha!r} for {module}, wanted two numbers; "
+            "copy the file from where the adapter was trained"
+        )
     if len(down.shape) != 2 or len(up.shape) != 2 or not down.shape[0] == up.shape[1] == rank:
         raise StorageError(
             f"{file}: {module}: A is {list(down.shape)} and B {list(up.shape)}, wanted matrices of rank {rank}, as "

@@ -33,7 +33,8 @@ _SCORE_KEY = re.compile(r"(?:(\d+)\.)?(weight|bias)")
 _INSIDE = ("", "model.", "language_model.", "pretrained_model.")
 # Of config.json: where OpenRLHF's head is, and what is done to its rewards.
 OPENRLHF_KEYS = ("value_head_prefix", "normalize_reward", "mean", "std")
-# Buffers that OpenRLHF has written beside its head; the values that count are those of config.json.
+# Buffers that OpenRLHF has written beside its head. The values that count are those of config.json; without them
+# there, the buffers are named as lost.
 _BUFFERS = {"mean", "std"}
 
 
@@ -136,7 +137,9 @@ def find_head(opened: Backbone, tokenizer, settings: ModelConfig | None = None) 
     """
     config = opened.place.read_config()
     found = _groups(opened.rest, config)
-    used = {name for group in found.values() for name in group.values()} | (_BUFFERS if found else set())
+    used = {name for group in found.values() for name in group.values()}
+    if config.keys() >= _BUFFERS or (_is_openrlhf(config) and not config.get("normalize_reward")):
+        used |= _BUFFERS
     lost = [name for name in opened.rest if name not in used]
     where = opened.place.given
     if len(found) > 1:
@@ -152,7 +155,8 @@ def find_head(opened: Backbone, tokenizer, settings: ModelConfig | None = None) 
         return None
     ((kind, group),) = found.items()
     if "fastrm" in config:
-        return _exported(where, config["fastrm"], group, _layers(where, group, opened))
+        normalised = _normalisation(where, config) != (0.0, 1.0)
+        return _exported(where, config["fastrm"], group, _layers(where, group, opened), normalised=normalised)
     return _foreign(where, config, kind, group, opened, tokenizer, settings)
 
 
@@ -168,12 +172,15 @@ def _groups(rest: Mapping[str, StoredTensor], config: dict) -> dict[_Kind, dict[
     return found
 
 
+def _is_openrlhf(config: dict) -> bool:
+    return isinstance(config.get("value_head_prefix"), str) or "normalize_reward" in config
+
+
 def _kinds(config: dict) -> Sequence[_Kind]:
     """The known kinds; OpenRLHF's config.json names its head and says that it reads the last attended token."""
     prefix = config.get("value_head_prefix")
-    is_openrlhf = isinstance(prefix, str) or "normalize_reward" in config
     name = prefix if isinstance(prefix, str) else "score"
-    own = [_Kind(name, "last_token")] if is_openrlhf else []
+    own = [_Kind(name, "last_token")] if _is_openrlhf(config) else []
     return own + [kind for kind in _KINDS if not own or kind.name != name]
 
 
@@ -207,9 +214,16 @@ def _check_shape(where: str, name: str, tensor: StoredTensor, wanted: tuple[int,
         )
 
 
-def _exported(where: str, section: object, group: Mapping[str, str], layers: list[tuple]) -> FoundHead:
+def _exported(
+    where: str, section: object, group: Mapping[str, str], layers: list[tuple], *, normalised: bool
+) -> FoundHead:
     """The head that config.json's `fastrm` section describes."""
     head, anchor, pooling = read_section(where, section)
+    if normalised:
+        raise ConfigError(
+            f"{where}/config.json: has a `fastrm` section and normalize_reward, which exports do not have; remove the "
+            "section, and the head is read as OpenRLHF's, or remove normalize_reward"
+        )
     biases = sum(bias is not None for _, bias in layers)
     if len(layers) != head.layers or biases != head.bias * head.layers:
         raise StorageError(
@@ -299,14 +313,23 @@ def _section_text(layers: Sequence[tuple]) -> str:
 
 
 def _may_end_with(tokenizer, pad: int) -> bool:
-    """Could the last token of a rendered conversation be this one? No, if all end with another one."""
-    ends = {
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": text}],
-            tokenize=True, return_dict=False,
-        )[-1]
-        for text in ("Yes.", "No, 7")
-    }  # fmt: skip
+    """Could the last token of a rendered conversation be this one? No, if all end with another one.
+
+    Raises:
+        ConfigError: if the chat template cannot render any.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        ends = {
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": text}],
+                tokenize=True, return_dict=False,
+            )[-1]
+            for text in ("Yes.", "No, 7")
+        }  # fmt: skip
+    except (TemplateError, TypeError) as error:
+        raise ConfigError(f"the chat template cannot render a question and an answer: {error}; change it") from None
     return len(ends) > 1 or pad in ends
 
 
