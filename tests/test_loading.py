@@ -155,6 +155,19 @@ class TestRefusals:
         save_file(load_file(folder / names[1]) | extra, folder / names[1], {"format": "pt"})
         assert list(open_backbone(str(folder)).rest) == ["score.weight"], "buffers of whole numbers are of no use"
 
+    def test_a_pointer_of_git_lfs(self, sharded):
+        folder, names = sharded
+        (folder / names[1]).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+        with pytest.raises(StorageError, match=f"{names[1]}: .*run git lfs pull"):
+            open_backbone(str(folder))
+
+    def test_a_link_to_nothing(self, network, tmp_path):
+        save_backbone(tmp_path, network)
+        (tmp_path / weight_files.SINGLE).unlink()
+        (tmp_path / weight_files.SINGLE).symlink_to("../../blobs/0a")
+        with pytest.raises(StorageError, match=r"model.safetensors: is a link to ../../blobs/0a, which is not there"):
+            open_backbone(str(tmp_path))
+
     def test_quantised_weights(self, sharded):
         folder, names = sharded
         state = {name: tensor.to(torch.int8) for name, tensor in load_file(folder / names[0]).items()}

@@ -208,3 +208,11 @@ class TestVideos:
         network.encoder.vision.video = VideoSettings(num_frames=7, min_pixels=784, max_pixels=9408, folder_fps=3.0)
         save_model(network, tmp_path)
         assert vision_of(tmp_path).video == network.encoder.vision.video
+
+
+@pytest.mark.parametrize("resample", ["bilinear", 17, None])
+def test_a_filter_that_is_none_is_named(resample, folder):
+    write(folder, "preprocessor_config.json", {**NUMBERS, "size": EDGES, "resample": resample})
+    write(folder, "video_preprocessor_config.json", NUMBERS)
+    with pytest.raises(ConfigError, match=r"resample is .*correct preprocessor_config.json"):
+        vision_of(folder)

@@ -165,3 +165,18 @@ def test_training_a_tokenizer_is_deterministic_and_survives_saving(tmp_path):
 def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"model.tokenizer .* cannot be loaded"):
         load_tokenizer(str(tmp_path / "none"))
+
+
+def test_a_tokenizer_of_another_shape_is_named(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"transformers cannot read its files .* copy tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_several_chat_templates_without_a_default_are_named(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has the chat templates rag, tool_use, and none is the default"):
+        load_tokenizer(str(tmp_path))

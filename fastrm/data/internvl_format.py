@@ -45,9 +45,9 @@ class InternVLFormat(VisionFormat):
 
     def __init__(self, processor, image_token: int, opening: int, closing: int, patch: int, merge: int):
         side = processor.size["height"]
-        if not processor.do_resize or processor.resample is None:
+        if not processor.do_resize or processor.resample not in tuple(Image.Resampling):
             raise ConfigError(
-                f"image processor: do_resize is {processor.do_resize} and resample is {processor.resample}, wanted "
+                f"image processor: do_resize is {processor.do_resize} and resample is {processor.resample!r}, wanted "
                 "true and a filter, since all tiles have one size; correct preprocessor_config.json"
             )
         if processor.size["width"] != side or side % (patch * merge):

@@ -55,9 +55,9 @@ class QwenFormat(VisionFormat):
         video: VideoSettings | None = None,
         tokens_per_second: float | None = None,
     ):
-        if not processor.do_resize or processor.resample is None:
+        if not processor.do_resize or processor.resample not in tuple(Image.Resampling):
             raise ConfigError(
-                f"image processor: do_resize is {processor.do_resize} and resample is {processor.resample}, wanted "
+                f"image processor: do_resize is {processor.do_resize} and resample is {processor.resample!r}, wanted "
                 "true and a filter, since sides must be multiples of a patch; correct preprocessor_config.json"
             )
         self.processor = processor

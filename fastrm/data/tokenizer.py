@@ -165,8 +165,19 @@ def load_tokenizer(path: str):
             f"model.tokenizer {path!r}: cannot be loaded ({reason}); wanted a folder with tokenizer.json "
             "and tokenizer_config.json, or a reachable hub id"
         ) from None
+    except Exception as error:  # files of another shape run into whatever comes first, deep inside transformers
+        raise ConfigError(
+            f"model.tokenizer {path!r}: transformers cannot read its files ({type(error).__name__}: {error}); copy "
+            "tokenizer.json and tokenizer_config.json again"
+        ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer {path!r}: is a slow tokenizer; convert it to tokenizer.json")
     if not tokenizer.chat_template:
         raise ConfigError(f"model.tokenizer {path!r}: has no chat template; add chat_template.jinja to the folder")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ConfigError(
+            f"model.tokenizer {path!r}: has the chat templates {names}, and none is the default; save "
+            "the one to use as chat_template.jinja in the folder"
+        )
     return tokenizer

@@ -192,8 +192,8 @@ def _check_media_ids(config, encoder: ConversationEncoder | None) -> None:
         key = f"{kind.noun}_token_id"
         if (found := getattr(config, key, None)) != number:
             raise ConfigError(
-                f"config.json: {key} is {found}, but the tokenizer has {number} for a token of a {kind.noun}; take the "
-                "tokenizer that belongs to the model, or correct the key"
+                f"config.json: {key} is {found}, but the tokenizer has {number} for the token of {kind.noun}s; take "
+                "the tokenizer that belongs to the model, or correct the key"
             )
 
 

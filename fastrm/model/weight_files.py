@@ -30,6 +30,7 @@ _BUFFER_DTYPES = {"I64": torch.int64, "BOOL": torch.bool}
 MAX_HEADER_BYTES = 100_000_000
 # Read at a time where elements change their dtype or go to a GPU.
 CHUNK_BYTES = 16 * 2**20
+_LFS = b"version https://git-lfs.github.com"
 _GGUF = (
     "is a GGUF file, and weights are read from safetensors; convert it once with transformers: "
     "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUT), and the same with AutoTokenizer"
@@ -149,7 +150,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise StorageError(f"{file}: no safetensors header in its {size:,} bytes; download or copy it again")
+                raise StorageError(f"{file}: no safetensors header in its {size:,} bytes; {_download_again(file)}")
             entries = json.loads(stream.read(length))
         entries.pop("__metadata__", None)
         begin, tensors, end = 8 + length, {}, 0
@@ -166,6 +167,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             f"{'cut off' if size < begin + end else 'damaged'}; download or copy it again"
         )
     return tensors
+
+
+def _download_again(file: Path) -> str:
+    with file.open("rb") as stream:
+        is_pointer = stream.read(len(_LFS)) == _LFS
+    return "it is a pointer of Git LFS: run git lfs pull in its folder" if is_pointer else "download or copy it again"
 
 
 def _stored(file: Path, name: str, entry: dict, begin: int, end: int) -> StoredTensor:
@@ -293,9 +300,14 @@ def _hub_finder(repository: str):
 def _no_weights(path: Path) -> StorageError:
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
-    there = f"only {', '.join(other[:3])}" if other else "no weights"
+    if broken := [name for name in other if not (path / name).exists()]:
+        return StorageError(
+            f"{path / broken[0]}: is a link to {os.readlink(path / broken[0])}, which is not there; copy the folder "
+            "with what its links stand for (cp -rL)"
+        )
+    there = f"is only {', '.join(other[:3])}" if other else "are no weights"
     return StorageError(
-        f"{path}: the weights cannot be loaded: wanted {SINGLE}, or {INDEX} with its shards; there is {there}. Formats "
+        f"{path}: the weights cannot be loaded: wanted {SINGLE}, or {INDEX} with its shards; there {there}. Formats "
         "other than safetensors can run code and are not read; save the model with transformers' save_pretrained"
     )
 
