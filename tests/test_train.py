@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import fastrm as package
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, DataError, DivergedError, StorageError
+from fastrm.train.guard import StepGuard
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
 from runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
@@ -428,6 +429,16 @@ def test_missing_data_and_unusable_data_stop_before_training(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
     with pytest.raises(DataError, match="no usable group in 0 records"):
         run(tiny_config(tmp_path, rows), f"run.dir={tmp_path / 'other'}")
+
+
+@pytest.mark.parametrize(("first", "message"), [(1, "no step has changed a weight yet"), (4, "lower optim.lr")])
+def test_a_run_that_is_not_finite_from_the_first_step_on_is_told_from_one_that_diverges(first, message):
+    guard = StepGuard(None)
+    for step in range(1, first):
+        guard.after_step(step, True, 0.5, 1.0, [])
+    with pytest.raises(DivergedError, match=message):
+        for step in range(first, first + 3):
+            guard.after_step(step, False, float("nan"), float("nan"), [])
 
 
 def test_a_diverged_run_stops_names_its_records_and_keeps_its_weights(colours, tmp_path, monkeypatch):

@@ -91,8 +91,13 @@ class StepGuard:
             with self._path.open("a") as file:
                 file.write(to_json(row) + "\n")
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            way_on = "the last checkpoint holds finite weights: lower optim.lr, or look at those records"
+            if step == self.skipped_in_a_row:  # a rate that was never applied is no cause
+                way_on = (
+                    "no step has changed a weight yet: a weight of model.path is no finite number, or a value is too "
+                    "large for precision.dtype: look at the weights, or set precision.dtype: fp32"
+                )
             raise DivergedError(
                 f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite, as in the "
-                f"{MAX_SKIPPED_STEPS - 1} steps before; the records are named in incidents.jsonl; the last checkpoint "
-                "holds finite weights: lower optim.lr, or look at those records"
+                f"{MAX_SKIPPED_STEPS - 1} steps before; the records are named in incidents.jsonl; {way_on}"
             )
