@@ -99,3 +99,8 @@ def test_finished_conversation_of_another_name_is_scored_or_told_how(read_one, r
     assert shape(record, 0) == [("user", "What?"), ("assistant", "yes")]
     code, message = refusal({"conversations": human_turns("What?", "yes")}, require_preferences=False)
     assert code == "BAD_JUDGE_TEXT" and 'to be scored belongs under "messages"' in message
+
+
+def test_prompt_with_a_response_alone_is_told_the_key_of_responses(refusal):
+    code, message = refusal({"prompt": "What?", "response": "yes"}, require_preferences=False)
+    assert code == "BAD_ROW" and "with a list of responses" in message

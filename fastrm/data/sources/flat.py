@@ -12,9 +12,9 @@ KEYS = (("prompt", "question"), "chosen", "rejected", "margin", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
-    return isinstance(row.get("prompt", row.get("question")), str) and not (
-        isinstance(row.get("chosen"), list) or isinstance(row.get("rejected"), list)
-    )
+    answers = [row[key] for key in ("chosen", "rejected") if key in row]
+    is_text = isinstance(row.get("prompt", row.get("question")), str)
+    return is_text and bool(answers) and not any(isinstance(value, list) for value in answers)
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:

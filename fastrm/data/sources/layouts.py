@@ -70,5 +70,6 @@ def detect(row: dict) -> ModuleType:
     keys = ", ".join(f'"{key}"' for key in list(row)[:12]) or "none"
     near = {key: nearest(key, ALL_KEYS) for key in map(str, row) if key not in ALL_KEYS}
     meant = ", ".join(f'"{name}" for "{key}"' for key, name in near.items() if name)
-    hint = f"did you mean {meant}?" if meant else "wanted prompt, chosen and rejected, say"
+    wanted = "wanted prompt with chosen and rejected, or, also for scoring, with a list of responses"
+    hint = f"did you mean {meant}?" if meant else wanted
     raise RecordError("BAD_ROW", f"no known layout has the keys {keys}; {hint}")
