@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastrm import RewardModel
-from fastrm.config import load_config
+from fastrm.config import ModelConfig, load_config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
+from fastrm.model.adopt import adopt
 from fastrm.model.export import save_model
 from fastrm.plan.dry_run import dry_run
 from fastrm.train.display import Display
@@ -219,6 +220,14 @@ def test_a_template_that_renders_nothing_is_a_configuration_error(template, tmp_
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ConfigError, match="the chat template cannot render a question and an answer"):
         rewards_of(tmp_path)
+
+
+def test_an_activation_that_no_file_states_is_said_to_be_the_configurations(tmp_path):
+    save_backbone(tmp_path)
+    add_weights(tmp_path, **{"score.0.weight": SQUARE, "score.2.weight": ROW})
+    adopted, line = adopt(ModelConfig(path=str(tmp_path), head={"activation": "relu"}))
+    assert adopted.head.activation == "relu"
+    assert line.startswith("head: 2 layers, relu as model.head says, since no file does, no bias, from score.0.weight")
 
 
 def test_a_pickled_head_is_named(tmp_path):

@@ -114,7 +114,8 @@ class FoundHead:
         count = self.head.layers
         parts = [f"{count} layer{'s' * (count > 1)}"]
         if count > 1:
-            parts.append(self.head.activation if self.head.activation != "none" else "no activation")
+            said = "" if self.activation_is_known else " as model.head says, since no file does"
+            parts.append((self.head.activation if self.head.activation != "none" else "no activation") + said)
         normalised = (self.mean, self.std) != (0.0, 1.0)
         parts.append("bias" if any(bias is not None for _, bias in self.layers) else "no bias")
         reads = "the mean over all tokens" if self.pooling == "mean" else ANCHORS[self.anchor or "last_token"]
