@@ -133,6 +133,8 @@ def test_exit_code_says_that_too_many_rows_are_refused(tmp_path):
     assert "BAD_ROW" in result.stdout
     assert len(check_data([str(rows)], max_refused="10%", num_workers=1)[0].records) == 9
     assert len(check_data([str(rows)], max_refused="0.1", num_workers=1)) == 1
+    with pytest.raises(ConfigError, match="data check: format: got 'nope'; input should be"):
+        check_data([str(rows)], reading={"format": "nope"})
     with pytest.raises(ConfigError, match=r"--max-refused: got '2', wanted a share such as 1% or 0\.01"):
         check_data([str(rows)], max_refused="2", num_workers=1)
     with pytest.raises(DataError, match="has no rows"):

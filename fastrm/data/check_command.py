@@ -14,6 +14,7 @@ from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError
 from fastrm.train.display import Display
+from fastrm.yaml_files import validate
 
 _CONFIG_SUFFIXES = (".yaml", ".yml")
 
@@ -79,7 +80,7 @@ def _sources(names: Sequence[str], reading: dict) -> list[tuple[str, SourceConfi
     found: list[tuple[str, SourceConfig, Config | None]] = []
     for name in names:
         if not name.lower().endswith(_CONFIG_SUFFIXES):
-            found.append((name, SourceConfig(path=name, **reading), None))
+            found.append((name, validate(SourceConfig, {"path": name, **reading}, {}, "data check"), None))
             continue
         config = load_config(name, [])
         for split in ("train", "eval"):
