@@ -81,6 +81,10 @@ def test_an_export_keeps_the_activation(monkeypatch, tmp_path):
         ("qwen2_vl", {}, {"in_channels": 4}, {}, "vision_config.in_channels is 4, only 3 is supported"),
         ("qwen2_vl", {}, {"patch_size": [14, 14]}, {}, r"vision_config.patch_size is \[14, 14\], only one number"),
         ("qwen2_5_vl", {}, {"hidden_act": "gleu"}, {}, "vision_config.hidden_act is 'gleu'"),
+        (
+            "qwen2_5_vl", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, {}, {},
+            r"mrope_section of rope_parameters is \[16, 24, 24\], for heads of 128; heads have",
+        ),
         ("internvl", {}, {"num_channels": 1}, {}, "vision_config.num_channels is 1, only 3 is supported"),
         ("internvl", {}, {}, {"projector_hidden_act": "gleu"}, "projector_hidden_act is 'gleu'"),
         ("internvl", {}, {"norm_type": "group_norm"}, {}, "norm_type is 'group_norm', wanted layer_norm or rms_norm"),
@@ -89,6 +93,13 @@ def test_an_export_keeps_the_activation(monkeypatch, tmp_path):
 def test_what_our_layers_do_not_compute_is_refused_by_name(family, text, vision, top, message):
     with pytest.raises(ConfigError, match=message):
         check_family(AutoConfig.for_model(**_options(family, text, vision, **top)))
+
+
+def test_windows_in_a_config_of_qwen2_vl_are_not_read(monkeypatch):
+    options = _options("qwen2_vl", {}, {"fullatt_block_indexes": [0], "window_size": 56})
+    monkeypatch.setitem(FAMILIES, "qwen2_vl", options)
+    network, records = make_model("qwen2_vl"), [make_record(1, images=[make_image(90, 60)])]
+    assert (network(pack_of(network, records)) - stock.stock_rewards(network, records)).abs().max() <= 1e-5
 
 
 def test_layers_that_differ_from_one_another_are_refused():

@@ -217,6 +217,24 @@ def test_a_run_logs_no_loss_where_no_step_was_finite(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "report.png").stat().st_size > 0
 
 
+def test_a_model_that_is_not_finite_is_not_exported(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", text_rows(8))
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    train(load_config(tiny_config(first, rows, run={"max_steps": 1})))
+    model = first / "run" / "model"
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    settings = {"path": str(model), "init": None, "tokenizer": None}
+    config = tiny_config(second, rows, run={"max_steps": 1}, model=settings)
+    with pytest.raises(DataError, match=r"down_proj\.weight: 1 of [\d,]+ weights are not finite"):
+        train(load_config(config))
+    assert not (second / "run" / "model").exists()
+
+
 @pytest.mark.parametrize("margin", [1e300, -3.5e38, float("nan"), float("inf"), 10**400])
 def test_a_margin_that_float32_cannot_hold_is_refused_when_the_row_is_read(margin):
     group = {"prompt": "a", "responses": ["b", "c"], "preferences": [[0, 1, margin]]}

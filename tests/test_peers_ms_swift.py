@@ -173,7 +173,7 @@ def test_swift_is_asked_for_the_same_and_read(inputs, tmp_path):
 
 
 def test_a_failed_trainer_shows_its_last_words(tmp_path):
-    with pytest.raises(RunFailed, match=r"fastrm\.cli train (?s:.*)exit status 64(?s:.*)no model configuration there"):
+    with pytest.raises(RunFailed, match=r"fastrm\.cli train (?s:.*)exit status 64(?s:.*)model: no such folder"):
         run_fastrm(tmp_path, WORKLOADS["pairs"], 2, "none", tmp_path / "run")
 
 

@@ -8,6 +8,8 @@ TEXT_FAMILIES = ("qwen2", "qwen3", "llama")
 SILU = {"silu", "swish"}  # swish is an older name of it
 # Rotary embeddings whose frequencies are the stock module's, whatever a pack holds; dynamic up to `longest_path`.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+# Of a Qwen-VL config that has none, as transformers reads it.
+MROPE_SECTION = (16, 24, 24)
 
 
 def chat_layout(model_type: str) -> str:
@@ -19,6 +21,11 @@ def gated_activations(config) -> set[str]:
     """Names of the activations of a model's gated MLPs, which our layers evaluate; other MLPs are stock modules."""
     text = config.get_text_config().hidden_act
     return {text, config.vision_config.hidden_act} if config.model_type == "qwen2_5_vl" else {text}
+
+
+def has_windows(vision_config) -> bool:
+    """Whether blocks of a Qwen tower see windows: Qwen2.5-VL's do, whatever keys a config of Qwen2-VL may hold."""
+    return vision_config.model_type.startswith("qwen2_5_vl")
 
 
 def check_family(config) -> None:
@@ -96,6 +103,14 @@ def _check_qwen_vision(config) -> None:
     if rope_type != "axial":
         raise ConfigError(f"{config.model_type}: vision_config's rope_type is {rope_type!r}, only 'axial' is supported")
     _check_activation(config.model_type, "vision_config.hidden_act", vision.hidden_act)
+    text = config.get_text_config()
+    section = _rope(text).get("mrope_section", MROPE_SECTION)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if 2 * sum(section) != head_dim:
+        raise ConfigError(
+            f"{config.model_type}: mrope_section of rope_parameters is {list(section)}, for heads of "
+            f"{2 * sum(section)}; heads have {head_dim}: add the section that the model was trained with"
+        )
 
 
 def _check_internvl(config) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastrm.data.patches import Grid
+from fastrm.model.families import has_windows
 from fastrm_kernels import TreeLayout
 
 
@@ -35,7 +36,7 @@ class VisionShape:
     def of(config) -> "VisionShape":
         """From the vision config of a stock model."""
         merge = config.spatial_merge_size
-        if not hasattr(config, "fullatt_block_indexes"):
+        if not has_windows(config):
             return VisionShape(merge, 0, tuple(range(config.depth)))
         window = config.window_size // merge // config.patch_size
         return VisionShape(merge, window, tuple(config.fullatt_block_indexes))

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastrm.config import Config
 from fastrm.model.attention import AttentionShape
+from fastrm.model.families import has_windows
 from fastrm.model.network import RewardNetwork
 from fastrm.model.tiles import TileShape
 from fastrm.plan.parameters import PARTS, count_parameters, language_of, part_of
@@ -195,7 +196,7 @@ def _vision_pairs(network: RewardNetwork, image_tokens: int) -> int:
         return vision.num_hidden_layers * tower_rows(network, image_tokens) * (network.tower.shape.side**2 + 1)
     full = vision.depth
     window = num_patches
-    if hasattr(vision, "fullatt_block_indexes"):
+    if has_windows(vision):
         full = len(vision.fullatt_block_indexes)
         window = min(num_patches, (vision.window_size // vision.patch_size) ** 2)
     return num_patches * (full * num_patches + (vision.depth - full) * window)

@@ -1,6 +1,6 @@
 """From a configuration to what the loop needs: data, tokeniser, network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.videos import VideoSettings
-from fastrm.errors import ConfigError, StorageError
+from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.model.adopt import find_head
 from fastrm.model.architectures import find_architecture
 from fastrm.model.exactness import first_layers
@@ -193,14 +193,27 @@ def export_model(engine, folder: Path, ranks: Ranks = ALONE) -> None:
 
     Raises:
         StorageError: on all ranks, if it cannot be written.
+        DataError: on all ranks, if a weight is not finite; `folder` is then as it was.
     """
     tensors, failure = engine.model_tensors(), None
     try:
         if ranks.is_first:
-            save_model(engine.network, folder, dtype=export_dtype(engine.config), tensors=tensors)
-    except StorageError as error:
+            save_model(engine.network, folder, dtype=export_dtype(engine.config), tensors=_finite(tensors))
+    except (StorageError, DataError) as error:
         failure = error
     for _ in tensors:  # the others only help to gather; the first too, after a failure, since they wait for it
         pass
     if (failure := ranks.on_first(lambda: failure)) is not None:
         raise failure
+
+
+def _finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights as they come, up to one that is not finite: no model whose rewards are none is written."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise DataError(
+                f"{name}: {int((~tensor.isfinite()).sum()):,} of {tensor.numel():,} weights are not finite, so the "
+                "model is not exported; check the weights of model.path, or go on from an earlier checkpoint with a "
+                "lower optim.lr"
+            )
+        yield name, tensor

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fastrm.config import ModelConfig
 from fastrm.data.balance import CostModel
+from fastrm.model.families import has_windows
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,22 @@ def _tile_costs(config, tower: _Passes, projector: _Passes) -> dict:
 
 def _vision_costs(config, tower: _Passes, projector: _Passes) -> dict:
     vision, hidden = config.vision_config, config.get_text_config().hidden_size
-    has_windows = hasattr(vision, "fullatt_block_indexes")
+    windows = has_windows(vision)
     # Qwen2-VL calls the tower's width embed_dim, and has an MLP of two matrices instead of three.
-    width = vision.hidden_size if has_windows else vision.embed_dim
-    product = width * (vision.intermediate_size if has_windows else int(width * vision.mlp_ratio))
-    block = 4 * width**2 + (3 if has_windows else 2) * product
+    width = vision.hidden_size if windows else vision.embed_dim
+    product = width * (vision.intermediate_size if windows else int(width * vision.mlp_ratio))
+    block = 4 * width**2 + (3 if windows else 2) * product
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
     # Pixels need no gradient, and only blocks are repeated.
     embed = _Passes(tower.trained, reached=False, repeated=False)
     per_patch = embed.matrices(patch, last=0) + vision.depth * tower.matrices(block, last=product)
     merged = vision.spatial_merge_size**2  # patches of one token
     merger = merged * width * (merged * width + hidden)
-    full_blocks = len(vision.fullatt_block_indexes) if has_windows else vision.depth
+    full_blocks = len(vision.fullatt_block_indexes) if windows else vision.depth
     pair = merged**2 * tower.attention(width)
     return {
         "per_image_token": merged * per_patch + projector.matrices(merger, last=0),
         "per_image_pair": full_blocks * pair,
         "per_window_pair": (vision.depth - full_blocks) * pair,
-        "window": vision.window_size // vision.spatial_merge_size // vision.patch_size if has_windows else 0,
+        "window": vision.window_size // vision.spatial_merge_size // vision.patch_size if windows else 0,
     }
