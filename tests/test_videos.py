@@ -7,6 +7,7 @@ import shutil
 import struct
 import zipfile
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -336,6 +337,14 @@ def test_damaged_files_give_frames_or_a_name(container):
             assert re.fullmatch(r"VIDEO_(DAMAGED|FORMAT|TOO_LARGE|TOO_LONG|EMPTY)", error.code), error
             outcomes.add(error.code)
     assert {"frames", "VIDEO_DAMAGED"} <= outcomes, outcomes
+
+
+def test_reading_a_video_leaves_no_threads_behind():
+    """A forked data worker would inherit their pool without them, and wait for them for ever."""
+    threads = Path("/proc/self/task")
+    before = {thread.name for thread in threads.iterdir()}
+    assert len(frames_of(make_video(8, 640, 480), 8)) == 8
+    assert {thread.name for thread in threads.iterdir()} - before == set()
 
 
 def test_no_file_stays_open(tmp_path):

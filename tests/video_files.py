@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.version import Version
 from PIL import Image
 
 from fastrm.data.record import VideoRef
@@ -45,8 +46,11 @@ def make_video(num_frames: int, width: int, height: int, seed: int = 0, **option
 
 def decode_all(data: bytes) -> list[np.ndarray]:
     """All frames of a video, (H, W, 3) uint8 each."""
-    with pytest.importorskip("av").open(io.BytesIO(data)) as file:
-        return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    av = pytest.importorskip("av")
+    # As in fastrm/data/videos.py: no threads that a forked worker would wait for.
+    options = {"threads": 1} if Version(av.__version__).major >= 17 else {}
+    with av.open(io.BytesIO(data)) as file:
+        return [frame.to_ndarray(format="rgb24", **options) for frame in file.decode(video=0)]
 
 
 def write_frames(folder: Path, frames, name: str = "frame_{}.png") -> VideoRef:

@@ -204,6 +204,9 @@ class _VideoFile:
             raise media_error(ref, "FORMAT", "is not an MP4, QuickTime, Matroska or WebM file; convert it to MP4")
         # FFmpeg looks at the first frames to learn the header's gaps, and decodes none with more pixels.
         self._options = {"max_pixels": str(limits.max_pixels)}
+        # From version 17 on a conversion keeps a pool of threads. A forked data worker inherits it without its threads,
+        # and waits for them for ever when it converts a frame, or only ends.
+        self._one_thread = {"threads": 1} if Version(av.__version__).major >= 17 else {}
         with _ffmpeg_named(ref):
             self._container = _open_container(av, file, container_format, self._options)
             self._stream = next(iter(self._container.streams.video), None)
@@ -247,7 +250,7 @@ class _VideoFile:
             self._stream.thread_type = "NONE"
             self._stream.codec_context.options = self._options
             for frame in self._decode([shown[number] for number in sample(len(shown), num_frames)], keys):
-                yield _check_shape(self._ref, self.header, frame.to_ndarray(format="rgb24"))
+                yield _check_shape(self._ref, self.header, frame.to_ndarray(format="rgb24", **self._one_thread))
 
     def _shown(self) -> tuple[list[int], list[tuple[int, int]]]:
         """Times of all frames that are shown, in order, and (time, decoding time) of those that need no other.
