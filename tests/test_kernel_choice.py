@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
@@ -39,7 +40,9 @@ def test_a_run_on_triton_kernels_learns_the_same_and_says_so(tmp_path):
         assert f"head and loss: {kernels} (set by kernels in the configuration{fused}" in said
     assert len(results["triton"]) == 3
     assert results["triton"] == pytest.approx(results["eager"], abs=1e-5)
-    assert results["triton"] != results["eager"]  # the kernels did run
+    # The kernels did run: three losses may agree to the bit, ten thousand weights do not.
+    eager, triton = (load_file(tmp_path / name / "run" / "model" / "model.safetensors") for name in ("eager", "triton"))
+    assert any(not torch.equal(eager[name], triton[name]) for name in eager)
 
 
 @needs_interpreter

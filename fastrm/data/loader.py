@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,6 +127,11 @@ class PackBuilder(torch.utils.data.Dataset):
         return LoadedPack(plan, pack, refused, packed)
 
 
+# Threads that score start their workers one after another: a fork in the middle of another's queues and locks finds
+# multiprocessing's registers half changed, and the worker ends before it has begun.
+_STARTING = threading.Lock()
+
+
 @dataclass
 class Waiting:
     """Seconds that the taker of packs has waited for them."""
@@ -169,11 +175,12 @@ def load_packs(
         worker_init_fn=functools.partial(_start_worker, os.getpid()),
         pin_memory=pin_memory,
     )
-    before, workers = set(active_children()), set()
+    workers = set()
     try:
-        with _signals_held():
+        with _STARTING, _signals_held():
+            before = set(active_children())
             packs = iter(loader)
-        workers = set(active_children()) - before
+            workers = set(active_children()) - before
         yield from packs if waiting is None else _timed(packs, waiting)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):

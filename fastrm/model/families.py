@@ -105,8 +105,9 @@ def _check_qwen_vision(config) -> None:
     _check_activation(config.model_type, "vision_config.hidden_act", vision.hidden_act)
     text = config.get_text_config()
     section = _rope(text).get("mrope_section", MROPE_SECTION)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if 2 * sum(section) != head_dim:
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads > 0 else 0)
+    if head_dim > 0 and 2 * sum(section) != head_dim:  # other sizes are for transformers to refuse
         raise ConfigError(
             f"{config.model_type}: mrope_section of rope_parameters is {list(section)}, for heads of "
             f"{2 * sum(section)}; heads have {head_dim}: add the section that the model was trained with"
