@@ -55,7 +55,7 @@ def outcome(run_dir: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return rows_without_clock(run_dir), load_file(run_dir / "model" / "model.safetensors")
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
