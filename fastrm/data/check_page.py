@@ -31,7 +31,11 @@ def print_page(console: Console, name: str, found: SourceCheck, encoder: Convers
     """
     console.print(Text(name, style="bold"))
     console.print(_summary(found))
-    for part in (_layouts(found), _refused(found), _left_out(found), _unread(found), _ignore(found), _contents(found)):
+    parts = (
+        _layouts(found), _by_reason("Refused", found.refused),
+        _by_reason("Parts of rows that are left out", found.left_out), _unread(found), _ignore(found), _contents(found),
+    )  # fmt: skip
+    for part in parts:
         if part is not None:
             console.print()
             console.print(part)
@@ -75,26 +79,17 @@ def _layouts(found: SourceCheck) -> Table | None:
     return table
 
 
-def _refused(found: SourceCheck) -> Table | None:
-    if not found.refused:
+def _by_reason(title: str, rows: dict[str, Refused]) -> Table | None:
+    if not rows:
         return None
-    table = _table("Refused", "reason", "rows", "the first of them", number=1)
-    for code, refused in sorted(found.refused.items(), key=lambda item: -item[1].number):
-        _add(table, code, f"{refused.number:,}", _examples(refused))
+    table = _table(title, "reason", "rows", "the first of them", number=1)
+    for code, found in sorted(rows.items(), key=lambda item: -item[1].number):
+        _add(table, code, f"{found.number:,}", _examples(found))
     return table
 
 
 def _examples(refused: Refused) -> str:
     return "\n".join(f"{origin}: {message}" for origin, message in refused.examples)
-
-
-def _left_out(found: SourceCheck) -> Table | None:
-    if not found.left_out:
-        return None
-    table = _table("Parts of rows that are left out", "reason", "rows", "the first of them", number=1)
-    for code, part in sorted(found.left_out.items(), key=lambda item: -item[1].number):
-        _add(table, code, f"{part.number:,}", _examples(part))
-    return table
 
 
 def _unread(found: SourceCheck) -> Table | None:
