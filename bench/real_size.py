@@ -200,8 +200,8 @@ def _group() -> dict:
 
 def _pack(network):
     """The same as one pack with one preference."""
+    from fastrm.data.batching import PackPlan
     from fastrm.data.loader import PackBuilder
-    from fastrm.data.plan import PackPlan
     from fastrm.data.sources.groups import group_record
 
     record = group_record({**_group(), "preferences": [[0, 1]]}, 0, require_preferences=True)

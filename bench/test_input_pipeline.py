@@ -22,9 +22,9 @@ from PIL import Image
 from transformers import AutoConfig
 
 from fastrm.data import loader, qwen_format
+from fastrm.data.batching import PackPlan
 from fastrm.data.images import MediaLimits, decode_image
 from fastrm.data.patches import PatchFormat
-from fastrm.data.plan import PackPlan
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.sources import read_source

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from fastrm.data.balance import CostModel, slowest_bound
+from fastrm.data.batching import divide_step, plan_packs
 from fastrm.data.group import PreparedGroup
-from fastrm.data.plan import divide_step, plan_packs
 from fastrm.json_files import to_json
 from fastrm.model.architectures import find_architecture
 from fastrm.train.step_cost import make_cost_model

@@ -122,8 +122,8 @@ def make_record(seed, *, num_responses=2, images=(), prompt_words=20, response_w
 
 def pack_of(model, records, share=True):
     """One pack of all records."""
+    from fastrm.data.batching import PackPlan
     from fastrm.data.loader import PackBuilder
-    from fastrm.data.plan import PackPlan
 
     loaded = PackBuilder(records, model.encoder, share)[PackPlan(tuple(range(len(records))), 0, True)]
     assert not loaded.refused, loaded.refused

@@ -10,8 +10,8 @@ from transformers import AutoModel
 
 from fastrm.config import ModelConfig
 from fastrm.data.balance import CostModel, divide, slowest_bound
+from fastrm.data.batching import Bundle, StepDivision, divide_step
 from fastrm.data.group import GroupImage, PreparedGroup, encode_group
-from fastrm.data.plan import Bundle, StepDivision, divide_step
 from fastrm.data.tree import build_tree
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.plan.flops import Workload, step_flops

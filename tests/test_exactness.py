@@ -5,8 +5,8 @@ import torch
 
 import stock
 from fastrm.config import Config, HeadConfig
+from fastrm.data.batching import PackPlan
 from fastrm.data.loader import PackBuilder
-from fastrm.data.plan import PackPlan
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.train.engine import LocalEngine
 from fastrm_kernels import preference_loss

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastrm.config import Config
+from fastrm.data.batching import PackPlan
 from fastrm.data.loader import PackBuilder
-from fastrm.data.plan import PackPlan
 from fastrm.errors import ConfigError
 from fastrm.evaluate.flips import Flips, flip_rate
 from fastrm.model.export import load_model, save_model

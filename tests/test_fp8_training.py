@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastrm.config import load_config
+from fastrm.data.batching import PackPlan, plan_once
 from fastrm.data.group import PreparedGroup, encode_group
 from fastrm.data.loader import PackBuilder
-from fastrm.data.plan import PackPlan, plan_once
 from fastrm.evaluate.flips import compare_fp8
 from fastrm.model.precision import RECIPES, convert_to_fp8, fp8_disabled
 from fastrm.train.display import Display

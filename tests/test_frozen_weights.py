@@ -5,8 +5,8 @@ import torch
 from test_loading import save_backbone
 
 from fastrm.config import Config
+from fastrm.data.batching import PackPlan
 from fastrm.data.loader import PackBuilder
-from fastrm.data.plan import PackPlan
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.model.precision import token_multiple
 from fastrm.train.engine import LocalEngine

@@ -12,10 +12,10 @@ from PIL import Image
 
 from fastrm.config import load_config
 from fastrm.data import loader
+from fastrm.data.batching import PackPlan
 from fastrm.data.images import MediaLimits, decode_image
 from fastrm.data.loader import LoadedPack, PackBuilder, Waiting, load_packs
 from fastrm.data.packing import Pack
-from fastrm.data.plan import PackPlan
 from fastrm.data.qwen_format import QwenFormat
 from fastrm.data.record import ImageRef
 from fastrm.errors import ConfigError

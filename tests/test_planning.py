@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fastrm.data.balance import CostModel
+from fastrm.data.batching import PackPlan, plan_packs, plan_steps
 from fastrm.data.group import GroupImage, PreparedGroup, encode_group
 from fastrm.data.loader import PackBuilder
 from fastrm.data.order import StepOrder, epoch_order
-from fastrm.data.plan import PackPlan, plan_packs, plan_steps
 from fastrm.data.record import Message, Record, Response
 from fastrm.data.tree import build_tree
 from support import make_image, make_model, make_record, pack_of

@@ -108,8 +108,8 @@ def test_mean_plan_weighs_each_row_of_a_path_alike_and_cuts_where_a_response_end
 def test_padding_belongs_to_no_mean():
     network = make_model("qwen2", pooling="mean")
     records = _records("qwen2")
+    from fastrm.data.batching import PackPlan
     from fastrm.data.loader import PackBuilder
-    from fastrm.data.plan import PackPlan
 
     plan = PackPlan(tuple(range(len(records))), 0, True)
     padded = PackBuilder(records, network.encoder, True, multiple=64)[plan].pack

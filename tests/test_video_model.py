@@ -8,11 +8,11 @@ from packaging.version import Version
 
 import stock
 from fastrm.data.balance import CostModel
+from fastrm.data.batching import PackPlan
 from fastrm.data.group import GroupImage, PreparedGroup, encode_group
 from fastrm.data.images import MediaLimits
 from fastrm.data.loader import PackBuilder
 from fastrm.data.packing import EncodedGroup
-from fastrm.data.plan import PackPlan
 from fastrm.data.positions import mrope_positions
 from fastrm.data.qwen_format import _say_where_stock_differs, load_qwen_format
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef

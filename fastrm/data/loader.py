@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from fastrm.data.batching import PackPlan
 from fastrm.data.group import encode_group
 from fastrm.data.images import media_error
 from fastrm.data.packing import EncodedGroup, Pack, build_pack
-from fastrm.data.plan import PackPlan
 from fastrm.data.record import Record
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.vision_format import MediaSize, Patches

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from fastrm.data.batching import PackPlan, plan_once
 from fastrm.data.group import PreparedGroup, encode_group
 from fastrm.data.loader import LoadedPack, PackBuilder, Refusal, load_packs
 from fastrm.data.packing import EncodedGroup, Pack
-from fastrm.data.plan import PackPlan, plan_once
 from fastrm.data.record import Record
 from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.values import describe

@@ -11,10 +11,10 @@ from typing import NoReturn
 import torch
 
 from fastrm.config import Config
+from fastrm.data.batching import plan_steps
 from fastrm.data.loader import LoadedPack, PackBuilder, Refusal, Waiting, load_packs
 from fastrm.data.order import StepOrder
 from fastrm.data.packing import Pack
-from fastrm.data.plan import plan_steps
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
 from fastrm.errors import ConfigError, InterruptedRun, StorageError
