@@ -8,7 +8,7 @@ import torch
 
 from emulated_flash import CALLS, emulate, install
 from fastrm.errors import ConfigError
-from fastrm.model.kernels import choose_backend
+from fastrm.model.kernel_choice import choose_backend
 from fastrm_kernels import TreeLayout, dispatch, preference_loss, tree_attention
 from fastrm_kernels.tree_attention import flash_attn, varlen
 from fastrm_kernels.tree_attention.flash_attn_versions import NOT_INSTALLED, find_version

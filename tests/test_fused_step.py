@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastrm.config import Config, HeadConfig
-from fastrm.model.kernels import choose_head_kernels
+from fastrm.model.kernel_choice import choose_head_kernels
 from fastrm.train.engine import LocalEngine
 from fastrm_kernels import preference_loss
 from fastrm_kernels.launch import record_launches

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
 from fastrm.model.architectures import find_architecture
-from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
+from fastrm.model.kernel_choice import choose_backend, choose_head_kernels, head_dims_of
 from fastrm_kernels import dispatch
 from runs import colour_rows, fastrm, tiny_config
 from support import make_model, needs_interpreter

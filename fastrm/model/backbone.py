@@ -17,13 +17,13 @@ from torch import nn
 
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
-from fastrm.model import checkpointing
 from fastrm.model.attention import Attention, AttentionShape, keep_alive
 from fastrm.model.compiled import mark_dynamic, own_copy
 from fastrm.model.families import QWEN_VL_FAMILIES, check_family, longest_path
 from fastrm.model.inputs import LayoutPlanner, PackLayouts
 from fastrm.model.layers import LayerKernels, decoder_layer, last_decoder_layer, rotation, stock_gate, stock_norm
 from fastrm.model.pooling import mean_of_paths
+from fastrm.model.recompute import call_checkpointed
 from fastrm.model.tiles import TilePlan
 from fastrm.model.towers import make_tower
 from fastrm.model.vision import VisionPlan
@@ -35,7 +35,7 @@ class BackboneRunner:
     Attributes:
         language: its language model.
         tower: its vision side; None for a text model.
-        checkpointing: none, selective or full (checkpointing.py).
+        checkpointing: none, selective or full (recompute.py).
         always_see: run the vision tower also for packs without images. ZeRO needs every rank to run the
             same modules: else ranks would wait for each other's parameters or gradients for ever.
         compiled: layers run as graphs of torch.compile.
@@ -121,7 +121,7 @@ class BackboneRunner:
         layouts = self._layouts(pack)
         hidden, _, _ = self._run_layers(self.language.layers, pack, layouts)
         norm = self.language.norm
-        means = checkpointing.run(self.checkpointing, False, mean_of_paths, hidden, norm, layouts.mean)
+        means = call_checkpointed(self.checkpointing, False, mean_of_paths, hidden, norm, layouts.mean)
         return keep_alive(means, layouts.trees) if self.compiled else means
 
     def _layouts(self, pack: Pack) -> PackLayouts:
@@ -161,14 +161,14 @@ class BackboneRunner:
     def _last_layer(self, layer: nn.Module, hidden, cos, sin, anchors, layouts: PackLayouts) -> torch.Tensor:
         """(T, D) -> (R, D). Never compiled: that would be a graph of its own for one layer in many."""
         plan = self._kernels.attention.plan(layouts.anchors, _product_dtype(hidden))
-        return checkpointing.run(
+        return call_checkpointed(
             self.checkpointing, False, last_decoder_layer, layer, hidden, cos, sin, anchors, plan, self._kernels
         )
 
     def _run(self, function: Callable, layer: nn.Module, hidden: torch.Tensor, *arguments) -> torch.Tensor:
         if self.compiled:
             mark_dynamic(hidden)
-        return checkpointing.run(self.checkpointing, self.compiled, function, layer, hidden, *arguments)
+        return call_checkpointed(self.checkpointing, self.compiled, function, layer, hidden, *arguments)
 
     def _embed(self, pack: Pack, layouts: PackLayouts) -> torch.Tensor:
         embeddings = self.language.embed_tokens(pack.input_ids)  # (T, D)

@@ -12,14 +12,14 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError
 from fastrm.model.attention import BACKENDS
 from fastrm.model.backbone import BackboneRunner
-from fastrm.model.checkpointing import MODES
 from fastrm.model.compiled import CompiledGraphs
 from fastrm.model.families import check_family, gated_activations
 from fastrm.model.fusion import FusedLinear, fuse_projections
 from fastrm.model.head import head_loss, head_rewards, make_head
-from fastrm.model.kernels import choose_backend, choose_head_kernels, head_dims_of
+from fastrm.model.kernel_choice import choose_backend, choose_head_kernels, head_dims_of
 from fastrm.model.layers import choose_norm_and_gate
 from fastrm.model.precision import Fp8Report, fp8_disabled
+from fastrm.model.recompute import MODES
 from fastrm.model.towers import VisionTower
 from fastrm.names import device_name
 
@@ -143,7 +143,7 @@ class RewardNetwork(nn.Module):
             yield
 
     def use_activation_checkpointing(self, mode: str) -> None:
-        """What the backward pass recomputes: none, selective or full (see checkpointing.py).
+        """What the backward pass recomputes: none, selective or full (see recompute.py).
 
         Call it before the first pass: compiled graphs are made for one mode.
 

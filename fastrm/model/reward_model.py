@@ -12,7 +12,7 @@ from fastrm.errors import ConfigError, GroupError, option
 from fastrm.model.attention import BACKENDS
 from fastrm.model.export import kept_date, load_model
 from fastrm.model.first_use import FirstUse, weights_of
-from fastrm.model.kernels import CHOICES
+from fastrm.model.kernel_choice import CHOICES
 from fastrm.model.loading import stored_dtype
 from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.names import checked_dtype

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 MODES = ("none", "selective", "full")
 
 
-def run(mode: str, compiled: bool, layer: Callable, *arguments):
+def call_checkpointed(mode: str, compiled: bool, layer: Callable, *arguments):
     """layer(*arguments), recomputed in the backward pass as `mode` says.
 
     Args:
