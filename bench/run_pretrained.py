@@ -3,7 +3,7 @@
     python bench/pretrained/convert.py                       # the model, once
     python bench/run_pretrained.py --only "long prompts"     # one workload: 2 to 5 minutes on two cores
     python bench/run_pretrained.py                           # all of them
-    python bench/run_pretrained.py --tables                  # into docs/pretrained.md, from bench/results
+    python bench/run_pretrained.py --tables                  # into docs/lab/pretrained.md, from bench/results
 
 The model is SmolLM2-135M-Instruct. Weights, head, batches, their order, optimizer and dtype (float32) are the same, and
 the three take turns in one process. The gate comes first: loss and every gradient of the first batch must agree to
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=FOLDER, help=f"what convert.py has made; default: {FOLDER}")
     parser.add_argument("--only", metavar="WORKLOAD", help="one workload by its name")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; default: bench/results")
-    parser.add_argument("--tables", action="store_true", help="only make the tables of docs/pretrained.md")
+    parser.add_argument("--tables", action="store_true", help="only make the tables of docs/lab/pretrained.md")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if arguments.tables:

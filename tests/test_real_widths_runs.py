@@ -74,7 +74,7 @@ def test_full_recipe_at_the_widths_of_the_7b_resumes_to_the_bit(freeze, override
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tiny model", "as written"])
 def test_full_yaml_runs_with_the_documented_overrides_alone(whole, tmp_path):
     """By default a tiny model lies where the first command would have made one."""
-    make, run = (line for line in documented_commands("real_size.md") if "runs/two-layers" in line)
+    make, run = (line for line in documented_commands("lab/real_size.md") if "runs/two-layers" in line)
     (tmp_path / "configs").symlink_to(FULL.parent)
     if whole:
         assert not run_alone(run_command, random_model.main, tmp_path, shlex.split(make)[1:]).value

@@ -4,7 +4,7 @@
     python bench/peers/ms_swift.py                       all workloads, nothing recomputed; a quarter of an hour
     python bench/peers/ms_swift.py --only pairs          one workload
     python bench/peers/ms_swift.py --recompute full      with full activation checkpointing on both sides
-    python bench/peers/ms_swift.py --docs                make the tables of docs/peers.md from bench/results
+    python bench/peers/ms_swift.py --docs                make the tables of docs/lab/peers.md from bench/results
 
 Both read the same files and run as their users run them, each in a process of its own, in turn. Before a figure is
 saved the script asserts that both were given the same tokens and pixels, trained the same number of parameters, and
@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each trainer; default: %(default)s")
     parser.add_argument("--steps", type=int, default=3, help="of a run; the first is not timed; default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file; default: bench/results")
-    parser.add_argument("--docs", action="store_true", help="only make the tables of docs/peers.md")
+    parser.add_argument("--docs", action="store_true", help="only make the tables of docs/lab/peers.md")
     arguments = parser.parse_args()
     if arguments.docs:
         PAGE.write_text(updated_page(PAGE.read_text(), load_all()))

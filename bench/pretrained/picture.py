@@ -1,7 +1,7 @@
 """What a run on human preferences has learned: its curve, its margins on held-out pairs, and accuracy with intervals.
 
     fastrm score runs/human/run/model runs/human/eval.jsonl --out runs/human/rewards.jsonl
-    python bench/pretrained/picture.py runs/human --docs    # and into docs/pretrained.md, with a picture
+    python bench/pretrained/picture.py runs/human --docs    # and into docs/lab/pretrained.md, with a picture
 
 Two intervals of 95 %: Wilson's, which takes the pairs for independent, and a bootstrap over prompts, since pairs of one
 prompt share responses. Beside them stands how often the longer response is the better one.

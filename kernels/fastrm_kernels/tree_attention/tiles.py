@@ -27,7 +27,7 @@ from fastrm_kernels.tree_attention.layout import Spans, TreeLayout
 
 MULTIPROCESSORS = 132  # of an H100 or H200; only a yardstick for how evenly work must be divided
 MOST_STEPS = 2**30 - 1  # a kernel finds a step's two numbers with 32-bit offsets
-LONGEST_SHARE = 0.7  # how much of a multiprocessor's share the longest program may take; docs/experiments.md
+LONGEST_SHARE = 0.7  # how much of a multiprocessor's share the longest program may take; docs/lab/experiments.md
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def choose_blocks(dtype: torch.dtype, head_dim: int, single_rows: bool) -> Block
     """
     if dtype == torch.float32:
         return Blocks(32, 32, 32, 32, 8, 8, 1, 1, 1)  # exact products have no use for a pipeline
-    # Steps of 64 rows, or of 32 where the accumulators leave too few registers for them (docs/experiments.md).
+    # Steps of 64 rows, or of 32 where the accumulators leave too few registers for them (docs/lab/experiments.md).
     if single_rows:
         return Blocks(64, 32, 128, 32, 4, 8, 5, 5, 5)
     return Blocks(128, 64, 128, 32 if head_dim > 64 else 64, 8, 8, 5, 5, 5)
