@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "tests")]
 
 from fastrm.config import Config  # noqa: E402
-from fastrm.data.group import PreparedGroup, encode_group  # noqa: E402
+from fastrm.data.group import GroupSize, encode_group  # noqa: E402
 from fastrm.data.tokenizer import load_tokenizer  # noqa: E402
 from fastrm.model.exactness import ROUNDINGS, Agreement, check_network, choose_samples, describe  # noqa: E402
 from fastrm.model.reward_model import DTYPES  # noqa: E402
@@ -35,7 +35,7 @@ def measure(path: str, dtype: str) -> list[Agreement]:
     groups = [encode_group(record, network.encoder) for record in records]
     found = []
     for kind, sample in choose_samples(
-        [PreparedGroup.of(group) for group in groups], groups.__getitem__, network.encoder
+        [GroupSize.of(group) for group in groups], groups.__getitem__, network.encoder
     ).items():
         started = time.perf_counter()
         parts = check_network(network, sample)

@@ -17,7 +17,7 @@ from test_trl_trainer import chat_records, instruction_records
 from fastrm.config import Config, load_config
 from fastrm.data.group import (
     MAX_MERGED_RESPONSES,
-    PreparedGroup,
+    GroupSize,
     check_length,
     encode_group,
     join_records,
@@ -53,16 +53,16 @@ class Pool:
     """Groups to draw steps from. `shares`: of each source, the share of groups, or None to take all in turn."""
 
     name: str
-    sources: list[list[PreparedGroup]]
+    sources: list[list[GroupSize]]
     shares: list[float] | None = None
 
-    def draw(self, pairs_per_step: int, num_steps: int) -> tuple[list[PreparedGroup], StepOrder]:
+    def draw(self, pairs_per_step: int, num_steps: int) -> tuple[list[GroupSize], StepOrder]:
         """Groups, and the order that cuts them into steps; enough for `num_steps` steps."""
         wanted = pairs_per_step * (num_steps + 1)
         groups = list(self._mixed(wanted) if self.shares else self._copies(wanted))
         return groups, StepOrder([group.num_preferences for group in groups], pairs_per_step, seed=0)
 
-    def _mixed(self, num_pairs: int) -> Iterator[PreparedGroup]:
+    def _mixed(self, num_pairs: int) -> Iterator[GroupSize]:
         """Groups drawn at random from sources drawn by their shares; each with images of its own."""
         rng, drawn = np.random.default_rng(0), 0
         while drawn < num_pairs:
@@ -71,7 +71,7 @@ class Pool:
             yield _with_own_images(group, drawn)
             drawn += group.num_preferences
 
-    def _copies(self, num_pairs: int) -> Iterator[PreparedGroup]:
+    def _copies(self, num_pairs: int) -> Iterator[GroupSize]:
         """All groups as often as needed: those of one image share it within a copy only."""
         groups = [group for source in self.sources for group in source]
         per_copy = sum(group.num_preferences for group in groups)
@@ -80,7 +80,7 @@ class Pool:
                 yield _with_own_images(group, copy)
 
 
-def _with_own_images(group: PreparedGroup, number: int) -> PreparedGroup:
+def _with_own_images(group: GroupSize, number: int) -> GroupSize:
     return replace(group, images=tuple(image._replace(key=f"{image.key} {number}") for image in group.images))
 
 
@@ -113,7 +113,7 @@ def make_pools(config: Config) -> list[Pool]:
     ]
 
 
-def _groups(records: list[Record], encoder: ConversationEncoder, config: Config) -> list[PreparedGroup]:
+def _groups(records: list[Record], encoder: ConversationEncoder, config: Config) -> list[GroupSize]:
     """Groups of one prompt, as a prepared set merges them; what cannot be trained on is left out."""
     prompts: dict[tuple, list[Record]] = {}
     for record in records:
@@ -125,7 +125,7 @@ def _groups(records: list[Record], encoder: ConversationEncoder, config: Config)
             record, _ = resolve_preferences(join_records(parts[first : first + most]), config)
             try:
                 group = encode_group(record, encoder)
-                counted = PreparedGroup.of(group, config.data.share_prefixes)
+                counted = GroupSize.of(group, config.data.share_prefixes)
                 check_length(counted.num_tokens, config)
             except RecordError:
                 continue

@@ -17,7 +17,7 @@ import pytest
 
 from fastrm.data.balance import CostModel, slowest_bound
 from fastrm.data.batching import divide_step, plan_packs
-from fastrm.data.group import PreparedGroup
+from fastrm.data.group import GroupSize
 from fastrm.json_files import to_json
 from fastrm.model.architectures import find_architecture
 from fastrm.train.step_cost import make_cost_model
@@ -93,7 +93,7 @@ class Simulation:
         division = divide_step(members, groups, self.budget, num_ranks, cost)
         return [division.packs(rank) for rank in range(num_ranks)]
 
-    def _pack_costs(self, groups: Sequence[PreparedGroup], ranks: list[list[Sequence[int]]]) -> np.ndarray:
+    def _pack_costs(self, groups: Sequence[GroupSize], ranks: list[list[Sequence[int]]]) -> np.ndarray:
         """FLOPs (ranks, packs) of every pack; 0 where a rank has fewer."""
         costs = np.zeros((len(ranks), max(map(len, ranks))))
         for rank, packs in enumerate(ranks):
@@ -101,7 +101,7 @@ class Simulation:
                 costs[rank, number] = sum(self._least_costs(groups, pack))
         return costs
 
-    def _least_costs(self, groups: Sequence[PreparedGroup], members: Sequence[int]) -> list[float]:
+    def _least_costs(self, groups: Sequence[GroupSize], members: Sequence[int]) -> list[float]:
         """FLOPs of each group, where an image that several begin with is paid for once."""
         costs, seen = [], set()
         for group in (groups[member] for member in members):

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from fastrm.config import ModelConfig
 from fastrm.data.balance import CostModel, divide, slowest_bound
 from fastrm.data.batching import Bundle, StepDivision, divide_step
-from fastrm.data.group import GroupImage, PreparedGroup, encode_group
+from fastrm.data.group import GroupImage, GroupSize, encode_group
 from fastrm.data.tree import build_tree
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.plan.flops import Workload, step_flops
@@ -19,9 +19,9 @@ from fastrm.train.step_cost import make_cost_model
 from support import FAMILIES, make_image, make_model, make_record, pack_of
 
 
-def _prepared(num_tokens, image=None, num_lead_tokens=0) -> PreparedGroup:
+def _size(num_tokens, image=None, num_lead_tokens=0) -> GroupSize:
     images = (GroupImage(image, 4, 4),) if image else ()
-    return PreparedGroup(num_tokens, 1, 0, images, num_lead_tokens)
+    return GroupSize(num_tokens, 1, 0, images, num_lead_tokens)
 
 
 def _loads(ranks, costs) -> list[float]:
@@ -56,15 +56,15 @@ def test_a_prepared_group_counts_what_its_pack_holds(share):
     image, other = make_image(84, 140, 1), make_image(56, 28, 2)
     for images in [(), (image,), (image, other, image)]:
         record = make_record(3, num_responses=4, images=images)
-        prepared = PreparedGroup.of(encode_group(record, network.encoder), share)
+        size = GroupSize.of(encode_group(record, network.encoder), share)
         pack = pack_of(network, [record], share)
-        assert (prepared.num_tokens, prepared.num_preferences) == (pack.num_tokens, pack.num_preferences)
-        assert prepared.num_attention_pairs == _visible_pairs(pack.lengths, pack.parents)
+        assert (size.num_tokens, size.num_preferences) == (pack.num_tokens, pack.num_preferences)
+        assert size.num_attention_pairs == _visible_pairs(pack.lengths, pack.parents)
         grids = [[rows // 2, columns // 2] for _, rows, columns in pack.image_grids]
-        assert [[found.height, found.width] for found in prepared.images] == grids
-        assert [found.key for found in prepared.images] == [ref.key for ref in dict.fromkeys(images)]
-        assert (prepared.num_lead_tokens > 15) == bool(share and images)
-        assert prepared.first_image == (images[0].key if images else None)
+        assert [[found.height, found.width] for found in size.images] == grids
+        assert [found.key for found in size.images] == [ref.key for ref in dict.fromkeys(images)]
+        assert (size.num_lead_tokens > 15) == bool(share and images)
+        assert size.first_image == (images[0].key if images else None)
 
 
 def test_groups_that_begin_with_one_image_share_its_lead_in_a_pack():
@@ -72,7 +72,7 @@ def test_groups_that_begin_with_one_image_share_its_lead_in_a_pack():
     image = make_image(84, 140, 1)
     # The questions differ from their first character on, so that nothing behind the image is shared.
     records = [make_record(n, images=(image,), prompt=f"{n} {'cat dog ' * 9}") for n in (1, 2, 3)]
-    groups = [PreparedGroup.of(encode_group(record, network.encoder)) for record in records]
+    groups = [GroupSize.of(encode_group(record, network.encoder)) for record in records]
     lead = groups[0].num_lead_tokens
     assert lead > 15 and {group.num_lead_tokens for group in groups} == {lead}
     pack = pack_of(network, records)
@@ -84,14 +84,14 @@ def test_groups_that_begin_with_one_image_share_its_lead_in_a_pack():
 
 def test_cost_of_a_group_adds_text_and_images_with_windows_cut_at_the_edge():
     model = CostModel(2.0, 0.5, per_image_token=10.0, per_image_pair=0.1, per_window_pair=0.01, window=4)
-    group = PreparedGroup(100, 1, 5050, (GroupImage("a", 6, 9), GroupImage("b", 4, 4)), 60)
+    group = GroupSize(100, 1, 5050, (GroupImage("a", 6, 9), GroupImage("b", 4, 4)), 60)
     # 6 x 9 falls into windows of heights 4, 2 and widths 4, 4, 1.
     windows = sum((height * width) ** 2 for height in (4, 2) for width in (4, 4, 1))
     first = 10 * 54 + 0.1 * 54**2 + 0.01 * windows
     second = 10 * 16 + 0.1 * 16**2 + 0.01 * 16**2
     assert model.of_group(group) == pytest.approx(2 * 100 + 0.5 * 5050 + first + second, rel=1e-12)
     assert model.saved(group) == pytest.approx(first + 2 * 60 + 0.5 * 60 * 61 / 2, rel=1e-12)
-    assert model.saved(_prepared(100)) == 0.0
+    assert model.saved(_size(100)) == 0.0
 
 
 def test_windows_are_those_of_the_stock_vision_tower():
@@ -214,7 +214,7 @@ def test_slowest_rank_is_within_five_percent_of_the_mean_with_many_groups():
 
 
 def test_families_stay_together_while_that_costs_nothing():
-    groups = [_prepared(100, image) for image in "abcdabcd"]
+    groups = [_size(100, image) for image in "abcdabcd"]
     model = CostModel(1.0, per_image_token=50.0)
     division = divide_step(range(8), groups, 1000, 2, model)
     found = sorted(bundle.groups for rank in division.bundles for bundle in rank)
@@ -225,7 +225,7 @@ def test_families_stay_together_while_that_costs_nothing():
 
 def test_a_family_that_would_hold_up_a_rank_is_cut():
     """Eight groups of one image on four ranks: whole, three ranks would wait for the fourth."""
-    groups = [_prepared(100, "a") for _ in range(8)]
+    groups = [_size(100, "a") for _ in range(8)]
     division = divide_step(range(8), groups, 1000, 4, CostModel(1.0, per_image_token=1.0))
     assert [[bundle.groups for bundle in rank] for rank in division.bundles] == [[(0, 1)], [(2, 3)], [(4, 5)], [(6, 7)]]
     # An image so costly that no cut pays: a rank with all of it is the fastest way.

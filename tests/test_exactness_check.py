@@ -8,7 +8,7 @@ import torch
 import check_exactness
 import fastrm
 from fastrm.config import load_config
-from fastrm.data.group import PreparedGroup, encode_group
+from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.qwen_format import stock_keeps_video_seconds
 from fastrm.data.record import Message, Record, Response
 from fastrm.errors import ExactnessError
@@ -52,7 +52,7 @@ def _records(family):
 
 def _samples(network, records):
     groups = [encode_group(record, network.encoder) for record in records]
-    return choose_samples([PreparedGroup.of(group) for group in groups], groups.__getitem__, network.encoder)
+    return choose_samples([GroupSize.of(group) for group in groups], groups.__getitem__, network.encoder)
 
 
 def _tamper(monkeypatch, *, of=lambda mlp: True):
@@ -316,7 +316,7 @@ def test_the_shortest_groups_that_can_be_read_are_taken():
             raise exactness.RecordError("IMAGE_MISSING", "gone")
         return groups[number]
 
-    found = choose_samples([PreparedGroup.of(group) for group in groups], load, network.encoder)
+    found = choose_samples([GroupSize.of(group) for group in groups], load, network.encoder)
     assert {kind: sample.group.id for kind, sample in found.items()} == {"text": "r1", "image": "r4"}
     assert FirstUse(network, "no weights")([], load) is None
 

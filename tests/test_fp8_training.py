@@ -8,7 +8,7 @@ import torch
 
 from fastrm.config import load_config
 from fastrm.data.batching import PackPlan, plan_once
-from fastrm.data.group import PreparedGroup, encode_group
+from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.loader import PackBuilder
 from fastrm.evaluate.flips import compare_fp8
 from fastrm.model.precision import RECIPES, convert_to_fp8, fp8_disabled
@@ -97,7 +97,7 @@ def test_comparison_equals_counting_by_hand():
     network = make_model("qwen2_5_vl")
     convert_to_fp8(network, "tensorwise")
     records = [make_record(n, num_responses=4, prompt_words=4) for n in range(20)]
-    groups = [PreparedGroup.of(encode_group(record, network.encoder)) for record in records]
+    groups = [GroupSize.of(encode_group(record, network.encoder)) for record in records]
     builder, budget = PackBuilder(records, network.encoder, True, multiple=16), 400
     polled = []
     flips = compare_fp8(network, network, builder, groups, budget, poll=lambda: polled.append(1))
@@ -121,7 +121,7 @@ def test_a_comparison_that_is_stopped_leaves_training_in_fp8():
     network = make_model("qwen2_5_vl")
     convert_to_fp8(network, "rowwise")
     record = make_record(1)
-    group = PreparedGroup.of(encode_group(record, network.encoder))
+    group = GroupSize.of(encode_group(record, network.encoder))
     builder = PackBuilder([record], network.encoder, True, multiple=16)
     stop = Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import pytest
 
 from fastrm.data.balance import CostModel
 from fastrm.data.batching import PackPlan, plan_packs, plan_steps
-from fastrm.data.group import GroupImage, PreparedGroup, encode_group
+from fastrm.data.group import GroupImage, GroupSize, encode_group
 from fastrm.data.loader import PackBuilder
 from fastrm.data.order import StepOrder, epoch_order
 from fastrm.data.record import Message, Record, Response
@@ -158,8 +158,8 @@ def test_a_pack_is_never_longer_than_its_groups_were_counted():
         assert pack_of(network, records).num_tokens <= sum(counted)
 
 
-def _group(num_tokens, image=None) -> PreparedGroup:
-    return PreparedGroup(num_tokens, 1, images=(GroupImage(image, 1, 1),) if image else ())
+def _group(num_tokens, image=None) -> GroupSize:
+    return GroupSize(num_tokens, 1, images=(GroupImage(image, 1, 1),) if image else ())
 
 
 def test_packs_hold_every_group_once_within_the_budget():
@@ -182,7 +182,7 @@ COST = CostModel(1.0, 1e-3, per_image_token=3.0, per_image_pair=0.01, per_window
 BUDGET = 500
 
 
-def _prepared(rng, count) -> list[PreparedGroup]:
+def _sizes(rng, count) -> list[GroupSize]:
     """Groups of every size that fits, some with many preferences, some of one image."""
     groups = []
     for _ in range(count):
@@ -190,7 +190,7 @@ def _prepared(rng, count) -> list[PreparedGroup]:
         image = GroupImage(rng.choice("abcdefgh"), rng.randint(1, 9), rng.randint(1, 9))
         images = (image,) if num_tokens > 90 and rng.random() < 0.5 else ()
         pairs = rng.randint(0, num_tokens**2 // 2)
-        groups.append(PreparedGroup(num_tokens, rng.choice([1, 1, 6]), pairs, images, 20 * len(images)))
+        groups.append(GroupSize(num_tokens, rng.choice([1, 1, 6]), pairs, images, 20 * len(images)))
     return groups
 
 
@@ -208,7 +208,7 @@ def _steps(plans, count) -> list[list[PackPlan]]:
 def test_ranks_divide_every_step_completely_into_as_many_packs_each(num_ranks):
     for seed in range(25):
         rng = random.Random(seed)
-        groups = _prepared(rng, rng.randint(1, 120))
+        groups = _sizes(rng, rng.randint(1, 120))
         order = StepOrder([group.num_preferences for group in groups], rng.randint(1, 100), seed)
         cost = rng.choice([COST, None])
         alone = _steps(plan_steps(groups, order, 0, BUDGET), 4)
@@ -229,7 +229,7 @@ def test_ranks_divide_every_step_completely_into_as_many_packs_each(num_ranks):
 
 
 def test_plans_resume_at_every_step_on_every_rank():
-    groups = _prepared(random.Random(3), 90)
+    groups = _sizes(random.Random(3), 90)
     order = StepOrder([group.num_preferences for group in groups], 20, 3)
     for rank in range(3):
         options = {"rank": rank, "num_ranks": 3, "cost": COST}

@@ -8,7 +8,7 @@ import pytest
 from epochs import ARCHITECTURES, IMAGE_SIZE, LONG, SHORT, LongAndShort, cost_model
 from fastrm.config import SourceConfig, load_config
 from fastrm.data.balance import divide, slowest_bound
-from fastrm.data.group import PreparedGroup, encode_group
+from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.order import StepOrder, epoch_order
 from fastrm.data.prepared.index import entries_of, make_index, num_records_of, store
 from fastrm.data.prepared.select import select
@@ -40,7 +40,7 @@ def exact_sharing(made: Made) -> tuple[int, int, Fraction]:
     tokens = unshared_tokens = shared = unshared = 0
     for record in made.train.records:
         group = encode_group(record, encoder)
-        counted = PreparedGroup.of(group)
+        counted = GroupSize.of(group)
         tokens += counted.num_tokens
         shared += Fraction(cost.of_group(counted))
         lengths = [len(response.tokens) for response in group.responses]
@@ -168,7 +168,7 @@ def test_a_value_that_an_index_has_no_room_for_is_refused_and_not_wrapped():
 def test_ranks_are_balanced_alike_in_flops_and_in_units_of_a_million(name):
     cost = cost_model(name)
     lengths = np.random.default_rng(0).integers(100, 32_768, 4_096).tolist()
-    costs = [cost.of_group(PreparedGroup(n, 1, n * (n + 1) // 2)) for n in lengths]
+    costs = [cost.of_group(GroupSize(n, 1, n * (n + 1) // 2)) for n in lengths]
     assert sum(costs) > 2**63 // 4 or name == "7B"
     ranks = divide(costs, 64)
     assert sorted(item for rank in ranks for item in rank) == list(range(len(costs)))

@@ -9,7 +9,7 @@ from packaging.version import Version
 import stock
 from fastrm.data.balance import CostModel
 from fastrm.data.batching import PackPlan
-from fastrm.data.group import GroupImage, PreparedGroup, encode_group
+from fastrm.data.group import GroupImage, GroupSize, encode_group
 from fastrm.data.images import MediaLimits
 from fastrm.data.loader import PackBuilder
 from fastrm.data.packing import EncodedGroup
@@ -178,7 +178,7 @@ def test_a_prepared_group_counts_the_planes_of_a_video():
     video = make_video(9, 90, 70)
     record = make_record(1, images=[video])
     size = network.encoder.measure(video)
-    group = PreparedGroup.of(encode_group(record, network.encoder))
+    group = GroupSize.of(encode_group(record, network.encoder))
     assert size.frames == 3
     assert group.images == (GroupImage(video.key, size.height, size.width, size.frames),)
     cost = CostModel(0.0, per_image_token=1.0, per_image_pair=0.1, per_window_pair=0.01, window=2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastrm.data.group import PreparedGroup
+from fastrm.data.group import GroupSize
 from fastrm.data.tree import causal_pairs
 
 # A division is good enough when the slowest rank is this close to a bound that none can beat.
@@ -29,7 +29,7 @@ class CostModel:
 
     Attributes:
         per_token: of a token in the language model, attention left out.
-        per_attention_pair: of a query-key pair of a causal layer, as in `PreparedGroup`.
+        per_attention_pair: of a query-key pair of a causal layer, as in `GroupSize`.
         per_image_token: of a merged patch in vision tower and projector, attention left out.
         per_image_pair: of two merged patches of one image in the blocks with full attention.
         per_window_pair: of two merged patches of one window in the others.
@@ -51,12 +51,12 @@ class CostModel:
             cost += self.per_window_pair * _sum_of_squares(height, self.window) * _sum_of_squares(width, self.window)
         return frames * cost
 
-    def of_group(self, group: PreparedGroup) -> float:
+    def of_group(self, group: GroupSize) -> float:
         """A group by itself."""
         cost = self.per_token * group.num_tokens + self.per_attention_pair * group.num_attention_pairs
         return cost + sum(self.of_image(*size) for _, *size in group.images)
 
-    def saved(self, group: PreparedGroup) -> float:
+    def saved(self, group: GroupSize) -> float:
         """What a group costs less in a pack with another that begins with the same image.
 
         An estimate: text before the image is taken to be the same too.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastrm.data.balance import TOLERANCE, CostModel, divide
-from fastrm.data.group import PreparedGroup
+from fastrm.data.group import GroupSize
 from fastrm.data.order import StepOrder
 
 # Largest bundles that a division over ranks tries, as shares of a rank's mean cost; 0: groups one by one.
@@ -69,7 +69,7 @@ class StepDivision:
 
 
 def plan_steps(
-    groups: Sequence[PreparedGroup],
+    groups: Sequence[GroupSize],
     order: StepOrder,
     position: int,
     budget: int,
@@ -101,7 +101,7 @@ def plan_steps(
             yield PackPlan(tuple(pack), after, number == len(packs) - 1)
 
 
-def plan_once(groups: Sequence[PreparedGroup], budget: int) -> list[PackPlan]:
+def plan_once(groups: Sequence[GroupSize], budget: int) -> list[PackPlan]:
     """Plans that hold every group once, for evaluation and scoring.
 
     Groups are taken in runs of neighbours, so that results come back roughly in reading order.
@@ -116,7 +116,7 @@ def plan_once(groups: Sequence[PreparedGroup], budget: int) -> list[PackPlan]:
     return plans
 
 
-def plan_packs(members: Sequence[int], groups: Sequence[PreparedGroup], budget: int) -> list[list[int]]:
+def plan_packs(members: Sequence[int], groups: Sequence[GroupSize], budget: int) -> list[list[int]]:
     """Cut one step's groups into packs of at most `budget` tokens.
 
     First-fit decreasing, which uses at most 11/9 of the fewest packs; groups with the same first
@@ -137,7 +137,7 @@ def plan_packs(members: Sequence[int], groups: Sequence[PreparedGroup], budget: 
 
 def divide_step(
     members: Sequence[int],
-    groups: Sequence[PreparedGroup],
+    groups: Sequence[GroupSize],
     budget: int,
     num_ranks: int,
     cost: CostModel | None = None,
@@ -184,7 +184,7 @@ def _divide_families(
     return best
 
 
-def _families(members: Iterable[int], groups: Sequence[PreparedGroup]) -> list[list[int]]:
+def _families(members: Iterable[int], groups: Sequence[GroupSize]) -> list[list[int]]:
     """Groups that begin with the same image, in order of the first of them; those without one, by themselves."""
     families: dict[object, list[int]] = {}
     for number in members:

@@ -1,4 +1,4 @@
-"""A group: one prompt with its responses, of one record or of several; and what planning needs to know of it.
+"""A group: one prompt with its responses, of one record or of several; and the counts by which groups are batched.
 
 Counting tokenises every conversation and reads media headers only; images are decoded when a pack needs
 them. Afterwards the order and the packs of every step follow from the counts alone.
@@ -37,8 +37,8 @@ class GroupImage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PreparedGroup:
-    """What planning needs to know of a group.
+class GroupSize:
+    """Token counts of a group: what batching needs to know of it.
 
     Attributes:
         num_tokens: of the group's tree.
@@ -55,7 +55,7 @@ class PreparedGroup:
     num_lead_tokens: int = 0
 
     @classmethod
-    def of(cls, group: EncodedGroup, share: bool = True) -> "PreparedGroup":
+    def of(cls, group: EncodedGroup, share: bool = True) -> "GroupSize":
         """Count a tokenised group; `share`: packs will hold it as a prefix tree."""
         tree = group.tree(share)
         spans = [span for response in group.responses for span in response.media]

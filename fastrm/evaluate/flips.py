@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastrm.data.group import PreparedGroup
+from fastrm.data.group import GroupSize
 from fastrm.data.loader import PackBuilder
 from fastrm.data.packing import Pack
 from fastrm.evaluate.scoring import Forward, refuse_non_finite, run_packs
@@ -61,7 +61,7 @@ def compare_fp8(
     network: RewardNetwork,
     forward: Forward,
     builder: PackBuilder,
-    groups: Sequence[PreparedGroup],
+    groups: Sequence[GroupSize],
     budget: int,
     num_workers: int = 0,
     poll: Callable[[], None] = lambda: None,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastrm.data.batching import PackPlan, plan_once
-from fastrm.data.group import PreparedGroup, encode_group
+from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.loader import LoadedPack, PackBuilder, Refusal, load_packs
 from fastrm.data.packing import EncodedGroup, Pack
 from fastrm.data.record import Record
@@ -34,7 +34,7 @@ Forward = Callable[[Pack | None], torch.Tensor | None]
 def run_packs(
     forward: Forward,
     builder: PackBuilder,
-    groups: Sequence[PreparedGroup],
+    groups: Sequence[GroupSize],
     budget: int,
     num_workers: int = 0,
     rank: int = 0,
@@ -165,7 +165,7 @@ class _Ready(NamedTuple):
 
     number: int
     group: EncodedGroup
-    counted: PreparedGroup
+    counted: GroupSize
     places: list[int]
 
 
@@ -189,7 +189,7 @@ def _make_ready(
             f"a response has {longest:,} tokens with its prompt; with its rope_type dynamic the model is exact up to "
             f"{limit:,}; shorten it",
         )
-    counted = PreparedGroup.of(group)
+    counted = GroupSize.of(group)
     if counted.num_tokens > tokens_per_pack:
         limit = f"limit {tokens_per_pack:,}; raise {option('tokens_per_pack')}"
         raise RecordError("TOO_LONG", f"the group has {counted.num_tokens:,} tokens, {limit}")

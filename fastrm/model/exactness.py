@@ -27,7 +27,7 @@ import torch
 import transformers
 from torch import nn
 
-from fastrm.data.group import PreparedGroup
+from fastrm.data.group import GroupSize
 from fastrm.data.images import decode_image
 from fastrm.data.packing import EncodedGroup, build_pack
 from fastrm.data.qwen_format import stock_keeps_video_seconds
@@ -106,7 +106,7 @@ def _how_far(parts: Sequence[Agreement]) -> str:
 
 
 def choose_samples(
-    groups: Sequence[PreparedGroup],
+    groups: Sequence[GroupSize],
     load: Callable[[int], EncodedGroup],
     encoder: ConversationEncoder,
     kinds: Sequence[str] = KINDS,
@@ -128,7 +128,7 @@ def choose_samples(
     return {kind: sample for kind, sample in samples.items() if sample is not None}
 
 
-def _kind_of(group: PreparedGroup, encoder: ConversationEncoder) -> str:
+def _kind_of(group: GroupSize, encoder: ConversationEncoder) -> str:
     """What of a model a group needs."""
     if not group.images:
         return "text"

@@ -22,7 +22,7 @@ import transformers
 
 import fastrm
 import fastrm_kernels
-from fastrm.data.group import PreparedGroup
+from fastrm.data.group import GroupSize
 from fastrm.data.packing import EncodedGroup
 from fastrm.json_files import to_json
 from fastrm.model.exactness import KINDS, Agreement, Sample, check_network, choose_samples, describe
@@ -59,7 +59,7 @@ class FirstUse:
         self._checked: set[str] = set()
         self._lock = threading.Lock()
 
-    def __call__(self, groups: Sequence[PreparedGroup], load: Callable[[int], EncodedGroup]) -> None:
+    def __call__(self, groups: Sequence[GroupSize], load: Callable[[int], EncodedGroup]) -> None:
         """Check with groups of the kinds that were not yet met.
 
         Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastrm.config import Config, SourceConfig, TrainedTokenizer
-from fastrm.data.group import PreparedGroup, check_length, encode_group
+from fastrm.data.group import GroupSize, check_length, encode_group
 from fastrm.data.prepared.units import open_source
 from fastrm.data.record import Record
 from fastrm.data.sources import KeyTally, Refusal, is_on_hub, unread_lines
@@ -98,7 +98,7 @@ def _judge(first_rows: _FirstRows, encoder: ConversationEncoder | None, config: 
     for record in (row for row in rows if isinstance(row, Record)):
         try:
             if encoder is not None:
-                check_length(PreparedGroup.of(encode_group(record, encoder)).num_tokens, config)
+                check_length(GroupSize.of(encode_group(record, encoder)).num_tokens, config)
         except RecordError as error:
             refusals.append((error.code, error.message, record.origin))
     if not rows:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastrm.config import Config
 from fastrm.data.group import (
-    PreparedGroup,
+    GroupSize,
     check_distinct,
     check_length,
     encode_group,
@@ -138,7 +138,7 @@ class _Fit(NamedTuple):
     place: int
     num_members: int
     group: EncodedGroup
-    counted: PreparedGroup
+    counted: GroupSize
     num_ties_ignored: int
 
 
@@ -173,7 +173,7 @@ def _fit(
     try:
         record, num_ignored = resolve_preferences(join_records(parts), config)
         group = encode_group(record, encoder)
-        counted = PreparedGroup.of(group, config.data.share_prefixes)
+        counted = GroupSize.of(group, config.data.share_prefixes)
         check_length(counted.num_tokens, config)
         check_distinct(group)
         if not record.preferences:

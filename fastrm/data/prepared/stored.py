@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fastrm.config import Config
-from fastrm.data.group import GroupImage, PreparedGroup, join_records, resolve_preferences
+from fastrm.data.group import GroupImage, GroupSize, join_records, resolve_preferences
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.prepared.records import read_record
 from fastrm.data.record import Record
@@ -62,7 +62,7 @@ class PreparedSet:
         arrays = _Arrays(folder)
         entries = arrays.load(split)
         counts = manifest["splits"][split]
-        self.groups: Sequence[PreparedGroup] = _Groups(arrays, entries)
+        self.groups: Sequence[GroupSize] = _Groups(arrays, entries)
         self.records: Sequence[Record] = _Records(folder, arrays, entries, manifest["units"], config)
         self.fingerprint: str = counts["fingerprint"]
         self.num_records: int = counts["num_records"]
@@ -124,12 +124,12 @@ class _Groups(Sequence):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __getitem__(self, number: int) -> PreparedGroup:
+    def __getitem__(self, number: int) -> GroupSize:
         place = self._entries[number]
         row, following = self._arrays.groups[place], self._arrays.groups[place + 1]
         images = self._arrays.images[row["first_image"] : following["first_image"]].tolist()
         num_tokens, num_preferences, num_pairs, num_lead_tokens, _, _ = row.item()
-        return PreparedGroup(num_tokens, num_preferences, num_pairs, tuple(map(_group_image, images)), num_lead_tokens)
+        return GroupSize(num_tokens, num_preferences, num_pairs, tuple(map(_group_image, images)), num_lead_tokens)
 
 
 def _group_image(size: tuple[int, int, int, int]) -> GroupImage:
