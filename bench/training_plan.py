@@ -3,9 +3,9 @@
 import functools
 
 from fastrm.config import Config
+from fastrm.forecast.layers import Computation, Rows
+from fastrm.forecast.memory import peak_memory
 from fastrm.model.network import RewardNetwork
-from fastrm.plan.layers import Computation, Rows
-from fastrm.plan.memory import peak_memory
 from training_models import make_network
 from training_shapes import TrainingShape, Variant
 

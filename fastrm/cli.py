@@ -102,7 +102,7 @@ def train(
 
     resolved = load_config(config, overrides or [])
     if dry_run:
-        from fastrm.plan.dry_run import dry_run as check
+        from fastrm.forecast.dry_run import dry_run as check
 
         check(resolved)
         return
@@ -116,7 +116,7 @@ def train(
         return
     if is_watched:
         end_with_parent(os.getppid(), signal.SIGTERM)
-    from fastrm.plan.room import check_room
+    from fastrm.forecast.room import check_room
     from fastrm.train.loop import train as run
 
     run(resolved, resume, check=lambda ranks: check_room(resolved, ranks.num_ranks, ranks.num_local))
@@ -142,7 +142,7 @@ def plan(
 ) -> None:
     """Predict memory, communication and step time of a run on many GPUs; needs none."""
     from fastrm.config import load_config
-    from fastrm.plan.command import plan_run
+    from fastrm.forecast.command import plan_run
 
     plan_run(
         load_config(config, overrides or []), gpus, gpu, num_pairs=pairs, imbalance=imbalance, nvlink_gbs=nvlink_gbs,

@@ -117,9 +117,9 @@ def predict(case: dict, run: dict):
     import torch
     from transformers import AutoModel
 
+    from fastrm.forecast.layers import Computation, Rows
+    from fastrm.forecast.memory import peak_memory
     from fastrm.model.network import RewardNetwork
-    from fastrm.plan.layers import Computation, Rows
-    from fastrm.plan.memory import peak_memory
     from fastrm_kernels import TreeLayout
 
     config = settings_of(case)

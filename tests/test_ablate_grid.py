@@ -10,7 +10,7 @@ from fastrm.ablate.costs import cell_costs
 from fastrm.ablate.grid import load_grid
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
-from fastrm.plan.hardware import find_gpu
+from fastrm.forecast.hardware import find_gpu
 
 ROOT = Path(__file__).parents[1]
 GRIDS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))

@@ -14,9 +14,9 @@ from fastrm import RewardModel
 from fastrm.config import ModelConfig, load_config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
+from fastrm.forecast.dry_run import dry_run
 from fastrm.model.adopt import adopt
 from fastrm.model.export import save_model
-from fastrm.plan.dry_run import dry_run
 from fastrm.train.display import Display
 from fastrm.train.loop import train
 from foreign_models import (

@@ -13,8 +13,8 @@ from fastrm.data.balance import CostModel, divide, slowest_bound
 from fastrm.data.batching import Bundle, StepDivision, divide_step
 from fastrm.data.group import GroupImage, GroupSize, encode_group
 from fastrm.data.tree import build_tree
+from fastrm.forecast.flops import Workload, step_flops
 from fastrm.model.architectures import find_architecture, meta_network
-from fastrm.plan.flops import Workload, step_flops
 from fastrm.train.step_cost import make_cost_model
 from support import FAMILIES, make_image, make_model, make_record, pack_of
 

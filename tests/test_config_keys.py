@@ -10,11 +10,11 @@ from transformers import AutoConfig
 import stock
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
+from fastrm.forecast.dry_run import dry_run
 from fastrm.model.architectures import PUBLISHED
 from fastrm.model.config_keys import KNOWN, PARTS, describe_unknown_keys, unknown_keys
 from fastrm.model.export import load_model, save_model
 from fastrm.model.families import TEXT_FAMILIES, VISION_FAMILIES, check_family
-from fastrm.plan.dry_run import dry_run
 from runs import fastrm_here, text_rows, tiny_config, write_rows
 from support import FAMILIES, make_image, make_model, make_record, pack_of
 

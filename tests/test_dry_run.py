@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 import support
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
-from fastrm.plan.dry_run import dry_run
-from fastrm.plan.hardware import find_gpu
-from fastrm.plan.plan import Assumptions, make_plan
+from fastrm.forecast.dry_run import dry_run
+from fastrm.forecast.hardware import find_gpu
+from fastrm.forecast.plan import Assumptions, make_plan
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,8 +13,8 @@ from fastrm.config import Config, load_config
 from fastrm.data.record import Message
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.errors import ConfigError, DataError
+from fastrm.forecast.dry_run import dry_run
 from fastrm.names import device_name, dtype_name
-from fastrm.plan.dry_run import dry_run
 from fastrm.train import launch
 from fastrm.train.loop import train
 from runs import colour_rows, text_rows, tiny_config, write_rows

@@ -10,20 +10,20 @@ from rich.console import Console
 
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
+from fastrm.forecast.advice import advise, with_settings
+from fastrm.forecast.command import plan_run
+from fastrm.forecast.communication import Network, collectives
+from fastrm.forecast.hardware import GPUS, find_gpu
+from fastrm.forecast.inputs import count_preferences
+from fastrm.forecast.memory import full_pack, training_state, zero_state
+from fastrm.forecast.parameters import Parameters
+from fastrm.forecast.picture import draw_plan
+from fastrm.forecast.plan import Assumptions, make_plan
+from fastrm.forecast.rates import find_rate
+from fastrm.forecast.report import advice, as_json, days, print_plan
+from fastrm.forecast.step_time import Work, efficiency, first_dominated, step_time
+from fastrm.forecast.tape import Operation, Part, Tape, moments
 from fastrm.model.architectures import find_architecture, meta_network
-from fastrm.plan.advice import advise, with_settings
-from fastrm.plan.command import plan_run
-from fastrm.plan.communication import Network, collectives
-from fastrm.plan.hardware import GPUS, find_gpu
-from fastrm.plan.inputs import count_preferences
-from fastrm.plan.memory import full_pack, training_state, zero_state
-from fastrm.plan.parameters import Parameters
-from fastrm.plan.picture import draw_plan
-from fastrm.plan.plan import Assumptions, make_plan
-from fastrm.plan.rates import find_rate
-from fastrm.plan.report import advice, as_json, days, print_plan
-from fastrm.plan.step_time import Work, efficiency, first_dominated, step_time
-from fastrm.plan.tape import Operation, Part, Tape, moments
 from runs import fastrm
 from scaling_plan import DOCUMENT, updated
 
@@ -168,7 +168,7 @@ class TestCommunication:
         assert message.seconds(8, slow) - message.seconds(8, self.NETWORK) == pytest.approx(5 * 2 * 7)
 
     def test_bucket_is_the_engines(self):
-        from fastrm.plan.communication import REDUCED_AT_ONCE
+        from fastrm.forecast.communication import REDUCED_AT_ONCE
         from fastrm.train.deepspeed_engine import BUCKET
 
         assert REDUCED_AT_ONCE == BUCKET

@@ -11,9 +11,9 @@ import support
 from fastrm.config import HeadConfig, ModelConfig
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.errors import ConfigError
+from fastrm.forecast.flops import Workload, step_flops
+from fastrm.forecast.parameters import count_parameters
 from fastrm.model.architectures import PUBLISHED, find_architecture, meta_network
-from fastrm.plan.flops import Workload, step_flops
-from fastrm.plan.parameters import count_parameters
 
 
 def network_of(**settings):

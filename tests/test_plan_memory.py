@@ -13,8 +13,8 @@ import fastrm.model.attention
 import memory_runs
 import support
 from fastrm.config import Config, ModelConfig, PrecisionConfig
-from fastrm.plan.layers import Computation, Rows
-from fastrm.plan.model import network_parts
+from fastrm.forecast.layers import Computation, Rows
+from fastrm.forecast.model import network_parts
 from fastrm_kernels import TreeLayout
 from fastrm_kernels.tree_attention.gather import take_rows
 

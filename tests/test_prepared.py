@@ -287,7 +287,7 @@ def test_an_image_that_changed_after_the_set_was_made_is_refused_by_name(tmp_pat
 
 
 def test_the_dry_run_says_whether_the_set_is_there_and_counts_its_preferences(tmp_path):
-    from fastrm.plan.inputs import check_inputs, count_preferences
+    from fastrm.forecast.inputs import check_inputs, count_preferences
 
     config = config_of(tmp_path, *mixed_sources(tmp_path), data={"prepared": str(tmp_path / "set")})
     resolved = load_config(config)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import runs
 from fastrm.config import load_config
-from fastrm.plan.dry_run import dry_run
+from fastrm.forecast.dry_run import dry_run
 from support import FAMILIES
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -16,16 +16,16 @@ from epochs import ARCHITECTURES
 from fastrm import cli
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
+from fastrm.forecast import room
+from fastrm.forecast.dry_run import dry_run
+from fastrm.forecast.flops import typical_workload
+from fastrm.forecast.needs import LIBRARIES, needs_of, num_checkpoints
+from fastrm.forecast.room import check_room
 from fastrm.model import export
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.export import save_model
 from fastrm.model.reward_model import RewardModel
 from fastrm.model.weight_files import CHUNK_BYTES
-from fastrm.plan import room
-from fastrm.plan.dry_run import dry_run
-from fastrm.plan.flops import typical_workload
-from fastrm.plan.needs import LIBRARIES, needs_of, num_checkpoints
-from fastrm.plan.room import check_room
 from fastrm.resources import available_memory, free_disk
 from fastrm.train.checkpoint import list_checkpoints
 from fastrm.train.display import Display

@@ -13,7 +13,7 @@ from fastrm.ablate.runner import LOG, FailedCells, Task, run_tasks
 from fastrm.ablate.table import difference_table, main_table
 from fastrm.ablate.work import cell_task, ensemble_task
 from fastrm.errors import ConfigError, InterruptedRun
-from fastrm.plan.console import make_console, say, show
+from fastrm.forecast.console import make_console, say, show
 from fastrm.train.display import Display
 from fastrm.train.guard import RunLock
 

@@ -6,19 +6,19 @@ from pathlib import Path
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError
+from fastrm.forecast.advice import Fit, ways, with_settings
+from fastrm.forecast.communication import Network
+from fastrm.forecast.flops import Flops, Workload, step_flops, typical_workload
+from fastrm.forecast.hardware import NETWORK, Gpu
+from fastrm.forecast.memory import MODES, PeakMemory, full_pack, peak_of
+from fastrm.forecast.model import pixel_bytes
+from fastrm.forecast.needs import Needs, needs_of
+from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
+from fastrm.forecast.rates import ASSUMED_BANDWIDTH_SHARE, RESULTS, Rate, find_rate
+from fastrm.forecast.step_time import IMBALANCE, StepTime, Work, first_dominated, gpu_counts, packs_of_a_step, step_time
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.network import RewardNetwork
 from fastrm.model.precision import convert_to_fp8
-from fastrm.plan.advice import Fit, ways, with_settings
-from fastrm.plan.communication import Network
-from fastrm.plan.flops import Flops, Workload, step_flops, typical_workload
-from fastrm.plan.hardware import NETWORK, Gpu
-from fastrm.plan.memory import MODES, PeakMemory, full_pack, peak_of
-from fastrm.plan.model import pixel_bytes
-from fastrm.plan.needs import Needs, needs_of
-from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
-from fastrm.plan.rates import ASSUMED_BANDWIDTH_SHARE, RESULTS, Rate, find_rate
-from fastrm.plan.step_time import IMBALANCE, StepTime, Work, first_dominated, gpu_counts, packs_of_a_step, step_time
 from fastrm.train.optim import training_bytes
 
 # Share of the communication that runs beside the backward pass. DeepSpeed overlaps with ZeRO-3 alone unless told

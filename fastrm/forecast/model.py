@@ -5,10 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from fastrm.config import Config
-from fastrm.model.attention import AttentionShape
-from fastrm.model.network import RewardNetwork
-from fastrm.model.tiles import TileShape
-from fastrm.plan.layers import (
+from fastrm.forecast.layers import (
     FLOAT,
     Computation,
     LayerSizes,
@@ -25,8 +22,11 @@ from fastrm.plan.layers import (
     tile_tape,
     vision_tape,
 )
-from fastrm.plan.parameters import language_of
-from fastrm.plan.tape import Part
+from fastrm.forecast.parameters import language_of
+from fastrm.forecast.tape import Part
+from fastrm.model.attention import AttentionShape
+from fastrm.model.network import RewardNetwork
+from fastrm.model.tiles import TileShape
 
 
 def network_parts(network: RewardNetwork, config: Config, rows: Rows, how: Computation) -> list[Part]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastrm.errors import ConfigError
-from fastrm.plan.hardware import Gpu
+from fastrm.forecast.hardware import Gpu
 
 RESULTS = Path("bench/results")
 # Of the datasheet's dense rate, over a whole step.

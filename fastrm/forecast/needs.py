@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 from fastrm.config import Config
 from fastrm.data.loader import PREFETCH_PACKS
+from fastrm.forecast.flops import Workload
+from fastrm.forecast.hardware import GPUS_PER_NODE
+from fastrm.forecast.memory import State, cpu_computation, full_pack, peak_memory, peak_of, training_state
+from fastrm.forecast.model import pixel_bytes
+from fastrm.forecast.parameters import count_parameters, sum_parameters
 from fastrm.model.export import export_dtype
 from fastrm.model.network import RewardNetwork
 from fastrm.model.tiles import TileShape
 from fastrm.model.weight_files import CHUNK_BYTES
-from fastrm.plan.flops import Workload
-from fastrm.plan.hardware import GPUS_PER_NODE
-from fastrm.plan.memory import State, cpu_computation, full_pack, peak_memory, peak_of, training_state
-from fastrm.plan.model import pixel_bytes
-from fastrm.plan.parameters import count_parameters, sum_parameters
 from fastrm.train.checkpoint import SHARD_BYTES
 
 FLOAT = 4  # bytes

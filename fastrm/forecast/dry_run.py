@@ -11,22 +11,22 @@ from rich.table import Table
 
 from fastrm.config import Config, ModelConfig
 from fastrm.data.tokenizer import load_tokenizer
+from fastrm.forecast.advice import ways
+from fastrm.forecast.console import gib, make_console, make_table, peta, say, show
+from fastrm.forecast.flops import Workload, step_flops, typical_workload
+from fastrm.forecast.inputs import check_inputs
+from fastrm.forecast.memory import MODES, peak_of
+from fastrm.forecast.needs import needs_of
+from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
+from fastrm.forecast.room import print_needs, print_problems
+from fastrm.forecast.rows import ROWS, check_rows
+from fastrm.forecast.step_time import packs_of_a_step
 from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.export import check_vocabulary
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import locate
-from fastrm.plan.advice import ways
-from fastrm.plan.console import gib, make_console, make_table, peta, say, show
-from fastrm.plan.flops import Workload, step_flops, typical_workload
-from fastrm.plan.inputs import check_inputs
-from fastrm.plan.memory import MODES, peak_of
-from fastrm.plan.needs import needs_of
-from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
-from fastrm.plan.room import print_needs, print_problems
-from fastrm.plan.rows import ROWS, check_rows
-from fastrm.plan.step_time import packs_of_a_step
 
 GPU_COUNTS = (1, 8, 64)
 

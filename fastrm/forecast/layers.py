@@ -7,7 +7,7 @@ tower read a residual stream in that dtype too, because pixels become one throug
 
 from dataclasses import dataclass
 
-from fastrm.plan.tape import Operation, Tape
+from fastrm.forecast.tape import Operation, Tape
 
 FLOAT = 4
 

@@ -7,13 +7,13 @@ the libraries' workspaces. `fastrm plan` keeps a reserve for them.
 from dataclasses import dataclass
 
 from fastrm.config import Config
+from fastrm.forecast.communication import ELEMENT, REDUCED_AT_ONCE
+from fastrm.forecast.flops import Workload, patches_per_token
+from fastrm.forecast.layers import Computation, Rows
+from fastrm.forecast.model import network_parts
+from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
+from fastrm.forecast.tape import Moment, moments
 from fastrm.model.network import RewardNetwork
-from fastrm.plan.communication import ELEMENT, REDUCED_AT_ONCE
-from fastrm.plan.flops import Workload, patches_per_token
-from fastrm.plan.layers import Computation, Rows
-from fastrm.plan.model import network_parts
-from fastrm.plan.parameters import Parameters, count_parameters, sum_parameters
-from fastrm.plan.tape import Moment, moments
 from fastrm.train.optim import training_bytes
 
 MODES = ("none", "selective", "full")

@@ -15,8 +15,8 @@ of fastrm's engine on DeepSpeed 0.19.8, which sends float32:
 import math
 from dataclasses import dataclass
 
-from fastrm.plan.hardware import GPUS_PER_NODE
-from fastrm.plan.parameters import Parameters
+from fastrm.forecast.hardware import GPUS_PER_NODE
+from fastrm.forecast.parameters import Parameters
 
 ELEMENT = 4  # bytes of a float32
 # Elements that DeepSpeed gathers or reduces at once: fastrm.train.deepspeed_engine.BUCKET, and the defaults of

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastrm.config import Config
-from fastrm.plan.communication import Collective, Network, collectives
-from fastrm.plan.flops import Workload
-from fastrm.plan.hardware import GPUS_PER_NODE
-from fastrm.plan.parameters import Parameters
+from fastrm.forecast.communication import Collective, Network, collectives
+from fastrm.forecast.flops import Workload
+from fastrm.forecast.hardware import GPUS_PER_NODE
+from fastrm.forecast.parameters import Parameters
 
 IMBALANCE = 1.05  # slowest over mean rank, where nothing else is given
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from fastrm.config import Config
+from fastrm.forecast.console import make_console, say
+from fastrm.forecast.hardware import find_gpu
+from fastrm.forecast.inputs import count_preferences
+from fastrm.forecast.plan import Assumptions, Plan, make_plan
+from fastrm.forecast.report import as_json, print_plan
 from fastrm.json_files import to_json
-from fastrm.plan.console import make_console, say
-from fastrm.plan.hardware import find_gpu
-from fastrm.plan.inputs import count_preferences
-from fastrm.plan.plan import Assumptions, Plan, make_plan
-from fastrm.plan.report import as_json, print_plan
 
 # Of configs/full.yaml (arXiv 2509.16127).
 RECIPE_PAIRS = 2_850_000
@@ -54,7 +54,7 @@ def plan_run(
         json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(to_json(as_json(plan), indent=1) + "\n", encoding="utf-8")
     if png_out is not None:
-        from fastrm.plan.picture import draw_plan
+        from fastrm.forecast.picture import draw_plan
 
         draw_plan(plan, png_out)
     for file in filter(None, (json_out, png_out)):

@@ -6,12 +6,12 @@ from rich.console import Console
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError, StorageError
+from fastrm.forecast.console import gib, gpus, make_table, say, show
+from fastrm.forecast.flops import typical_workload
+from fastrm.forecast.hardware import GPUS_PER_NODE
+from fastrm.forecast.needs import Disk, Needs, needs_of
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.network import pick_device
-from fastrm.plan.console import gib, gpus, make_table, say, show
-from fastrm.plan.flops import typical_workload
-from fastrm.plan.hardware import GPUS_PER_NODE
-from fastrm.plan.needs import Disk, Needs, needs_of
 from fastrm.resources import available_memory, free_disk
 
 _PHASES = {

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from fastrm.plan.plan import GROWING_PAIRS, Plan
-from fastrm.plan.step_time import efficiency
+from fastrm.forecast.plan import GROWING_PAIRS, Plan
+from fastrm.forecast.step_time import efficiency
 
 BLUE, ORANGE, GREY = "#2c6fbb", "#d9730d", "#9aa0a6"
 

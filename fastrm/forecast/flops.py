@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastrm.config import Config
+from fastrm.forecast.parameters import PARTS, count_parameters, language_of, part_of
 from fastrm.model.attention import AttentionShape
 from fastrm.model.families import has_windows
 from fastrm.model.network import RewardNetwork
 from fastrm.model.tiles import TileShape
-from fastrm.plan.parameters import PARTS, count_parameters, language_of, part_of
 
 
 @dataclass(frozen=True)
