@@ -205,7 +205,7 @@ def _pack(network):
     from fastrm.data.sources.groups import group_record
 
     record = group_record({**_group(), "preferences": [[0, 1]]}, 0, require_preferences=True)
-    loaded = PackBuilder([record], network.encoder, True, finish=network.planner)[PackPlan((0,), 0, True)]
+    loaded = PackBuilder([record], network.encoder, True, lay_out=network.lay_out)[PackPlan((0,), 0, True)]
     assert not loaded.refused, loaded.refused
     return loaded.pack
 

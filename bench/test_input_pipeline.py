@@ -31,7 +31,7 @@ from fastrm.data.sources import read_source
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.json_files import to_json
 from fastrm.model.export import make_encoder
-from fastrm.model.inputs import LayoutPlanner
+from fastrm.model.inputs import LayoutBuilder
 from fastrm.model.vision import VisionShape
 from kernel_results import RESULTS, cpu_name, file_stem, package_versions
 
@@ -309,8 +309,8 @@ def test_where_a_workers_time_goes(make_records, vision, found, monkeypatch, ben
     encoder = encoder_of(vision, records)
     clock = Stopwatch()
     # As for the Triton kernels with heads of Qwen2.5-VL, which is the most that a worker can be asked to do.
-    planner = LayoutPlanner(VisionShape.of(vision.vision_config), (torch.bfloat16, 128, 80))
-    builder = loader.PackBuilder(records, encoder, True, multiple=16, finish=clock.wrap("layouts", planner))
+    lay_out = LayoutBuilder(VisionShape.of(vision.vision_config), (torch.bfloat16, 128, 80))
+    builder = loader.PackBuilder(records, encoder, True, multiple=16, lay_out=clock.wrap("layouts", lay_out))
     for name, module, target in (
         ("decode", qwen_format, "decode_image"), ("tokenise", loader, "encode_group"), ("pack", loader, "build_pack"),
     ):  # fmt: skip

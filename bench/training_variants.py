@@ -67,7 +67,7 @@ class TrainingStep:
         self.graphs = compiled.graphs if variant.compile else None
         self.flops = count_flops(network.model.config, config, shape, variant)
         pack = make_pack(shape, variant)
-        pack.prepared = None if variant.plain else network.planner(pack)
+        pack.layouts = None if variant.plain else network.lay_out(pack)
         self.pack = pack.to(network.device)
         self._num_steps = 0
 

@@ -51,7 +51,7 @@ def test_attention_pairs_of_a_tree_are_those_that_its_tokens_see():
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_prepared_group_counts_what_its_pack_holds(share):
+def test_a_group_size_counts_what_its_pack_holds(share):
     network = make_model("qwen2_5_vl")
     image, other = make_image(84, 140, 1), make_image(56, 28, 2)
     for images in [(), (image,), (image, other, image)]:

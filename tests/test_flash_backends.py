@@ -147,12 +147,12 @@ def test_packs_of_any_size_make_one_graph_for_each_kind_of_layer(emulated, mode)
     graphs = network.compile_layers("aot_eager")
     network.use_activation_checkpointing(mode)
     network._runner.choose(_impl(emulated))
-    planner = network._runner.planner(torch.bfloat16)
+    lay_out = network._runner.layout_builder(torch.bfloat16)
     for number, pack in enumerate(_packs(network, 4)):
-        pack.prepared = None
+        pack.layouts = None
         wanted = _step(stock, pack)
         before = CALLS["forward"]
-        pack.prepared = planner(pack)
+        pack.layouts = lay_out(pack)
         assert _far(_step(network, pack), wanted) < 0.1
         assert CALLS["forward"] - before >= 6
         assert graphs.count == 2, f"after pack {number}"
@@ -163,7 +163,7 @@ def test_selective_checkpointing_does_not_run_attention_again(emulated):
     network.use_activation_checkpointing("selective")
     network._runner.choose(_impl(emulated))
     pack = next(_packs(network, 1))
-    pack.prepared = network._runner.planner(torch.bfloat16)(pack)
+    pack.layouts = network._runner.layout_builder(torch.bfloat16)(pack)
     _step(network, pack)
     assert CALLS == {"forward": 6, "backward": 6}
 

@@ -50,7 +50,7 @@ def two_steps(engine: LocalEngine) -> list[torch.Tensor]:
     images = IMAGES if network.is_vision else ()
     records = [make_record(n, num_responses=2 + n, images=images) for n in range(2)]
     multiple = token_multiple(engine.config.precision.fp8)
-    builder = PackBuilder(records, network.encoder, True, multiple=multiple, finish=network.planner)
+    builder = PackBuilder(records, network.encoder, True, multiple=multiple, lay_out=network.lay_out)
     pack, found = builder[PackPlan((0, 1), 0, True)].pack, []
     for step in range(2):
         found.append(engine.accumulate(pack))

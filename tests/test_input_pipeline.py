@@ -212,13 +212,13 @@ def test_layouts_made_in_a_worker_are_those_made_here(num_workers):
     network = make_model("qwen2_5_vl")
     records = [make_record(n, num_responses=3, images=[make_image(60 + n, 90, n)]) for n in range(6)]
     plans = [PackPlan((n, n + 1), n, False) for n in range(0, 6, 2)]
-    builder = PackBuilder(records, network.encoder, True, finish=network.planner)
+    builder = PackBuilder(records, network.encoder, True, lay_out=network.lay_out)
     plain = PackBuilder(records, network.encoder, True)
     for loaded, plan in zip(load_packs(builder, plans, num_workers), plans, strict=True):
-        assert isinstance(loaded.pack.prepared, PackLayouts)
+        assert isinstance(loaded.pack.layouts, PackLayouts)
         assert torch.equal(network(loaded.pack), network(plain[plan].pack))
     # They are used, not made again.
-    loaded.pack.prepared = plain[plans[0]].pack
+    loaded.pack.layouts = plain[plans[0]].pack
     with pytest.raises(AttributeError):
         network(loaded.pack)
 
@@ -226,16 +226,16 @@ def test_layouts_made_in_a_worker_are_those_made_here(num_workers):
 def test_a_pack_moves_and_keeps_everything():
     network = make_model("qwen2_5_vl")
     builder = PackBuilder(
-        [make_record(1, images=[make_image(60, 90)])], network.encoder, True, multiple=16, finish=network.planner
+        [make_record(1, images=[make_image(60, 90)])], network.encoder, True, multiple=16, lay_out=network.lay_out
     )
     pack = builder[PackPlan((0,), 0, True)].pack
     moved = pack.to("meta")
     for name, value in vars(pack).items():
         if isinstance(value, torch.Tensor):
             assert getattr(moved, name).device.type == "meta", name
-        elif name != "prepared":
+        elif name != "layouts":
             assert getattr(moved, name) == value, name
-    assert moved.prepared.tree.device.type == moved.prepared.vision.positions.device.type == "meta"
+    assert moved.layouts.tree.device.type == moved.layouts.vision.positions.device.type == "meta"
     assert pack.to("cpu") is pack
 
 
@@ -243,12 +243,12 @@ def test_every_tensor_of_a_pack_is_pinned(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(id(self)) or self)
     network = make_model("qwen2_5_vl")
-    builder = PackBuilder([make_record(1, images=[make_image(60, 90)])], network.encoder, True, finish=network.planner)
+    builder = PackBuilder([make_record(1, images=[make_image(60, 90)])], network.encoder, True, lay_out=network.lay_out)
     loaded = builder[PackPlan((0,), 0, True)]
     again = loaded.pin_memory()
     assert isinstance(again, LoadedPack) and isinstance(again.pack, Pack)
     tensors = [value for value in vars(loaded.pack).values() if isinstance(value, torch.Tensor)]
-    layouts = loaded.pack.prepared
+    layouts = loaded.pack.layouts
     tensors += [layouts.tree.cu_seqlens_q, layouts.anchors.key_index, layouts.vision.positions, layouts.vision.order]
     assert {id(tensor) for tensor in tensors} <= set(pinned)
 
@@ -273,7 +273,7 @@ def test_page_locked_memory_is_not_asked_for_without_an_accelerator():
 def test_many_packs_may_be_held_at_once():
     """Every tensor from a worker is an open file, and a step keeps its packs until its update."""
     network = make_model("qwen2_5_vl")
-    builder = PackBuilder([make_record(1, images=[make_image(60, 90)])], network.encoder, True, finish=network.planner)
+    builder = PackBuilder([make_record(1, images=[make_image(60, 90)])], network.encoder, True, lay_out=network.lay_out)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     low = len(os.listdir("/proc/self/fd")) + 100
     resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))

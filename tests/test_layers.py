@@ -359,7 +359,7 @@ def test_a_pass_reads_nothing_back_from_the_device(family, impl, pooling, monkey
     runner = network._runner
     runner.compiled = True  # attention by its traceable form, without a compiler
     runner.choose(impl)
-    pack.prepared = runner.planner(torch.bfloat16)(pack)
+    pack.layouts = runner.layout_builder(torch.bfloat16)(pack)
     with FakeTensorMode():
         for module in network.modules():
             for tensors in (module._parameters, module._buffers):

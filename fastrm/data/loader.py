@@ -75,7 +75,7 @@ class PackBuilder(torch.utils.data.Dataset):
         encoded: the records' groups, if they are tokenised already.
         multiple: rows are padded to a multiple of this many tokens.
         check: raises RecordError for a group, by its number, that is not what it was when it was planned.
-        finish: makes of a pack what the model wants to find in `Pack.prepared`; picklable.
+        lay_out: makes of a pack what the model wants to find in `Pack.layouts`; picklable.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class PackBuilder(torch.utils.data.Dataset):
         *,
         multiple: int = 1,
         check: Callable[[int, EncodedGroup], None] | None = None,
-        finish: Callable[[Pack], Any] | None = None,
+        lay_out: Callable[[Pack], Any] | None = None,
     ):
         self.records = records
         self.encoder = encoder
@@ -95,7 +95,7 @@ class PackBuilder(torch.utils.data.Dataset):
         self.encoded = encoded
         self.multiple = multiple
         self.check = check
-        self.finish = finish
+        self.lay_out = lay_out
         self._format = None if encoder.vision is None else encoder.vision.patch_format
 
     def __getitem__(self, plan: PackPlan) -> LoadedPack:
@@ -121,8 +121,8 @@ class PackBuilder(torch.utils.data.Dataset):
             return LoadedPack(plan, None, refused)
         pixels = {key: decoded[key] for group in groups for key in group.media}
         pack = build_pack(groups, pixels, self._format, share=self.share, multiple=self.multiple)
-        if self.finish is not None:
-            pack.prepared = self.finish(pack)
+        if self.lay_out is not None:
+            pack.layouts = self.lay_out(pack)
         packed = tuple(number for number in plan.groups if number not in {refusal.group for refusal in refused})
         return LoadedPack(plan, pack, refused, packed)
 

@@ -90,7 +90,7 @@ class Pack:
         num_unshared_tokens: what a plain pairwise trainer would process for the same preferences:
             both conversations of each, whole, without padding.
         num_padding_tokens: rows at the end that belong to no group and see only each other.
-        prepared: what the model has made of the pack in a worker, with a method `to`.
+        layouts: what the model has made of the pack in a worker, with a method `to`.
     """
 
     input_ids: torch.Tensor
@@ -113,7 +113,7 @@ class Pack:
     groups: list[GroupInPack] = field(default_factory=list)
     num_unshared_tokens: int = 0
     num_padding_tokens: int = 0
-    prepared: Any = None
+    layouts: Any = None
 
     @property
     def num_tokens(self) -> int:
@@ -136,12 +136,12 @@ class Pack:
         if self.input_ids.device == torch.empty(0, device=device).device:
             return self
         moved = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
-        return replace(self, **moved, prepared=None if self.prepared is None else self.prepared.to(device))
+        return replace(self, **moved, layouts=None if self.layouts is None else self.layouts.to(device))
 
     def pin_memory(self) -> "Pack":
         """The pack with its tensors in page-locked memory, from which a GPU copies while it computes."""
         pinned = {name: value.pin_memory() for name, value in self._tensors().items()}
-        return replace(self, **pinned, prepared=None if self.prepared is None else self.prepared.pin_memory())
+        return replace(self, **pinned, layouts=None if self.layouts is None else self.layouts.pin_memory())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}

@@ -124,7 +124,7 @@ def score_with_each(
     results: list[list[list[float]] | RecordError | None] = [None] * len(records)
     # A file may have been replaced since the last call.
     encoder = networks[0].encoder.looking_anew()
-    planner, device = networks[0].planner, networks[0].device
+    lay_out, device = networks[0].lay_out, networks[0].device
     ready: list[_Ready] = []
     for number, record in enumerate(records):
         try:
@@ -135,12 +135,12 @@ def score_with_each(
     for network in networks:
         if network.first_use is not None:
             network.first_use(groups, encoded.__getitem__)
-    builder = PackBuilder([records[one.number] for one in ready], encoder, share=True, encoded=encoded, finish=planner)
+    builder = PackBuilder([records[one.number] for one in ready], encoder, share=True, encoded=encoded, lay_out=lay_out)
 
     def forward(pack: Pack) -> torch.Tensor:
         pack = pack.to(device)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # threads have their own
-            return torch.stack([network(_as_planned(pack, network, planner)) for network in networks])  # (M, R)
+            return torch.stack([network(_laid_out(pack, network, lay_out)) for network in networks])  # (M, R)
 
     done = len(records) - len(ready)
     for loaded, rewards in run_packs(
@@ -196,9 +196,9 @@ def _make_ready(
     return _Ready(number, group, counted, merged.places[0])
 
 
-def _as_planned(pack: Pack, network: RewardNetwork, planner) -> Pack:
-    """The pack with the layouts that this network wants, if the first one's planner makes others."""
-    return pack if network.planner == planner else replace(pack, prepared=network.planner(pack))
+def _laid_out(pack: Pack, network: RewardNetwork, lay_out) -> Pack:
+    """The pack with the layouts that this network wants, if the first one makes others."""
+    return pack if network.lay_out == lay_out else replace(pack, layouts=network.lay_out(pack))
 
 
 def score_groups(

@@ -20,7 +20,7 @@ from fastrm.errors import ConfigError
 from fastrm.model.attention import Attention, AttentionShape, keep_alive
 from fastrm.model.compiled import mark_dynamic, own_copy
 from fastrm.model.families import QWEN_VL_FAMILIES, check_family, longest_path
-from fastrm.model.inputs import LayoutPlanner, PackLayouts
+from fastrm.model.inputs import LayoutBuilder, PackLayouts
 from fastrm.model.layers import LayerKernels, decoder_layer, last_decoder_layer, rotation, stock_gate, stock_norm
 from fastrm.model.pooling import mean_of_paths
 from fastrm.model.recompute import call_checkpointed
@@ -100,13 +100,13 @@ class BackboneRunner:
     def _choose_again(self) -> None:
         self.choose(self._kernels.attention.impl, self._kernels.norm, self._kernels.gate)
 
-    def planner(self, dtype: torch.dtype) -> LayoutPlanner:
+    def layout_builder(self, dtype: torch.dtype) -> LayoutBuilder:
         """Makes the layouts of packs, anywhere; `dtype` is that of the attention's inputs."""
         triton = None
         if self._kernels.attention.impl == "triton":
             vision = self.tower.kernels.attention.shape.head_dim if self.tower is not None else 0
             triton = (dtype, self._kernels.attention.shape.head_dim, vision)
-        return LayoutPlanner(self._shape, triton, self.pooling)
+        return LayoutBuilder(self._shape, triton, self.pooling)
 
     def anchor_states(self, pack: Pack) -> torch.Tensor:
         """Hidden states (R, D) of the anchors after the last layer, before the final norm."""
@@ -125,9 +125,9 @@ class BackboneRunner:
         return keep_alive(means, layouts.trees) if self.compiled else means
 
     def _layouts(self, pack: Pack) -> PackLayouts:
-        layouts = pack.prepared
+        layouts = pack.layouts
         if layouts is None:
-            layouts = LayoutPlanner(self._shape, pooling=self.pooling)(pack)
+            layouts = LayoutBuilder(self._shape, pooling=self.pooling)(pack)
         limit, longest = longest_path(self.model.config), max(layouts.tree.key_lengths)
         if limit is not None and longest > limit:
             raise ConfigError(

@@ -292,7 +292,7 @@ def _packed_rewards(network: RewardNetwork, sample: Sample, share: bool, multipl
     vision = network.encoder.vision
     patch_format = None if vision is None else vision.patch_format
     pack = build_pack([sample.group], sample.pixels, patch_format, share=share, multiple=multiple)
-    pack.prepared = network.planner(pack)
+    pack.layouts = network.lay_out(pack)
     with network.plain_layers():
         rewards = network(pack.to(network.device)).float().tolist()
     return [rewards[number] for number in _chosen(sample)]

@@ -61,7 +61,7 @@ class PackLayouts:
 
 
 @dataclass(frozen=True)
-class LayoutPlanner:
+class LayoutBuilder:
     """Makes the layouts of a pack; picklable, for the data workers.
 
     Attributes:

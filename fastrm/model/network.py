@@ -38,7 +38,7 @@ class RewardNetwork(nn.Module):
         attention: the attention backend in use and why.
         head_kernels: the implementation of head and loss in use and why.
         norm_and_gate: what RMSNorm and SwiGLU are in use, and why.
-        planner: makes the layouts of packs, in a data worker or where the network runs.
+        lay_out: makes the layouts of packs, in a data worker or where the network runs.
         fp8: which layers compute in FP8 and why others do not; None without FP8.
         graphs: what torch.compile has made of the layers; None where they are not compiled.
         first_use: compares rewards with stock's before they are given away (first_use.py); None: nothing does.
@@ -66,7 +66,7 @@ class RewardNetwork(nn.Module):
         self.graphs: CompiledGraphs | None = None
         self.adopted = ""
         self._runner = BackboneRunner(model, pooling)
-        self.planner = self._runner.planner(torch.float32)
+        self.lay_out = self._runner.layout_builder(torch.float32)
         self.first_use: Callable | None = None
 
     @property
@@ -123,7 +123,7 @@ class RewardNetwork(nn.Module):
             kernels, self._runner.compiled, fused, self.device, gated_activations(self.model.config)
         )
         self._runner.choose(BACKENDS[self.attention[0]], norm, gate)
-        self.planner = self._runner.planner(dtype)
+        self.lay_out = self._runner.layout_builder(dtype)
 
     def compile_layers(self, backend: str | Callable = "inductor") -> CompiledGraphs:
         """Run decoder layers and vision blocks through torch.compile; returns the count of graphs made.

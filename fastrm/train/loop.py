@@ -196,7 +196,7 @@ class _Run:
         multiple = token_multiple(self.config.precision.fp8)
         network = self.job.network
         return PackBuilder(
-            prepared.records, network.encoder, share, check=prepared.check, multiple=multiple, finish=network.planner
+            prepared.records, network.encoder, share, check=prepared.check, multiple=multiple, lay_out=network.lay_out
         )
 
     def _accumulate(self, loaded: LoadedPack) -> None:
@@ -206,7 +206,7 @@ class _Run:
             rewards = self.engine.accumulate(loaded.pack)
         if loaded.pack is not None:
             # Patches are most of a pack, and no longer needed; nor are layouts, whose tensors may be open files.
-            self.step_rewards.append((replace(loaded.pack, patches=None, prepared=None), rewards))
+            self.step_rewards.append((replace(loaded.pack, patches=None, layouts=None), rewards))
 
     def _update(self, position: int, members: list[int]) -> None:
         """Take the optimizer step, and only then count it: half a step has processed nothing."""
