@@ -11,13 +11,13 @@ from pathlib import Path
 
 from fastrm.config import load_config
 from fastrm.forecast.advice import with_settings
-from fastrm.forecast.console import gib, seconds
 from fastrm.forecast.hardware import GPUS
 from fastrm.forecast.memory import MODES
 from fastrm.forecast.picture import draw_plan
 from fastrm.forecast.plan import LARGEST, Assumptions, Plan, make_plan
 from fastrm.forecast.report import days
 from fastrm.forecast.step_time import efficiency, first_dominated, gpu_counts, messages
+from fastrm.ui import gib, seconds
 from pages import between
 
 ROOT = Path(__file__).resolve().parents[1]

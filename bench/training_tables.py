@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastrm.ui import new_figure
 from kernel_results import RESULTS, file_stem
 from pages import between, table
 from training_results import (
@@ -146,12 +147,8 @@ def draw_all(reports: Sequence[dict], folder: Path = RESULTS) -> list[Path]:
 
 def draw(report: dict, model: str, file: Path) -> None:
     """Chart of a model: speed of each variant and workload, and what each feature is worth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8), width_ratios=[3, 2], layout="constrained")
+    figure = new_figure(13, 4.8)
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     _draw_variants(left, entries_of(report, model, MAIN))
     _draw_features(right, report, entries_of(report, model, FEATURES))
     for axes in (left, right):
@@ -159,7 +156,6 @@ def draw(report: dict, model: str, file: Path) -> None:
     figure.suptitle(f"{model} model on {report['device']}")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
-    pyplot.close(figure)
 
 
 def _draw_variants(axes, entries: Sequence[dict]) -> None:

@@ -9,7 +9,7 @@ from fastrm.config import load_config
 from fastrm.data.prepared import build, units
 from fastrm.data.prepared.stored import PreparedSet, read_manifest
 from fastrm.train.data import make_set, prepared_folder
-from fastrm.train.display import Display
+from fastrm.ui import Display
 from runs import tiny_config
 
 

@@ -17,8 +17,8 @@ from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.forecast.dry_run import dry_run
 from fastrm.model.adopt import adopt
 from fastrm.model.export import save_model
-from fastrm.train.display import Display
 from fastrm.train.loop import train
+from fastrm.ui import Display
 from foreign_models import (
     BIAS,
     GROUPS,

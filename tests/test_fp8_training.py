@@ -12,8 +12,8 @@ from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.loader import PackBuilder
 from fastrm.evaluate.flips import compare_fp8
 from fastrm.model.precision import RECIPES, convert_to_fp8, fp8_disabled
-from fastrm.train.display import Display
 from fastrm.train.loop import train
+from fastrm.ui import Display
 from fastrm_kernels import preference_loss
 from runs import text_rows, tiny_config, write_rows
 from support import make_image, make_model, make_record

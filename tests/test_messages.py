@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     held_out = write_rows(folder / "held_out.jsonl", text_rows(8))
     config = tiny_config(folder, rows, held_out, run={"max_steps": 4, "eval_every": 2})
     said = io.StringIO()
-    from fastrm.train.display import Display
+    from fastrm.ui import Display
 
     train(load_config(config), display=Display(Console(file=said, width=200)))
     return folder, said.getvalue()

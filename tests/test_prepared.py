@@ -31,9 +31,9 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.train.data import make_set, prepared_folder
-from fastrm.train.display import Display
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
+from fastrm.ui import Display
 from prepared_sets import Made, config_of, contents, ids, small_pieces
 from runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
 from video_files import moving_frames, write_frames

@@ -28,8 +28,8 @@ from fastrm.model.reward_model import RewardModel
 from fastrm.model.weight_files import CHUNK_BYTES
 from fastrm.resources import available_memory, free_disk
 from fastrm.train.checkpoint import list_checkpoints
-from fastrm.train.display import Display
 from fastrm.train.loop import train
+from fastrm.ui import Display
 from runs import fastrm, text_rows, tiny_config, write_rows
 from support import make_model
 

@@ -20,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from fastrm.evaluate.pair_accuracy import wilson_interval  # noqa: E402
 from fastrm.train.metrics import read_rows  # noqa: E402
+from fastrm.ui import new_figure  # noqa: E402
 from pages import between  # noqa: E402
 from pretrained.tables import DOCS, LEARNING  # noqa: E402
 
@@ -85,11 +86,7 @@ def table(pairs: list[Pair]) -> list[str]:
 
 def draw(pairs: list[Pair], rows: list[dict], file: Path) -> None:
     """Loss and held-out accuracy over the steps; margins by themselves, and against the difference in length."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(15, 4.4)
     curve, histogram, scatter = figure.subplots(1, 3)
     _draw_curve(curve, rows, _sources(pairs))
     for source, colour in _sources(pairs).items():

@@ -13,9 +13,8 @@ from fastrm.ablate.runner import LOG, FailedCells, Task, run_tasks
 from fastrm.ablate.table import difference_table, main_table
 from fastrm.ablate.work import cell_task, ensemble_task
 from fastrm.errors import ConfigError, InterruptedRun
-from fastrm.forecast.console import make_console, say, show
-from fastrm.train.display import Display
 from fastrm.train.guard import RunLock
+from fastrm.ui import Display, make_console, say, show
 
 
 def dry_run(path: Path, overrides: list[str], num_gpus: int, gpu: str) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from fastrm.ablate.folders import is_finished, seconds_taken
 from fastrm.ablate.grid import Cell, Grid
 from fastrm.errors import ConfigError
-from fastrm.forecast.console import make_console, make_table, say, show
 from fastrm.forecast.hardware import Gpu, find_gpu
 from fastrm.forecast.inputs import count_preferences
 from fastrm.forecast.plan import Assumptions, make_plan
 from fastrm.forecast.report import days
+from fastrm.ui import make_console, make_table, say, show
 
 UNKNOWN = "unknown"
 

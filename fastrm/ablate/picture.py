@@ -1,10 +1,10 @@
 """report.png: every setting's seeds, their mean and its interval, and the printed figures beside."""
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastrm.ablate.grid import ColumnConfig
 from fastrm.ablate.results import Results
+from fastrm.ui import new_figure
 
 BLUE, ORANGE = "#1f5fa8", "#d1662a"
 # Points by which the paper's own tables differ for one nominal setting (the recipe's facts).
@@ -21,8 +21,7 @@ def draw_results(results: Results) -> Figure:
     num_panels = len(measured) + len(printed)
     wide = min(PANELS_IN_A_ROW, num_panels)
     deep = -(-num_panels // wide)
-    figure = Figure(figsize=(2.4 + 3.1 * wide, deep * (1.4 + 0.36 * len(rows))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.4 + 3.1 * wide, deep * (1.4 + 0.36 * len(rows)))
     figure.suptitle(settings.title)
     panels = list(figure.subplots(deep, wide, sharey=True, squeeze=False).flat)
     for axes in panels[num_panels:]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from fastrm.ablate.folders import add_seconds
 from fastrm.errors import FastrmError, InterruptedRun
-from fastrm.train.display import Display
 from fastrm.train.launch import FAILURE
+from fastrm.ui import Display
 
 POLL_SECONDS = 0.1
 LOG = "output.log"

@@ -9,7 +9,7 @@ from rich.text import Text
 from fastrm.ablate.grid import ColumnConfig
 from fastrm.ablate.results import Results
 from fastrm.ablate.statistics import Estimate
-from fastrm.forecast.console import make_table
+from fastrm.ui import make_table
 
 MISSING = "-"
 

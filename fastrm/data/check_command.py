@@ -13,7 +13,7 @@ from fastrm.data.prepared.units import open_source
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError
-from fastrm.train.display import Display
+from fastrm.ui import Display
 from fastrm.yaml_files import validate
 
 _CONFIG_SUFFIXES = (".yaml", ".yml")

@@ -19,7 +19,7 @@ from fastrm.evaluate.pair_accuracy import PairAccuracy
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json
-from fastrm.train.display import Display
+from fastrm.ui import Display
 
 # Records that are read, scored and written at a time.
 CHUNK = 512

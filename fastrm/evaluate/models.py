@@ -14,7 +14,7 @@ from fastrm.evaluate.ensemble import VALIDATION_PAIRS, Ensemble, Rewards
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import refuse_non_finite
 from fastrm.model.config_keys import describe_unknown_keys
-from fastrm.train.display import Display
+from fastrm.ui import Display
 
 # Validation records that are read at a time.
 _CHUNK = 256

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastrm.config import Config
-from fastrm.forecast.console import gib, gpus
 from fastrm.forecast.memory import PeakMemory
+from fastrm.ui import gib, gpus
 
 
 @dataclass(frozen=True)

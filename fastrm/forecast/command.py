@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from fastrm.config import Config
-from fastrm.forecast.console import make_console, say
 from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.inputs import count_preferences
 from fastrm.forecast.plan import Assumptions, Plan, make_plan
 from fastrm.forecast.report import as_json, print_plan
 from fastrm.json_files import to_json
+from fastrm.ui import make_console, say
 
 # Of configs/full.yaml (arXiv 2509.16127).
 RECIPE_PAIRS = 2_850_000

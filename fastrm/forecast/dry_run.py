@@ -12,7 +12,6 @@ from rich.table import Table
 from fastrm.config import Config, ModelConfig
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.forecast.advice import ways
-from fastrm.forecast.console import gib, make_console, make_table, peta, say, show
 from fastrm.forecast.flops import Workload, step_flops, typical_workload
 from fastrm.forecast.inputs import check_inputs
 from fastrm.forecast.memory import MODES, peak_of
@@ -27,6 +26,7 @@ from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.export import check_vocabulary
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import locate
+from fastrm.ui import gib, make_console, make_table, peta, say, show
 
 GPU_COUNTS = (1, 8, 64)
 

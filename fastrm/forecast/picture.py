@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastrm.forecast.plan import GROWING_PAIRS, Plan
 from fastrm.forecast.step_time import efficiency
+from fastrm.ui import new_figure
 
 BLUE, ORANGE, GREY = "#2c6fbb", "#d9730d", "#9aa0a6"
 
@@ -14,12 +15,8 @@ def draw_plan(plan: Plan, file: Path) -> None:
 
     A point marks where communication begins to take longer than computing.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = new_figure(12, 4.5)
+    left, right = figure.subplots(1, 2)
     _draw_efficiency(plan, left)
     _draw_times(plan, right)
     for axes in (left, right):
@@ -35,7 +32,6 @@ def draw_plan(plan: Plan, file: Path) -> None:
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
-    pyplot.close(figure)
 
 
 def _draw_efficiency(plan: Plan, axes) -> None:

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from rich.console import Console
 
 from fastrm.forecast.advice import advise
-from fastrm.forecast.console import gib, gpus, make_table, peta, say, seconds, show
 from fastrm.forecast.dry_run import print_parameters
 from fastrm.forecast.memory import MODES
 from fastrm.forecast.plan import GROWING_PAIRS, Plan
 from fastrm.forecast.rates import ASSUMED_BANDWIDTH_SHARE
 from fastrm.forecast.room import print_needs
 from fastrm.forecast.step_time import StepTime, efficiency, messages
+from fastrm.ui import gib, gpus, make_table, peta, say, seconds, show
 
 SHOWN = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 PARTS = {

@@ -6,13 +6,13 @@ from rich.console import Console
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError, StorageError
-from fastrm.forecast.console import gib, gpus, make_table, say, show
 from fastrm.forecast.flops import typical_workload
 from fastrm.forecast.hardware import GPUS_PER_NODE
 from fastrm.forecast.needs import Disk, Needs, needs_of
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.network import pick_device
 from fastrm.resources import available_memory, free_disk
+from fastrm.ui import gib, gpus, make_table, say, show
 
 _PHASES = {
     "loading": "loading the weights",

@@ -24,9 +24,9 @@ from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.families import chat_layout
 from fastrm.model.places import locate
 from fastrm.stop import StopRequest
-from fastrm.train.display import Display
 from fastrm.train.step_cost import make_cost_model
 from fastrm.train.template_date import fix_date
+from fastrm.ui import Display
 
 TOKENIZER = "tokenizer"  # in the prepared set's folder, where one is trained
 

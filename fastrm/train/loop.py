@@ -24,7 +24,6 @@ from fastrm.model.adopt import adopt
 from fastrm.model.precision import token_multiple
 from fastrm.stop import StopFlag, StopRequest
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
-from fastrm.train.display import Display
 from fastrm.train.guard import StepGuard, locked
 from fastrm.train.metrics import MetricsLog, PreferenceMeter, check_loggers, keep_rows
 from fastrm.train.opening import opening_lines
@@ -35,6 +34,7 @@ from fastrm.train.report import peak_memory_bytes, summary_table, versions, writ
 from fastrm.train.resume import check_config, clear_failed_start, find_start
 from fastrm.train.setup import Job, check_exactness, export_model, make_engine, set_up
 from fastrm.train.step_cost import make_cost_model
+from fastrm.ui import Display
 
 # Saves in a row that may fail, for a full disk say, before the run stops.
 MAX_FAILED_SAVES = 3

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fastrm.json_files import to_json
 from fastrm.train.metrics import read_rows
+from fastrm.ui import new_figure
 
 
 def write_report(run_dir: Path, summary: dict) -> None:
@@ -31,11 +32,7 @@ def draw_report(rows: list[dict], evaluations: list[dict], path: Path, title: st
         rows: of metrics.jsonl with a `loss`.
         evaluations: rows with `eval/accuracy`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 7)
     figure.suptitle(title)
     panels = [
         ("loss", "Loss (the objective, as the loss section sets it)", "eval/loss"),

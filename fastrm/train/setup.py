@@ -26,11 +26,11 @@ from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.places import locate
 from fastrm.model.precision import convert_to_fp8, token_multiple
 from fastrm.train.data import RunData, make_tokenizer, prepared_folder
-from fastrm.train.display import Display
 from fastrm.train.engine import LocalEngine
 from fastrm.train.optim import storage_dtype
 from fastrm.train.ranks import ALONE, Ranks
 from fastrm.train.template_date import fix_date
+from fastrm.ui import Display
 
 
 @dataclass

@@ -38,7 +38,7 @@ _COUNTS, _FILES = "counts", "files.json"
 
 
 class Watch(Protocol):
-    """Who is told of progress (`fastrm.train.display.Display`)."""
+    """Who is told of progress (`fastrm.ui.Display`)."""
 
     def say(self, text: str) -> None: ...
     def task(self, description: str) -> Callable[..., None]: ...

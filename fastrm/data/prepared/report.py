@@ -24,6 +24,7 @@ from fastrm.data.prepared.select import Selection
 from fastrm.data.prepared.table import RecordTable
 from fastrm.data.prepared.units import PAIRS, REFUSED
 from fastrm.json_files import to_json
+from fastrm.ui import new_figure
 
 HISTOGRAMS = {
     "tokens": "tokens of a group",
@@ -206,11 +207,7 @@ def write_report(report: dict, folder: Path) -> None:
 
 def draw_report(report: dict, path: Path) -> None:
     """report.png: what became of every source's rows, and the lengths of groups."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 8)
     sharing = report["sharing"]
     figure.suptitle(
         f"Prepared data: {sharing['tokens']:,} tokens an epoch, sharing factor {sharing['sharing_factor']:.2f}, "

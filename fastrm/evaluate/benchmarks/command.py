@@ -17,7 +17,7 @@ from fastrm.evaluate.merging import score_merged
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.evaluate.output import check_output, complete_file, print_refused
 from fastrm.json_files import to_json
-from fastrm.train.display import Display
+from fastrm.ui import Display
 
 
 @dataclass(frozen=True)

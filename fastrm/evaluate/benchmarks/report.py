@@ -10,6 +10,7 @@ from rich.table import Table
 from fastrm.evaluate.benchmarks.benchmark import Benchmark
 from fastrm.evaluate.benchmarks.metrics import NUM_RESAMPLES, Mean, Metrics, bootstrap, values_of
 from fastrm.evaluate.benchmarks.published import CAPTION, published_rows
+from fastrm.ui import new_figure
 
 SEED = 0  # of the bootstrap
 _MODEL_WIDTH = 18  # of the names, which may go on in the next line
@@ -143,12 +144,8 @@ def _percent(value: float) -> str:
 
 def draw(evaluation: Evaluation, path: Path) -> None:
     """Every metric with its interval, an ensemble's members as 1, 2, ..., and the published figures that there are."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = [name for name in _distinct(evaluation.metrics) if not math.isnan(evaluation.values[name])]
-    figure = Figure(figsize=(10, 1.8 + 0.3 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 1.8 + 0.3 * len(names))
     axes = figure.subplots()
     places = {name: len(names) - 1 - number for number, name in enumerate(names)}
     values = [100 * evaluation.values[name] for name in names]

@@ -1,7 +1,11 @@
-"""What a run shows while it works: progress bars on a terminal, plain lines elsewhere."""
+"""Everything that people see: progress on standard error, tables and lines on standard output, and figures.
+
+Progress is a bar on a terminal and a line every PLAIN_SECONDS elsewhere.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -14,17 +18,23 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Seconds between plain lines when the output is not a terminal.
 PLAIN_SECONDS = 10.0
+# Columns of a piped table, wide enough that paths stay in one piece.
+PIPE_WIDTH = 140
 
 
 class RateColumn(ProgressColumn):
-    """Pieces a second, of late."""
+    """A column with the recent pace, in pieces per second."""
 
     def render(self, task: Task) -> Text:
-        """`1,234/s`, or nothing before it is known."""
+        """Return `1,234/s`, or nothing before the pace is known."""
         return Text(_rate(task.finished_speed or task.speed or 0.0))
 
 
@@ -35,7 +45,7 @@ def _rate(pieces_per_second: float) -> str:
 
 
 class Display:
-    """Progress of preparing and training, on standard error.
+    """The progress of a command, on standard error.
 
     Args:
         silent: show nothing, on a process that others speak for.
@@ -64,11 +74,11 @@ class Display:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """One line of plain text."""
+        """Print one line of plain text."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def task(self, description: str) -> Callable[..., None]:
-        """A function update(done, total, note="") for one piece of work."""
+        """Return a function update(done, total, note="") for one piece of work."""
         task = self._progress.add_task(description, total=None, note="")
         started = last = time.monotonic()
         first: tuple[int, float] | None = None  # of the first call: work done before does not count
@@ -89,10 +99,66 @@ class Display:
         return update
 
     def count(self, description: str, items: Iterable) -> Iterator:
-        """Pass items on while counting them."""
+        """Pass items on while they are counted."""
         update, number = self.task(description), 0
         for number, item in enumerate(items, 1):
             if number % 256 == 0:
                 self._progress.update(self._progress.task_ids[-1], completed=number)
             yield item
         update(number, number)
+
+
+def make_console() -> Console:
+    """Return a console on standard output, PIPE_WIDTH columns wide where that is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
+
+
+def say(console: Console, text: str) -> None:
+    """Print one line as it is."""
+    console.print(text, markup=False, highlight=False)
+
+
+def show(console: Console, title: str, table: Table) -> None:
+    """Print a table below its title."""
+    # As a line of its own: a table's own title is wrapped to the width of the table.
+    console.print(title, style="bold", markup=False, highlight=False)
+    console.print(table, markup=False)
+
+
+def make_table(*columns: str) -> Table:
+    """Return an empty table whose first column is text and whose others are numbers."""
+    table = Table()
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def gib(num_bytes: float) -> str:
+    """Write bytes as GiB."""
+    return f"{num_bytes / 2**30:,.1f}"
+
+
+def peta(flops: float) -> str:
+    """Write operations in units of 10^15."""
+    return f"{flops / 1e15:,.3f}"
+
+
+def seconds(value: float) -> str:
+    """Write seconds with three digits or more."""
+    return f"{value:,.1f}" if value >= 100 else f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
+def gpus(count: int) -> str:
+    """Write a number of GPUs."""
+    return f"{count:,} GPU{'s' * (count > 1)}"
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of matplotlib for a PNG, its size in inches; no window and no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
