@@ -42,7 +42,7 @@ SHARED_PER_CTA = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 WARPS_PER_SM, CTAS_PER_SM, PARTITIONS, REGISTERS_PER_PARTITION = 64, 32, 4, 16_384
 TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor, sm_100 only
 
-# Kernels that are matrix products, with the rows from which on a tile is large enough for wgmma.
+# Kernels that are matrix products, each with the least number of rows for which its tile is large enough for wgmma.
 WGMMA_FROM_ROWS = {
     "head_fwd_kernel": 128,
     "head_bwd_kernel": 128,
@@ -52,12 +52,12 @@ WGMMA_FROM_ROWS = {
     "tree_attention_bwd_query_kernel": 0,
     "tree_attention_bwd_key_value_kernel": 0,
 }
-NAMED_FIELDS = ("D", "R", "K", "heads")  # of a label; the values of the others speak for themselves
+NAMED_FIELDS = ("D", "R", "K", "heads")  # fields of a label that are printed with their names
 
 
 @dataclass(frozen=True)
 class Binary:
-    """What the JIT compiles for a launch: launches with equal ones run the same machine code.
+    """A compiled kernel as the JIT tells kernels apart: launches with equal ones run the same machine code.
 
     Attributes:
         module, kernel: where the triton.jit function is found.
@@ -146,7 +146,6 @@ def compile_binary(binary: Binary, arch: int) -> Compiled:
 
 
 def run_compiler(binary: Binary, arch: int):
-    """Triton's CompiledKernel."""
     kernel = getattr(importlib.import_module(binary.module), binary.kernel)
     source = ASTSource(kernel, binary.signature, binary.constants, binary.attributes)
     options = {"num_warps": binary.num_warps, "num_stages": binary.num_stages}
@@ -162,7 +161,7 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
 
 
 def _spill_bytes(sass: str) -> int:
-    """Bytes of all stores to local memory in the code: the figure that ptxas -v calls spill stores."""
+    """Return the bytes of all stores to local memory in the code: the figure that ptxas -v calls spill stores."""
     return sum(int(bits or 32) // 8 for bits in re.findall(r"\bSTL\b(?:\.[US]?(\d+))?", sass))
 
 
@@ -172,7 +171,7 @@ def _matrix_unit(ptx: str) -> str:
 
 
 def ctas_per_sm(arch: int, registers: int, shared_bytes: int, num_warps: int, tensor_memory: int = 0) -> int:
-    """CTAs that fit on a multiprocessor at once, by the rules of NVIDIA's occupancy calculator.
+    """Return how many CTAs fit on a multiprocessor at once, by the rules of NVIDIA's occupancy calculator.
 
     Args:
         arch: 80, 90 or 100.
@@ -193,7 +192,7 @@ def ctas_per_sm(arch: int, registers: int, shared_bytes: int, num_warps: int, te
 
 
 def distinct(launches, arch: int) -> list[tuple[list, Binary]]:
-    """The binaries that (label, launch) pairs need, each with the labels that share it."""
+    """Return the binaries that (label, launch) pairs need, each with the labels that share it."""
     groups: dict[str, tuple[list, Binary]] = {}
     for label, launch in launches:
         binary = specialize(launch, arch)
@@ -205,7 +204,7 @@ def distinct(launches, arch: int) -> list[tuple[list, Binary]]:
 
 
 def sample(groups) -> list[tuple[list, Binary]]:
-    """One binary for each kernel, dtype and head dimension."""
+    """Return one binary for each kernel, dtype and head dimension."""
     chosen = {}
     for labels, binary in groups:
         chosen.setdefault((binary.kernel, binary.is_bf16, labels[0].get("K")), (labels, binary))
@@ -213,7 +212,10 @@ def sample(groups) -> list[tuple[list, Binary]]:
 
 
 def _try_to_compile(binary: Binary, arch: int) -> tuple[Compiled | str, float]:
-    """Figures or an error, and seconds. Triton's errors do not survive the way between processes."""
+    """Return the figures, or an error as text, and the seconds that compiling took.
+
+    The error is text because Triton's exceptions do not pass from one process to another.
+    """
     start = time.perf_counter()
     try:
         result = compile_binary(binary, arch)
@@ -223,7 +225,7 @@ def _try_to_compile(binary: Binary, arch: int) -> tuple[Compiled | str, float]:
 
 
 def compile_all(groups, arch: int) -> list[Compiled | str]:
-    """Figures, or an error, of each binary; two at a time, one line of progress each on stderr."""
+    """Return the figures, or an error, of each binary; compile two at a time and report each by a line on stderr."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         futures = {pool.submit(_try_to_compile, binary, arch): n for n, (_, binary) in enumerate(groups)}
@@ -237,7 +239,7 @@ def compile_all(groups, arch: int) -> list[Compiled | str]:
 
 
 def problems(groups, results, arch: int) -> list[str]:
-    """What does not compile and, on sm_90, what breaks a limit."""
+    """Return what does not compile and, on sm_90, what breaks a limit."""
     found = []
     for (labels, binary), result in zip(groups, results, strict=True):
         broken = [result] if isinstance(result, str) else broken_limits(labels[0], binary, result) if arch == 90 else []
@@ -246,7 +248,7 @@ def problems(groups, results, arch: int) -> list[str]:
 
 
 def broken_limits(label, binary: Binary, compiled: Compiled) -> list[str]:
-    """The limits of sm_90 that a binary does not keep, in words."""
+    """Return the limits of sm_90 that a binary does not keep, in words."""
     found = []
     if compiled.spill_bytes:
         found.append(f"spills {compiled.spill_bytes} bytes of registers, wanted 0; take smaller blocks or more warps")
@@ -261,7 +263,7 @@ def broken_limits(label, binary: Binary, compiled: Compiled) -> list[str]:
 
 
 def describe(labels, domain=None) -> str:
-    """Labels in words; those that differ in one field only are put together.
+    """Describe labels in words; those that differ in one field only are put together.
 
     Args:
         domain: all values of each field; a field that has all of them is left out.
@@ -289,7 +291,7 @@ def _field(name, values) -> str:
 
 
 def table(groups, results, arch: int) -> list[str]:
-    """Lines of the Markdown table; binaries with the same figures share one, those that failed have none."""
+    """Return the lines of the Markdown table; binaries with the same figures share one, those that failed have none."""
     head = (
         "kernel", "configurations", "warps", "stages", "registers", "shared KB", "spill B", "stack B", "matrix unit",
         "CTAs/SM", "occupancy",
@@ -310,7 +312,7 @@ def table(groups, results, arch: int) -> list[str]:
 
 
 def _rows(groups, results) -> dict[str, dict[tuple, list]]:
-    """kernel -> (warps, stages, figures) -> labels"""
+    """Return the table as a dict: kernel -> (warps, stages, figures) -> labels."""
     rows: dict[str, dict[tuple, list]] = {}
     for (labels, binary), result in zip(groups, results, strict=True):
         if isinstance(result, Compiled):
@@ -324,7 +326,7 @@ def _line(cells) -> str:
 
 
 def stored_tables() -> dict[str, list[str]]:
-    """The tables between the markers of README.md by their first line, which names the version of Triton."""
+    """Return the tables between the markers of README.md, by their first line, which names the version of Triton."""
     text = README.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[1]:
         raise SystemExit(f"{README}: wanted the lines {BEGIN!r} and {END!r} once each, for the tables between them")
@@ -338,7 +340,7 @@ def stored_tables() -> dict[str, list[str]]:
 
 
 def write_table(lines: list[str]) -> None:
-    """Put a table in the place of the one that this version of Triton has made before, or behind the others."""
+    """Write a table to README.md: in place of the one of this version of Triton, or after the others."""
     tables = {**stored_tables(), lines[0]: lines}
     before, after = README.read_text(encoding="utf-8").split(BEGIN)
     text = "\n\n".join("\n".join(table) for table in tables.values())
@@ -346,7 +348,7 @@ def write_table(lines: list[str]) -> None:
 
 
 def compare(lines: list[str]) -> list[str]:
-    """Differences to the stored table of this version of Triton; none, and a remark, where there is no such table."""
+    """Return the differences from the stored table of this version of Triton; where there is none, print a remark."""
     tables = stored_tables()
     if lines[0] not in tables:
         made = " ".join(tables) or "There is no table."
@@ -370,7 +372,7 @@ def main(arguments=None) -> int:
         print("TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled; unset it", file=sys.stderr)
         return 2
 
-    # Not earlier: it imports the kernels, which TRITON_INTERPRET makes useless here.
+    # Imported after the check above: under TRITON_INTERPRET the kernels that it imports cannot be compiled.
     from fastrm_kernels.production import production_launches
 
     groups = distinct(production_launches(), options.arch)
@@ -391,5 +393,5 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    # Under its importable name, so that the worker processes know the classes.
+    # Run from the importable module, not from __main__, so that worker processes can unpickle its classes.
     sys.exit(importlib.import_module("fastrm_kernels.aot").main())

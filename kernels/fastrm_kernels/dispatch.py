@@ -1,4 +1,4 @@
-"""Which implementation runs an operation. An explicit choice never falls back to another."""
+"""The choice of the implementation that runs an operation. An explicit choice never falls back to another."""
 
 from types import SimpleNamespace
 
@@ -12,13 +12,16 @@ MEASURED: dict[tuple[str, str, torch.dtype], str] = {}
 
 
 def constant(function):
-    """torch.compiler.assume_constant_result, without the import of torch._dynamo, and of Triton, that it costs."""
+    """Mark a function's result as constant for torch.compile, as torch.compiler.assume_constant_result does.
+
+    It spares the import of torch._dynamo, and with it of Triton, that this function costs.
+    """
     function._dynamo_marked_constant = True
     return function
 
 
 def choose(op: str, tensor: torch.Tensor) -> tuple[str, str]:
-    """What `auto` means for these inputs: the implementation and, in words, the reason."""
+    """Return the implementation that `auto` means for these inputs and, in words, the reason."""
     obstacle = obstacle_to_triton(tensor)
     if obstacle is not None:
         on_cpu = tensor.device.type == "cpu"
@@ -31,7 +34,7 @@ def choose(op: str, tensor: torch.Tensor) -> tuple[str, str]:
 
 
 def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
-    """"triton" or "eager" for an `impl` of auto, triton or eager.
+    """Return "triton" or "eager" for an `impl` of auto, triton or eager.
 
     Raises:
         ValueError: for another name, or for triton where it cannot run.
@@ -47,7 +50,7 @@ def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
 
 
 def obstacle_to_triton(tensor: torch.Tensor) -> str | None:
-    """Why Triton cannot run on this tensor, or None; torch.compile takes the answer as a constant."""
+    """Return why Triton cannot run on this tensor, or None; torch.compile takes the answer as a constant."""
     return _obstacle(tensor.dtype, tensor.device)
 
 

@@ -1,4 +1,4 @@
-"""One door for all Triton launches, so that what runs can also be recorded and compiled ahead of time.
+"""The one place where Triton kernels are launched, so that launches can also be recorded and compiled ahead of time.
 
 Triton compiles a kernel once for every combination of its integers being 1, a multiple of 16, or neither.
 Kernels therefore name the counts that change with every pack (rows, tokens, edges) in `do_not_specialize`: a
@@ -43,14 +43,14 @@ def launch(kernel, grid, *, num_warps: int, num_stages: int, **arguments) -> Non
 
 
 def _device_of(arguments):
-    """Makes the tensors' device the current one: Triton launches there, whatever the tensors are on."""
+    """Return a context that makes the tensors' device the current one: Triton launches on that."""
     tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Launches made inside are collected instead of run; their tensors may be on the meta device."""
+    """Collect the launches made inside instead of running them; their tensors may be on the meta device."""
     global _recorded
     if _recorded is not None:
         raise RuntimeError("record_launches cannot be nested")
@@ -62,7 +62,7 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 def triton_obstacle(tensor: torch.Tensor) -> str | None:
-    """Why Triton kernels cannot run on this tensor; None if they can.
+    """Return why Triton kernels cannot run on this tensor; None if they can.
 
     They run on CUDA, and with TRITON_INTERPRET=1 (set before Triton is imported) slowly on the CPU.
     """
@@ -86,7 +86,7 @@ def triton_obstacle(tensor: torch.Tensor) -> str | None:
 
 
 def _old_numpy() -> bool:
-    """Does int() still take arrays of one element, as the interpreter of Triton 3.6 needs?"""
+    """Return whether int() still takes arrays of one element, as the interpreter of Triton 3.6 needs."""
     import numpy
 
     return tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4)

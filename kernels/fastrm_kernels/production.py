@@ -42,7 +42,7 @@ Label = dict[str, Any]
 
 
 def production_launches() -> list[tuple[Label, Launch]]:
-    """(label, launch) of everything that training or scoring launches at the sizes above."""
+    """Return (label, launch) of everything that training or scoring launches at the sizes above."""
     found: list[tuple[Label, Launch]] = []
 
     def record(label, run, *arguments):
@@ -75,8 +75,10 @@ def _update(weights, states) -> None:
 
 
 def _two_layers(width, num_rows, training, dtype, norm, gathered) -> None:
-    """The loss rides along where it may, else it is a launch of its own. Of gathered rows, as the trainer's are,
-    it is a sum of length-normalised terms."""
+    """Run a two-layer head, with the loss in its launches where it may, else in a launch of its own.
+
+    Of gathered rows, as the trainer's are, the loss is a sum of length-normalised terms.
+    """
     inputs = _rows(dtype, width, num_rows, gathered)
     layers = [_meta(*shape, dtype=dtype) for shape in ((width, width), (width,), (1, width), (1,))]
     norm_weight = _meta(width, dtype=dtype) if norm else None
@@ -104,7 +106,7 @@ def _one_layer(width, num_rows, training, dtype, norm, gathered) -> None:
 
 
 def _rows(dtype, width, num_rows, gathered):
-    """(hidden, anchors)"""
+    """Return (hidden, anchors)."""
     if gathered:
         return _meta(num_rows, width, dtype=dtype), None
     return _meta(NUM_TOKENS, width, dtype=dtype), _meta(num_rows, dtype=torch.int64)

@@ -13,7 +13,7 @@ NUM_COEFFICIENTS = 7
 
 
 def compact_adamw(weight, gradient, exp_avg, exp_avg_sq, noise, coefficients, *, impl="auto") -> None:
-    """One AdamW update of a run of elements, in place.
+    """Apply one AdamW update to a run of elements, in place.
 
     Args:
         weight: contiguous float32 or bfloat16; (n, 256) with 8-bit moments, else (n, 1).

@@ -21,7 +21,7 @@ import torch
 
 # Elements that share one scale in the 8-bit code.
 BLOCK = 256
-# A cell is a run of 2^16 float32 magnitudes: those with the same upper bits. Cell 0 begins at 2^-23 and takes all
+# A cell is a run of 2^16 float32 magnitudes that have the same upper 16 bits. Cell 0 begins at 2^-23 and takes all
 # below it too; cell LAST_CELL is that of 1.0 and all above.
 FIRST_BITS = (127 - 23) << 7
 LAST_CELL = 23 << 7
@@ -43,7 +43,7 @@ class MomentCode:
 
     @staticmethod
     def of(values: torch.Tensor) -> "MomentCode":
-        """The code of 256 ascending values (256,), made on the CPU.
+        """Return the code of 256 ascending values (256,), made on the CPU.
 
         Raises:
             ValueError: if values lie so close together that some cell has more than two codes.
@@ -70,12 +70,12 @@ class MomentCode:
         return MomentCode(values, torch.stack(rows))
 
     def to(self, device: torch.device) -> "MomentCode":
-        """The same code with its tensors on `device`."""
+        """Return the same code with its tensors on `device`."""
         return replace(self, values=self.values.to(device), cells=self.cells.to(device))
 
 
 def compact_adamw(weight, gradient, exp_avg, exp_avg_sq, noise, coefficients) -> None:
-    """One AdamW update of a run of elements, in place; arguments as in api.py."""
+    """Apply one AdamW update to a run of elements, in place; arguments as in api.py."""
     kept, new1, new2, rate, correction, eps, scale = coefficients.unbind()
     gradient = gradient * scale
     first = _read(exp_avg).lerp(gradient, new1)
@@ -88,7 +88,7 @@ def compact_adamw(weight, gradient, exp_avg, exp_avg_sq, noise, coefficients) ->
 
 
 def round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """bfloat16 values whose expectation over `noise` equals `values`.
+    """Round float32 values to bfloat16 so that the expectation over `noise` equals `values`.
 
     Adds uniform bits below bfloat16's last one and cuts them off: in the sign-magnitude format the carry
     goes away from zero, with a probability equal to the distance from the neighbour nearer to zero.
@@ -102,7 +102,7 @@ def round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> torch.Ten
 
 
 def nearest_codes(numbers: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """uint8 codes of float32 numbers: the value next below, or the one above from the middle between them on.
+    """Return uint8 codes of float32 numbers: the nearest value, the upper one from the middle between two on.
 
     Bitwise what torchao.optim.quant_utils.quantize_8bit_with_qmap finds.
     """

@@ -10,7 +10,7 @@ from fastrm_kernels.launch import launch
 
 @triton.jit
 def read_moment(moment_ptr, scale_ptr, values_ptr, row, offs, live):
-    """(BLOCK,) float32 of a moment that is stored as float32, or as codes where there is a scale."""
+    """Return a moment (BLOCK,) in float32, decoded where it is stored as codes with a scale."""
     if scale_ptr is None:
         moment = tl.load(moment_ptr + offs, mask=live, other=0.0)
     else:
@@ -48,7 +48,7 @@ def compact_adamw_kernel(
     second_ptr, second_scale_ptr, second_values_ptr, second_cells_ptr, noise_ptr, coefficients_ptr, num_elements,
     FIRST_BITS: tl.constexpr, LAST_CELL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i, one warp, updates elements [i BLOCK, (i + 1) BLOCK). With noise, weights are bits of bfloat16."""
+    """Update elements [i BLOCK, (i + 1) BLOCK) in program i, one warp. With noise, weights are bits of bfloat16."""
     row = tl.program_id(0)
     offs = row * BLOCK + tl.arange(0, BLOCK)
     live = offs < num_elements

@@ -37,7 +37,7 @@ class HeadGradients:
 
 
 def reward_head(hidden, anchors, layers, *, activation="silu", norm_weight=None, norm_eps=1e-6, impl="auto"):
-    """Scalar rewards from the hidden states of the anchor tokens.
+    """Compute scalar rewards from the hidden states of the anchor tokens.
 
     Matrix products take their operands in hidden's dtype, also where the weights have another one
     and under autocast; they are accumulated in float32.
@@ -70,7 +70,7 @@ def preference_loss(
     rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, reduction="mean",
     impl="auto",
 ):  # fmt: skip
-    """Weighted mean or sum of the preference loss over an edge list; the formula is in reference.py.
+    """Compute the weighted mean or sum of the preference loss over an edge list; the formula is in reference.py.
 
     Args:
         rewards: (R,) float32, or float64 (eager only).
@@ -104,7 +104,7 @@ def preference_head_loss(
     hidden, anchors, layers, edges, *, activation="silu", norm_weight=None, norm_eps=1e-6,
     margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, reduction="mean", impl="auto",
 ):  # fmt: skip
-    """`reward_head` and `preference_loss` in one: (loss, rewards), both differentiable.
+    """Compute `reward_head` and `preference_loss` in one: return (loss, rewards), both differentiable.
 
     Arguments, results and errors are those of the two.
     """
@@ -123,7 +123,7 @@ def preference_head_gradients(
     margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, reduction="mean",
     grad_loss=1.0, impl="auto",
 ) -> HeadGradients:  # fmt: skip
-    """Loss, rewards and all gradients at once, for engines that run their own backward pass.
+    """Compute loss, rewards and all gradients at once, for engines that run their own backward pass.
 
     Arguments are those of `preference_head_loss`, and `grad_loss`, a float by which every gradient is
     multiplied, such as a loss scale. The gradient of hidden comes as rows and their index.
@@ -149,7 +149,7 @@ def preference_head_gradients(
 
 
 def _choose(op, impl, tensor, obstacle) -> str:
-    """What `resolve` says, unless there is an `obstacle`, a reason why Triton cannot run these very inputs."""
+    """Resolve `impl` as `resolve` does, unless an `obstacle` says why Triton cannot run these very inputs."""
     chosen = resolve(op, impl, tensor)
     if chosen == "triton" and obstacle is not None:
         if impl == "triton":
@@ -165,7 +165,10 @@ def _head_obstacle(num_rewards, layers) -> str | None:
 
 
 def _loss_obstacle(like, edges, margin, weight, lengths) -> str | None:
-    """The kernels give no gradient of the constants; better an error than one that is silently zero."""
+    """Return why Triton cannot compute this loss, or None.
+
+    The kernels give no gradient of margin, weight and lengths: better an error than a gradient that is silently zero.
+    """
     for name, value in {"margin": margin, "weight": weight, "lengths": lengths}.items():
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             return f"{name}: got a tensor that requires grad, wanted a constant; pass {name}.detach()"
@@ -176,7 +179,7 @@ def _loss_obstacle(like, edges, margin, weight, lengths) -> str | None:
 
 
 def _check_head(hidden, anchors, layers, activation, norm_weight) -> int:
-    """Raise ValueError for what no implementation accepts; returns the number of rewards."""
+    """Raise ValueError for what no implementation accepts; return the number of rewards."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
     if hidden.dim() != 2 or not hidden.is_floating_point():
@@ -212,7 +215,7 @@ def _check_rewards(rewards) -> None:
 
 
 def _loss_options(num_rewards, like, edges, margin, weight, label_smoothing, center, lengths, reduction) -> dict:
-    """The loss's keywords, checked, with margin and weight in the dtype that the loss is computed in."""
+    """Return the loss's keyword arguments, checked, with margin and weight in the dtype of the loss."""
     if edges.dim() != 2 or edges.shape[1] != 2 or edges.dtype != torch.int64:
         raise ValueError(f"edges: got {tuple(edges.shape)} {edges.dtype}, wanted (E, 2) int64, winner then loser")
     if reduction not in REDUCTIONS:

@@ -312,7 +312,7 @@ _loss.register_autograd(_loss_gradients, setup_context=_setup_loss)
 
 
 def reward_head(hidden, anchors, layers, *, activation, norm_weight, norm_eps):
-    """Rewards (R,) float32."""
+    """Return the rewards (R,) in float32."""
     hidden, anchors, layers, norm_weight = _last_two(hidden, anchors, layers, activation, norm_weight, norm_eps)
     save = _needs_grad(hidden, norm_weight, *layers)
     if len(layers) == 2:
@@ -321,12 +321,12 @@ def reward_head(hidden, anchors, layers, *, activation, norm_weight, norm_eps):
 
 
 def preference_loss(rewards, edges, *, margin, weight, label_smoothing, center, lengths, reduction):
-    """The loss, a scalar float32."""
+    """Return the loss, a scalar float32."""
     return _loss(rewards, edges, margin, weight, lengths, label_smoothing, center, reduction)[0]
 
 
 def preference_head_loss(hidden, anchors, layers, edges, *, activation, norm_weight, norm_eps, **options):
-    """(loss, rewards): the loss rides along in the head's launches where it is small enough."""
+    """Return (loss, rewards). The head's launches compute the loss too, where it is small enough."""
     small = edges.shape[0] <= FUSED_EDGES and _num_rows(hidden, anchors) <= FUSED_REWARDS
     if len(layers) == 1 or not small:
         head = {"activation": activation, "norm_weight": norm_weight, "norm_eps": norm_eps}
@@ -342,7 +342,7 @@ def preference_head_loss(hidden, anchors, layers, edges, *, activation, norm_wei
 
 
 def _last_two(hidden, anchors, layers, activation, norm_weight, norm_eps):
-    """Run the layers before the last two; returns (hidden, anchors, [weight, bias, ...], norm_weight) for the rest."""
+    """Run the layers before the last two; return (hidden, anchors, [weight, bias, ...], norm_weight) for the rest."""
     inner, last = layers[:-2], layers[-2:]
     if inner:
         hidden = hidden if anchors is None else _take_rows(hidden, anchors)

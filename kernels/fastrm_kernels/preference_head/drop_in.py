@@ -1,4 +1,4 @@
-"""Drop-in: the reward head of somebody else's model, computed by `reward_head`.
+"""A drop-in for the reward head of somebody else's model, computed by `reward_head`.
 
 `fuse_reward_head(model)` puts a `FusedRewardHead` where the stock head was. It holds the same parameter
 objects under the same state-dict keys, so optimizers, checkpoints and the model's own trainer do not
@@ -99,7 +99,7 @@ class FusedRewardHead(nn.Module):
         self.training = stock.training
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Rewards of all positions, as the stock head gives them but in float32.
+        """Return the rewards of all positions, as the stock head gives them but in float32.
 
         Args:
             hidden: (..., D), usually in the parameters' dtype; else, where nn.Linear raises, the products
@@ -122,7 +122,7 @@ class FusedRewardHead(nn.Module):
         return rewards.reshape(*hidden.shape[:-1], 1)
 
     def __getitem__(self, index: int) -> nn.Module:
-        """`model.score[0]`, for code that reads the layers of a Sequential."""
+        """Return `model.score[0]`, for code that reads the layers of a Sequential."""
         return list(self._modules.values())[index]
 
     def extra_repr(self) -> str:
@@ -141,7 +141,7 @@ class FusedRewardHead(nn.Module):
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a head is read.
+    """The way in which a stock head is read: its layers, activation and dropout.
 
     Attributes:
         linears: names of its nn.Linear in order; "" is the head itself.
@@ -177,7 +177,7 @@ def _read_plan(stock: nn.Module) -> _Plan:
 
 
 def _read_sequential(stock: nn.Sequential) -> _Plan:
-    """Linear, activation, Linear, ...: anything else (dropout, normalisation, wrappers) is refused."""
+    """Read Linear, activation, Linear, ...; refuse anything else (dropout, normalisation, wrappers)."""
     if stock._parameters or stock._buffers:
         raise _refusal(
             f"found nn.Sequential holding {', '.join(stock._parameters | stock._buffers)}, wanted layers alone"
@@ -201,7 +201,7 @@ def _read_sequential(stock: nn.Sequential) -> _Plan:
 
 
 def _read_value_head(stock: nn.Module) -> _Plan:
-    """summary(dropout(hidden)); `flatten` exists in TRL's class and is not used by it."""
+    """Read TRL's summary(dropout(hidden)); `flatten` exists in its class and is not used by it."""
     allowed = {"summary": (nn.Linear,), "dropout": (nn.Dropout, nn.Identity), "flatten": (nn.Flatten,)}
     strange = [
         f"{name} ({_describe(module)}){_hint(module)}"
@@ -215,9 +215,10 @@ def _read_value_head(stock: nn.Module) -> _Plan:
 
 
 def _check_value_head_forward(stock: nn.Module) -> None:
-    """The class is known by its attributes alone, so run its code on a copy with other layers.
+    """Check what a ValueHead computes by running its code on a copy with other layers.
 
-    A tanh in place of the dropout shows whether it is applied, once, and before `summary`.
+    The class is known by its attributes alone. A tanh in place of the dropout shows whether it is applied, once, and
+    before `summary`.
     """
     width, double = stock.summary.in_features, {"dtype": torch.float64, "device": "cpu"}
     summary = nn.utils.skip_init(nn.Linear, width, 1, **double)
@@ -241,7 +242,7 @@ def _check_value_head_forward(stock: nn.Module) -> None:
 
 
 def _check_linear(name: str, linear: nn.Linear) -> None:
-    """Plain floating-point weight and bias and nothing else, or something would be lost."""
+    """Refuse a layer that has more than plain floating-point weight and bias: fusing would lose the rest."""
     where = f"{_describe(linear)}{_at(name)}"
     if linear._parameters.keys() != {"weight", "bias"} or linear._buffers or linear._modules:
         found = ", ".join([*linear._parameters, *linear._buffers, *linear._modules])
@@ -256,7 +257,7 @@ def _check_linear(name: str, linear: nn.Linear) -> None:
 
 
 def _check_untouched(path: str, module: nn.Module) -> None:
-    """The fused head does not call the stock modules: what hangs on them would be dropped."""
+    """Refuse hooks and the like on a stock module: the fused head does not call it, so they would be lost."""
     where = f"{_describe(module)}{_at(path)}"
     if "forward" in vars(module):
         raise ValueError(
@@ -312,7 +313,7 @@ def _hint(module: nn.Module) -> str:
 
 
 def _as_autocast(rows: torch.Tensor) -> torch.Tensor:
-    """Rounded as autocast does it, to everything but float64; `reward_head` follows the dtype of its rows."""
+    """Round rows as autocast does, to everything but float64; `reward_head` follows the dtype of its rows."""
     device = rows.device.type
     active = _autocast_exists(device) and torch.is_autocast_enabled(device)
     return rows.to(torch.get_autocast_dtype(device)) if active and rows.dtype != torch.float64 else rows
@@ -320,5 +321,8 @@ def _as_autocast(rows: torch.Tensor) -> torch.Tensor:
 
 @constant
 def _autocast_exists(device_type: str) -> bool:
-    """Is there autocast for this kind of device? torch.compile of torch 2.11 cannot trace torch's own answer."""
+    """Return whether autocast knows this kind of device.
+
+    torch.compile of torch 2.11 cannot trace torch's own answer.
+    """
     return torch.amp.is_autocast_available(device_type)

@@ -21,7 +21,7 @@ ACTIVATIONS = {"none": lambda x: x, "tanh": torch.tanh, "relu": F.relu, "silu": 
 
 
 def reward_head(hidden, anchors, layers, *, activation="silu", norm_weight=None, norm_eps=1e-6):
-    """Scalar rewards (R,) from the hidden states of the anchor tokens; arguments as in api.py.
+    """Compute scalar rewards (R,) from the hidden states of the anchor tokens; arguments as in api.py.
 
     Every step runs in hidden's dtype, whatever that of the parameters; the norm's mean in float32.
     """
@@ -33,14 +33,14 @@ def reward_head(hidden, anchors, layers, *, activation="silu", norm_weight=None,
 
 
 def rms_norm(states, weight, eps):
-    """(R, D) scaled to a root mean square of one, times `weight`, as the norms of transformers do it."""
+    """Scale each row of (R, D) to a root mean square of one, times `weight`, as the norms of transformers do."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight.to(states.dtype) * wide.to(states.dtype)
 
 
 def mlp(states, layers, activation):
-    """Linear layers with the activation between them, operands in the dtype of `states`."""
+    """Apply linear layers with the activation between them, operands in the dtype of `states`."""
     with torch.autocast(states.device.type, enabled=False):
         for number, (weight, bias) in enumerate(layers):
             if number > 0:
@@ -52,7 +52,7 @@ def mlp(states, layers, activation):
 def preference_loss(
     rewards, edges, *, margin=None, weight=None, label_smoothing=0.0, center=0.0, lengths=None, reduction="mean"
 ):
-    """Weighted mean or sum of the preference loss over an edge list, a scalar; arguments as in api.py."""
+    """Compute the weighted mean or sum of the preference loss over an edge list, a scalar; arguments as in api.py."""
     if lengths is not None:
         rewards = rewards / torch.log(lengths.to(rewards.dtype) + 1.0)
     winners, losers = rewards[edges[:, 0]], rewards[edges[:, 1]]

@@ -1,4 +1,4 @@
-"""Backward kernels of the two-layer head. Derivation, bytes and block sizes: README.md.
+"""Backward kernels of the two-layer head. Derivation, bytes and block sizes are in README.md.
 
 With u = d loss / d rewards and the saved gains = d reward / d z = out_weight act'(z), dz = gains u and
 
@@ -33,7 +33,7 @@ VECTORS = ("grad_bias_ptr", "grad_out_weight_ptr", "grad_out_bias_ptr")
 
 @triton.jit
 def upstream(grad_loss_ptr, loss_slopes_ptr, grad_rewards_ptr, grad_stride, offs_r, num_rows):
-    """u (BLOCK_R,): what arrives through the loss plus what arrives at the rewards themselves."""
+    """Return u (BLOCK_R,), the gradient of the rewards: through the loss plus directly."""
     live = offs_r < num_rows
     total = tl.zeros(offs_r.shape, tl.float32)
     if grad_loss_ptr is not None:
@@ -45,14 +45,13 @@ def upstream(grad_loss_ptr, loss_slopes_ptr, grad_rewards_ptr, grad_stride, offs
 
 @triton.jit
 def load_states(hidden_ptr, rows, offs_d, width, EVEN: tl.constexpr):
-    """Hidden states (BLOCK_R, BLOCK_D)."""
     ptrs = hidden_ptr + rows[:, None] + offs_d[None, :]
     return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=offs_d[None, :] < width, other=0.0)
 
 
 @triton.jit
 def normalize(states, norm_ptr, rstd_ptr, offs_r, offs_d, num_rows, width):
-    """x (BLOCK_R, BLOCK_D), float32: the states after the norm, if there is one."""
+    """Return x (BLOCK_R, BLOCK_D), float32: the states after the norm, if there is one."""
     x = states.to(tl.float32)
     if norm_ptr is not None:
         x *= load_vector(rstd_ptr, offs_r, num_rows)[:, None] * load_vector(norm_ptr, offs_d, width)[None, :]
@@ -61,7 +60,7 @@ def normalize(states, norm_ptr, rstd_ptr, offs_r, offs_d, num_rows, width):
 
 @triton.jit
 def load_weights(weight_ptr, offs_f, offs_d, features, width, stride, EVEN: tl.constexpr):
-    """Weights, transposed: (BLOCK_D, BLOCK_F)."""
+    """Load weights, transposed: (BLOCK_D, BLOCK_F)."""
     ptrs = weight_ptr + offs_f[None, :].to(tl.int64) * stride + offs_d[:, None]
     if EVEN:
         weight = tl.load(ptrs)
@@ -75,7 +74,7 @@ def store_rows(
     grad_x, hidden_ptr, rows, norm_ptr, rstd_ptr, slopes_ptr, u, grad_rows_ptr, norm_parts_ptr,
     offs_d, offs_r, num_rows, width,
 ):  # fmt: skip
-    """The norm's backward for grad_x (BLOCK_D, BLOCK_R); writes row gradients and the norm weight's part.
+    """Apply the norm's backward to grad_x (BLOCK_D, BLOCK_R); store row gradients and the norm weight's part.
 
     With n = h rstd and x = g n:  d h = rstd (g dx - n mean_d(g dx n)),  d g = sum_r dx n,  and the mean
     needs no pass over the row: sum_d dx x = sum_f dz (z - bias) = u * slope, which the forward pass has saved.
@@ -101,7 +100,7 @@ def vector_gradients(
     grad_bias_ptr, grad_out_weight_ptr, grad_out_bias_ptr, num_rows, features, offs_f,
     BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the first bias and the last weight for BLOCK_F features, of the last bias in program 0."""
+    """Store gradients of the first bias and last weight for BLOCK_F features; program 0 also of the last bias."""
     grad_bias = tl.zeros((BLOCK_F,), tl.float32)
     grad_out_weight = tl.zeros((BLOCK_F,), tl.float32)
     grad_out_bias = tl.zeros((BLOCK_R,), tl.float32)
@@ -130,7 +129,7 @@ def head_bwd_kernel(
     EVEN_ROWS: tl.constexpr, NEEDS_ROWS: tl.constexpr, NEEDS_VECTORS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """All gradients for at most BLOCK_R rows: program i has columns [i BLOCK_D, (i + 1) BLOCK_D).
+    """Compute all gradients for at most BLOCK_R rows: program i has columns [i BLOCK_D, (i + 1) BLOCK_D).
 
     A weight tile is read once, for d x, and the tile of d weight at the same place is written once. The
     small vectors are shared out among the programs, BLOCK_V features each.
@@ -180,7 +179,7 @@ def head_bwd_input_kernel(
     OPERAND: tl.constexpr, EVEN_WIDTH: tl.constexpr, EVEN_FEATURES: tl.constexpr,
     EVEN_ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the rows: program (i, j) has columns of block i and rows of block j."""
+    """Compute gradients of the rows: program (i, j) has columns of block i and rows of block j."""
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     u = upstream(grad_loss_ptr, loss_slopes_ptr, grad_rewards_ptr, grad_stride, offs_r, num_rows)
@@ -206,7 +205,7 @@ def head_bwd_weight_kernel(
     OPERAND: tl.constexpr, EVEN_WIDTH: tl.constexpr, EVEN_FEATURES: tl.constexpr,
     EVEN_ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the weight: program (i, j) has features of block i and columns of block j."""
+    """Compute the weight's gradient: program (i, j) has features of block i and columns of block j."""
     offs_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     grad_weight = tl.zeros((BLOCK_F, BLOCK_D), tl.float32)
@@ -230,7 +229,7 @@ def head_bwd_vector_kernel(
     grad_bias_ptr, grad_out_weight_ptr, grad_out_bias_ptr, num_rows, features, grad_stride,
     BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the small vectors, where no other kernel sees all rows."""
+    """Compute gradients of the small vectors, where no other kernel sees all rows."""
     vector_gradients(
         active_ptr, gains_ptr, grad_loss_ptr, loss_slopes_ptr, grad_rewards_ptr, grad_stride,
         grad_bias_ptr, grad_out_weight_ptr, grad_out_bias_ptr, num_rows, features,
@@ -239,7 +238,7 @@ def head_bwd_vector_kernel(
 
 
 def backward_blocks(kernel: str, num_rows: int, itemsize: int) -> dict:
-    """Block sizes of the backward kernels all, input and weight; the reasons are in README.md."""
+    """Return the block sizes of the backward kernels (all, input, weight); the reasons are in README.md."""
     if kernel == "all":
         rows = round_up(num_rows, 16, ONE_LAUNCH_ROWS)
         if itemsize == 4:
@@ -258,7 +257,7 @@ def launch_reward_head_bwd(
     grad_loss, loss_slopes, grad_rewards, hidden, anchors, norm_weight, weight, bias, out_weight, out_bias,
     active, gains, rstd, slopes, needs,
 ):  # fmt: skip
-    """Gradients of a two-layer head.
+    """Launch the backward pass of a two-layer head and return its gradients.
 
     Args:
         grad_loss, loss_slopes: () and (R,) float32, or None: d / d rewards is grad_loss * loss_slopes ...

@@ -1,4 +1,4 @@
-"""Forward kernels of the two-layer head. Derivation, bytes and block sizes: README.md."""
+"""Forward kernels of the two-layer head. Derivation, bytes and block sizes are in README.md."""
 
 import torch
 import triton
@@ -27,7 +27,7 @@ def head_fwd_kernel(
     EVEN_WEIGHT: tl.constexpr, EVEN_HIDDEN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): features of block i for rows of block j, and their share of rewards and slopes.
+    """Compute features of block i for rows of block j in program (i, j), and their share of rewards and slopes.
 
     The norm's factor 1 / rms is constant along a row, so it multiplies the accumulators at the end; its
     sum of squares grows along with the product, in the same pass over the row.
@@ -79,7 +79,7 @@ def head_fwd_kernel(
 
 @triton.jit
 def sum_parts(parts_ptr, offs_r, num_rows, num_parts, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Column sums (BLOCK_R,) of (num_parts, num_rows), always in the same order."""
+    """Sum the columns of (num_parts, num_rows) to (BLOCK_R,), always in the same order."""
     total = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     for start in range(0, num_parts, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
@@ -95,7 +95,7 @@ def head_finish_kernel(
     edges_ptr, margin_ptr, weight_ptr, lengths_ptr, loss_ptr, loss_slopes_ptr, num_edges, smoothing, center,
     REDUCTION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Rewards from their parts; with edges, and then in a single program, also the loss."""
+    """Sum rewards from their parts; with edges, and then in a single program, compute also the loss."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = offs_r < num_rows
     rewards = sum_parts(reward_parts_ptr, offs_r, num_rows, num_parts, BLOCK_P, BLOCK_R)
@@ -120,7 +120,7 @@ def head_finish_kernel(
 
 
 def forward_blocks(num_rows: int, itemsize: int) -> dict:
-    """Block sizes of `head_fwd_kernel`; the reasons are in README.md."""
+    """Return the block sizes of `head_fwd_kernel`; the reasons are in README.md."""
     few, some = num_rows <= 16, num_rows <= 64
     if itemsize == 4:
         # Without tensor cores a thread holds its operands for all of BLOCK_D in registers.
@@ -136,7 +136,7 @@ def forward_blocks(num_rows: int, itemsize: int) -> dict:
 def launch_reward_head_fwd(
     hidden, anchors, norm_weight, eps, weight, bias, out_weight, out_bias, activation, save, loss
 ):
-    """Rewards of a two-layer head, and the loss if it is given and small enough to ride along.
+    """Launch the forward pass of a two-layer head, with the loss if it is given and small enough.
 
     Args:
         hidden, anchors, norm_weight, weight, bias, out_weight, out_bias: as in api.py, layers unpacked.
@@ -187,7 +187,7 @@ def launch_reward_head_fwd(
 
 
 def _finish(parts, slope_parts, anchors, out_bias, rewards, slopes, num_tokens, loss):
-    """Fill rewards and slopes from their parts; returns (loss, loss slopes), both empty without a loss."""
+    """Fill rewards and slopes from their parts; return (loss, loss slopes), both empty without a loss."""
     num_parts, num_rows = parts.shape
     value = parts.new_empty(() if loss else (0,))
     value_slopes = parts.new_empty(num_rows if loss else 0)

@@ -31,7 +31,7 @@ def linear_head_fwd_kernel(
     num_rows, num_tokens, width, hidden_stride, eps,
     EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rewards of BLOCK_R rows; with dots_ptr also their products without bias, for the backward pass."""
+    """Compute rewards of BLOCK_R rows; with dots_ptr also their products without bias, for the backward pass."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = offs_r < num_rows
     rows = row_offsets(anchors_ptr, offs_r, num_rows, num_tokens, hidden_stride)
@@ -71,7 +71,7 @@ def linear_head_bwd_kernel(
     num_rows, num_tokens, width, hidden_stride, grad_stride, rows_per_part,
     EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): columns of block i; row gradients of part j of the rows and its sum S."""
+    """Compute row gradients of part j of the rows, columns of block i, and the part's S in program (i, j)."""
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin = tl.program_id(1) * rows_per_part
     end = tl.minimum(begin + rows_per_part, num_rows)
@@ -109,7 +109,7 @@ def linear_head_sum_kernel(
     num_parts, num_rows, width, grad_stride,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of weight and norm weight from the parts of S in their order; of the bias in program 0."""
+    """Sum the parts of S in their order to the gradients of weight and norm weight; program 0 also the bias's."""
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = offs_d < width
     if grad_weight_ptr is not None or grad_norm_ptr is not None:
@@ -136,7 +136,7 @@ def linear_head_sum_kernel(
 
 
 def launch_linear_head_fwd(hidden, anchors, norm_weight, eps, weight, bias, save):
-    """(rewards (R,), dots (R,), rstd (R,)) float32; the last two are empty unless `save` and a norm."""
+    """Return float32 (rewards (R,), dots (R,), rstd (R,)); the last two are empty unless `save` and a norm."""
     hidden, anchors = addressable(hidden, anchors)
     num_rows = hidden.shape[0] if anchors is None else anchors.shape[0]
     width, keep = hidden.shape[1], save and norm_weight is not None
@@ -156,7 +156,7 @@ def launch_linear_head_fwd(hidden, anchors, norm_weight, eps, weight, bias, save
 
 
 def launch_linear_head_bwd(grad_rewards, hidden, anchors, norm_weight, weight, bias, dots, rstd, needs):
-    """[gradients of rows (R, D), norm_weight, weight, bias]; empty where not wanted or the parameter is None."""
+    """Return gradients of [rows (R, D), norm_weight, weight, bias]; empty where not wanted or not a parameter."""
     hidden, anchors = addressable(hidden, anchors)
     num_rows, width = grad_rewards.shape[0], hidden.shape[1]
     wanted = [(hidden, (num_rows, width)), *((p, () if p is None else p.shape) for p in (norm_weight, weight, bias))]

@@ -16,7 +16,7 @@ BLOCK_E = 64
 
 @triton.jit
 def log1p_below_one(x):
-    """log(1 + x) for 0 <= x <= 1 to float32 accuracy: 2 artanh(s) with s = x / (2 + x) <= 1/3.
+    """Compute log(1 + x) for 0 <= x <= 1 to float32 accuracy: 2 artanh(s) with s = x / (2 + x) <= 1/3.
 
     log(1 + x) itself would lose the small terms of well separated pairs. The series' remainder is
     below 2e-8 of the value.
@@ -34,7 +34,7 @@ def log1p_below_one(x):
 
 @triton.jit
 def edge_end(rewards_ptr, lengths_ptr, index, num_rewards):
-    """Reward of one end of each edge, divided by log(length + 1) if there are lengths; and that divisor.
+    """Return the reward of one end of each edge, divided by log(length + 1) if there are lengths, and that divisor.
 
     An index out of range is not read and gives NaN: nothing can raise here, and NaN stops any trainer.
     """
@@ -52,7 +52,7 @@ def edge_end(rewards_ptr, lengths_ptr, index, num_rewards):
 def edge_terms(
     rewards_ptr, edges_ptr, margin_ptr, weight_ptr, lengths_ptr, offs_e, num_rewards, num_edges, smoothing, center
 ):
-    """For a block of edges: winner, loser, weight, weighted term, its slopes in the two rewards."""
+    """Return winner, loser, weight, weighted term and its slopes in both rewards for a block of edges."""
     live = offs_e < num_edges
     # The ends of edges beyond the list are in range, so that their terms are finite; their weight is 0.
     winner = tl.load(edges_ptr + 2 * offs_e, mask=live, other=0)
@@ -87,7 +87,7 @@ def loss_and_slopes(
     rewards_ptr, edges_ptr, margin_ptr, weight_ptr, lengths_ptr, offs_r, num_rewards, num_edges, smoothing, center,
     REDUCTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The loss, and its gradient (BLOCK_R,) for a block of rewards; edges are summed in their order."""
+    """Return the loss, and its gradient (BLOCK_R,) for a block of rewards; edges are summed in their order."""
     terms = tl.zeros((BLOCK_E,), tl.float32)
     weights = tl.zeros((BLOCK_E,), tl.float32)
     slopes = tl.zeros((BLOCK_R,), tl.float32)
@@ -117,7 +117,7 @@ def preference_loss_kernel(
     num_rewards, num_edges, smoothing, center,
     REDUCTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Program i writes the gradient of rewards [i BLOCK_R, (i + 1) BLOCK_R); program 0 also the loss."""
+    """Store the gradient of rewards [i BLOCK_R, (i + 1) BLOCK_R) in program i; program 0 also the loss."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     loss, slopes = loss_and_slopes(
         rewards_ptr, edges_ptr, margin_ptr, weight_ptr, lengths_ptr, offs_r, num_rewards, num_edges,
@@ -129,7 +129,7 @@ def preference_loss_kernel(
 
 
 def launch_preference_loss(rewards, edges, margin, weight, lengths, label_smoothing, center, reduction):
-    """(loss (), slopes (R,)), float32; the slopes are d loss / d rewards."""
+    """Return the loss () and its slopes d loss / d rewards (R,), both float32."""
     num_rewards, num_edges = rewards.shape[0], edges.shape[0]
     loss = torch.empty((), dtype=torch.float32, device=rewards.device)
     slopes = torch.empty(num_rewards, dtype=torch.float32, device=rewards.device)
@@ -145,7 +145,7 @@ def launch_preference_loss(rewards, edges, margin, weight, lengths, label_smooth
 
 
 def loss_arguments(edges, margin, weight, lengths, label_smoothing, center, reduction) -> dict:
-    """Kernel arguments of the loss, contiguous."""
+    """Return the kernel arguments of the loss, all tensors contiguous."""
     optional = {"margin_ptr": margin, "weight_ptr": weight, "lengths_ptr": lengths}
     return {
         "edges_ptr": edges.contiguous(),

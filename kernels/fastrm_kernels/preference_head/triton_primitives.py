@@ -12,12 +12,12 @@ OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float3
 
 
 def round_up(size: int, low: int, high: int) -> int:
-    """The power of two >= size within [low, high]."""
+    """Return the power of two >= size within [low, high]."""
     return min(high, max(low, triton.next_power_of_2(size)))
 
 
 def addressable(hidden, anchors):
-    """(hidden, anchors) with unit column stride; other layouts are gathered to (R, D) first."""
+    """Return (hidden, anchors) with unit column stride; other layouts are gathered to (R, D) first."""
     if hidden.stride(1) == 1 or hidden.shape[1] == 1:
         return hidden, anchors
     rows = hidden if anchors is None else hidden.index_select(0, anchors)
@@ -30,7 +30,7 @@ def contiguous(tensor):
 
 @triton.jit
 def row_offsets(anchors_ptr, offs_r, num_rows, num_tokens, stride):
-    """Offsets (BLOCK_R,) of the rows' first elements, int64: T * D passes 2^31 at 600,000 tokens of 3,584.
+    """Return the int64 offsets (BLOCK_R,) of rows: T * D passes 2^31 at 600,000 tokens of 3,584.
 
     Rows past the last one repeat it, for products with a 0 from elsewhere: no other row would do, since
     0 * NaN is NaN, and a row that no anchor names may hold anything. num_rows must be at least 1. Anchors
@@ -46,8 +46,9 @@ def row_offsets(anchors_ptr, offs_r, num_rows, num_tokens, stride):
 
 @triton.jit
 def tanh(x):
-    """Within 5 eps in float32, with a GPU's approximate exp and division too: 1 - 2 / (e^2x + 1) would cancel
-    near 0, so an odd polynomial takes over there.
+    """Compute tanh within 5 eps in float32, with a GPU's approximate exp and division too.
+
+    1 - 2 / (e^2x + 1) would cancel near 0, so that an odd polynomial takes over there.
     """
     size = tl.abs(x)
     square = x * x
@@ -97,13 +98,13 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def load_vector(ptr, offsets, limit):
-    """float32 values, 0 beyond `limit`."""
+    """Load float32 values, 0 beyond `limit`."""
     return tl.load(ptr + offsets, mask=offsets < limit, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_saved(ptr, offs_f, offs_r, features, num_rows, EVEN: tl.constexpr):
-    """(BLOCK_F, BLOCK_R) of a saved (R, F) tensor, 0 beyond it."""
+    """Load (BLOCK_F, BLOCK_R) of a saved (R, F) tensor, 0 beyond it."""
     ptrs = ptr + offs_r[None, :].to(tl.int64) * features + offs_f[:, None]
     if EVEN:
         saved = tl.load(ptrs)

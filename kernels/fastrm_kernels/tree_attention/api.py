@@ -1,4 +1,4 @@
-"""`tree_attention`: checks and dispatch. An explicit `impl` never falls back to another."""
+"""Checks and dispatch of `tree_attention`. An explicit `impl` never falls back to another."""
 
 import torch
 
@@ -21,7 +21,7 @@ SHARED_BYTES = 165_888  # 162 KB: the most that a kernel takes (kernels/README.m
 
 
 def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="auto"):
-    """Attention of packed query tokens to their paths in a prefix tree.
+    """Compute attention of packed query tokens to their paths in a prefix tree.
 
     Args:
         query: (Tq, H, K), with Tq = layout.num_queries.
@@ -56,7 +56,7 @@ def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="
 
 
 def choose_implementation(query, *others) -> tuple[str, str]:
-    """What `auto` means for these inputs, (.., heads, K) each, and why.
+    """Return the implementation that `auto` means for inputs (.., heads, K), and the reason in words.
 
     The measured winner on their device, where it can run them; else torch's varlen FlashAttention on
     CUDA in half precision, and eager elsewhere.
@@ -74,7 +74,7 @@ def choose_implementation(query, *others) -> tuple[str, str]:
 
 
 def triton_attention_obstacle(query, *others) -> str | None:
-    """Why the Triton kernels cannot run these inputs, or None."""
+    """Return why the Triton kernels cannot run these inputs, or None."""
     obstacle = obstacle_to_triton(query)
     if obstacle is not None:
         return obstacle

@@ -10,7 +10,7 @@ from fastrm_kernels.tree_attention.tiles import WorkLists
 
 
 def tree_attention_triton(query, key, value, layout, *, scale=None, causal=True):
-    """Same contract as `tree_attention`."""
+    """Compute `tree_attention` with the Triton kernels, under the same contract."""
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     single_rows = layout.query_rows is not None
     work = tiles.work_lists(layout, tiles.choose_blocks(query.dtype, query.shape[-1], single_rows), causal)
@@ -29,7 +29,7 @@ def tree_attention_forward(
     num_parts: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """output (Tq, H, K) in query's dtype, and the base-2 log-sum-exp of every row, (H, Tq) float32."""
+    """Return the output (Tq, H, K) in query's dtype and the base-2 log-sum-exp of each row, (H, Tq) float32."""
     from fastrm_kernels.tree_attention.triton_forward import launch_tree_attention_fwd
 
     query, key, value = _dense_columns(query, key, value)
@@ -60,7 +60,7 @@ def tree_attention_backward(
     scale: float,
     need_key_value: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value; those of key and value are empty where they are not needed."""
+    """Return gradients of query, key and value; those of key and value are empty where not needed."""
     from fastrm_kernels.tree_attention.triton_backward import (
         launch_tree_attention_bwd_key_value,
         launch_tree_attention_bwd_query,
@@ -116,5 +116,8 @@ tree_attention_forward.register_autograd(_backward, setup_context=_setup)
 
 
 def _dense_columns(*tensors):
-    """The kernels step through rows and heads by any stride, but need the values of a head side by side."""
+    """Copy tensors whose heads are not dense.
+
+    The kernels step through rows and heads by any stride, but need the values of a head side by side.
+    """
     return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]

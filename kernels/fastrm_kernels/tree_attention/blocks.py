@@ -1,4 +1,4 @@
-"""How eager tree attention cuts a layout into dense and causal rectangles that need no copies.
+"""Dense and causal rectangles of a layout, which eager tree attention computes without copies.
 
 A segment's queries see their own segment causally and every ancestor whole. So each segment makes at
 most two blocks: its own, causal; and a dense one of all queries below it against its keys.
@@ -26,7 +26,7 @@ from fastrm_kernels.tree_attention.layout import Spans, TreeLayout, join_spans
 _CALL_PRODUCTS = 1 << 21
 # Copying a row into a batch, and its results and gradients back, costs about as much as so many keys for a query.
 _COPIED_KEYS = 32
-_LEAST_ROWS = 8  # that a side of a small block is padded to
+_LEAST_ROWS = 8  # the least length that a side of a small block is padded to
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Rows:
     real: torch.Tensor | None = None
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, H, K) -> (count, H, length, K), a view unless rows are gathered."""
+        """Read (rows, H, K) as (count, H, length, K): a view unless rows are gathered."""
         _, heads, width = x.shape
         if self.index is not None:
             return x.index_select(0, self.index).view(self.count, self.length, heads, width).transpose(1, 2)
@@ -56,7 +56,7 @@ class Rows:
         return x.as_strided(shape, strides, x.storage_offset() + self.start * row)
 
     def write(self, x: torch.Tensor, values: torch.Tensor) -> None:
-        """x[these rows] = values, (count, H, length, K); padding is dropped."""
+        """Write values (count, H, length, K) to these rows of x; padding is dropped."""
         if self.index is None:
             self.read(x).copy_(values)
             return
@@ -66,14 +66,14 @@ class Rows:
         x[index] = values.to(x.dtype)
 
     def add(self, x: torch.Tensor, values: torch.Tensor) -> None:
-        """x[these rows] += values; a row occurs once, so every sum has one order."""
+        """Add values to these rows of x; a row occurs once, so that every sum has one order."""
         if self.index is None:
             self.read(x).add_(values)
         else:
             self.write(x, self.read(x) + values)
 
     def padded(self, x: torch.Tensor, value: float) -> torch.Tensor:
-        """What `read` gave of x, with `value` in its padding."""
+        """Return what `read` gave of x, with `value` in its padding."""
         if self.real is None:
             return x
         filled = torch.full_like(x.transpose(1, 2), value, memory_format=torch.contiguous_format).flatten(0, 1)
@@ -128,7 +128,7 @@ class BlockPlan:
 
 
 def block_plan(layout: TreeLayout, causal: bool, dtype: torch.dtype, width: int) -> BlockPlan:
-    """The plan of a layout on its device; kept on it.
+    """Return the plan of a layout on its device, built at the first call and kept on the layout.
 
     Args:
         dtype: of the queries.
@@ -142,7 +142,10 @@ def block_plan(layout: TreeLayout, causal: bool, dtype: torch.dtype, width: int)
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries (places among all queries) and keys; `sees`: keys that each query sees, None where that is all."""
+    """Queries and the keys that they see.
+
+    Queries are places among all queries; `sees` is the number of keys that each query sees, None where that is all.
+    """
 
     queries: Spans
     keys: tuple[int, int]
@@ -182,7 +185,7 @@ def _make_plan(layout, causal, dtype, width) -> BlockPlan:
 
 
 def _segments(layout) -> tuple[list[tuple[int, int]], list[int]]:
-    """(start, stop) and parent of the layout's segments: empty ones left out, only children joined to their parents."""
+    """Return (start, stop) and parent of the segments that are not empty; an only child is joined to its parent."""
     alive: list[int] = []  # of each segment, itself or its nearest ancestor with tokens; -1
     num_children: dict[int, int] = {}
     for number, (length, parent) in enumerate(zip(layout.lengths, layout.parents, strict=True)):
@@ -208,7 +211,7 @@ def _segments(layout) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _own_queries(layout, firsts: Sequence[int], segments) -> list[Spans]:
-    """The places of each segment's queries among all queries."""
+    """Return the places of each segment's queries among all queries."""
     if layout.query_rows is None:
         return [(segment,) for segment in segments]
     found: list[Spans] = [()] * len(segments)
@@ -219,7 +222,7 @@ def _own_queries(layout, firsts: Sequence[int], segments) -> list[Spans]:
 
 
 def _own_block(layout, segment, queries: Spans) -> _Block | None:
-    """The block of a segment's queries with the keys of the segment that they see; None without queries."""
+    """Return the block of a segment's queries with the keys of the segment that they see; None without queries."""
     if layout.query_rows is None:
         return _Block(queries, segment)
     if not queries:
@@ -238,9 +241,9 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Spans:
 
 
 def _batches(blocks: Sequence[_Block], causal: bool, dtype, area: int) -> Iterable[Batch]:
-    """Blocks of one shape, in one batch for each run of them that lies at equal distances, or in one of copies.
+    """Yield blocks of one shape in batches: one for each run of blocks at equal distances, or one of copies.
 
-    The shape that a block is computed in depends on the block alone. So nothing else in the row changes a bit of it.
+    The shape that a block is computed in depends on the block alone: nothing else in the row changes a bit of it.
     """
     groups: dict[tuple[int, int, bool], list[_Block]] = {}
     for block in blocks:
@@ -250,17 +253,16 @@ def _batches(blocks: Sequence[_Block], causal: bool, dtype, area: int) -> Iterab
     for (q_len, k_len, masked), group in groups.items():
         streaks = _streaks(group)
         uniform = all((block.num_queries, block.num_keys) == (q_len, k_len) for block in group)
-        # Without copies, where the calls that this takes are not small.
+        # No copies are made where each of the calls that this takes is worth its cost.
         if not uniform or len(group) * q_len * k_len < area * len(streaks):
             streaks = [group]
         yield from (_batch(streak, (q_len, k_len), causal, masked, dtype) for streak in streaks)
 
 
 def _shape(block: _Block, area: int) -> tuple[int, int]:
-    """Queries and keys that a block is padded to: powers of two, so that small blocks share calls; else its own.
+    """Return the numbers of queries and keys that a block is padded to.
 
-    Args:
-        area: pairs of a query and a key that cost as much as a call, the most that copies and padding may each cost.
+    They are powers of two, so that small blocks share calls, or the block's own numbers.
     """
     own = block.num_queries, block.num_keys
     q_len, k_len = (max(_LEAST_ROWS, 1 << (length - 1).bit_length()) for length in own)
@@ -269,7 +271,7 @@ def _shape(block: _Block, area: int) -> tuple[int, int]:
 
 
 def _streaks(group: Sequence[_Block]) -> list[list[_Block]]:
-    """The same blocks in runs whose queries, and keys, are each at one distance from the next."""
+    """Split blocks into runs in which the queries, and the keys, lie at one distance from block to block."""
     streaks: list[list[_Block]] = []
     for block in group:
         streak = streaks[-1] if streaks else []
@@ -293,7 +295,7 @@ def _batch(blocks: Sequence[_Block], shape: tuple[int, int], causal: bool, maske
 
 
 def _rows(blocks: Sequence[Spans], length: int) -> Rows:
-    """One side of a batch from the spans of its blocks; one that is shorter than `length` repeats its last row."""
+    """Return one side of a batch from the spans of its blocks; a short block repeats its last row up to `length`."""
     count, starts = len(blocks), [spans[0][0] for spans in blocks]
     counts = [sum(stop - start for start, stop in spans) for spans in blocks]
     steps = {after - before for before, after in itertools.pairwise(starts)}
@@ -311,7 +313,7 @@ def _rows(blocks: Sequence[Spans], length: int) -> Rows:
 
 
 def _mask(blocks: Sequence[_Block], q_len: int, k_len: int, dtype) -> torch.Tensor:
-    """(B, 1, q or 1, k): -inf where a query does not see a key. Padded queries see what the last one sees."""
+    """Return (B, 1, q or 1, k): -inf where a query does not see a key. Padded queries see what the last one sees."""
     seen = [[block.num_keys] if block.sees is None else list(block.sees) for block in blocks]
     if any(block.sees is not None for block in blocks):
         seen = [row + row[-1:] * (q_len - len(row)) for row in seen]

@@ -22,14 +22,14 @@ import torch
 from fastrm_kernels.tree_attention.blocks import Batch, block_plan
 from fastrm_kernels.tree_attention.layout import TreeLayout
 
-_FORMULA_SCORES = 1 << 27  # that the formula holds at once, where a head alone has not more
+_FORMULA_SCORES = 1 << 27  # the most scores that the formula holds at once, unless one head alone has more
 
 _numbers = itertools.count()
 _layouts: weakref.WeakValueDictionary[int, TreeLayout] = weakref.WeakValueDictionary()
 
 
 def tree_attention_eager(query, key, value, layout, *, scale=None, causal=True):
-    """Same contract as `tree_attention`."""
+    """Compute `tree_attention` in eager PyTorch, under the same contract."""
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     output, _ = eager_forward(query, key, value, handle_of(layout), scale, causal)
     if output.grad_fn is not None:
@@ -38,7 +38,7 @@ def tree_attention_eager(query, key, value, layout, *, scale=None, causal=True):
 
 
 def handle_of(layout: TreeLayout) -> torch.Tensor:
-    """(1,) int64 on the CPU: the number of this layout, valid as long as it lives."""
+    """Return the number of this layout, (1,) int64 on the CPU, valid as long as the layout lives."""
     if "handle" not in layout._plans:
         number = next(_numbers)
         _layouts[number] = layout
@@ -48,10 +48,10 @@ def handle_of(layout: TreeLayout) -> torch.Tensor:
 
 
 def layout_of(handle: torch.Tensor) -> TreeLayout:
-    """The layout of a handle.
+    """Return the layout of a handle.
 
     Raises:
-        RuntimeError: it lives no more.
+        RuntimeError: if the layout is no longer alive.
     """
     try:
         return _layouts[int(handle)]
@@ -65,7 +65,7 @@ def layout_of(handle: torch.Tensor) -> TreeLayout:
 def eager_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, handle: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """output (Tq, H, K) in query's dtype, and the log-sum-exp of every row, (Tq, H), in float32 at least."""
+    """Return the output (Tq, H, K) in query's dtype and each row's log-sum-exp (Tq, H), in float32 at least."""
     return attend(query, key, value, layout_of(handle), scale, causal)
 
 
@@ -86,7 +86,7 @@ def eager_backward(
     scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, in their dtype."""
+    """Return the gradients of query, key and value, in their dtype."""
     return attend_backward(query, key, value, output, lse, upstream, layout_of(handle), scale, causal)
 
 
@@ -114,7 +114,7 @@ eager_forward.register_autograd(_backward, setup_context=_setup)
 
 
 def attend(query, key, value, layout, scale, causal) -> tuple[torch.Tensor, torch.Tensor]:
-    """The forward pass of `eager_forward`, by a layout."""
+    """Run the forward pass of `eager_forward` for a layout."""
     output, lse = _new_outputs(query)
     query, key, value = _dense_columns(query, key, value)
     for level, batches in enumerate(_levels(query, layout, causal)):
@@ -130,7 +130,7 @@ def attend(query, key, value, layout, scale, causal) -> tuple[torch.Tensor, torc
 
 
 def attend_backward(query, key, value, output, lse, upstream, layout, scale, causal):
-    """The backward pass of `eager_backward`, by a layout."""
+    """Run the backward pass of `eager_backward` for a layout."""
     query, key, value = _dense_columns(query, key, value)
     upstream = upstream.contiguous()
     new = torch.empty if layout.query_rows is None else torch.zeros  # the first level writes every row, or not
@@ -169,18 +169,18 @@ def _dense_columns(*tensors):
 
 
 def _merged(output, lse, part, part_lse):
-    """Output (B, H, q, K) and log-sum-exp (B, H, q, 1) over two sets of keys, from those over each of them."""
+    """Merge output (B, H, q, K) and log-sum-exp (B, H, q, 1) over two sets of keys into those over their union."""
     weight = torch.sigmoid(part_lse - lse)
     return torch.lerp(output.to(lse.dtype), part.to(lse.dtype), weight), torch.logaddexp(lse, part_lse)
 
 
 def _has_flash(query) -> bool:
-    """Is there a kernel that gives the log-sum-exp and takes a merged one back?"""
+    """Return whether a kernel gives the log-sum-exp of these queries and takes a merged one back."""
     return query.device.type == "cpu"
 
 
 def _forward(query, key, value, batch: Batch, scale):
-    """(B, H, q, K) and log-sum-exp (B, H, q) of a batch."""
+    """Return the output (B, H, q, K) and the log-sum-exp (B, H, q) of a batch."""
     if _has_flash(query):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, 0.0, batch.causal, attn_mask=batch.mask, scale=scale)
@@ -195,7 +195,7 @@ def _forward(query, key, value, batch: Batch, scale):
 
 
 def _backward_of_batch(upstream, query, key, value, output, lse, batch: Batch, scale):
-    """Gradients of query, key and value, each in its shape.
+    """Return the gradients of query, key and value, each in its shape.
 
     With P = exp(S - lse): dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = scale dS K, dK = scale dS^T Q;
     those of key and value are sums over the query heads that share them.
@@ -216,7 +216,7 @@ def _backward_of_batch(upstream, query, key, value, output, lse, batch: Batch, s
 
 
 def _by_heads(batch: Batch, key_heads: int, *tensors):
-    """Each tensor as (B, some of Hkv, H / Hkv or 1, rows, K), a few key heads at a time, in float32 at least."""
+    """Yield each tensor as (B, some of Hkv, H / Hkv or 1, rows, K), a few key heads at a time, in float32 at least."""
     grouped = [x.to(_accurate(x.dtype)).unflatten(1, (key_heads, -1)) for x in tensors]
     head_scores = batch.queries.count * batch.queries.length * batch.keys.length * grouped[0].shape[2]
     heads = max(1, _FORMULA_SCORES // head_scores)
@@ -224,7 +224,7 @@ def _by_heads(batch: Batch, key_heads: int, *tensors):
 
 
 def _scores(query, key, batch: Batch, scale):
-    """(B, Hkv, H / Hkv, q, k), -inf where a query does not see a key."""
+    """Return scores (B, Hkv, H / Hkv, q, k), -inf where a query does not see a key."""
     scores = scale * query @ key.mT
     if batch.causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)

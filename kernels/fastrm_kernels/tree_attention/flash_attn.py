@@ -1,4 +1,4 @@
-"""Tree attention through the flash-attn package, CUDA only: the runs of `varlen.py` with other kernels.
+"""Tree attention by the flash-attn package, CUDA only: the runs of `varlen.py` with other kernels.
 
 The two functions of the package become one operator of torch with its gradient. A compiled layer then holds attention
 as one node whichever version is installed, and selective checkpointing knows what it must not run twice.
@@ -14,7 +14,7 @@ from fastrm_kernels.tree_attention.gather import take_rows
 
 
 def tree_attention_flash_attn(query, key, value, layout, *, scale=None, causal=True):
-    """Same contract as `tree_attention`; float16 or bfloat16 on CUDA.
+    """Compute `tree_attention` with the flash-attn package; float16 or bfloat16 on CUDA.
 
     Bitwise repeatable under torch.use_deterministic_algorithms only: else the gradient of the queries is summed by
     atomic additions.
@@ -28,7 +28,7 @@ def tree_attention_flash_attn(query, key, value, layout, *, scale=None, causal=T
         raise ValueError(f"tree_attention with impl='flash_attn': {obstacle}")
     num_queries, heads, width = query.shape
     if num_queries == 0:
-        return query + 0 * (key.sum() + value.sum())  # nothing, but of all three, for autograd
+        return query + 0 * (key.sum() + value.sum())  # zero, but autograd sees all three inputs
     varlen.check_offsets(layout, heads, width)
     key, value = (take_rows(rows, layout.key_index) for rows in (key, value))
     scale = width**-0.5 if scale is None else float(scale)
@@ -36,7 +36,7 @@ def tree_attention_flash_attn(query, key, value, layout, *, scale=None, causal=T
 
 
 def flash_attn_obstacle(query) -> str | None:
-    """Why the flash-attn package cannot run queries (.., H, K) like these, or None."""
+    """Return why the flash-attn package cannot run queries (.., H, K) like these, or None."""
     obstacle = varlen.varlen_obstacle(query)
     if obstacle is not None:
         return obstacle
@@ -50,7 +50,7 @@ def flash_attn_obstacle(query) -> str | None:
 
 
 def flash_attn_name(device: torch.device) -> str:
-    """The version that runs on a GPU where `flash_attn_obstacle` finds none."""
+    """Return the name of the version that runs on a GPU for which `flash_attn_obstacle` finds none."""
     return _version(device).name
 
 
@@ -78,7 +78,7 @@ def flash_attn_forward(
     scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (Tq, H, K) in the dtype of query, and the natural log-sum-exp of every row, (H, Tq) float32."""
+    """Return the output (Tq, H, K) in query's dtype and each row's natural log-sum-exp, (H, Tq) float32."""
     output, lse = _version(query.device).forward(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, causal
     )
@@ -106,7 +106,7 @@ def flash_attn_backward(
     scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, in their dtypes."""
+    """Return the gradients of query, key and value, in their dtypes."""
     gradients = _version(query.device).backward(
         upstream.contiguous(), query, key, value, output, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, causal,
         deterministic=torch.are_deterministic_algorithms_enabled(),

@@ -21,7 +21,7 @@ OLDEST = (2, 8)  # flash-attn 2.8: its functions have the parameters that are pa
 
 @dataclass(frozen=True)
 class FlashAttention:
-    """Functions of one package.
+    """The functions of one flash-attn package behind one signature.
 
     Attributes:
         name: for the user.
@@ -40,7 +40,7 @@ class FlashAttention:
 
 @functools.cache
 def find_version(major: int) -> FlashAttention | str:
-    """The functions for GPUs of compute capability `major`.x, or in words why there are none.
+    """Return the functions for GPUs of compute capability `major`.x, or in words why there are none.
 
     FlashAttention-3 is taken before -4 and -4 before -2, where several are installed. One that is installed and
     broken is reported, not passed over.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def take_rows(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """rows[index] over the first axis of (T, ...); None means all rows as they are.
+    """Return rows[index] over the first axis of (T, ...); None means all rows as they are.
 
     The gradient of a row is the sum over its places in `index`, in their order: bitwise repeatable.
 
@@ -21,7 +21,7 @@ def take_rows(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
 
 @torch.library.custom_op("fastrm::gather_rows", mutates_args=())
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """rows[index], (T, ...) -> (M, ...)."""
+    """Return rows[index]: (T, ...) -> (M, ...)."""
     return rows.index_select(0, index)
 
 
@@ -32,7 +32,7 @@ def _(rows, index):
 
 @torch.library.custom_op("fastrm::sum_rows", mutates_args=())
 def sum_rows(values: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """(M, ...) -> (num_rows, ...): row r is the sum of the values whose index is r, in their order."""
+    """Sum (M, ...) to (num_rows, ...): row r is the sum of the values whose index is r, in their order."""
     order = index.argsort(stable=True)
     bounds = torch.searchsorted(index[order], torch.arange(num_rows + 1, device=index.device))
     # Each bag is summed by itself, from its first value to its last.

@@ -1,4 +1,4 @@
-"""Which keys each packed query token may see, as integer tensors built once per pack.
+"""The keys that each packed query token may see, as integer tensors built once per pack.
 
 A pack is a row of segments; a segment's parent stands somewhere before it. Its tokens attend to the
 tokens of all its ancestors, in order, and causally to their own segment. A segment that stands right
@@ -52,7 +52,7 @@ class TreeLayout:
 
     @staticmethod
     def build(lengths, parents, device=None) -> "TreeLayout":
-        """Layout of a row of segments.
+        """Build the layout of a row of segments.
 
         Args:
             lengths: tokens of each segment, in row order, each >= 0.
@@ -92,11 +92,11 @@ class TreeLayout:
 
     @staticmethod
     def from_lengths(lengths, device=None) -> "TreeLayout":
-        """Independent sequences, one after another (plain varlen)."""
+        """Build the layout of independent sequences, one after another (plain varlen)."""
         return TreeLayout.build(lengths, [-1] * len(lengths), device)
 
     def at_rows(self, rows) -> "TreeLayout":
-        """Layout for queries at `rows` only, one run each, against the same keys.
+        """Return the layout for queries at `rows` only, one run each, against the same keys.
 
         A row sees what it sees in the full layout: its path up to and including itself.
 
@@ -121,7 +121,7 @@ class TreeLayout:
 
     @property
     def starts(self) -> list[int]:
-        """First row of each segment."""
+        """The first row of each segment."""
         starts, end = [], 0
         for length in self.lengths:
             starts.append(end)
@@ -130,7 +130,7 @@ class TreeLayout:
 
     @property
     def is_flat(self) -> bool:
-        """Are these independent sequences?"""
+        """True if the segments are independent sequences."""
         return all(parent < 0 for parent in self.parents)
 
     def prepare(self, dtype: torch.dtype, head_dim: int, *, causal: bool = True) -> None:
@@ -147,19 +147,19 @@ class TreeLayout:
         return self.cu_seqlens_q.device
 
     def to(self, device) -> "TreeLayout":
-        """The same layout with its index tensors, work lists included, on `device`."""
+        """Return the same layout with its index tensors, work lists included, on `device`."""
         # "cuda" and "cuda:0" are unequal: ask where a tensor would land.
         if self.device == torch.empty(0, device=device).device:
             return self
         return self._with(lambda tensors: tensors.to(device, non_blocking=True), lambda plan: plan.to(device))
 
     def pin_memory(self) -> "TreeLayout":
-        """The same layout with its index tensors, work lists included, in page-locked memory."""
+        """Return the same layout with its index tensors, work lists included, in page-locked memory."""
         return self._with(torch.Tensor.pin_memory, lambda plan: plan.pin_memory())
 
     def _with(self, change_tensor, change_plan) -> "TreeLayout":
         changed = {name: change_tensor(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        # What has no tensors is made anew where it is used.
+        # Cached values without tensors are not copied: they are made again where they are used.
         plans = {key: change_plan(plan) for key, plan in self._plans.items() if hasattr(plan, "to")}
         return replace(self, **changed, _plans=plans)
 
@@ -191,7 +191,7 @@ def _from_runs(lengths, parents, paths, query_rows, query_lengths, key_spans, de
 
 
 def expand_spans(spans) -> torch.Tensor:
-    """(start, stop) spans -> all their rows, one after another, int64 on the CPU."""
+    """Expand (start, stop) spans to all their rows, one after another, int64 on the CPU."""
     bounds = torch.tensor(list(spans), dtype=torch.int64).view(-1, 2)
     counts = bounds[:, 1] - bounds[:, 0]
     ends = counts.cumsum(0)

@@ -1,4 +1,4 @@
-"""Specification of attention over a prefix tree, as one dense masked softmax in plain PyTorch.
+"""The specification of attention over a prefix tree: one dense masked softmax in plain PyTorch.
 
     o_i = sum_j softmax_j(scale * q_i . k_j  for j visible to i) v_j
 
@@ -11,7 +11,7 @@ import torch
 
 
 def tree_attention_reference(query, key, value, layout, *, scale=None, causal=True):
-    """Same contract as `tree_attention`."""
+    """Compute `tree_attention` by one dense masked softmax, under the same contract."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # (T, H, K)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -21,7 +21,7 @@ def tree_attention_reference(query, key, value, layout, *, scale=None, causal=Tr
 
 
 def visible(layout, causal=True) -> torch.Tensor:
-    """(Tq, T) bool: may this query token see this key token?"""
+    """Return the mask (Tq, T) bool: True where a query token sees a key token."""
     device = layout.cu_seqlens_q.device
     index = layout.key_index
     index = torch.arange(layout.num_keys, device=device) if index is None else index

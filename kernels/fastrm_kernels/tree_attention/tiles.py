@@ -1,4 +1,4 @@
-"""Work lists of the Triton kernels: which tiles of rows there are, and which steps each one takes.
+"""Work lists of the Triton kernels: the tiles of rows, and the steps that each one takes.
 
 A token's place in depth-first order of the tree is its `rank`. Key j is visible to query i if
 
@@ -25,14 +25,14 @@ import torch
 
 from fastrm_kernels.tree_attention.layout import Spans, TreeLayout
 
-MULTIPROCESSORS = 132  # of an H100 or H200; only a yardstick for how evenly work must be divided
+MULTIPROCESSORS = 132  # of an H100 or H200; used only to judge how evenly work is divided
 MOST_STEPS = 2**30 - 1  # a kernel finds a step's two numbers with 32-bit offsets
 LONGEST_SHARE = 0.7  # how much of a multiprocessor's share the longest program may take; docs/lab/experiments.md
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Shapes of the kernels' tiles, which the work lists are cut to.
+    """Shapes of the kernels' tiles, by which the work lists are cut.
 
     Attributes:
         query_tile, key_step: query rows that a program holds and key rows that it takes at each step, in
@@ -55,7 +55,7 @@ class Blocks:
 
 
 def choose_blocks(dtype: torch.dtype, head_dim: int, single_rows: bool) -> Blocks:
-    """Blocks for a dtype and a head dimension.
+    """Choose the tile shapes for a dtype and a head dimension.
 
     Args:
         single_rows: the queries are chosen rows, such as the anchors: a tile then holds those of one
@@ -84,7 +84,7 @@ class TileList:
     longest: int = 0
 
     def parts_wanted(self, heads: int, group: int) -> int:
-        """Into how many programs to divide the `group` query heads that a tile of keys takes in turn.
+        """Return how many programs share the `group` query heads that a tile of keys takes in turn.
 
         The longest tile, begun first, should end well before the rest. Otherwise most multiprocessors would
         wait for a long prefix that all responses see. The parts are written in float32 and summed
@@ -114,15 +114,18 @@ class WorkLists:
     packed: torch.Tensor | None = None
 
     def to(self, device) -> "WorkLists":
-        """The same lists on `device`, moved as one tensor: many small copies would each cost a launch."""
+        """Return the same lists on `device`, moved as one tensor: many small copies would each cost a launch."""
         return self._with(lambda packed: packed.to(device, non_blocking=True))
 
     def pin_memory(self) -> "WorkLists":
-        """The same lists in page-locked memory."""
+        """Return the same lists in page-locked memory."""
         return self._with(torch.Tensor.pin_memory)
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "WorkLists":
-        """Each part starts at a multiple of 16 bytes: Triton compiles a kernel anew where one does not."""
+        """Change all lists as one tensor.
+
+        Each list starts at a multiple of 16 bytes in it: Triton compiles a kernel again where one does not.
+        """
         parts = self.tensors()
         rooms = [-(-part.numel() // 4) * 4 for part in parts]
         packed = self.packed
@@ -138,18 +141,18 @@ class WorkLists:
 
     @staticmethod
     def from_tensors(tensors, longest: tuple[int, int] = (0, 0)) -> "WorkLists":
-        """The inverse of `tensors`; launching takes nothing else."""
+        """Return lists from the result of `tensors`; a launch takes nothing else."""
         rank, bounds, *lists = tensors
         return WorkLists(rank, bounds, TileList(*lists[:2], longest[0]), TileList(*lists[2:], longest[1]))
 
     def tensors(self) -> list[torch.Tensor]:
-        """All of them, in a fixed order, for an operator that takes tensors only."""
+        """Return all lists in a fixed order, for an operator that takes tensors only."""
         lists = (self.query_tiles, self.key_tiles)
         return [self.query_rank, self.key_bounds, *(x for part in lists for x in (part.tiles, part.steps))]
 
 
 def work_lists(layout: TreeLayout, blocks: Blocks, causal: bool) -> WorkLists:
-    """The work lists of a layout, built at the first call and kept on it."""
+    """Return the work lists of a layout, built at the first call and kept on it."""
     key = (blocks.query_tile, blocks.key_step, blocks.key_tile, blocks.query_step, causal)
     kept = layout._plans.get(key)
     if kept is None:
@@ -213,7 +216,7 @@ def _tile_list(tiles, seen, step_rows: int) -> TileList:
 
 
 def _tops(owners, starts, seen) -> torch.Tensor:
-    """For each step, the end of the fully visible span that its first row lies in; 0 if in none."""
+    """Return for each step the end of the fully visible span that its first row lies in; 0 if in none."""
     # Spans of one tile are in order, so (tile, row) is sorted; one binary search finds them all.
     reach = 1 + max((end for some, _ in seen for _, end in some), default=0)
     keys = torch.tensor([n * reach + start for n, (_, full) in enumerate(seen) for start, _ in full], dtype=torch.int64)
@@ -223,7 +226,7 @@ def _tops(owners, starts, seen) -> torch.Tensor:
 
 
 class _Tree:
-    """Ranks of a layout's segments, how its rows are cut into tiles, and what a tile sees."""
+    """The ranks of a layout's segments, the tiles that its rows are cut into, and what a tile sees."""
 
     def __init__(self, layout: TreeLayout, causal: bool):
         self.causal = causal
@@ -265,7 +268,7 @@ class _Tree:
         return tiles
 
     def key_tiles(self, tile_rows: int):
-        """Cut the row. A tile goes on into the next segment only if that saves a tile further on.
+        """Cut the row into tiles. A tile goes on into the next segment only if that saves a later tile.
 
         Going on costs the steps of the new rows, and saves those of a whole tile, its prefix included.
         """
@@ -285,10 +288,10 @@ class _Tree:
         return tiles
 
     def _to_come(self, segment: int) -> int:
-        """Rows from this segment on that are cut with the same aim.
+        """Return the number of rows from this segment on that are cut with the same aim.
 
-        Its own subtree; with all siblings that follow where they share more than each has of its own,
-        because then a tile saved is worth more than tiles that begin with a sibling.
+        They are its own subtree, with all siblings that follow where they share more than each has of its own:
+        a saved tile is then worth more than tiles that begin with a sibling.
         """
         parent = self.parents[segment]
         if parent >= 0 and sum(b - a for a, b in self.paths[parent]) >= self.sizes[segment]:
@@ -296,7 +299,7 @@ class _Tree:
         return self.sizes[segment]
 
     def keys_of(self, start: int, end: int) -> tuple[Spans, Spans]:
-        """Key rows that any, and that all, of the query rows start .. end - 1 see."""
+        """Return the key rows that any, and those that all, of the query rows start .. end - 1 see."""
         pieces = []  # (segment, one past the last row of it that is seen)
         if self.owners is None:
             pieces = [(s, row_end) for s, _, row_end in self._pieces(start, end)]
@@ -317,7 +320,7 @@ class _Tree:
         return some, _clip(self.paths[ancestor], self.starts[ancestor] + seen_rows)
 
     def queries_of(self, start: int, end: int) -> tuple[Spans, Spans]:
-        """Query rows that any, and that all, of the key rows start .. end - 1 are seen by."""
+        """Return the query rows that see any, and those that see all, of the key rows start .. end - 1."""
         some, lows, highs = [], [], []
         for s, row, row_end in self._pieces(start, end):
             first = self.ranks[s] + (row - self.starts[s] if self.causal else 0)
@@ -329,7 +332,7 @@ class _Tree:
         return spans, self._queries_between(max(lows), min(highs))
 
     def _queries_between(self, low: int, high: int) -> Spans:
-        """Spans of queries whose rank is in low .. high - 1."""
+        """Return the spans of queries whose rank is in low .. high - 1."""
         if low >= high:
             return ()
         if self.sorted:
@@ -338,7 +341,7 @@ class _Tree:
         return _union((n, n + 1) for n, rank in enumerate(self.query_ranks) if low <= rank < high)
 
     def _pieces(self, start: int, end: int):
-        """(segment, first row, end row) of the segments within rows start .. end - 1."""
+        """Yield (segment, first row, end row) of the segments within rows start .. end - 1."""
         place = bisect_left(self.firsts, start + 1) - 1
         for segment, first in zip(self.segments[place:], self.firsts[place:], strict=True):
             if first >= end:
@@ -355,7 +358,7 @@ class _Tree:
 
 
 def _subtree_sizes(lengths, parents) -> list[int]:
-    """Tokens of each segment and all that descend from it."""
+    """Return the number of tokens of each segment and all its descendants."""
     sizes = list(lengths)
     for segment in reversed(range(len(parents))):
         if parents[segment] >= 0:
@@ -364,7 +367,7 @@ def _subtree_sizes(lengths, parents) -> list[int]:
 
 
 def _ranks(parents, lengths, sizes) -> list[int]:
-    """First depth-first rank of each segment, siblings in row order."""
+    """Return the first depth-first rank of each segment, siblings in row order."""
     ranks, free, root_end = [], list(lengths), 0  # free: where the next child begins, from its parent's rank
     for segment, parent in enumerate(parents):
         if parent < 0:
@@ -377,7 +380,7 @@ def _ranks(parents, lengths, sizes) -> list[int]:
 
 
 def _union(spans) -> Spans:
-    """Spans in any order, overlapping or touching, as disjoint ones in order."""
+    """Return spans in any order, overlapping or touching, as disjoint ones in order."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -388,5 +391,5 @@ def _union(spans) -> Spans:
 
 
 def _clip(spans: Spans, stop: int) -> Spans:
-    """The spans up to row `stop`."""
+    """Return the spans up to row `stop`."""
     return tuple((a, min(b, stop)) for a, b in spans if a < stop)

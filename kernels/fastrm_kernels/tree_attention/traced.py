@@ -1,4 +1,4 @@
-"""Tree attention inside torch.compile: what of a layout a graph needs, as tensors and numbers.
+"""Tree attention inside torch.compile: the parts of a layout that a graph needs, as tensors and numbers.
 
 A compiled graph serves every pack, so the layout must come in through its arguments. The Triton
 kernels, torch's varlen attention and the flash-attn package are operators that take tensors; their
@@ -23,7 +23,7 @@ from fastrm_kernels.tree_attention.varlen import check_offsets, varlen_options
 
 
 class TritonPlan(NamedTuple):
-    """Arguments of the Triton operator; the number of parts as a size."""
+    """Arguments of the Triton operator, with the number of parts as a size."""
 
     lists: list[torch.Tensor]
     single_rows: bool
@@ -31,7 +31,7 @@ class TritonPlan(NamedTuple):
 
 
 class VarlenPlan(NamedTuple):
-    """What FlashAttention needs of a layout.
+    """The parts of a layout that FlashAttention needs.
 
     Attributes:
         key_index: rows of key and value that it reads; None for all.
@@ -51,7 +51,7 @@ class VarlenPlan(NamedTuple):
 
 
 class EagerPlan(NamedTuple):
-    """Number of a living layout, (1,) int64 on the CPU."""
+    """The number of a living layout, (1,) int64 on the CPU."""
 
     handle: torch.Tensor
     causal: bool
@@ -63,7 +63,7 @@ Plan = TritonPlan | VarlenPlan | EagerPlan
 def plan_attention(
     layout: TreeLayout, impl: str, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, *, causal: bool = True
 ) -> Plan:
-    """The arguments that `tree_attention_planned` needs of a layout.
+    """Return the arguments that `tree_attention_planned` needs of a layout.
 
     Args:
         layout: on the device of the queries; for `eager` it must live until the backward pass is done.
@@ -92,7 +92,10 @@ def plan_attention(
 
 
 def tree_attention_planned(query, key, value, plan: Plan, scale: float) -> torch.Tensor:
-    """`tree_attention` by a plan: (Tq, H, K), (T, Hkv, K), (T, Hkv, K) -> (Tq, H, K). Traceable, unchecked."""
+    """Compute `tree_attention` by a plan: (Tq, H, K), (T, Hkv, K), (T, Hkv, K) -> (Tq, H, K).
+
+    It is traceable by torch.compile and checks nothing.
+    """
     if isinstance(plan, TritonPlan):
         num_parts = _number(plan.num_parts)
         return tree_attention_forward(query, key, value, plan.lists, plan.single_rows, num_parts, scale)[0]
@@ -111,10 +114,10 @@ def tree_attention_planned(query, key, value, plan: Plan, scale: float) -> torch
 
 
 def _as_size(number: int, device: torch.device) -> torch.Tensor:
-    """A number as the size of a tensor without elements; two more, since graphs are never shared by sizes 0 and 1."""
+    """Return a number as the size of a tensor without elements, plus two: graphs are never shared by sizes 0 and 1."""
     return torch.empty((number + 2, 0), device=device)
 
 
 def _number(size: torch.Tensor) -> int:
-    """The inverse of `_as_size`."""
+    """Return the inverse of `_as_size`."""
     return size.shape[0] - 2

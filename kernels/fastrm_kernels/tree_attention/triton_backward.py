@@ -29,7 +29,7 @@ def query_gradient_steps(
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr, STEP_ROWS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K of some steps."""
+    """Add dS K of some steps to the accumulators."""
     for step in range(step_begin, step_end):
         start = tl.load(steps_ptr + 2 * step)
         end = tl.load(steps_ptr + 2 * step + 1)
@@ -66,7 +66,7 @@ def tree_attention_bwd_query_kernel(
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: row statistics and the query gradient of one query tile of one head."""
+    """Compute row statistics and the query gradient of one query tile of one head."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     tile_ptr = tiles_ptr + 5 * (tl.program_id(0) // num_heads)
     tile_start = tl.load(tile_ptr)
@@ -119,7 +119,7 @@ def tree_attention_bwd_query_kernel(
 
 @triton.jit
 def load_stats(row_stats_ptr, rows, end, BOUNDED: tl.constexpr):
-    """lse and delta of some queries, in one load of 64 bits; 0 for rows from `end` on, which see no key."""
+    """Load lse and delta of some queries, in one load of 64 bits; 0 for rows from `end` on, which see no key."""
     stats = tl.load(row_stats_ptr + rows, mask=rows < end, other=0) if BOUNDED else tl.load(row_stats_ptr + rows)
     return stats.to(tl.int32).to(tl.float32, bitcast=True), (stats >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
@@ -152,7 +152,7 @@ def key_gradient_steps(
             rank = tl.load(query_rank_ptr + rows, mask=rows < end, other=-1)
             scores = tl.where(visible(rank[None, :], low[:, None], high[:, None]), scores, float("-inf"))
         weights = tl.exp2(scores)
-        # Both are rounded before either product: the float32 tiles need not outlive it (registers).
+        # Both are rounded before either product, so that their float32 tiles do not occupy registers during it.
         slopes = (weights * (slopes - delta[None, :])).to(query_a.dtype)
         weights = weights.to(upstream_a.dtype)
         value_acc_a = tl.dot(weights, upstream_a, acc=value_acc_a, input_precision=PRECISION)
@@ -175,7 +175,7 @@ def tree_attention_bwd_key_value_kernel(
     MEMBERS: tl.constexpr, WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one key tile of one key/value head, over the queries of MEMBERS query heads that see it.
+    """Compute gradients of one key tile of one key/value head, over MEMBERS query heads that see it.
 
     Where several programs share a key head, each writes a part of its own, (parts, T, Hkv, K).
     """
@@ -234,7 +234,7 @@ def tree_attention_bwd_key_value_kernel(
 def launch_tree_attention_bwd_query(
     query, key, value, output, upstream, lse, row_stats, query_grad, work: WorkLists, blocks: Blocks, scale: float
 ) -> None:
-    """Fill row_stats (H, Tq, 2) float32, lse and delta of each row side by side, and query_grad (Tq, H, K)."""
+    """Fill row_stats (H, Tq, 2) float32, lse and delta of each row, and query_grad (Tq, H, K)."""
     num_heads, listed = query.shape[1], work.query_tiles
     launch(
         tree_attention_bwd_query_kernel, (num_heads * listed.tiles.shape[0],),

@@ -17,14 +17,14 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def tile_pointers(base_ptr, start, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """(ROWS, WIDTH) pointers from row `start` on: 64 bits for the tile's place, 32 within the tile."""
+    """Return (ROWS, WIDTH) pointers from row `start` on: 64 bits for the tile's place, 32 within the tile."""
     tile_ptr = base_ptr + start.to(tl.int64) * stride
     return tile_ptr + (tl.arange(0, ROWS) * stride)[:, None] + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
 def load_rows(base_ptr, start, end, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr):
-    """(ROWS, WIDTH) tile from row `start` on; rows from `end` on read as 0."""
+    """Load a (ROWS, WIDTH) tile from row `start` on; rows from `end` on read as 0."""
     pointers = tile_pointers(base_ptr, start, stride, ROWS, WIDTH)
     if BOUNDED:
         return tl.load(pointers, mask=(start + tl.arange(0, ROWS) < end)[:, None], other=0.0)
@@ -40,13 +40,13 @@ def store_rows(base_ptr, start, end, stride, values, ROWS: tl.constexpr, WIDTH: 
 
 @triton.jit
 def visible(rank, low, high):
-    """The whole mask of a tree; `rank` and the two bounds are broadcast against each other."""
+    """Return the whole mask of a tree; `rank` and the two bounds are broadcast against each other."""
     return (low <= rank) & (rank < high)
 
 
 @triton.jit
 def load_bounds(key_bounds_ptr, rows, inside):
-    """low and high of some keys; a key that is not `inside` is visible to nobody.
+    """Load low and high of some keys; a key that is not `inside` is visible to nobody.
 
     Both come in one load of 64 bits. Triton gives each load the layout of the product's columns, in which a thread
     loads each of its 16 or more elements by an instruction of its own.
@@ -106,7 +106,7 @@ def tree_attention_fwd_kernel(
     WIDTH_A: tl.constexpr, WIDTH_B: tl.constexpr,
     TILE_ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query tile of one head. Heads vary fastest, so the long tiles all start first."""
+    """Compute one query tile of one head. Heads vary fastest, so that the long tiles all start first."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     tile_ptr = tiles_ptr + 5 * (tl.program_id(0) // num_heads)
     tile_start = tl.load(tile_ptr)
@@ -151,23 +151,26 @@ def tree_attention_fwd_kernel(
 
 
 def split_width(width: int) -> tuple[int, int]:
-    """Head dimension -> the largest power of two in it, and the rest: a power of two too, or 0."""
+    """Split a head dimension into the largest power of two in it and the rest: a power of two too, or 0."""
     largest = 1 << (width.bit_length() - 1)
     return largest, width - largest
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Float32 products are exact ones; Triton's default would round their operands to tf32."""
+    """Return the precision of a product in Triton's words.
+
+    Float32 products are exact ones; Triton's default would round their operands to tf32.
+    """
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def strides(name: str, tensor) -> dict[str, int]:
-    """Arguments for the rows and heads of a (T, heads, K) tensor."""
+    """Return the arguments for the rows and heads of a (T, heads, K) tensor."""
     return {f"{name}_stride": tensor.stride(0), f"{name}_head_stride": tensor.stride(1)}
 
 
 def shared_arguments(query, key, value, work: WorkLists, listed: TileList, scale: float) -> dict:
-    """What all three kernels take: inputs, mask, tiles with their steps, and constants.
+    """Return the arguments of all three kernels: inputs, mask, tiles with their steps, and constants.
 
     Raises:
         ValueError: for a scale that is not above 0.

@@ -13,7 +13,7 @@ from fastrm_kernels.tree_attention.gather import take_rows
 
 
 def tree_attention_varlen(query, key, value, layout, *, scale=None, causal=True):
-    """Same contract as `tree_attention`; float16 or bfloat16 on CUDA.
+    """Compute `tree_attention` with torch's varlen_attn; float16 or bfloat16 on CUDA.
 
     Raises:
         ValueError: on another device or dtype, or where FlashAttention-2's backward would overflow
@@ -26,7 +26,7 @@ def tree_attention_varlen(query, key, value, layout, *, scale=None, causal=True)
         raise ValueError(f"tree_attention with impl='varlen': {obstacle}; use impl='eager' elsewhere")
     num_queries, heads, width = query.shape
     if num_queries == 0:
-        return query + 0 * (key.sum() + value.sum())  # nothing, but of all three, for autograd
+        return query + 0 * (key.sum() + value.sum())  # zero, but autograd sees all three inputs
     check_offsets(layout, heads, width)
     if layout.key_index is not None:
         key, value = (take_rows(rows, layout.key_index) for rows in (key, value))
@@ -35,7 +35,7 @@ def tree_attention_varlen(query, key, value, layout, *, scale=None, causal=True)
 
 
 def varlen_obstacle(query) -> str | None:
-    """Why FlashAttention cannot run queries of this device and dtype, or None."""
+    """Return why FlashAttention cannot run queries of this device and dtype, or None."""
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         return None
     return f"got {query.dtype} on {query.device.type}, wanted float16 or bfloat16 on cuda"
@@ -57,7 +57,7 @@ def check_offsets(layout, heads: int, head_dim: int) -> None:
 
 
 def varlen_arguments(query, key, value, layout) -> tuple:
-    """Positional arguments of torch's varlen_attn; key and value are gathered already."""
+    """Return the positional arguments of torch's varlen_attn; key and value are already gathered."""
     return (
         query.contiguous(), key.contiguous(), value.contiguous(),
         layout.cu_seqlens_q, layout.cu_seqlens_k, max(layout.query_lengths), max(layout.key_lengths),
@@ -65,11 +65,11 @@ def varlen_arguments(query, key, value, layout) -> tuple:
 
 
 def varlen_options(heads: int, key_heads: int, scale: float | None, causal: bool) -> dict:
-    """Keyword arguments of the varlen_attn that is installed."""
+    """Return the keyword arguments of the varlen_attn that is installed."""
     from torch.nn.attention.varlen import varlen_attn
 
     options = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
-    # Up to torch 2.11 grouped heads need no leave; later versions want it said.
+    # torch 2.11 and older take grouped heads without being told; later versions need enable_gqa.
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = heads != key_heads
     return options
