@@ -1,4 +1,4 @@
-"""How layers are evaluated: fused projections, torch.compile, checkpointing, the vision plan, Liger."""
+"""How layers are evaluated: fused projections, torch.compile, checkpointing, the vision layout, Liger."""
 
 import dataclasses
 import gc
@@ -19,9 +19,9 @@ from fastrm.model import layers
 from fastrm.model.export import load_model, save_model
 from fastrm.model.fusion import FusedLinear, join_parts, split_fused
 from fastrm.model.inputs import PackLayouts
-from fastrm.model.pooling import MeanPlan
-from fastrm.model.tiles import TilePlan
-from fastrm.model.vision import VisionPlan, VisionShape
+from fastrm.model.pooling import MeanLayout
+from fastrm.model.tiles import TileLayout
+from fastrm.model.vision import VisionLayout, VisionShape
 from fastrm_kernels import TreeLayout, preference_loss
 from fastrm_kernels.tree_attention.tiles import TileList, WorkLists
 from support import FAMILIES, MROPE, make_image, make_model, make_record, needs_interpreter, pack_of
@@ -271,16 +271,16 @@ def test_vision_tower_equals_the_stock_forward_on_every_shape(family):
     for grids in GRIDS:
         pixels = torch.randn(sum(t * h * w for t, h, w in grids), width)
         stock = network.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
-        ours = runner.image_features(pixels, VisionPlan.build(grids, runner.tower.shape))
+        ours = runner.image_features(pixels, VisionLayout.build(grids, runner.tower.shape))
         assert (ours - stock).abs().max() <= 1e-5, grids
 
 
 def test_a_vision_plan_moves_with_its_tensors():
-    plan = VisionPlan.build([(1, 6, 8)], VisionShape(2, 2, (0,)))
-    moved = plan.to("meta")
+    layout = VisionLayout.build([(1, 6, 8)], VisionShape(2, 2, (0,)))
+    moved = layout.to("meta")
     tensors = (moved.order, moved.restore, moved.positions, moved.windows.cu_seqlens_q)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert torch.equal(plan.order[plan.restore], torch.arange(12))
+    assert torch.equal(layout.order[layout.restore], torch.arange(12))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
@@ -329,7 +329,7 @@ def _fake(value):
         return WorkLists.from_tensors([_fake(tensor) for tensor in value.tensors()])
     if isinstance(value, dict):
         return {key: _fake(item) for key, item in value.items()}
-    if isinstance(value, TreeLayout | VisionPlan | TilePlan | MeanPlan | PackLayouts | Pack):
+    if isinstance(value, TreeLayout | VisionLayout | TileLayout | MeanLayout | PackLayouts | Pack):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **{name: _fake(item) for name, item in fields.items()})
     return value

@@ -10,7 +10,7 @@ from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.errors import ConfigError
 from fastrm.model.adopt import adopt
 from fastrm.model.export import load_model, save_model
-from fastrm.model.pooling import MeanPlan
+from fastrm.model.pooling import MeanLayout
 from fastrm_kernels import TreeLayout, preference_loss
 from support import make_image, make_model, make_record, needs_interpreter, pack_of
 
@@ -96,9 +96,9 @@ def test_mean_plan_weighs_each_row_of_a_path_alike_and_cuts_where_a_response_end
     # 0: rows 0-3, its children 1: rows 4-8 and 2: rows 9-10; 3: rows 11-12 by itself.
     tree = TreeLayout.build([4, 5, 2, 2], [-1, 0, 0, -1])
     rows = [8, 5, 10, 12]
-    plan = MeanPlan.build(tree, rows)
-    assert sum(plan.pieces) == 13
-    per_row = plan.weights.repeat_interleave(torch.tensor(plan.pieces), dim=1)
+    layout = MeanLayout.build(tree, rows)
+    assert sum(layout.pieces) == 13
+    per_row = layout.weights.repeat_interleave(torch.tensor(layout.pieces), dim=1)
     expected = torch.zeros(4, 13)
     for number, path in enumerate([range(9), range(6), [*range(4), 9, 10], [11, 12]]):
         expected[number, list(path)] = 1 / len(path)

@@ -24,9 +24,9 @@ from fastrm.model.inputs import LayoutBuilder, PackLayouts
 from fastrm.model.layers import LayerKernels, decoder_layer, last_decoder_layer, rotation, stock_gate, stock_norm
 from fastrm.model.pooling import mean_of_paths
 from fastrm.model.recompute import call_checkpointed
-from fastrm.model.tiles import TilePlan
+from fastrm.model.tiles import TileLayout
 from fastrm.model.towers import make_tower
-from fastrm.model.vision import VisionPlan
+from fastrm.model.vision import VisionLayout
 
 
 class BackboneRunner:
@@ -51,7 +51,7 @@ class BackboneRunner:
         self.checkpointing = "none"
         self.always_see = False
         self.compiled = False
-        self._blank: VisionPlan | TilePlan | None = None
+        self._blank: VisionLayout | TileLayout | None = None
         self._layer: Callable = decoder_layer
         self._shape = None if self.tower is None else self.tower.shape
         self._block: Callable | None = None if self.tower is None else self.tower.block
@@ -180,21 +180,21 @@ class BackboneRunner:
             return embeddings + 0 * self._see_nothing(embeddings).to(embeddings.dtype)
         return embeddings
 
-    def image_features(self, pixel_values: torch.Tensor, plan: VisionPlan | TilePlan) -> torch.Tensor:
+    def image_features(self, pixel_values: torch.Tensor, layout: VisionLayout | TileLayout) -> torch.Tensor:
         """(image tokens, D) of all images of a pack, each encoded once.
 
         Args:
             pixel_values: (N, channels * frames * patch^2) float.
-            plan: of the images, on the same device.
+            layout: of the images, on the same device.
         """
-        return self.tower.features(pixel_values, plan, functools.partial(self._run, self._block), _product_dtype)
+        return self.tower.features(pixel_values, layout, functools.partial(self._run, self._block), _product_dtype)
 
     def _see_nothing(self, embeddings: torch.Tensor) -> torch.Tensor:
         """The sum of the features of the smallest image, blank, ()."""
         grid, values = self.tower.blank
         if self._blank is None or self._blank.layouts[0].device != embeddings.device:
             # Kept: compiled attention knows its layouts by number, and needs them until the backward pass is done.
-            self._blank = self.tower.shape.plan([grid]).to(embeddings.device)
+            self._blank = self.tower.shape.lay_out([grid]).to(embeddings.device)
         return self.image_features(embeddings.new_zeros(math.prod(grid), values), self._blank).sum()
 
 

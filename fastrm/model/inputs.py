@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastrm.data.packing import Pack
-from fastrm.model.pooling import MeanPlan
-from fastrm.model.tiles import TilePlan, TileShape
-from fastrm.model.vision import VisionPlan, VisionShape
+from fastrm.model.pooling import MeanLayout
+from fastrm.model.tiles import TileLayout, TileShape
+from fastrm.model.vision import VisionLayout, VisionShape
 from fastrm_kernels import TreeLayout
 
 
@@ -29,8 +29,8 @@ class PackLayouts:
 
     tree: TreeLayout
     anchors: TreeLayout | None
-    vision: VisionPlan | TilePlan | None
-    mean: MeanPlan | None = None
+    vision: VisionLayout | TileLayout | None
+    mean: MeanLayout | None = None
 
     def to(self, device) -> "PackLayouts":
         """The same with all index tensors on `device`."""
@@ -77,9 +77,9 @@ class LayoutBuilder:
 
     def __call__(self, pack: Pack) -> PackLayouts:
         tree = TreeLayout.build(pack.lengths, pack.parents)
-        vision = self.vision.plan(pack.image_grids) if pack.image_grids else None
+        vision = self.vision.lay_out(pack.image_grids) if pack.image_grids else None
         if self.pooling == "mean":
-            layouts = PackLayouts(tree, None, vision, MeanPlan.build(tree, pack.anchor_rows))
+            layouts = PackLayouts(tree, None, vision, MeanLayout.build(tree, pack.anchor_rows))
         else:
             layouts = PackLayouts(tree, tree.at_rows(pack.anchor_rows), vision)
         if self.triton is not None:

@@ -18,7 +18,7 @@ from fastrm_kernels import TreeLayout
 
 
 @dataclass(frozen=True)
-class MeanPlan:
+class MeanLayout:
     """How the rows of a pack make the means of its R responses.
 
     Attributes:
@@ -30,8 +30,8 @@ class MeanPlan:
     weights: torch.Tensor
 
     @staticmethod
-    def build(tree: TreeLayout, anchor_rows: Sequence[int]) -> "MeanPlan":
-        """Plan on the CPU for responses whose paths end at these rows.
+    def build(tree: TreeLayout, anchor_rows: Sequence[int]) -> "MeanLayout":
+        """Make the layout on the CPU for responses whose paths end at these rows.
 
         Args:
             tree: layout of the whole row.
@@ -44,14 +44,14 @@ class MeanPlan:
             share = 1 / sum(stop - start for start, stop in path)
             for start, stop in path:
                 weight[(starts >= start) & (starts < stop)] = share
-        return MeanPlan(tuple(b - a for a, b in itertools.pairwise(bounds)), weights)
+        return MeanLayout(tuple(b - a for a, b in itertools.pairwise(bounds)), weights)
 
-    def to(self, device) -> "MeanPlan":
-        """The same plan with its tensor on `device`."""
+    def to(self, device) -> "MeanLayout":
+        """The same layout with its tensor on `device`."""
         return replace(self, weights=self.weights.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "MeanPlan":
-        """The same plan with its tensor in page-locked memory."""
+    def pin_memory(self) -> "MeanLayout":
+        """The same layout with its tensor in page-locked memory."""
         return replace(self, weights=self.weights.pin_memory())
 
 
@@ -67,7 +67,7 @@ def _paths(tree: TreeLayout, rows: Sequence[int]) -> list[tuple[tuple[int, int],
     return paths
 
 
-def mean_of_paths(hidden: torch.Tensor, norm: nn.Module, plan: MeanPlan) -> torch.Tensor:
+def mean_of_paths(hidden: torch.Tensor, norm: nn.Module, layout: MeanLayout) -> torch.Tensor:
     """States (T, D) after the last layer -> means (R, D) of the normed states, in float32 or better.
 
     Every sum is of one response's path or of a part of it, so no response changes another's mean.
@@ -78,5 +78,5 @@ def mean_of_paths(hidden: torch.Tensor, norm: nn.Module, plan: MeanPlan) -> torc
     # As the head does: float32, outside autocast, whatever the layers compute in.
     with torch.autocast(hidden.device.type, enabled=False):
         states = norm(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
-        sums = torch.stack([piece.sum(0) for piece in states.split(plan.pieces)])  # (C, D)
-        return plan.weights.to(sums.dtype) @ sums
+        sums = torch.stack([piece.sum(0) for piece in states.split(layout.pieces)])  # (C, D)
+        return layout.weights.to(sums.dtype) @ sums

@@ -16,7 +16,7 @@ from fastrm_kernels import TreeLayout
 
 
 @dataclass(frozen=True)
-class TilePlan:
+class TileLayout:
     """Order and attention of a pack's tiles of P patches each.
 
     Attributes:
@@ -32,12 +32,12 @@ class TilePlan:
         """All layouts that attention reads."""
         return [self.tiles]
 
-    def to(self, device) -> "TilePlan":
-        """The same plan with its tensors on `device`."""
+    def to(self, device) -> "TileLayout":
+        """The same layout with its tensors on `device`."""
         return replace(self, order=self.order.to(device, non_blocking=True), tiles=self.tiles.to(device))
 
-    def pin_memory(self) -> "TilePlan":
-        """The same plan with its tensors in page-locked memory."""
+    def pin_memory(self) -> "TileLayout":
+        """The same layout with its tensors in page-locked memory."""
         return replace(self, order=self.order.pin_memory(), tiles=self.tiles.pin_memory())
 
 
@@ -59,8 +59,8 @@ class TileShape:
         vision = config.vision_config
         return TileShape(vision.image_size[0] // vision.patch_size[0], int(1 / config.downsample_ratio))
 
-    def plan(self, grids: Sequence[Grid]) -> TilePlan:
-        """Plan on the CPU for images with these grids, each of as many tiles as it has frames.
+    def lay_out(self, grids: Sequence[Grid]) -> TileLayout:
+        """Make the layout on the CPU for images with these grids, each of as many tiles as it has frames.
 
         Raises:
             ValueError: for a grid that is not one of whole tiles.
@@ -73,6 +73,6 @@ class TileShape:
         blocks = self.side // self.merge
         order = np.arange(self.side**2).reshape(blocks, self.merge, blocks, self.merge).transpose(0, 2, 1, 3)
         num_tiles = sum(frames for frames, _, _ in grids)
-        return TilePlan(
+        return TileLayout(
             torch.from_numpy(order.reshape(-1).copy()), TreeLayout.from_lengths([self.side**2 + 1] * num_tiles)
         )

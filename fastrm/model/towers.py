@@ -1,6 +1,6 @@
 """Vision tower and projector of each family: from the patches of a pack to the features of its image tokens.
 
-A tower knows its stock modules, the shape from which a pack's plan is made (in a data worker), the
+A tower knows its stock modules, the shape from which the layout of a pack's images is made (in a data worker), the
 function that evaluates one of its blocks (layers.py), and what to do before and after the blocks. How
 blocks run (compiled, recomputed in the backward pass) is the runner's affair: it hands over `run`.
 """
@@ -16,8 +16,8 @@ from fastrm.model.attention import Attention, AttentionShape
 from fastrm.model.compiled import mark_dynamic
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
 from fastrm.model.layers import LayerKernels, rotation, tile_block, vision_block
-from fastrm.model.tiles import TilePlan, TileShape
-from fastrm.model.vision import VisionPlan, VisionShape, project_patches, reorder, rotary
+from fastrm.model.tiles import TileLayout, TileShape
+from fastrm.model.vision import VisionLayout, VisionShape, project_patches, reorder, rotary
 
 # (stock block, states, further arguments of the tower's block function) -> states
 Run = Callable[..., torch.Tensor]
@@ -29,7 +29,7 @@ class VisionTower(ABC):
     Attributes:
         module: the stock tower.
         projector: the stock module that makes image tokens of its states; inside the tower for Qwen.
-        shape: makes the plan of a pack of its grids: `shape.plan(grids)`.
+        shape: makes the layout of a pack's images from their grids: `shape.lay_out(grids)`.
         block: evaluates one block.
         kernels: how blocks compute; set by `choose`.
     """
@@ -50,12 +50,12 @@ class VisionTower(ABC):
         return {*self.module.parameters(), *self.projector.parameters()}
 
     @abstractmethod
-    def features(self, pixel_values: torch.Tensor, plan, run: Run, dtype: Callable) -> torch.Tensor:
+    def features(self, pixel_values: torch.Tensor, layout, run: Run, dtype: Callable) -> torch.Tensor:
         """(image tokens, D) of all images of a pack, each encoded once.
 
         Args:
             pixel_values: (N, values of a patch) float.
-            plan: of the images, on the same device.
+            layout: of the images, on the same device.
             run: evaluates one block.
             dtype: (states) -> dtype in which their matrix products come out.
         """
@@ -79,22 +79,22 @@ class QwenTower(VisionTower):
         self._config = model.config.vision_config
         self.shape = VisionShape.of(self._config)
 
-    def features(self, pixel_values, plan: VisionPlan, run, dtype) -> torch.Tensor:
+    def features(self, pixel_values, layout: VisionLayout, run, dtype) -> torch.Tensor:
         visual = self.module
         # Before the embedding: what a compiled block gets must be no view, or it is traced once more.
-        pixel_values = reorder(pixel_values, plan.order, self.shape.merge)
+        pixel_values = reorder(pixel_values, layout.order, self.shape.merge)
         hidden = project_patches(visual.patch_embed.proj, pixel_values)  # (N, D of the tower)
-        cos, sin = rotary(visual, plan.positions)
+        cos, sin = rotary(visual, layout.positions)
         attention, product = self.kernels.attention, dtype(hidden)
-        whole = attention.plan(plan.images, product)
-        windows = None if plan.windows is None else attention.plan(plan.windows, product)
+        whole = attention.plan(layout.images, product)
+        windows = None if layout.windows is None else attention.plan(layout.windows, product)
         if attention.traced:
             mark_dynamic(cos, sin, whole, windows)
         for number, block in enumerate(visual.blocks):
-            layout = whole if number in self.shape.whole else windows
-            hidden = run(block, hidden, cos, sin, layout, self.kernels)
+            arguments = whole if number in self.shape.whole else windows
+            hidden = run(block, hidden, cos, sin, arguments, self.kernels)
         features = self.projector(hidden)
-        return features if plan.restore is None else features.index_select(0, plan.restore)
+        return features if layout.restore is None else features.index_select(0, layout.restore)
 
     @property
     def blank(self) -> tuple[Grid, int]:
@@ -116,10 +116,10 @@ class InternTower(VisionTower):
         self._config = model.config.vision_config
         self.shape = TileShape.of(model.config)
 
-    def features(self, pixel_values, plan: TilePlan, run, dtype) -> torch.Tensor:
-        num_patches, merge = plan.order.shape[0], self.shape.merge
-        hidden = self._embed(pixel_values, plan.order)  # (tiles * (P + 1), D of the tower)
-        tiles = self.kernels.attention.plan(plan.tiles, dtype(hidden))
+    def features(self, pixel_values, layout: TileLayout, run, dtype) -> torch.Tensor:
+        num_patches, merge = layout.order.shape[0], self.shape.merge
+        hidden = self._embed(pixel_values, layout.order)  # (tiles * (P + 1), D of the tower)
+        tiles = self.kernels.attention.plan(layout.tiles, dtype(hidden))
         if self.kernels.attention.traced:
             mark_dynamic(tiles)
         for block in self.module.encoder.layer:

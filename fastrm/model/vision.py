@@ -1,7 +1,7 @@
 """The vision towers of Qwen2-VL and Qwen2.5-VL, driven from the sizes of the images.
 
 The stock forward computes windows, positions and sequence lengths from a tensor of grids and reads
-them back from the device. Here they are a `VisionPlan`, made from Python integers before the pack
+them back from the device. Here they are a `VisionLayout`, made from Python integers before the pack
 goes to the device, so that nothing waits for it. The weights and the modules are the stock ones.
 """
 
@@ -41,13 +41,13 @@ class VisionShape:
         window = config.window_size // merge // config.patch_size
         return VisionShape(merge, window, tuple(config.fullatt_block_indexes))
 
-    def plan(self, grids: Sequence[Grid]) -> "VisionPlan":
-        """`VisionPlan.build` of this shape."""
-        return VisionPlan.build(grids, self)
+    def lay_out(self, grids: Sequence[Grid]) -> "VisionLayout":
+        """`VisionLayout.build` of this shape."""
+        return VisionLayout.build(grids, self)
 
 
 @dataclass(frozen=True)
-class VisionPlan:
+class VisionLayout:
     """Order, positions and attention of a pack's N patches.
 
     Attributes:
@@ -65,12 +65,12 @@ class VisionPlan:
     windows: TreeLayout | None
 
     @staticmethod
-    def build(grids: Sequence[Grid], shape: VisionShape) -> "VisionPlan":
-        """Plan on the CPU for images with these grids, one after another in the row of patches."""
+    def build(grids: Sequence[Grid], shape: VisionShape) -> "VisionLayout":
+        """Make the layout on the CPU for images with these grids, one after another in the row of patches."""
         positions = np.concatenate([_positions(grid, shape.merge) for grid in grids])
         images = TreeLayout.from_lengths([rows * columns for frames, rows, columns in grids for _ in range(frames)])
         if not shape.window:
-            return VisionPlan(None, None, torch.from_numpy(positions), images, None)
+            return VisionLayout(None, None, torch.from_numpy(positions), images, None)
         orders, lengths, first = [], [], 0
         for frames, rows, columns in grids:
             order, counts = _windows(frames, rows // shape.merge, columns // shape.merge, shape.window)
@@ -79,7 +79,7 @@ class VisionPlan:
             first += order.size
         order = np.concatenate(orders)
         positions = positions.reshape(order.size, -1, 2)[order].reshape(-1, 2)
-        return VisionPlan(
+        return VisionLayout(
             torch.from_numpy(order),
             torch.from_numpy(np.argsort(order)),
             torch.from_numpy(np.ascontiguousarray(positions)),
@@ -92,15 +92,15 @@ class VisionPlan:
         """All layouts that attention reads."""
         return [layout for layout in (self.images, self.windows) if layout is not None]
 
-    def to(self, device) -> "VisionPlan":
-        """The same plan with its tensors on `device`."""
+    def to(self, device) -> "VisionLayout":
+        """The same layout with its tensors on `device`."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True), lambda layout: layout.to(device))
 
-    def pin_memory(self) -> "VisionPlan":
-        """The same plan with its tensors in page-locked memory."""
+    def pin_memory(self) -> "VisionLayout":
+        """The same layout with its tensors in page-locked memory."""
         return self._with(torch.Tensor.pin_memory, TreeLayout.pin_memory)
 
-    def _with(self, change_tensor: Callable, change_layout: Callable) -> "VisionPlan":
+    def _with(self, change_tensor: Callable, change_layout: Callable) -> "VisionLayout":
         changed = {
             name: (change_tensor if isinstance(value, torch.Tensor) else change_layout)(value)
             for name, value in vars(self).items()
