@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name):
     if name == "RewardModel":
-        from fastrm.model.reward_model import RewardModel
+        from fastrm.evaluate.reward_model import RewardModel
 
         return RewardModel
     if name == "Ensemble":

@@ -12,8 +12,8 @@ import torch
 import stock
 from fastrm.config import load_config
 from fastrm.data.tokenizer import load_tokenizer
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.model.network import RewardNetwork
-from fastrm.model.reward_model import RewardModel
 from fastrm.train.engine import LocalEngine
 from fastrm.train.loop import train
 from fastrm.train.setup import export_model, make_network

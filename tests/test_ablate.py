@@ -20,7 +20,7 @@ from fastrm.ablate.runner import FailedCells
 from fastrm.ablate.work import cell_task, ensemble_task, evaluation_commands
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
-from fastrm.model.reward_model import RewardModel
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
 from killed_runs import rows_without_clock, wait_until

@@ -12,12 +12,12 @@ from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.qwen_format import stock_keeps_video_seconds
 from fastrm.data.record import Message, Record, Response
 from fastrm.errors import ExactnessError
+from fastrm.evaluate.reward_model import DTYPES
 from fastrm.model import exactness, first_use, layers
 from fastrm.model.exactness import Agreement, StockModel, check_network, choose_samples, describe
 from fastrm.model.export import save_model
 from fastrm.model.first_use import FirstUse
 from fastrm.model.precision import convert_to_fp8
-from fastrm.model.reward_model import DTYPES
 from fastrm.train.loop import train
 from runs import colour_rows, fastrm_here, text_rows, tiny_config, write_rows
 from support import FAMILIES, make_image, make_model, make_record, pack_of

@@ -18,8 +18,8 @@ from fastrm.evaluate.benchmarks.command import Outputs, evaluate_benchmark
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.files import evaluate_file, score_file
 from fastrm.evaluate.models import ModelChoice, ScoringOptions
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.json_files import to_json
-from fastrm.model.reward_model import RewardModel
 from fastrm.train.engine import LocalEngine
 from fastrm.train.loop import train
 from runs import fastrm, text_rows, tiny_config, write_rows

@@ -17,7 +17,7 @@ from fastrm.config import load_config
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Response
 from fastrm.data.sources import read_source
-from fastrm.model.reward_model import RewardModel
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.train.loop import train
 from kernel_results import file_stem
 from ms_swift_gate import RedGate, check_batch, check_runs

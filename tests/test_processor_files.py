@@ -7,8 +7,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.model.export import load_model, save_model
-from fastrm.model.reward_model import RewardModel
 from support import make_image, make_model, make_record
 
 EDGES = {"shortest_edge": 3136, "longest_edge": 50176}

@@ -16,6 +16,7 @@ from epochs import ARCHITECTURES
 from fastrm import cli
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.forecast import room
 from fastrm.forecast.dry_run import dry_run
 from fastrm.forecast.flops import typical_workload
@@ -24,7 +25,6 @@ from fastrm.forecast.room import check_room
 from fastrm.model import export
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.export import save_model
-from fastrm.model.reward_model import RewardModel
 from fastrm.model.weight_files import CHUNK_BYTES
 from fastrm.resources import available_memory, free_disk
 from fastrm.train.checkpoint import list_checkpoints

@@ -14,7 +14,7 @@ from fastrm.data.sources.groups import group_record
 from fastrm.errors import ConfigError, DataError, GroupError
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reading import read_in_order
-from fastrm.model.reward_model import RewardModel
+from fastrm.evaluate.reward_model import RewardModel
 from runs import write_rows
 from stock import stock_rewards
 from support import make_image, make_model

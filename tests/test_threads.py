@@ -12,7 +12,7 @@ from PIL import Image
 from fastrm.data.latest import Latest
 from fastrm.data.record import Message, Response
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.model.reward_model import RewardModel
+from fastrm.evaluate.reward_model import RewardModel
 from support import make_image, make_model
 
 NUM_THREADS = 8

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from fastrm.data.record import Record, VideoRef
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, GroupError, RecordError, StorageError, option
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.evaluate.scoring import score_dicts, score_with_each
-from fastrm.model.reward_model import RewardModel
 from fastrm.yaml_files import dump_yaml, read_yaml, validate
 
 COMBINATIONS = ("mean", "accuracy", "margin")

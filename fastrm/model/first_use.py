@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import transformers
 
-import fastrm
 import fastrm_kernels
 from fastrm.data.group import GroupSize
 from fastrm.data.packing import EncodedGroup
@@ -149,7 +148,7 @@ def _device_name(device: torch.device) -> str:
 def _code() -> str:
     """A digest of fastrm's own sources: another version of them is checked anew."""
     digest = hashlib.sha256()
-    for package in (fastrm, fastrm_kernels):
-        for file in sorted(Path(package.__file__).parent.rglob("*.py")):
+    for package in (Path(__file__).parents[1], Path(fastrm_kernels.__file__).parent):
+        for file in sorted(package.rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()

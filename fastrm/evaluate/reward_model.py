@@ -9,6 +9,7 @@ import torch
 
 from fastrm.data.images import MediaLimits
 from fastrm.errors import ConfigError, GroupError, option
+from fastrm.evaluate.scoring import score_groups
 from fastrm.model.attention import BACKENDS
 from fastrm.model.export import kept_date, load_model
 from fastrm.model.first_use import FirstUse, weights_of
@@ -119,8 +120,6 @@ class RewardModel:
             GroupError: a `DataError` that names the group and the reason.
             ExactnessError: if the model's first rewards differ from those of the stock class (`check_exactness`).
         """
-        from fastrm.evaluate.scoring import score_groups
-
         return score_groups(self.network, groups, tokens_per_pack, num_workers, on_error)
 
 
