@@ -295,7 +295,7 @@ def check_data(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: all cores")] = None,
 ) -> None:
     """Show what data files are read as, and what is refused, unread, repeated, contradictory or one-sided in them."""
-    from fastrm.data.check_command import check_data as check
+    from fastrm.train.check_command import check_data as check
 
     reading = {"images": images, "format": data_format, "columns": _pairs(columns), "ignore": _names(ignore)}
     check(files, model=model, reading=reading, scoring=scoring, max_refused=max_refused, num_workers=workers)

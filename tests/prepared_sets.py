@@ -8,7 +8,8 @@ from rich.console import Console
 from fastrm.config import load_config
 from fastrm.data.prepared import build, units
 from fastrm.data.prepared.stored import PreparedSet, read_manifest
-from fastrm.train.data import make_set, prepared_folder
+from fastrm.train.data import make_set
+from fastrm.train.encoder import prepared_folder
 from fastrm.ui import Display
 from runs import tiny_config
 

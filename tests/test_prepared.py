@@ -30,7 +30,8 @@ from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef
 from fastrm.errors import ConfigError, DataError, StorageError
-from fastrm.train.data import make_set, prepared_folder
+from fastrm.train.data import make_set
+from fastrm.train.encoder import prepared_folder
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
 from fastrm.ui import Display

@@ -15,8 +15,7 @@ from fastrm.data.prepared.select import select
 from fastrm.data.prepared.stored import GROUP, SPLITS, PreparedSet
 from fastrm.data.tree import causal_pairs
 from fastrm.errors import DataError
-from fastrm.train.data import make_tokenizer
-from fastrm.train.setup import find_backbone_config, make_data_encoder
+from fastrm.train.encoder import find_backbone_config, make_data_encoder, make_tokenizer
 from fastrm.train.step_cost import make_cost_model
 from prepared_sets import Made, config_of
 from runs import colour_rows, text_rows, tiny_config, write_rows

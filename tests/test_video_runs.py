@@ -14,8 +14,8 @@ from fastrm.data.images import MediaLimits
 from fastrm.data.record import VideoRef
 from fastrm.data.vision_format import MediaSize
 from fastrm.errors import ConfigError, DataError, RecordError
+from fastrm.train.encoder import make_data_encoder
 from fastrm.train.loop import train
-from fastrm.train.setup import make_data_encoder
 from runs import fastrm, tiny_config, write_rows
 from support import make_tokenizer
 from video_files import decode_all, encode_video, moving_frames, write_frames

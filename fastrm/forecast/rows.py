@@ -20,7 +20,7 @@ from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.model.architectures import find_architecture
 from fastrm.model.families import chat_layout
 from fastrm.model.places import locate
-from fastrm.train.setup import make_data_encoder
+from fastrm.train.encoder import make_data_encoder
 
 # Of a source: enough to meet a mistake that most rows share, few enough to be quick.
 ROWS = 200

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 from fastrm.config import AgainstConfig, Config, TrainedTokenizer
 from fastrm.data.prepared.build import Preparation
@@ -17,18 +16,16 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record
 from fastrm.data.sources import read_source
 from fastrm.data.template import ConversationEncoder
-from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
+from fastrm.data.tokenizer import train_tokenizer
 from fastrm.errors import ConfigError, InterruptedRun
 from fastrm.evaluate.benchmarks import BENCHMARKS, load_benchmark
 from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.families import chat_layout
-from fastrm.model.places import locate
 from fastrm.stop import StopRequest
+from fastrm.train.encoder import TOKENIZER, find_backbone_config, make_data_encoder, make_tokenizer, prepared_folder
 from fastrm.train.step_cost import make_cost_model
 from fastrm.train.template_date import fix_date
 from fastrm.ui import Display
-
-TOKENIZER = "tokenizer"  # in the prepared set's folder, where one is trained
 
 
 class RunData:
@@ -122,19 +119,6 @@ class RunData:
         partial.rename(kept)
 
 
-def prepared_folder(config: Config) -> Path:
-    """Where a run's prepared set is."""
-    return Path(config.data.prepared or Path(config.run.dir) / "prepared")
-
-
-def make_tokenizer(config: Config):
-    """The model's tokeniser; a trained one is in the prepared set's folder."""
-    settings = config.model.tokenizer
-    if isinstance(settings, TrainedTokenizer):
-        return load_tokenizer(str(prepared_folder(config) / TOKENIZER))
-    return load_tokenizer(settings or locate(config.model.path).tokenizer)
-
-
 def benchmark_records(config: Config, display: Display) -> Iterator[Record]:
     """The records of everything that `data.decontaminate.against` names; rows that cannot be read are counted aloud.
 
@@ -170,8 +154,6 @@ def make_set(config: Config, display: Display, num_workers: int | None = None) -
     Raises:
         ConfigError, DataError, StorageError: as `RunData`.
     """
-    from fastrm.train.setup import find_backbone_config, make_data_encoder
-
     config, _ = adopt_what_is_here(config)  # the head says which token it reads
     config = fix_date(config, prepared_folder(config), display.say)
     data = RunData(config, display, num_workers)

@@ -6,26 +6,22 @@ from pathlib import Path
 
 import torch
 
-from fastrm.config import Config, ModelConfig
+from fastrm.config import Config
 from fastrm.data.group import encode_group
-from fastrm.data.images import MediaLimits
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
-from fastrm.data.template import ConversationEncoder
-from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.model.adopt import find_head
-from fastrm.model.architectures import find_architecture
 from fastrm.model.exactness import first_layers
-from fastrm.model.export import export_dtype, make_encoder, save_model
+from fastrm.model.export import export_dtype, save_model
 from fastrm.model.families import longest_path
 from fastrm.model.first_use import FirstUse, weights_of
-from fastrm.model.loading import Backbone, load_backbone_config, open_backbone
+from fastrm.model.loading import Backbone, open_backbone
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
-from fastrm.model.places import locate
 from fastrm.model.precision import convert_to_fp8, token_multiple
-from fastrm.train.data import RunData, make_tokenizer, prepared_folder
+from fastrm.train.data import RunData
+from fastrm.train.encoder import make_data_encoder, make_tokenizer, prepared_folder
 from fastrm.train.engine import LocalEngine
 from fastrm.train.optim import storage_dtype
 from fastrm.train.ranks import ALONE, Ranks
@@ -111,33 +107,6 @@ def _read_weights(network: RewardNetwork, files: Backbone, config: Config, devic
         load_divided(network, files, choose, config)
     else:
         files.load(choose, device)
-
-
-def make_data_encoder(config: Config, architecture, tokenizer) -> ConversationEncoder:
-    """Tokeniser and vision format of a configuration; `architecture` is the backbone's transformers config."""
-    settings, data = config.model, config.data
-    limits = MediaLimits(data.max_image_bytes, data.max_image_pixels, data.max_video_bytes, data.max_video_seconds)
-    return make_encoder(
-        architecture, tokenizer, settings.path and locate(settings.path).processor, settings.anchor, limits,
-        min_pixels=data.min_pixels, max_pixels=data.max_pixels, max_tiles=data.max_tiles,
-        image_mean=data.image_mean, image_std=data.image_std,
-        video=VideoSettings(
-            data.video_frames, data.video_min_pixels, data.video_max_pixels, data.frame_folder_fps
-        ),
-        date=settings.template_date,
-    )  # fmt: skip
-
-
-def find_backbone_config(settings: ModelConfig):
-    """The backbone's transformers config, without its weights.
-
-    Raises:
-        ConfigError: there is none, or its family is not supported.
-    """
-    try:
-        return find_architecture(settings)[0]
-    except LookupError:
-        return load_backbone_config(settings.path)
 
 
 def check_exactness(job: Job, engine, ranks: Ranks, say: Callable[[str], None]) -> None:

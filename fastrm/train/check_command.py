@@ -13,6 +13,7 @@ from fastrm.data.prepared.units import open_source
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError
+from fastrm.train.encoder import find_backbone_config, make_data_encoder, make_tokenizer
 from fastrm.ui import Display
 from fastrm.yaml_files import validate
 
@@ -98,9 +99,6 @@ def _limits(config: Config | None) -> MediaLimits:
 
 def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | None:
     """What reads the rows as a model does; None: the first is shown as turns."""
-    from fastrm.train.data import make_tokenizer
-    from fastrm.train.setup import find_backbone_config, make_data_encoder
-
     if model is None and (config is None or config.model.path is None):
         return None
     if config is None:

@@ -1,0 +1,55 @@
+"""The tokenizer and the encoder that a configuration names: all that is needed of a model to read rows as it will."""
+
+from pathlib import Path
+
+from fastrm.config import Config, ModelConfig, TrainedTokenizer
+from fastrm.data.images import MediaLimits
+from fastrm.data.template import ConversationEncoder
+from fastrm.data.tokenizer import load_tokenizer
+from fastrm.data.videos import VideoSettings
+from fastrm.model.architectures import find_architecture
+from fastrm.model.export import make_encoder
+from fastrm.model.loading import load_backbone_config
+from fastrm.model.places import locate
+
+TOKENIZER = "tokenizer"  # in the prepared set's folder, where one is trained
+
+
+def prepared_folder(config: Config) -> Path:
+    """Return the folder of a run's prepared set."""
+    return Path(config.data.prepared or Path(config.run.dir) / "prepared")
+
+
+def make_tokenizer(config: Config):
+    """Load the model's tokenizer; a trained one is in the prepared set's folder."""
+    settings = config.model.tokenizer
+    if isinstance(settings, TrainedTokenizer):
+        return load_tokenizer(str(prepared_folder(config) / TOKENIZER))
+    return load_tokenizer(settings or locate(config.model.path).tokenizer)
+
+
+def make_data_encoder(config: Config, architecture, tokenizer) -> ConversationEncoder:
+    """Put tokenizer and vision format together; `architecture` is the backbone's transformers config."""
+    settings, data = config.model, config.data
+    limits = MediaLimits(data.max_image_bytes, data.max_image_pixels, data.max_video_bytes, data.max_video_seconds)
+    return make_encoder(
+        architecture, tokenizer, settings.path and locate(settings.path).processor, settings.anchor, limits,
+        min_pixels=data.min_pixels, max_pixels=data.max_pixels, max_tiles=data.max_tiles,
+        image_mean=data.image_mean, image_std=data.image_std,
+        video=VideoSettings(
+            data.video_frames, data.video_min_pixels, data.video_max_pixels, data.frame_folder_fps
+        ),
+        date=settings.template_date,
+    )  # fmt: skip
+
+
+def find_backbone_config(settings: ModelConfig):
+    """Find the backbone's transformers config, without its weights.
+
+    Raises:
+        ConfigError: there is none, or its family is not supported.
+    """
+    try:
+        return find_architecture(settings)[0]
+    except LookupError:
+        return load_backbone_config(settings.path)
