@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.flash_attn import flash_attn_obstacle
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
-from fastrm_kernels.tree_attention.tiles import choose_blocks, work_lists
+from fastrm_kernels.tree_attention.tiles import build_work_lists, choose_blocks, work_lists
 from kernel_head import DTYPES
 from kernel_shapes import FORWARD, PACK_TOKENS, STEP, AttentionShape
 from kernel_timing import Budget, Candidate, Named, attempt, check, error_limits, figures, host_ms
@@ -82,7 +82,7 @@ def in_place(pack: Pack, impl: str) -> Way:
     def build():
         layout = build_layout(shape, device)
         if impl == "triton":
-            layout.prepare(pack.upstream.dtype, shape.head_dim, causal=shape.causal)
+            build_work_lists(layout, pack.upstream.dtype, shape.head_dim, causal=shape.causal)
 
     forward = partial(tree_attention, layout=pack.layout, causal=shape.causal, impl=impl)
     return Way(forward, pack.leaves, pack.upstream, lambda _, x: x, build)

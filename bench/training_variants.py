@@ -146,10 +146,10 @@ class _WholeLastLayer:
         runner = self._runner
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        plan = runner._kernels.attention.plan(layouts.tree, dtype)
+        arguments = runner._kernels.attention.arguments(layouts.tree, dtype)
         if runner.compiled:
-            mark_dynamic(plan)
-        hidden = runner._run(runner._layer, layer, hidden, cos, sin, plan, runner._kernels)
+            mark_dynamic(arguments)
+        hidden = runner._run(runner._layer, layer, hidden, cos, sin, arguments, runner._kernels)
         return hidden.index_select(0, anchors)
 
 

@@ -148,7 +148,7 @@ def test_blocks_of_any_tree_and_any_rows_equal_the_reference(way, call_products,
 
 
 def batches_of(layout, causal=True, width=2048):
-    return [batch for level in blocks.block_plan(layout, causal, torch.float32, width).levels for batch in level]
+    return [batch for level in blocks.block_layout(layout, causal, torch.float32, width).levels for batch in level]
 
 
 def test_segments_of_a_training_pack_are_read_in_place():

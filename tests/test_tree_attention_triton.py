@@ -18,7 +18,7 @@ from far_memory import spread_out
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention import tiles
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
-from fastrm_kernels.tree_attention.tiles import Blocks, work_lists
+from fastrm_kernels.tree_attention.tiles import Blocks, build_work_lists, work_lists
 from precision import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -418,7 +418,7 @@ def test_compiles_as_one_graph(small_blocks):
     for lengths in ([20, 5, 5], [30, 7, 9], [12, 50, 3]):
         layout = tree(lengths, [-1, 0, 0])
         arguments = [x.detach().float().requires_grad_() for x in inputs(layout)]
-        layout.prepare(torch.float32, 16)
+        build_work_lists(layout, torch.float32, 16)
         upstream = torch.randn(layout.num_queries, 2, 16, device=DEVICE)
         got = forward_and_gradients(lambda *x, layout=layout: compiled(*x, layout), arguments, upstream)
         want = forward_and_gradients(
@@ -427,10 +427,10 @@ def test_compiles_as_one_graph(small_blocks):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_compiling_with_a_layout_that_is_not_prepared_says_so():
+def test_compiling_with_a_layout_without_work_lists_says_so():
     layout = tree([20, 5, 5], [-1, 0, 0])
     compiled = torch.compile(lambda *x: tree_attention(*x, layout, impl="triton"), fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match=r"call layout\.prepare"):
+    with pytest.raises(Exception, match=r"call tiles\.build_work_lists"):
         compiled(*[x.detach().float() for x in inputs(layout)])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastrm_kernels import TreeLayout, tree_attention
-from fastrm_kernels.tree_attention.traced import Plan, plan_attention, tree_attention_planned
+from fastrm_kernels.tree_attention.traced import Arguments, attention_arguments, tree_attention_traced
 
 # config value -> implementation of tree_attention
 BACKENDS = {"sdpa": "eager", "flash": "varlen", "flash_attn": "flash_attn", "triton": "triton"}
@@ -51,24 +51,24 @@ class Attention:
     causal: bool
     traced: bool = False
 
-    def plan(self, layout: TreeLayout, dtype: torch.dtype) -> TreeLayout | Plan:
+    def arguments(self, layout: TreeLayout, dtype: torch.dtype) -> TreeLayout | Arguments:
         """What `attend` takes for a layout: the layout itself, or in a compiled layer its traceable form."""
         if not self.traced:
             return layout
         shape = self.shape
-        return plan_attention(
+        return attention_arguments(
             layout, self.impl, dtype, shape.heads, shape.key_heads, shape.head_dim, causal=self.causal
         )
 
-    def attend(self, query, key, value, plan: TreeLayout | Plan, scale: float) -> torch.Tensor:
+    def attend(self, query, key, value, arguments: TreeLayout | Arguments, scale: float) -> torch.Tensor:
         """(Tq, H, K), (T, Hkv, K), (T, Hkv, K) -> (Tq, H, K), in the dtype of the matrix products."""
         if torch.is_autocast_enabled(query.device.type):
             # Rotary embedding computes in float32; SDPA would cast back by itself, the other backends not.
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if isinstance(plan, TreeLayout):
-            return tree_attention(query, key, value, plan, scale=scale, causal=self.causal, impl=self.impl)
-        return tree_attention_planned(query, key, value, plan, scale)
+        if isinstance(arguments, TreeLayout):
+            return tree_attention(query, key, value, arguments, scale=scale, causal=self.causal, impl=self.impl)
+        return tree_attention_traced(query, key, value, arguments, scale)
 
 
 class _KeepAlive(torch.autograd.Function):

@@ -143,11 +143,11 @@ class BackboneRunner:
         has_axes = self.model.config.model_type in QWEN_VL_FAMILIES
         position_ids = pack.position_ids[:, None] if has_axes else pack.position_ids[:1]
         cos, sin = self._rotary(hidden, position_ids)
-        plan = self._kernels.attention.plan(layouts.tree, _product_dtype(hidden))
+        arguments = self._kernels.attention.arguments(layouts.tree, _product_dtype(hidden))
         if self.compiled:
-            mark_dynamic(cos, sin, plan)
+            mark_dynamic(cos, sin, arguments)
         for layer in layers:
-            hidden = self._run(self._layer, layer, hidden, cos, sin, plan, self._kernels)
+            hidden = self._run(self._layer, layer, hidden, cos, sin, arguments, self._kernels)
         return hidden, cos, sin
 
     def _rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,9 +160,9 @@ class BackboneRunner:
 
     def _last_layer(self, layer: nn.Module, hidden, cos, sin, anchors, layouts: PackLayouts) -> torch.Tensor:
         """(T, D) -> (R, D). Never compiled: that would be a graph of its own for one layer in many."""
-        plan = self._kernels.attention.plan(layouts.anchors, _product_dtype(hidden))
+        arguments = self._kernels.attention.arguments(layouts.anchors, _product_dtype(hidden))
         return call_checkpointed(
-            self.checkpointing, False, last_decoder_layer, layer, hidden, cos, sin, anchors, plan, self._kernels
+            self.checkpointing, False, last_decoder_layer, layer, hidden, cos, sin, anchors, arguments, self._kernels
         )
 
     def _run(self, function: Callable, layer: nn.Module, hidden: torch.Tensor, *arguments) -> torch.Tensor:

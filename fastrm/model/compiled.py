@@ -47,7 +47,7 @@ def own_copy(function: Callable) -> Callable:
 
 
 def mark_dynamic(*inputs) -> None:
-    """Tell torch.compile that the rows of these tensors change from pack to pack; plans and None may be among them."""
+    """Tell torch.compile that the rows of these tensors and tuples change from pack to pack; None is passed over."""
     for value in inputs:
         if isinstance(value, torch.Tensor):
             if value.ndim and value.shape[0] > 1:  # a single row is compiled for by itself in any case

@@ -14,6 +14,7 @@ from fastrm.model.pooling import MeanLayout
 from fastrm.model.tiles import TileLayout, TileShape
 from fastrm.model.vision import VisionLayout, VisionShape
 from fastrm_kernels import TreeLayout
+from fastrm_kernels.tree_attention.tiles import build_work_lists
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class LayoutBuilder:
         if self.triton is not None:
             dtype, head_dim, vision_head_dim = self.triton
             for layout in layouts.of_language:
-                layout.prepare(dtype, head_dim)
+                build_work_lists(layout, dtype, head_dim)
             for layout in layouts.of_vision:
-                layout.prepare(dtype, vision_head_dim, causal=False)
+                build_work_lists(layout, dtype, vision_head_dim, causal=False)
         return layouts

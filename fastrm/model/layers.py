@@ -41,30 +41,30 @@ class LayerKernels(NamedTuple):
     gate: Gate
 
 
-def decoder_layer(layer: nn.Module, hidden, cos, sin, plan, kernels: LayerKernels) -> torch.Tensor:
+def decoder_layer(layer: nn.Module, hidden, cos, sin, arguments, kernels: LayerKernels) -> torch.Tensor:
     """A decoder layer of the Llama/Qwen kind: (T, D) -> (T, D).
 
     Args:
         cos, sin: (T, K) of the rotary embedding.
-        plan: the attention's plan of the tree.
+        arguments: the attention's, of the tree.
     """
     attention = layer.self_attn
     states = _norm(layer.input_layernorm, hidden, kernels)
     query, key, value = _project(attention, states)
     query, key = kernels.rotate(query, key, cos, sin)
-    mixed = kernels.attention.attend(query, key, value, plan, attention.scaling)
+    mixed = kernels.attention.attend(query, key, value, arguments, attention.scaling)
     hidden = hidden + attention.o_proj(mixed.flatten(1))
     return hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden, kernels), kernels)
 
 
-def last_decoder_layer(layer: nn.Module, hidden, cos, sin, anchors, plan, kernels: LayerKernels) -> torch.Tensor:
+def last_decoder_layer(layer: nn.Module, hidden, cos, sin, anchors, arguments, kernels: LayerKernels) -> torch.Tensor:
     """The same layer where only the anchors are read: (T, D) -> (R, D).
 
     Keys and values need every token; queries, output projection and MLP only the anchors.
 
     Args:
         anchors: (R,) rows.
-        plan: the attention's plan for queries at the anchors.
+        arguments: the attention's, for queries at the anchors.
     """
     attention = layer.self_attn
     states = _norm(layer.input_layernorm, hidden, kernels)
@@ -74,23 +74,23 @@ def last_decoder_layer(layer: nn.Module, hidden, cos, sin, anchors, plan, kernel
     value = _heads(attention, attention.v_proj(states))
     _, key = kernels.rotate(key, key, cos, sin)
     query, _ = kernels.rotate(query, query, cos.index_select(0, anchors), sin.index_select(0, anchors))
-    mixed = kernels.attention.attend(query, key, value, plan, attention.scaling)
+    mixed = kernels.attention.attend(query, key, value, arguments, attention.scaling)
     hidden = hidden.index_select(0, anchors) + attention.o_proj(mixed.flatten(1))
     return hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden, kernels), kernels)
 
 
-def vision_block(block: nn.Module, hidden, cos, sin, plan, kernels: LayerKernels) -> torch.Tensor:
+def vision_block(block: nn.Module, hidden, cos, sin, arguments, kernels: LayerKernels) -> torch.Tensor:
     """A block of the vision tower of Qwen2-VL or Qwen2.5-VL: (N, D) -> (N, D)."""
     attention = block.attn
     states = attention.qkv(_norm(block.norm1, hidden, kernels))
     query, key, value = states.view(states.shape[0], 3, attention.num_heads, -1).unbind(1)
     query, key = kernels.rotate(query, key, cos, sin)
-    mixed = kernels.attention.attend(query, key, value, plan, attention.scaling)
+    mixed = kernels.attention.attend(query, key, value, arguments, attention.scaling)
     hidden = hidden + attention.proj(mixed.flatten(1))
     return hidden + _mlp(block.mlp, _norm(block.norm2, hidden, kernels), kernels)
 
 
-def tile_block(block: nn.Module, hidden, plan, kernels: LayerKernels) -> torch.Tensor:
+def tile_block(block: nn.Module, hidden, arguments, kernels: LayerKernels) -> torch.Tensor:
     """A layer of InternVL's vision tower, with a learned scale on each branch: (N, D) -> (N, D)."""
     attention = block.attention
     states = _norm(block.layernorm_before, hidden, kernels)
@@ -98,7 +98,7 @@ def tile_block(block: nn.Module, hidden, plan, kernels: LayerKernels) -> torch.T
     query = attention.q_norm(attention.q_proj(states))
     key = attention.k_norm(attention.k_proj(states))
     query, key, value = (_heads(attention, part) for part in (query, key, attention.v_proj(states)))
-    mixed = kernels.attention.attend(query, key, value, plan, attention.scale)
+    mixed = kernels.attention.attend(query, key, value, arguments, attention.scale)
     hidden = block.lambda_1 * attention.projection_layer(mixed.flatten(1)) + hidden
     return block.lambda_2 * block.mlp(_norm(block.layernorm_after, hidden, kernels)) + hidden
 

@@ -86,8 +86,8 @@ class QwenTower(VisionTower):
         hidden = project_patches(visual.patch_embed.proj, pixel_values)  # (N, D of the tower)
         cos, sin = rotary(visual, layout.positions)
         attention, product = self.kernels.attention, dtype(hidden)
-        whole = attention.plan(layout.images, product)
-        windows = None if layout.windows is None else attention.plan(layout.windows, product)
+        whole = attention.arguments(layout.images, product)
+        windows = None if layout.windows is None else attention.arguments(layout.windows, product)
         if attention.traced:
             mark_dynamic(cos, sin, whole, windows)
         for number, block in enumerate(visual.blocks):
@@ -119,7 +119,7 @@ class InternTower(VisionTower):
     def features(self, pixel_values, layout: TileLayout, run, dtype) -> torch.Tensor:
         num_patches, merge = layout.order.shape[0], self.shape.merge
         hidden = self._embed(pixel_values, layout.order)  # (tiles * (P + 1), D of the tower)
-        tiles = self.kernels.attention.plan(layout.tiles, dtype(hidden))
+        tiles = self.kernels.attention.arguments(layout.tiles, dtype(hidden))
         if self.kernels.attention.traced:
             mark_dynamic(tiles)
         for block in self.module.encoder.layer:

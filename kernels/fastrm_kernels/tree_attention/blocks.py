@@ -105,7 +105,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class BlockPlan:
+class BlockLayout:
     """All blocks of a layout.
 
     Attributes:
@@ -116,28 +116,28 @@ class BlockPlan:
     levels: tuple[tuple[Batch, ...], ...]
     holds_all_keys: bool
 
-    def to(self, device) -> "BlockPlan":
+    def to(self, device) -> "BlockLayout":
         return self._moved(lambda x: x.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "BlockPlan":
+    def pin_memory(self) -> "BlockLayout":
         return self._moved(torch.Tensor.pin_memory)
 
-    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "BlockPlan":
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "BlockLayout":
         levels = tuple(tuple(batch.moved(move) for batch in level) for level in self.levels)
-        return BlockPlan(levels, self.holds_all_keys)
+        return BlockLayout(levels, self.holds_all_keys)
 
 
-def block_plan(layout: TreeLayout, causal: bool, dtype: torch.dtype, width: int) -> BlockPlan:
-    """Return the plan of a layout on its device, built at the first call and kept on the layout.
+def block_layout(layout: TreeLayout, causal: bool, dtype: torch.dtype, width: int) -> BlockLayout:
+    """Return the blocks of a layout on its device, built at the first call and kept on the layout.
 
     Args:
         dtype: of the queries.
         width: of one row of queries, all heads; it decides from which size on a block is worth a call.
     """
     key = ("blocks", causal, dtype, width)
-    if key not in layout._plans:
-        layout._plans[key] = _make_plan(layout, causal, dtype, width).to(layout.device)
-    return layout._plans[key]
+    if key not in layout._made:
+        layout._made[key] = _make_layout(layout, causal, dtype, width).to(layout.device)
+    return layout._made[key]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Block:
         return self.keys[1] - self.keys[0]
 
 
-def _make_plan(layout, causal, dtype, width) -> BlockPlan:
+def _make_layout(layout, causal, dtype, width) -> BlockLayout:
     segments, parents = _segments(layout)
     own = _own_queries(layout, [start for start, _ in segments], segments)
     firsts = [_own_block(layout, segment, queries) for segment, queries in zip(segments, own, strict=True)]
@@ -181,7 +181,7 @@ def _make_plan(layout, causal, dtype, width) -> BlockPlan:
     batches = tuple(
         tuple(_batches(blocks, first_is_causal and not level, dtype, area)) for level, blocks in enumerate(levels)
     )
-    return BlockPlan(batches, layout.query_rows is None)
+    return BlockLayout(batches, layout.query_rows is None)
 
 
 def _segments(layout) -> tuple[list[tuple[int, int]], list[int]]:

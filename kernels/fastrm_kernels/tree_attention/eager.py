@@ -6,7 +6,7 @@ Blocks of a query see different keys. With o_b and l_b the output and log-sum-ex
 
 and because the gradients of a block need of the softmax only P = exp(S - l) and rowsum(dO O), the
 backward pass runs block by block too, with the merged o and l: dQ, dK and dV are sums over blocks, in the
-order of the plan. On a CPU a block is PyTorch's flash attention kernel, which reads grouped heads in
+order of the layout. On a CPU a block is PyTorch's flash attention kernel, which reads grouped heads in
 place; elsewhere it is the formula, in float32 at least.
 
 The two passes are operators of torch, so that selective checkpointing keeps their result and
@@ -19,7 +19,7 @@ import weakref
 
 import torch
 
-from fastrm_kernels.tree_attention.blocks import Batch, block_plan
+from fastrm_kernels.tree_attention.blocks import Batch, block_layout
 from fastrm_kernels.tree_attention.layout import TreeLayout
 
 _FORMULA_SCORES = 1 << 27  # the most scores that the formula holds at once, unless one head alone has more
@@ -39,12 +39,12 @@ def tree_attention_eager(query, key, value, layout, *, scale=None, causal=True):
 
 def handle_of(layout: TreeLayout) -> torch.Tensor:
     """Return the number of this layout, (1,) int64 on the CPU, valid as long as the layout lives."""
-    if "handle" not in layout._plans:
+    if "handle" not in layout._made:
         number = next(_numbers)
         _layouts[number] = layout
         # In a tuple: a tensor would go along when the layout moves to another device, which makes another layout.
-        layout._plans["handle"] = (torch.tensor([number]),)
-    return layout._plans["handle"][0]
+        layout._made["handle"] = (torch.tensor([number]),)
+    return layout._made["handle"][0]
 
 
 def layout_of(handle: torch.Tensor) -> TreeLayout:
@@ -152,7 +152,7 @@ def attend_backward(query, key, value, output, lse, upstream, layout, scale, cau
 
 def _levels(query, layout, causal) -> tuple[tuple[Batch, ...], ...]:
     num_queries, heads, width = query.shape
-    return block_plan(layout, causal, query.dtype, heads * width).levels if num_queries else ()
+    return block_layout(layout, causal, query.dtype, heads * width).levels if num_queries else ()
 
 
 def _new_outputs(query) -> tuple[torch.Tensor, torch.Tensor]:

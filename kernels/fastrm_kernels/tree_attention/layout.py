@@ -48,7 +48,7 @@ class TreeLayout:
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     key_index: torch.Tensor | None
-    _plans: dict = field(repr=False, compare=False, default_factory=dict)
+    _made: dict = field(repr=False, compare=False, default_factory=dict)
 
     @staticmethod
     def build(lengths, parents, device=None) -> "TreeLayout":
@@ -133,15 +133,6 @@ class TreeLayout:
         """True if the segments are independent sequences."""
         return all(parent < 0 for parent in self.parents)
 
-    def prepare(self, dtype: torch.dtype, head_dim: int, *, causal: bool = True) -> None:
-        """Build what the Triton kernels need of this layout now, for inputs of this kind.
-
-        Otherwise the first call does it, which torch.compile cannot trace.
-        """
-        from fastrm_kernels.tree_attention.tiles import choose_blocks, work_lists
-
-        work_lists(self, choose_blocks(dtype, head_dim, self.query_rows is not None), causal)
-
     @property
     def device(self) -> torch.device:
         return self.cu_seqlens_q.device
@@ -151,17 +142,17 @@ class TreeLayout:
         # "cuda" and "cuda:0" are unequal: ask where a tensor would land.
         if self.device == torch.empty(0, device=device).device:
             return self
-        return self._with(lambda tensors: tensors.to(device, non_blocking=True), lambda plan: plan.to(device))
+        return self._with(lambda tensors: tensors.to(device, non_blocking=True), lambda made: made.to(device))
 
     def pin_memory(self) -> "TreeLayout":
         """Return the same layout with its index tensors, work lists included, in page-locked memory."""
-        return self._with(torch.Tensor.pin_memory, lambda plan: plan.pin_memory())
+        return self._with(torch.Tensor.pin_memory, lambda made: made.pin_memory())
 
-    def _with(self, change_tensor, change_plan) -> "TreeLayout":
+    def _with(self, change_tensor, change_made) -> "TreeLayout":
         changed = {name: change_tensor(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         # Cached values without tensors are not copied: they are made again where they are used.
-        plans = {key: change_plan(plan) for key, plan in self._plans.items() if hasattr(plan, "to")}
-        return replace(self, **changed, _plans=plans)
+        made = {key: change_made(part) for key, part in self._made.items() if hasattr(part, "to")}
+        return replace(self, **changed, _made=made)
 
 
 def join_spans(spans: Spans, span: tuple[int, int]) -> Spans:

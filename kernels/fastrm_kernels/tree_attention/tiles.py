@@ -154,15 +154,23 @@ class WorkLists:
 def work_lists(layout: TreeLayout, blocks: Blocks, causal: bool) -> WorkLists:
     """Return the work lists of a layout, built at the first call and kept on it."""
     key = (blocks.query_tile, blocks.key_step, blocks.key_tile, blocks.query_step, causal)
-    kept = layout._plans.get(key)
+    kept = layout._made.get(key)
     if kept is None:
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "the layout's work lists are missing, and torch.compile cannot trace how they are built; "
-                "call layout.prepare(dtype, head_dim, causal=...) before the compiled function"
+                "call tiles.build_work_lists(layout, dtype, head_dim, causal=...) before the compiled function"
             )
-        kept = layout._plans[key] = _build(layout, blocks, causal).to(layout.device)
+        kept = layout._made[key] = _build(layout, blocks, causal).to(layout.device)
     return kept
+
+
+def build_work_lists(layout: TreeLayout, dtype: torch.dtype, head_dim: int, *, causal: bool = True) -> None:
+    """Build now what the Triton kernels need of a layout for inputs of this kind.
+
+    Otherwise the first call does it, which torch.compile cannot trace.
+    """
+    work_lists(layout, choose_blocks(dtype, head_dim, layout.query_rows is not None), causal)
 
 
 def _build(layout: TreeLayout, blocks: Blocks, causal: bool) -> WorkLists:

@@ -2,7 +2,7 @@
 
 A compiled graph serves every pack, so the layout must come in through its arguments. The Triton
 kernels, torch's varlen attention and the flash-attn package are operators that take tensors; their
-plans hold these. The eager implementation walks Python lists: its operator gets a handle, a tensor
+arguments hold these. The eager implementation walks Python lists: its operator gets a handle, a tensor
 with the number of a layout that is alive, and looks the layout up when it runs.
 
 Numbers that change from pack to pack travel as the sizes of empty tensors. torch.compile would make
@@ -22,15 +22,15 @@ from fastrm_kernels.tree_attention.layout import TreeLayout
 from fastrm_kernels.tree_attention.varlen import check_offsets, varlen_options
 
 
-class TritonPlan(NamedTuple):
-    """Arguments of the Triton operator, with the number of parts as a size."""
+class TritonArguments(NamedTuple):
+    """What the Triton operator takes of a layout, with the number of parts as a size."""
 
     lists: list[torch.Tensor]
     single_rows: bool
     num_parts: torch.Tensor
 
 
-class VarlenPlan(NamedTuple):
+class VarlenArguments(NamedTuple):
     """The parts of a layout that FlashAttention needs.
 
     Attributes:
@@ -50,20 +50,20 @@ class VarlenPlan(NamedTuple):
     causal: bool
 
 
-class EagerPlan(NamedTuple):
+class EagerArguments(NamedTuple):
     """The number of a living layout, (1,) int64 on the CPU."""
 
     handle: torch.Tensor
     causal: bool
 
 
-Plan = TritonPlan | VarlenPlan | EagerPlan
+Arguments = TritonArguments | VarlenArguments | EagerArguments
 
 
-def plan_attention(
+def attention_arguments(
     layout: TreeLayout, impl: str, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int, *, causal: bool = True
-) -> Plan:
-    """Return the arguments that `tree_attention_planned` needs of a layout.
+) -> Arguments:
+    """Return the arguments that `tree_attention_traced` needs of a layout.
 
     Args:
         layout: on the device of the queries; for `eager` it must live until the backward pass is done.
@@ -80,37 +80,37 @@ def plan_attention(
         single_rows = layout.query_rows is not None
         work = tiles.work_lists(layout, tiles.choose_blocks(dtype, head_dim, single_rows), causal)
         num_parts = work.key_tiles.parts_wanted(key_heads, heads // key_heads)
-        return TritonPlan(work.tensors(), single_rows, _as_size(num_parts, layout.device))
+        return TritonArguments(work.tensors(), single_rows, _as_size(num_parts, layout.device))
     if impl in ("varlen", "flash_attn"):
         check_offsets(layout, heads, head_dim)
         longest = (_as_size(max(lengths), layout.device) for lengths in (layout.query_lengths, layout.key_lengths))
         options = varlen_options(heads, key_heads, None, causal) if impl == "varlen" else None
-        return VarlenPlan(layout.key_index, layout.cu_seqlens_q, layout.cu_seqlens_k, *longest, options, causal)
+        return VarlenArguments(layout.key_index, layout.cu_seqlens_q, layout.cu_seqlens_k, *longest, options, causal)
     if impl != "eager":
         raise ValueError(f"impl: got {impl!r}, wanted triton, varlen, flash_attn or eager")
-    return EagerPlan(handle_of(layout), causal)
+    return EagerArguments(handle_of(layout), causal)
 
 
-def tree_attention_planned(query, key, value, plan: Plan, scale: float) -> torch.Tensor:
-    """Compute `tree_attention` by a plan: (Tq, H, K), (T, Hkv, K), (T, Hkv, K) -> (Tq, H, K).
+def tree_attention_traced(query, key, value, arguments: Arguments, scale: float) -> torch.Tensor:
+    """Compute `tree_attention` by what was made of its layout: (Tq, H, K), (T, Hkv, K), (T, Hkv, K) -> (Tq, H, K).
 
     It is traceable by torch.compile and checks nothing.
     """
-    if isinstance(plan, TritonPlan):
-        num_parts = _number(plan.num_parts)
-        return tree_attention_forward(query, key, value, plan.lists, plan.single_rows, num_parts, scale)[0]
-    if isinstance(plan, EagerPlan):
-        return eager_forward(query, key, value, plan.handle, scale, plan.causal)[0]
-    key, value = take_rows(key, plan.key_index), take_rows(value, plan.key_index)
-    arguments = (
-        query.contiguous(), key.contiguous(), value.contiguous(), plan.cu_seqlens_q, plan.cu_seqlens_k,
-        _number(plan.max_q), _number(plan.max_k),
+    if isinstance(arguments, TritonArguments):
+        num_parts = _number(arguments.num_parts)
+        return tree_attention_forward(query, key, value, arguments.lists, arguments.single_rows, num_parts, scale)[0]
+    if isinstance(arguments, EagerArguments):
+        return eager_forward(query, key, value, arguments.handle, scale, arguments.causal)[0]
+    key, value = take_rows(key, arguments.key_index), take_rows(value, arguments.key_index)
+    inputs = (
+        query.contiguous(), key.contiguous(), value.contiguous(), arguments.cu_seqlens_q, arguments.cu_seqlens_k,
+        _number(arguments.max_q), _number(arguments.max_k),
     )  # fmt: skip
-    if plan.options is None:
-        return flash_attn_forward(*arguments, scale, plan.causal)[0]
+    if arguments.options is None:
+        return flash_attn_forward(*inputs, scale, arguments.causal)[0]
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(*arguments, **{**plan.options, "scale": scale})
+    return varlen_attn(*inputs, **{**arguments.options, "scale": scale})
 
 
 def _as_size(number: int, device: torch.device) -> torch.Tensor:
