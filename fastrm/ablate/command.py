@@ -1,4 +1,4 @@
-"""What `fastrm ablate` does: run what is left of a grid, then say what it has found."""
+"""The work of `fastrm ablate`: run the cells of a grid that are left, then write and print what was found."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fastrm.ui import Display, make_console, say, show
 
 
 def dry_run(path: Path, overrides: list[str], num_gpus: int, gpu: str) -> None:
-    """Check a grid and print its cells with their costs; runs and writes nothing.
+    """Check a grid and print its cells with their costs; run and write nothing.
 
     Raises:
         ConfigError: as `load_grid`, for changed cells, or for an unknown GPU.
@@ -58,7 +58,7 @@ def ablate(path: Path, overrides: list[str], display: Display | None = None) -> 
 
 
 def _run(grid: Grid, display: Display, command_line: str) -> dict[str, str]:
-    """Reasons of the cells that failed, by name."""
+    """Run the cells that are left and return the reasons of those that failed, by name."""
     evaluations, settings = grid.settings.evaluate, grid.settings
     tasks = [task for cell in grid.cells if (task := cell_task(cell, evaluations))]
     for cell in grid.cells:

@@ -1,4 +1,4 @@
-"""What the cells of a grid cost, before they run.
+"""The cost of a grid's cells, before they run.
 
 On GPUs that is the forecast of `fastrm plan`; on a CPU, for which there is none, what finished cells of the same
 settings have taken.
@@ -21,13 +21,13 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one cell.
+    """The cost of one cell.
 
     Attributes:
-        pairs: preferences of an epoch.
-        steps: of the optimizer.
-        hours: of its training, wall clock.
-        why: in words, why hours are not known.
+        pairs: preferences in one epoch; None if unknown.
+        steps: optimizer steps; None if unknown.
+        hours: wall-clock hours of the training; None if unknown.
+        why: the reason why the hours are unknown, in words.
     """
 
     pairs: int | None
@@ -37,10 +37,10 @@ class Cost:
 
 
 def print_costs(grid: Grid, num_gpus: int, gpu: str) -> None:
-    """Every cell with its state, size and time, and the sum of what is left, one cell after the other.
+    """Print every cell with its state, size and time, and the total of the cells that are left, run in turn.
 
     Raises:
-        ConfigError: an unknown GPU.
+        ConfigError: for an unknown GPU.
     """
     console, hardware = make_console(), find_gpu(gpu)
     costs = cell_costs(grid, num_gpus, hardware)
@@ -68,7 +68,7 @@ def print_costs(grid: Grid, num_gpus: int, gpu: str) -> None:
 
 
 def cell_costs(grid: Grid, num_gpus: int, gpu: Gpu) -> dict[str, Cost]:
-    """By cell name. The seed changes no cost."""
+    """Return the cost of each cell, by its name. Cells that differ only in the seed cost the same."""
     costs: dict[str, Cost] = {}
     found: dict[tuple[str, str], Cost] = {}
     for cell in grid.cells:
@@ -102,7 +102,7 @@ def _pairs(grid: Grid, cell: Cell) -> int | None:
 
 
 def _measured_hours(grid: Grid, cell: Cell) -> float | None:
-    """Mean of the finished cells that differ in the seed alone."""
+    """Return the mean hours of the finished cells that differ only in the seed, or None."""
     same = [other for other in grid.cells if (other.row, other.group) == (cell.row, cell.group)]
     seconds = [seconds_taken(other.dir) for other in same if is_finished(other.dir)]
     return sum(seconds) / len(seconds) / 3600 if seconds else None

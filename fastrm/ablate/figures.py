@@ -1,4 +1,4 @@
-"""The figures of finished cells, by name: what results.json lists and the table's columns choose from."""
+"""The figures of finished cells, by name: results.json lists them, and the table's columns choose among them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from fastrm.train.metrics import read_rows
 
 
 def cell_metrics(cell: Cell | EnsembleCell, evaluations: Sequence[EvaluationConfig]) -> dict[str, float]:
-    """NAME/metric of every evaluation, and of a run what its summary counts, as run/train_seconds.
+    """Return a cell's figures: NAME/metric of every evaluation, and for a run also run/train_seconds and the like.
 
     An ensemble's held-out accuracy is pooled over the sources by their preferences.
     """
@@ -33,7 +33,7 @@ def _evaluated(cell: Cell | EnsembleCell, evaluation: EvaluationConfig) -> dict[
 
 
 def _held_out(run_dir: Path) -> dict[str, float]:
-    """Of the run's last evaluation."""
+    """Return the figures of the run's last evaluation."""
     rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "eval/accuracy" in row]
     if not rows:
         return {}
@@ -42,7 +42,7 @@ def _held_out(run_dir: Path) -> dict[str, float]:
 
 
 def flat_report(report: dict) -> dict[str, float]:
-    """Metric -> value of what `fastrm eval --json` writes, for a benchmark or for a file of preferences."""
+    """Return metric -> value of a report of `fastrm eval --json`, for a benchmark or a file of preferences."""
     if "metrics" in report:
         return {key: value for key, value in report["metrics"].items() if _is_number(value)}
     sources = {f"{source}/accuracy": found["accuracy"] for source, found in report.get("sources", {}).items()}
@@ -50,7 +50,7 @@ def flat_report(report: dict) -> dict[str, float]:
 
 
 def _pooled(reports: Sequence[dict]) -> float:
-    """Accuracy over several reports' preferences together."""
+    """Return the accuracy over the preferences of several reports together."""
     counts = [report["preferences"] for report in reports]
     return sum(report["accuracy"] * count for report, count in zip(reports, counts, strict=True)) / sum(counts)
 

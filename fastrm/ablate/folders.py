@@ -1,4 +1,4 @@
-"""What the folders on disk say: which cells are finished, and under which configuration."""
+"""The state of a grid on disk: the cells that are finished, and the configurations that they ran with."""
 
 import json
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from fastrm.json_files import to_json
 from fastrm.train.resume import differences
 
 SUMMARY = "summary.json"
-# What the grid itself leaves in a cell's folder: seconds in all, counted over interruptions.
+# The only file that the grid itself writes to a cell's folder: its seconds, summed over interruptions.
 SECONDS = "ablation.json"
 
 
 def is_finished(folder: Path) -> bool:
-    """Has the run in a folder come to its end? A summary cut off by a kill does not count."""
+    """Return whether the run in a folder has ended. A summary that a kill cut off does not count."""
     return read_json(folder / SUMMARY) is not None
 
 
 def check_unchanged(grid: Grid) -> None:
-    """Refuse to take runs for what they are not.
+    """Refuse a grid whose folders hold runs of other configurations.
 
     Raises:
         ConfigError: naming every cell whose folder holds a run of another configuration, and what differs.
@@ -41,23 +41,23 @@ def check_unchanged(grid: Grid) -> None:
 
 
 def saved_config(folder: Path) -> Config | None:
-    """The configuration of the run in a folder, if there is one.
+    """Return the configuration of the run in a folder, None if there is no run.
 
     Raises:
-        ConfigError: if it cannot be read any more.
+        ConfigError: if it can no longer be read.
     """
     path = folder / "config.yaml"
     return load_config(path) if path.exists() else None
 
 
 def config_differences(old: Config, new: Config) -> dict[str, tuple]:
-    """Keys that differ, with both values; folders aside."""
+    """Return the keys that differ between two configurations, with both values; folders are not compared."""
     trees = [config.model_dump(mode="json") for config in (old, new)]
     return {key: values for key, values in differences(*trees).items() if key != "run.dir"}
 
 
 def with_reused_runs(grid: Grid) -> Grid:
-    """The grid with the finished runs of other grids (`reuse`) in the places of cells that were not started."""
+    """Return the grid with finished runs of other grids (`reuse`) in place of cells that have not started."""
     cells = {cell.name: cell for cell in grid.cells}
     for cell in grid.cells:
         if not (cell.dir / "config.yaml").exists() and (found := _find_equal_run(cell, grid.settings.reuse)):
@@ -78,18 +78,18 @@ def _find_equal_run(cell: Cell, folders: Sequence[str]) -> Path | None:
 
 
 def seconds_taken(folder: Path) -> float:
-    """Wall-clock seconds that a cell has taken, interrupted parts included."""
+    """Return the wall-clock seconds that a cell has taken, interrupted parts included."""
     return (read_json(folder / SECONDS) or {}).get("seconds", 0.0)
 
 
 def add_seconds(folder: Path, seconds: float) -> None:
-    """Count time that a cell has taken."""
+    """Add to the seconds that a cell has taken."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SECONDS).write_text(to_json({"seconds": seconds_taken(folder) + seconds}) + "\n")
 
 
 def read_json(path: Path) -> dict | None:
-    """A JSON file; None if there is none, or if a kill cut it off."""
+    """Read a JSON file; return None if there is none, or if a kill cut it off."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

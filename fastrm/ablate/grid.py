@@ -19,7 +19,7 @@ from fastrm.yaml_files import apply_override, read_yaml, validate
 
 HELD_OUT = "held_out"
 Overrides = dict[str, Any]
-# Keys that the grid itself sets for each cell.
+# The keys that the grid itself sets for each cell.
 _OF_THE_GRID = ("run.dir", "run.seed")
 
 
@@ -30,18 +30,18 @@ class _Section(BaseModel):
 
 
 class EvaluationConfig(_Section):
-    """One entry of `evaluate`; the texts held_out and bench:NAME stand for evaluations of that name."""
+    """One entry of `evaluate`. The text held_out or bench:NAME stands for an evaluation of that name."""
 
     name: str
-    """First part of its metrics' names: NAME/accuracy, NAME/overall."""
+    """The first part of the names of its metrics: NAME/accuracy, NAME/overall."""
     target: str
-    """held_out (data.eval, at the end of the run), a file of preferences, or bench:NAME, as `fastrm eval` takes it."""
+    """The data: held_out (data.eval, at the end of the run), or a file or bench:NAME as `fastrm eval` takes it."""
     data: str | None = None
-    """Local copy of a benchmark: `fastrm eval --data`."""
+    """The local copy of a benchmark, as `fastrm eval --data`."""
     images: str | None = None
-    """Folder or archive of the images: `fastrm eval --images`."""
+    """The folder or archive of the images, as `fastrm eval --images`."""
     format: str | None = None
-    """Layout of the rows: `fastrm eval --format`."""
+    """The layout of the rows, as `fastrm eval --format`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,14 +50,14 @@ class EvaluationConfig(_Section):
 
 
 class ColumnConfig(_Section):
-    """One column; a text alone is its metric."""
+    """One column of the table. A text alone is its metric."""
 
     metric: str
-    """NAME/metric of an evaluation, as results.json lists them: held_out/accuracy, vl_rewardbench/overall."""
+    """The metric NAME/metric as results.json lists it, such as held_out/accuracy or vl_rewardbench/overall."""
     best: Literal["highest", "lowest", "none"] = "highest"
-    """Which value is set in bold."""
+    """The value that is set in bold: the highest, the lowest, or none."""
     percent: bool = True
-    """Shown times 100, as the field prints accuracies."""
+    """True to show values times 100, as papers print accuracies."""
 
     @model_validator(mode="before")
     @classmethod
@@ -67,50 +67,52 @@ class ColumnConfig(_Section):
 
 class EnsembleConfig(_Section):
     members: Annotated[list[str], Field(min_length=2)]
-    """Names on the first axis; members of one ensemble share seed and place on the second axis."""
+    """The members, by name on the first axis; those of one ensemble share the seed and the second axis's setting."""
     combine: Literal["mean", "accuracy", "margin"] = "mean"
-    """As `fastrm eval --ensemble`: mean of the raw scores, or weights from validation pairs."""
+    """The way to combine scores, as `fastrm eval --ensemble`: mean of raw scores, or weights from validation pairs."""
     validation: str | None = None
-    """Preferences that the weights come from: `fastrm eval --validation`."""
+    """The preferences that the weights are computed from, as `fastrm eval --validation`."""
 
 
 class PublishedConfig(_Section):
     source: str
-    """Where the figures were printed."""
+    """The publication that printed the figures."""
     rows: dict[str, dict[str, float]]
-    """For a row of the table, figures by column heading, shown beside our own."""
+    """Printed figures, row of the table -> column heading -> figure, shown beside our own."""
 
 
 class GridConfig(_Section):
     title: str
-    """Heading of the table and the picture."""
+    """The heading of the table and the picture."""
     base: str
-    """Configuration that every cell starts from, relative to the working directory."""
+    """The configuration that every cell starts from; its path is relative to the working directory."""
     overrides: Overrides = {}
-    """`section.key: value` for all cells."""
+    """Overrides `section.key: value` for all cells."""
     axes: Annotated[dict[str, dict[str, Overrides]], Field(min_length=1, max_length=2)]
-    """Axis -> name of a setting -> its overrides. The first axis makes the table's rows, the second groups of
-    columns; a cell for each pair."""
+    """One or two axes: axis -> name of a setting -> its overrides. Every combination of settings is a cell.
+
+    The first axis makes the table's rows, the second one its groups of columns.
+    """
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
-    """run.seed of the cells: initial weights and order of the data."""
+    """Values of run.seed, each for one cell of each combination: they set initial weights and order of the data."""
     ensembles: dict[str, EnsembleConfig] = {}
-    """Further rows: scores of other rows' models combined."""
+    """Further rows of the table, for combined scores of other rows' models."""
     evaluate: list[EvaluationConfig] = [EvaluationConfig(name=HELD_OUT, target=HELD_OUT)]
-    """What each cell's final weights are judged by."""
+    """Evaluations of each cell's final weights."""
     columns: dict[str, ColumnConfig] = {}
-    """Heading -> metric. Default: the main figure of each evaluation."""
+    """Columns of the table, heading -> metric. The default is the main figure of each evaluation."""
     reference: str | None = None
-    """Row that the others are compared with, seed by seed."""
+    """The row that the others are compared with, seed by seed."""
     published: PublishedConfig | None = None
-    """Printed figures, for comparison."""
+    """Printed figures to compare with."""
     pairs: int | dict[str, int] | None = None
-    """Training pairs of a cell (or of each row), for the costs in --dry-run where no data is there to be counted."""
+    """Training preferences of a cell (or of each row), for the costs in --dry-run where no data can be counted."""
     dir: str | None = None
-    """Folder of results and runs. Default: runs/ablations/<name of the YAML file>."""
+    """The folder of results and runs. The default is runs/ablations/<name of the YAML file>."""
     reuse: list[str] = []
-    """Folders of other grids: their finished cells of the same configuration are taken instead of run again."""
+    """Folders of other grids, whose finished cells of the same configuration are used and not run again."""
     num_parallel: Annotated[int, Field(gt=0)] = 1
-    """Cells at a time, on a CPU; they share its cores."""
+    """The number of cells that run at a time, on a CPU; they share its cores."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -133,7 +135,7 @@ class GridConfig(_Section):
         return self
 
     def _check_overrides(self) -> None:
-        """No key may be set from two places: which one counts would be a guess."""
+        """Refuse a key that is set in two places: which value counts would be a guess."""
         for place, overrides in self._places():
             for key in _OF_THE_GRID:
                 if key in overrides:
@@ -156,17 +158,17 @@ class GridConfig(_Section):
 
     @property
     def rows(self) -> dict[str, Overrides]:
-        """The first axis."""
+        """The settings on the first axis."""
         return next(iter(self.axes.values()))
 
     @property
     def groups(self) -> dict[str, Overrides]:
-        """The second axis; without one, a single nameless setting."""
+        """The settings on the second axis; without one, a single setting with an empty name."""
         return list(self.axes.values())[1] if len(self.axes) > 1 else {"": {}}
 
     @property
     def shown(self) -> dict[str, ColumnConfig]:
-        """The columns, or their default."""
+        """The columns of the table: those of the file, or the default."""
         if self.columns:
             return self.columns
         return {
@@ -183,13 +185,13 @@ def _check_names(key: str, names, known) -> None:
 
 
 def _overlap(a: str, b: str) -> bool:
-    """Is one of two keys the other, or a section that holds it?"""
+    """Return whether one of two keys is the other, or a section that holds it."""
     return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a cell stands in the table, and its folder.
+    """The place of a cell in the table, and its folder.
 
     Attributes:
         row, group: names on the axes; group is empty without a second axis.
@@ -204,11 +206,11 @@ class _Place:
 
 @dataclass(frozen=True)
 class Cell(_Place):
-    """One run.
+    """One run of the grid.
 
     Attributes:
-        overrides: what `fastrm train BASE` takes to be this cell, its folder included.
-        config: what they resolve to.
+        overrides: the overrides with which `fastrm train BASE` is this cell, its folder included.
+        config: the configuration that they resolve to.
     """
 
     base: str
@@ -218,7 +220,7 @@ class Cell(_Place):
 
 @dataclass(frozen=True)
 class EnsembleCell(_Place):
-    """Several cells' models scored together."""
+    """An ensemble of several cells' models, scored together."""
 
     members: tuple[Cell, ...]
     settings: EnsembleConfig
@@ -267,7 +269,7 @@ def load_grid(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
 
 
 def _override_all_cells(tree: dict, places: dict, override: str, key: str) -> None:
-    """Put a command-line override among those for all cells, whose keys hold dots."""
+    """Add a command-line override to those for all cells, whose keys hold dots."""
     parsed: dict = {}
     apply_override(parsed, {}, "value=" + override.partition("=")[2])
     if isinstance(tree.setdefault("overrides", {}), dict):

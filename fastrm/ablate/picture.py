@@ -1,4 +1,4 @@
-"""report.png: every setting's seeds, their mean and its interval, and the printed figures beside."""
+"""The picture report.png: each setting's seeds, their mean and its interval, and printed figures beside them."""
 
 from matplotlib.figure import Figure
 
@@ -13,7 +13,7 @@ PANELS_IN_A_ROW = 4
 
 
 def draw_results(results: Results) -> Figure:
-    """One panel for each column of the table, rows from top to bottom."""
+    """Draw one panel for each column of the table, with its rows from top to bottom."""
     settings = results.grid.settings
     rows = [*settings.rows, *settings.ensembles]
     measured = [(group, heading, column) for group in settings.groups for heading, column in settings.shown.items()]

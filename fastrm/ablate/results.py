@@ -1,4 +1,4 @@
-"""From the figures of cells to estimates over seeds, and results.json."""
+"""Estimates over seeds from the figures of cells, and results.json."""
 
 import os
 from collections import defaultdict
@@ -15,7 +15,7 @@ from fastrm.json_files import to_json
 
 @dataclass(frozen=True)
 class Results:
-    """What a grid has found.
+    """The results of a grid.
 
     Attributes:
         metrics: by cell name; empty for a cell without figures.
@@ -29,18 +29,18 @@ class Results:
     seconds: dict[str, float]
 
     def values(self, row: str, group: str, metric: str) -> dict[int, float]:
-        """One table entry's values by seed."""
+        """Return the values of one table entry, by seed."""
         cells = [*self.grid.cells, *self.grid.ensembles]
         found = [(cell.seed, self.metrics[cell.name]) for cell in cells if (cell.row, cell.group) == (row, group)]
         return {seed: metrics[metric] for seed, metrics in found if metric in metrics}
 
     def estimate(self, row: str, group: str, metric: str) -> Estimate | None:
-        """Over the seeds that have the metric; None if none has."""
+        """Return the estimate over the seeds that have the metric; None if none has."""
         values = self.values(row, group, metric)
         return estimate(list(values.values())) if values else None
 
     def difference(self, row: str, group: str, metric: str) -> Estimate | None:
-        """To the reference row, seed by seed; None without one or without shared seeds."""
+        """Return the difference from the reference row, paired by seed; None without a row or shared seeds."""
         reference = self.grid.settings.reference
         if reference is None:
             return None
@@ -48,7 +48,7 @@ class Results:
 
 
 def collect(grid: Grid, failed: dict[str, str]) -> Results:
-    """Read what the cells' folders hold."""
+    """Read the figures in the cells' folders."""
     cells = [*grid.cells, *grid.ensembles]
     metrics = {}
     for cell in cells:
@@ -58,7 +58,7 @@ def collect(grid: Grid, failed: dict[str, str]) -> Results:
 
 
 def write_json(results: Results, path: Path) -> None:
-    """results.json, which appears complete or not at all."""
+    """Write results.json, which appears complete or not at all."""
     partial = path.with_name(path.name + ".part")
     partial.write_text(to_json(_as_json(results), indent=1) + "\n")
     os.replace(partial, path)

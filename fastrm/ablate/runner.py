@@ -1,4 +1,7 @@
-"""Cells as processes: each step of a cell is the ordinary `fastrm` command.
+"""Processes that run cells: each step of a cell is the ordinary `fastrm` command.
+
+A process frees its memory when it ends, and its failure ends no other cell. Each process has a session of its own:
+Ctrl-C reaches it once, passed on by the grid's process, and it ends when that process has gone.
 
 A process gives its memory back when it ends, and takes no other cell with it when it fails. Processes
 have sessions of their own, so that Ctrl-C reaches them once, through us, and they stop when we are gone.
@@ -32,11 +35,11 @@ class FailedCells(FastrmError):
 
 @dataclass(frozen=True)
 class Command:
-    """One step of a cell.
+    """One step of a cell, as a `fastrm` command.
 
     Attributes:
-        arguments: of `fastrm`.
-        out: file that the command writes and that says, by being there, that it is done; None: it says so otherwise.
+        arguments: the arguments of `fastrm`.
+        out: the file that the command writes, whose existence shows that it is done; None if another file shows it.
     """
 
     arguments: tuple[str, ...]
@@ -45,7 +48,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Task:
-    """What is left to do for one cell, in order.
+    """The steps that are left for one cell, in order.
 
     Attributes:
         num_steps: optimizer steps of its run, if they are known.
@@ -63,7 +66,7 @@ class _Running:
     left: deque[Command]
     started: float
     process: subprocess.Popen = field(init=False)
-    is_asked: bool = False  # to stop
+    is_asked: bool = False  # True once it has been asked to stop
 
     def start_next(self, threads: int | None) -> None:
         command = self.left.popleft()
@@ -85,13 +88,13 @@ class _Running:
         self.is_asked = False
 
     def ask_to_stop(self) -> None:
-        """Once: a second signal would make it leave without saving its state."""
+        """Ask the process to stop, once: a second signal would make it leave without saving its state."""
         if not self.is_asked:
             self.is_asked = True
             self.process.terminate()
 
     def reason(self) -> str:
-        """Why the process has failed, in one line or more."""
+        """Return why the process has failed, in one line or more."""
         code, log = self.process.returncode, self.task.dir / LOG
         if code < 0:
             return f"killed by {signal.Signals(-code).name}; see {log}"
@@ -101,7 +104,7 @@ class _Running:
             return f"ended with exit code {code} and said nothing; see {log}"
 
     def note(self) -> str:
-        """What it is doing."""
+        """Return the cell's name and step, for the line of progress."""
         step = _last_step(self.task.dir / "metrics.jsonl")
         of = f"/{self.task.num_steps:,}" if self.task.num_steps else ""
         return self.task.name if step is None else f"{self.task.name} step {step:,}{of}"
@@ -115,7 +118,7 @@ def run_tasks(
     num_done: int = 0,
     on_finished: Callable[[Task, float], None] = lambda task, seconds: None,
 ) -> dict[str, str]:
-    """Run every task, `num_parallel` at a time; returns the reasons of those that failed, by name.
+    """Run every task, `num_parallel` at a time; return the reasons of those that failed, by name.
 
     Args:
         num_done: cells that need no work, for the progress shown.
@@ -138,7 +141,7 @@ def run_tasks(
                 cell.start_next(threads)
                 running.append(cell)
             if stop.signal:
-                stop.ask_all()  # also those that were being started when the signal came
+                stop.ask_all()  # also processes that were being started when the signal came
             time.sleep(POLL_SECONDS)
             for cell in [cell for cell in running if cell.process.poll() is not None]:
                 if cell.process.returncode == 0 and cell.left and not stop.signal:
@@ -154,7 +157,10 @@ def run_tasks(
 
 
 def _note_end(cell: _Running, stopped: str | None, failed: dict[str, str], display: Display, on_finished) -> bool:
-    """Is a cell done, whose process has ended? One that was asked to stop is not, and has not failed either."""
+    """Note the end of a cell's process; return whether the cell is done.
+
+    A cell that was asked to stop is not done, and has not failed either.
+    """
     seconds = time.monotonic() - cell.started
     add_seconds(cell.task.dir, seconds)
     if cell.process.returncode == 0:
@@ -168,7 +174,7 @@ def _note_end(cell: _Running, stopped: str | None, failed: dict[str, str], displ
 
 
 def _last_step(path: Path) -> int | None:
-    """Of a metrics.jsonl that may be being written and may be long."""
+    """Return the last step of a metrics.jsonl, which may be long and may be written to meanwhile."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2**14))
@@ -178,7 +184,7 @@ def _last_step(path: Path) -> int | None:
 
 
 class _Stop:
-    """While it is entered, a signal asks all processes to stop; a second one ends them and us."""
+    """A context in which a signal asks all processes to stop; a second signal ends them and this process."""
 
     def __init__(self, running: list[_Running]):
         self.signal: str | None = None
@@ -191,7 +197,7 @@ class _Stop:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        for cell in self._running:  # only after an error of our own
+        for cell in self._running:  # processes are left only after an error in this process
             if cell.process.poll() is None:
                 cell.process.kill()
                 cell.process.wait()

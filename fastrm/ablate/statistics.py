@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-_INTERVALS = 512  # of Simpson's rule; its error at 97.5 % is below 1e-9 for every number of seeds
+_INTERVALS = 512  # intervals of Simpson's rule: its error at 97.5 % is below 1e-9 for every number of seeds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds.
+    """A mean over seeds with its interval.
 
     Attributes:
-        half: half width of the 95 % t-interval; None for a single value, which says nothing of its spread.
-        num: values.
+        half: half width of the 95 % t-interval; None for a single value, which says nothing about the spread.
+        num: number of values.
     """
 
     mean: float
@@ -23,15 +23,15 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Is the whole interval on one side of 0?"""
+        """True if the whole interval is on one side of 0."""
         return self.half is not None and abs(self.mean) > self.half
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of values, taken as independent and normal, and half the width of its 95 % interval.
+    """Estimate the mean of values that are independent and normal, with half the width of its 95 % interval.
 
     Raises:
-        ValueError: there are none.
+        ValueError: for no values.
     """
     if not values:
         raise ValueError("no values to take the mean of")
@@ -43,14 +43,14 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: dict[int, float], reference: dict[int, float]) -> Estimate | None:
-    """Mean of value - reference over the seeds that both have; None if they share none."""
+    """Estimate the mean of value - reference over the seeds that both have; None if they share none."""
     shared = [values[seed] - reference[seed] for seed in values if seed in reference]
     return estimate(shared) if shared else None
 
 
 @cache
 def t_quantile(degrees: int) -> float:
-    """97.5 % point of Student's t distribution.
+    """Return the 97.5 % point of Student's t distribution.
 
     With x = sqrt(degrees) * tan(angle) the density becomes a multiple of cos(angle)^(degrees - 1), which is smooth:
     Simpson's rule integrates it, bisection finds the angle.
@@ -67,7 +67,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def _integral(end: float, power: int) -> float:
-    """Of cos(angle)^power from 0 to `end`."""
+    """Integrate cos(angle)^power from 0 to `end`."""
     width = end / _INTERVALS
     weights = (1 if n in (0, _INTERVALS) else 4 if n % 2 else 2 for n in range(_INTERVALS + 1))
     return math.fsum(weight * math.cos(n * width) ** power for n, weight in enumerate(weights)) * width / 3

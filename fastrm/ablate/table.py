@@ -16,7 +16,7 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Layout:
-    """A table as texts.
+    """A table, all of whose entries are texts.
 
     Attributes:
         rows: first the row's name, then its entries; `**` around an entry makes it bold.
@@ -29,13 +29,13 @@ class Layout:
     notes: list[str]
 
     def as_markdown(self) -> str:
-        """GitHub's Markdown."""
+        """Return the table in GitHub's Markdown."""
         lines = [f"### {self.title}", "", _line(self.header), _line(["---", *["---:"] * (len(self.header) - 1)])]
         lines += [_line(row) for row in self.rows]
         return "\n".join([*lines, "", *self.notes]) + "\n"
 
     def as_rich(self) -> Table:
-        """For the terminal, without title and notes."""
+        """Return the table for the terminal, without title and notes."""
         table = make_table(*self.header)
         for row in self.rows:
             table.add_row(*(Text(text.strip("*"), "bold" if text.startswith("**") else "") for text in row))
@@ -43,7 +43,7 @@ class Layout:
 
 
 def main_table(results: Results) -> Layout:
-    """Mean and 95 % t-interval over seeds of every column, best in bold, printed figures beside."""
+    """Return mean and 95 % t-interval over seeds of every column, the best in bold, printed figures beside them."""
     settings = results.grid.settings
     rows, columns = [*settings.rows, *settings.ensembles], _columns(results)
     body = [[row] for row in rows]
@@ -64,7 +64,7 @@ def main_table(results: Results) -> Layout:
 
 
 def difference_table(results: Results) -> Layout | None:
-    """Every row against the reference row, paired by seed; None if the grid names no reference."""
+    """Return the differences of all rows from the reference row, paired by seed; None without one."""
     settings = results.grid.settings
     if settings.reference is None:
         return None
@@ -83,7 +83,7 @@ def difference_table(results: Results) -> Layout | None:
 
 
 def _columns(results: Results) -> list[tuple[str, str, ColumnConfig]]:
-    """(heading, group, column) of every measured column, left to right."""
+    """Return (heading, group, column) of every measured column, left to right."""
     settings = results.grid.settings
     return [
         (f"{group}: {heading}" if group else heading, group, column)
@@ -122,11 +122,11 @@ def _difference(found: Estimate | None, column: ColumnConfig) -> str:
 
 def _number(value: float, column: ColumnConfig, sign: str = "") -> str:
     value, digits = (100 * value, 1) if column.percent else (value, 3)
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no minus in front of a zero
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def _printed(value: float) -> str:
-    """With one decimal or two, as papers print."""
+    """Format a value with one decimal or two, as papers print it."""
     return f"{value:.2f}".removesuffix("0")
 
 

@@ -1,4 +1,4 @@
-"""What is left to do for a cell, as `fastrm` commands."""
+"""The work that is left for a cell, as `fastrm` commands."""
 
 import hashlib
 from pathlib import Path
@@ -11,25 +11,26 @@ from fastrm.errors import ConfigError
 
 
 def cell_task(cell: Cell, evaluations: list[EvaluationConfig]) -> Task | None:
-    """Training, unless it is finished, and the evaluations that are missing; None: nothing is left."""
+    """Return the training, unless it is finished, and the missing evaluations; None if nothing is left."""
     commands = [] if is_finished(cell.dir) else [Command(("train", cell.base, *cell.overrides, "--resume", "auto"))]
     commands += _missing(cell, evaluations)
     return Task(cell.name, cell.dir, tuple(commands), cell.config.run.max_steps) if commands else None
 
 
 def ensemble_task(cell: EnsembleCell, evaluations: list[EvaluationConfig]) -> Task | None:
-    """The evaluations that are missing; None: nothing is left."""
+    """Return the missing evaluations of an ensemble; None if nothing is left."""
     commands = _missing(cell, evaluations)
     return Task(cell.name, cell.dir, tuple(commands)) if commands else None
 
 
 def evaluation_commands(cell: Cell | EnsembleCell, evaluation: EvaluationConfig) -> list[Command]:
-    """The `fastrm eval` commands behind an evaluation.
+    """Return the `fastrm eval` commands of an evaluation.
 
-    None for a run's own held-out data, which the run itself evaluates; one for each held-out source of an ensemble.
+    There is none for a run's own held-out data, which the run itself evaluates, and one for each held-out source of an
+    ensemble.
 
     Raises:
-        ConfigError: a held-out source of an ensemble has no file that could be evaluated by itself.
+        ConfigError: if a held-out source of an ensemble has no file that could be evaluated by itself.
     """
     settings = [("--data", evaluation.data), ("--images", evaluation.images), ("--format", evaluation.format)]
     if evaluation.target != HELD_OUT:
@@ -55,7 +56,7 @@ def _command(cell: Cell | EnsembleCell, name: str, target: str, settings: list[t
     settings = [*settings, *_limits(members[0].config)]
     arguments = ["eval", *(str(member.dir / "model") for member in members), target]
     arguments += [part for option, value in settings if value is not None for part in (option, str(value))]
-    # Its name tells what it holds: when an evaluation is changed, the old figures are not taken for the new.
+    # The digest in the name keeps figures of a changed evaluation apart from the old ones.
     digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
     out = cell.dir / "evaluations" / f"{name}-{digest}.json"
     return Command((*arguments, "--json", str(out)), out)

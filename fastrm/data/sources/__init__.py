@@ -49,7 +49,7 @@ def source_files(
     columns: Mapping[str, str] | None = None,
     ignore: Iterable[str] = (),
 ) -> list[SourceFile | DigitsFile]:
-    """The data files of a source, in order.
+    """Return the data files of a source, in order.
 
     Args:
         path: a .jsonl, .json or .parquet file, a folder of them, ``digits:train``, ``digits:eval``, or
@@ -102,15 +102,15 @@ def source_files(
 
 
 def is_on_hub(path: str | None, set: str | None) -> bool:
-    """Whether a source is read from the hub."""
+    """Return whether a source is read from the hub."""
     return path is None if set is not None else path is not None and path.startswith(HUB_PREFIX)
 
 
 def hub_name(path: str | None, set: str | None) -> str:
-    """What messages call a source on the hub.
+    """Return the name of a source on the hub, as messages use it.
 
     Raises:
-        DataError: there is no such set.
+        DataError: for a set that does not exist.
     """
     return path if set is None else f"{set} ({find_set(set).hub})"
 
@@ -122,7 +122,7 @@ def read_source(
     keys: dict[str, KeyTally] | None = None,
     **options,
 ) -> Iterator[Record]:
-    """The records of a data source, once each, in the order of its files and rows.
+    """Yield the records of a data source, once each, in the order of its files and rows.
 
     Args:
         path: as `source_files`, which also takes the options.
@@ -147,6 +147,6 @@ def _read_files(
 
 
 def unread_lines(keys: Mapping[str, KeyTally]) -> list[str]:
-    """One line for each file with keys that are not read, from what `read_source` has counted."""
+    """Return one line for each file that has unread keys, from the counts of `read_source`."""
     lines = (tally.report(path, keys_read_by(tally.layouts)) for path, tally in keys.items())
     return [line for line in lines if line is not None]

@@ -28,7 +28,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     media = row_media(row, resolve)
     names, responses = ("conversation_a", "conversation_b"), []
     for name in names:

@@ -1,4 +1,4 @@
-"""`columns` of a source, the file's names for the keys that fastrm reads, checked against the file's first rows."""
+"""A check of a source's `columns`, the file's names for the keys that fastrm reads, on the file's first rows."""
 
 from itertools import islice
 
@@ -13,11 +13,11 @@ FIRST_ROWS = 100
 
 
 def understood(file: SourceFile | DigitsFile) -> str | None:
-    """One line that says what `columns` make of a file's first rows; None for a source without them.
+    """Return one line that says how `columns` map the file's first rows to keys; None for a source without them.
 
     Raises:
-        ConfigError: `columns` names a key that no layout reads.
-        DataError: none of the first rows has one of the columns, or none of them can be used.
+        ConfigError: if `columns` names a key that no layout reads.
+        DataError: if none of the first rows has one of the columns, or none of them can be used.
     """
     columns = dict(getattr(file, "columns", ()))
     if not columns:

@@ -34,7 +34,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     key = "instruction" if "instruction" in row else "prompt"
     media = row_media(row, resolve) + media_refs(row.get("img_path"), resolve, "img_path", ImageRef)
     prompt = prompt_messages(row, [text_turn("user", row.get(key), key)], media)
@@ -63,7 +63,7 @@ def _too_few(num_usable: int, num_completions: int, reasons: tuple[RecordError, 
 
 
 def _completions(value: object) -> list[dict]:
-    """The completions, of which Parquet may hold one list for each field."""
+    """Return the completions of a row; Parquet may hold them as one list for each field."""
     if isinstance(value, dict):
         columns = {key: column for key, column in value.items() if isinstance(column, list)}
         if len({len(column) for column in columns.values()}) != 1:
@@ -95,7 +95,7 @@ def _fine_grained(completion: dict) -> float | None:
 
 
 def _ratings(completion: dict, aspects: tuple[str, ...]) -> list[float]:
-    """The numeric ratings of a completion."""
+    """Return the numeric ratings of a completion."""
     values = [_number((_annotation(completion, aspect) or {}).get("Rating")) for aspect in aspects]
     return [value for value in values if value is not None]
 
@@ -121,7 +121,7 @@ def _number(value: object) -> float | None:
 
 
 def _unusable(texts: list[str], scores: list[float | None]) -> Iterator[tuple[int, str]]:
-    """(number, code) of the completions that are left out."""
+    """Yield (number, code) of the completions that are left out."""
     seen = set()
     for i, (text, score) in enumerate(zip(texts, scores, strict=True)):
         if not text.strip():
@@ -142,7 +142,7 @@ _REASONS = {
 
 
 def _by_code(left_out: dict[int, str]) -> tuple[RecordError, ...]:
-    """One error for each code, which names the completions."""
+    """Return one error for each code; it names the completions."""
     found = []
     for code, reason in _REASONS.items():
         names = ", ".join(f"completions[{i}]" for i, its_code in left_out.items() if its_code == code)

@@ -1,4 +1,5 @@
-"""Turns as datasets write them -> messages, with every image and video at its place, and all that templates render."""
+"""Conversion of turns as data sets write them to messages, with media in place and all that templates render.
+"""
 
 import json
 import re
@@ -12,7 +13,7 @@ from fastrm.data.sources.media import Resolve, media_ref
 from fastrm.data.sources.values import bad_row, check_json, check_list, check_text
 from fastrm.errors import RecordError
 
-# In texts; where they stand, the next medium of this kind of the row is meant. <<image>> is the text <image>.
+# Each placeholder in a text stands for the row's next medium of its kind. <<image>> is the text <image>.
 PLACEHOLDERS = {"<image>": ImageRef, "<video>": VideoRef}
 _PLACEHOLDER = re.compile("(<<image>>|<<video>>|<image>|<video>)")
 _ROLE_NAMES = {role: role for role in ROLES} | {
@@ -25,14 +26,14 @@ _ROLE_NAMES = {role: role for role in ROLES} | {
     "observation": "tool",
     "tool_response": "tool",
 }
-_CALL_ROLES = ("function_call", "tool_call")  # LLaMA-Factory's and ms-swift's: the content is the call, as JSON
+_CALL_ROLES = ("function_call", "tool_call")  # roles of LLaMA-Factory and ms-swift whose content is the call, as JSON
 _OWN_KEYS = ("role", "content", "from", "value")
 _KINDS = {"image": ImageRef, "image_url": ImageRef, "video": VideoRef, "video_url": VideoRef}
 _MEDIA_KEYS = ("path", "url", "bytes", "value")
 
 
 class Turn(NamedTuple):
-    """One turn as it was read. A part that is a class takes the next medium of this kind of the row.
+    """One turn as it was read. A part that is a class takes the row's next medium of that kind.
 
     `fields` is that of `Message`.
     """
@@ -47,7 +48,7 @@ def text_turn(role: str, text: object, name: str) -> Turn:
 
 
 def read_turns(value: object, resolve: Resolve, name: str) -> list[Turn]:
-    """A list of ``{"role", "content"}`` or ``{"from", "value"}`` turns.
+    """Read a list of ``{"role", "content"}`` or ``{"from", "value"}`` turns.
 
     Raises:
         RecordError: BAD_ROW or BAD_TEXT, or what `media_ref` raises for a medium inside the content.
@@ -57,7 +58,9 @@ def read_turns(value: object, resolve: Resolve, name: str) -> list[Turn]:
 
 
 def read_turn(value: object, resolve: Resolve, name: str) -> Turn:
-    """One turn; its content is text or a list of parts. The assistant's may be missing beside `tool_calls` or the like.
+    """Read one turn, whose content is text or a list of parts.
+
+    The assistant's content may be missing beside `tool_calls` or the like.
 
     All other keys but nulls and notes (`TURN_NOTES`) become `Turn.fields`: whether the template renders them is
     seen when the turn is encoded.
@@ -87,7 +90,7 @@ def read_turn(value: object, resolve: Resolve, name: str) -> Turn:
 def prompt_messages(
     row: dict, turns: list[Turn], media: list[MediaRef], *, replaces_system: bool = False
 ) -> tuple[Message, ...]:
-    """The turns before a response, after the row's `system` and `history`, with its media at their places.
+    """Return the messages before a response: the row's `system` and `history`, then `turns`, media in place.
 
     The places are the media parts of the content if it has any, else the ``<image>`` and ``<video>``
     placeholders in the text, else, of a kind without any, the start of the first user turn. A text that only speaks
@@ -115,7 +118,7 @@ def prompt_messages(
 
 
 def response_message(turn: Turn, name: str) -> Message:
-    """A turn that is a response.
+    """Convert a turn that is a response to a message.
 
     Raises:
         RecordError: BAD_ROW if it is not the assistant's or holds an image or a video.
@@ -128,7 +131,7 @@ def response_message(turn: Turn, name: str) -> Message:
 
 
 def template_arguments(row: dict) -> str:
-    """`Response.arguments` of a row: its `tools` and `documents`, and what its `chat_template_kwargs` hold.
+    """Return `Response.arguments` of a row: its `tools`, `documents` and `chat_template_kwargs`.
 
     Raises:
         RecordError: BAD_ROW, BAD_JSON or BAD_TEXT.
@@ -142,7 +145,7 @@ def template_arguments(row: dict) -> str:
 
 
 def _json_list(value: object, name: str) -> list | None:
-    """A list of objects, or the same as JSON text, as trainers write it."""
+    """Return a list of objects; it may be given as JSON text, as trainers write it."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -156,7 +159,7 @@ def _json_list(value: object, name: str) -> list | None:
 
 
 def _read_calls(content: object) -> list[dict] | None:
-    """The `tool_calls` that the content of a turn in `_CALL_ROLES` stands for; None if it is not calls in JSON."""
+    """Read the content of a turn in `_CALL_ROLES` as `tool_calls`; None if it is not calls in JSON."""
     try:
         calls = json.loads(content)
     except (TypeError, ValueError, RecursionError):
@@ -168,7 +171,7 @@ def _read_calls(content: object) -> list[dict] | None:
 
 
 def _in_context(row: dict, turns: list[Turn], *, replaced: bool) -> list[Turn]:
-    """The turns after the row's `system` and `history`; `replaced`: their own system turn wins."""
+    """Return the turns after the row's `system` and `history`; if `replaced`, their own system turn wins."""
     own = turns[:1] if turns and turns[0].role == "system" else []
     system = [text_turn("system", row["system"], "system")] if row.get("system") else []
     if own and system and own != system and not replaced:
@@ -177,7 +180,7 @@ def _in_context(row: dict, turns: list[Turn], *, replaced: bool) -> list[Turn]:
 
 
 def _history(row: dict) -> list[Turn]:
-    """The earlier turns of a row, from its list of [query, response] pairs."""
+    """Return the earlier turns of a row, from its list of [query, response] pairs."""
     history = row.get("history", [])
     if not isinstance(history, list):
         raise bad_row("history", history, "a list of [query, response] pairs")
@@ -208,7 +211,7 @@ def _read_part(part: object, resolve: Resolve, name: str) -> Part | type[MediaRe
 
 
 def without_placeholders(message: Message, name: str, *, refuse: bool) -> Message:
-    """A response in whose text ``<<image>>`` has become ``<image>``.
+    """Return a response with ``<<image>>`` in its text replaced by ``<image>``.
 
     Args:
         refuse: a placeholder, which stands for an image that a response cannot hold, is an error; otherwise it is text.
@@ -228,7 +231,7 @@ def without_placeholders(message: Message, name: str, *, refuse: bool) -> Messag
 
 
 def escaped(value: object) -> object:
-    """A row's value in whose texts every placeholder is the text that it is written with."""
+    """Escape every placeholder in the texts of a row's value, so that it is read as text."""
     if isinstance(value, str):
         for placeholder in PLACEHOLDERS:
             value = value.replace(placeholder, f"<{placeholder}>")
@@ -239,7 +242,7 @@ def escaped(value: object) -> object:
 
 
 def unescaped(text: str) -> str:
-    """The text that `escaped` was given."""
+    """Undo `escaped`."""
     return "".join(map(_unescaped, _PLACEHOLDER.split(text)))
 
 

@@ -30,7 +30,7 @@ _QUESTIONS = {
 
 @dataclass(frozen=True)
 class DigitsFile:
-    """A split in the manner of a data file (`SourceFile`): its rows are the records of `digit_records`."""
+    """A split of the digits as a data file (like `SourceFile`): its rows are the records of `digit_records`."""
 
     split: str
     name: str | None = None
@@ -48,7 +48,7 @@ class DigitsFile:
         return sum(1 for _ in self.read())
 
     def read(self, start: int = 0, stop: int | None = None, keys: KeyTally | None = None) -> Iterator[Record]:
-        """The records from number `start` up to, not including, `stop` (0-based); `keys` takes their number."""
+        """Yield the records from number `start` up to, not including, `stop` (0-based); `keys` counts them."""
         for record in islice(digit_records(self.split), start, stop):
             if keys is not None:
                 keys.add("digits", (), {})
@@ -56,7 +56,7 @@ class DigitsFile:
 
 
 def digit_records(split: str) -> Iterator[Record]:
-    """The records of a split, always the same and in the same order.
+    """Yield the records of a split, always the same and in the same order.
 
     Every image is asked which digit it shows (2 to 4 responses, one of them true). Images in even
     places may also be asked for its parity, those in odd places for its size (2 responses).
@@ -78,7 +78,7 @@ def digit_records(split: str) -> Iterator[Record]:
         kind = "size" if place % 2 else "parity"
         truth = digit > 4 if kind == "size" else digit % 2 == 0
         asked = num_asked[kind]
-        # Asked only when it keeps both answers equally frequent, to within one.
+        # The question is asked only if both answers stay equally frequent, to within one.
         if asked[truth] <= asked[not truth]:
             asked[truth] += 1
             answers = ("yes", "no") if kind == "size" else ("even", "odd")
@@ -86,7 +86,7 @@ def digit_records(split: str) -> Iterator[Record]:
 
 
 def _load(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (N, 8, 8) from 0 to 16 and labels (N,) of a split."""
+    """Return pixels (N, 8, 8) from 0 to 16 and labels (N,) of a split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -105,7 +105,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _wrong_digits(digit: int, place: int, wins: np.ndarray) -> list[int]:
-    """One to three wrong digits: first those that have beaten `digit` more often than they lost to it."""
+    """Choose one to three wrong digits: first those that beat `digit` more often than they lost to it."""
     others = [(digit + 1 + (step + place) % 9) % 10 for step in range(9)]
     others.sort(key=lambda other: wins[digit, other] - wins[other, digit])
     wrong = list(islice(others, 1 + place % 3))

@@ -13,14 +13,14 @@ from fastrm.errors import RecordError
 
 @dataclass(frozen=True)
 class Draft:
-    """What a layout reads from one row.
+    """A row as its layout has read it, before it is checked.
 
     Attributes:
         scores: one for each response, instead of preferences, which `to_record` makes of them.
-        left_out: what of the row says nothing about preferences, while the rest does.
-        all_responses: of the row, in its order, where `left_out` names some; scoring takes them.
-        problem: why no preference can be made of the row, which can be scored nevertheless.
-        names: of the responses, for messages; ``responses[i]`` without.
+        left_out: errors of the parts of a row that are left out, while the rest is used.
+        all_responses: all responses of the row, in order, where `left_out` names some; scoring takes them.
+        problem: the reason why the row has no preference; it can be scored nevertheless.
+        names: names of the responses in messages; ``responses[i]`` without them.
     """
 
     responses: tuple[Response, ...]
@@ -33,7 +33,7 @@ class Draft:
 
 
 def answer(prompt: tuple[Message, ...], said: str | Message) -> Response:
-    """A response to a prompt; an empty one is refused by `to_record`, where preferences are wanted.
+    """Make a response to a prompt. `to_record` refuses an empty one where preferences are wanted.
 
     Args:
         said: its text, or the assistant's whole turn.
@@ -50,7 +50,7 @@ def read_draft(
     is_scored: bool,
     placeholders_are_text: bool = False,
 ) -> Draft:
-    """A row read by its layout's `parse`, with what of it the template is given beside the messages.
+    """Read a row by its layout's `parse`, with the chat template's arguments besides the messages.
 
     Args:
         is_scored: a placeholder in a response is text, as a policy may write it; in training it is an error.
@@ -71,7 +71,7 @@ def read_draft(
             messages = [replace(message, fields=unescaped(message.fields)) for message in messages]
         return Response(tuple(messages), response.arguments or arguments)
 
-    # What training leaves out cannot be wrong for it.
+    # Responses that training leaves out are not checked for it.
     wanted = "all_responses" if is_scored and draft.all_responses else "responses"
     return replace(draft, **{wanted: tuple(finished(n, one) for n, one in enumerate(getattr(draft, wanted)))})
 
@@ -79,7 +79,7 @@ def read_draft(
 def judged(
     responses: Sequence[Response], preferences: Callable[[], tuple[Preference, ...]], names: Sequence[str] = ()
 ) -> Draft:
-    """A draft with the preferences that a row states; what is wrong with them is a problem for them alone.
+    """Return a draft with the preferences that a row states. An error in them does not keep it from being scored.
 
     Args:
         preferences: reads them; may raise RecordError.
@@ -92,7 +92,7 @@ def judged(
 
 
 def rated(responses: Sequence[Response], scores: Callable[[], Iterable[float]]) -> Draft:
-    """As `judged`, with a score for each response."""
+    """Return a draft with a score for each response. An error in them does not keep it from being scored."""
     try:
         return Draft(tuple(responses), scores=tuple(scores()))
     except RecordError as error:
@@ -100,7 +100,7 @@ def rated(responses: Sequence[Response], scores: Callable[[], Iterable[float]]) 
 
 
 def pair(chosen: Response, rejected: Response, row: dict) -> Draft:
-    """A draft of two responses and one preference, with the row's `margin` if it has one."""
+    """Return a draft of two responses and one preference, with the row's `margin` if it has one."""
 
     def preference() -> tuple[Preference, ...]:
         return (Preference(0, 1, check_number(row["margin"], "margin") if "margin" in row else 0.0),)
@@ -111,7 +111,7 @@ def pair(chosen: Response, rejected: Response, row: dict) -> Draft:
 def to_record(
     draft: Draft, *, record_id: str, source: str, origin: str, require_preferences: bool, pairs: str = "all"
 ) -> Record:
-    """The record of a draft.
+    """Convert a draft to a record.
 
     What a policy produces can be scored: empty responses, equal ones, one alone. Preferences need more.
 
@@ -167,7 +167,7 @@ def _preference(a: int, b: int, scores: tuple[float, ...]) -> Preference:
 
 
 def _hardest(draft: Draft) -> Draft:
-    """The best and the worst response alone; the first two if all are equally good."""
+    """Return a draft of the best and the worst response alone; of the first two if all are equally good."""
     if draft.scores is None:
         raise RecordError("NO_SCORES", "`pairs: hard` needs scored responses, the row has none; set `pairs: all`")
     best, worst = draft.scores.index(max(draft.scores)), draft.scores.index(min(draft.scores))

@@ -26,10 +26,10 @@ NumberedRow = tuple[int, object]  # 1-based line or row; a RecordError in place 
 
 
 def data_files(path: str) -> list[str]:
-    """The file itself, or the data files of a folder in the order of their names.
+    """Return the file itself, or the data files of a folder in the order of their names.
 
     Raises:
-        DataError: the path is missing, not a data file, or a folder without one.
+        DataError: if the path is missing, no data file, or a folder without one.
     """
     wanted = f"one of {', '.join(SUFFIXES)}"
     entry = Path(path)
@@ -46,13 +46,13 @@ def data_files(path: str) -> list[str]:
 
 
 def file_stem(file: str) -> str:
-    """The name of a data file without folder, archive and suffix."""
+    """Return the name of a data file without folder, archive and suffix."""
     name = file.replace("!", "/").rpartition("/")[2]
     return name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))]
 
 
 def stored_in(file: str) -> list[str]:
-    """The files on disk that a data file is stored in: itself, or its archive, or the parts of that."""
+    """Return the files on disk that hold a data file: itself, or its archive, or the parts of that."""
     archive, in_zip, _ = file.partition(_IN_ZIP)
     return [part for part, _, _ in archive_status(archive + ".zip")] if in_zip else [file]
 
@@ -62,7 +62,7 @@ def _has_suffix(name: str) -> bool:
 
 
 def read_rows(file: str, start: int = 0, stop: int | None = None) -> Iterator[NumberedRow]:
-    """The rows of one data file from row `start` up to, not including, row `stop` (0-based).
+    """Yield the rows of one data file from row `start` up to, not including, row `stop` (0-based).
 
     Rows before `start` are not parsed; of a JSON document, which has to be parsed whole, they are not
     yielded. Blank lines are skipped but counted, so that numbers are those of a full read.
@@ -80,7 +80,7 @@ def read_rows(file: str, start: int = 0, stop: int | None = None) -> Iterator[Nu
 
 
 def count_rows(file: str) -> int:
-    """The number of rows of a data file: lines of .jsonl, blank ones too; nothing but .json is parsed.
+    """Return the number of rows of a data file; lines of .jsonl count, blank ones too, and only .json is parsed.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -100,7 +100,7 @@ def count_rows(file: str) -> int:
 
 
 def open_data_file(file: str) -> io.BufferedReader:
-    """A data file, or member of a zip archive, opened for reading bytes."""
+    """Open a data file, or a member of a zip archive, for reading bytes."""
     archive, in_zip, member = file.partition(_IN_ZIP)
     opened = open_member(archive + ".zip", member) if in_zip else open(file, "rb", 0)  # noqa: SIM115  (the caller closes it)
     # Python code reads what is compressed: in large pieces, not line by line.
@@ -112,7 +112,7 @@ def _form(file: str) -> str:
         return "table" if file.lower().endswith(".parquet") else "lines"
     with open_data_file(file) as document:
         first, second = document.readline().removeprefix(_BOM), document.readline()
-    # An object on the first line with more behind it cannot be one document.
+    # A file whose first line is an object, and which goes on after it, cannot be one JSON document.
     is_lines = second.strip() and isinstance(_parse_line(first), dict)
     return "lines" if is_lines else "document"
 
@@ -134,7 +134,10 @@ def _jsonl_rows(file: str, start: int, stop: int | None) -> Iterator[NumberedRow
 
 
 def _skip_lines(lines: io.BufferedReader, count: int) -> None:
-    """Advance by whole blocks, in which newlines are counted, then by lines; never back, which would unpack anew."""
+    """Advance by whole blocks, in which newlines are counted, then by lines.
+
+    It never seeks back: a compressed file would be unpacked again from its beginning.
+    """
     while count > 0 and (block := lines.peek()):
         in_block = block.count(b"\n")
         if in_block >= count:
@@ -179,11 +182,11 @@ def _json_list(file: str) -> list:
 
 
 def read_json(file: str) -> object:
-    """The value of a JSON file.
+    """Read the value of a JSON file.
 
     Raises:
-        DataError: it is not JSON in UTF-8.
-        OSError: it cannot be opened.
+        DataError: if it is not JSON in UTF-8.
+        OSError: if it cannot be opened.
     """
     with open_data_file(file) as document:
         content = document.read().removeprefix(_BOM)
@@ -218,14 +221,14 @@ def _parquet_file(file: str):
     import pyarrow.parquet
 
     try:
-        # Without pre_buffer, which would hold whole row groups.
+        # pre_buffer would hold whole row groups in memory.
         return pyarrow.parquet.ParquetFile(open_data_file(file) if _IN_ZIP in file else file, pre_buffer=False)
     except pyarrow.ArrowException as error:
         raise DataError(f'data file "{file}" is damaged after row 0: {error}; make it again') from error
 
 
 def _row_groups(table, start: int, stop: int) -> tuple[list[int], int]:
-    """The row groups that hold the rows from `start` to `stop`, and the number of rows before them."""
+    """Return the row groups that hold rows `start` to `stop`, and the number of rows before them."""
     groups, first, end = [], 0, 0
     for group in range(table.metadata.num_row_groups):
         begin, end = end, end + table.metadata.row_group(group).num_rows
@@ -256,7 +259,7 @@ def _holds_objects(kind) -> bool:
 
 
 def _without_nulls(value: object) -> object:
-    """The value without the nulls that Parquet fills objects with, so that all of a column have the same keys.
+    """Return the value without the nulls that Parquet adds so that all objects of a column have the same keys.
 
     A template would render them: in the schema of a tool and in the arguments of a call.
     """

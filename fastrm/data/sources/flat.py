@@ -18,7 +18,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     key = "prompt" if "prompt" in row else "question"
     prompt = prompt_messages(row, [text_turn("user", row.get(key), key)], row_media(row, resolve))
     chosen, rejected = (answer(prompt, check_text(row.get(name), name)) for name in ("chosen", "rejected"))

@@ -19,17 +19,17 @@ def matches(row: dict) -> bool:
 
 
 def continues(previous: dict, row: dict) -> bool:
-    """Whether a row has the prompt, with all that is rendered and shown beside it, of the row before it."""
+    """Return whether a row has the same prompt as the row before it, with all that is rendered and shown beside it."""
     return all(previous.get(key) == row.get(key) for key in ("prompt", *RENDERED_KEYS, *MEDIA_KEYS))
 
 
 def join(rows: list[dict]) -> dict:
-    """The rows of one prompt as the row that `parse` takes."""
+    """Join the rows of one prompt to the row that `parse` takes."""
     return {**rows[0], _JOINED: rows}
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for rows that cannot be used."""
+    """Parse rows in this layout. Raises RecordError for rows that cannot be used."""
     turns = [text_turn("user", row.get("prompt"), "prompt")]
     prompt = prompt_messages(row, turns, row_media(row, resolve))
     rows = [(one, f" of row {i + 1} of the prompt" if i else "") for i, one in enumerate(row.get(_JOINED, [row]))]

@@ -17,10 +17,12 @@ _SPEC = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<config>[\w.-]+))?(?::(
 
 
 def hub_files(spec: str) -> list[str]:
-    """The local data files of ``owner/name[/config][:split]``; default: the only configuration, and `train`.
+    """Return the local data files of ``owner/name[/config][:split]``.
+
+    The default is the only configuration, and `train`.
 
     Raises:
-        DataError: the spec is malformed, there is no such split, its files are of another format, or the hub
+        DataError: if the spec is malformed, there is no such split, its files are of another format, or the hub
             cannot be reached.
     """
     match = _SPEC.fullmatch(spec)
@@ -37,7 +39,7 @@ def hub_files(spec: str) -> list[str]:
 
 
 def repository_files(path: str, config: str | None = None) -> dict[str, list[str]]:
-    """The data files of each split of a data set, by `datasets`: hub URLs, or paths of a local repository.
+    """Return the data files of each split of a data set as `datasets` names them: hub URLs or local paths.
 
     Raises:
         DataError: `datasets` cannot find the set or the configuration.
@@ -46,13 +48,13 @@ def repository_files(path: str, config: str | None = None) -> dict[str, list[str
 
     try:
         builder = load_dataset_builder(path, config)
-    except Exception as error:  # whatever the network, the hub and the repository's card make of it
+    except Exception as error:  # the network, the hub and the repository's card fail in many ways
         raise _unreachable(path, error) from error
     return {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
 
 
 def hub_folder(repo: str, patterns: tuple[str, ...]) -> str:
-    """A local folder with the files of a data set that match one of the patterns, as the hub lays them out.
+    """Return a local folder with the files of a data set that match one of the patterns, laid out as on the hub.
 
     Raises:
         DataError: the hub cannot be reached and the files are not in its cache, or none matches.
@@ -61,7 +63,7 @@ def hub_folder(repo: str, patterns: tuple[str, ...]) -> str:
 
     try:
         folder = snapshot_download(repo, repo_type="dataset", allow_patterns=list(patterns))
-    except Exception as error:  # whatever the network and the hub make of it
+    except Exception as error:  # the network and the hub fail in many ways
         raise _unreachable(repo, error) from error
     if not any(file.is_file() for file in Path(folder).rglob("*")):
         raise DataError(f'data set "{repo}" has no file like {" or ".join(patterns)}; it may have changed on the hub')

@@ -41,7 +41,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     return _parse_r1_reward(row, resolve) if "message" in row else _parse_llava_critic(row, resolve)
 
 
@@ -62,7 +62,7 @@ def _answered(value: object) -> Preference:
 
 
 def _message(row: dict, resolve: Resolve) -> tuple[str, list[MediaRef]]:
-    """The text of the chat, and its images: those of the column `image`, where the row has it."""
+    """Return the text of the chat and its images; the column `image` replaces those of the chat."""
     written = check_text(row.get("message"), "message")
     try:
         chat = json.loads(written)
@@ -71,7 +71,7 @@ def _message(row: dict, resolve: Resolve) -> tuple[str, list[MediaRef]]:
     image = row.get("image")
     if isinstance(image, str) and len(image) > MAX_PATH_CHARS and not image.startswith("data:"):
         image = decode_base64(image, "image")
-    # Paths inside the message are those of the authors' machine; with embedded images they are not looked at.
+    # Paths inside the message are those of the authors' machine; beside embedded images they are not opened.
     ignore = image is not None and image != ""
     turns = read_turns(chat, _no_file if ignore else resolve, "message")
     parts = [part for turn in turns for part in turn.parts]
@@ -106,7 +106,7 @@ def _verdict(said: str) -> Preference:
 
 
 def _parts(text: str, marks: tuple[str, ...], name: str) -> list[str]:
-    """The texts between four marks, each of which must stand exactly once, in order."""
+    """Split a text at four marks, each of which must stand exactly once, in order."""
     found = [list(re.finditer(mark, text, re.MULTILINE)) for mark in marks]
     if any(len(matches) != 1 for matches in found):
         counts = ", ".join(str(len(matches)) for matches in found)

@@ -1,4 +1,12 @@
-"""The keys of a row that are read, and what becomes of the others.
+"""The keys of a row that are read, and the treatment of all others.
+
+A layout declares the keys that it reads as `KEYS`; an entry that is a tuple names alternatives, of which the first
+that a row has is read. Keys on METADATA may stand beside them and say nothing to the model. Every other key is
+unread, and one of three things:    - It holds an image, a video or audio, by its bytes or by the name of a file:
+the row is refused (UNREAD_MEDIA),     since the model would judge it blind. It is accepted where the row's media
+are read and it names one of them again.   - It is a misspelling of a key that the layout reads, or another word for
+one that changes the prompt:     the row is refused (UNKNOWN_KEY).   - Anything else is counted and reported once
+for its file (`KeyTally`).
 
 A layout declares the keys that it reads as `KEYS`; an entry that is a tuple names alternatives, of which the first
 that a row has is read. Keys on METADATA may stand beside them and say nothing to the model. Every other key is
@@ -31,35 +39,35 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Beside the keys of every layout: who a row is and where it comes from.
+# Keys of any row that say what it is called and where it comes from.
 _NAMES = _words("""
     id ID _id idx index uid uuid guid row_id sample_id question_id prompt_id image_id video_id conversation_id post_id
     contest contest_id source data_source dataset dataset_name ds_name origin_dataset origin_split split subset
     subset_name
 """)
-# What is told of a row and belongs to no model's input.
+# Keys of any row that describe it and belong to no model's input.
 _TOLD = _words("""
     meta metadata category task domain topic language lang license licence timestamp tstamp created_at date annotator
     annotator_id judge model models model_a model_b model_id model_name chosen_model rejected_model chosen_score
     rejected_score score_chosen score_rejected chosen_rating rejected_rating chosen_reason rejected_reason num_turns
 """)
 METADATA = _NAMES | _TOLD
-# Of a row of any layout, beside its messages: what the chat template is given (conversation.py).
+# Keys of any row that the chat template is given besides the messages (conversation.py).
 RENDERED_KEYS = ("system", "history", "tools", "documents", "chat_template_kwargs")
-# Of a turn, what no template renders: settings of trainers, and what arenas and logs note.
+# Keys of a turn that no template renders: settings of trainers, and notes of arenas and logs.
 TURN_NOTES = METADATA | _words("""
     loss loss_scale loss_weight weight train num_tokens country hashed_ip header redacted state toxic turn_identifier
 """)
-# The other keys of a turn go to the template as well, which decides whether they are rendered or refused.
+# Keys of a turn that are known. The template is given them, and decides whether they are rendered or refused.
 _TURN_KEYS = (
     _words("role content from value name tool_calls tool_call_id reasoning_content reasoning thinking function_call")
     | TURN_NOTES
 )
-_TEXT_KEYS = _words("type text value")  # of a part of the content
+_TEXT_KEYS = _words("type text value")  # keys of a part of the content that is text
 _PART_KEYS = _TEXT_KEYS | _words("image image_url video video_url path url bytes detail")
-# Of a rated response: its text, under the first of these names that it has.
+# A rated response's text is under the first of these keys that it has.
 RATED_TEXTS = ("text", "caption", "response", "completion", "content", "answer", "output")
-# What people call the keys of the layouts, by which the nearest key is found.
+# Other words for the keys of the layouts, by which the nearest key is found.
 _OTHER_WORDS = {
     "system": "system_prompt system_message system_instruction sys_prompt",
     "tools": "functions tool_definitions available_tools",
@@ -73,26 +81,26 @@ _OTHER_WORDS = {
     "scores": "rewards ratings",
 }
 SYNONYMS = {word: key for key, words in _OTHER_WORDS.items() for word in words.split()}
-# Whose synonyms are refused: the model would read another prompt.
+# Keys whose synonyms are refused, because the model would read another prompt.
 _CHANGE_THE_PROMPT = ("system", "tools", "images", "videos")
-_MAX_ITEMS = 1000  # of a list or object that is searched for media
+_MAX_ITEMS = 1000  # the most items of a list or object that are searched for media
 _MAX_DEPTH = 6
-_MAX_REPORTED = 12  # unread keys that a report describes
-_NOT_PLAIN = frozenset("[]{},:#&*!|>'\"%@` ")  # characters of a key that YAML wants in quotes
+_MAX_REPORTED = 12  # the most unread keys that a report describes
+_NOT_PLAIN = frozenset("[]{},:#&*!|>'\"%@` ")  # characters for which YAML needs quotes around a key
 _brief = Repr()
 _brief.maxstring = _brief.maxother = 40
 
 
 @functools.cache
 def key_names(keys: Keys) -> tuple[str, ...]:
-    """All names that a layout reads, alternatives and RENDERED_KEYS included."""
+    """Return all names that a layout reads, with alternatives and RENDERED_KEYS."""
     own = [name for entry in keys for name in ((entry,) if isinstance(entry, str) else entry)]
     return (*own, *(name for name in RENDERED_KEYS if name not in own))
 
 
 @functools.lru_cache(maxsize=4096)  # nearly all rows of a file have the same keys
 def _split(names: tuple, keys: Keys) -> tuple[tuple[str, ...], tuple]:
-    """The names of a row's keys that are read, and those that are neither read nor metadata."""
+    """Split the names of a row's keys into those that are read, and those that are neither read nor metadata."""
     read = {
         entry if isinstance(entry, str) else next((name for name in entry if name in names), None) for entry in keys
     }
@@ -104,12 +112,12 @@ def _split(names: tuple, keys: Keys) -> tuple[tuple[str, ...], tuple]:
 
 
 def read_keys(row: dict, keys: Keys) -> tuple[str, ...]:
-    """The keys of a row that its layout reads, in the order of the row."""
+    """Return the keys of a row that its layout reads, in the order of the row."""
     return _split(tuple(row), keys)[0]
 
 
 def unread_keys(row: dict, keys: Keys, ignore: Sequence[str] = ()) -> dict[str, object]:
-    """The keys of a row that its layout does not read and that are not metadata, with their values.
+    """Return the keys of a row that its layout does not read and that are not metadata, with their values.
 
     Keys inside of turns, parts and rated responses are named like ``messages[].name``, each once.
 
@@ -127,7 +135,7 @@ def unread_keys(row: dict, keys: Keys, ignore: Sequence[str] = ()) -> dict[str, 
 
 
 def without_nested(row: dict, ignore: Sequence[str]) -> dict:
-    """The row without the keys of its turns that are ignored, which are named as `unread_keys` does."""
+    """Return the row without the ignored keys of its turns, which are named as `unread_keys` names them."""
     for name in ignore:
         key, _, inner = name.partition("[].") if "[]." in name else name.partition(".")
         value = row.get(key)
@@ -158,7 +166,7 @@ def check_unread(row: dict, unread: dict[str, object], keys: Keys, *, is_file: b
         if (found := next(_media(row[name]), None)) and not _holds_media(row, keys):
             raise _unread_media(name, found, is_file)
     for name, value in unread.items():
-        # An alternative of a key that is read is no slip of the pen.
+        # An alternative of a key that is read is no misspelling.
         near = misspelt(name, key_names(keys)) if name not in key_names(keys) else None
         near = near or _changes_the_prompt(row, name, value, keys)
         if near is not None:
@@ -167,35 +175,35 @@ def check_unread(row: dict, unread: dict[str, object], keys: Keys, *, is_file: b
 
 
 def _changes_the_prompt(row: dict, name: str, value: object, keys: Keys) -> str | None:
-    """The key that an unread one is another word for, if the model would read another prompt without it."""
+    """Return the key that an unread key is a synonym of, if without it the model would read another prompt."""
     meant = SYNONYMS.get(name)
     if meant == "prompt":
-        # Of whole conversations the prompt is in `chosen` and `rejected`; of texts it would be a part of the answers.
+        # Whole conversations hold the prompt in `chosen` and `rejected`; texts would have it as a part of the answers.
         names = _alternatives(meant, keys)
         is_missing = bool(names) and not any(name in row for name in names)
         return meant if is_missing and value and not isinstance(row.get("chosen"), list) else None
     if meant not in _CHANGE_THE_PROMPT or not value:
         return None
     if meant in MEDIA_KEYS and (not isinstance(value, (str, list, tuple, dict)) or any(map(row.get, MEDIA_KEYS))):
-        return None  # a number is none; beside media that are read it may name them again
+        return None  # a number is no medium; beside media that are read the key may name them again
     return meant
 
 
 def _alternatives(name: str, keys: Keys) -> tuple[str, ...]:
-    """The names of which the first that a row has is read, `name` among them; none if the layout does not read it."""
+    """Return the alternatives of a key, itself among them; none if the layout does not read it."""
     entries = (entry if isinstance(entry, tuple) else (entry,) for entry in keys)
     return next((entry for entry in entries if name in entry), ())
 
 
 @functools.lru_cache(maxsize=4096)
 def misspelt(name: str, known: tuple[str, ...]) -> str | None:
-    """The key that a name is a slip of the pen for: one letter more, less, other or swapped, or other capitals."""
+    """Return the known key that a name misspells: one letter more, less, other or swapped, or other capitals."""
     same = [key for key in known if _plain(key) == _plain(name)]
     return next(iter(same + [key for key in known if _is_one_edit(name.lower(), key)]), None)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The other key that a name most likely stands for, by spelling or by meaning; None if nothing is near."""
+    """Return the other key that a name most likely stands for, by spelling or meaning; None if none is near."""
     others = tuple(key for key in known if key != name)
     return misspelt(name, others) or (SYNONYMS.get(name) if SYNONYMS.get(name) in others else None)
 
@@ -222,7 +230,7 @@ def _plain(name: str) -> str:
 
 
 def _is_one_edit(a: str, b: str) -> bool:
-    """Whether two names of four letters or more differ by one letter, or by two that are swapped."""
+    """Return whether two names of four letters or more differ by one letter, or by two swapped letters."""
     if min(len(a), len(b)) < 4 or abs(len(a) - len(b)) > 1:
         return False
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -232,7 +240,7 @@ def _is_one_edit(a: str, b: str) -> bool:
 
 
 def _nested(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """The unread keys inside of a turn, a list of turns, or a list of rated responses."""
+    """Yield the unread keys inside of a turn, a list of turns, or a list of rated responses."""
     for item in _turns(value):
         path = name if item is value else f"{name}[]"
         yield from _other(path, item, _TURN_KEYS)
@@ -255,7 +263,7 @@ def _turns(value: object) -> list[dict]:
 
 
 def is_turn(item: object) -> bool:
-    """Whether a value is a turn, whose role may be missing beside a call of a tool."""
+    """Return whether a value is a turn. Its role may be missing beside a tool call."""
     return isinstance(item, dict) and any(key in item for key in ("role", "from", "tool_calls"))
 
 
@@ -263,13 +271,13 @@ def _other(path: str, item: dict, known: frozenset[str] | set[str]) -> Iterator[
     for key, value in item.items():
         if value is None or key in known:
             continue
-        # A part's `source` may be its image, as other APIs write it.
+        # A part's `source` may be its image, as some APIs write it.
         if key not in METADATA or (not isinstance(value, str) and next(_media(value), None)):
             yield f"{path}.{key}", value
 
 
 def _media(value: object, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """(kind, name or "") of the images, videos and audio inside of a value."""
+    """Yield (kind, name or "") of the images, videos and audio inside of a value."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, Image.Image):
@@ -288,7 +296,7 @@ def _media(value: object, depth: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def _media_names(row: dict, keys: Keys) -> set[str]:
-    """The names, without folders, of the files that a row's own media name."""
+    """Return the names, without folders, of the files that the row's media name."""
     return {os.path.basename(name) for _, name in _media(_places_of_media(row, keys)) if name}
 
 
@@ -297,7 +305,7 @@ def _holds_media(row: dict, keys: Keys) -> bool:
 
 
 def _places_of_media(row: dict, keys: Keys) -> list:
-    """The values of a row that its media are read from: its columns of media, and the parts of its turns."""
+    """Return the values of a row that its media are read from: its media columns and its turns' parts."""
     read = read_keys(row, keys)
     turns = [turn for name in read for turn in _turns(row[name])]
     contents = [turn.get(key) for turn in turns for key in ("content", "value")]
@@ -313,29 +321,29 @@ def _places_of_media(row: dict, keys: Keys) -> list:
 
 
 def ignore_setting(names: Iterable[str]) -> str:
-    """What a data source's settings say about keys that are rightly not read, as YAML."""
+    """Return the line of YAML by which a data source ignores these keys."""
     return f"ignore: [{', '.join(json.dumps(name) if set(name) & _NOT_PLAIN else name for name in names)}]"
 
 
 class KeyTally:
-    """What the keys of a file's rows were: how many rows each layout read, and which keys were not read.
+    """The counts of the keys of a file's rows: rows that each layout read, and keys that were not read.
 
     Attributes:
-        layouts: rows by the name of their layout.
-        read: the keys that were read, by layout, in the order of the rows.
-        unread: rows that have a key which is not read, by its name.
-        examples: a value of each of them, shortened.
+        layouts: number of rows by the name of their layout.
+        read: keys that were read, by layout, in the order of the rows.
+        unread: number of rows that have an unread key, by its name.
+        examples: a shortened value of each of them.
     """
 
     def __init__(self):
         self.layouts: Counter[str] = Counter()
         self.read: dict[str, list[str]] = {}
-        self._known: set[tuple] = set()  # layouts with the keys of rows that were seen
+        self._known: set[tuple] = set()  # (layout, keys) of the rows seen so far
         self.unread: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
     def add(self, layout: str, read: tuple[str, ...], unread: dict[str, object]) -> None:
-        """Count a row with the keys of it that are read, and those that are not with their values."""
+        """Count a row, with the keys of it that are read, and the others with their values."""
         self.layouts[layout] += 1
         if (layout, read) not in self._known:
             self._known.add((layout, read))
@@ -357,7 +365,7 @@ class KeyTally:
         self.read[layout] = list(dict.fromkeys([*self.read.get(layout, ()), *read]))
 
     def to_json(self) -> dict:
-        """The tally as plain values, for `from_json`."""
+        """Return the tally as plain values, for `from_json`."""
         return {"layouts": self.layouts, "read": self.read, "unread": self.unread, "examples": self.examples}
 
     @classmethod
@@ -368,10 +376,10 @@ class KeyTally:
         return tally
 
     def report(self, path: str, known: Sequence[str]) -> str | None:
-        """One line that names the unread keys of a file with rows, an example and the nearest key; None: all are read.
+        """Return one line about a file's unread keys, with counts, an example and the nearest key; None without any.
 
         Args:
-            known: keys that can be meant, for the nearest.
+            known: keys that may be meant, for the nearest one.
         """
         if not self.unread:
             return None
@@ -386,5 +394,5 @@ class KeyTally:
         return f"{path}: keys that are not read: {', '.join(parts)}{more}{right}"
 
     def likely_metadata(self, known: Sequence[str]) -> list[str]:
-        """The unread keys that no known key is near to, as a source may ignore them."""
+        """Return the unread keys to which no known key is near, so that a source may ignore them."""
         return [name for name in self.unread if nearest(name, known) is None]

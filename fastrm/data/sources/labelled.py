@@ -44,7 +44,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     named = [c for c in _COLUMNS if c.first in row or c.second in row] or [_COLUMNS[2]]
     columns = next((c for c in named if c.label in row or c.prompt in row), named[0])
     value = row.get(columns.prompt)

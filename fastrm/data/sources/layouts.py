@@ -1,4 +1,8 @@
-"""The layouts that rows come in, and which of them a row has.
+"""The layouts that rows come in, and the detection of a row's layout.
+
+A layout is a module with `KEYS`, the keys that it reads (see keys.py), `matches(row)`, which looks at keys and
+kinds only, and `parse(row, resolve)`, which returns a `Draft` or raises `RecordError`. A layout whose records span
+consecutive rows also has `continues(previous, row)` and `join(rows)`, which makes one row for `parse` of several.
 
 A layout is a module with `KEYS`, the keys that it reads (see keys.py), `matches(row)`, which looks at keys and
 kinds only, and `parse(row, resolve)`, which returns a `Draft` or raises `RecordError`. A layout whose record spans
@@ -46,20 +50,20 @@ LAYOUTS = {
     "messages": messages,
     "json_text": json_text,
 }
-# Whose records may span several rows.
+# Layouts whose records may span several rows.
 JOINING = tuple(layout for layout in LAYOUTS.values() if hasattr(layout, "continues"))
-# What any layout reads: what a key can have been meant for.
+# All keys that some layout reads: an unknown key may be meant for one of them.
 ALL_KEYS = tuple(dict.fromkeys(key for layout in LAYOUTS.values() for key in key_names(layout.KEYS)))
 FORMATS = ("auto", *LAYOUTS, "digits")
 
 
 def keys_read_by(layouts: Iterable[str]) -> list[str]:
-    """The keys that any of these layouts reads, by their names."""
+    """Return the keys that any of these layouts reads."""
     return list(dict.fromkeys(key for name in layouts for key in key_names(getattr(LAYOUTS.get(name), "KEYS", ()))))
 
 
 def detect(row: dict) -> ModuleType:
-    """The layout of a row by its keys.
+    """Detect the layout of a row by its keys.
 
     Raises:
         RecordError: BAD_ROW if it is none of the known ones.

@@ -30,12 +30,12 @@ def matches(row: dict) -> bool:
     if "chosen_messages" in row:
         return True
     has_prompt = "conversations" in row or "messages" in row or "instruction" in row
-    # A list is TRL's, whose sets may have a `messages` column besides.
+    # A list is TRL's format, whose sets may also have a column `messages`.
     return has_prompt and "chosen" in row and not isinstance(row["chosen"], list)
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     images = row_media(row, resolve)
     responses = []
     for name in ("chosen", "rejected"):

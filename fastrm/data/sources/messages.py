@@ -13,7 +13,7 @@ KEYS = (_MESSAGES, *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
-    # `conversations` alone are a judge's, which is asked before.
+    # `conversations` alone belong to the layout `judge`, which is asked earlier.
     key = next((key for key in _MESSAGES if key in row), "messages")
     return isinstance(row.get(key), (list, tuple)) and not any(
         key in row for key in ("chosen", "rejected", "responses")
@@ -21,7 +21,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     key = next((key for key in _MESSAGES if key in row), "messages")
     *turns, last = read_turns(row.get(key), resolve, key)
     said = response_message(last, key)

@@ -13,11 +13,11 @@ KEYS = ("question", "chosen", "rejected", "margin", *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
-    return False  # the same keys as `flat`: only the set's name tells
+    return False  # its keys are those of `flat`: only the set's name tells them apart
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     question = check_text(row.get("question"), "question")
     num_images = len(image_refs(row.get("image"), resolve, "image"))
     if "<image>" not in question:

@@ -1,4 +1,4 @@
-"""MMPR's meta.json: subset -> {root, annotation, repeat_time, ...}.
+"""The files of MMPR by its meta.json: subset -> {root, annotation, repeat_time, ...}.
 
 Annotations are in `annotations.zip` or unpacked in `annotations/`; images in `images.zip`, in its parts
 (`images.zip_aa`, ...) or unpacked in `images/`. The paths in meta.json begin with the place that the authors'
@@ -20,10 +20,10 @@ _ANNOTATIONS, _IMAGES = "annotations", "images"
 
 
 def mmpr_files(root: Path, images: str | None, open_file: Callable[..., SourceFile]) -> list[SourceFile]:
-    """The annotation files of all subsets, in the order of meta.json.
+    """Return the annotation files of all subsets, in the order of meta.json.
 
     Raises:
-        DataError: meta.json, an annotation or the images are missing or malformed.
+        DataError: if meta.json, an annotation or the images are missing or malformed.
     """
     meta_file = root / "meta.json"
     if not meta_file.is_file():
@@ -53,7 +53,7 @@ def _subset_file(root: Path, name: str, subset: object, images: str | None, open
 
 
 def _below(path: str, folder: str, where: str) -> str:
-    """A path of meta.json from the folder of this name on."""
+    """Return a path of meta.json from the folder of this name on."""
     parts = PurePosixPath(path).parts
     if folder not in parts or ".." in parts:
         raise DataError(f'{where} has the path "{path}", wanted one below "{folder}"')

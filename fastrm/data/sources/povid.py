@@ -15,7 +15,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     media = row_media(row, resolve)
     responses = []
     for name in ("conversations", "rejected_conversations"):

@@ -1,4 +1,4 @@
-"""The published preference sets: where each one is, what its files look like, and what the paper did with it.
+"""The published preference sets: their places, their files' layouts, and the paper's use of each.
 
 From the sets' cards and the code that reads them; what was not seen in a file or in its authors' code is
 marked [C] in docs/data_sources.md. `fastrm data sets` prints the table.
@@ -23,17 +23,17 @@ NONE, EMBEDDED, ARCHIVES, MMPR, ELSEWHERE = "none", "embedded", "archives", "mmp
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """A set as published.
+    """A preference set as published.
 
     Attributes:
-        hub: its id.
-        role: what the paper did with it: kept, dropped, ablation, or other (not in the paper).
-        num_pairs: as the paper [P] or the card says.
+        hub: its name on the hub, owner/name.
+        role: the paper's use of it: kept, dropped, ablation, or other (not in the paper).
+        num_pairs: number of preferences as the paper [P] or the card says.
         files: its data files, as glob patterns below its folder.
         layout: a name of FORMATS.
         media: NONE; EMBEDDED in the rows; ARCHIVES: the first folder of a path names the archive; MMPR: meta.json
             says; ELSEWHERE: not in the set; or the name of the one archive.
-        licence: as its card says; "not stated" where it does not.
+        licence: the licence that its card states; "not stated" where it does not.
         pairs: ``all`` or ``hard``, for scored responses.
         rows: see `SourceFile`.
         ignore: columns that name the embedded image once more, as it was called elsewhere.
@@ -53,7 +53,10 @@ class PublishedSet:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """What of the hub's repository is needed; the hub's ``**/`` does not stand for no folder at all."""
+        """Glob patterns of the files that are needed of the hub's repository.
+
+        The hub's ``**/`` does not match an empty path, so that such patterns are there twice.
+        """
         files = tuple(dict.fromkeys(form for file in self.files for form in (file, file.removeprefix("**/"))))
         if self.media in (NONE, EMBEDDED, ELSEWHERE):
             return files
@@ -120,10 +123,10 @@ PUBLISHED = {published.name: published for published in _SETS}
 
 
 def find_set(name: str) -> PublishedSet:
-    """The published set of a name.
+    """Find the published set of a name.
 
     Raises:
-        DataError: there is none, with the nearest name that exists.
+        DataError: if there is none, with the nearest name that exists.
     """
     if name not in PUBLISHED:
         near = difflib.get_close_matches(name, PUBLISHED, n=1)
@@ -133,15 +136,15 @@ def find_set(name: str) -> PublishedSet:
 
 
 def set_files(published: PublishedSet, folder: str | None, images: str | None, **reading) -> list[SourceFile]:
-    """The data files of a set.
+    """Return the data files of a set.
 
     Args:
-        folder: where its published files are; None: the hub.
-        images: where its images are instead of where they are published.
-        reading: of `SourceFile`.
+        folder: the folder of its published files; None: the hub.
+        images: the folder of its images, if it is not the published one.
+        reading: further fields of `SourceFile`.
 
     Raises:
-        DataError: files are missing, or the hub cannot be reached.
+        DataError: if files are missing, or the hub cannot be reached.
     """
     root = Path(folder if folder is not None else hub_folder(published.hub, published.patterns))
     if not root.is_dir():

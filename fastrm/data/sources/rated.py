@@ -17,12 +17,12 @@ KEYS = (PROMPT_KEYS, "responses", *MEDIA_KEYS)
 def matches(row: dict) -> bool:
     responses = row.get("responses")
     first = responses[0] if isinstance(responses, list) and responses else None
-    # A turn without a score is a response of `groups`.
+    # A turn without a score is a response in the layout `groups`.
     return isinstance(first, dict) and ("score" in first or not is_turn(first))
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     prompt = row_prompt(row, resolve)
     values = check_list(row.get("responses"), "responses", "a list of rated texts")
     responses = [answer(prompt, _said(value, resolve, f"responses[{i}]")) for i, value in enumerate(values)]

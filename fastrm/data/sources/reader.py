@@ -1,4 +1,4 @@
-"""One data file of a source: any range of its rows as records and refusals."""
+"""Reading of one data file of a source: any range of its rows as records and refusals."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A data file and what its rows have in common. It can be pickled, for workers that read parts of it.
+    """A data file and the settings for all of its rows. It can be pickled, for workers that read parts of it.
 
     Attributes:
         path: as `read_rows` takes it, and as origins name it.
@@ -64,15 +64,15 @@ class SourceFile:
     placeholders_are_text: bool = False
 
     def count_rows(self) -> int:
-        """Rows of the file, as numbers of `read` count them.
+        """Return the number of rows of the file, by which `read` numbers them.
 
         Raises:
-            DataError: the file as a whole cannot be read.
+            DataError: if the file as a whole cannot be read.
         """
         return count_rows(self.path)
 
     def read(self, start: int = 0, stop: int | None = None, keys: KeyTally | None = None) -> Iterator[Record | Refusal]:
-        """The records that begin in the rows from `start` up to, not including, `stop` (0-based), in order.
+        """Yield the records that begin in the rows from `start` up to, not including, `stop` (0-based), in order.
 
         Ranges that cover the file give together what one full read gives. A row becomes a record, a
         refusal, or a record after a partial refusal.
@@ -112,7 +112,7 @@ class SourceFile:
         yield record
 
     def _draft(self, row: dict, keys: KeyTally) -> Draft:
-        """What the row's layout reads from it."""
+        """Read a row by its layout."""
         layout = self._layout(row)
         unread = unread_keys(row, layout.KEYS, self.ignore)
         keys.add(layout.__name__.rpartition(".")[2], read_keys(row, layout.KEYS), unread)
@@ -142,7 +142,7 @@ class SourceFile:
         return detect(row) if self.format == "auto" else LAYOUTS[self.format]
 
     def _rows(self, start: int, stop: int | None = None) -> Iterator[NumberedRow]:
-        """The rows of the file under the keys that fastrm reads, without those to ignore."""
+        """Return the rows of the file under the keys that fastrm reads, without those to ignore."""
         rows = read_rows(self.path, start, stop)
         return ((number, self._renamed(row)) for number, row in rows) if self.columns or self.ignore else rows
 
@@ -151,18 +151,21 @@ class SourceFile:
             return row
         columns = {key: column for key, column in self.columns if column in row}
         kept = {
-            f"{key} (in the file)" if key in columns else key: value  # a key that another column now stands for
+            f"{key} (in the file)" if key in columns else key: value  # another column has taken the name of this key
             for key, value in row.items()
             if key not in self.ignore and key not in columns.values()
         }
         return kept | {key: row[column] for key, column in columns.items()}
 
     def _whole_rows(self, start: int, stop: int | None) -> Iterator[NumberedRow]:
-        """The rows that begin in a range; consecutive rows of one record come as one, with the first's number."""
+        """Yield the rows that begin in a range.
+
+        Consecutive rows of one record come as one, with the first's number.
+        """
         rows = self._rows(start, stop)
         first = next(rows, None)
         if first is not None and start > 0 and self._joins(first[1]):
-            # What began before the range is not this range's.
+            # A record that began before the range belongs to another range.
             previous = self._row_before(start)
             while first is not None and self._continues(previous, first[1]):
                 previous, first = first[1], next(rows, None)
@@ -188,7 +191,7 @@ class SourceFile:
         return None
 
     def _joins(self, row: object) -> bool:
-        # By the keys first: nearly no row joins, and every row comes here.
+        # The cheap test of keys comes first: every row is tested, and almost none joins.
         if not isinstance(row, dict) or not any(layout.matches(row) for layout in JOINING):
             return False
         try:
@@ -210,7 +213,7 @@ class SourceFile:
 
 
 def _present(row: object) -> dict:
-    """The columns that a row has: Parquet fills those that it does not have with nulls.
+    """Return the columns that a row has: Parquet fills those that it does not have with nulls.
 
     Raises:
         RecordError: the row's own, if it could not be read; BAD_ROW; UNSUPPORTED_MEDIA.
@@ -227,7 +230,7 @@ def _present(row: object) -> dict:
 
 
 def _null_keys(row: object, error: RecordError) -> str:
-    """Which keys of a row are null, where that may be why something is missing."""
+    """Return text on the null keys of a row, where they may be the reason why something is missing."""
     if not isinstance(row, dict) or error.code not in ("BAD_ROW", "NO_PREFERENCE"):
         return ""
     names = [f'"{key}"' for key, value in row.items() if value is None and key in ALL_KEYS]

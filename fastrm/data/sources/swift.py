@@ -36,7 +36,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     if row.get("objects"):
         raise RecordError(
             "UNRENDERED_KEY",
@@ -89,7 +89,7 @@ def _rejected_media(row: dict, media: list[MediaRef], resolve: Resolve, kind: ty
         return media_refs(row[key], resolve, key, kind)
     media = [ref for ref in media if type(ref) is kind]
     if "rejected_messages" in row and media:
-        # Copied media would be a guess, and no media a pair that is told apart by their absence.
+        # To copy the media would be a guess; without any, their absence alone would tell chosen and rejected apart.
         raise RecordError(
             f"{kind.noun.upper()}_COUNT",
             f'"rejected_messages" comes without "{key}"; repeat the {kind.noun}s there',

@@ -22,7 +22,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     if "prompt" not in row and isinstance(row.get("chosen"), str):
         row = row | _split_prompt(row)
     prompt = _prompt_turns(row.get("prompt"), resolve)
@@ -47,7 +47,7 @@ def _prompt_turns(value: object, resolve: Resolve) -> list[Turn]:
 
 
 def _conversation(prompt: list[Turn], value: object, resolve: Resolve, name: str, *, is_text: bool) -> list[Turn]:
-    """The whole conversation that ends with a response, which may repeat the prompt or follow it."""
+    """Return the whole conversation that ends with a response, which may repeat the prompt or follow it."""
     if isinstance(value, str):
         return [*prompt, text_turn("assistant", value, name)]
     if not isinstance(value, list):
@@ -65,7 +65,7 @@ def _conversation(prompt: list[Turn], value: object, resolve: Resolve, name: str
 
 
 def _repeats(prompt: list[Turn], turns: list[Turn], *, is_text: bool) -> bool:
-    """Whether a conversation says what the prompt says; a text may be a part of one turn, or all turns in one."""
+    """Return whether a conversation repeats the prompt. As text it may be a part of one turn, or all turns in one."""
     if not is_text:
         return turns[: len(prompt)] == prompt
     said, texts = _said(prompt[0]), [_said(turn) for turn in turns[:-1] if turn.role != "assistant"]
@@ -77,14 +77,14 @@ def _said(turn: Turn) -> str:
 
 
 def _split_prompt(row: dict) -> dict:
-    """Standard format without a prompt: the words that both texts begin with, as TRL extracts it."""
+    """Split off the prompt of a row in standard format: the words that both texts begin with, as TRL does."""
     chosen, rejected = (check_text(row.get(name), name) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise RecordError("IDENTICAL_RESPONSES", "chosen and rejected are equal; remove the row")
     common = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  (by character is meant)
     cut = max(common.rfind(" "), common.rfind("\n"))
     if common.rstrip().endswith(":") and common.strip() in (chosen.strip(), rejected.strip()):
-        cut = len(common)  # of HH's dialogues: "Assistant:" with nothing behind it is the prompt of an empty response
+        cut = len(common)  # HH's dialogues end with "Assistant:" where the response is empty
     if cut <= 0:
         raise RecordError("BAD_ROW", '"prompt" is missing, and chosen and rejected begin differently; add it')
     return {"prompt": common[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}

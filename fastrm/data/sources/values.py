@@ -10,7 +10,7 @@ MAX_NUMBER = float((2 - 2**-23) * 2**127)  # the largest of float32, without num
 
 
 def describe(value: object) -> str:
-    """A value's kind in the words of its file, such as ``a boolean (true)`` or ``a list``."""
+    """Describe a value's kind in the words of its file, such as ``a boolean (true)`` or ``a list``."""
     if value is None:
         return "missing or null"
     if isinstance(value, bool):
@@ -22,12 +22,12 @@ def describe(value: object) -> str:
 
 
 def bad_row(name: str, value: object, wanted: str) -> RecordError:
-    """The error for a field that is missing or of the wrong kind."""
+    """Return the error for a field that is missing or of the wrong kind."""
     return RecordError("BAD_ROW", f'"{name}" is {describe(value)}, wanted {wanted}')
 
 
 def check_text(value: object, name: str) -> str:
-    """The text itself.
+    """Return the text itself after checking it.
 
     Raises:
         RecordError: BAD_ROW if it is not text; BAD_TEXT if UTF-8 cannot encode it or it holds NUL.
@@ -46,7 +46,7 @@ def check_text(value: object, name: str) -> str:
 
 
 def check_json(value: object, name: str) -> str:
-    """The value as JSON text, with keys in their order.
+    """Return the value as JSON text, with keys in their order.
 
     Raises:
         RecordError: BAD_ROW if it cannot be written as JSON; BAD_TEXT as `check_text`.
@@ -74,7 +74,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def check_list(value: object, name: str, wanted: str) -> list | tuple:
-    """The non-empty list itself, or RecordError BAD_ROW."""
+    """Return the list itself; raise RecordError BAD_ROW if it is empty or no list."""
     if not isinstance(value, (list, tuple)):
         raise bad_row(name, value, wanted)
     if not value:
@@ -83,7 +83,7 @@ def check_list(value: object, name: str, wanted: str) -> list | tuple:
 
 
 def check_number(value: object, name: str) -> float:
-    """A finite number, also in float32, in which it is computed with.
+    """Return a number that is finite, also in float32, the dtype of the computation.
 
     Raises:
         RecordError: BAD_PREFERENCE for anything else.
