@@ -232,7 +232,7 @@ def score_dicts(
     records = []
     for number, group in enumerate(groups):
         try:
-            records.append(group_record(group, number, allow_any_path=True, require_preferences=False))
+            records.append(group_record(group, number, require_preferences=False))
             results.append([])
         except RecordError as error:
             results.append(_group_error(number, group, error))

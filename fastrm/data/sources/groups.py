@@ -14,7 +14,7 @@ from fastrm.data.sources import messages
 from fastrm.data.sources.conversation import Turn, prompt_messages, read_turn, read_turns, response_message, text_turn
 from fastrm.data.sources.draft import Draft, answer, judged, rated, read_draft, to_record
 from fastrm.data.sources.keys import check_unread, key_names, unread_keys
-from fastrm.data.sources.media import MEDIA_KEYS, Resolve, any_path, no_path, row_media
+from fastrm.data.sources.media import MEDIA_KEYS, Resolve, any_path, row_media
 from fastrm.data.sources.values import bad_row, check_list, check_number
 from fastrm.errors import RecordError
 
@@ -27,7 +27,7 @@ def matches(row: dict) -> bool:
 
 
 def parse(row: dict, resolve: Resolve) -> Draft:
-    """See the module. Raises RecordError for a row that cannot be used."""
+    """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     turns, media = _prompt_turns(row, resolve), row_media(row, resolve)
     prompt = prompt_messages(row, turns, media)
     responses = []
@@ -45,7 +45,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
 
 
 def row_prompt(row: dict, resolve: Resolve) -> tuple:
-    """The messages of a row's prompt under one of PROMPT_KEYS, text or messages, with the row's images."""
+    """Return the messages of a row's prompt, text or messages under one of PROMPT_KEYS, with the row's images."""
     return prompt_messages(row, _prompt_turns(row, resolve), row_media(row, resolve))
 
 
@@ -64,18 +64,17 @@ def _response_turns(value: object, resolve: Resolve, name: str) -> list[Turn]:
 
 
 def read_response(value: dict, resolve: Resolve, name: str) -> Turn:
-    """A response that is a turn, by default the assistant's."""
+    """Read a response that is a turn; its role is the assistant's if it has none."""
     role = {} if any(value.get(key) is not None for key in ("role", "from")) else {"role": "assistant"}
     return read_turn(role | value, resolve, name)
 
 
-def group_record(group: dict, index: int, *, allow_any_path: bool = True, require_preferences: bool = False) -> Record:
-    """One group from the Python API, in this module's layout, as a record.
+def group_record(group: dict, index: int, *, require_preferences: bool = False) -> Record:
+    """Convert one group of the Python API, in this module's layout, to a record.
 
     Args:
         group: images are paths, bytes, data URIs or Pillow images.
         index: the group's position in the call; names it in errors and, without `id`, in the record.
-        allow_any_path: local code may name any file; otherwise every path is refused.
 
     Raises:
         RecordError: the group cannot be used.
@@ -91,7 +90,7 @@ def group_record(group: dict, index: int, *, allow_any_path: bool = True, requir
     if unread:
         names, wanted = ", ".join(f'"{name}"' for name in unread), ", ".join(key_names(layout_keys))
         raise RecordError("UNKNOWN_KEY", f"the group has {names}, which is not read; remove it, or use one of {wanted}")
-    draft = read_draft(read, group, any_path if allow_any_path else no_path, is_scored=not require_preferences)
+    draft = read_draft(read, group, any_path, is_scored=not require_preferences)
     return to_record(
         draft,
         record_id=str(group.get("id", index)),

@@ -1,4 +1,4 @@
-"""Images and videos of a row: from the forms that datasets use to `MediaRef`. Nothing is decoded here.
+"""Conversion of a row's images and videos, in the forms that data sets use, to `MediaRef`. Nothing is decoded here.
 
 A path in a row is data, not a command: it may only name a file below the media folder or a member
 of an archive, and URLs are never fetched.
@@ -23,32 +23,32 @@ from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.data.sources.values import bad_row
 from fastrm.errors import DataError, RecordError, looked_for
 
-# From the path that a row names and the kind of medium, ImageRef unless it says VideoRef.
+# A function from a row's path, and optionally the kind of medium (ImageRef by default), to the medium.
 Resolve = Callable[..., MediaRef]
 
-MEDIA_KEYS = ("images", "image", "videos", "video")  # of a row, whatever its layout
+MEDIA_KEYS = ("images", "image", "videos", "video")  # keys of a row in any layout
 MAX_PATH_CHARS = 4096  # longer "paths" are base64 without its prefix
-# Pillow reads a file when its pixels are first asked for; two threads that ask at once would read it into each other.
+# Pillow reads a file when its pixels are first asked for; two threads that ask at once would mix their reads.
 _LOADING = threading.Lock()
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
-_MAX_NAME_CHARS = 1024  # of what is taken for a file's name by its ending
+_MAX_NAME_CHARS = 1024  # a longer text is no file name, whatever its ending
 _SUFFIXES = {
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif"), "image"),
     **dict.fromkeys((".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v"), "video"),
     **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg", ".m4a"), "audio"),
 }
-# What encoded media begin with.
+# The first bytes of encoded media.
 _IMAGE_HEADS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
-_HEAD_CHARS = 32  # of base64: 24 bytes, all that the kind of a file needs
+_HEAD_CHARS = 32  # characters of base64 for 24 bytes, enough to tell the kind of a file
 _HEAD = re.compile(r"[A-Za-z0-9+/]{32}")
 
 
 def path_resolver(images: str) -> Resolve:
-    """The resolver for a media folder, or a .tar or .zip archive; of an archive in parts, the name without them.
+    """Return the resolver for a media folder or a .tar or .zip archive; an archive in parts is named without them.
 
     Raises:
-        DataError: it does not exist or is neither.
+        DataError: if it does not exist or is neither.
     """
     if os.path.isdir(images):
         return in_folder(images)
@@ -64,18 +64,18 @@ def path_resolver(images: str) -> Resolve:
 
 
 def in_folder(folder: str) -> Resolve:
-    """A resolver for paths below a folder, by name: symbolic links in the folder are the owner's."""
+    """Return a resolver for paths below a folder, checked by name: symbolic links are followed."""
     base = os.path.abspath(folder)
     return partial(_in_folder, base, os.path.join(base, ""))
 
 
 def in_archive_folder(archive: str, folder: str) -> Resolve:
-    """A resolver for paths below a folder of an archive."""
+    """Return a resolver for paths below a folder of an archive."""
     return partial(_in_archive, os.path.abspath(archive), posixpath.normpath(folder))
 
 
 def in_archives(folder: str) -> Resolve:
-    """A resolver for a folder of archives, of which the first component of a path names one.
+    """Return a resolver for a folder of archives: the first component of a path names the archive.
 
     ``long/1.jpg`` is member ``long/1.jpg``, or ``1.jpg`` if the archive lacks that folder, of `long.zip` or
     `long.tar`, in the folder or in its folder `long`. Where there is no such archive it is a file.
@@ -90,7 +90,7 @@ def in_archives(folder: str) -> Resolve:
 
 
 def _has_own_folder(archive: str, name: str) -> bool:
-    """Whether the members of an archive, to judge by the first, lie in a folder of its name."""
+    """Return whether the members of an archive, judged by the first, lie in a folder of its name."""
     try:
         return next(iter(member_names(archive)), "").startswith(f"{name}/")
     except (BadArchive, OSError) as error:
@@ -98,18 +98,13 @@ def _has_own_folder(archive: str, name: str) -> bool:
 
 
 def any_path(path: str, kind: type[MediaRef] = ImageRef) -> MediaRef:
-    """A resolver for local callers, who may name every file that they can read."""
+    """Resolve a path for local callers, who may name every file that they can read."""
     _check_path(path, kind)
     return kind(path=os.path.abspath(path))
 
 
-def no_path(path: str, kind: type[MediaRef] = ImageRef) -> MediaRef:
-    """A resolver for callers from outside, who must send the bytes."""
-    raise _path_error(path[:80], kind, f"is refused: send the {kind.noun}'s bytes")
-
-
 def file_kind(text: str) -> str | None:
-    """``image``, ``video`` or ``audio`` if a text is the name of such a file, or a URL of one, by its ending."""
+    """Return ``image``, ``video`` or ``audio`` by the ending of a file name or URL; None for another text."""
     if len(text) > _MAX_NAME_CHARS or "\n" in text:
         return None
     name = text.partition("?")[0].partition("#")[0] if _URL.match(text) else text
@@ -117,7 +112,7 @@ def file_kind(text: str) -> str | None:
 
 
 def media_kind(data: str | bytes | bytearray) -> str | None:
-    """``image``, ``video`` or ``audio`` for a data URI, base64 or bytes that begin as such a file does."""
+    """Return ``image``, ``video`` or ``audio`` for a data URI, base64 or bytes by how they begin; else None."""
     if isinstance(data, str):
         if data[:5].lower() == "data:":
             kind = data[5:11].lower().partition("/")[0]
@@ -133,7 +128,7 @@ def media_kind(data: str | bytes | bytearray) -> str | None:
 
 
 def media_refs(value: object, resolve: Resolve, name: str, kind: type[MediaRef]) -> list[MediaRef]:
-    """The images or videos of a field: null, an empty text or list is none, anything else one or a list.
+    """Read the images or videos of a field: null, an empty text or list is none, anything else one or a list.
 
     Raises:
         RecordError: BAD_ROW, IMAGE_PATH, VIDEO_PATH or BAD_BASE64.
@@ -146,12 +141,12 @@ def media_refs(value: object, resolve: Resolve, name: str, kind: type[MediaRef])
 
 
 def image_refs(value: object, resolve: Resolve, name: str) -> list[MediaRef]:
-    """`media_refs` of images."""
+    """Read the images of a field, as `media_refs`."""
     return media_refs(value, resolve, name, ImageRef)
 
 
 def row_media(row: dict, resolve: Resolve) -> list[MediaRef]:
-    """The images of a row's `images` or its `image`, then its videos likewise.
+    """Read the images of a row's `images` or `image`, then its videos likewise.
 
     Raises:
         RecordError: as `media_refs`; UNREAD_MEDIA if a row has both and the second names others.
@@ -167,10 +162,13 @@ def row_media(row: dict, resolve: Resolve) -> list[MediaRef]:
 
 
 def media_ref(value: object, resolve: Resolve, name: str, kind: type[MediaRef]) -> MediaRef:
-    """One image or video: a path, a base64 data URI, bytes, ``{"bytes", "path"}`` (bytes win) or a Pillow image."""
+    """Read one image or video: a path, base64 data URI, bytes, ``{"bytes", "path"}`` or Pillow image.
+
+    Of ``{"bytes", "path"}`` the bytes are read.
+    """
     if isinstance(value, dict):
         key = next((key for key in ("bytes", "path", "url") if value.get(key) is not None), "bytes")
-        # JSON cannot hold bytes: text under that key is base64 that wants to be a data URI.
+        # JSON cannot hold bytes: text under that key is base64 without the head of a data URI.
         if (key == "bytes") != isinstance(value.get(key), bytes):
             raise bad_row(f"{name}.{key}", value.get(key), "bytes" if key == "bytes" else "a path or data URI")
         value = value[key]
@@ -189,7 +187,7 @@ def media_ref(value: object, resolve: Resolve, name: str, kind: type[MediaRef]) 
 
 
 def _local_path(path: str, kind: type[MediaRef]) -> str:
-    """The path that a file URL stands for, or the path itself.
+    """Return the path that a file URL stands for, or the path itself.
 
     Raises:
         RecordError: IMAGE_PATH or VIDEO_PATH for a file URL of another host, and for base64.
@@ -213,7 +211,7 @@ def _encoded(image: Image.Image, name: str) -> bytes:
         return encode_png(image)
     except MemoryError:
         raise
-    except Exception as error:  # a picture that Pillow has not read yet fails as its decoder does: in any way
+    except Exception as error:  # a picture that Pillow has not read yet may raise anything that its decoder raises
         raise RecordError("IMAGE_DAMAGED", f'"{name}" cannot be decoded: {error}; replace the image') from error
 
 
@@ -225,7 +223,7 @@ def _data_uri(uri: str, name: str, kind: type[MediaRef]) -> MediaRef:
 
 
 def decode_base64(text: str, name: str) -> bytes:
-    """The bytes that a text in base64 stands for.
+    """Decode a text in base64 to bytes.
 
     Raises:
         RecordError: BAD_BASE64.
@@ -265,7 +263,7 @@ def _encodes(path: str) -> bool:
 
 def _in_folder(base: str, prefix: str, path: str, kind: type[MediaRef] = ImageRef) -> MediaRef:
     _check_path(path, kind)
-    # Normalised by name before it is opened, so what is opened is what was checked.
+    # The path is normalised before the check, so that the file that is opened is the one that was checked.
     full = os.path.normpath(os.path.join(base, path))
     if not full.startswith(prefix):
         raise _path_error(path, kind, f'leaves the {kind.noun}s folder "{base}"; set `images` to its folder')
