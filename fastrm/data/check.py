@@ -207,8 +207,8 @@ def check_source(
     planned = plan_units("train", [source], settings)
     files = list(dict.fromkeys(unit.file.path for unit in planned))
     total, done = sum(unit.stop - unit.start for unit in planned), 0
-    planner = None if encoder is None else encoder.for_planning()
-    checker, found = _RowChecker(files, limits, require_preferences, planner), {}
+    counter = None if encoder is None else encoder.counting_only()
+    checker, found = _RowChecker(files, limits, require_preferences, counter), {}
     for number, part in run_pieces(checker, list(enumerate(planned)), num_workers):
         found[number] = part
         done += planned[number].stop - planned[number].start

@@ -36,7 +36,7 @@ class EncodedResponse:
         num_response_tokens: of the response's own text, and of what the template writes for its calls and reasoning.
         positions: (3, n) int64; None: numbered from 0 on all axes.
 
-    An encoder made by `for_planning` leaves `num_response_tokens` 0 and `positions` None.
+    An encoder made by `counting_only` leaves `num_response_tokens` 0 and `positions` None.
     """
 
     tokens: np.ndarray
@@ -92,7 +92,7 @@ class ConversationEncoder:
         self._media_ids = frozenset() if vision is None else frozenset(vision.placeholders.values())
         self._backend = _text_tokenizer(tokenizer)
         self._sizes, self._runs = Latest(REMEMBERED_SIZES), Latest(REMEMBERED_RUNS)
-        self._is_for_planning = False
+        self._counts_only = False
         self._check_against_stock()
 
     def encode(self, response: Response) -> EncodedResponse:
@@ -132,7 +132,7 @@ class ConversationEncoder:
         if self.anchor == "before_padding":
             tokens = tokens[: np.flatnonzero(tokens != self.pad_token_id)[-1] + 1]
             length = len(tokens)
-        if self._is_for_planning:
+        if self._counts_only:
             return EncodedResponse(tokens, tuple(spans), 0)
         positions = self.vision.positions(length, spans) if spans else None
         num_response_tokens = self._num_response_tokens(response, rendered) if self.counts_responses else 0
@@ -144,11 +144,11 @@ class ConversationEncoder:
         fresh._sizes = Latest(REMEMBERED_SIZES)
         return fresh
 
-    def for_planning(self) -> "ConversationEncoder":
+    def counting_only(self) -> "ConversationEncoder":
         """An encoder of the same tokens and media, without what only a pack needs."""
-        planner = copy.copy(self)
-        planner._is_for_planning = True
-        return planner
+        counter = copy.copy(self)
+        counter._counts_only = True
+        return counter
 
     def _media_tokens(self, placeholder: int, num_tokens: int) -> np.ndarray:
         """(n,) int64: what a placeholder becomes."""

@@ -243,7 +243,7 @@ class Preparation:
         done = total - sum(len(piece.numbers) for some in missing.values() for piece in some)
         update(done, total)
         for split in SPLITS:
-            counter = GroupCounter(table, chosen[split], encoder.for_planning(), self.config)
+            counter = GroupCounter(table, chosen[split], encoder.counting_only(), self.config)
             for number in run_pieces(counter, missing[split], self.num_workers):
                 done += number
                 if number:  # a split without groups has a piece all the same

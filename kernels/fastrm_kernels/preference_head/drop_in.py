@@ -89,12 +89,12 @@ class FusedRewardHead(nn.Module):
         super().__init__()
         _check_impl(impl)
         self.impl = impl
-        self._plan = _read_plan(stock)
+        self._head = _read_head(stock)
         for name, parameter in stock._parameters.items():
             self.register_parameter(name, parameter)
         for name, child in stock._modules.items():
             self.add_module(name, child)
-        self.in_features = stock.get_submodule(self._plan.linears[0]).in_features
+        self.in_features = stock.get_submodule(self._head.linears[0]).in_features
         self.out_features = 1
         self.training = stock.training
 
@@ -113,12 +113,12 @@ class FusedRewardHead(nn.Module):
             ValueError: from `reward_head`, if an explicit impl cannot run these inputs.
         """
         layers = list(self._layers())
-        if self._plan.dropout is not None:
+        if self._head.dropout is not None:
             # ValueHead casts after its dropout: bf16 hidden states under a float32 head are usual.
-            hidden = self.get_submodule(self._plan.dropout)(hidden).to(layers[0][0].dtype)
+            hidden = self.get_submodule(self._head.dropout)(hidden).to(layers[0][0].dtype)
         # Not (-1, in_features), which would accept rows of another width.
         rows = _as_autocast(hidden.reshape(-1, hidden.shape[-1]))
-        rewards = reward_head(rows, None, layers, activation=self._plan.activation, impl=self.impl)
+        rewards = reward_head(rows, None, layers, activation=self._head.activation, impl=self.impl)
         return rewards.reshape(*hidden.shape[:-1], 1)
 
     def __getitem__(self, index: int) -> nn.Module:
@@ -126,10 +126,10 @@ class FusedRewardHead(nn.Module):
         return list(self._modules.values())[index]
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, activation={self._plan.activation}, impl={self.impl}"
+        return f"in_features={self.in_features}, activation={self._head.activation}, impl={self.impl}"
 
     def _layers(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for name in self._plan.linears:
+        for name in self._head.linears:
             linear = self.get_submodule(name)
             if linear is not self and type(linear) is not nn.Linear:
                 raise RuntimeError(
@@ -140,8 +140,8 @@ class FusedRewardHead(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """The way in which a stock head is read: its layers, activation and dropout.
+class _StockHead:
+    """A stock head as it was read: its layers, activation and dropout.
 
     Attributes:
         linears: names of its nn.Linear in order; "" is the head itself.
@@ -154,29 +154,29 @@ class _Plan:
     dropout: str | None = None
 
 
-def _read_plan(stock: nn.Module) -> _Plan:
+def _read_head(stock: nn.Module) -> _StockHead:
     # Exact types: subclasses are how quantisation, LoRA and parametrisations change what a layer computes.
     if type(stock) is nn.Linear:
-        plan = _Plan(("",))
+        head = _StockHead(("",))
     elif type(stock) is nn.Sequential:
-        plan = _read_sequential(stock)
+        head = _read_sequential(stock)
     elif "summary" in stock._modules:
-        plan = _read_value_head(stock)
+        head = _read_value_head(stock)
     else:
         raise _refusal(f"found {_describe(stock)}, wanted a supported head{_hint(stock)}")
     for path, module in stock.named_modules():
         _check_untouched(path, module)
-    for name in plan.linears:
+    for name in head.linears:
         _check_linear(name, stock.get_submodule(name))
-    last = stock.get_submodule(plan.linears[-1])
+    last = stock.get_submodule(head.linears[-1])
     if last.out_features != 1:
-        raise _refusal(f"found {_describe(last)}{_at(plan.linears[-1])} with {last.out_features} outputs, wanted 1")
-    if "summary" in plan.linears:
+        raise _refusal(f"found {_describe(last)}{_at(head.linears[-1])} with {last.out_features} outputs, wanted 1")
+    if "summary" in head.linears:
         _check_value_head_forward(stock)
-    return plan
+    return head
 
 
-def _read_sequential(stock: nn.Sequential) -> _Plan:
+def _read_sequential(stock: nn.Sequential) -> _StockHead:
     """Read Linear, activation, Linear, ...; refuse anything else (dropout, normalisation, wrappers)."""
     if stock._parameters or stock._buffers:
         raise _refusal(
@@ -197,10 +197,10 @@ def _read_sequential(stock: nn.Sequential) -> _Plan:
         raise _refusal(f"found nn.Sequential {last}, wanted nn.Linear(F, 1) as the last")
     if len(modules) > 2 * MAX_LAYERS - 1:
         raise _refusal(f"found nn.Sequential of {len(modules[::2])} nn.Linear, wanted at most {MAX_LAYERS}")
-    return _Plan(tuple(names[::2]), _ACTIVATIONS[kinds[0]] if kinds else "none")
+    return _StockHead(tuple(names[::2]), _ACTIVATIONS[kinds[0]] if kinds else "none")
 
 
-def _read_value_head(stock: nn.Module) -> _Plan:
+def _read_value_head(stock: nn.Module) -> _StockHead:
     """Read TRL's summary(dropout(hidden)); `flatten` exists in its class and is not used by it."""
     allowed = {"summary": (nn.Linear,), "dropout": (nn.Dropout, nn.Identity), "flatten": (nn.Flatten,)}
     strange = [
@@ -211,7 +211,7 @@ def _read_value_head(stock: nn.Module) -> _Plan:
     strange += [name for name, tensor in (stock._parameters | stock._buffers).items() if tensor is not None]
     if strange:
         raise _refusal(f"found {_describe(stock)} with {', '.join(strange)}, wanted `dropout` and `summary` alone")
-    return _Plan(("summary",), dropout="dropout" if "dropout" in stock._modules else None)
+    return _StockHead(("summary",), dropout="dropout" if "dropout" in stock._modules else None)
 
 
 def _check_value_head_forward(stock: nn.Module) -> None:
