@@ -15,7 +15,7 @@ from fastrm.config import SourceConfig
 from fastrm.data.images import MediaLimits, decode_image
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Record
-from fastrm.data.sources import FORMATS, Refusal, hub, published, read_source, source_files
+from fastrm.data.sources import FORMATS, RefusedRow, hub, published, read_source, source_files
 from fastrm.data.sources.layouts import LAYOUTS
 from fastrm.data.sources.published import PUBLISHED
 from fastrm.data.videos import VideoSettings, open_video
@@ -79,7 +79,7 @@ def test_partial_refusals_leave_the_record_alive(tmp_path):
     BUILDERS["vlfeedback"](tmp_path)
     (file,) = source_files(tmp_path, set="vlfeedback")
     first, second = list(file.read(0, 1))
-    assert isinstance(first, Refusal) and first.partial and isinstance(second, Record)
+    assert isinstance(first, RefusedRow) and first.partial and isinstance(second, Record)
     assert first.origin == second.origin
     assert first.message == "left out, without a numeric rating: completions[1]"
     (whole,) = file.read(1, 2)

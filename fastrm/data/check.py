@@ -19,7 +19,7 @@ from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pai
 from fastrm.data.prepared.units import ReadSettings, Unit, plan_units
 from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.record import MediaRef, Message, Record
-from fastrm.data.sources import KeyTally, Refusal, SourceFile
+from fastrm.data.sources import KeyTally, RefusedRow, SourceFile
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
 
@@ -109,7 +109,7 @@ class SourceCheck:
     def _place(self, number: int) -> str:
         return self.place(int(self.records["file"][number]), int(self.records["row"][number]))
 
-    def add_refusal(self, refusal: Refusal) -> None:
+    def add_refusal(self, refusal: RefusedRow) -> None:
         """Count a refused row, or a part of one."""
         found = self.left_out if refusal.partial else self.refused
         found.setdefault(refusal.code, Refused()).add(1, [(refusal.origin, refusal.message)])
@@ -153,8 +153,8 @@ class _RowChecker:
                     if self.encoder is not None:
                         check_distinct(encode_group(item, self.encoder))
                 except RecordError as error:
-                    item = Refusal(item.source, item.origin, item.id, error.code, error.message)
-            if isinstance(item, Refusal):
+                    item = RefusedRow(item.source, item.origin, item.id, error.code, error.message)
+            if isinstance(item, RefusedRow):
                 found.add_refusal(item)
             else:
                 rows.append(self._add(found, item, pairs))

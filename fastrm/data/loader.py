@@ -38,7 +38,7 @@ OPEN_FILES = 65_536
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RefusedGroup:
     """A group that could not be used when its turn came."""
 
     group: int
@@ -57,7 +57,7 @@ class LoadedPack:
 
     plan: PackPlan
     pack: Pack | None
-    refused: list[Refusal] = field(default_factory=list)
+    refused: list[RefusedGroup] = field(default_factory=list)
     packed: tuple[int, ...] = ()
 
     def pin_memory(self) -> "LoadedPack":
@@ -116,7 +116,7 @@ class PackBuilder(torch.utils.data.Dataset):
                         raise media_error(span.ref, "CHANGED", "has another size than when it was first read")
                 groups.append(group)
             except RecordError as error:
-                refused.append(Refusal(number, error.code, error.message))
+                refused.append(RefusedGroup(number, error.code, error.message))
         if not groups:
             return LoadedPack(plan, None, refused)
         pixels = {key: decoded[key] for group in groups for key in group.media}

@@ -14,7 +14,7 @@ import torch
 
 from fastrm.data.batching import PackPlan, plan_once
 from fastrm.data.group import GroupSize, encode_group
-from fastrm.data.loader import LoadedPack, PackBuilder, Refusal, load_packs
+from fastrm.data.loader import LoadedPack, PackBuilder, RefusedGroup, load_packs
 from fastrm.data.packing import EncodedGroup, Pack
 from fastrm.data.record import Record
 from fastrm.data.sources.groups import group_record
@@ -68,7 +68,7 @@ def _without_non_finite(loaded: LoadedPack, rewards: torch.Tensor) -> LoadedPack
     if rewards.isfinite().all():
         return loaded
     found = [
-        Refusal(group, NON_FINITE, _describe(values))
+        RefusedGroup(group, NON_FINITE, _describe(values))
         for group, place in zip(loaded.packed, loaded.pack.groups, strict=True)
         if not (values := rewards[..., place.responses]).isfinite().all()
     ]
@@ -83,7 +83,7 @@ def _describe(values: torch.Tensor) -> str:
     )
 
 
-def refuse_non_finite(name: str, error: RecordError | Refusal) -> None:
+def refuse_non_finite(name: str, error: RecordError | RefusedGroup) -> None:
     """Refuse figures of a model with a reward that is not finite: those of other groups would say nothing of it.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 from fastrm.config import Config, ModelConfig, SourceConfig
 from fastrm.data.prepared.stored import read_manifest
 from fastrm.data.prepared.units import open_source
-from fastrm.data.sources import Refusal, SourceFile, hub_name, is_on_hub
+from fastrm.data.sources import RefusedRow, SourceFile, hub_name, is_on_hub
 from fastrm.data.sources.files import stored_in
 from fastrm.errors import DataError, looked_for
 from fastrm.model.places import locate
@@ -96,6 +96,6 @@ def count_preferences(config: Config) -> int | None:
         not preference.tie
         for file in files
         for record in file.read()
-        if not isinstance(record, Refusal)
+        if not isinstance(record, RefusedRow)
         for preference in record.preferences
     )

@@ -12,7 +12,7 @@ from fastrm.config import Config, SourceConfig, TrainedTokenizer
 from fastrm.data.group import GroupSize, check_length, encode_group
 from fastrm.data.prepared.units import open_source
 from fastrm.data.record import Record
-from fastrm.data.sources import KeyTally, Refusal, is_on_hub, unread_lines
+from fastrm.data.sources import KeyTally, RefusedRow, is_on_hub, unread_lines
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
@@ -47,7 +47,7 @@ def check_rows(config: Config) -> list[tuple[str, str, str]]:
 class _FirstRows(NamedTuple):
     """The first rows of a source, and what their keys and its `columns` tell."""
 
-    rows: list[Record | Refusal]
+    rows: list[Record | RefusedRow]
     notes: list[str]
     problem: str | None = None
 
@@ -94,7 +94,7 @@ def _judge(first_rows: _FirstRows, encoder: ConversationEncoder | None, config: 
     if first_rows.problem is not None:
         return "missing", first_rows.problem
     rows, notes = first_rows.rows, "".join(f"; {note}" for note in first_rows.notes)
-    refusals = [(row.code, row.message, row.origin) for row in rows if isinstance(row, Refusal)]
+    refusals = [(row.code, row.message, row.origin) for row in rows if isinstance(row, RefusedRow)]
     for record in (row for row in rows if isinstance(row, Record)):
         try:
             if encoder is not None:

@@ -12,7 +12,7 @@ import torch
 
 from fastrm.config import Config
 from fastrm.data.batching import plan_steps
-from fastrm.data.loader import LoadedPack, PackBuilder, Refusal, Waiting, load_packs
+from fastrm.data.loader import LoadedPack, PackBuilder, RefusedGroup, Waiting, load_packs
 from fastrm.data.order import StepOrder
 from fastrm.data.packing import Pack
 from fastrm.data.prepared.stored import PreparedSet
@@ -127,7 +127,7 @@ class _Run:
         self.failed_saves = 0
         # Of the step under way, until its update: packs of this rank with their rewards, and what it refused.
         self.step_rewards: list[tuple[Pack, torch.Tensor]] = []
-        self.step_refusals: list[Refusal] = []
+        self.step_refusals: list[RefusedGroup] = []
         self.must_stop = False  # by the last step's reports, on all ranks alike
         self._announce(start)
         check_exactness(self.job, self.engine, ranks, display.say)
@@ -394,7 +394,7 @@ class _Run:
         if self.log is not None:
             self.log.write(row)
 
-    def _note_refusals(self, refused: list[Refusal], prepared: PreparedSet) -> None:
+    def _note_refusals(self, refused: list[RefusedGroup], prepared: PreparedSet) -> None:
         for refusal in refused:
             for source, origin, record_id in prepared.members(refusal.group):
                 self.quarantine.add(

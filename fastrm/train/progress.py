@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fastrm.data.loader import Refusal
+from fastrm.data.loader import RefusedGroup
 from fastrm.train.metrics import PreferenceMeter
 
 
@@ -40,5 +40,5 @@ class StepReport:
 
     members: list[int]
     meter: PreferenceMeter
-    refused: list[Refusal]
+    refused: list[RefusedGroup]
     stop: bool

@@ -28,7 +28,7 @@ from fastrm.data.prepared.table import RecordTable, load_table
 from fastrm.data.prepared.units import Unit, UnitReader, plan_units
 from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.record import Record
-from fastrm.data.sources import KeyTally, Refusal, unread_lines
+from fastrm.data.sources import KeyTally, RefusedRow, unread_lines
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, StorageError
@@ -259,7 +259,7 @@ class Preparation:
         layout = [COUNT.descr, IMAGE.descr]  # pieces of another width are not gone on with
         return fingerprint_of(arrays, [FORMAT, layout, set_settings(self.config), encoder_key(encoder)])[:24]
 
-    def _refusals(self, table, removed, planned, counted) -> Iterator[Refusal]:
+    def _refusals(self, table, removed, planned, counted) -> Iterator[RefusedRow]:
         for unit in planned:
             yield from read_refusals(self.folder / UNITS / unit.name / units.REFUSED)
         kinds = {kind: matches for kind, matches in removed.items() if kind != "copy_of"}
@@ -271,7 +271,7 @@ class Preparation:
             else:
                 code = "CONTAMINATED"
                 message = f"a benchmark holds it too, by {', '.join(kinds_of(kinds, number))}"
-            yield Refusal(record.source, record.origin, record.id, code, message)
+            yield RefusedRow(record.source, record.origin, record.id, code, message)
         for split in SPLITS:
             yield from count.refusals(counted[split])
 

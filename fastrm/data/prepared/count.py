@@ -28,7 +28,7 @@ from fastrm.data.prepared.refusals import parse_refusals, refusal_line
 from fastrm.data.prepared.select import Selection
 from fastrm.data.prepared.table import RecordTable
 from fastrm.data.record import Record
-from fastrm.data.sources import Refusal
+from fastrm.data.sources import RefusedRow
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tree import causal_pairs
 from fastrm.errors import RecordError
@@ -127,7 +127,7 @@ def load_counted(pieces: Sequence[Piece]) -> Counted:
     return Counted(*(np.concatenate(arrays) for arrays in zip(*contents, strict=True)))
 
 
-def refusals(counted: Counted) -> Iterator[Refusal]:
+def refusals(counted: Counted) -> Iterator[RefusedRow]:
     """What was refused while counting, in order; one at a time, as there may be millions."""
     return parse_refusals(io.BytesIO(counted.refused.data))
 
@@ -167,7 +167,7 @@ def _digest(key: str) -> tuple[int, int]:
 
 
 def _fit(
-    parts: list[Record], encoder: ConversationEncoder, config: Config, refused: list[Refusal], place: int = 0
+    parts: list[Record], encoder: ConversationEncoder, config: Config, refused: list[RefusedRow], place: int = 0
 ) -> list[_Fit]:
     """The records as one group, or as several."""
     try:
@@ -181,7 +181,7 @@ def _fit(
         return [_Fit(place, len(parts), group, counted, num_ignored)]
     except RecordError as error:
         if len(parts) == 1 or error.code == "ONLY_TIES":
-            refused += [Refusal(part.source, part.origin, part.id, error.code, error.message) for part in parts]
+            refused += [RefusedRow(part.source, part.origin, part.id, error.code, error.message) for part in parts]
             return []
     middle = len(parts) // 2
     first = _fit(parts[:middle], encoder, config, refused, place)

@@ -5,24 +5,25 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fastrm.data.sources import Refusal
+from fastrm.data.sources import RefusedRow
 from fastrm.json_files import to_json
 
 
-def refusal_line(refusal: Refusal) -> bytes:
+def refusal_line(refusal: RefusedRow) -> bytes:
     """One line, in ASCII: a row can then name a record whose text UTF-8 cannot encode."""
     source, origin, record_id, code, message, partial = refusal
     row = {"source": source, "origin": origin, "id": record_id, "code": code, "message": message}
     return to_json(row | ({"partial": True} if partial else {})).encode("ascii") + b"\n"
 
 
-def read_refusals(path: Path) -> Iterator[Refusal]:
+def read_refusals(path: Path) -> Iterator[RefusedRow]:
     """The refusals of a file, in order."""
     with open(path, "rb") as lines:
         yield from parse_refusals(lines)
 
 
-def parse_refusals(lines: Iterable[bytes]) -> Iterator[Refusal]:
+def parse_refusals(lines: Iterable[bytes]) -> Iterator[RefusedRow]:
     """The refusals of lines, in order."""
     for row in map(json.loads, lines):
-        yield Refusal(row["source"], row["origin"], row["id"], row["code"], row["message"], row.get("partial", False))
+        named = (row[key] for key in ("source", "origin", "id", "code", "message"))
+        yield RefusedRow(*named, row.get("partial", False))

@@ -42,7 +42,7 @@ from fastrm.data.prepared.findings import PAIR, pair_rows
 from fastrm.data.prepared.records import MEDIA_BYTES, RECORDS, decode_record, encode_record
 from fastrm.data.prepared.refusals import refusal_line
 from fastrm.data.record import ImageRef, Record
-from fastrm.data.sources import DigitsFile, KeyTally, Refusal, SourceFile, source_files
+from fastrm.data.sources import DigitsFile, KeyTally, RefusedRow, SourceFile, source_files
 from fastrm.data.sources.files import stored_in
 from fastrm.errors import RecordError, StorageError
 from fastrm.json_files import to_json
@@ -219,15 +219,15 @@ class _UnitWriter:
             np.save(self.folder / TEXTS, np.array(self._texts, dtype=TEXT))
             np.save(self.folder / PAIRS, np.array(self._pairs, dtype=PAIR))
 
-    def add(self, item: Record | Refusal) -> None:
-        if isinstance(item, Refusal):
+    def add(self, item: Record | RefusedRow) -> None:
+        if isinstance(item, RefusedRow):
             self._refuse(item)
             return
         try:
             record = with_digests(item, self.settings.limits)
             media = [self._medium(ref) for ref in record.media]
         except RecordError as error:
-            self._refuse(Refusal(item.source, item.origin, item.id, error.code, error.message))
+            self._refuse(RefusedRow(item.source, item.origin, item.id, error.code, error.message))
         else:
             self._write(record, media)
 
@@ -270,7 +270,7 @@ class _UnitWriter:
             self._media_offset += len(data)
         return self._embedded[digest]
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: RefusedRow) -> None:
         self._refused.write(refusal_line(refusal))
 
 

@@ -20,14 +20,14 @@ from fastrm.data.sources.keys import KeyTally
 from fastrm.data.sources.layouts import FORMATS, keys_read_by
 from fastrm.data.sources.media import in_folder, path_resolver
 from fastrm.data.sources.published import NONE, find_set, set_files
-from fastrm.data.sources.reader import Refusal, SourceFile
+from fastrm.data.sources.reader import RefusedRow, SourceFile
 from fastrm.errors import DataError
 
 __all__ = [
     "FORMATS",
     "DigitsFile",
     "KeyTally",
-    "Refusal",
+    "RefusedRow",
     "SourceFile",
     "hub_name",
     "is_on_hub",
@@ -140,7 +140,7 @@ def _read_files(
 ) -> Iterator[Record]:
     for file in files:
         for item in file.read(keys=keys.setdefault(file.path, KeyTally())):
-            if isinstance(item, Refusal):
+            if isinstance(item, RefusedRow):
                 item.add_to(quarantine)
             else:
                 yield item

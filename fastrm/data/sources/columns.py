@@ -6,7 +6,7 @@ from fastrm.data.sources.digits import DigitsFile
 from fastrm.data.sources.files import read_rows
 from fastrm.data.sources.keys import METADATA, KeyTally, nearest
 from fastrm.data.sources.layouts import ALL_KEYS
-from fastrm.data.sources.reader import Refusal, SourceFile
+from fastrm.data.sources.reader import RefusedRow, SourceFile
 from fastrm.errors import ConfigError, DataError
 
 FIRST_ROWS = 100
@@ -40,8 +40,8 @@ def understood(file: SourceFile | DigitsFile) -> str | None:
             raise DataError(f'columns.{key}: none of the first rows of {file.path} has a column "{column}"; {hint}')
     tally = KeyTally()
     items = list(file.read(0, FIRST_ROWS, tally))
-    refused = [item for item in items if isinstance(item, Refusal) and not item.partial]
-    records = len([item for item in items if not isinstance(item, Refusal)])
+    refused = [item for item in items if isinstance(item, RefusedRow) and not item.partial]
+    records = len([item for item in items if not isinstance(item, RefusedRow)])
     if not records:
         raise DataError(f"columns: none of the first rows of {file.path} can be used: {refused[0].message}")
     layouts = ", ".join(name for name, _ in tally.layouts.most_common())

@@ -18,7 +18,7 @@ from fastrm.errors import RecordError
 _AUDIO = ("audio", "audios", "rejected_audios")
 
 
-class Refusal(NamedTuple):
+class RefusedRow(NamedTuple):
     """A row that cannot be used, or (`partial`) the part of one whose record lives on without it."""
 
     source: str
@@ -71,7 +71,9 @@ class SourceFile:
         """
         return count_rows(self.path)
 
-    def read(self, start: int = 0, stop: int | None = None, keys: KeyTally | None = None) -> Iterator[Record | Refusal]:
+    def read(
+        self, start: int = 0, stop: int | None = None, keys: KeyTally | None = None
+    ) -> Iterator[Record | RefusedRow]:
         """Yield the records that begin in the rows from `start` up to, not including, `stop` (0-based), in order.
 
         Ranges that cover the file give together what one full read gives. A row becomes a record, a
@@ -86,7 +88,7 @@ class SourceFile:
         for number, row in self._whole_rows(start, stop):
             yield from self._read_row(number, row, keys or KeyTally())
 
-    def _read_row(self, number: int, row: object, keys: KeyTally) -> Iterator[Record | Refusal]:
+    def _read_row(self, number: int, row: object, keys: KeyTally) -> Iterator[Record | RefusedRow]:
         stem = file_stem(self.path)
         source, origin = self.name or stem, f"{self.path}:{number}"
         record_id = _row_id(row) or f"{stem}:{number}"
@@ -105,10 +107,10 @@ class SourceFile:
                 require_preferences=self.require_preferences,
             )
         except RecordError as error:
-            yield Refusal(source, origin, record_id, error.code, error.message + _null_keys(row, error))
+            yield RefusedRow(source, origin, record_id, error.code, error.message + _null_keys(row, error))
             return
         for error in draft.left_out if self.require_preferences else ():
-            yield Refusal(source, origin, record_id, error.code, error.message, partial=True)
+            yield RefusedRow(source, origin, record_id, error.code, error.message, partial=True)
         yield record
 
     def _draft(self, row: dict, keys: KeyTally) -> Draft:
