@@ -19,7 +19,7 @@ from fastrm.config import Config  # noqa: E402
 from fastrm.data.group import GroupSize, encode_group  # noqa: E402
 from fastrm.data.tokenizer import load_tokenizer  # noqa: E402
 from fastrm.evaluate.reward_model import DTYPES  # noqa: E402
-from fastrm.model.exactness import ROUNDINGS, Agreement, check_network, choose_samples, describe  # noqa: E402
+from fastrm.model.exactness import ROUNDINGS, Agreement, check_network, describe, pick_samples  # noqa: E402
 from fastrm.train.setup import make_network  # noqa: E402
 from support import make_image, make_record  # noqa: E402
 
@@ -34,7 +34,7 @@ def measure(path: str, dtype: str) -> list[Agreement]:
         records.append(make_record(2, num_responses=4, prompt_words=40, images=[make_image(336, 252, 1)]))
     groups = [encode_group(record, network.encoder) for record in records]
     found = []
-    for kind, sample in choose_samples(
+    for kind, sample in pick_samples(
         [GroupSize.of(group) for group in groups], groups.__getitem__, network.encoder
     ).items():
         started = time.perf_counter()

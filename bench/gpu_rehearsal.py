@@ -84,17 +84,18 @@ def emulate_operators():
     import fastrm.model.network as network
     import gpu_emulation
     import training_variants
+    from fastrm_kernels.dispatch import Choice
 
-    choose = network.choose_backend
+    pick = network.pick_backend
 
-    @functools.wraps(choose)
-    def chosen(requested, kernels, device, dtype, head_dims):
+    @functools.wraps(pick)
+    def picked(requested, kernels, device, dtype, head_dims):
         wanted = "triton" if requested == "auto" and kernels == "triton" else requested
         if wanted in ("triton", "flash"):
-            return wanted, "emulated"
-        return choose(requested, kernels, device, dtype, head_dims)
+            return Choice(wanted, "emulated")
+        return pick(requested, kernels, device, dtype, head_dims)
 
-    network.choose_backend = chosen
+    network.pick_backend = picked
     for function in (network.RewardNetwork.compile_layers, training_variants.CompiledLayers.__init__):
         function.__defaults__ = (BACKEND,)
     return gpu_emulation.register()

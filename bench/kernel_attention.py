@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.flash_attn import flash_attn_obstacle
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
-from fastrm_kernels.tree_attention.tiles import build_work_lists, choose_blocks, work_lists
+from fastrm_kernels.tree_attention.tiles import build_work_lists, pick_blocks, work_lists
 from kernel_head import DTYPES
 from kernel_shapes import FORWARD, PACK_TOKENS, STEP, AttentionShape
 from kernel_timing import Budget, Candidate, Named, attempt, check, error_limits, figures, host_ms
@@ -175,7 +175,7 @@ def flex_mask(pack: Pack, length: int):
 
     shape, device = pack.shape, str(pack.upstream.device)
     layout = build_layout(shape, device)
-    work = work_lists(layout, choose_blocks(pack.upstream.dtype, shape.head_dim, False), shape.causal)
+    work = work_lists(layout, pick_blocks(pack.upstream.dtype, shape.head_dim, False), shape.causal)
     nothing = work.query_rank.new_zeros(length - shape.num_tokens)
     rank = torch.cat([work.query_rank, nothing - 1])
     low, high = (torch.cat([bound, nothing]) for bound in work.key_bounds.unbind(1))

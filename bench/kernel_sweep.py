@@ -94,7 +94,7 @@ def _prepare_attention(trial: Trial):
     shape = trial.shape
     pack = _pack(shape)
     query, key, value = (leaf.detach() for leaf in pack.leaves)
-    base = tiles.choose_blocks(query.dtype, shape.head_dim, False)
+    base = tiles.pick_blocks(query.dtype, shape.head_dim, False)
     output, query_grad = (torch.empty_like(query) for _ in range(2))
     num_parts = tiles.work_lists(pack.layout, base, shape.causal).key_tiles.parts_wanted(
         key.shape[1], shape.heads // key.shape[1]

@@ -120,7 +120,7 @@ def _switch(network: RewardNetwork, variant: Variant, config: Config, compiled: 
     if variant.compile:
         compiled.lend(network)
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    network.use_kernels(dtype, kernels=variant.kernels, attention=variant.attention)
+    network.set_kernels(dtype, kernels=variant.kernels, attention=variant.attention)
     network.use_activation_checkpointing(config.model.activation_checkpointing)
 
 

@@ -138,7 +138,7 @@ class FastrmStep:
     ) -> "FastrmStep":
         """On a copy of the network; `config`: by default that of `train_config`."""
         network = copy.deepcopy(network)
-        network.use_kernels(torch.float32, attention="sdpa")
+        network.set_kernels(torch.float32, attention="sdpa")
         packs = [
             build_pack(groups, {key: pixels[key] for group in groups for key in group.media}, PATCHES)
             for groups in batches

@@ -51,13 +51,13 @@ SaveEnsemble = Annotated[Path | None, typer.Option(help="Write a YAML file that 
 
 
 def _checked(check: Callable[[object], str]) -> Callable[[str], str]:
-    def choose(value: str) -> str:
+    def checked(value: str) -> str:
         try:
             return check(value)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
-    return choose
+    return checked
 
 
 DeviceChoice = Annotated[

@@ -107,7 +107,7 @@ def make_engine(case: dict, tiny: bool = False):
     network.freeze(config.model.freeze)
     if config.model.fuse_projections:
         network.fuse_projections()
-    network.use_kernels(torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32, attention="sdpa")
+    network.set_kernels(torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32, attention="sdpa")
     network.use_activation_checkpointing(config.model.activation_checkpointing)
     return LocalEngine(network.train(), config)
 

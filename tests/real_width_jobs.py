@@ -68,7 +68,7 @@ def compare_with_stock(name: str, folder: Path) -> dict:
     for key, parameter in network.named_parameters():
         parameter.requires_grad_(key.endswith(COMPARED))
     wanted, expected = _rewards_and_gradients(network, lambda: stock.stock_loss(network, [record]))
-    network.use_kernels(torch.float32)
+    network.set_kernels(torch.float32)
     found, gradients = _rewards_and_gradients(network, lambda: _packed_loss(network, record))
     assert gradients.keys() == expected.keys()
     question, texts = record.responses[0].messages[0], [response.text for response in record.responses]
@@ -107,7 +107,7 @@ def rewards_of_export(folder: Path) -> dict:
     network, record = RewardModel.from_pretrained(folder, dtype="fp32").network, record_of("Qwen2.5-VL")
     with torch.no_grad():
         wanted = stock.stock_rewards(network, [record])
-        network.use_kernels(torch.float32)
+        network.set_kernels(torch.float32)
         return {"wanted": wanted.tolist(), "found": network(pack_of(network, [record])).tolist()}
 
 

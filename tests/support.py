@@ -89,7 +89,7 @@ def make_model(family, *, head=None, seed=0, dtype=torch.float32, pooling="ancho
         max_tiles=4, video=VideoSettings(num_frames=6, min_pixels=28 * 28, max_pixels=28 * 28 * 12),
     )  # fmt: skip
     model = RewardNetwork(backbone, head or HeadConfig(), encoder, pooling)
-    model.use_kernels(dtype, attention="sdpa")
+    model.set_kernels(dtype, attention="sdpa")
     # As transformers loads them: buffers, the rotary frequencies, stay float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -164,9 +164,9 @@ def test_auto_chooses_what_was_measured(project, record, monkeypatch):
         "import torch; from fastrm_kernels import dispatch\n"
         "dispatch._device_name = lambda device: 'NVIDIA H200'\ndispatch.obstacle_to_triton = lambda tensor: None\n"
         "half, full = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)\n"
-        "print(*(dispatch.choose(*case)[0] for case in (('preference_head', half), ('preference_head', full), "
+        "print(*(dispatch.pick_auto(*case).name for case in (('preference_head', half), ('preference_head', full), "
         "('tree_attention', half))))\n"
-        "print(dispatch.choose('tree_attention', full)[1])"
+        "print(dispatch.pick_auto('tree_attention', full).why)"
     )
     environment = {"PYTHONPATH": str(project / "kernels"), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-c", code]

@@ -61,7 +61,7 @@ def test_the_backward_pass_never_calls_attentions_forward(impl, mode, monkeypatc
     network.compile_layers(partitions)
     network.use_activation_checkpointing(mode)
     runner = network._runner
-    runner.choose(impl)
+    runner.set_kernels(impl)
     pack = pack_of(network, [make_record(1, num_responses=3, images=[make_image(80, 60, 1)])])
     # All layers but the last, which is never compiled.
     runner._run_layers(runner.language.layers[:-1], pack, runner._layouts(pack))

@@ -43,7 +43,7 @@ def make_network(seed=0) -> RewardNetwork:
         backbone.config, tokenizer, None, "last_token", MediaLimits(), min_pixels=28 * 28, max_pixels=28 * 28 * 40
     )
     network = RewardNetwork(backbone, HeadConfig(), encoder)
-    network.use_kernels(torch.bfloat16, attention="sdpa")
+    network.set_kernels(torch.bfloat16, attention="sdpa")
     return network
 
 

@@ -98,8 +98,8 @@ def test_triton_kernels_equal_stock_transformers(family, monkeypatch):
         }
     monkeypatch.setitem(FAMILIES, family, options if family in VISION else options | heads)
     network = make_model(family)
-    network.use_kernels(torch.float32, kernels="triton")
-    assert network.attention[0] == network.head_kernels[0] == "triton"
+    network.set_kernels(torch.float32, kernels="triton")
+    assert network.attention.name == network.head_kernels.name == "triton"
     a, _, _, d = _images()
     records = [make_record(1, num_responses=4), make_record(2, images=[a, d] if family in VISION else ())]
     loss, rewards = stock.stock_loss(network, records)

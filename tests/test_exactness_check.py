@@ -14,7 +14,7 @@ from fastrm.data.record import Message, Record, Response
 from fastrm.errors import ExactnessError
 from fastrm.evaluate.reward_model import DTYPES
 from fastrm.model import exactness, first_use, layers
-from fastrm.model.exactness import Agreement, StockModel, check_network, choose_samples, describe
+from fastrm.model.exactness import Agreement, StockModel, check_network, describe, pick_samples
 from fastrm.model.export import save_model
 from fastrm.model.first_use import FirstUse
 from fastrm.model.precision import convert_to_fp8
@@ -52,7 +52,7 @@ def _records(family):
 
 def _samples(network, records):
     groups = [encode_group(record, network.encoder) for record in records]
-    return choose_samples([GroupSize.of(group) for group in groups], groups.__getitem__, network.encoder)
+    return pick_samples([GroupSize.of(group) for group in groups], groups.__getitem__, network.encoder)
 
 
 def _tamper(monkeypatch, *, of=lambda mlp: True):
@@ -103,7 +103,7 @@ class TestAgreement:
             pytest.importorskip("torchao")
             network.fp8 = convert_to_fp8(network, "rowwise")
             options = {"autocast": torch.bfloat16, "multiple": 16}
-        network.use_kernels(torch.float32, attention="sdpa")
+        network.set_kernels(torch.float32, attention="sdpa")
         for sample in _samples(network, _records(family)).values():
             for found in check_network(network, sample, **options):
                 assert found.difference <= found.bound / 3
@@ -316,7 +316,7 @@ def test_the_shortest_groups_that_can_be_read_are_taken():
             raise exactness.RecordError("IMAGE_MISSING", "gone")
         return groups[number]
 
-    found = choose_samples([GroupSize.of(group) for group in groups], load, network.encoder)
+    found = pick_samples([GroupSize.of(group) for group in groups], load, network.encoder)
     assert {kind: sample.group.id for kind, sample in found.items()} == {"text": "r1", "image": "r4"}
     assert FirstUse(network, "no weights")([], load) is None
 

@@ -8,7 +8,7 @@ import torch
 
 from emulated_flash import CALLS, emulate, install
 from fastrm.errors import ConfigError
-from fastrm.model.kernel_choice import choose_backend
+from fastrm.model.kernel_choice import pick_backend
 from fastrm_kernels import TreeLayout, dispatch, preference_loss, tree_attention
 from fastrm_kernels.tree_attention import flash_attn, varlen
 from fastrm_kernels.tree_attention.flash_attn_versions import NOT_INSTALLED, find_version
@@ -146,7 +146,7 @@ def test_packs_of_any_size_make_one_graph_for_each_kind_of_layer(emulated, mode)
     stock, network = make_model("qwen2_5_vl"), make_model("qwen2_5_vl")
     graphs = network.compile_layers("aot_eager")
     network.use_activation_checkpointing(mode)
-    network._runner.choose(_impl(emulated))
+    network._runner.set_kernels(_impl(emulated))
     lay_out = network._runner.layout_builder(torch.bfloat16)
     for number, pack in enumerate(_packs(network, 4)):
         pack.layouts = None
@@ -161,7 +161,7 @@ def test_packs_of_any_size_make_one_graph_for_each_kind_of_layer(emulated, mode)
 def test_selective_checkpointing_does_not_run_attention_again(emulated):
     network = make_model("qwen2_5_vl")
     network.use_activation_checkpointing("selective")
-    network._runner.choose(_impl(emulated))
+    network._runner.set_kernels(_impl(emulated))
     pack = next(_packs(network, 1))
     pack.layouts = network._runner.layout_builder(torch.bfloat16)(pack)
     _step(network, pack)
@@ -215,13 +215,13 @@ def test_without_the_package_the_line_to_install_it_is_named(monkeypatch):
     monkeypatch.setattr(flash_attn, "_major", lambda device: 9)
     message = r'cannot run bfloat16 on cpu: .*pip install --no-build-isolation "fastrm\[flash-attn\]"; use flash or'
     with pytest.raises(ConfigError, match=r"model\.attention: flash_attn " + message):
-        choose_backend("flash_attn", "auto", torch.device("cpu"), torch.bfloat16, [64])
+        pick_backend("flash_attn", "auto", torch.device("cpu"), torch.bfloat16, [64])
     assert find_version(9) == NOT_INSTALLED
 
 
 def test_without_cuda_it_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"flash_attn cannot run float32 on cpu: got torch\.float32 on cpu, wanted"):
-        choose_backend("flash_attn", "auto", torch.device("cpu"), torch.float32, [64])
+        pick_backend("flash_attn", "auto", torch.device("cpu"), torch.float32, [64])
     layout = TREES["pair"]
     with pytest.raises(ValueError, match=r"impl='flash_attn': got torch\.float64 on cpu, wanted float16 or bfloat16"):
         tree_attention(*_inputs(layout), layout, impl="flash_attn")
@@ -231,12 +231,12 @@ def test_without_cuda_it_is_refused_by_name():
 def test_head_dimensions_that_it_has_not_are_refused(monkeypatch, head_dim, wanted):
     emulate(monkeypatch, "flash_attn-2")
     with pytest.raises(ConfigError, match=f"got head dimension {head_dim}, wanted {wanted}"):
-        choose_backend("flash_attn", "auto", torch.device("cpu"), torch.bfloat16, [64, head_dim])
+        pick_backend("flash_attn", "auto", torch.device("cpu"), torch.bfloat16, [64, head_dim])
 
 
 def test_the_version_in_use_is_said(monkeypatch):
     emulate(monkeypatch, "flash_attn-2")
-    backend, why = choose_backend("flash_attn", "triton", torch.device("cpu"), torch.bfloat16, [64, 80])
+    backend, why = pick_backend("flash_attn", "triton", torch.device("cpu"), torch.bfloat16, [64, 80])
     assert (backend, why) == (
         "flash_attn", "FlashAttention-2 of flash-attn 2.8.3; set by model.attention in the configuration"
     )  # fmt: skip
@@ -247,7 +247,7 @@ def test_auto_takes_it_only_as_measured_and_where_it_can_run(monkeypatch):
     monkeypatch.setattr(dispatch, "obstacle_to_triton", lambda tensor: None)
 
     def chosen(*head_dims):
-        return choose_backend("auto", "auto", torch.device("cpu"), torch.bfloat16, head_dims)
+        return pick_backend("auto", "auto", torch.device("cpu"), torch.bfloat16, head_dims)
 
     assert chosen(64)[0] == "flash"
     monkeypatch.setitem(dispatch.MEASURED, ("tree_attention", "cpu", torch.bfloat16), "flash_attn")

@@ -266,7 +266,7 @@ def test_names_parameters_and_exports_are_those_of_the_network_before(network, t
     save_model(network, tmp_path / "after")
     assert_equal(*(load_file(tmp_path / folder / "model.safetensors") for folder in ("after", "before")))
     stock = load_model(tmp_path / "after")  # through transformers' own loading, which names missing and unknown keys
-    stock.use_kernels(torch.bfloat16, attention="sdpa")
+    stock.set_kernels(torch.bfloat16, attention="sdpa")
     with fp8_disabled(network), torch.no_grad():
         # In float32, without autocast: one product for q, k, v and three of them differ by its rounding alone.
         assert torch.allclose(stock(pack), network(pack), rtol=0, atol=1e-5)
@@ -345,7 +345,7 @@ def test_compiled_layers_compute_the_same_in_one_graph():
     packs = [pack_with(network, [make_record(seed) for seed in seeds]) for seeds in ((1, 2), (3,), (4, 5, 6))]
     eager = [(rewards_of(network, pack), flat(gradients_of(network, pack))) for pack in packs]
     graphs = network.compile_layers("aot_eager")
-    network.use_kernels(torch.bfloat16, attention="sdpa")
+    network.set_kernels(torch.bfloat16, attention="sdpa")
     for pack, (rewards, gradients) in zip(packs, eager, strict=True):
         assert torch.equal(rewards_of(network, pack), rewards)
         # Sums of gradients in bfloat16 have another order.

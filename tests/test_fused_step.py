@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fastrm.config import Config, HeadConfig
-from fastrm.model.kernel_choice import choose_head_kernels
+from fastrm.model.kernel_choice import pick_head_kernels
 from fastrm.train.engine import LocalEngine
 from fastrm_kernels import preference_loss
+from fastrm_kernels.dispatch import Choice
 from fastrm_kernels.launch import record_launches
 from fastrm_kernels.preference_head import autograd, reference
 from support import make_image, make_model, make_record, needs_interpreter, pack_of
@@ -59,7 +60,7 @@ def make_case(margins=False, ties=False, edges=None, family="qwen2_5_vl", poolin
 def use_triton(engine):
     """Triton for head and loss alone: the attention of tiny models has heads that it does not run."""
     layers = engine.network.head.layers
-    engine.network.head_kernels = choose_head_kernels("triton", torch.device("cpu"), layers)
+    engine.network.head_kernels = pick_head_kernels("triton", torch.device("cpu"), layers)
 
 
 def two_calls(engine, pack):
@@ -69,7 +70,7 @@ def two_calls(engine, pack):
     loss = weight * preference_loss(
         rewards, pack.edges, margin=pack.margin, weight=pack.weight, label_smoothing=settings.label_smoothing,
         center=settings.center, lengths=pack.response_lengths if settings.length_normalization else None,
-        impl=engine.network.head_kernels[0],
+        impl=engine.network.head_kernels.name,
     )  # fmt: skip
     loss.backward()
     return float(loss.detach()), rewards.detach(), take_gradients(engine)
@@ -152,12 +153,12 @@ def test_what_is_not_fused_has_launches_of_its_own_and_the_line_says_so(monkeypa
     assert engine.network.head_kernels == ("triton", f"{said}head and loss {limits}")
     monkeypatch.setattr(autograd, "FUSED_EDGES", len(pack.edges) - 1)
     assert "preference_loss_kernel" in step_launches(engine, pack)
-    assert choose_head_kernels("triton", torch.device("cpu"), 3)[1] == f"{said}last two of 3 layers and loss {limits}"
+    assert pick_head_kernels("triton", torch.device("cpu"), 3).why == f"{said}last two of 3 layers and loss {limits}"
 
 
 def test_the_loss_of_an_evaluation_is_that_of_rewards_on_the_cpu_whatever_runs_the_step(monkeypatch):
     engine, pack = make_case(loss={"center": 0.1})
     wanted, rewards, _ = two_calls(engine, pack)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as beside a GPU: no kernel runs on CPU tensors
-    engine.network.head_kernels = ("triton", "")
+    engine.network.head_kernels = Choice("triton", "")
     assert float(engine.loss(rewards, pack)) == pytest.approx(wanted, rel=1e-6)

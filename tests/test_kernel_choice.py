@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
 from fastrm.model.architectures import find_architecture
-from fastrm.model.kernel_choice import choose_backend, choose_head_kernels, head_dims_of
+from fastrm.model.kernel_choice import head_dims_of, pick_backend, pick_head_kernels
 from fastrm_kernels import dispatch
 from runs import colour_rows, fastrm, tiny_config
 from support import make_model, needs_interpreter
@@ -48,9 +48,9 @@ def test_a_run_on_triton_kernels_learns_the_same_and_says_so(tmp_path):
 @needs_interpreter
 def test_without_a_measurement_auto_is_eager_and_says_why():
     assert ("tree_attention", "cpu", torch.float32) not in dispatch.MEASURED
-    backend, why = choose_backend("auto", "auto", CPU, torch.float32, [64])
+    backend, why = pick_backend("auto", "auto", CPU, torch.float32, [64])
     assert backend == "sdpa" and "was not measured for float32 on cpu" in why
-    implementation, why = choose_head_kernels("auto", CPU)
+    implementation, why = pick_head_kernels("auto", CPU)
     assert implementation == "eager" and "was not measured for float32 on cpu" in why
 
 
@@ -58,34 +58,34 @@ def test_without_a_measurement_auto_is_eager_and_says_why():
 def test_auto_takes_the_measured_winner(monkeypatch):
     monkeypatch.setitem(dispatch.MEASURED, ("tree_attention", "cpu", torch.float32), "triton")
     monkeypatch.setitem(dispatch.MEASURED, ("preference_head", "cpu", torch.float32), "triton")
-    assert choose_backend("auto", "auto", CPU, torch.float32, [64])[0] == "triton"
-    assert choose_head_kernels("auto", CPU)[0] == "triton"
-    assert choose_backend("auto", "eager", CPU, torch.float32, [64])[0] == "sdpa"
-    assert choose_head_kernels("eager", CPU)[0] == "eager"
+    assert pick_backend("auto", "auto", CPU, torch.float32, [64]).name == "triton"
+    assert pick_head_kernels("auto", CPU).name == "triton"
+    assert pick_backend("auto", "eager", CPU, torch.float32, [64]).name == "sdpa"
+    assert pick_head_kernels("eager", CPU).name == "eager"
 
 
 @needs_interpreter
 def test_an_attention_backend_set_by_name_wins_over_kernels():
-    assert choose_backend("sdpa", "triton", CPU, torch.float32, [64])[0] == "sdpa"
-    assert choose_backend("triton", "eager", CPU, torch.float32, [64])[0] == "triton"
+    assert pick_backend("sdpa", "triton", CPU, torch.float32, [64]).name == "sdpa"
+    assert pick_backend("triton", "eager", CPU, torch.float32, [64]).name == "triton"
 
 
 @needs_interpreter
 def test_the_quick_start_can_take_triton():
     config = load_config(ROOT / "configs/quickstart.yaml", ["kernels=triton"])
     dims = head_dims_of(find_architecture(config.model)[0])
-    assert choose_backend("auto", "triton", CPU, torch.float32, dims)[0] == "triton"
+    assert pick_backend("auto", "triton", CPU, torch.float32, dims).name == "triton"
 
 
 def test_triton_where_it_cannot_run_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     message = r"triton cannot run .* on cpu: got a tensor on cpu, wanted cuda .*; use auto"
     with pytest.raises(ConfigError, match="kernels: " + message):
-        choose_backend("auto", "triton", CPU, torch.float32, [64])
+        pick_backend("auto", "triton", CPU, torch.float32, [64])
     with pytest.raises(ConfigError, match=r"model\.attention: " + message):
-        choose_backend("triton", "auto", CPU, torch.float32, [64])
+        pick_backend("triton", "auto", CPU, torch.float32, [64])
     with pytest.raises(ConfigError, match="kernels: " + message):
-        choose_head_kernels("triton", CPU)
+        pick_head_kernels("triton", CPU)
 
 
 @needs_interpreter
@@ -97,15 +97,15 @@ def test_a_head_dimension_that_triton_has_not_is_refused_at_the_start(family, di
     assert head_dims_of(model.model.config) == dims
     if 8 in dims:
         with pytest.raises(ConfigError, match="got head dimension 8, wanted one of 16, 32, 64, 80, 96, 128; use auto"):
-            model.use_kernels(torch.float32, kernels="triton")
+            model.set_kernels(torch.float32, kernels="triton")
     else:
-        model.use_kernels(torch.float32, kernels="triton")
+        model.set_kernels(torch.float32, kernels="triton")
 
 
 @needs_interpreter
 def test_auto_passes_over_a_winner_that_cannot_run_the_model(monkeypatch):
     monkeypatch.setitem(dispatch.MEASURED, ("tree_attention", "cpu", torch.float32), "triton")
-    backend, why = choose_backend("auto", "auto", CPU, torch.float32, [64, 24])
+    backend, why = pick_backend("auto", "auto", CPU, torch.float32, [64, 24])
     assert backend == "sdpa" and "got head dimension 24" in why
 
 

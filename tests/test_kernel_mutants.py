@@ -216,7 +216,7 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(tiles, "choose_blocks", lambda *_: Blocks(16, 16, 16, 16, 4, 4, 1, 1, 1))
+    monkeypatch.setattr(tiles, "pick_blocks", lambda *_: Blocks(16, 16, 16, 16, 4, 4, 1, 1, 1))
 
 
 @pytest.fixture

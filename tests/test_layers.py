@@ -115,7 +115,7 @@ class TestCompiledLayers:
         if fuse:
             network.fuse_projections()
         graphs = network.compile_layers(backend)
-        network.use_kernels(torch.float32, attention="sdpa")
+        network.set_kernels(torch.float32, attention="sdpa")
         network.use_activation_checkpointing(mode)
         return network, graphs
 
@@ -216,7 +216,7 @@ class TestCompiledLayers:
         pack = pack_of(network, [make_record(1, prompt_words=5, response_words=(1, 9))])
         wanted, gradients = _step(network, pack)
         graphs = network.compile_layers("aot_eager")
-        network.use_kernels(torch.float32, attention="triton")
+        network.set_kernels(torch.float32, attention="triton")
         # Into how many parts the gradient of the keys is divided depends on the pack.
         for num_parts in (1, 2):
             monkeypatch.setattr(TileList, "parts_wanted", lambda *_, num_parts=num_parts: num_parts)
@@ -310,7 +310,7 @@ def test_the_blank_image_of_a_compiled_network_lives_until_the_backward_pass(fam
         network.always_see = True
         if compiled:
             network.compile_layers("aot_eager")
-            network.use_kernels(torch.float32, attention="sdpa")
+            network.set_kernels(torch.float32, attention="sdpa")
         results.append(_step(network, pack_of(network, [make_record(1)]))[1])
     assert _difference(*results) <= 1e-6
 
@@ -358,7 +358,7 @@ def test_a_pass_reads_nothing_back_from_the_device(family, impl, pooling, monkey
     pack = pack_of(network, _records(family))
     runner = network._runner
     runner.compiled = True  # attention by its traceable form, without a compiler
-    runner.choose(impl)
+    runner.set_kernels(impl)
     pack.layouts = runner.layout_builder(torch.bfloat16)(pack)
     with FakeTensorMode():
         for module in network.modules():
@@ -425,5 +425,5 @@ class TestLiger:
     ],
 )
 def test_the_choice_of_norm_and_gate_says_why(kernels, compiled, expected):
-    norm, gate, why = layers.choose_norm_and_gate(kernels, compiled, False, torch.device("cpu"))
+    norm, gate, why = layers.pick_norm_and_gate(kernels, compiled, False, torch.device("cpu"))
     assert (norm, gate, why) == (layers.stock_norm, layers.stock_gate, expected)

@@ -126,7 +126,7 @@ def test_compiled_fused_and_checkpointed_layers_give_the_same_means(mode):
         if changed:
             network.fuse_projections()
             graphs = network.compile_layers("aot_eager")
-            network.use_kernels(torch.float32, attention="sdpa")
+            network.set_kernels(torch.float32, attention="sdpa")
             network.use_activation_checkpointing(mode)
         pack = pack_of(network, _records("qwen2"))
         rewards = network(pack)
@@ -145,8 +145,8 @@ def test_triton_head_reads_means(monkeypatch):
     network = make_model("qwen2", pooling="mean")
     records = [make_record(1, num_responses=4)]
     wanted = stock.stock_rewards(network, records)
-    network.use_kernels(torch.float32, kernels="triton")
-    assert network.head_kernels[0] == "triton"
+    network.set_kernels(torch.float32, kernels="triton")
+    assert network.head_kernels.name == "triton"
     assert (network(pack_of(network, records)) - wanted).abs().max() <= 1e-5
 
 

@@ -154,17 +154,17 @@ def test_head_and_loss_in_one_are_the_two():
 
 def test_auto_is_what_was_measured_on_the_device(monkeypatch):
     rewards = torch.zeros(2)
-    assert dispatch.choose("preference_head", rewards)[0] == "eager"
-    assert dispatch.choose("preference_head", rewards.double()) == ("eager", "Triton needs CUDA")
+    assert dispatch.pick_auto("preference_head", rewards).name == "eager"
+    assert dispatch.pick_auto("preference_head", rewards.double()) == ("eager", "Triton needs CUDA")
     monkeypatch.setattr(dispatch, "obstacle_to_triton", lambda tensor: None)
-    assert dispatch.choose("preference_head", rewards) == (
+    assert dispatch.pick_auto("preference_head", rewards) == (
         "eager", "preference_head was not measured for float32 on cpu; ask for triton by name to use it",
     )  # fmt: skip
     monkeypatch.setitem(dispatch.MEASURED, ("preference_head", "cpu", torch.float32), "triton")
-    assert dispatch.choose("preference_head", rewards.half())[0] == "eager"
-    assert dispatch.choose("preference_head", rewards)[0] == "triton"
-    assert dispatch.choose("preference_loss", rewards)[0] == "eager"
-    assert dispatch.resolve("preference_head", "eager", rewards) == "eager"
+    assert dispatch.pick_auto("preference_head", rewards.half()).name == "eager"
+    assert dispatch.pick_auto("preference_head", rewards).name == "triton"
+    assert dispatch.pick_auto("preference_loss", rewards).name == "eager"
+    assert dispatch.pick("preference_head", "eager", rewards) == "eager"
 
 
 def test_wrong_head_is_refused():

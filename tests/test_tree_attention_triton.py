@@ -35,7 +35,7 @@ def seed():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Many tiles and steps from few tokens."""
-    monkeypatch.setattr(tiles, "choose_blocks", lambda *_: SMALL)
+    monkeypatch.setattr(tiles, "pick_blocks", lambda *_: SMALL)
 
 
 def inputs(layout, heads=2, kv_heads=1, width=16, dtype=torch.float32):
@@ -365,7 +365,7 @@ def test_each_subset_of_gradients(needed, small_blocks):
 
 
 def test_the_heads_of_a_group_are_divided_where_one_prefix_is_long():
-    blocks = tiles.choose_blocks(torch.bfloat16, 128, False)
+    blocks = tiles.pick_blocks(torch.bfloat16, 128, False)
     even = work_lists(TreeLayout.from_lengths([256] * 64), blocks, True).key_tiles
     long = work_lists(TreeLayout.build([300] + [300] * 16, [-1] + [0] * 16), blocks, True).key_tiles
     assert even.parts_wanted(4, 7) == 1
@@ -491,7 +491,7 @@ def test_the_readmes_table_of_efficiency_is_true():
     text = (Path(tiles.__file__).parent / "README.md").read_text()
     rows = re.findall(r"^\| (\d+) / (\d+) \| (.+) \|$", text, re.MULTILINE)
     assert len(rows) == 6
-    blocks = tiles.choose_blocks(torch.bfloat16, 128, False)
+    blocks = tiles.pick_blocks(torch.bfloat16, 128, False)
     for prefix, response, cells in ((int(p), int(r), cells.split(" | ")) for p, r, cells in rows):
         for number, cell in zip((2, 4, 8, 16), cells, strict=True):
             trees = max(1, 16384 // (prefix + number * response))

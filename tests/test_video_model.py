@@ -109,7 +109,7 @@ def test_compiled_layers_and_checkpointing_read_videos():
     rewards = stock.stock_rewards(network, records)
     network.compile_layers("eager")
     network.use_activation_checkpointing("full")
-    network.use_kernels(torch.float32, attention="sdpa")
+    network.set_kernels(torch.float32, attention="sdpa")
     assert (network(pack_of(network, records)) - rewards).abs().max() <= 1e-5
 
 

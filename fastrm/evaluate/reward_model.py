@@ -89,7 +89,7 @@ class RewardModel:
         given = _date(template_date)
         network = load_model(Path(path), min_pixels, max_pixels, dtype=wanted, device=target, date=given)
         network.encoder.limits = MediaLimits(max_image_bytes, max_image_pixels, max_video_bytes, max_video_seconds)
-        network.use_kernels(network.model.dtype, kernels=kernels, attention=attention)
+        network.set_kernels(network.model.dtype, kernels=kernels, attention=attention)
         if check_exactness:
             network.first_use = FirstUse(network, weights_of(path))
         weights = _describe(network.model.dtype, stored_dtype(str(path)), dtype)

@@ -55,16 +55,16 @@ class BackboneRunner:
         self._layer: Callable = decoder_layer
         self._shape = None if self.tower is None else self.tower.shape
         self._block: Callable | None = None if self.tower is None else self.tower.block
-        self.choose("eager")
+        self.set_kernels("eager")
 
-    def choose(self, impl: str, norm: Callable = stock_norm, gate: Callable = stock_gate) -> None:
+    def set_kernels(self, impl: str, norm: Callable = stock_norm, gate: Callable = stock_gate) -> None:
         """Set the implementation of attention, RMSNorm and SwiGLU of all layers."""
         text = self.model.config.get_text_config()
         attention = Attention(impl, AttentionShape.of_language(text), True, self.compiled)
         rotate = rotation(self.language.layers[0].self_attn)
         self._kernels = LayerKernels(attention, rotate, norm, gate)
         if self.tower is not None:
-            self.tower.choose(impl, self.compiled, norm, gate)
+            self.tower.set_kernels(impl, self.compiled, norm, gate)
 
     def compile(self, backend) -> None:
         """Run decoder layers and vision blocks as graphs of torch.compile, each for any number of tokens.
@@ -79,7 +79,7 @@ class BackboneRunner:
         self._layer = torch.compile(own_copy(decoder_layer), **options)
         if self.tower is not None:
             self._block = torch.compile(own_copy(self.tower.block), **options)
-        self._choose_again()
+        self._set_kernels_again()
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -90,15 +90,15 @@ class BackboneRunner:
         kept = self.compiled, self._layer, self._block
         self.compiled, self._layer = False, decoder_layer
         self._block = None if self.tower is None else self.tower.block
-        self._choose_again()
+        self._set_kernels_again()
         try:
             yield
         finally:
             self.compiled, self._layer, self._block = kept
-            self._choose_again()
+            self._set_kernels_again()
 
-    def _choose_again(self) -> None:
-        self.choose(self._kernels.attention.impl, self._kernels.norm, self._kernels.gate)
+    def _set_kernels_again(self) -> None:
+        self.set_kernels(self._kernels.attention.impl, self._kernels.norm, self._kernels.gate)
 
     def layout_builder(self, dtype: torch.dtype) -> LayoutBuilder:
         """Makes the layouts of packs, anywhere; `dtype` is that of the attention's inputs."""

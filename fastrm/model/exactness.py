@@ -105,7 +105,7 @@ def _how_far(parts: Sequence[Agreement]) -> str:
     return to if parts[0].dtype == "fp32" and parts[0].whole else f"{to} in {parts[0].dtype}"
 
 
-def choose_samples(
+def pick_samples(
     groups: Sequence[GroupSize],
     load: Callable[[int], EncodedGroup],
     encoder: ConversationEncoder,
@@ -254,7 +254,7 @@ def first_layers(network: RewardNetwork, tensors: Iterable[tuple[str, torch.Tens
             state[name] = tensor if wanted[name] else tensor.float()
     cut.load_state_dict(state, assign=True)
     _widen(model)
-    cut.to(network.device).eval().use_kernels(torch.float32, kernels="eager", attention="sdpa")
+    cut.to(network.device).eval().set_kernels(torch.float32, kernels="eager", attention="sdpa")
     return cut
 
 
@@ -416,8 +416,8 @@ def _complaint(
 def _likely_causes(network: RewardNetwork) -> Iterator[str]:
     if names := unknown_keys(network.model.config):
         yield f"keys of config.json that fastrm does not know and stock may read: {', '.join(names)}"
-    if network.attention[0] != "sdpa":
-        yield f"the attention backend {network.attention[0]}: try attention: sdpa"
-    if network.head_kernels[0] != "eager" or not network.norm_and_gate.startswith("stock"):
+    if network.attention.name != "sdpa":
+        yield f"the attention backend {network.attention.name}: try attention: sdpa"
+    if network.head_kernels.name != "eager" or not network.norm_and_gate.startswith("stock"):
         yield "a kernel: try kernels: eager"
     yield f"a change in transformers {transformers.__version__} that fastrm was not tested with"

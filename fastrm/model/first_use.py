@@ -24,7 +24,7 @@ import fastrm_kernels
 from fastrm.data.group import GroupSize
 from fastrm.data.packing import EncodedGroup
 from fastrm.json_files import to_json
-from fastrm.model.exactness import KINDS, Agreement, Sample, check_network, choose_samples, describe
+from fastrm.model.exactness import KINDS, Agreement, Sample, check_network, describe, pick_samples
 from fastrm.model.fusion import FusedLinear
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import ADAPTER_CONFIG, locate
@@ -63,7 +63,7 @@ class FirstUse:
 
         Args:
             groups: about to be used.
-            load: as of `choose_samples`.
+            load: as of `pick_samples`.
 
         Raises:
             ExactnessError: as `check_network`.
@@ -72,7 +72,7 @@ class FirstUse:
         with self._lock:
             kinds = KINDS if encoder.vision is not None else KINDS[:1]
             if missing := [kind for kind in kinds if kind not in self._checked]:
-                self._check(choose_samples(groups, load, encoder, missing))
+                self._check(pick_samples(groups, load, encoder, missing))
 
     def _check(self, samples: dict[str, Sample]) -> None:
         found: list[Agreement] = []
@@ -92,7 +92,7 @@ class FirstUse:
         network = self._network
         parts = [
             network.model.config.to_dict(), self._weights, kind, self._options, network.pooling, network.encoder.anchor,
-            str(network.score), network.head.activation, network.attention[0], network.head_kernels[0],
+            str(network.score), network.head.activation, network.attention.name, network.head_kernels.name,
             network.norm_and_gate, sorted({str(parameter.dtype) for parameter in network.parameters()}),
             any(isinstance(module, FusedLinear) for module in network.modules()), _device_name(network.device),
             torch.__version__, transformers.__version__, _code(),

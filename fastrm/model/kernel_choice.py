@@ -6,9 +6,9 @@ import torch
 
 from fastrm.errors import ConfigError
 from fastrm.model.attention import BACKENDS, AttentionShape
-from fastrm_kernels.dispatch import choose, obstacle_to_triton
+from fastrm_kernels.dispatch import Choice, obstacle_to_triton, pick_auto
 from fastrm_kernels.preference_head.autograd import FUSED_EDGES, FUSED_REWARDS
-from fastrm_kernels.tree_attention.api import choose_implementation, triton_attention_obstacle
+from fastrm_kernels.tree_attention.api import pick_attention, triton_attention_obstacle
 from fastrm_kernels.tree_attention.flash_attn import flash_attn_name, flash_attn_obstacle
 from fastrm_kernels.tree_attention.varlen import varlen_obstacle
 
@@ -16,10 +16,10 @@ CHOICES = ("auto", "triton", "eager")
 _MODEST = ("triton", "flash_attn", "varlen", "eager")  # of tree_attention; each runs wherever the ones before it do
 
 
-def choose_backend(
+def pick_backend(
     requested: str, kernels: str, device: torch.device, dtype: torch.dtype, head_dims: Iterable[int]
-) -> tuple[str, str]:
-    """(backend, why) for model.attention; decided once, at start.
+) -> Choice:
+    """Return the backend for model.attention and why; decided once, at start.
 
     Args:
         requested: auto, or a key of BACKENDS.
@@ -36,7 +36,7 @@ def choose_backend(
         obstacle = next(filter(None, map(triton_attention_obstacle, probes)), None)
         if obstacle is not None:
             raise ConfigError(f"{key}: triton cannot run {what}: {obstacle}; use auto")
-        return "triton", f"set by {key} in the configuration"
+        return Choice("triton", f"set by {key} in the configuration")
     varlen = varlen_obstacle(probes[0]) is None
     if requested == "flash" and not varlen:
         raise ConfigError(
@@ -46,19 +46,20 @@ def choose_backend(
         obstacle = next(filter(None, map(flash_attn_obstacle, probes)), None)
         if obstacle is not None:
             raise ConfigError(f"model.attention: flash_attn cannot run {what}: {obstacle}; use flash or auto")
-        return requested, f"{flash_attn_name(device)}; set by model.attention in the configuration"
+        return Choice(requested, f"{flash_attn_name(device)}; set by model.attention in the configuration")
     if requested != "auto":
-        return requested, "set by model.attention in the configuration"
+        return Choice(requested, "set by model.attention in the configuration")
     if kernels == "eager":
-        return ("flash" if varlen else "sdpa"), f"kernels: eager, {what}"
-    choices = [choose_implementation(probe) for probe in probes]
+        return Choice("flash" if varlen else "sdpa", f"kernels: eager, {what}")
+    choices = [pick_attention(probe) for probe in probes]
     # One backend serves the whole model: the layer whose choice is the most modest decides.
-    implementation, why = max(choices, key=lambda choice: _MODEST.index(choice[0]))
-    return next(name for name, value in BACKENDS.items() if value == implementation), f"auto: {what}; {why}"
+    implementation, why = max(choices, key=lambda choice: _MODEST.index(choice.name))
+    backend = next(name for name, value in BACKENDS.items() if value == implementation)
+    return Choice(backend, f"auto: {what}; {why}")
 
 
-def choose_head_kernels(kernels: str, device: torch.device, num_layers: int = 2) -> tuple[str, str]:
-    """(implementation, why) of the reward head and the loss, which compute in float32.
+def pick_head_kernels(kernels: str, device: torch.device, num_layers: int = 2) -> Choice:
+    """Return the implementation of the reward head and the loss, which compute in float32, and why.
 
     With Triton the reason also says how far the two are one operation.
 
@@ -70,14 +71,14 @@ def choose_head_kernels(kernels: str, device: torch.device, num_layers: int = 2)
     """
     probe = torch.empty(0, device=device)
     if kernels == "auto":
-        implementation, why = choose("preference_head", probe)
+        implementation, why = pick_auto("preference_head", probe)
         why = f"auto: float32 on {device.type}; {why}"
-        return implementation, f"{why}; {_fusion(num_layers)}" if implementation == "triton" else why
+        return Choice(implementation, f"{why}; {_fusion(num_layers)}" if implementation == "triton" else why)
     obstacle = obstacle_to_triton(probe)
     if kernels == "triton" and obstacle is not None:
         raise ConfigError(f"kernels: triton cannot run the head on {device.type}: {obstacle}; use auto")
     why = "set by kernels in the configuration"
-    return kernels, f"{why}; {_fusion(num_layers)}" if kernels == "triton" else why
+    return Choice(kernels, f"{why}; {_fusion(num_layers)}" if kernels == "triton" else why)
 
 
 def _fusion(num_layers: int) -> str:

@@ -171,7 +171,7 @@ def liger_gate(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> t
     return LigerSiLUMulFunction.apply(gate, up)
 
 
-def choose_norm_and_gate(
+def pick_norm_and_gate(
     kernels: str, compiled: bool, fused: bool, device: torch.device, activations: Collection[str] = ("silu",)
 ) -> tuple[Norm, Gate, str]:
     """RMSNorm and SwiGLU of the layers, and what they are and why; proved by a call on the device.

@@ -29,7 +29,7 @@ UNUSED = re.compile(r"(.*\.)?(lm_head\.(weight|bias)|inv_freq|position_ids)")
 _WRAPPER = "pretrained_model."
 
 # (name in the backbone, parameter, dtype of most of the files) -> dtype in memory.
-ChooseDtype = Callable[[str, nn.Parameter, torch.dtype], torch.dtype]
+PickDtype = Callable[[str, nn.Parameter, torch.dtype], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Backbone:
     place: ModelPlace
     rest: dict[str, StoredTensor] = field(default_factory=dict)
 
-    def num_bytes(self, choose_dtype: ChooseDtype) -> int:
+    def num_bytes(self, pick_dtype: PickDtype) -> int:
         """Bytes of all parameters, as `load` will place them."""
         return sum(
-            parameter.numel() * choose_dtype(name, parameter, self.dtype).itemsize
+            parameter.numel() * pick_dtype(name, parameter, self.dtype).itemsize
             for name, parameter in self.model.named_parameters()
         )
 
     @torch.no_grad()
     def load(
         self,
-        choose_dtype: ChooseDtype,
+        pick_dtype: PickDtype,
         device: torch.device,
         *,
         reads: bool = True,
@@ -86,7 +86,7 @@ class Backbone:
             path, _, attribute = name.rpartition(".")
             owner = self.model.get_submodule(path)
             empty = getattr(owner, attribute)
-            dtype = choose_dtype(name, empty, self.dtype)
+            dtype = pick_dtype(name, empty, self.dtype)
             filled = torch.empty(empty.shape, dtype=dtype, device=device)
             if reads:
                 first = 0
@@ -283,7 +283,7 @@ def _empty_models(config) -> tuple[nn.Module, nn.Module]:
     # Only the full vision classes know both names of published weights, `visual.*` and `model.visual.*`.
     auto_class = AutoModelForImageTextToText if is_vision else AutoModel
     with WeightsOnMeta():
-        # Any attention will do until `use_kernels` chooses, but a stock one must not be checked for.
+        # Any attention will do until `set_kernels` chooses, but a stock one must not be checked for.
         full = auto_class.from_config(config, dtype=torch.float32, attn_implementation="eager")
     return full, full.model if is_vision else full
 

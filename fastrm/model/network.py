@@ -16,12 +16,13 @@ from fastrm.model.compiled import CompiledGraphs
 from fastrm.model.families import check_family, gated_activations
 from fastrm.model.fusion import FusedLinear, fuse_projections
 from fastrm.model.head import head_loss, head_rewards, make_head
-from fastrm.model.kernel_choice import choose_backend, choose_head_kernels, head_dims_of
-from fastrm.model.layers import choose_norm_and_gate
+from fastrm.model.kernel_choice import head_dims_of, pick_backend, pick_head_kernels
+from fastrm.model.layers import pick_norm_and_gate
 from fastrm.model.precision import Fp8Report, fp8_disabled
 from fastrm.model.recompute import MODES
 from fastrm.model.towers import VisionTower
 from fastrm.names import device_name
+from fastrm_kernels.dispatch import Choice
 
 
 class RewardNetwork(nn.Module):
@@ -59,8 +60,8 @@ class RewardNetwork(nn.Module):
         self.pooling = pooling
         self.score = make_head(model.config.get_text_config().hidden_size, head)
         self.encoder = encoder
-        self.attention = ("", "not chosen yet")
-        self.head_kernels = ("eager", "not chosen yet")
+        self.attention = Choice("", "not chosen yet")
+        self.head_kernels = Choice("eager", "not chosen yet")
         self.norm_and_gate = "not chosen yet"
         self.fp8: Fp8Report | None = None
         self.graphs: CompiledGraphs | None = None
@@ -93,7 +94,7 @@ class RewardNetwork(nn.Module):
             states, norm = self._runner.mean_states(pack), None
         else:
             states, norm = self._runner.anchor_states(pack), self._runner.language.norm
-        head = self.score, self.head.activation, states, norm, self.head_kernels[0]
+        head = self.score, self.head.activation, states, norm, self.head_kernels.name
         return head_rewards(*head) if loss is None else head_loss(*head, pack, loss)
 
     def fuse_projections(self) -> int:
@@ -103,7 +104,7 @@ class RewardNetwork(nn.Module):
         """
         return fuse_projections(self._runner.language.layers)
 
-    def use_kernels(self, dtype: torch.dtype, *, kernels: str = "auto", attention: str = "auto") -> None:
+    def set_kernels(self, dtype: torch.dtype, *, kernels: str = "auto", attention: str = "auto") -> None:
         """Choose implementations for the device that the weights are on.
 
         Call it after `fuse_projections` and `compile_layers`, which it takes into account.
@@ -116,13 +117,13 @@ class RewardNetwork(nn.Module):
         Raises:
             ConfigError: if an explicit choice cannot run there.
         """
-        self.head_kernels = choose_head_kernels(kernels, self.device, self.head.layers)
-        self.attention = choose_backend(attention, kernels, self.device, dtype, head_dims_of(self.model.config))
+        self.head_kernels = pick_head_kernels(kernels, self.device, self.head.layers)
+        self.attention = pick_backend(attention, kernels, self.device, dtype, head_dims_of(self.model.config))
         fused = any(isinstance(module, FusedLinear) for module in self.model.modules())
-        norm, gate, self.norm_and_gate = choose_norm_and_gate(
+        norm, gate, self.norm_and_gate = pick_norm_and_gate(
             kernels, self._runner.compiled, fused, self.device, gated_activations(self.model.config)
         )
-        self._runner.choose(BACKENDS[self.attention[0]], norm, gate)
+        self._runner.set_kernels(BACKENDS[self.attention.name], norm, gate)
         self.lay_out = self._runner.layout_builder(dtype)
 
     def compile_layers(self, backend: str | Callable = "inductor") -> CompiledGraphs:
@@ -239,7 +240,7 @@ def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
         else:
             config = AutoConfig.for_model(model_type, **{**options, "vocab_size": len(tokenizer), **shared})
         check_family(config)
-        # Any attention will do until `use_kernels` chooses, but a stock one must not be checked for.
+        # Any attention will do until `set_kernels` chooses, but a stock one must not be checked for.
         return AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
     except ConfigError:
         raise

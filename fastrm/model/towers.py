@@ -31,7 +31,7 @@ class VisionTower(ABC):
         projector: the stock module that makes image tokens of its states; inside the tower for Qwen.
         shape: makes the layout of a pack's images from their grids: `shape.lay_out(grids)`.
         block: evaluates one block.
-        kernels: how blocks compute; set by `choose`.
+        kernels: how blocks compute; set by `set_kernels`.
     """
 
     module: nn.Module
@@ -40,7 +40,7 @@ class VisionTower(ABC):
     block: Callable
     kernels: LayerKernels
 
-    def choose(self, impl: str, traced: bool, norm: Callable, gate: Callable) -> None:
+    def set_kernels(self, impl: str, traced: bool, norm: Callable, gate: Callable) -> None:
         """Set the implementation of attention, RMSNorm and SwiGLU of all blocks; `traced` as of `Attention`."""
         attention = Attention(impl, AttentionShape.of_vision(self.module.config), False, traced)
         self.kernels = LayerKernels(attention, self._rotation(), norm, gate)

@@ -30,7 +30,7 @@ from fastrm.data.packing import EncodedGroup, Pack, build_pack
 from fastrm.data.template import EncodedResponse
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.fusion import join_parts, split_fused, stored_buffers, whole_shape
-from fastrm.model.loading import Backbone, ChooseDtype
+from fastrm.model.loading import Backbone, PickDtype
 from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.model.precision import token_multiple
 from fastrm.train.engine import LocalEngine, Update
@@ -216,7 +216,7 @@ class DeepSpeedEngine:
         safe_set_local_optimizer_state(parameter, mine.to(parameter.device), key)
 
 
-def load_divided(network: RewardNetwork, files: Backbone, choose_dtype: ChooseDtype, config: Config) -> None:
+def load_divided(network: RewardNetwork, files: Backbone, pick_dtype: PickDtype, config: Config) -> None:
     """Read a backbone under ZeRO-3: each weight is divided over the ranks before the next one is read.
 
     The first rank reads; the others get each weight from it, whole, and keep their part. So no rank ever holds more
@@ -236,7 +236,7 @@ def load_divided(network: RewardNetwork, files: Backbone, choose_dtype: ChooseDt
     deepspeed.zero.Init(module=network.score, config_dict_or_path=_settings(network, config), dtype=torch.float32)
     head = next(network.score.parameters())
     files.load(
-        choose_dtype, device, reads=dist.get_rank() == 0,
+        pick_dtype, device, reads=dist.get_rank() == 0,
         placed=lambda parameter: head.convert_to_zero_parameters(param_list=[parameter]),
     )  # fmt: skip
 

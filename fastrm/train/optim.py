@@ -10,7 +10,7 @@ from torch import nn
 from fastrm.config import Config, OptimConfig, PrecisionConfig
 from fastrm.errors import StorageError
 from fastrm.model.fusion import whole_shape
-from fastrm.model.loading import ChooseDtype, stored_dtype
+from fastrm.model.loading import PickDtype, stored_dtype
 from fastrm.train.compact_adamw import BLOCK, CompactAdamW, is_quantizable
 
 _OTHER = "the checkpoint is of another model, or of other settings of model or optim; use those, or a new run.dir"
@@ -75,7 +75,7 @@ def backbone_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def storage_dtype(network: nn.Module, precision: PrecisionConfig, alone: bool) -> ChooseDtype:
+def storage_dtype(network: nn.Module, precision: PrecisionConfig, alone: bool) -> PickDtype:
     """Return a function that says in which dtype a weight from files is held for training.
 
     float32, but for backbone matrices under precision.weights bf16, and under auto for the frozen weights of linear and
@@ -94,13 +94,13 @@ def storage_dtype(network: nn.Module, precision: PrecisionConfig, alone: bool) -
     matrices = {name.removeprefix("model.") for name in backbone_matrices(network)}
     keeps = precision.weights == "auto" and precision.dtype == "bf16" and alone
 
-    def choose(name: str, parameter: nn.Parameter, stored: torch.dtype) -> torch.dtype:
+    def pick(name: str, parameter: nn.Parameter, stored: torch.dtype) -> torch.dtype:
         if precision.weights == "bf16" and name in matrices:
             return torch.bfloat16
         is_kept = keeps and stored.itemsize == 2 and id(parameter) in multiplied and not parameter.requires_grad
         return stored if is_kept else torch.float32
 
-    return choose
+    return pick
 
 
 def store_matrices_in_bf16(network: nn.Module) -> None:
@@ -179,12 +179,12 @@ def training_bytes(network: nn.Module, config: Config) -> TrainingBytes:
             of model.path, or bfloat16 where they are not here.
     """
     matrices = backbone_matrices(network)
-    choose, stored = storage_dtype(network, config.precision, alone=True), stored_dtype(config.model.path)
+    pick_dtype, stored = storage_dtype(network, config.precision, alone=True), stored_dtype(config.model.path)
     weights = gradients = states = 0
     for name, parameter in network.named_parameters():
         size, is_matrix = parameter.numel(), name in matrices
         is_backbone = name.startswith("model.")
-        weights += size * (choose(name.removeprefix("model."), parameter, stored).itemsize if is_backbone else 4)
+        weights += size * (pick_dtype(name.removeprefix("model."), parameter, stored).itemsize if is_backbone else 4)
         if parameter.requires_grad:
             gradients += 4 * size
             quantized = is_matrix and config.optim.states == "8bit" and is_quantizable(parameter)

@@ -94,19 +94,19 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
     if config.compile == "layers":
         network.compile_layers()
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    network.use_kernels(dtype, kernels=config.kernels, attention=settings.attention)
+    network.set_kernels(dtype, kernels=config.kernels, attention=settings.attention)
     network.use_activation_checkpointing(settings.activation_checkpointing)
     return network.train()
 
 
 def _read_weights(network: RewardNetwork, files: Backbone, config: Config, device: torch.device, ranks: Ranks) -> None:
-    choose = storage_dtype(network, config.precision, ranks.num_ranks == 1)
+    pick_dtype = storage_dtype(network, config.precision, ranks.num_ranks == 1)
     if ranks.num_ranks > 1 and config.engine.zero_stage == 3:
         from fastrm.train.deepspeed_engine import load_divided
 
-        load_divided(network, files, choose, config)
+        load_divided(network, files, pick_dtype, config)
     else:
-        files.load(choose, device)
+        files.load(pick_dtype, device)
 
 
 def check_exactness(job: Job, engine, ranks: Ranks, say: Callable[[str], None]) -> None:

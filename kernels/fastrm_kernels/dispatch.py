@@ -1,6 +1,7 @@
 """The choice of the implementation that runs an operation. An explicit choice never falls back to another."""
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +10,13 @@ from fastrm_kernels.launch import triton_obstacle
 # (operation, device name, dtype) -> the implementation that was faster there. Entries come from bench/results
 # only: a figure measured on that very device, with the correctness gate green. None was measured yet.
 MEASURED: dict[tuple[str, str, torch.dtype], str] = {}
+
+
+class Choice(NamedTuple):
+    """An implementation by name, and in words the reason why it is the one."""
+
+    name: str
+    why: str
 
 
 def constant(function):
@@ -20,27 +28,27 @@ def constant(function):
     return function
 
 
-def choose(op: str, tensor: torch.Tensor) -> tuple[str, str]:
-    """Return the implementation that `auto` means for these inputs and, in words, the reason."""
+def pick_auto(op: str, tensor: torch.Tensor) -> Choice:
+    """Return the implementation that `auto` means for these inputs."""
     obstacle = obstacle_to_triton(tensor)
     if obstacle is not None:
         on_cpu = tensor.device.type == "cpu"
-        return "eager", "Triton needs CUDA" if on_cpu else f"Triton cannot run {op} here: {obstacle}"
+        return Choice("eager", "Triton needs CUDA" if on_cpu else f"Triton cannot run {op} here: {obstacle}")
     device = _device_name(tensor.device)
     if (op, device, tensor.dtype) not in MEASURED:
         what = f"{tensor.dtype} on {device}".replace("torch.", "")
-        return "eager", f"{op} was not measured for {what}; ask for triton by name to use it"
-    return MEASURED[op, device, tensor.dtype], f"the faster one for {op} in bench/results of {device}"
+        return Choice("eager", f"{op} was not measured for {what}; ask for triton by name to use it")
+    return Choice(MEASURED[op, device, tensor.dtype], f"the faster one for {op} in bench/results of {device}")
 
 
-def resolve(op: str, impl: str, tensor: torch.Tensor) -> str:
+def pick(op: str, impl: str, tensor: torch.Tensor) -> str:
     """Return "triton" or "eager" for an `impl` of auto, triton or eager.
 
     Raises:
         ValueError: for another name, or for triton where it cannot run.
     """
     if impl == "auto":
-        return choose(op, tensor)[0]
+        return pick_auto(op, tensor).name
     if impl not in ("triton", "eager"):
         raise ValueError(f"impl: got {impl!r}, wanted one of auto, triton, eager")
     obstacle = obstacle_to_triton(tensor) if impl == "triton" else None

@@ -18,7 +18,7 @@ from fastrm_kernels.preference_head.triton_forward import launch_reward_head_fwd
 from fastrm_kernels.preference_head.triton_linear import launch_linear_head_bwd, launch_linear_head_fwd
 from fastrm_kernels.preference_head.triton_loss import launch_preference_loss
 from fastrm_kernels.tree_attention import TreeLayout
-from fastrm_kernels.tree_attention.tiles import choose_blocks, work_lists
+from fastrm_kernels.tree_attention.tiles import pick_blocks, work_lists
 from fastrm_kernels.tree_attention.triton_backward import (
     launch_tree_attention_bwd_key_value,
     launch_tree_attention_bwd_query,
@@ -136,7 +136,7 @@ def _attention(heads, key_heads, width, layout, num_parts, head_stride) -> None:
     query, output, upstream, query_grad = (rows(layout.num_queries, heads) for _ in range(4))
     key, value = (rows(layout.num_keys, key_heads) for _ in range(2))
     lse, row_stats = (_meta(heads, layout.num_queries, *pair) for pair in ((), (2,)))
-    blocks = choose_blocks(query.dtype, width, layout.query_rows is not None)
+    blocks = pick_blocks(query.dtype, width, layout.query_rows is not None)
     settings = work_lists(layout, blocks, causal=len(layout.lengths) == 3), blocks, width**-0.5
     launch_tree_attention_fwd(query, key, value, output, lse, *settings)
     launch_tree_attention_bwd_query(query, key, value, output, upstream, lse, row_stats, query_grad, *settings)

@@ -7,7 +7,7 @@ import torch
 
 from fastrm_kernels.compact_adamw import reference
 from fastrm_kernels.compact_adamw.reference import BLOCK
-from fastrm_kernels.dispatch import resolve
+from fastrm_kernels.dispatch import pick
 
 NUM_COEFFICIENTS = 7
 
@@ -36,7 +36,7 @@ def compact_adamw(weight, gradient, exp_avg, exp_avg_sq, noise, coefficients, *,
     """
     _check(weight, gradient, exp_avg, exp_avg_sq, noise, coefficients)
     # The kernel reads bfloat16 as bits: what decides is where the gradient is.
-    if resolve("compact_adamw", impl, gradient) == "eager":
+    if pick("compact_adamw", impl, gradient) == "eager":
         reference.compact_adamw(weight, gradient, exp_avg, exp_avg_sq, noise, coefficients)
         return
     from fastrm_kernels.compact_adamw.triton_update import launch_compact_adamw

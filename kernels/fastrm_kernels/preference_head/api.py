@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastrm_kernels.dispatch import resolve
+from fastrm_kernels.dispatch import pick
 from fastrm_kernels.preference_head import autograd, reference
 from fastrm_kernels.preference_head.reference import ACTIVATIONS, REDUCTIONS
 
@@ -149,8 +149,8 @@ def preference_head_gradients(
 
 
 def _choose(op, impl, tensor, obstacle) -> str:
-    """Resolve `impl` as `resolve` does, unless an `obstacle` says why Triton cannot run these very inputs."""
-    chosen = resolve(op, impl, tensor)
+    """Resolve `impl` as `dispatch.pick` does, unless an `obstacle` says why Triton cannot run these very inputs."""
+    chosen = pick(op, impl, tensor)
     if chosen == "triton" and obstacle is not None:
         if impl == "triton":
             raise ValueError(f"{op} with impl='triton': {obstacle}, or impl='eager'")

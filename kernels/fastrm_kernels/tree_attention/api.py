@@ -2,7 +2,7 @@
 
 import torch
 
-from fastrm_kernels.dispatch import choose, constant, obstacle_to_triton
+from fastrm_kernels.dispatch import Choice, constant, obstacle_to_triton, pick_auto
 from fastrm_kernels.tree_attention import varlen
 from fastrm_kernels.tree_attention.autograd import tree_attention_triton
 from fastrm_kernels.tree_attention.eager import tree_attention_eager
@@ -30,7 +30,7 @@ def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="
         scale: of the scores; default K ** -0.5.
         causal: every token sees its path up to itself. False, for a layout of independent sequences
             only: every token sees its whole sequence.
-        impl: auto (see `choose_implementation`), triton, eager, varlen (FlashAttention in torch), or flash_attn
+        impl: auto (see `pick_attention`), triton, eager, varlen (FlashAttention in torch), or flash_attn
             (the flash-attn package).
 
     Returns:
@@ -46,7 +46,7 @@ def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="
     if not causal and not layout.is_flat:
         raise ValueError("causal=False: got a tree, wanted independent sequences (all parents -1)")
     if impl == "auto":
-        impl = choose_implementation(query, key, value)[0]
+        impl = pick_attention(query, key, value).name
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: got {impl!r}, wanted auto or one of {', '.join(IMPLEMENTATIONS)}")
     obstacle = triton_attention_obstacle(query, key, value) if impl == "triton" else None
@@ -55,22 +55,22 @@ def tree_attention(query, key, value, layout, *, scale=None, causal=True, impl="
     return IMPLEMENTATIONS[impl](query, key, value, layout, scale=scale, causal=causal)
 
 
-def choose_implementation(query, *others) -> tuple[str, str]:
+def pick_attention(query, *others) -> Choice:
     """Return the implementation that `auto` means for inputs (.., heads, K), and the reason in words.
 
     The measured winner on their device, where it can run them; else torch's varlen FlashAttention on
     CUDA in half precision, and eager elsewhere.
     """
-    impl, why = choose("tree_attention", query)
+    impl, why = pick_auto("tree_attention", query)
     if impl in ("triton", "flash_attn"):
         obstacle = triton_attention_obstacle(query, *others) if impl == "triton" else flash_attn_obstacle(query)
         if obstacle is None:
-            return impl, why
+            return Choice(impl, why)
         name = "Triton" if impl == "triton" else "flash-attn"
         why = f"{name}, the faster one in bench/results, cannot run tree_attention here: {obstacle}"
     if varlen.varlen_obstacle(query) is None:
-        return "varlen", why if impl == "varlen" else f"torch's varlen FlashAttention; {why}"
-    return "eager", why
+        return Choice("varlen", why if impl == "varlen" else f"torch's varlen FlashAttention; {why}")
+    return Choice("eager", why)
 
 
 def triton_attention_obstacle(query, *others) -> str | None:

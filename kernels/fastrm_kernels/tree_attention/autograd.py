@@ -13,7 +13,7 @@ def tree_attention_triton(query, key, value, layout, *, scale=None, causal=True)
     """Compute `tree_attention` with the Triton kernels, under the same contract."""
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     single_rows = layout.query_rows is not None
-    work = tiles.work_lists(layout, tiles.choose_blocks(query.dtype, query.shape[-1], single_rows), causal)
+    work = tiles.work_lists(layout, tiles.pick_blocks(query.dtype, query.shape[-1], single_rows), causal)
     num_parts = work.key_tiles.parts_wanted(key.shape[1], query.shape[1] // key.shape[1])
     output, _ = tree_attention_forward(query, key, value, work.tensors(), single_rows, num_parts, scale)
     return output
@@ -35,7 +35,7 @@ def tree_attention_forward(
     query, key, value = _dense_columns(query, key, value)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-    work, blocks = WorkLists.from_tensors(lists), tiles.choose_blocks(query.dtype, query.shape[-1], single_rows)
+    work, blocks = WorkLists.from_tensors(lists), tiles.pick_blocks(query.dtype, query.shape[-1], single_rows)
     launch_tree_attention_fwd(query, key, value, output, lse, work, blocks, scale)
     return output, lse
 
@@ -69,7 +69,7 @@ def tree_attention_backward(
     query, key, value, upstream = _dense_columns(query, key, value, upstream)
     query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     row_stats = lse.new_empty((*lse.shape, 2))
-    work, blocks = WorkLists.from_tensors(lists), tiles.choose_blocks(query.dtype, query.shape[-1], single_rows)
+    work, blocks = WorkLists.from_tensors(lists), tiles.pick_blocks(query.dtype, query.shape[-1], single_rows)
     # Also where the query needs no gradient: it computes statistics of rows, which the other kernel reads.
     launch_tree_attention_bwd_query(
         query, key, value, output, upstream, lse, row_stats, query_grad, work, blocks, scale

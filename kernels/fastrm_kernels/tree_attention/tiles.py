@@ -54,7 +54,7 @@ class Blocks:
     key_stages: int
 
 
-def choose_blocks(dtype: torch.dtype, head_dim: int, single_rows: bool) -> Blocks:
+def pick_blocks(dtype: torch.dtype, head_dim: int, single_rows: bool) -> Blocks:
     """Choose the tile shapes for a dtype and a head dimension.
 
     Args:
@@ -170,7 +170,7 @@ def build_work_lists(layout: TreeLayout, dtype: torch.dtype, head_dim: int, *, c
 
     Otherwise the first call does it, which torch.compile cannot trace.
     """
-    work_lists(layout, choose_blocks(dtype, head_dim, layout.query_rows is not None), causal)
+    work_lists(layout, pick_blocks(dtype, head_dim, layout.query_rows is not None), causal)
 
 
 def _build(layout: TreeLayout, blocks: Blocks, causal: bool) -> WorkLists:

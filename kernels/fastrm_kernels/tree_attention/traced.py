@@ -78,7 +78,7 @@ def attention_arguments(
         raise ValueError("causal=False: got a tree, wanted independent sequences (all parents -1)")
     if impl == "triton":
         single_rows = layout.query_rows is not None
-        work = tiles.work_lists(layout, tiles.choose_blocks(dtype, head_dim, single_rows), causal)
+        work = tiles.work_lists(layout, tiles.pick_blocks(dtype, head_dim, single_rows), causal)
         num_parts = work.key_tiles.parts_wanted(key_heads, heads // key_heads)
         return TritonArguments(work.tensors(), single_rows, _as_size(num_parts, layout.device))
     if impl in ("varlen", "flash_attn"):
