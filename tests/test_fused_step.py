@@ -59,7 +59,7 @@ def make_case(margins=False, ties=False, edges=None, family="qwen2_5_vl", poolin
 
 def use_triton(engine):
     """Triton for head and loss alone: the attention of tiny models has heads that it does not run."""
-    layers = engine.network.head.layers
+    layers = engine.network.head_settings.layers
     engine.network.head_kernels = pick_head_kernels("triton", torch.device("cpu"), layers)
 
 
@@ -106,7 +106,7 @@ def test_triton_gradients_are_those_of_two_eager_calls(name):
     wanted, old_rewards, old = two_calls(engine, pack)
     use_triton(engine)
     loss, rewards, new = one_call(engine, pack)
-    assert not torch.equal(rewards, old_rewards) or engine.network.head.layers == 1  # the kernels did run
+    assert not torch.equal(rewards, old_rewards) or engine.network.head_settings.layers == 1  # the kernels did run
     assert (rewards - old_rewards).abs().max() <= 1e-5 and abs(loss - wanted) <= 1e-5
     assert old.keys() == new.keys()
     largest = max(float(tensor.abs().max()) for tensor in old.values())

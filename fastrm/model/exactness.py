@@ -243,7 +243,7 @@ def first_layers(network: RewardNetwork, tensors: Iterable[tuple[str, torch.Tens
         model = transformers.AutoModel.from_config(
             _config_of_first_layers(network.model.config), dtype=torch.float32, attn_implementation="eager"
         )
-        cut = RewardNetwork(model, network.head, network.encoder, network.pooling)
+        cut = RewardNetwork(model, network.head_settings, network.encoder, network.pooling)
     embedding = model.get_input_embeddings().weight
     wanted = {name: parameter is embedding for name, parameter in cut.named_parameters()}
     wanted |= dict.fromkeys(cut.state_dict().keys() - wanted.keys(), False)

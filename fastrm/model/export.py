@@ -119,7 +119,8 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockRe
     if pad_id is not None and pad_id < text["vocab_size"]:
         text["pad_token_id"] = pad_id
     config["fastrm"] = {
-        "format": FORMAT, "head": model.head.stored(), "anchor": model.encoder.anchor, "pooling": model.pooling,
+        "format": FORMAT, "head": model.head_settings.stored(), "anchor": model.encoder.anchor,
+        "pooling": model.pooling,
     }  # fmt: skip
     if model.encoder.date is not None:
         config["fastrm"]["template_date"] = str(model.encoder.date)

@@ -33,7 +33,7 @@ class RewardNetwork(nn.Module):
     Attributes:
         model: transformers base model (no LM head).
         score: the head, an nn.Linear or nn.Sequential.
-        head: its settings.
+        head_settings: its layers and activation.
         pooling: what the head reads: anchor, a response's last token, or mean, over all tokens of its path.
         encoder: tokeniser and image processor of the model.
         attention: the attention backend in use and why.
@@ -56,7 +56,7 @@ class RewardNetwork(nn.Module):
         super().__init__()
         _check_media_ids(model.config, encoder)
         self.model = model
-        self.head = head
+        self.head_settings = head
         self.pooling = pooling
         self.score = make_head(model.config.get_text_config().hidden_size, head)
         self.encoder = encoder
@@ -94,7 +94,7 @@ class RewardNetwork(nn.Module):
             states, norm = self._runner.mean_states(pack), None
         else:
             states, norm = self._runner.anchor_states(pack), self._runner.language.norm
-        head = self.score, self.head.activation, states, norm, self.head_kernels.name
+        head = self.score, self.head_settings.activation, states, norm, self.head_kernels.name
         return head_rewards(*head) if loss is None else head_loss(*head, pack, loss)
 
     def fuse_projections(self) -> int:
@@ -117,7 +117,7 @@ class RewardNetwork(nn.Module):
         Raises:
             ConfigError: if an explicit choice cannot run there.
         """
-        self.head_kernels = pick_head_kernels(kernels, self.device, self.head.layers)
+        self.head_kernels = pick_head_kernels(kernels, self.device, self.head_settings.layers)
         self.attention = pick_backend(attention, kernels, self.device, dtype, head_dims_of(self.model.config))
         fused = any(isinstance(module, FusedLinear) for module in self.model.modules())
         norm, gate, self.norm_and_gate = pick_norm_and_gate(

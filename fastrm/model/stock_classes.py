@@ -47,7 +47,7 @@ class StockReading:
 
 def read_by_stock(network: RewardNetwork) -> StockReading:
     """Find out what stock classes make of a network with its tokenizer; renders and tokenises short conversations."""
-    encoder, head = network.encoder, network.head
+    encoder, head = network.encoder, network.head_settings
     before_padding, why = encoder.anchor == "before_padding" and encoder.pad_token_id is not None, ""
     if before_padding:  # read as the stock class does, by the pad token that the model has
         pad_token = encoder.tokenizer.convert_ids_to_tokens(encoder.pad_token_id)
