@@ -1,4 +1,4 @@
-"""What the check of a model against stock transformers costs and finds, on random groups with and without an image.
+"""The cost and findings of checking a model against stock transformers, on random groups with and without an image.
 
     python bench/check_exactness.py runs/SmolLM2-135M-Instruct --dtype fp32
     python bench/random_model.py Qwen2.5-VL-7B-Instruct runs/two-layers --layers 2 --vocabulary 20000
@@ -25,7 +25,7 @@ from support import make_image, make_record  # noqa: E402
 
 
 def measure(path: str, dtype: str) -> list[Agreement]:
-    """Check a backbone with products and weights in this dtype; prints a line for each kind of input."""
+    """Check a backbone with products and weights in this dtype; print a line for each kind of input."""
     network = make_network(_config(path, dtype), load_tokenizer(path)).eval()
     for parameter in network.model.parameters():  # and no buffer: frequencies of rotary embeddings stay float32
         parameter.data = parameter.data.to(DTYPES[dtype])

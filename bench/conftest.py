@@ -1,4 +1,4 @@
-"""Collects the comparisons of a run: a table at its end, and JSON with --save-results."""
+"""Fixtures that collect the comparisons of a run: a table at its end, and JSON with --save-results."""
 
 import platform
 from pathlib import Path
@@ -25,7 +25,7 @@ def pytest_addoption(parser):
 
 
 class Comparisons:
-    """What the tests of this run have measured."""
+    """The measurements of this run's tests."""
 
     def __init__(self):
         self.done = []
@@ -54,7 +54,7 @@ class Kernels:
         self.run = Run(BUDGET_SECONDS)
 
     def compare(self, op: str, shape, benchmark) -> dict:
-        """Gate and time a shape; the test fails if a variant of this package does. Returns the entry of the results.
+        """Gate and time a shape; return its entry of the results. The test fails if a variant of this package does.
 
         With --benchmark-disable the gate alone.
         """

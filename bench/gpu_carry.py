@@ -1,4 +1,4 @@
-"""What a GPU machine without a network is brought along: wheels that it lacks, fastrm's own, a warm Triton cache.
+"""The packages for a GPU machine without a network: wheels that it lacks, fastrm's own, a warm Triton cache.
 
     python bench/gpu_carry.py --prepare .gpu-day                     what `make gpu-day` does
     python bench/gpu_carry.py --unpack .gpu-day --site S --out O     the first stage of gpu_day.py, over there
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from kernel_results import write_json  # noqa: E402
 
-# What the machine has: Python, Triton, and a glibc that runs these wheels. torch and transformers are there.
+# The machine's Python and Triton, and the platforms whose wheels its glibc runs. It has torch and transformers.
 PYTHON, TRITON = "3.12", "3.6.0"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
              "manylinux1_x86_64")  # fmt: skip
@@ -31,7 +31,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 RESOLVED, ALONE = ("pydantic>=2.11",), ("torchao>=0.18", "liger-kernel>=0.8.5")
 LIMIT_BYTES = 64 << 20  # of the folder and the project's tracked files together
 CACHE = "triton-cache.tar.gz"
-# Of a compiled kernel, what Triton reads when it finds it again; all stages of the compiler are ten times as much.
+# The files of a compiled kernel that Triton reads when it finds it again; all stages are ten times as large.
 CACHED = {".cubin", ".json"}
 NOT_UNPACKED = ("test", "tests")  # liger-kernel brings a top-level `test`, which would hide the standard library's
 
@@ -40,7 +40,7 @@ NOT_UNPACKED = ("test", "tests")  # liger-kernel brings a top-level `test`, whic
 
 
 def prepare(folder: Path, python: Path) -> int:
-    """Fill the folder, and print what to run; returns the exit status.
+    """Fill the folder and print the command to run; return the exit status.
 
     Args:
         python: interpreter whose Triton compiles the kernels ahead of time, if it is the machine's version.
@@ -67,7 +67,7 @@ def prepare(folder: Path, python: Path) -> int:
 
 
 def download(folder: Path) -> None:
-    """The wheels, by pip."""
+    """Download the wheels with pip."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--dest", str(folder),
            "--python-version", PYTHON, "--implementation", "cp"]  # fmt: skip
     pip += [option for platform in PLATFORMS for option in ("--platform", platform)]
@@ -76,7 +76,7 @@ def download(folder: Path) -> None:
 
 
 def build_wheel(folder: Path) -> None:
-    """fastrm's own wheel, for its metadata; its code is run from the project's folder. Built on a copy."""
+    """Build fastrm's own wheel, for its metadata, from a copy; its code is run from the project's folder."""
     with tempfile.TemporaryDirectory() as place:
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, place)
@@ -87,7 +87,7 @@ def build_wheel(folder: Path) -> None:
 
 
 def warm_cache(folder: Path, python: Path) -> str:
-    """Compile the kernels for sm_90 into the folder; returns what came of it, in words."""
+    """Compile the kernels for sm_90 into the folder; return the outcome in words."""
     ask = [str(python), "-c", "import triton; print(triton.__version__)"]
     found = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
     if found != TRITON:
@@ -108,7 +108,7 @@ def warm_cache(folder: Path, python: Path) -> str:
 
 
 def pack_cache(cache: Path, file: Path) -> int:
-    """Pack what Triton has to find again; returns the number of kernels. Paths in it become relative."""
+    """Pack what Triton has to find again; return the number of kernels. Paths in it become relative."""
     kernels = 0
     with tarfile.open(file, "w:gz") as archive:
         for path in sorted(cache.rglob("*")):
@@ -131,7 +131,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def tracked_bytes() -> int:
-    """Of the project's files under version control; without it, of all that are there."""
+    """Return the bytes of the project's files under version control; without it, of all files."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
     if listed.returncode:
         return folder_bytes(ROOT)
@@ -143,7 +143,7 @@ def tracked_bytes() -> int:
 
 
 def unpack(folder: Path, site: Path, out: Path) -> int:
-    """Unpack wheels to `site` and the Triton cache to TRITON_CACHE_DIR; returns the exit status."""
+    """Unpack wheels to `site` and the Triton cache to TRITON_CACHE_DIR; return the exit status."""
     found = {}
     for wheel in sorted(folder.glob("*.whl")):
         found[wheel.name] = _tried(lambda wheel=wheel: unpack_wheel(wheel, site))

@@ -1,4 +1,4 @@
-"""Everything that a day on a GPU should find out, in one command that ends in time.
+"""The program of a day on a GPU, in one command that ends in time: correctness first, then speed.
 
     python bench/gpu_day.py --out FOLDER                     540 seconds; correctness first, then speed
     python bench/gpu_day.py --out FOLDER --wheels .gpu-day   with packages that were carried along
@@ -27,11 +27,11 @@ from gpu_stages import rehearsal, stages  # noqa: E402
 from gpu_tables import day_lines  # noqa: E402
 
 SECONDS = 540
-SHOWN_CHARACTERS = 9_000  # of the tables, on the terminal: some callers keep the end of the output only
+SHOWN_CHARACTERS = 9_000  # of the tables on the terminal: some callers keep only the end of the output
 
 
 def chosen(groups: list[list[Stage]], only: str | None) -> list[list[Stage]]:
-    """The stages that --only names, and those that nothing runs without.
+    """Return the stages that --only names, with those that all others need.
 
     Raises:
         SystemExit: if it names none.
@@ -47,7 +47,7 @@ def chosen(groups: list[list[Stage]], only: str | None) -> list[list[Stage]]:
 
 
 def environment_of(work: Path) -> dict[str, str]:
-    """Of all stages: the project's own code before any installed or carried one, caches in one place, no network."""
+    """Return the environment of all stages: the project's code first, caches in one place, no network."""
     site = work / "site"
     paths = [str(ROOT), str(ROOT / "kernels"), str(site), os.environ.get("PYTHONPATH", "")]
     return {
@@ -99,7 +99,7 @@ def run(groups: list[list[Stage]], out: Path, seconds: float, rehearsed: bool) -
 
 
 def draw(record: dict, out: Path) -> None:
-    """Write gpu_day.md and show it; the figures are safe whatever goes wrong here."""
+    """Write gpu_day.md and print it. Errors here are caught: the figures are already saved."""
     try:
         text = "\n".join(day_lines(record)) + "\n"
         (out / "gpu_day.md").write_text(text)

@@ -1,4 +1,4 @@
-"""CPU stand-ins for FlashAttention's operators and for fastrm's Triton attention: dense, slow, and right.
+"""CPU stand-ins for FlashAttention's operators and fastrm's Triton attention: dense, slow, and exact.
 
 With them the GPU's paths run here under torch.compile, in bfloat16, with the operators' own conditions checked. For
 rehearsals and tests: `register` puts them in the place of the operators, for the rest of a process.
@@ -11,17 +11,17 @@ import torch
 
 from fastrm_kernels.tree_attention.autograd import tree_attention_backward, tree_attention_forward
 
-LN2 = math.log(2.0)  # of the Triton kernels' log-sum-exp, which is in base 2
+LN2 = math.log(2.0)  # the Triton kernels' log-sum-exp is in base 2
 
 
 def attend(query, key, value, scale: float, mask: torch.Tensor):
-    """output (Tq, H, K) float32 and log-sum-exp (H, Tq) of one softmax under a mask (Tq, Tk)."""
+    """Compute one softmax under a mask (Tq, Tk): the output (Tq, H, K) float32 and log-sum-exp (H, Tq)."""
     probabilities, _, value, lse = _softmax(query, key, value, scale, mask)
     return torch.einsum("hqk,khd->qhd", probabilities, value), lse
 
 
 def attend_backward(upstream, query, key, value, output, scale: float, mask: torch.Tensor):
-    """Gradients of query, key and value, float32."""
+    """Return the gradients of query, key and value, float32."""
     probabilities, all_keys, all_values, _ = _softmax(query, key, value, scale, mask)
     upstream, shared = upstream.float(), key.shape[1]
     delta = (upstream * output.float()).sum(-1).T[..., None]
@@ -53,7 +53,7 @@ def _sequences(cu_q, cu_k, causal: bool) -> Iterator[tuple[slice, slice, torch.T
 
 def flash_forward(query, key, value, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None,
                   window_size_left=None, window_size_right=None, **_):  # fmt: skip
-    """aten::_flash_attention_forward."""
+    """Compute aten::_flash_attention_forward."""
     if query.dtype not in (torch.bfloat16, torch.float16) or cu_q.dtype != torch.int32 or query.shape[-1] % 8:
         raise RuntimeError(f"FlashAttention takes no {query.dtype}, {cu_q.dtype}, head dimension {query.shape[-1]}")
     if not all(x.is_contiguous() for x in (query, key, value)):
@@ -70,7 +70,7 @@ def flash_forward(query, key, value, cu_q, cu_k, max_q, max_k, dropout, causal, 
 
 def flash_backward(upstream, query, key, value, output, lse, cu_q, cu_k, max_q, max_k, dropout, causal, seed, offset,
                    *, scale=None, window_size_left=None, window_size_right=None, **_):  # fmt: skip
-    """aten::_flash_attention_backward."""
+    """Compute aten::_flash_attention_backward."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     grads = [torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value)]
     for rows, keys, mask in _sequences(cu_q, cu_k, causal or window_size_right == 0):
@@ -81,7 +81,7 @@ def flash_backward(upstream, query, key, value, output, lse, cu_q, cu_k, max_q, 
 
 
 def register_flash() -> torch.library.Library:
-    """FlashAttention for the CPU, while what is returned is alive."""
+    """Register FlashAttention for the CPU, as long as the returned library lives."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", flash_forward, "CPU")
     library.impl("_flash_attention_backward", flash_backward, "CPU")
@@ -98,20 +98,20 @@ def _visible(lists: list[torch.Tensor]) -> torch.Tensor:
 
 
 def triton_forward(query, key, value, lists, single_rows, num_parts, scale):
-    """fastrm::tree_attention."""
+    """Compute fastrm::tree_attention."""
     output, lse = attend(query, key, value, scale, _visible(lists))
     return output.to(query.dtype).contiguous(), (lse / LN2).contiguous()
 
 
 def triton_backward(query, key, value, output, lse, upstream, lists, single_rows, num_parts, scale, need_key_value):
-    """fastrm::tree_attention_backward."""
+    """Compute fastrm::tree_attention_backward."""
     found = attend_backward(upstream, query, key, value, output, scale, _visible(lists))
     grads = tuple(g.to(x.dtype).contiguous() for g, x in zip(found, (query, key, value), strict=True))
     return grads if need_key_value else (grads[0], query.new_empty(0), query.new_empty(0))
 
 
 def register() -> torch.library.Library:
-    """Everything for the CPU; keep what is returned."""
+    """Register all stand-ins for the CPU, as long as the returned library lives."""
     tree_attention_forward.register_kernel("cpu", triton_forward)
     tree_attention_backward.register_kernel("cpu", triton_backward)
     return register_flash()

@@ -1,4 +1,4 @@
-"""Which device this is, with which versions and how fast: facts.json in --out. Exit status 1 without CUDA."""
+"""The device, its versions and its speed, as facts.json in --out. Exit status 1 without CUDA."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ PRODUCT = {"cuda": 8192, "cpu": 512}
 
 
 def matmul_flops(device: str) -> float:
-    """FLOPs per second of the best of ten square bf16 products."""
+    """Return FLOPs per second of the best of ten square bf16 products."""
     import time
 
     import torch
@@ -37,7 +37,7 @@ def matmul_flops(device: str) -> float:
 
 
 def facts(device: str) -> dict:
-    """Everything that decides how figures are to be read."""
+    """Return the facts by which figures have to be read: device, versions, bandwidth, matmul rate."""
     import os
 
     import torch

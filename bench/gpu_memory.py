@@ -1,4 +1,4 @@
-"""Do sizes fit that `fastrm plan` says fit? memory.json in --out, written after each size.
+"""A test whether sizes fit that `fastrm plan` says fit: memory.json in --out, written after each size.
 
 For each way of recomputing, the largest pack of pairs of 1300/300 tokens whose planned peak fits the device, less the
 plan's own reserve, is trained for two steps; peak memory is held against the plan.
@@ -25,13 +25,13 @@ from training_shapes import TrainingShape, Variant, main_variants, training_shap
 from training_variants import CompiledLayers, TrainingStep  # noqa: E402
 
 MODES = ("selective", "full")
-CASE_SECONDS = 30  # a size is not begun with less: the layers are compiled first
+CASE_SECONDS = 30  # a size is not begun with fewer: the layers are compiled first
 MOST_GROUPS = 64
 CPU_BYTES = 2 << 30  # a device for rehearsals
 
 
 def largest(model: str, mode: str, variant: Variant, usable_bytes: float) -> tuple[TrainingShape, int] | None:
-    """The largest shape whose planned peak is at most so many bytes, and that peak; None if not even one group."""
+    """Return the largest shape whose planned peak is at most so many bytes, and that peak; None if no group fits."""
     config, shape = training_config(model, mode), training_shapes(model)[0]
     found = None
     for num_groups in range(1, MOST_GROUPS + 1):
@@ -44,7 +44,7 @@ def largest(model: str, mode: str, variant: Variant, usable_bytes: float) -> tup
 
 
 def try_size(model: str, device: str, mode: str, variant: Variant, shape: TrainingShape) -> dict:
-    """Peak memory of two steps, in MiB, or why there is none."""
+    """Return the peak memory of two steps in MiB, or why there is none."""
     clean_memory()
     try:
         network = make_network(model, device)

@@ -26,13 +26,13 @@ VISION = {
     "depth": 4, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128,
     "fullatt_block_indexes": [3],
 }  # fmt: skip
-SCALE = 5  # by which tokens are divided
+SCALE = 5  # numbers of tokens are divided by this
 # The compiler's own passes without the machine code, which takes minutes to make for a CPU.
 BACKEND = "aot_eager_decomp_partition"
 
 
 def shrink_models() -> None:
-    """Tiny models under the published names."""
+    """Put tiny models under the published names."""
     import training_models
     import training_plan
     import training_run
@@ -53,12 +53,12 @@ def shrink_models() -> None:
     training_run.matmul_sizes = lambda model: [(64, 64, 64)]
     training_run.VARIANT_SECONDS, training_run.MIN_ROUNDS, training_run.MAX_ROUNDS = 0, 1, 1
     training_run.VARIANT_RESERVE_SECONDS = training_run.COMPILED_RESERVE_SECONDS = training_run.FP8_RESERVE_SECONDS = 5
-    # For the sizes that are to fit: two groups into the memory of a CPU.
+    # gpu_memory.py looks for the largest size that fits: here two groups.
     training_plan.planned_bytes = lambda model, config, shape, variant: shape.num_groups << 30
 
 
 def shrink_shapes() -> None:
-    """One group a step, with a fifth of its tokens under the name of the whole."""
+    """Replace every shape by one group a step, with a fifth of the tokens that its name says."""
     import training_shapes
     from training_shapes import TrainingShape
 
@@ -80,7 +80,7 @@ def shrink_shapes() -> None:
 
 
 def emulate_operators():
-    """Every attention backend runs here, and compiled layers are not made into machine code; keep what is returned."""
+    """Make every attention backend run here, and stop before machine code; keep the returned object."""
     import fastrm.model.network as network
     import gpu_emulation
     import training_variants

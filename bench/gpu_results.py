@@ -1,4 +1,4 @@
-"""What a gpu_day.json says, question by question. A day that was cut short has fewer answers, not wrong ones."""
+"""The answers in a gpu_day.json, question by question. A day that was cut short has fewer answers, not wrong ones."""
 
 from kernel_results import ATTENTION, HEAD
 from training_results import FASTRM, MAIN, PAIRS, completed, entries_of, key
@@ -7,7 +7,7 @@ MODEL = "7B"
 
 
 def stage_results(record: dict, suffix: str) -> list[dict]:
-    """The JSON files of all stages whose names end so, in the order of the stages."""
+    """Return the JSON files of all stages whose names end with `suffix`, in the order of the stages."""
     return [
         content
         for stage in record["stages"]
@@ -17,13 +17,13 @@ def stage_results(record: dict, suffix: str) -> list[dict]:
 
 
 def one_result(record: dict, name: str) -> dict | None:
-    """The JSON file of that name; None if no stage wrote it."""
+    """Return the JSON file of that name; None if no stage wrote it."""
     found = stage_results(record, name)
     return found[-1] if found else None
 
 
 def kernel_report(record: dict) -> dict | None:
-    """The kernel benchmarks of the day as one report: for each operation the full run, else the quick one."""
+    """Return the kernel benchmarks of the day as one report: for each operation the full run, else the quick one."""
     found = [(content, False) for content in stage_results(record, "-kernels.json")]
     found += [(content, True) for content in stage_results(record, "-kernels-quick.json")]
     operations: dict[str, dict] = {}
@@ -36,7 +36,7 @@ def kernel_report(record: dict) -> dict | None:
 
 
 def training_report(record: dict) -> dict | None:
-    """The training-step benchmarks of all stages as one report."""
+    """Return the training-step benchmarks of all stages as one report."""
     report: dict | None = None
     for content in stage_results(record, "-training.json"):
         report = report or {"device": content["device"], "runs": {}, "entries": []}
@@ -54,20 +54,20 @@ def training_report(record: dict) -> dict | None:
 
 
 def variants(report: dict | None, model: str = MODEL, kind: str = MAIN, workload: str = PAIRS) -> dict:
-    """By name, those of a workload that have figures."""
+    """Return the variants of a workload that have figures, by name."""
     found = entries_of(report, model, kind) if report else []
     entry = next((entry for entry in found if entry["name"] == workload), None)
     return {name: v for name, v in entry["variants"].items() if not v["failed"]} if entry else {}
 
 
 def attention_share(record: dict) -> float | None:
-    """Of the profiled time of fastrm's step of the main workload."""
+    """Return attention's share of the profiled time of fastrm's step on the main workload."""
     profile = variants(training_report(record)).get(FASTRM, {}).get("profile")
     return profile["shares"]["attention"] if profile else None
 
 
 def planned_memory(report: dict | None) -> list[tuple[str, str, float, float]]:
-    """(workload, variant, planned MiB, measured MiB) of all variants that have both."""
+    """Return (workload, variant, planned MiB, measured MiB) of all variants that have both."""
     if report is None:
         return []
     return [
@@ -79,7 +79,7 @@ def planned_memory(report: dict | None) -> list[tuple[str, str, float, float]]:
 
 
 def red_gates(record: dict) -> list[str]:
-    """What was found to be wrong: tests that failed or were not finished, variants that compute something else."""
+    """Return what was wrong: tests that failed or did not finish, and variants that compute something else."""
     found = []
     tests = one_result(record, "tests.json")
     if tests is None:

@@ -1,4 +1,4 @@
-"""Stages of a GPU day as processes: each has a limit, and none can take the day with it.
+"""Stages of a GPU day as processes: each has a limit, and none can end the day.
 
 A stage that hangs, dies, runs out of memory or floods its output ends with a status; the next one begins. What
 each has found is in gpu_day.json at any moment, so that a day which is killed itself keeps it. Needs the
@@ -20,9 +20,9 @@ from kernel_results import write_json
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 1.0
 END_SECONDS = 6  # kept for the tables
-KILL_SECONDS = 10  # in which a killed process has to be gone; one that waits for a driver may never be
-TAIL_CHARACTERS = 3000  # of a stage's output in the JSON
-LOG_HEAD_BYTES, LOG_TAIL_BYTES = 128 << 10, 768 << 10  # of a stage's output in the log
+KILL_SECONDS = 10  # a killed process is waited for so long; one that waits for a driver may never end
+TAIL_CHARACTERS = 3000  # the end of a stage's output that the JSON keeps
+LOG_HEAD_BYTES, LOG_TAIL_BYTES = 128 << 10, 768 << 10  # the parts of a stage's output that the log keeps
 OUTPUT_BYTES = 256 << 20  # a stage that writes more is stopped before it fills the disk
 RESULT_BYTES = 8 << 20  # a larger JSON file of a stage is not taken over
 MARK = "FASTRM_GPU_DAY_STAGE"
@@ -80,12 +80,12 @@ class Running:
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=_die_with_parent,
             )  # fmt: skip
-        # Where the host's memory runs out, the kernel is to end the stage and not the day.
+        # If the host's memory runs out, the kernel should kill the stage and not the day.
         with contextlib.suppress(OSError):
             Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000")
 
     def look(self) -> None:
-        """Note how far the stage is; end it where it has to end."""
+        """Note how far the stage is; end it if it has to end."""
         self.entry["seconds"] = round(time.monotonic() - self._start, 1)
         self._take_results()
         self.entry["tail"] = self._tail()
@@ -98,17 +98,17 @@ class Running:
             self._finish(f"killed: wrote more than {OUTPUT_BYTES >> 20} MiB")
 
     def stop(self, why: str) -> None:
-        """End the stage now."""
+        """End the stage now, for the reason `why`."""
         if not self.over:
             self._finish(f"stopped: {why}")
 
     def log(self) -> bytes:
-        """What the stage wrote, without the middle of a long output."""
+        """Return the output of the stage, without the middle of a long one."""
         with self._output.open("rb") as file:
             head = file.read(LOG_HEAD_BYTES)
             size = file.seek(0, os.SEEK_END)
             file.seek(max(len(head), size - LOG_TAIL_BYTES))
-            # No more, as a stage may write faster than this reads: up to the end there would be no end.
+            # Not up to the end of the file: a stage may write faster than this reads.
             tail = file.read(LOG_TAIL_BYTES)
         left_out = size - len(head) - len(tail)
         return head + (f"\n... {left_out:,} bytes left out ...\n".encode() if left_out > 0 else b"") + tail
@@ -121,7 +121,7 @@ class Running:
         self.entry |= {"status": status, "tail": self._tail(), "seconds": round(time.monotonic() - self._start, 1)}
 
     def _kill(self) -> bool:
-        """Kill the group, and whatever of the stage has left it; returns whether all are gone."""
+        """Kill the group, and every process of the stage that has left it; return whether all are gone."""
         end = time.monotonic() + KILL_SECONDS
         while True:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -154,18 +154,18 @@ class Running:
 
 
 class Day:
-    """The stages one after another, in the time that there is.
+    """The stages one after another, within the time of the day.
 
     Args:
         out: folder of gpu_day.json and gpu_day.log.
         work: empty folder for what stages write.
-        seconds: that all takes, tables included.
-        facts: that go into the JSON as they are.
-        root: of the project, where the commands run.
-        environment: of all stages.
+        seconds: the time for everything, tables included.
+        facts: facts that go into the JSON as they are.
+        root: the project's folder, where the commands run.
+        environment: environment variables of all stages.
 
     Attributes:
-        record: what gpu_day.json holds.
+        record: the content of gpu_day.json.
         stopped: name of the signal that ended the day; None without.
     """
 
@@ -183,7 +183,7 @@ class Day:
         return self._seconds - END_SECONDS - (time.monotonic() - self._start)
 
     def stop_on_signals(self) -> None:
-        """End in order when somebody ends this process: the stage that runs is killed, the rest is left out."""
+        """End in order when a signal ends this process: kill the running stage, leave out the rest."""
 
         def stop(number, _):
             self.stopped = _signal_name(number)
@@ -206,7 +206,7 @@ class Day:
         self.save()
 
     def save(self) -> None:
-        """Write gpu_day.json. A full disk ends nothing."""
+        """Write gpu_day.json. A full disk does not end the day."""
         self._saved = time.monotonic()
         self.record["seconds"] = round(self._saved - self._start, 1)
         try:
@@ -260,12 +260,12 @@ class Day:
 
 
 def _die_with_parent() -> None:
-    """In a stage, before its program: should the day be killed, so is the stage, though its session is its own."""
+    """Let a stage be killed when the day is killed, although it has a session of its own."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def marked(mark: str) -> list[int]:
-    """Processes that a stage has started, in whatever session they are: they inherit its mark."""
+    """Return the processes that a stage has started, in whatever session: they inherit its mark."""
     found, wanted = [], f"{MARK}={mark}".encode()
     for file in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -275,12 +275,12 @@ def marked(mark: str) -> list[int]:
 
 
 def printable(text: str) -> str:
-    """The text without what would garble a terminal or a table."""
+    """Return the text without characters that would garble a terminal or a table."""
     return "".join(c if c.isprintable() or c == "\n" else "\n" if c == "\r" else "?" for c in text)
 
 
 def say(text: str) -> None:
-    """A line of progress; nobody may be reading."""
+    """Print a line of progress; a closed pipe is no error."""
     with contextlib.suppress(OSError, ValueError):
         print(text, flush=True)
 

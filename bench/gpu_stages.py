@@ -1,4 +1,4 @@
-"""What a GPU day asks, in order of what the answers are worth; and the same in small, for a rehearsal on a CPU."""
+"""The stages of a GPU day, in the order of their worth, and the same in small for a rehearsal on a CPU."""
 
 import sys
 from dataclasses import replace
@@ -22,22 +22,22 @@ EVERYTHING = (
 
 
 def bench(script: str, *arguments: str) -> tuple[str, ...]:
-    """The command of a script of this folder."""
+    """Return the command of a script of this folder."""
     return (PYTHON, f"bench/{script}", *arguments)
 
 
 def train(*settings: str) -> tuple[str, ...]:
-    """The command of the quick start with other settings."""
+    """Return the command of the quick start with other settings."""
     return (PYTHON, "-m", "fastrm.cli", "train", "configs/quickstart.yaml", "run.dir={out}/run", *settings)
 
 
 def training(model: str, *arguments: str) -> tuple[str, ...]:
-    """The command of the training-step benchmark."""
+    """Return the command of the training-step benchmark."""
     return bench("run_training.py", "--model", model, "--budget-seconds", "{budget}", "--out", "{out}", *arguments)
 
 
 def kernels(*arguments: str) -> tuple[str, ...]:
-    """The command of the kernel benchmarks."""
+    """Return the command of the kernel benchmarks."""
     return bench("run_kernels.py", "--budget-seconds", "{budget}", "--out", "{out}", *arguments)
 
 
@@ -48,7 +48,7 @@ def gpu_tests() -> list[str]:
 
 
 def stages(wheels: Path | None) -> list[list[Stage]]:
-    """Groups that run one after another; the stages of a group run side by side, because nothing is timed there.
+    """Return groups that run one after another. The stages of a group run side by side: nothing is timed there.
 
     Args:
         wheels: folder of what was carried along; None where all packages are installed.
@@ -83,7 +83,7 @@ def _main_figures() -> list[list[Stage]]:
 
 
 def _by_worth() -> list[list[Stage]]:
-    """What is asked in the time that is left, and by a second call of --only."""
+    """Return the stages for the time that is left, which a second call may ask for with --only."""
     two = ("--variant", "plain", "--variant", "fastrm")
     update = bench("gpu_update.py", "--model", "7B", "--out", "{out}")
     memory = bench("gpu_memory.py", "--model", "7B", "--budget-seconds", "{budget}", "--out", "{out}")
@@ -100,7 +100,7 @@ def _by_worth() -> list[list[Stage]]:
     return [[stage] for stage in found]
 
 
-# Stages that go wrong, each in a way of its own, between the others of a rehearsal.
+# Stages that fail, each in another way, between the others of a rehearsal.
 HANG = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); time.sleep(600)"
 MEMORY = (
     "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); "
@@ -115,7 +115,7 @@ FLOOD = "import sys\nwhile True: sys.stdout.write('x' * 65536)"
 
 
 def faulty_stages() -> list[list[Stage]]:
-    """A stage that hangs with a child that has left its group, and so on; alone, and two side by side."""
+    """Return stages that fail, each in another way: alone, and two side by side."""
 
     def fault(name: str, code: str, limit: float = 20) -> Stage:
         return Stage(f"fault-{name}", "a rehearsed fault", (PYTHON, "-c", code, "{out}"), limit)
@@ -127,7 +127,7 @@ def faulty_stages() -> list[list[Stage]]:
 
 
 def rehearsal(wheels: Path | None) -> list[list[Stage]]:
-    """The stages on a CPU: tiny models, operators of the GPU emulated, and faults between them."""
+    """Return the stages for a CPU: tiny models, emulated GPU operators, and faults between them."""
     groups = [[_small(stage) for stage in group] for group in stages(wheels)]
     faults = faulty_stages()
     return [*groups[:2], *faults, *groups[2:]]

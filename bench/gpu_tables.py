@@ -1,4 +1,4 @@
-"""The tables of a GPU day, in Markdown: what ran, what was found, and what follows from it. Needs no torch."""
+"""The tables of a GPU day in Markdown: the stages, the findings, and the decisions. Needs no torch."""
 
 from gpu_results import (
     MODEL,
@@ -24,7 +24,7 @@ UPDATE_MATTERS = 0.03
 
 
 def day_lines(record: dict) -> list[str]:
-    """All tables of a day."""
+    """Return all tables of a day."""
     lines = ["# GPU day", "", *_heading(record), "", "## Stages", "", *_stages(record)]
     for title, part in (
         ("What follows", _decisions(record)), ("Tests", _tests(record)), ("Steps", _training(record)),
@@ -127,7 +127,7 @@ def _kernels(record: dict) -> list[str]:
 
 
 def _decisions(record: dict) -> list[str]:
-    """The rules of bench/README.md, applied."""
+    """Return the decisions by the rules of bench/README.md."""
     found = [f"Wrong: {red}. No figure counts until this is understood." for red in red_gates(record)]
     report = training_report(record)
     share = attention_share(record)

@@ -1,4 +1,4 @@
-"""Run GPU tests and write after each one what is known: tests.json in --out, so that a limit loses no verdict."""
+"""Run GPU tests and write the results after each one: tests.json in --out, so that a time limit loses no verdict."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from kernel_results import write_json  # noqa: E402
 
-KEPT = 20  # failures that are told in full
+KEPT = 20  # the most failures that are written in full
 
 
 class Verdicts:
@@ -24,7 +24,7 @@ class Verdicts:
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == "call" or report.skipped:
             self.found[report.outcome] += 1
-        elif report.failed:  # in a fixture
+        elif report.failed:  # a fixture failed
             self.found["errors"] += 1
         if report.failed:
             self._tell(report)

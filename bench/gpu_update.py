@@ -1,4 +1,4 @@
-"""The 8-bit AdamW update by itself, at all shapes of a model: update.json in --out, written after each program.
+"""The 8-bit AdamW update alone, at all shapes of a model: update.json in --out, written after each program.
 
 Three programs over the same chunks: the kernel that fastrm uses, and what torch.compile makes of its eager form, with
 every size dynamic (how fastrm had it at first), and with a static width and no bounds checks. The floor is the bytes
@@ -32,7 +32,7 @@ BYTES_PER_ELEMENT = 2 * 2 + 4 + 2 * 2 + 2 * 8 / BLOCK
 
 
 def programs(device: str) -> dict[str, Callable]:
-    """By name; each takes what `compact_adamw` takes."""
+    """Return the programs by name; each takes the arguments of `compact_adamw`."""
     found = {"as fastrm has it": fused_update}
     if device == "cuda":
         found["static width, no checks"] = _static_width()
@@ -53,7 +53,7 @@ def _static_width() -> Callable:
 
 
 def _copy(name: str) -> Callable:
-    """The eager form with code of its own, which torch.compile counts graphs by, and without a choice of `impl`."""
+    """Return the eager form with a code object of its own, by which torch.compile counts graphs, and without `impl`."""
     from fastrm.model.compiled import own_copy
 
     found = own_copy(reference.compact_adamw)
@@ -62,11 +62,11 @@ def _copy(name: str) -> Callable:
 
 
 def make_optimizer(model: str, device: str) -> tuple[CompactAdamW, int]:
-    """An optimizer over weights of the model's trained shapes, and their number of elements in 8 bits."""
+    """Return an optimizer over weights of the model's trained shapes, and the number of elements in 8 bits."""
     shapes = {name: p.shape for name, p in make_network(model, "meta").named_parameters()
               if p.requires_grad and p.ndim > 1 and compact_adamw.is_quantizable(p)}  # fmt: skip
     largest = max(shape.numel() for shape in shapes.values())
-    # All gradients are the same memory, far larger than the cache: what is read is as much.
+    # All gradients are the same memory, far larger than the cache, so that as many bytes are read.
     gradients = torch.randn(largest, device=device) * 1e-3
     parameters = []
     for name, shape in shapes.items():
@@ -80,8 +80,8 @@ def make_optimizer(model: str, device: str) -> tuple[CompactAdamW, int]:
 
 
 def measure(optimizer: CompactAdamW, program: Callable) -> dict:
-    """Seconds of an update through this program, after one that compiles."""
-    options = ("impl",) if program is fused_update else ()  # of the eager form there is one
+    """Return the seconds of an update by this program, after one that compiles."""
+    options = ("impl",) if program is fused_update else ()  # the eager form has no choice
 
     def update(*arguments, **given):
         program(*arguments, **{name: given[name] for name in options})

@@ -17,10 +17,10 @@ from kernel_shapes import FORWARD, PACK_TOKENS, STEP, AttentionShape
 from kernel_timing import Budget, Candidate, Named, attempt, check, error_limits, figures, host_ms
 
 OP = "tree_attention"
-NAMES = ("output", "query", "key", "value")  # the last three name their gradients
-TRUTH_BYTES = 4 << 30  # of one float64 score matrix, or of as many as fit
+NAMES = ("output", "query", "key", "value")  # the last three stand for their gradients
+TRUTH_BYTES = 4 << 30  # float64 score matrices that are computed at a time
 FLEX_BLOCK = 128
-DENSE_TOKENS = 1000  # of the largest pack whose whole row is tried as one masked softmax on a CPU
+DENSE_TOKENS = 1000  # the largest pack whose row is tried as one masked softmax on a CPU
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def build_layout(shape: AttentionShape, device: str) -> TreeLayout:
 
 
 def in_place(pack: Pack, impl: str) -> Way:
-    """tree_attention itself."""
+    """Return tree_attention itself as a way."""
     shape, device = pack.shape, str(pack.upstream.device)
 
     def build():
@@ -89,13 +89,13 @@ def in_place(pack: Pack, impl: str) -> Way:
 
 
 def dense(pack: Pack) -> Way:
-    """One masked softmax over the whole row."""
+    """Return one masked softmax over the whole row as a way."""
     forward = partial(tree_attention_reference, layout=pack.layout, causal=pack.shape.causal)
     return Way(forward, pack.leaves, pack.upstream, lambda _, x: x, partial(visible, pack.layout, pack.shape.causal))
 
 
 def duplicated(pack: Pack, impl: str) -> Way:
-    """Every response is a causal sequence of its own, with its own copy of the prefix: queries, keys, values.
+    """Return the way that makes every response a causal sequence with its own copy of the prefix.
 
     Args:
         impl: of `tree_attention`; or "stock", PyTorch's scaled_dot_product_attention without padding: sequences of
@@ -106,14 +106,14 @@ def duplicated(pack: Pack, impl: str) -> Way:
     lengths = shape.duplicated_lengths
     layout = TreeLayout.from_lengths(lengths, device)
     leaves = tuple(leaf.detach()[rows].requires_grad_() for leaf in pack.leaves)
-    # The copies of a prefix share its upstream gradient; their number is a power of two, so dividing is exact.
+    # The copies of a prefix share its upstream gradient. Their number is a power of two, so that dividing is exact.
     copies = torch.bincount(rows)[rows]
     upstream = pack.upstream[rows] / copies[:, None, None].to(pack.upstream.dtype)
 
     def fold(name, x):
         folded = x.new_zeros(shape.num_tokens, *x.shape[1:], dtype=torch.float64)
         if name == "output":
-            folded[rows] = x.double()  # of the copies of a prefix, any one
+            folded[rows] = x.double()  # any one of the copies of a prefix
             return folded
         return folded.index_add_(0, rows, x.double())
 
@@ -124,7 +124,7 @@ def duplicated(pack: Pack, impl: str) -> Way:
 
 
 def _stock_attention(query, key, value, batches: list[tuple[int, int]]):
-    """Causal attention of sequences in one row; `batches`: (tokens of each, number) of those of one length."""
+    """Compute causal attention of sequences in one row; `batches`: (length, number) of equal ones."""
     sizes = [length * count for length, count in batches]
     outputs = []
     for (length, _), *rows in zip(batches, *(x.split(sizes) for x in (query, key, value)), strict=True):
@@ -135,7 +135,7 @@ def _stock_attention(query, key, value, batches: list[tuple[int, int]]):
 
 
 def flex(pack: Pack, compiled: bool = True) -> Way:
-    """FlexAttention under the tree's mask, on a row padded to one length: all packs share one compiled kernel."""
+    """Return FlexAttention under the tree's mask, on a row padded so that all packs share one compiled kernel."""
     shape, tokens = pack.shape, pack.shape.num_tokens
     length = PACK_TOKENS if compiled else -(-tokens // FLEX_BLOCK) * FLEX_BLOCK
     if tokens > length:
@@ -164,13 +164,13 @@ def flex_function(compiled: bool):
 
     if not compiled:
         return flex_attention
-    # Past the limit dynamo would run it eagerly, in silence, with all scores in memory.
+    # Past the limit dynamo would silently run it eagerly, with all scores in memory.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention, dynamic=False)
 
 
 def flex_mask(pack: Pack, length: int):
-    """BlockMask of a pack; rows past its end see nothing and are not seen."""
+    """Return the BlockMask of a pack; rows past its end see nothing and are not seen."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     shape, device = pack.shape, str(pack.upstream.device)
@@ -187,7 +187,7 @@ def flex_mask(pack: Pack, length: int):
 
 
 def exact(pack: Pack) -> Named:
-    """Output and gradients in float64, tree by tree and head by head."""
+    """Compute output and gradients in float64, tree by tree and head by head."""
     inputs = [x.detach() for x in (*pack.leaves, pack.upstream)]
     truth = {name: torch.zeros(x.shape, dtype=torch.float64, device=x.device)
              for name, x in zip(NAMES, (inputs[0], *inputs[:3]), strict=True)}  # fmt: skip
@@ -203,7 +203,7 @@ def exact(pack: Pack) -> Named:
 
 
 def _exact_trees(inputs, truth: Named, hidden) -> None:
-    """Add to `truth` the results of trees of one kind; everything is (trees, tokens, heads, K)."""
+    """Add the results of trees of one kind to `truth`; everything is (trees, tokens, heads, K)."""
     query, key, value, upstream = inputs
     trees, size, heads, width = query.shape
     group, scale = heads // key.shape[2], width**-0.5
@@ -252,7 +252,7 @@ def measure_attention(
 
 
 def _gated(pack: Pack, ways: dict[str, Callable[[], Way]], device: str) -> list[Candidate]:
-    """A candidate for each way; one that does not agree with float64 has failed."""
+    """Return a candidate for each way; one that does not agree with float64 is marked as failed."""
     truth = [exact(pack)]
     limits = error_limits([in_place(pack, "eager").results()], truth)
 

@@ -22,7 +22,7 @@ from kernel_timing import (
 
 OP = "preference_head"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-DRAWS = 8  # of the gate
+DRAWS = 8  # draws of inputs that the gate tries
 NAMES = ("loss", "rewards", "rows", "norm weight", "weight", "bias", "last weight", "last bias")
 NORM_EPS = 1e-6
 # Weights and gradients of all sets together are this many times the L2 cache, so that each comes from memory.
@@ -31,7 +31,7 @@ L2_MULTIPLE = 4
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves: rows (R, D), norm weight (D,), weight (D, D), bias (D,), last weight (1, D), last bias (1,)."""
+    """The leaves: rows (R, D), norm weight (D,), weight (D, D), bias (D,), last weight (1, D), last bias (1,)."""
 
     leaves: tuple[torch.Tensor, ...]
     edges: torch.Tensor
@@ -39,7 +39,7 @@ class Inputs:
 
     @classmethod
     def draw(cls, shape: HeadShape, device: str) -> "Inputs":
-        """Random values of everyday size: rewards of about 1."""
+        """Draw random values that give rewards of about 1."""
         dtype, width = DTYPES[shape.dtype], shape.width
 
         def leaf(*size, scale=1.0, base=0.0):
@@ -54,7 +54,7 @@ class Inputs:
         return cls(leaves, edges, torch.rand(len(edges), device=device) + 0.5)
 
     def with_rows(self) -> "Inputs":
-        """The same weights with new rows."""
+        """Return the same weights with new rows."""
         rows = torch.randn_like(self.leaves[0]).requires_grad_()
         return Inputs((rows, *self.leaves[1:]), self.edges, self.edge_weight)
 
@@ -64,7 +64,7 @@ class Inputs:
 
 
 def fused(inputs: Inputs, impl: str):
-    """(loss, rewards) of the package."""
+    """Return (loss, rewards) as this package computes them."""
     rows, norm, weight, bias, last, last_bias = inputs.leaves
     return preference_head_loss(
         rows, None, [(weight, bias), (last, last_bias)], inputs.edges, norm_weight=norm, norm_eps=NORM_EPS,
@@ -73,7 +73,7 @@ def fused(inputs: Inputs, impl: str):
 
 
 def plain(leaves, edges, edge_weight):
-    """The eager formulas without checks and dispatch, for torch.compile."""
+    """Compute the eager formulas without checks and dispatch, for torch.compile."""
     rows, norm, weight, bias, last, last_bias = leaves
     layers = [(weight, bias), (last, last_bias)]
     rewards = reference.reward_head(rows, None, layers, norm_weight=norm, norm_eps=NORM_EPS)
@@ -81,7 +81,7 @@ def plain(leaves, edges, edge_weight):
 
 
 def pairwise(inputs: Inputs):
-    """As pairwise trainers do it: the head runs on both rows of every pair, however often a row occurs."""
+    """Compute the loss as pairwise trainers do: the head runs on both rows of every pair."""
     rows, *parameters = inputs.leaves
     flat = inputs.edges.reshape(-1)
     pairs = torch.arange(len(flat), device=flat.device).view(-1, 2)
@@ -90,7 +90,7 @@ def pairwise(inputs: Inputs):
 
 
 def step(function, inputs: Inputs) -> Named:
-    """Forward and backward."""
+    """Run forward and backward."""
     loss, rewards = function(inputs)
     gradients = torch.autograd.grad(loss, inputs.leaves)
     return dict(zip(NAMES, (loss.detach(), rewards.detach(), *gradients), strict=True))
@@ -133,7 +133,7 @@ def measure_head(
 
 
 def num_sets(shape: HeadShape, l2_bytes: int) -> int:
-    """Sets of weights that one pass goes through; 2 at least."""
+    """Return the number of sets of weights that one pass goes through, at least 2."""
     return max(2, -(-L2_MULTIPLE * l2_bytes // (2 * shape.weight_bytes)))
 
 
@@ -147,7 +147,7 @@ def _functions(device: str, compiled: bool) -> dict:
         return {"eager": eager, "pairwise": pairwise}
     functions = {"triton": partial(fused, impl="triton"), "eager": eager}
     if compiled:
-        # One function, many shapes: past its limit of recompilations dynamo would run eagerly, in silence.
+        # One function has many shapes: past its limit of recompilations dynamo would silently run eagerly.
         torch.compiler.reset()
         graph = torch.compile(plain, dynamic=False)
         functions["compiled"] = lambda inputs: graph(inputs.leaves, inputs.edges, inputs.edge_weight)
@@ -155,12 +155,12 @@ def _functions(device: str, compiled: bool) -> dict:
 
 
 def _all_sets(run, sets) -> list[Named]:
-    # All results are kept to the end: gradients written to one place again and again would stay in the cache.
+    # All results are kept to the end: gradients that are written to one place again would stay in the cache.
     return [run(inputs) for inputs in sets]
 
 
 def _graph(plain_one: Candidate, run, sets, limits) -> Candidate:
-    """The same variant captured in a CUDA graph, which must repeat what it computes uncaptured."""
+    """Capture the variant in a CUDA graph, which must repeat what it computes uncaptured."""
     # Queued, because the launch of one graph would weigh on the few operations in it.
     candidate = Candidate(f"{plain_one.name}+graph", {}, len(sets), queued=True, failed=plain_one.failed)
 

@@ -1,4 +1,4 @@
-"""Results of the kernel benchmarks: the file of each device, the figures in it, and the goals.
+"""Results of the kernel benchmarks: the file of each device, its figures, and the goals.
 
 A file is <device>-kernels.json, beside the training-step results of the same device. Each operation in it
 has its own date and versions, so that measuring one again leaves the other as it was.
@@ -26,11 +26,11 @@ NOT_MEASURED = "not measured"
 TORCH_DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 
 
-# What was measured, and where
+# Devices and versions
 
 
 def device_name() -> str:
-    """The GPU, or without one the CPU's model and the cores that this process may use."""
+    """Return the name of the GPU, or without one the CPU's model and the cores that this process may use."""
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu_name()
@@ -61,7 +61,7 @@ def package_versions(*packages: str) -> dict[str, str | None]:
 
 
 def environment() -> dict:
-    """Date and versions of what decides a kernel's speed."""
+    """Return the date and the versions that decide a kernel's speed."""
     import torch
 
     return {
@@ -82,7 +82,7 @@ def _driver() -> str | None:
 
 
 def write_json(file: Path, content: object) -> None:
-    """Write JSON so that a reader, or whoever comes after a kill, finds the old content or the new one whole."""
+    """Write JSON so that a reader finds the old content or the new one whole, also after a kill."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_text(to_json(content, indent=1) + "\n")
@@ -90,7 +90,7 @@ def write_json(file: Path, content: object) -> None:
 
 
 def save(entries: Sequence[dict], facts: dict, folder: Path, *, quick: bool = False) -> Path:
-    """Write the entries of this run; operations that it did not measure keep what the file has of them.
+    """Write the entries of this run; operations that it did not measure keep their entries in the file.
 
     Args:
         facts: of the run: device, copy_bytes_per_second, left_out, and those of `environment`.
@@ -110,7 +110,7 @@ def save(entries: Sequence[dict], facts: dict, folder: Path, *, quick: bool = Fa
 
 
 def load_all(folder: Path = RESULTS) -> list[dict]:
-    """The reports of all devices."""
+    """Return the reports of all devices."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*" + SUFFIX))]
 
 
@@ -118,25 +118,25 @@ def load_all(folder: Path = RESULTS) -> list[dict]:
 
 
 def median(entry: dict, variant: str, direction: str = STEP) -> float | None:
-    """Seconds, or None where there is no figure."""
+    """Return the median seconds, or None where there is no figure."""
     found = entry["variants"].get(variant)
     return found["seconds"].get(direction, {}).get("median") if found and not found["failed"] else None
 
 
 def ratio(entry: dict, ours: str, theirs: str, direction: str = STEP) -> float | None:
-    """How many times as fast ours is as theirs."""
+    """Return how many times as fast as `theirs` `ours` is."""
     a, b = median(entry, ours, direction), median(entry, theirs, direction)
     return b / a if a and b else None
 
 
 def pair_ratio(entry: dict, ours: str, direction: str = STEP) -> float | None:
-    """Our time for one pair of a query and a key that it sees, over that of duplicated sequences."""
+    """Return our time for one visible pair of a query and a key, over that of duplicated sequences."""
     faster = ratio(entry, ours, "duplicated", direction)
     return entry["shape"]["work_ratio"] / faster if faster else None
 
 
 def floor_ratio(entry: dict, variant: str, copy_bytes_per_second: float | None) -> float | None:
-    """Time of a head over the time in which its bytes could be copied."""
+    """Return the time of a head over the time in which its bytes could be copied."""
     seconds = median(entry, variant)
     return seconds * copy_bytes_per_second / entry["floor_bytes"] if seconds and copy_bytes_per_second else None
 
@@ -183,7 +183,7 @@ def _over(rival: str):
 
 
 def _is_issue_head(shape: dict) -> bool:
-    # The shape whose floor section 1 of the issue works out.
+    # The shape for which section 1 of the issue derives the floor.
     return (shape["width"], shape["rows"], shape["dtype"]) == (3584, 8, "bf16")
 
 
@@ -221,7 +221,7 @@ def is_goal_device(device: str) -> bool:
 
 
 def verdict(goal: Goal, report: dict | None) -> tuple[str, str]:
-    """(what was measured, met or not) for a report of one device; each shape has to meet the goal."""
+    """Return (the measured value, met or not) for a report of one device; each shape has to meet the goal."""
     part = report["operations"].get(goal.op) if report else None
     if part is None:
         return NOT_MEASURED, NOT_MEASURED
@@ -249,15 +249,15 @@ def verdict(goal: Goal, report: dict | None) -> tuple[str, str]:
 # What `auto` should choose
 
 
-# What an implementation is measured against; the first is what runs where it is not chosen.
+# The rivals of an implementation; the first is what runs where it is not chosen.
 RIVALS = {HEAD: ("eager",), ATTENTION: ("varlen", "flash_attn")}
 
 
 def winners(op: str, entries: Sequence[dict]) -> list[tuple[str, str, str]]:
-    """(dtype, implementation, why) of an operation: the fastest by the geometric mean over the shapes of a dtype.
+    """Return (dtype, implementation, why) of an operation: the fastest by geometric mean over a dtype's shapes.
 
-    Uncaptured, forward and backward: the trainer launches without graphs, so that is what `auto` has to be right
-    about.
+    Counted are forward and backward without CUDA graphs: the trainer launches without them, so that this is what `auto`
+    has to be right about.
     """
     found = []
     for dtype in dict.fromkeys(entry["shape"]["dtype"] for entry in entries if entry["op"] == op):
@@ -278,7 +278,7 @@ def winners(op: str, entries: Sequence[dict]) -> list[tuple[str, str, str]]:
 
 
 def proposals(entries: Sequence[dict], device: str) -> list[str]:
-    """Lines for dispatch.MEASURED; bench/adopt.py writes them there."""
+    """Return the lines for dispatch.MEASURED; bench/adopt.py writes them there."""
     return [
         f'    ("{op}", "{device}", {TORCH_DTYPES[dtype]}): "{winner}",  # {why}'
         for op in (HEAD, ATTENTION)

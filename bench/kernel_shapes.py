@@ -44,16 +44,16 @@ class HeadShape:
 
     @property
     def floor_bytes(self) -> int:
-        """Fewest bytes of forward and backward: the weights read in each, their gradients written."""
+        """The fewest bytes of forward and backward: the weights read in each, their gradients written."""
         return 3 * self.weight_bytes
 
     @property
     def flops(self) -> int:
-        """Of forward and backward: three products of (R, D) by (D, F), the last layer's vector left out."""
+        """FLOPs of forward and backward: three products of (R, D) by (D, F), without the last layer's vector."""
         return 6 * self.rows * self.width * self.width
 
     def edges(self) -> list[tuple[int, int]]:
-        """Winner and loser of all pairs within groups of four responses, of two where there are only two."""
+        """Return (winner, loser) of all pairs within groups of four responses, or of two if there are only two."""
         size = min(self.rows, 4)
         groups = range(0, self.rows - size + 1, size)
         return [(g + a, g + b) for g in groups for a in range(size) for b in range(a + 1, size)]
@@ -91,7 +91,7 @@ class AttentionShape:
 
     @property
     def parents(self) -> list[int]:
-        """Of the whole row: -1, or the parent's place among all segments."""
+        """Parents in the whole row: the parent's place among all segments, or -1."""
         found: list[int] = []
         for _, parents in self.trees:
             first = len(found)
@@ -116,7 +116,7 @@ class AttentionShape:
 
     @property
     def duplicated_pairs(self) -> int:
-        """The pairs of these sequences."""
+        """The pairs in these duplicated sequences."""
         return sum(length * (length + 1) // 2 for length in self.duplicated_lengths)
 
     @property
@@ -125,11 +125,11 @@ class AttentionShape:
         return self.duplicated_pairs / self.pairs if self.num_responses else None
 
     def flops(self, direction: str) -> int:
-        """Two products of K per pair forward, five backward, each of 2 K operations."""
+        """Return FLOPs: two products of K per pair forward, five backward, each of 2 K operations."""
         return self.pairs * self.heads * self.head_dim * {FORWARD: 4, STEP: 14}[direction]
 
     def duplicated_rows(self) -> list[int]:
-        """Rows of the pack, in the order in which duplicated sequences hold them: prefix, response, prefix, ..."""
+        """Return the pack's rows in the order of duplicated sequences: prefix, response, prefix, ..."""
         rows, start = [], 0
         for lengths, _ in self.trees:
             prefix, *responses = lengths
@@ -152,7 +152,7 @@ Shape = HeadShape | AttentionShape
 
 
 def visible_pairs(lengths, parents) -> int:
-    """Causal pairs of a tree: every token sees its ancestors and its own segment up to itself."""
+    """Return the number of causal pairs of a tree: each token sees its ancestors and its segment up to itself."""
     above: list[int] = []  # tokens of all ancestors
     pairs = 0
     for length, parent in zip(lengths, parents, strict=True):
@@ -165,7 +165,7 @@ def tree_pack(
     prefix: int, response: int, num_responses: int, heads: tuple[int, int], *, pack_tokens: int = PACK_TOKENS,
     head_dim: int = HEAD_DIM, dtype: str = "bf16",
 ) -> AttentionShape:  # fmt: skip
-    """As many trees of one kind as fit in `pack_tokens`, at least one."""
+    """Return as many trees of one kind as fit in `pack_tokens`, at least one."""
     tree = (prefix, *[response] * num_responses), (-1, *[0] * num_responses)
     num_trees = max(1, pack_tokens // sum(tree[0]))
     name = f"{prefix}/{response} N={num_responses} {heads[0]}/{heads[1]}" + (f" {dtype}" if dtype != "bf16" else "")
@@ -176,7 +176,7 @@ def mixed_pack(
     num_trees: int, prefixes: tuple[int, int], responses: tuple[int, int], heads: tuple[int, int], *,
     head_dim: int = HEAD_DIM, dtype: str = "bf16",
 ) -> AttentionShape:  # fmt: skip
-    """Prompts with two responses each, as a training pack holds them: no two of one length, drawn from these ranges."""
+    """Return prompts with two responses each, as in a training pack, with lengths drawn from these ranges."""
     draw = random.Random(0)
     trees = tuple(
         ((draw.randint(*prefixes), draw.randint(*responses), draw.randint(*responses)), (-1, 0, 0))
@@ -190,13 +190,13 @@ def mixed_pack(
 
 
 def sequences(name: str, lengths, heads: int, head_dim: int, dtype: str = "bf16") -> AttentionShape:
-    """Independent sequences that see all of themselves."""
+    """Return independent sequences that see all of themselves."""
     trees = tuple(((length,), (-1,)) for length in lengths)
     return AttentionShape(f"{name} {heads}/{heads}", 0, 0, 0, trees, heads, heads, head_dim, False, dtype)
 
 
 def window_lengths(grid: tuple[int, int], side: int = WINDOW) -> list[int]:
-    """Patches of an image's windows, row by row, as Qwen2.5-VL cuts a grid of merged units."""
+    """Return the numbers of patches of an image's windows, row by row, as Qwen2.5-VL cuts the grid."""
     height, width = grid
     return [
         4 * min(side, height - top) * min(side, width - left)
@@ -213,7 +213,7 @@ def _vision() -> list[AttentionShape]:
     ]
 
 
-# Those that the goals speak of come first: a run that is short of time measures from the front.
+# Shapes of goals come first: a run that is short of time measures from the front.
 HEAD_SHAPES = [HeadShape(width, rows, dtype) for dtype in ("bf16", "fp32") for width in (3584, 1536, 2048, 5120)
                for rows in ROWS]  # fmt: skip
 ATTENTION_SHAPES = [
@@ -222,14 +222,14 @@ ATTENTION_SHAPES = [
     *_vision()[1:],
 ]
 
-# Without a GPU: the same kinds, small.
+# The same kinds in small, for a machine without a GPU.
 SMALL_HEAD_SHAPES = [HeadShape(256, 8, "fp32"), HeadShape(256, 64, "fp32"), HeadShape(256, 8, "bf16")]
 SMALL_ATTENTION_SHAPES = [
     tree_pack(96, 24, 2, (4, 2), pack_tokens=300, head_dim=32, dtype="fp32"),
     tree_pack(96, 24, 8, (4, 2), pack_tokens=300, head_dim=32, dtype="fp32"),
     sequences("vision windows", window_lengths((9, 6)), 2, 20, "fp32"),
 ]
-# And those of a training step: heads of SmolLM2-135M, Qwen2.5-VL-3B and 7B. Mixed: with images, and short texts.
+# Shapes of a training step: heads of SmolLM2-135M, Qwen2.5-VL-3B and 7B; with images, and with short texts.
 CPU_ATTENTION_SHAPES = [
     *(tree_pack(1300, 300, count, (9, 3), pack_tokens=1, head_dim=64, dtype=dtype) for count in (2, 4, 8)
       for dtype in ("fp32", "bf16")),
@@ -241,14 +241,14 @@ CPU_ATTENTION_SHAPES = [
 
 
 def head_shapes(on_gpu: bool, quick: bool = False) -> list[HeadShape]:
-    """In order of importance."""
+    """Return the shapes of the head in order of importance."""
     if not on_gpu:
         return SMALL_HEAD_SHAPES[:1] if quick else SMALL_HEAD_SHAPES
     return [s for s in HEAD_SHAPES if s.width == 3584 and s.rows in (8, 64)] if quick else HEAD_SHAPES
 
 
 def attention_shapes(on_gpu: bool, quick: bool = False) -> list[AttentionShape]:
-    """In order of importance."""
+    """Return the shapes of attention in order of importance."""
     if not on_gpu:
         return SMALL_ATTENTION_SHAPES[1:] if quick else SMALL_ATTENTION_SHAPES + CPU_ATTENTION_SHAPES
     if not quick:

@@ -29,7 +29,7 @@ REPEATS = 15
 SHOWN = 5  # best trials of each kernel and shape
 ATTENTION_SWEPT = ("1300/150 N=8 28/4", "1300/300 N=2 28/4", "4100/300 N=8 16/2", "vision windows 16/16")
 HEAD_SWEPT = ("D=3584 R=8 bf16", "D=3584 R=64 bf16", "D=3584 R=256 bf16", "D=3584 R=8 fp32")
-COMPILE_SHARE = 0.5  # of the time, at most
+COMPILE_SHARE = 0.5  # the largest share of the time that compiling ahead may take
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Trial:
 
 
 def attention_trials(shape: AttentionShape) -> list[Trial]:
-    """Tiles 64 and 128, steps 32 to 128, 4 and 8 warps, two to four steps in flight."""
+    """Return trials with tiles 64 and 128, steps 32 to 128, 4 and 8 warps, two to four steps in flight."""
     names = {
         "forward": ("query_tile", "key_step", "query_warps", "fwd_stages"),
         "query": ("query_tile", "key_step", "query_warps", "query_stages"),
@@ -79,7 +79,7 @@ def _trials(op, shape, choices) -> list[Trial]:
 
 
 def prepare(trial: Trial) -> tuple[Callable[[], object], Callable[[], list[torch.Tensor]], int]:
-    """(what to time, what it has computed, operations in one call); compiles the kernel."""
+    """Compile the kernel; return (a function to time, its results, operations in one call)."""
     torch.manual_seed(0)
     return (_prepare_attention if trial.op == ATTENTION else _prepare_head)(trial)
 
@@ -119,7 +119,7 @@ def _prepare_attention(trial: Trial):
 
     results = {"forward": [output, lse], "query": [query_grad, row_stats], "key_value": [key_grad, value_grad]}
     for kernel in results:
-        # What comes before the kernel on trial runs as it is now, and gives it its inputs.
+        # The kernels before the one on trial run as they are now, to make its inputs.
         if kernel == trial.kernel:
             break
         run(kernel, base)
@@ -132,7 +132,7 @@ _packs: dict[str, Pack] = {}
 
 
 def _pack(shape: AttentionShape) -> Pack:
-    """The same pack for all trials of a shape, and only one at a time in memory."""
+    """Return the pack of a shape, the same for all its trials; only one is in memory at a time."""
     if shape.name not in _packs:
         _packs.clear()
         _packs[shape.name] = Pack.draw(shape, "cuda")
@@ -155,7 +155,7 @@ def _prepare_head(trial: Trial):
 
 
 def measure_trial(trial: Trial, wanted: list[torch.Tensor] | None) -> tuple[float, list[torch.Tensor]]:
-    """(seconds of one operation, its results).
+    """Return (seconds of one operation, its results).
 
     Raises:
         ValueError: if the results differ from `wanted` by more than the order of additions explains.
@@ -165,7 +165,7 @@ def measure_trial(trial: Trial, wanted: list[torch.Tensor] | None) -> tuple[floa
     times = [timed(candidate, "run", "cuda") for _ in range(REPEATS + 2)][2:]
     found = [x.clone() for x in results()]
     for a, b in zip(found, wanted or found, strict=True):
-        # Two roundings of the dtype, or what reordered float32 sums leave of 1e-5.
+        # Two roundings of the dtype, or 1e-5, the error of reordered float32 sums.
         limit = max(2 * torch.finfo(a.dtype).eps, 1e-5) * float(b.abs().max())
         if not float((a.double() - b.double()).abs().max()) <= limit:
             raise ValueError("computes something else")
@@ -173,7 +173,7 @@ def measure_trial(trial: Trial, wanted: list[torch.Tensor] | None) -> tuple[floa
 
 
 def _compile(trial: Trial) -> None:
-    # What fails here fails again, and is reported, when the trial is timed.
+    # A failure here comes again, and is reported, when the trial is timed.
     with suppress(Exception):
         prepare(trial)
         torch.cuda.synchronize()
@@ -192,7 +192,7 @@ def compile_ahead(trials: list[Trial], seconds: float) -> None:
 
 
 def sweep(only: str | None, seconds: float) -> int:
-    """Time all trials and print the best of each kernel and shape; returns the exit status."""
+    """Time all trials and print the best of each kernel and shape; return the exit status."""
     if not torch.cuda.is_available():
         print("a sweep needs a GPU: nothing was tried")
         return 1
@@ -211,7 +211,7 @@ def sweep(only: str | None, seconds: float) -> int:
 
 
 def _sweep_one(title: str, trials: list[Trial], budget: Budget) -> int:
-    """Trials of one kernel at one shape, the present choice first; returns how many were left out."""
+    """Time the trials of one kernel at one shape, the present choice first; return how many were left out."""
     times, reasons, wanted, tried = {}, {}, None, 0
     for trial in trials:
         if budget.left < 1:

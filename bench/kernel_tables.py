@@ -24,7 +24,7 @@ TITLES = {HEAD: "Preference head, forward and all gradients", ATTENTION: "Tree a
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown with aligned columns, so that it reads in a terminal as well."""
+    """Return a Markdown table with aligned columns, so that it can be read in a terminal as well."""
     cells = [list(header), *[[str(cell).replace("|", "/") for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -38,7 +38,7 @@ def goal_table(report: dict | None) -> list[str]:
 
 
 def duration(seconds: float | None, quartiles: Sequence[float] | None = None) -> str:
-    """1.23 ms, or 1.23 ms (1.20 - 1.31) with quartiles, in the unit that fits the median."""
+    """Format seconds as 1.23 ms, or with quartiles as 1.23 ms (1.20 - 1.31), in the unit that fits the median."""
     if seconds is None:
         return "-"
     unit, scale = ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
@@ -65,13 +65,13 @@ def times(value: float | None) -> str:
 
 
 def _peaks(entry) -> str:
-    """Peak memory of each variant in MiB; captured ones have it in a pool of their own."""
+    """Return the peak memory of each variant in MiB; captured ones have it in a pool of their own."""
     found = {name: v["peak_mib"] for name, v in entry["variants"].items() if v["peak_mib"] is not None}
     return ", ".join(f"{name} {peak:,.{0 if peak >= 10 else 1}f}" for name, peak in found.items()) or "-"
 
 
 def _standing(entry, ours: str, direction: str = STEP) -> str:
-    """Which other variants are not slower than ours; one that is captured is compared with captured ones only.
+    """Return which variants are not slower than ours; a captured one is compared with captured ones only.
 
     Level: the ranges between the quartiles overlap.
     """
@@ -92,7 +92,7 @@ def _standing(entry, ours: str, direction: str = STEP) -> str:
 
 
 def variant_names(entries: Sequence[dict]) -> list[str]:
-    """All that occur, in order of first occurrence."""
+    """Return the names of all variants, in the order in which they first occur."""
     return list(dict.fromkeys(name for entry in entries for name in entry["variants"]))
 
 
@@ -144,7 +144,7 @@ def _tflops(entry, variant, direction) -> str:
 
 
 def build_table(part: dict) -> list[str]:
-    """Median milliseconds of building layouts and masks, over all shapes: smallest and largest."""
+    """Return the table of the median milliseconds of building layouts and masks: smallest and largest shape."""
     rows = []
     for name in variant_names(part["entries"]):
         found = [e["variants"][name]["build_ms"] for e in part["entries"] if name in e["variants"]]
@@ -155,7 +155,7 @@ def build_table(part: dict) -> list[str]:
 
 
 def _by_size(entry: dict) -> tuple:
-    """Measured in order of importance, shown in order of size."""
+    """Return the key by which shapes are shown in order of size; they were measured in order of importance."""
     shape = entry["shape"]
     if "width" in shape:
         return (shape["dtype"], shape["width"], shape["rows"])
@@ -163,7 +163,7 @@ def _by_size(entry: dict) -> tuple:
 
 
 def failures(part: dict) -> list[str]:
-    """What has no figure, and why; one line for each reason."""
+    """Return one line for each reason why variants have no figure."""
     reasons: dict[str, list[str]] = {}
     for entry in part["entries"]:
         for name, variant in entry["variants"].items():
@@ -175,7 +175,7 @@ def failures(part: dict) -> list[str]:
 
 
 def operation_lines(op: str, part: dict) -> list[str]:
-    """All tables of one operation on one device."""
+    """Return all tables of one operation on one device."""
     copy = part["copy_bytes_per_second"]
     versions = ", ".join(f"{name} {value}" for name, value in part["versions"].items() if value)
     lines = [f"{part['date']}; {versions}." + (f" A large copy moves {copy / 1e9:,.0f} GB/s." if copy else ""), ""]
@@ -189,7 +189,7 @@ def operation_lines(op: str, part: dict) -> list[str]:
 
 
 def report_lines(report: dict) -> list[str]:
-    """All tables of one device."""
+    """Return all tables of one device."""
     lines = []
     if is_goal_device(report["device"]):
         lines += [*goal_table(report), ""]
@@ -199,7 +199,7 @@ def report_lines(report: dict) -> list[str]:
 
 
 def readme_section(reports: Sequence[dict]) -> list[str]:
-    """The generated part of bench/README.md."""
+    """Return the generated part of bench/README.md."""
     lines = []
     if not any(is_goal_device(report["device"]) for report in reports):
         lines += [f"H100 or H200: {NOT_MEASURED}.", "", *goal_table(None), ""]
@@ -209,7 +209,7 @@ def readme_section(reports: Sequence[dict]) -> list[str]:
 
 
 def updated_readme(text: str, reports: Sequence[dict]) -> str:
-    """`text` with its generated part made anew.
+    """Return `text` with its generated part replaced.
 
     Raises:
         ValueError: if the markers are not there.

@@ -1,4 +1,4 @@
-"""How kernels are measured: the correctness gate, interleaved timing, memory, the copy bandwidth."""
+"""The measurement of kernels: the correctness gate, interleaved timing, memory, the copy bandwidth."""
 
 import gc
 import math
@@ -29,11 +29,11 @@ class RedGate(AssertionError):
 
 
 class DeviceLost(RuntimeError):
-    """The device answers nothing any more, as after an illegal address; what was measured before stays valid."""
+    """The device no longer answers, as after an illegal address; earlier measurements stay valid."""
 
 
 class Budget:
-    """Seconds that a run may take, from its making on."""
+    """The seconds that a run may take, counted from the making of this object."""
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
@@ -89,7 +89,7 @@ class Stats:
 
 
 def error_limits(eager: Sequence[Named], truth: Sequence[Named]) -> dict[str, float]:
-    """By tensor name, twice (the largest error of same-dtype eager code, plus a rounding of the largest value).
+    """Return twice (the largest error of same-dtype eager code + a rounding of the largest value), by tensor.
 
     Args:
         eager, truth: the same tensors for each of several draws. One draw of a scalar would not do: it can
@@ -104,14 +104,14 @@ def error_limits(eager: Sequence[Named], truth: Sequence[Named]) -> dict[str, fl
 
 
 def largest_error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """max abs(found - truth); NaN if either has one."""
+    """Return max abs(found - truth); NaN if either has one."""
     if found.shape != truth.shape:
         raise RedGate(f"got shape {tuple(found.shape)}, wanted {tuple(truth.shape)}")
     return float((found.detach().double() - truth).abs().max())
 
 
 def check(found: Sequence[Named], truth: Sequence[Named], limits: dict[str, float]) -> dict[str, float]:
-    """Errors over their limits, by tensor name.
+    """Return errors over their limits, by tensor name.
 
     Raises:
         RedGate: if one is beyond its limit or not a number.
@@ -157,7 +157,7 @@ def attempt(candidate: Attempted, action: Callable[[], object]):
 
 
 def describe(error: Exception, limit: int = 160) -> str:
-    """Kind and first line of an error, for a cell of a table."""
+    """Describe an error by its kind and first line, for a cell of a table."""
     lines = str(error).strip().splitlines() or [""]
     kind = "red gate" if isinstance(error, RedGate) else type(error).__name__
     return f"{kind}: {lines[0]}"[:limit]
@@ -212,20 +212,20 @@ def measure(candidates: Sequence[Candidate], device: str, budget: Budget, drive=
 
 
 def num_rounds(round_seconds: float, wanted_seconds: float, left_seconds: float) -> int:
-    """As many rounds as fit in the wanted seconds, at least 20; fewer, down to 3, if time is running out."""
+    """Return how many rounds fit in the wanted seconds: at least 20, but down to 3 if time is running out."""
     fit = max(MIN_ROUNDS, min(MAX_ROUNDS, int(wanted_seconds / max(round_seconds, 1e-9))))
     return max(3, min(fit, int(left_seconds / max(round_seconds, 1e-9))))
 
 
 def run_rounds(ours, rest, rounds: int) -> None:
-    """The driver without pytest."""
+    """Run the rounds without pytest."""
     for _ in range(rounds):
         rest()
         ours()
 
 
 def timed(candidate: Candidate, direction: str, device: str) -> float:
-    """Seconds of one pass: by events on a GPU, by the clock elsewhere."""
+    """Return the seconds of one pass: by events on a GPU, by the clock elsewhere."""
     run = candidate.passes[direction]
     if device == "cpu":
         start = time.perf_counter()
@@ -249,7 +249,7 @@ def _warm_up(candidate: Candidate, direction: str, device: str) -> None:
 
 
 def peak_mib(run: Callable[[], object], device: str) -> float | None:
-    """How far memory rises above rest while `run` runs, in MiB."""
+    """Return how many MiB memory rises above rest while `run` runs."""
     if device == "cpu":
         return resident_peak_mib(run)
     torch.cuda.synchronize()
@@ -262,7 +262,7 @@ def peak_mib(run: Callable[[], object], device: str) -> float | None:
 
 
 def host_ms(build: Callable[[], object], repeats: int = 3) -> float:
-    """Median milliseconds of something that is built on the host, its copies to the device included.
+    """Return the median milliseconds of building something on the host, with its copies to the device.
 
     The first call loads and compiles things that later ones find ready, so it is not counted.
     """
@@ -278,7 +278,7 @@ def host_ms(build: Callable[[], object], repeats: int = 3) -> float:
 
 
 def copy_bytes_per_second(device: str) -> float | None:
-    """Bandwidth of a large device-to-device copy, bytes read plus bytes written; None on a CPU."""
+    """Return the bandwidth of a large device-to-device copy, bytes read plus bytes written; None on a CPU."""
     if device == "cpu":
         return None
     source = torch.randint(0, 1 << 30, (COPY_BYTES // 4,), dtype=torch.int32, device=device)
@@ -289,7 +289,7 @@ def copy_bytes_per_second(device: str) -> float | None:
 
 
 def captured(run: Callable[[], object]):
-    """Capture `run` in a CUDA graph: (replay, what run returned); each replay writes into the latter."""
+    """Capture `run` in a CUDA graph: return (replay, the result of run), into which each replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -308,7 +308,7 @@ def synchronize() -> None:
 
 
 def clean_memory() -> None:
-    """Give back what the last shape left, in blocks that would not fit the next."""
+    """Free the memory of the last shape, whose blocks would not fit the next."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -317,7 +317,7 @@ def clean_memory() -> None:
 def figures(
     candidates: Sequence[Candidate], device: str, budget: Budget, drive=None, *, timed: bool = True
 ) -> dict[str, dict]:
-    """What the results file holds of each candidate: its times, by `measure`, and its peak memory.
+    """Return the entries of the results file for all candidates: their times, by `measure`, and peak memory.
 
     Args:
         timed: False for what the gate found alone; nothing is run.

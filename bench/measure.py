@@ -1,4 +1,4 @@
-"""What the benchmarks measure, whichever two variants they compare: agreement, time, memory, FLOPs."""
+"""The measurement that compares any two variants of a step: agreement, time, memory, FLOPs."""
 
 import ctypes
 import functools
@@ -22,18 +22,18 @@ GRADIENT_TOLERANCE = 1e-4
 
 
 class Variant(Protocol):
-    """One way to train: the same weights, batches and optimizer as its rival."""
+    """A way to train: the same weights, batches and optimizer as its rival."""
 
     name: str
 
     def step(self, number: int) -> None:
-        """Forward, backward and update on batch `number` (any integer; batches repeat)."""
+        """Run forward, backward and update on batch `number` (any integer; batches repeat)."""
 
     def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
-        """Mean loss of the batch and its gradient by parameter name; changes no weight."""
+        """Return the mean loss of the batch and its gradient by parameter name; change no weight."""
 
     def num_tokens(self, number: int) -> int:
-        """Tokens that the model processes for the batch, padding included."""
+        """Return the number of tokens that the model processes for the batch, padding included."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant on one workload.
+    """The measurement of one variant on one workload.
 
     Attributes:
         times: of the timed rounds.
@@ -77,7 +77,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the gate has found on a batch.
+    """The findings of the gate on a batch.
 
     Attributes:
         flops: of forward and backward by variant, as counted by torch.
@@ -138,7 +138,7 @@ class Comparison:
 
 
 def compare(workload: str, fastrm: Variant, rival: Variant, pairs_per_step: int, floor: float, benchmark):
-    """Gate, then time both variants in alternation: a `Comparison`, or None under --benchmark-disable.
+    """Gate, then time both variants in alternation; return a `Comparison`, or None under --benchmark-disable.
 
     pytest-benchmark drives the rounds and keeps fastrm's times; the rival runs in each round's setup,
     on the same batch, so that a slow phase of the machine falls on both.
@@ -199,7 +199,7 @@ def _norm(gradients: dict[str, torch.Tensor]) -> float:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, taught CPU attention: stock and eager tree attention. It counts whole, causal or not."""
+    """Return torch's FLOP counter, extended by CPU attention, stock and eager tree; whole even if causal."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     formulas = {
         attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
@@ -215,7 +215,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _tree_flops(operations: int, query, *arguments, **_) -> int:
-    """So many operations for each element of a query and each key of its run."""
+    """Return this many operations for each element of a query and each key of its run."""
     handle = next(x for x in arguments if isinstance(x, torch.Tensor) and x.dtype == torch.int64)
     layout = layout_of(handle)
     pairs = sum(q * k for q, k in zip(layout.query_lengths, layout.key_lengths, strict=True))
@@ -223,7 +223,7 @@ def _tree_flops(operations: int, query, *arguments, **_) -> int:
 
 
 def peak_mib(step: Callable[[], None]) -> float | None:
-    """Rise of this process's resident memory during one step, in MiB; None where Linux's /proc is missing."""
+    """Return how many MiB this process's resident memory rises in one step; None without Linux's /proc."""
     if sys.platform != "linux":
         return None
     gc.collect()
@@ -236,12 +236,12 @@ def peak_mib(step: Callable[[], None]) -> float | None:
 
 
 def reset_peak() -> None:
-    """Let this process's VmHWM begin again from what it has now (Linux)."""
+    """Reset this process's VmHWM to its present size (Linux)."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def status_bytes(field: str, process: int | str = "self") -> int:
-    """A size of a process's memory, such as VmRSS, or its peak VmHWM (Linux); by default of this one's."""
+    """Return a size of a process's memory, such as VmRSS or its peak VmHWM (Linux); by default this process's."""
     with open(f"/proc/{process}/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))

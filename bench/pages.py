@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def between(page: Path, text: str, marks: tuple[str, str], lines: Sequence[str]) -> str:
-    """`text` with these lines in place of what stands between the markers.
+    """Replace the lines between the two markers in `text`.
 
     Args:
         page: whose text it is, for the error.
@@ -20,5 +20,5 @@ def between(page: Path, text: str, marks: tuple[str, str], lines: Sequence[str])
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table as a page has it; kernel_tables.table aligns its columns for a terminal."""
+    """Return a table for a Markdown page; kernel_tables.table aligns its columns for a terminal."""
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]

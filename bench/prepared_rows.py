@@ -15,7 +15,7 @@ from fastrm.json_files import to_json
 
 VOCABULARY, NUM_WORDS, NUM_IMAGES = 32_000, 30_000, 4096
 _SPREAD = 0.6  # standard deviation of the logarithm of a length
-# Of the rows: as many repeat the prompt of the one before, with other responses, or repeat it altogether.
+# Shares of rows that repeat the prompt of the row before, with other responses, or the whole row.
 _SAME_PROMPT, _COPY = 0.2, 0.005
 
 
@@ -61,7 +61,7 @@ model:
 
 
 def write_sets(folder: Path, num_rows: int) -> Path:
-    """Rows, images, a tokenizer and a configuration, unless they are there; the path of the last."""
+    """Write rows, images, a tokenizer and a configuration, unless they are there; return the path of the last."""
     folder = folder.resolve()
     config = folder / "config.yaml"
     if config.exists():
@@ -135,7 +135,7 @@ def _row(shape: SetShape, name: str, prompt: str, answers: tuple[str, str], imag
 
 
 def _write_images(folder: Path) -> None:
-    """White pictures of photographs' sizes, each with a number in its header that makes its bytes its own."""
+    """Write white pictures of photographs' sizes, each made unique by a number in its header."""
     rng = np.random.default_rng(7)
     for number in range(NUM_IMAGES):
         width, height = (int(side) for side in np.exp(rng.uniform(np.log(220), np.log(1400), 2)))

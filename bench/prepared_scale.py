@@ -1,4 +1,4 @@
-"""Prepare synthetic data with the recipe's mix of sets, and plan training from it: time, memory, completeness.
+"""A measurement of preparing data with the recipe's mix of sets, and of planning training from it.
 
     python bench/prepared_scale.py --dir /scratch/scale                      the recipe's 2.85 million rows
     python bench/prepared_scale.py --dir /scratch/scale --rows 200000
@@ -34,7 +34,7 @@ _PLAN = Path(__file__).with_name("prepared_start.py")
 
 
 def main() -> None:
-    """Write rows, prepare them, start from the set, plan an epoch; results go to bench/results."""
+    """Write rows, prepare them, start from the set, and plan an epoch; results go to bench/results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, required=True, help="folder for rows and prepared set: 6 KB a row")
     parser.add_argument("--rows", type=int, default=ROWS)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def table_of(result: dict) -> str:
-    """The figures as a table in Markdown."""
+    """Return the figures as a table in Markdown."""
     prepare, start, plan = result["prepare"], result["start"], result["plan"]
     preparing = "what was left of preparing" if prepare["was_interrupted"] else "preparing, all together"
     rate, per_row = result["rows"] / prepare["wall_seconds"], prepare["index_bytes"] / result["rows"]
@@ -85,7 +85,7 @@ def table_of(result: dict) -> str:
 
 
 def _prepare(config: Path, folder: Path, workers: int | None) -> dict:
-    """`fastrm data prepare` in a process of its own, watched."""
+    """Run `fastrm data prepare` in a process of its own, and watch it."""
     kept, prepared = folder / "prepare.json", folder / "prepared"
     was_there, was_begun = (prepared / "manifest.json").exists(), (prepared / "units").exists()
     command = [sys.executable, "-m", "fastrm.cli", "data", "prepare", str(config)]
@@ -96,18 +96,18 @@ def _prepare(config: Path, folder: Path, workers: int | None) -> dict:
     try:
         process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it was told too, and ends after the parts under way
+        process.wait()  # it was signalled too, and ends after the parts under way
         raise SystemExit("interrupted; the same command goes on from here") from None
     if process.returncode:
         raise SystemExit(f"preparing failed with exit code {process.returncode}; the lines above say why")
     wall = time.perf_counter() - started
     seconds = json.loads((prepared / "report.json").read_text())["seconds"]
-    if was_there and kept.exists():  # the figures are those of the run that made it
+    if was_there and kept.exists():  # keep the figures of the run that made it
         return json.loads(kept.read_text())
     figures = {
         "wall_seconds": wall,
         "seconds": seconds,
-        "was_interrupted": was_begun,  # the figures are then of what was left
+        "was_interrupted": was_begun,  # the figures are then only of what was left
         "peak_pss_bytes": watch.stop(),
         "memory_is_bounded": watch.peak < MEMORY_LIMIT,
         "index_bytes": _size(prepared / "index"),
@@ -118,7 +118,7 @@ def _prepare(config: Path, folder: Path, workers: int | None) -> dict:
 
 
 class _MemoryWatch(threading.Thread):
-    """Samples the memory of a process and its children: proportional sets, in which shared pages count once."""
+    """A thread that samples the memory of a process and its children; shared pages count once (PSS)."""
 
     def __init__(self, pid: int, every: float = 0.5):
         super().__init__(daemon=True)
@@ -135,7 +135,7 @@ class _MemoryWatch(threading.Thread):
             self.peak = max(self.peak, sum(map(_pss, members)))
 
     def stop(self) -> int:
-        """The peak in bytes."""
+        """Stop sampling and return the peak in bytes."""
         self._stopped.set()
         self.join()
         return self.peak

@@ -40,7 +40,7 @@ def main(config_path: str, num_ranks: int) -> None:
 
 
 def _plan_epoch(train: PreparedSet, order: StepOrder, budget: int, num_ranks: int, cost) -> dict:
-    """Plan every step of an epoch for all ranks; count what its packs hold."""
+    """Plan every step of an epoch for all ranks; count the groups and tokens of its packs."""
     seen, over = np.zeros(len(train), dtype=np.int64), 0
     num_steps, started = order.steps_in_epoch(0), time.perf_counter()
     planning = 0.0

@@ -1,4 +1,4 @@
-"""A model folder of a published shape with random weights, laid out like its checkpoint: for trying out real sizes.
+"""A model folder of a published shape with random weights, laid out like its checkpoint, to try real sizes.
 
     python bench/random_model.py Qwen2.5-VL-7B-Instruct FOLDER               the whole model, 16.6 GB in bf16
     python bench/random_model.py Qwen2.5-VL-7B-Instruct FOLDER --layers 2    two decoder layers, two vision blocks
@@ -31,13 +31,13 @@ from fastrm.model.families import VISION_FAMILIES, chat_layout  # noqa: E402
 from fastrm.model.network import media_token_ids  # noqa: E402
 
 SHARD_BYTES = 2 * 10**9  # but a larger tensor has a shard of its own
-# Ids in the published vocabularies, below which all ordinary tokens are.
+# The first special ids of the published vocabularies: all ordinary tokens are below.
 SPECIAL_IDS = {
     "<|endoftext|>": 151_643, "<|im_start|>": 151_644, "<|im_end|>": 151_645, "<|vision_start|>": 151_652,
     "<|vision_end|>": 151_653, "<|vision_pad|>": 151_654, "<|image_pad|>": 151_655, "<|video_pad|>": 151_656,
     "<img>": 151_665, "</img>": 151_666, "<IMG_CONTEXT>": 151_667,
 }  # fmt: skip
-# What the tokenizer learns words from.
+# The text that the tokenizer learns words from.
 SENTENCES = (
     "What is in the picture? Describe the image.", "The picture shows a red bus in front of a house.",
     "Two dogs are playing with a ball on the grass.", "I cannot see that in this image.", "A boat on the blue water.",
@@ -81,7 +81,7 @@ def write_model(
 
 
 def published_options(name: str, layers: int | None) -> dict:
-    """Keyword arguments of the transformers config, cut to so many layers."""
+    """Return the keyword arguments of the transformers config, cut to so many layers."""
     options = PUBLISHED[name].options
     if layers is None:
         return options
@@ -98,7 +98,7 @@ def published_options(name: str, layers: int | None) -> dict:
 
 
 def make_config(options: dict, tokenizer, vocabulary: int):
-    """The transformers config with the vocabulary and the special tokens' ids."""
+    """Return the transformers config with the vocabulary and the special tokens' ids."""
     from transformers import AutoConfig
 
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
@@ -110,7 +110,7 @@ def make_config(options: dict, tokenizer, vocabulary: int):
 
 
 def padded_tokenizer(model_type: str, vocabulary: int, shift: int):
-    """A small tokenizer whose special tokens have the published ids, less `shift`; unused tokens fill the gaps."""
+    """Return a small tokenizer whose special tokens have the published ids less `shift`; unused tokens fill gaps."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -133,7 +133,7 @@ def padded_tokenizer(model_type: str, vocabulary: int, shift: int):
 
 
 def _write_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> None:
-    """Random tensors as model-00001-of-0000N.safetensors with the index; one shard is in memory at a time."""
+    """Write random tensors as model-00001-of-0000N.safetensors with the index; one shard is in memory."""
     shards, size = [[]], 0
     for name, shape in shapes.items():
         num_bytes = math.prod(shape) * dtype.itemsize
@@ -155,7 +155,7 @@ def _write_shards(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch
 
 
 def random_tensor(name: str, shape: tuple[int, ...], pool: torch.Tensor) -> torch.Tensor:
-    """Values of the pool from a place that the name gives; of vectors five times them, of norms around 1."""
+    """Return values of the pool from a place that the name decides; vectors are five times them, norms around 1."""
     size = math.prod(shape)
     found = torch.empty(size, dtype=pool.dtype)
     start, done = zlib.crc32(name.encode()) % len(pool), 0

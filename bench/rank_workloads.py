@@ -50,20 +50,20 @@ PLAIN = ("quickstart_mix", "mathv_pairs", "caption_contest", "nlvr", "pandalm", 
 
 @dataclass(frozen=True)
 class Pool:
-    """Groups to draw steps from. `shares`: of each source, the share of groups, or None to take all in turn."""
+    """Groups to draw steps from; `shares` is each source's share of groups, or None to take all in turn."""
 
     name: str
     sources: list[list[GroupSize]]
     shares: list[float] | None = None
 
     def draw(self, pairs_per_step: int, num_steps: int) -> tuple[list[GroupSize], StepOrder]:
-        """Groups, and the order that cuts them into steps; enough for `num_steps` steps."""
+        """Draw groups for `num_steps` steps, and return them with the order that cuts them into steps."""
         wanted = pairs_per_step * (num_steps + 1)
         groups = list(self._mixed(wanted) if self.shares else self._copies(wanted))
         return groups, StepOrder([group.num_preferences for group in groups], pairs_per_step, seed=0)
 
     def _mixed(self, num_pairs: int) -> Iterator[GroupSize]:
-        """Groups drawn at random from sources drawn by their shares; each with images of its own."""
+        """Yield groups at random from sources drawn by their shares; each with images of its own."""
         rng, drawn = np.random.default_rng(0), 0
         while drawn < num_pairs:
             source = self.sources[rng.choice(len(self.sources), p=self.shares)]
@@ -72,7 +72,7 @@ class Pool:
             drawn += group.num_preferences
 
     def _copies(self, num_pairs: int) -> Iterator[GroupSize]:
-        """All groups as often as needed: those of one image share it within a copy only."""
+        """Yield all groups as often as needed; those of one image share it within a copy only."""
         groups = [group for source in self.sources for group in source]
         per_copy = sum(group.num_preferences for group in groups)
         for copy in range(-(-num_pairs // per_copy)):
@@ -85,7 +85,7 @@ def _with_own_images(group: GroupSize, number: int) -> GroupSize:
 
 
 def make_pools(config: Config) -> list[Pool]:
-    """The shared data as it is, and the recipe's mixture with stand-ins."""
+    """Return two pools: the shared data as it is, and the recipe's mixture with stand-ins."""
     files = sorted((DATA / "owleval" / "cases").iterdir())
     photos = [image_size(ImageRef(path=str(file)), MediaLimits()) for file in files]
     records = {
@@ -114,7 +114,7 @@ def make_pools(config: Config) -> list[Pool]:
 
 
 def _groups(records: list[Record], encoder: ConversationEncoder, config: Config) -> list[GroupSize]:
-    """Groups of one prompt, as a prepared set merges them; what cannot be trained on is left out."""
+    """Return groups of one prompt, merged as a prepared set merges them; unusable ones are left out."""
     prompts: dict[tuple, list[Record]] = {}
     for record in records:
         prompts.setdefault(record.prompt_key, []).append(record)
@@ -158,7 +158,7 @@ def _mm_reward_bench(photos: list[tuple[int, int]]) -> Iterator[Record]:
 
 
 def _seen(number: int, question: str, answers: Sequence[str], photos: list[tuple[int, int]]) -> Record:
-    """A pair whose image is not there: a blank one as large as one of the photographs of OwlEval."""
+    """Return a pair whose image is absent: a blank one replaces it, as large as a photograph of OwlEval."""
     buffer = io.BytesIO()
     Image.new("L", photos[number % len(photos)]).save(buffer, "PNG")
     # Bytes behind a PNG's end are not read. They keep rows with one question from becoming one group.

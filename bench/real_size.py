@@ -30,11 +30,11 @@ from kernel_results import RESULTS, device_name, environment, file_stem, write_j
 from measure import reset_peak, status_bytes  # noqa: E402
 
 PARTS = ("make", "load", "step", "score", "score fp32")
-# Of the pair that is trained on and scored: an image of 448 x 448 (256 tokens) and texts of this many words.
+# The pair that is trained on and scored has an image of 448 x 448 (256 tokens) and texts of this many words.
 PROMPT_WORDS, RESPONSE_WORDS, IMAGE_SIDE = 300, 100, 448
 WORDS = ("the", "a", "red", "blue", "cat", "dog", "sits", "on", "why", "this", "yes", "no", "one", "two", "three")
 GB = 1e9
-# What a row of the results is known by.
+# The keys that identify a row of the results.
 KEY = ("model", "layers", "part")
 
 
@@ -66,12 +66,12 @@ def main() -> None:
 
 
 def _earlier(path: Path) -> list[dict]:
-    """Rows of earlier calls: parts may be measured one by one."""
+    """Read the rows of earlier calls: parts may be measured one by one."""
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def measure_model(model: str, layers: int | None, folder: Path, parts: list[str], keep: bool) -> list[dict]:
-    """Rows of parts of one model, each from a process of its own.
+    """Measure parts of one model, each in a process of its own; return their rows.
 
     Args:
         keep: leave the model's files for another call, which then makes no checkpoint.
@@ -99,7 +99,7 @@ def measure_model(model: str, layers: int | None, folder: Path, parts: list[str]
 
 
 def run_part(part: str, model: str, layers: int | None, folder: Path) -> list[dict]:
-    """What a child process does: one part, as one or more rows."""
+    """Run one part in a child process; return one or more rows."""
     checkpoint, export = folder / "checkpoint", folder / "export"
     if part == "make":
         return [_measured("make the checkpoint", lambda: make_checkpoint(model, layers, checkpoint))]
@@ -121,7 +121,7 @@ def _load(checkpoint: Path) -> list[dict]:
 
 
 def _step(checkpoint: Path, export: Path) -> list[dict]:
-    """Load for training with the whole backbone frozen, one step, and the export beside the model."""
+    """Load for training with the backbone frozen, run one step, and export the model beside the checkpoint."""
     from fastrm.config import Config
     from fastrm.data.tokenizer import load_tokenizer
     from fastrm.train.engine import LocalEngine
@@ -160,7 +160,7 @@ def _score(export: Path, dtype: str) -> list[dict]:
 
 
 def _measured(name: str, function) -> dict:
-    """Seconds and peaks of one call, in bytes: of all resident memory, and of what is not backed by files."""
+    """Return seconds and peak bytes of one call: of all resident memory, and of that not backed by files."""
     anonymous, stop = [status_bytes("RssAnon")], threading.Event()
 
     def sample() -> None:
@@ -188,7 +188,7 @@ def _weights(network) -> dict:
 
 
 def _group() -> dict:
-    """One prompt with an image and two responses, as the Python API takes it."""
+    """Return a group of a prompt with an image and two responses, as the Python API takes it."""
     import numpy as np
     from PIL import Image
 
@@ -199,7 +199,7 @@ def _group() -> dict:
 
 
 def _pack(network):
-    """The same as one pack with one preference."""
+    """Return the group as one pack with one preference."""
     from fastrm.data.batching import PackPlan
     from fastrm.data.loader import PackBuilder
     from fastrm.data.sources.groups import group_record
@@ -211,7 +211,7 @@ def _pack(network):
 
 
 def stock_model(model: str, layers: int | None, tokenizer=None):
-    """The published architecture with its LM head, on torch's meta device."""
+    """Return the published architecture with its LM head, on torch's meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -235,7 +235,7 @@ def stock_model(model: str, layers: int | None, tokenizer=None):
 
 
 def checkpoint_bytes(model: str, layers: int | None) -> int:
-    """Of all weights in bf16, each counted once."""
+    """Return the bytes of all weights in bf16, each counted once."""
     return 2 * sum(parameter.numel() for parameter in stock_model(model, layers).parameters())
 
 
@@ -254,10 +254,10 @@ def make_checkpoint(model: str, layers: int | None, folder: Path) -> None:
         name: name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
         for name, _ in stock.named_parameters()  # a tied LM head is no parameter of its own
     }
-    shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
+    shutil.rmtree(folder, ignore_errors=True)  # left by a call that was stopped
     folder.mkdir()
     writer = WeightWriter(folder, [(names[n], tuple(p.shape), torch.bfloat16) for n, p in stock.named_parameters()])
-    # Drawn once: matrices begin at different places in it, since eight billion draws would take minutes.
+    # The pool is drawn once, and matrices begin at different places in it: eight billion draws would take minutes.
     drawn = torch.empty(2**26 + 3, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0))
     first = 0
     for name, parameter in stock.named_parameters():
@@ -276,7 +276,7 @@ def make_checkpoint(model: str, layers: int | None, folder: Path) -> None:
 
 
 def table_of(rows: list[dict]) -> str:
-    """The rows in Markdown; memory in GB of 10^9 bytes."""
+    """Return the rows as a Markdown table; memory in GB of 10^9 bytes."""
     columns = ("model", "part", "seconds", "weights, GB", "peak resident, GB", "of it anonymous, GB")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:

@@ -32,8 +32,8 @@ from kernel_shapes import attention_shapes, head_shapes  # noqa: E402
 from kernel_tables import README, report_lines, updated_readme  # noqa: E402
 
 BUDGET_SECONDS = 450  # what is left of 8 minutes after imports and the start of the device
-HEAD_SHARE = 0.4  # of the budget, where both operations run
-# A shape is not begun with less than this: a first compilation of its kernels may take as long.
+HEAD_SHARE = 0.4  # the head's share of the budget where both operations run
+# A shape is not begun with fewer seconds: a first compilation of its kernels may take as long.
 SHAPE_RESERVE_SECONDS = {"cuda": 15, "cpu": 1}
 
 
@@ -62,7 +62,7 @@ class Run:
         }  # fmt: skip
 
     def measure(self, op: str, shape, budget, drive=None, *, timed: bool = True) -> dict | None:
-        """Gate and time one shape, or with `timed` False gate it alone; None if there was no time left for it."""
+        """Gate and time one shape, or with `timed` False gate it alone; return None if no time was left."""
         from kernel_attention import measure_attention
         from kernel_head import measure_head
         from kernel_timing import clean_memory
@@ -91,7 +91,7 @@ class Run:
         return save(self.entries, {**self.facts, "left_out": self.left_out}, folder, quick=self.quick)
 
     def report(self) -> dict:
-        """Of this run alone, in the form of the file."""
+        """Return the report of this run alone, in the form of the file."""
         facts = {key: value for key, value in self.facts.items() if key != "device"}
         operations = {
             op: {**facts, "left_out": [text for where, text in self.left_out if where == op], "entries": found}
@@ -101,7 +101,7 @@ class Run:
         return {"device": self.facts["device"], "operations": operations}
 
     def lines(self) -> list[str]:
-        """The tables, and what to paste into dispatch.py."""
+        """Return the lines of the tables, and of what to paste into dispatch.py."""
         lines = report_lines(self.report())
         found = proposals(self.entries, self.facts["device"])
         if found:
@@ -110,12 +110,12 @@ class Run:
 
 
 def wants_compile(shape) -> bool:
-    """Head shapes for which torch.compile is worth its seconds: one of each kind."""
+    """Return whether torch.compile is worth its seconds for a head shape: for one of each kind."""
     return (shape.width == 3584 and shape.dtype == "bf16") or (shape.rows == 8 and shape.width in (1536, 3584))
 
 
 def run_all(run: Run, only: str | None, out: Path) -> bool:
-    """Measure all shapes; returns whether every variant of every shape has its figures."""
+    """Measure all shapes; return whether every variant of every shape has its figures."""
     from kernel_timing import Budget, DeviceLost, describe
 
     on_gpu, complete = run.device == "cuda", True
@@ -147,11 +147,11 @@ def run_all(run: Run, only: str | None, out: Path) -> bool:
 
 
 def print_progress(entry: dict, seconds: float) -> list[str]:
-    """One line for a shape; returns the names of the variants that failed."""
+    """Print one line for a shape; return the names of the variants that failed."""
     failed = [name for name, variant in entry["variants"].items() if variant["failed"]]
     reasons = "".join(f"\n    {name} failed: {entry['variants'][name]['failed']}" for name in failed)
     print(f"{entry['op']} {entry['name']}: {seconds:.1f} s{reasons}", flush=True)
-    # A variant that says itself that it was left out is no failure of the run.
+    # A variant that was left out is no failure of the run.
     return [name for name in failed if "left out" not in entry["variants"][name]["failed"]]
 
 

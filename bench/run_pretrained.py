@@ -29,7 +29,7 @@ SUFFIX = "-pretrained.json"
 
 
 def measure(model: Path, only: str | None, out: Path) -> Path:
-    """Measure the workloads; results are saved after each, and those of other workloads stay."""
+    """Measure the workloads; save after each, and keep the results of others. Return the file."""
     import torch
 
     from pretrained.batches import WORKLOADS
@@ -53,7 +53,7 @@ def measure(model: Path, only: str | None, out: Path) -> Path:
 
 
 def lines_of(name: str, entry: dict) -> list[str]:
-    """A workload's figures as text."""
+    """Return a workload's figures as text."""
     lines = [f"{name}: {entry['what']}; {entry['num_pairs']} pairs a step; gradients agree"]
     for variant, figures in entry["variants"].items():
         lines.append(

@@ -38,19 +38,19 @@ from training_results import (  # noqa: E402
 from training_shapes import MODELS, alternatives, leave_one_out, main_variants, training_shapes  # noqa: E402
 from training_tables import README, draw_all, report_lines, updated_readme  # noqa: E402
 
-# Packs of varying size fragment the allocator's memory otherwise. It is read when torch first uses the device.
+# Without it, packs of varying size fragment the allocator's memory. torch reads it when it first uses the device.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 BUDGET_SECONDS = 490  # what is left of 9 minutes after imports and the start of the device
 PACKAGES = ("transformers", "torchao", "liger-kernel", "numpy")
-# Features are measured after this many workloads: should the time run out, they say more than the rest.
+# Features are measured after this many workloads: if the time runs out, they say more than the other workloads.
 WORKLOADS_BEFORE_FEATURES = 2
 
 
 def run(
     model: str | None, quick: bool, only: Sequence[str], names: Sequence[str], seconds: float, out: Path
 ) -> tuple[dict, Path]:
-    """Measure everything that fits in the time; returns the report of this run alone, and the file it is in.
+    """Measure everything that fits in the time; return the report of this run alone, and its file.
 
     The file is written after every variant, so that a run which is killed keeps what it has.
     """
@@ -84,7 +84,7 @@ def run(
 
 
 def parts(model: str, quick: bool, only: Sequence[str], names: Sequence[str], on_gpu: bool) -> list[tuple]:
-    """(kind, shape, variants) to measure, in order of what they are worth, or in the order of `only`.
+    """Return (kind, shape, variants) to measure, the most valuable first, or in the order of `only`.
 
     Args:
         only: features, alternatives or names of workloads; none of them for all.
@@ -115,7 +115,7 @@ def parts(model: str, quick: bool, only: Sequence[str], names: Sequence[str], on
 
 
 def _progress(entry: dict, name: str) -> None:
-    """A line for a variant whose figures have changed."""
+    """Print a line for a variant whose figures have changed."""
     variant = entry["variants"][name]
     if variant["failed"]:
         text = variant["failed"]
@@ -152,7 +152,7 @@ def main() -> int:
     print("\n".join(["", *report_lines(report)]))
     print(f"\nsaved to {file}; python bench/run_training.py --readme makes tables and charts from it")
     found = [variant for entry in report["entries"] for variant in entry["variants"].values()]
-    # A variant that there was no time for is no failure of the run.
+    # A variant for which no time was left is no failure of the run.
     return 1 if any(variant["failed"] and not was_left_out(variant) for variant in found) else 0
 
 

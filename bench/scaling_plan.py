@@ -30,7 +30,7 @@ CASES = [(8, 128), (64, 128), (64, 1024), (512, 128), (512, 8192)]
 
 
 def imbalance_of(num_gpus: int, num_pairs: int) -> float | None:
-    """Slowest over mean rank of the recipe's mixture where bench/test_rank_balance.py simulated it, else None."""
+    """Return slowest over mean rank of the recipe's mixture as bench/test_rank_balance.py simulated it, or None."""
     file = RESULTS / "rank-balance.json"
     cases = json.loads(file.read_text())["cases"] if file.exists() else []
     wanted = ("recipe's mixture", num_gpus, num_pairs / num_gpus)
@@ -39,7 +39,7 @@ def imbalance_of(num_gpus: int, num_pairs: int) -> float | None:
 
 
 def plan(num_gpus: int, num_pairs: int, stage: int = 2, simulated: bool = True) -> Plan:
-    """The recipe on so many H100, with another batch and stage.
+    """Plan the recipe on this many H100s, with another batch and stage.
 
     Args:
         simulated: balance of the ranks as it was simulated for these numbers; else the plan's default, which does
@@ -55,7 +55,7 @@ def plan(num_gpus: int, num_pairs: int, stage: int = 2, simulated: bool = True) 
 
 
 def tables() -> list[str]:
-    """Lines of Markdown."""
+    """Return the tables as lines of Markdown."""
     plans = {case: plan(*case) for case in CASES}
     first = plans[CASES[0]]
     usable = gib(first.assumptions.usable_bytes)
@@ -90,7 +90,7 @@ def _time_table(plans: dict) -> list[str]:
 
 
 def _dominated(made: Plan) -> int | None:
-    """With this step on any number of GPUs, of which the balance was not simulated."""
+    """Return the least number of GPUs at which messages dominate this step, with the plan's default imbalance."""
     work = replace(made.work, imbalance=Assumptions.imbalance)
     return first_dominated(work, made.network, gpu_counts(LARGEST))
 
@@ -118,7 +118,7 @@ def _message_table() -> list[str]:
 
 
 def updated(text: str) -> str:
-    """The document with its tables of today."""
+    """Return the document with its tables regenerated."""
     return between(DOCUMENT, text, (BEGIN, END), tables())
 
 

@@ -1,4 +1,4 @@
-"""tree_attention against FlashAttention, duplicated sequences and FlexAttention; on a CPU the eager paths alone."""
+"""Benchmark of tree_attention against FlashAttention, duplicated sequences and FlexAttention; on a CPU eager only."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""preference_head against eager code, torch.compile and the bandwidth floor; on a CPU the eager paths alone."""
+"""Benchmark of preference_head against eager code, torch.compile and the bandwidth floor; on a CPU eager only."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the data workers do for a pack, on one core: images/s against the stock image processor, and where time goes.
+"""The work of a data worker for a pack, on one core: images/s against the stock image processor, and its parts.
 
 Both sides take the same files. The stock side makes float patches of two frames with transformers' PIL image
 processor; ours makes patches of bytes, and the device makes floats of them (`with values`: the core does that too).
@@ -41,7 +41,7 @@ ROUNDS = 5
 VOCABULARY = 8192
 GROUPS_PER_PACK = 8
 PAIRS_PER_SECOND = (1, 4, 16, 64)  # of a GPU, for the table of cores
-# Folder, and quantiles of its images' sizes for where it is absent.
+# Folder, and quantiles of its images' sizes, which are used if it is absent.
 PHOTOS = "owleval/cases", (
     (514, 394), (578, 722), (706, 702), (736, 770), (1022, 618), (1036, 692),
     (860, 862), (942, 944), (730, 1386), (1336, 1006), (988, 1560), (1428, 1386),
@@ -56,7 +56,7 @@ FLOOR, DECODING_FLOOR = 1.6, 1.4
 
 @dataclass(frozen=True)
 class Images:
-    """Images/s of one core. `values`: ours, with the floats computed there too instead of on the device."""
+    """Images/s of one core. With `values` ours computes the floats there too, and not on the device."""
 
     workload: str
     num_images: int
@@ -71,7 +71,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Work:
-    """Milliseconds of a core for one pair, by what it does, and what handing it over takes in bytes."""
+    """Milliseconds of one core for a pair, by kind of work, and the bytes of handing it over."""
 
     workload: str
     num_pairs: int
@@ -94,13 +94,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def found(request):
-    """The measurements of this run; tables of them at its end, and JSON with --save-results."""
+    """Yield the measurements of this run; print their tables at its end, and save JSON with --save-results."""
     images, work = [], []
     yield images, work
     if not (images or work):
         return
     plugins = request.config.pluginmanager
-    # Printed in a test's teardown, the tables would be captured with it.
+    # Tables printed in a test's teardown would be captured.
     with plugins.getplugin("capturemanager").global_and_fixture_disabled():
         terminal = plugins.getplugin("terminalreporter")
         terminal.section("input pipeline, one core")
@@ -154,7 +154,7 @@ def save(images: Sequence[Images], work: Sequence[Work]) -> Path:
 
 
 def read_images(folder: str, sizes: Sequence[tuple[int, int]], count: int) -> tuple[list[ImageRef], str]:
-    """At most `count` files of a folder of the shared data, held in memory; and a suffix for the workload's name."""
+    """Read at most `count` files of a folder of the shared data; return them with a suffix for the workload's name."""
     if (DATA / folder).is_dir():
         files = sorted((DATA / folder).iterdir())
         return [ImageRef(data=file.read_bytes()) for file in files[:: -(-len(files) // count)]], ""
@@ -162,7 +162,7 @@ def read_images(folder: str, sizes: Sequence[tuple[int, int]], count: int) -> tu
 
 
 def _jpeg(size: tuple[int, int], seed: int) -> bytes:
-    """Something as smooth as a photograph."""
+    """Return a JPEG as smooth as a photograph."""
     coarse = np.random.default_rng(seed).integers(0, 256, (size[1] // 12, size[0] // 12, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
@@ -171,7 +171,7 @@ def _jpeg(size: tuple[int, int], seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def vision():
-    """The recipe's image settings, which are those of the stock processor."""
+    """Return the recipe's image settings, which are those of the stock processor."""
     return AutoConfig.for_model("qwen2_5_vl")
 
 
@@ -219,7 +219,7 @@ def test_images_per_second(name, kind, decoding, vision, found, benchmark):
 
 
 def _alternate(variants: Sequence[Callable[[int], object]], count: int, benchmark) -> list[list[float]] | None:
-    """CPU seconds of each variant over all images, in each timed round; None under --benchmark-disable."""
+    """Return CPU seconds of each variant over all images, for each round; None under --benchmark-disable."""
     if benchmark.disabled:
         benchmark(lambda: None)
         return None
@@ -247,14 +247,14 @@ def _pair(number: int, images: Sequence[ImageRef], question: str, answers: Seque
 
 
 def mixed_records() -> tuple[list[Record], str]:
-    """Text and images of many sizes."""
+    """Return records with text and images of many sizes."""
     if (DATA / "quickstart_mix").is_dir():
         return list(read_source(DATA / "quickstart_mix" / "train.jsonl", quarantine=Quarantine(None))), ""
     return _synthetic(FIGURES, num_words=60), " (synthetic)"
 
 
 def photo_records() -> tuple[list[Record], str]:
-    """A photograph each, a short question, and two answers of 150 to 450 words."""
+    """Return records of a photograph, a short question, and two answers of 150 to 450 words."""
     refs, suffix = read_images(*PHOTOS, 48)
     return _synthetic((None, refs), num_words=300), suffix
 
@@ -273,7 +273,7 @@ def _synthetic(kind, num_words: int) -> list[Record]:
 
 
 class Stopwatch:
-    """CPU seconds by name; what a named call spends in another one counts for that one alone."""
+    """CPU seconds by name; time in a nested call counts for that call alone."""
 
     def __init__(self):
         self.seconds = defaultdict(float)
@@ -308,7 +308,7 @@ def test_where_a_workers_time_goes(make_records, vision, found, monkeypatch, ben
     records, suffix = make_records()
     encoder = encoder_of(vision, records)
     clock = Stopwatch()
-    # As for the Triton kernels with heads of Qwen2.5-VL, which is the most that a worker can be asked to do.
+    # Layouts for the Triton kernels with heads of Qwen2.5-VL: the most that a worker can have to do.
     lay_out = LayoutBuilder(VisionShape.of(vision.vision_config), (torch.bfloat16, 128, 80))
     builder = loader.PackBuilder(records, encoder, True, multiple=16, lay_out=clock.wrap("layouts", lay_out))
     for name, module, target in (
@@ -322,7 +322,7 @@ def test_where_a_workers_time_goes(make_records, vision, found, monkeypatch, ben
         for first in range(0, len(records), GROUPS_PER_PACK)
     ]
     hand_over = clock.wrap("hand over", ForkingPickler.dumps)
-    kept = [builder[plan] for plan in plans]  # also reads the headers, which training has read before
+    kept = [builder[plan] for plan in plans]  # this also reads the headers, which training has read before
     assert not any(loaded.refused for loaded in kept)
     clock.seconds.clear()
     benchmark.pedantic(lambda: clock.run(lambda: [hand_over(builder[plan]) for plan in plans]), rounds=3)

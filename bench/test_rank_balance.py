@@ -1,4 +1,4 @@
-"""How long ranks wait for the slowest one: a simulation of whole steps, with the costs of the recipe's model.
+"""A simulation of how long ranks wait for the slowest one, over whole steps, with the costs of the recipe's model.
 
 No rank is run. Steps are cut from groups of real lengths, divided by the function that training uses, and
 costed in FLOPs of Qwen2.5-VL-7B as configs/full.yaml trains it (tower frozen, layers computed again). An
@@ -24,21 +24,21 @@ from fastrm.train.step_cost import make_cost_model
 from kernel_results import RESULTS
 from rank_workloads import DATA, MIXTURE, Pool, make_pools, recipe_config
 
-# Ranks and pairs per rank; besides, the recipe's batch of 128 pairs on 16 and 32 ranks.
+# Ranks and pairs per rank; and also the recipe's batch of 128 pairs on 16 and 32 ranks.
 SIZES = [(ranks, pairs) for ranks in (8, 64, 512) for pairs in (2, 4, 8, 16, 32, 64)] + [(16, 8), (32, 4)]
 # The goal, and from how many pairs a rank on it is held to. With fewer, the largest group of a step can be
 # more than a rank's share: the shared data has groups of up to 15 pairs, the recipe's stand-ins few above 1.
 NEAR_MEAN, ENOUGH_PAIRS = 1.05, {"shared data": 32, "recipe's mixture": 8}
 # Everywhere. On 8 ranks with 2 pairs each, the very best division is 3 % above the bound (integer programming).
 NEAR_BOUND = 1.03
-PAIRS_SIMULATED = 50_000  # of each case; at least 3 steps, at most 60
+PAIRS_SIMULATED = 50_000  # pairs of each case; at least 3 steps, at most 60
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder shared/data beside the project")
 
 
 @dataclass
 class Case:
-    """Slowest rank over mean rank, as sums over all steps: a step costs that much more than it need."""
+    """The slowest rank over the mean rank, as sums over all steps: a step costs that much more than it need."""
 
     workload: str
     num_ranks: int
@@ -94,7 +94,7 @@ class Simulation:
         return [division.packs(rank) for rank in range(num_ranks)]
 
     def _pack_costs(self, groups: Sequence[GroupSize], ranks: list[list[Sequence[int]]]) -> np.ndarray:
-        """FLOPs (ranks, packs) of every pack; 0 where a rank has fewer."""
+        """Return FLOPs (ranks, packs) of every pack; 0 where a rank has fewer packs."""
         costs = np.zeros((len(ranks), max(map(len, ranks))))
         for rank, packs in enumerate(ranks):
             for number, pack in enumerate(packs):
@@ -102,7 +102,7 @@ class Simulation:
         return costs
 
     def _least_costs(self, groups: Sequence[GroupSize], members: Sequence[int]) -> list[float]:
-        """FLOPs of each group, where an image that several begin with is paid for once."""
+        """Return FLOPs of each group, where an image that several groups begin with is paid once."""
         costs, seen = [], set()
         for group in (groups[member] for member in members):
             repeated = group.first_image in seen
@@ -128,7 +128,7 @@ def simulation() -> Simulation:
 
 @pytest.fixture(scope="module")
 def cases(request):
-    """The cases of this run; a table of them at its end, and JSON with --save-results."""
+    """Yield the list of this run's cases; print its table at the end, and save JSON with --save-results."""
     found: list[Case] = []
     yield found
     lines = table(found)
@@ -143,7 +143,7 @@ def cases(request):
 
 
 def table(cases: list[Case]) -> list[str]:
-    """Lines of text."""
+    """Return the cases as lines of text."""
     lines = [
         f"{'workload':<17}{'ranks':>6}{'pairs/rank':>11}{'packs':>7}{'in turn':>9}{'by tokens':>11}{'by FLOPs':>10}"
         f"{'worst step':>12}{'bound':>8}{'lockstep':>10}{'(tokens)':>10}"
@@ -158,7 +158,7 @@ def table(cases: list[Case]) -> list[str]:
 
 
 def save(cases: list[Case]):
-    """Figures of a simulation depend on no device: one file for all."""
+    """Write the figures to one file for all devices: a simulation depends on none."""
     file = RESULTS / "rank-balance.json"
     report = {
         "model": "FLOPs of Qwen2.5-VL-7B as in configs/full.yaml",
@@ -185,7 +185,7 @@ def test_slowest_rank_is_near_the_mean(pool, num_ranks, pairs_per_rank, simulati
 @pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize(("num_groups", "num_ranks", "goal_s"), [(128, 64, 0.005), (16_384, 512, 0.2)])
 def test_planning_takes_little_of_a_step(num_groups, num_ranks, goal_s, simulation, benchmark):
-    """All that a rank computes for a step: every rank's groups, and its own packs."""
+    """Time all that a rank computes for a step: every rank's groups, and its own packs."""
     groups, _ = simulation.pools[1].draw(num_groups, 1)
 
     def plan():

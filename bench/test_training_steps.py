@@ -1,4 +1,4 @@
-"""Whole training steps on a small model: the variants of run_training.py, gated, and the floor of fastrm's gain."""
+"""Benchmark of whole training steps on a small model: the variants of run_training.py, gated, and fastrm's floor."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from training_results import FASTRM, FLOOR, FLOOR_SHAPE, PLAIN
 from training_run import Measured
 from training_shapes import leave_one_out, main_variants, training_shapes
 
-# FP8 is emulated without a GPU: it shows what it computes, but not how fast.
+# Without a GPU, FP8 is emulated, which tests its results but not its speed.
 FP8 = replace(main_variants(on_gpu=True)[3], compile=False, kernels="auto", attention="auto")
 VARIANTS = {variant.name: variant for variant in [*main_variants(False), *leave_one_out(False), FP8]}
 
@@ -33,7 +33,7 @@ def test_training_step_beats_the_plain_trainer(benchmark):
     failed = {name: variant["failed"] for name, variant in entry["variants"].items() if variant["failed"]}
     assert not failed
     benchmark.extra_info.update(entry)
-    # The clock measures other work on shared cores too; CPU time is then still a fair judge.
+    # On shared cores the clock also measures other work; CPU time is then still fair.
     plain, fastrm = (entry["variants"][name]["seconds"] for name in (PLAIN, FASTRM))
     ratio = max(plain[kind] / fastrm[kind] for kind in ("median", "cpu"))
     assert ratio >= FLOOR, f"fastrm is {ratio:.2f} times as fast as the plain trainer, wanted at least {FLOOR}"

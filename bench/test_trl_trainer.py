@@ -1,4 +1,4 @@
-"""fastrm's training step against TRL's RewardTrainer, on text pairs and a small Qwen2."""
+"""Benchmark of fastrm's training step against TRL's RewardTrainer, on text pairs and a small Qwen2."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -26,12 +26,12 @@ MAX_TOKENS = 1024  # TRL's default max_length; longer pairs are left out for bot
 
 
 def chat_records() -> list[Record]:
-    """LLaMA-Factory's English DPO demo: long, often with several turns before the responses."""
+    """Read LLaMA-Factory's English DPO demo: long, often with several turns before the responses."""
     return list(read_source(DATA / "llamafactory_dpo_demo" / "dpo_en_demo.json", quarantine=Quarantine(None)))
 
 
 def instruction_records() -> list[Record]:
-    """PandaLM's test set: one short instruction, two short responses; pairs with a majority verdict."""
+    """Read PandaLM's test set: one short instruction, two short responses; pairs with a majority verdict."""
     records = []
     for row in json.loads((DATA / "pandalm" / "testset-v1.json").read_text(encoding="utf-8")):
         votes = [row[f"annotator{n}"] for n in (1, 2, 3)]
@@ -44,7 +44,7 @@ def instruction_records() -> list[Record]:
 
 
 def synthetic_records(prompt_words: tuple[int, int], response_words: tuple[int, int], count: int = 128) -> list[Record]:
-    """Random words with log-normal lengths, (median, 90th percentile), for machines without the data."""
+    """Return random words with log-normal lengths, (median, 90th percentile), for machines without the data."""
     rng = np.random.default_rng(0)
     vocabulary = [f"word{n}" for n in range(1000)]
 
@@ -59,7 +59,7 @@ def synthetic_records(prompt_words: tuple[int, int], response_words: tuple[int, 
 
 
 def _record(name: str, prompt: str, responses: tuple[str, str]) -> Record:
-    """The first response is preferred."""
+    """Return a record of two responses, of which the first is preferred."""
     question = Message("user", (prompt,))
     conversations = tuple(Response((question, Message("assistant", (text,)))) for text in responses)
     return Record(name, conversations, (Preference(0, 1),), "bench", name)
@@ -67,7 +67,7 @@ def _record(name: str, prompt: str, responses: tuple[str, str]) -> Record:
 
 @dataclass(frozen=True)
 class Workload:
-    """Where the pairs come from, what replaces them where the data is absent, and the floor."""
+    """The source of the pairs, its replacement where the data is absent, and the floor."""
 
     read: Callable[[], list[Record]]
     prompt_words: tuple[int, int]
@@ -111,7 +111,7 @@ def _text_config(tokenizer):
 
 
 def _fitting(records: list[Record], encoder: ConversationEncoder) -> Iterator[tuple[Record, EncodedGroup]]:
-    """(record, encoded group) of the records that TRL's length filter would keep."""
+    """Yield (record, encoded group) of the records that TRL's length filter would keep."""
     for record in records:
         group = encode_group(record, encoder)
         if all(len(response.tokens) <= MAX_TOKENS for response in group.responses):

@@ -10,9 +10,9 @@ from training_models import checkpointing_modes, make_network, training_config
 from training_shapes import PLAIN, TrainingShape, Variant
 from training_variants import CompiledLayers, TrainingStep
 
-LAYERS = 3  # of a large model and of its tower: enough for every kind of layer, and quick in float32
+LAYERS = 3  # layers of a large model and its tower: enough for every kind of layer, and quick in float32
 FLOAT32, BF16 = ({"precision": {"dtype": dtype, "weights": dtype}} for dtype in ("fp32", "bf16"))
-# Of a product's operands: three bits of mantissa in FP8 e4m3, seven in bf16.
+# Rounding of a product's operands: three bits of mantissa in FP8 e4m3, seven in bf16.
 FP8_ROUNDING, BF16_ROUNDING = (torch.finfo(dtype).eps for dtype in (torch.float8_e4m3fn, torch.bfloat16))
 
 
@@ -34,14 +34,14 @@ class Gate:
         self._loss, truth = self._gradients(PLAIN, FLOAT32)
         if abs(self._loss - math.log(2)) < 0.01:
             raise RedGate(f"loss {self._loss:.4f} says nothing: it is that of equal rewards")
-        # Not in the memory that variants are measured in.
+        # Kept outside of the memory that variants are measured in.
         self._truth = {name: gradient.cpu() for name, gradient in truth.items()}
         del truth
         loss, gradients = self._gradients(PLAIN, BF16)
         self._bf16_loss_error, self._bf16_error = abs(loss - self._loss), self._distance(gradients)
 
     def check(self, variant: Variant, compiled: CompiledLayers | None = None) -> float:
-        """Norm of the gradient's error over the gradient's norm, on the gate's groups.
+        """Return the norm of the gradient's error over the gradient's norm, on the gate's groups.
 
         Args:
             compiled: what compiles the layers, if the variant does; by default its own.
@@ -61,12 +61,12 @@ class Gate:
         return error
 
     def _limits(self, variant: Variant) -> tuple[float, float]:
-        """What loss and gradient may be off."""
+        """Return the largest allowed errors of loss and gradient."""
         if variant.fp8 == "off" and self._model == "small":
             return LOSS_TOLERANCE * self._loss, GRADIENT_TOLERANCE
         rounding = BF16_ROUNDING if variant.fp8 == "off" else FP8_ROUNDING
         coarser = rounding / BF16_ROUNDING
-        # The loss is one number, and can be exact by luck: a rounding is allowed besides.
+        # The loss is one number, and can be exact by luck: a rounding is allowed in addition.
         return 2 * (coarser * self._bf16_loss_error + rounding * self._loss), 2 * coarser * self._bf16_error
 
     def _gradients(
@@ -77,12 +77,12 @@ class Gate:
             for parameter in network.score.parameters():
                 # Rewards of about 1: with rewards near 0 the loss is log 2, whatever the model does.
                 parameter.data.mul_(3.0)
-        # Recomputing as when it is timed.
+        # The same recomputation as when it is timed.
         config = training_config(self._model, checkpointing_modes(self._model, variant.plain)[0], settings)
         return TrainingStep(variant, network, config, self._shape, compiled or CompiledLayers()).gradients(0)
 
     def _distance(self, gradients: dict[str, torch.Tensor]) -> float:
-        """Norm of the difference from the truth, over the norm of the truth."""
+        """Return the norm of the difference from the truth over the norm of the truth."""
         error = norm = 0.0
         for name, truth in self._truth.items():
             truth = truth.to(self._device)

@@ -11,10 +11,10 @@ PUBLISHED_NAMES = {"3B": "Qwen2.5-VL-3B-Instruct", "7B": "Qwen2.5-VL-7B-Instruct
 
 
 def training_config(model: str, checkpointing: str, overrides: dict | None = None) -> Config:
-    """Settings of every variant: those of configs/full.yaml that a step depends on, or float32 for the small one.
+    """Return the settings of every variant: those of configs/full.yaml that a step depends on.
 
-    A large model's matrices are bf16 with 8-bit moments in all variants, so that the plain trainer fits the
-    GPU as well.
+    The small model computes in float32. A large model's matrices are bf16 with 8-bit moments in all variants, so that
+    the plain trainer fits the GPU as well.
     """
     small = model == "small"
     tree = {
@@ -31,17 +31,17 @@ def training_config(model: str, checkpointing: str, overrides: dict | None = Non
 
 
 def checkpointing_modes(model: str, plain: bool) -> tuple[str, ...]:
-    """Activation checkpointing of a variant: each is tried if the one before does not fit the memory."""
+    """Return a variant's modes of activation checkpointing; each is tried if the one before does not fit."""
     if model == "small":
         return ("none",)
-    # `fastrm plan` puts the 7B at 113 GiB with selective checkpointing here. Stock transformers has none:
+    # `fastrm plan` predicts 113 GiB for the 7B with selective checkpointing here. Stock transformers has none:
     # peers recompute whole layers.
     is_large = not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory >= 120 * 2**30
     return ("selective", "full") if is_large and not plain else ("full",)
 
 
 def make_network(model: str, device: str, num_layers: int | None = None) -> RewardNetwork:
-    """Random weights, the same at every call.
+    """Make a network of random weights, the same at every call.
 
     Args:
         num_layers: of the language model and of the vision tower, for a gate in float32; None for all.
@@ -58,7 +58,7 @@ def make_network(model: str, device: str, num_layers: int | None = None) -> Rewa
 
 
 def matmul_sizes(model: str) -> list[tuple[int, int, int]]:
-    """(rows, inner, columns) of large products of the model's shapes, and of the square one of data sheets."""
+    """Return (rows, inner, columns) of the model's large products, and of the square one of data sheets."""
     if model == "small":
         return [(2048, 2048, 2048)]
     text = published_config(model).text_config
@@ -66,7 +66,7 @@ def matmul_sizes(model: str) -> list[tuple[int, int, int]]:
 
 
 def published_config(model: str, num_layers: int | None = None):
-    """The transformers config of a published shape, with the special tokens of workloads.py."""
+    """Return the transformers config of a published shape, with the special tokens of workloads.py."""
     from fastrm.model.architectures import PUBLISHED
 
     options = dict(PUBLISHED[PUBLISHED_NAMES[model]].options)

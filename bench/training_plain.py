@@ -36,16 +36,16 @@ class PlainBatch(Pack):
 
 
 class PlainEngine(LocalEngine):
-    """The stock model and its own attention, each conversation a padded row with its own image."""
+    """An engine of the stock model and its attention: each conversation is a padded row with its own image."""
 
     def loss_and_rewards(self, pack: PlainBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Head and loss apart, as other trainers compute them."""
+        """Compute head and loss apart, as other trainers compute them."""
         pack = pack.to(self.network.device)
         rewards = self.rewards(pack)
         return self.loss(rewards, pack), rewards
 
     def rewards(self, pack: PlainBatch) -> torch.Tensor:
-        """Rewards (2 E,), all winners before all losers."""
+        """Return rewards (2 E,), all winners before all losers."""
         network, half = self.network, self.config.precision.dtype == "bf16"
         images = {}
         if pack.image_grids:
@@ -66,8 +66,8 @@ class PlainEngine(LocalEngine):
 
 
 def use_stock(network: RewardNetwork, config: Config) -> RewardNetwork:
-    """Set the stock model up as peers do: SDPA, FlashAttention for the windows of the tower, checkpointing."""
-    # The gate's float32 run is not for varlen attention, which is bf16 only.
+    """Set up the stock model as peers do: SDPA, FlashAttention for the tower's windows, checkpointing."""
+    # The gate's float32 run cannot use varlen attention, which is bf16 only.
     half = config.precision.dtype == "bf16"
     vision = VARLEN if network.device.type == "cuda" and half else "sdpa"
     AttentionInterface.register(VARLEN, varlen_attention)
@@ -82,7 +82,7 @@ def use_stock(network: RewardNetwork, config: Config) -> RewardNetwork:
 
 
 def varlen_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q, **_):
-    """torch's varlen FlashAttention as transformers calls attention: (1, H, N, K) -> (1, N, H, K), and None."""
+    """Call torch's varlen FlashAttention as transformers calls attention: (1, H, N, K) -> (1, N, H, K), and None."""
     varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     rows = [states[0].transpose(0, 1).contiguous() for states in (query, key, value)]
     heads = rows[0].shape[1]
@@ -91,7 +91,7 @@ def varlen_attention(module, query, key, value, attention_mask, *, scaling, cu_s
 
 
 def pairwise_rows(groups: list[EncodedGroup], pixels: Pixels) -> tuple[list[EncodedGroup], Pixels]:
-    """What pairwise trainers see: a group for each preference, with two responses and an image for each."""
+    """Return the groups of a pairwise trainer: one for each preference, with two responses, each with an image."""
     rows, copies = [], {}
     for group in groups:
         for preference in group.preferences:
@@ -110,7 +110,7 @@ def pairwise_rows(groups: list[EncodedGroup], pixels: Pixels) -> tuple[list[Enco
 
 
 def collate(pack: Pack, groups: list[EncodedGroup]) -> PlainBatch:
-    """The padded batch of pairs, with the patches of a pack of the same groups."""
+    """Return the padded batch of pairs, with the patches of a pack of the same groups."""
     responses = [group.responses[number] for number in (0, 1) for group in groups]
     lengths = np.array([len(response.tokens) for response in responses])
     tokens = [torch.from_numpy(response.tokens) for response in responses]

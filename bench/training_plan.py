@@ -1,4 +1,4 @@
-"""What `fastrm plan` says of the memory of a benchmark's step, to be held against what is measured."""
+"""The prediction of `fastrm plan` for the memory of a benchmark's step, to compare with the measured memory."""
 
 import functools
 
@@ -9,12 +9,12 @@ from fastrm.model.network import RewardNetwork
 from training_models import make_network
 from training_shapes import TrainingShape, Variant
 
-# The attention backends by the plan's names for how they hold keys; sdpa and auto on a CPU gather theirs.
+# The attention backends, by the plan's names for how they hold keys; sdpa and auto on a CPU gather them.
 ATTENTION = {"triton": "triton", "flash": "varlen", "flash_attn": "varlen"}
 
 
 def planned_bytes(model: str, config: Config, shape: TrainingShape, variant: Variant) -> int | None:
-    """Peak memory of a step of one pack, weights and states included, by the plan's formulas.
+    """Return the planned peak memory of a step of one pack, weights and states included.
 
     Args:
         model: 3B or 7B.
@@ -38,7 +38,7 @@ def planned_bytes(model: str, config: Config, shape: TrainingShape, variant: Var
 
 
 def rows_of(shape: TrainingShape) -> Rows:
-    """Rows of a shape's one pack."""
+    """Return the rows of a shape's one pack."""
     num_responses = shape.num_groups * shape.num_responses
     keys = num_responses * (shape.prefix_tokens + shape.response_tokens)
     height, width = shape.grid
@@ -47,5 +47,5 @@ def rows_of(shape: TrainingShape) -> Rows:
 
 @functools.cache
 def _network(model: str) -> RewardNetwork:
-    """The model without its weights."""
+    """Return the model without its weights."""
     return make_network(model, "meta")

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: its phases, and the operations that take longest."""
+"""The parts of a training step's time: its phases, and the operations that take longest."""
 
 import time
 from collections import defaultdict
@@ -22,7 +22,7 @@ OTHER = "elementwise, norms, update and the rest"
 
 
 def profile_step(step: TrainingStep) -> dict:
-    """Phases of one step by the clock, and operations of another by torch's profiler.
+    """Time the phases of one step by the clock, and the operations of another by torch's profiler.
 
     Returns:
         phases: seconds of vision (forward, by itself), forward (vision included), backward and update.
@@ -32,7 +32,7 @@ def profile_step(step: TrainingStep) -> dict:
 
 
 def profile_operations(action: Callable[[], None]) -> dict:
-    """The operations of one call, by torch's profiler.
+    """Profile the operations of one call with torch's profiler.
 
     Returns:
         operations: [name, calls, seconds, share of the profiled time], longest first: kernels on a GPU,
@@ -60,7 +60,7 @@ def profile_operations(action: Callable[[], None]) -> dict:
 
 
 def shares_by_kind(seconds: dict[str, float]) -> dict[str, float]:
-    """Share of the time that each of KINDS, and the rest, takes.
+    """Return the share of the time that each of KINDS, and the rest, takes.
 
     Args:
         seconds: by the operation's name.
@@ -75,7 +75,7 @@ def shares_by_kind(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def _phases(step: TrainingStep) -> dict[str, float]:
-    """Seconds of each phase; the device is waited for between them, which a step does not do."""
+    """Return the seconds of each phase; they wait for the device between them, which a step does not do."""
     engine, pack, found = step.engine, step.pack, {}
     clock = time.perf_counter
 
@@ -88,13 +88,13 @@ def _phases(step: TrainingStep) -> dict[str, float]:
         return result
 
     if not step.variant.plain:
-        # With gradients, as in a step: without them, compiled layers would be compiled once more.
+        # Gradients are on, as in a step: without them, compiled layers would be compiled once more.
         with torch.autocast(engine.network.device.type, torch.bfloat16, _is_half(step)):
             timed("vision", lambda: engine.network._runner.image_features(pack.pixel_values, pack.layouts.vision))
     loss, _ = timed("forward", lambda: engine.loss_and_rewards(pack))
     timed("backward", loss.backward)
     engine.discard()
-    # What is timed is the update alone, so its gradient is made again before.
+    # Only the update is timed, so that its gradient is made again before.
     engine.accumulate(pack)
     timed("update", step.update)
     return found

@@ -1,4 +1,4 @@
-"""Results of the training-step benchmark: the file of each device, the figures in it, and the goals."""
+"""Results of the training-step benchmark: the file of each device, its figures, and the goals."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,13 @@ from kernel_results import NOT_MEASURED, RESULTS, file_stem, is_goal_device, wri
 SUFFIX = "-training.json"
 PLAIN, PACKED, FASTRM, FP8 = "plain", "packed rows", "fastrm", "fastrm FP8"
 MAIN, FEATURES, ALTERNATIVES = "main", "features", "alternatives"  # kinds of entries
-LEFT_OUT = "left out"  # how the reason of a variant begins that was not tried
+LEFT_OUT = "left out"  # the beginning of the reason of a variant that was not tried
 PAIRS, GROUPS = "pairs, 1300/300", "groups of 4, 1300/300"  # the workloads that goals are about
 FLOOR_SHAPE, FLOOR = "pairs, 640/300", 1.5  # of fastrm over plain on a CPU, asserted by pytest
 
 
 def save(model: str, facts: dict, entries: Sequence[dict], folder: Path, *, quick: bool = False) -> Path:
-    """Write the entries of a model; what the device's file has of others stays.
+    """Write the entries of a model; the entries of other models in the device's file stay.
 
     Entries of the same model that this run did not measure stay too, if they come from the same versions; so do
     the figures of single variants that this run left out.
@@ -45,7 +45,7 @@ def key(entry: dict) -> tuple[str, str, str]:
 
 
 def completed(entry: dict, before: dict | None) -> dict:
-    """An entry with the variants of an earlier run that this one did not try."""
+    """Return an entry with the variants of an earlier run that this one did not try."""
     if before is None:
         return entry
     tried = {name: found for name, found in entry["variants"].items() if not was_left_out(found)}
@@ -53,34 +53,34 @@ def completed(entry: dict, before: dict | None) -> dict:
 
 
 def was_left_out(variant: dict) -> bool:
-    """Was there no time for it?"""
+    """Return whether there was no time for a variant."""
     return bool(variant["failed"]) and variant["failed"].startswith(LEFT_OUT)
 
 
 def load_all(folder: Path = RESULTS) -> list[dict]:
-    """The reports of all devices."""
+    """Return the reports of all devices."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*" + SUFFIX))]
 
 
 def entries_of(report: dict, model: str, kind: str) -> list[dict]:
-    """A model's entries of one kind."""
+    """Return a model's entries of one kind."""
     return [entry for entry in report["entries"] if entry["model"] == model and entry["kind"] == kind]
 
 
 def seconds(entry: dict, name: str) -> float | None:
-    """Median of a variant's step; None where there is no figure."""
+    """Return the median seconds of a variant's step; None where there is no figure."""
     variant = entry["variants"].get(name)
     return variant["seconds"]["median"] if variant and not variant["failed"] else None
 
 
 def speedup(entry: dict, name: str, over: str) -> float | None:
-    """How many times as fast a variant is as another."""
+    """Return how many times as fast a variant is as another."""
     ours, theirs = seconds(entry, name), seconds(entry, over)
     return theirs / ours if ours and theirs else None
 
 
 def worth(report: dict, entry: dict) -> Iterator[tuple[str, float | None]]:
-    """(feature, step time without it over that with it) of an entry of features; FP8 from that of the variants."""
+    """Yield (feature, step time without it over that with it) of an entry of features; FP8 from the variants' entry."""
     for name in entry["variants"]:
         if name != FASTRM:
             yield name.removeprefix("without "), speedup(entry, FASTRM, name)
@@ -96,11 +96,11 @@ class Goal:
     text: str
     workload: str
     name: str
-    over: str | None  # None: share of the device's own matmul rate
+    over: str | None  # the variant to compare with; None: share of the device's matmul rate
     at_least: float
 
     def measure(self, entry: dict) -> float | None:
-        """The ratio, or None where a figure is missing."""
+        """Return the ratio, or None where a figure is missing."""
         if self.over is not None:
             return speedup(entry, self.name, self.over)
         variant = entry["variants"].get(self.name)
@@ -118,7 +118,7 @@ GOAL_MODEL = "7B"
 
 
 def goals_of(report: dict) -> list[tuple[Goal, dict, float]]:
-    """(goal, entry, value) for all goals that this report has figures of."""
+    """Return (goal, entry, value) for all goals that this report has figures of."""
     entries = entries_of(report, GOAL_MODEL, MAIN) if is_goal_device(report["device"]) else []
     return [
         (goal, entry, value)
@@ -129,7 +129,7 @@ def goals_of(report: dict) -> list[tuple[Goal, dict, float]]:
 
 
 def goal_lines(reports: Sequence[dict]) -> list[str]:
-    """A table of the goals; only a figure that was measured on a goal's device appears."""
+    """Return a table of the goals, with figures only of the goals' devices."""
     lines = ["| goal (7B, one H100 or H200) | wanted | measured | verdict |", "|---|---|---|---|"]
     found = {goal.text: (value, report["device"]) for report in reports for goal, _, value in goals_of(report)}
     for goal in GOALS:

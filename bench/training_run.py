@@ -1,4 +1,4 @@
-"""Measuring training steps: gate, rounds, memory and profile of each variant, and the device's own matmul rate."""
+"""The measurement of training steps: gate, rounds, memory and profile of each variant, and the matmul rate."""
 
 import contextlib
 import statistics
@@ -46,7 +46,7 @@ class Trial:
 
 
 class Measured:
-    """What one run on one device has found. It is there from the first moment, and grows in place.
+    """The findings of one run on one device. The object exists from the first moment, and grows in place.
 
     Args:
         keep: called with (entry, name of a variant) whenever that variant's figures have changed, so that a
@@ -69,7 +69,7 @@ class Measured:
         self.matmul_flops: float | None = None
         self._keep = keep
         self._gate: Gate | None = None
-        self._red: str | None = None  # why the gate itself is
+        self._red: str | None = None  # the reason, if the gate itself is red
         self._verdicts: dict[str, tuple[float | None, str | None]] = {}
         self._compiled: dict[tuple, CompiledLayers] = {}
         try:
@@ -99,7 +99,7 @@ class Measured:
         return entry
 
     def _in_turns(self, shape: TrainingShape, trials: list[Trial], profiled: Collection[str]) -> Iterator[Trial]:
-        """All variants in memory, in turns, so that a slow phase of the machine falls on all."""
+        """Time all variants in memory, in turns, so that a slow phase of the machine falls on all; yield each."""
         steps: dict[str, TrainingStep] = {}
         for trial in trials:
             self._check(trial)
@@ -120,7 +120,7 @@ class Measured:
                 yield trial
 
     def _one_by_one(self, shape: TrainingShape, trials: list[Trial], profiled: Collection[str]) -> Iterator[Trial]:
-        """One model in memory at a time, and each gated right before, while its layers are compiled."""
+        """Time one model in memory at a time, each gated right before, while its layers are compiled; yield each."""
         for trial in trials:
             if (known := self._known(shape, trial.name)) is not None:
                 trial.figures, trial.failed = known, known.pop("failed")
@@ -136,21 +136,21 @@ class Measured:
                 del step
 
     def _profiled(self, trial: Trial, step: TrainingStep | None, profiled: Collection[str]) -> Iterator[Trial]:
-        """The trial with its figures, and once more when its profile is there too, which may take a while or hang."""
+        """Yield the trial with its figures, and once more with its profile, which may take long or hang."""
         yield trial
         if step is not None and trial.name in profiled:
             trial.figures |= _profile(step)
             yield trial
 
     def _reserve(self, variant: Variant) -> float:
-        """Seconds without which a variant of a large model is not begun."""
+        """Return the seconds without which a variant of a large model is not begun."""
         mode = checkpointing_modes(self.model, variant.plain)[0]
         if not variant.compile or self._compiled_for(variant, mode).graphs is not None:
             return VARIANT_RESERVE_SECONDS
         return COMPILED_RESERVE_SECONDS if variant.fp8 == "off" else FP8_RESERVE_SECONDS
 
     def _known(self, shape: TrainingShape, name: str) -> dict | None:
-        """Figures of this run, of a variant that belongs to both kinds of entries."""
+        """Return this run's figures of a variant that belongs to both kinds of entries."""
         for entry in self.entries:
             found = entry["variants"].get(name) if entry["name"] == shape.name else None
             if found is not None and found["failed"] not in (UNFINISHED, OUT_OF_TIME):
@@ -158,7 +158,7 @@ class Measured:
         return None
 
     def _check(self, trial: Trial) -> None:
-        """Note how far off the variant's gradient is, or why the gate refuses it; once for each variant."""
+        """Note the error of the variant's gradient, or why the gate refuses it; once for each variant."""
         if trial.name not in self._verdicts:
             clean_memory()
             variant, mode = trial.variant, checkpointing_modes(self.model, trial.variant.plain)[0]
@@ -167,10 +167,10 @@ class Measured:
         trial.figures["gradient_error"], trial.failed = self._verdicts[trial.name]
 
     def _open_gate(self) -> Gate:
-        """The gate of all variants, made for the first of them.
+        """Return the gate of all variants, made for the first of them.
 
-        One that is red by itself stays so. Any other failure, such as of memory, is the variant's that met it;
-        the next one tries again.
+        A gate that is red by itself stays so. Another failure, such as of memory, counts only for the variant that met
+        it; the next one tries again.
         """
         if self._red is not None:
             raise RedGate(self._red)
@@ -183,18 +183,18 @@ class Measured:
         return self._gate
 
     def _compiled_for(self, variant: Variant, checkpointing: str) -> CompiledLayers:
-        """Compiled layers for all variants whose layers are alike, kept for every later workload."""
+        """Return the compiled layers that variants with the same layers share, for all later workloads."""
         key = variant.fuse, variant.attention, variant.fp8, checkpointing
         return self._compiled.setdefault(key, CompiledLayers())
 
     def _make(self, variant: Variant, shape: TrainingShape, checkpointing: str) -> TrainingStep:
-        """The variant's step, with a network of its own."""
+        """Make the variant's step, with a network of its own."""
         clean_memory()
         network, config = make_network(self.model, self.device), training_config(self.model, checkpointing)
         return TrainingStep(variant, network, config, shape, self._compiled_for(variant, checkpointing))
 
     def _alone(self, trial: Trial, shape: TrainingShape) -> TrainingStep:
-        """Figures of a variant of a large model, with as little recomputation as the memory allows."""
+        """Measure a variant of a large model with as little recomputation as the memory allows."""
         *first, last = checkpointing_modes(self.model, trial.variant.plain)
         for mode in first:
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -202,8 +202,8 @@ class Measured:
         return self._rounds(trial, self._make(trial.variant, shape, last))
 
     def _rounds(self, trial: Trial, step: TrainingStep) -> TrainingStep:
-        """Note the step's figures; returns the step."""
-        for _ in range(2 if step.graphs else 1):  # the first compiles
+        """Note the step's figures and return the step."""
+        for _ in range(2 if step.graphs else 1):  # the first run compiles
             timed(step)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -233,7 +233,7 @@ class Measured:
         }  # fmt: skip
 
     def _planned_mib(self, step: TrainingStep) -> float | None:
-        """What `fastrm plan` says of the peak; of large models alone, since the small one is measured above rest."""
+        """Return the peak that `fastrm plan` predicts for a large model; a small one is measured above rest."""
         if self.model == "small":
             return None
         planned = planned_bytes(self.model, step.engine.config, step.shape, step.variant)
@@ -241,7 +241,7 @@ class Measured:
 
 
 def _profile(step: TrainingStep) -> dict:
-    """The profile, or why there is none: the figures stand without it."""
+    """Return the profile, or why there is none: the figures are valid without it."""
     try:
         return {"profile": profile_step(step)}
     except Exception as error:
@@ -249,7 +249,7 @@ def _profile(step: TrainingStep) -> dict:
 
 
 def rounds(seconds: float) -> Iterator[int]:
-    """Numbers of rounds: MIN_ROUNDS at least, and up to MAX_ROUNDS while the seconds last."""
+    """Yield the numbers of rounds: at least MIN_ROUNDS, and up to MAX_ROUNDS while the seconds last."""
     end = time.monotonic() + seconds
     for number in range(MAX_ROUNDS):
         if number < MIN_ROUNDS or time.monotonic() < end:
@@ -257,7 +257,7 @@ def rounds(seconds: float) -> Iterator[int]:
 
 
 def timed(step: TrainingStep) -> tuple[float, float]:
-    """Seconds by the clock, and of CPU time, of one step; it ends with a reading of the loss."""
+    """Return the seconds by the clock, and of CPU time, of one step, which ends by reading the loss."""
     synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
     step.step(0)
@@ -266,7 +266,7 @@ def timed(step: TrainingStep) -> tuple[float, float]:
 
 
 def matmul_rate(model: str, device: str) -> float:
-    """FLOPs per second of the best large matrix product, in the precision that the model computes in."""
+    """Return FLOPs per second of the best large matrix product, in the precision of the model."""
     best, dtype = 0.0, torch.float32 if model == "small" else torch.bfloat16
     for rows, inner, columns in matmul_sizes(model):
         a = torch.randn(rows, inner, device=device, dtype=dtype)

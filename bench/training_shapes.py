@@ -1,4 +1,4 @@
-"""What the training-step benchmark trains, and on what: models, groups, and the variants to compare."""
+"""The models, groups and variants of the training-step benchmark."""
 
 import importlib.util
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ class TrainingShape:
 
 
 def training_shapes(model: str, quick: bool = False) -> list[TrainingShape]:
-    """Pairs and groups of 4 at every length; first the two that goals are about.
+    """Return pairs and groups of 4 at every length; first the two that goals are about.
 
     A step of a large model is at most 16,384 tokens of trees (a pack of the recipe for one GPU is twice
     that), and 60,000 of the pairwise rows, of which groups of 4 have eight times as many.
@@ -93,7 +93,7 @@ PACKED = Variant("packed rows", share=False, image_once=False, prune=False, fuse
 
 
 def main_variants(on_gpu: bool) -> list[Variant]:
-    """(a) plain, (b) packed without sharing, (c) fastrm, and on a GPU (d) fastrm in FP8.
+    """Return (a) plain, (b) packed without sharing, (c) fastrm, and on a GPU (d) fastrm in FP8.
 
     On a CPU, layers are not compiled (the compiler takes longer than the benchmark), and FP8 is emulated
     and would show nothing.
@@ -104,7 +104,7 @@ def main_variants(on_gpu: bool) -> list[Variant]:
 
 
 def leave_one_out(on_gpu: bool) -> list[Variant]:
-    """fastrm with one feature taken out at a time."""
+    """Return variants of fastrm, each with one feature taken out."""
     fastrm = main_variants(on_gpu)[2]
     variants = [
         replace(fastrm, name="without sharing", share=False),
@@ -122,7 +122,7 @@ def leave_one_out(on_gpu: bool) -> list[Variant]:
 
 
 def alternatives(on_gpu: bool) -> list[Variant]:
-    """fastrm with another implementation of a part; nothing on a CPU, where none of them runs."""
+    """Return variants of fastrm with another implementation of a part; none on a CPU, where none of them runs."""
     if not on_gpu:
         return []
     fastrm = main_variants(on_gpu)[2]

@@ -32,7 +32,7 @@ ALTERNATIVE_COLUMNS = ("variant", "s/step", "quartiles", "against fastrm", "peak
 
 
 def updated_readme(text: str, reports: Sequence[dict]) -> str:
-    """bench/README.md with goals, charts and tables of these reports between its marks."""
+    """Return the text of bench/README.md with these reports' goals, charts and tables between its marks."""
     lines = [*goal_lines(reports)]
     for report in reports:
         lines += ["", *report_lines(report)]
@@ -40,7 +40,7 @@ def updated_readme(text: str, reports: Sequence[dict]) -> str:
 
 
 def report_lines(report: dict) -> list[str]:
-    """All that one device has measured, as Markdown."""
+    """Return all measurements of one device as Markdown."""
     lines = []
     for model, run in report["runs"].items():
         versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
@@ -102,7 +102,7 @@ def _failures(entry: dict) -> list[str]:
 
 
 def profile_lines(report: dict) -> list[str]:
-    """Where the time goes in the variants of goals that are missed."""
+    """Return where the time goes in the variants of goals that are missed."""
     missed = {
         (entry["name"], goal.name): entry["variants"][goal.name]
         for goal, entry, value in goals_of(report)
@@ -125,18 +125,18 @@ def profile_lines(report: dict) -> list[str]:
 
 
 def _short(operation: str, limit: int = 70) -> str:
-    """A kernel's name as a cell: C++ templates fill whole pages."""
+    """Shorten a kernel's name for a cell: C++ templates fill whole pages."""
     operation = operation.replace("|", "/").replace("<", "(").replace(">", ")")
     return operation if len(operation) <= limit else operation[: limit - 3] + "..."
 
 
 def chart_name(report: dict, model: str) -> str:
-    """File name of a model's chart, beside the results file."""
+    """Return the file name of a model's chart, beside the results file."""
     return f"{file_stem(report['device'])}{SUFFIX.removesuffix('.json')}-{model.lower()}.png"
 
 
 def draw_all(reports: Sequence[dict], folder: Path = RESULTS) -> list[Path]:
-    """The charts of all devices and models; returns their files."""
+    """Draw the charts of all devices and models; return their files."""
     drawn = []
     for report in reports:
         for model in report["runs"]:
@@ -146,7 +146,7 @@ def draw_all(reports: Sequence[dict], folder: Path = RESULTS) -> list[Path]:
 
 
 def draw(report: dict, model: str, file: Path) -> None:
-    """Chart of a model: speed of each variant and workload, and what each feature is worth."""
+    """Draw the chart of a model: speed of each variant and workload, and what each feature is worth."""
     figure = new_figure(13, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     _draw_variants(left, entries_of(report, model, MAIN))
@@ -181,7 +181,7 @@ def _draw_features(axes, report: dict, entries: Sequence[dict]) -> None:
     bars = axes.barh(
         [name for name, _ in rows], [value - 1 for _, value in rows], left=1, color=COLORS[FASTRM], height=0.6
     )
-    # Labels at the right of the longer of bar and axis, so that none is struck out.
+    # Labels stand right of the bar and the axis, so that neither crosses them.
     for bar, (_, value) in zip(bars, rows, strict=True):
         axes.annotate(
             f"{value:.2f}x", (max(value, 1), bar.get_y() + bar.get_height() / 2), (4, 0),

@@ -1,4 +1,4 @@
-"""The variants of the training step, as engines: what differs is how rewards come about."""
+"""The variants of the training step, as engines: they differ in how rewards are computed."""
 
 import functools
 
@@ -30,7 +30,7 @@ class CompiledLayers:
         self.graphs: CompiledGraphs | None = None
 
     def lend(self, network: RewardNetwork) -> None:
-        """As `network.compile_layers()`, but without compiling again what the last network has compiled."""
+        """Compile the network's layers like `network.compile_layers()`, but reuse what is already compiled."""
         runner = network._runner
         if self.graphs is None:
             self.graphs = network.compile_layers(self._backend)
@@ -73,11 +73,11 @@ class TrainingStep:
 
     @property
     def checkpointing(self) -> str:
-        """What the backward pass computes again: none, selective or full."""
+        """The mode of recomputation in the backward pass: none, selective or full."""
         return self.engine.config.model.activation_checkpointing
 
     def step(self, number: int) -> None:
-        """One training step."""
+        """Run one training step."""
         self.engine.accumulate(self.pack)
         self.update()
 
@@ -88,7 +88,7 @@ class TrainingStep:
         assert update.finite, f"{self.name}: loss {update.loss}, gradient norm {update.grad_norm}"
 
     def gradients(self, number: int) -> tuple[float, dict[str, torch.Tensor]]:
-        """Mean loss and its gradients by stock name; changes no weight."""
+        """Return the mean loss and its gradients by stock name; change no weight."""
         total, _ = self.engine.loss_and_rewards(self.pack)
         loss = total / self.pack.weight.sum()
         loss.backward()
@@ -103,14 +103,14 @@ class TrainingStep:
         return float(loss.detach()), found
 
     def num_tokens(self, number: int) -> int:
-        """Rows that the language model processes, padding included."""
+        """Return the number of rows that the language model processes, padding included."""
         if self.variant.plain:
             return self.pack.padded_ids.numel()
         return self.pack.input_ids.shape[0]
 
 
 def _switch(network: RewardNetwork, variant: Variant, config: Config, compiled: CompiledLayers) -> None:
-    """Set the options that fastrm has, in the order that `fastrm train` does."""
+    """Set the options that fastrm has, in the order of `fastrm train`."""
     if variant.fuse:
         network.fuse_projections()
     if variant.fp8 != "off":
@@ -125,11 +125,11 @@ def _switch(network: RewardNetwork, variant: Variant, config: Config, compiled: 
 
 
 def _take_out(network: RewardNetwork, variant: Variant, shape: TrainingShape) -> None:
-    """Swap parts of the runner for ones that lack what the variant lacks; fastrm itself has no such options."""
+    """Replace parts of the runner by ones that lack what the variant lacks; fastrm has no such options."""
     runner = network._runner
     if not variant.prune:
         if variant.fuse:
-            # The last of the layers given keeps q, k and v apart, for pruning; here it is to be like the others.
+            # The last of the given layers keeps q, k and v apart, for pruning; here it has to be like the others.
             fuse_projections([*runner.language.layers, runner.language.layers[-1]])
         runner._last_layer = _WholeLastLayer(runner)
     if not variant.image_once and variant.share:
@@ -137,7 +137,7 @@ def _take_out(network: RewardNetwork, variant: Variant, shape: TrainingShape) ->
 
 
 class _WholeLastLayer:
-    """The last layer like the others, for every token, then the anchors of it."""
+    """A last layer that runs like the others, for every token, and then takes the anchors."""
 
     def __init__(self, runner: BackboneRunner):
         self._runner = runner
@@ -154,18 +154,18 @@ class _WholeLastLayer:
 
 
 class _SeenAgain:
-    """The vision tower on every image once for each row of a pairwise trainer, though one result serves all."""
+    """A vision tower that runs once for each row of a pairwise trainer, though one result would serve all."""
 
     def __init__(self, runner: BackboneRunner, copies: int):
         self._encode, self.copies = runner.image_features, copies
 
     def __call__(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
-        # The mean, so that every copy has a backward pass as well.
+        # The mean of all copies, so that each has a backward pass as well.
         return sum(self._encode(pixel_values, layout) for _ in range(self.copies)) / self.copies
 
 
 def count_flops(backbone_config, config: Config, shape: TrainingShape, variant: Variant) -> float:
-    """FLOPs of the step's matrix products and attention, those of recomputation and padding left out.
+    """Return FLOPs of the step's matrix products and attention, without recomputation and padding.
 
     By the formulas that balance ranks (fastrm/train/step_cost.py), which count the last layer as pruned; the
     rest of a whole last layer is left out here too, so that the share of the matmul rate is of useful work.
@@ -183,7 +183,7 @@ def count_flops(backbone_config, config: Config, shape: TrainingShape, variant: 
 
 
 def make_pack(shape: TrainingShape, variant: Variant) -> Pack:
-    """The workload as the variant packs it, on the CPU."""
+    """Make the workload's pack as the variant packs it, on the CPU."""
     groups, pixels = _content(shape, variant)
     if not variant.plain:
         return build_pack(groups, pixels, PATCHES, share=variant.share, multiple=16 if variant.fp8 != "off" else 1)
@@ -191,7 +191,7 @@ def make_pack(shape: TrainingShape, variant: Variant) -> Pack:
 
 
 def _content(shape: TrainingShape, variant: Variant):
-    """Groups and pixels; of a variant that shares neither prompts nor images, those of its pairs."""
+    """Return groups and pixels; for a variant that shares neither prompts nor images, those of its pairs."""
     groups, pixels = _groups(shape)
     if variant.plain or not (variant.share or variant.image_once):
         return pairwise_rows(groups, pixels)

@@ -74,7 +74,7 @@ class TrlStep:
 
 
 def trl_rows(record: Record) -> list[dict]:
-    """A record's preferences as TRL's conversational rows, in order."""
+    """Return a record's preferences as TRL's conversational rows, in order."""
     return [
         {"chosen": _turns(record, preference.winner), "rejected": _turns(record, preference.loser)}
         for preference in record.preferences

@@ -49,12 +49,12 @@ VISION = {
     "initializer_range": 0.06,
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
-# As of the stock processor: side, merged patches, frames, and its normalisation.
+# The stock processor's patch side, merged patches, frames, and its normalisation.
 PATCHES = PatchFormat(14, 2, 2, 1 / 255, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 def vision_config():
-    """A small Qwen2.5-VL."""
+    """Return the config of a small Qwen2.5-VL."""
     return AutoConfig.for_model(
         "qwen2_5_vl",
         text_config={**TEXT, "rope_parameters": MROPE},
@@ -67,7 +67,7 @@ def vision_config():
 
 
 def random_network(config, head: HeadConfig, encoder=None) -> RewardNetwork:
-    """A network with random float32 weights, the same at every call."""
+    """Make a network with random float32 weights, the same at every call."""
     torch.manual_seed(0)
     network = RewardNetwork(AutoModel.from_config(config, dtype=torch.float32), head, encoder)
     for parameter in network.model.parameters():
@@ -83,7 +83,7 @@ def random_network(config, head: HeadConfig, encoder=None) -> RewardNetwork:
 def image_groups(
     num_groups: int, num_responses: int, prefix_tokens: int, response_tokens: int, grid: tuple[int, int]
 ) -> tuple[list[EncodedGroup], Pixels]:
-    """Groups with all their pairs and exact token counts: one image and random words in the prefix.
+    """Return groups with all their pairs and exact token counts: one image and random words in the prefix.
 
     Args:
         grid: merged patches of the image, height and width; its tokens count as prefix.
@@ -112,7 +112,7 @@ def _words(rng, count: int) -> np.ndarray:
 
 
 def train_config(model_type: str) -> Config:
-    """Settings of all variants: float32, AdamW with clipping, and a rate that barely moves the weights."""
+    """Return the settings of all variants: float32, AdamW with clipping, and a rate that barely moves the weights."""
     return Config(
         model=ModelConfig(init={"model_type": model_type}, tokenizer="none"),
         optim=OptimConfig(lr=1e-6),
@@ -136,7 +136,7 @@ class FastrmStep:
         pixels: Pixels,
         config: Config | None = None,
     ) -> "FastrmStep":
-        """On a copy of the network; `config`: by default that of `train_config`."""
+        """Make the step on a copy of the network; `config` is by default that of `train_config`."""
         network = copy.deepcopy(network)
         network.set_kernels(torch.float32, attention="sdpa")
         packs = [
@@ -165,7 +165,7 @@ class FastrmStep:
 
 
 def take_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Gradients by parameter name, taken off the parameters."""
+    """Take the gradients off the parameters and return them by parameter name."""
     found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad(set_to_none=True)
     return found

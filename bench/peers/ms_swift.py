@@ -36,7 +36,7 @@ THEIRS = ("ms-swift", "trl", "transformers", "torch", "torchvision", "numpy")
 def measure(
     python: Path, inputs: Path, workload: Workload, checkpointing: str, rounds: int, steps: int, sizes: Sizes = SIZES
 ) -> dict:
-    """Run both trainers in turn, `rounds` times each, and compare what they computed; returns an entry to save.
+    """Run both trainers in turn, `rounds` times each, and compare their results; return an entry to save.
 
     Raises:
         RedGate: if they computed different things.

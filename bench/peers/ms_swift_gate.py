@@ -1,4 +1,4 @@
-"""Do both trainers compute the same thing? No figure on a red gate."""
+"""A gate that both trainers compute the same: no figure is saved if it is red."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ class RedGate(Exception):
 
 
 def check_runs(ours: Run, theirs: Run) -> dict[str, float]:
-    """Compare what both trained and what their first steps gave; returns the relative differences.
+    """Compare what both trained and their first steps; return the relative differences.
 
     Raises:
         RedGate: naming what differs.
@@ -68,7 +68,7 @@ def check_batch(inputs: Path, rows: Path, batch: dict[str, torch.Tensor]) -> Non
 
 
 def _match(ours: list[tuple], theirs: list[tuple]) -> list[int]:
-    """For each of their pairs of token sequences the number of the equal one of ours; ms-swift takes any order."""
+    """Return for each of their pairs the number of ours with the same tokens; ms-swift takes any order."""
     if len(ours) != len(theirs):
         raise RedGate(f"preferences in a step: fastrm has {len(ours)}, ms-swift {len(theirs)}")
     left = dict(enumerate(ours))

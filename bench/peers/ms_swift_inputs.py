@@ -30,7 +30,7 @@ from fastrm.train.step_cost import make_cost_model
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the inputs are made in.
+    """The sizes of the inputs.
 
     Attributes:
         text, vision: of the two parts of Qwen2.5-VL: keyword arguments of its transformers config.
@@ -65,7 +65,7 @@ SIZES = Sizes(
 
 @dataclass(frozen=True)
 class Workload:
-    """One step's preferences.
+    """The preferences of one step.
 
     Attributes:
         prompts: in a step.
@@ -84,7 +84,7 @@ class Workload:
         return self.prompts * self.responses * (self.responses - 1) // 2
 
     def lengths(self, sizes: Sizes) -> list[tuple[int, list[int]]]:
-        """For each prompt its tokens, and those of its responses."""
+        """Return for each prompt its number of tokens, and those of its responses."""
         if not self.mixed:
             return [(sizes.prompt_tokens, [sizes.response_tokens] * self.responses)] * self.prompts
         of_prompts = _spread(sizes.prompt_tokens, self.prompts)
@@ -92,13 +92,13 @@ class Workload:
         return [(tokens, of_responses[number :: self.prompts]) for number, tokens in enumerate(of_prompts)]
 
 
-# Of the logarithm of lengths: that of the responses in LLaMA-Factory's English DPO demo, of which half have at most 180
+# The deviation of log lengths of the responses in LLaMA-Factory's English DPO demo, of which half have at most 180
 # tokens and nine in ten at most 350.
 LOG_DEVIATION = 0.52
 
 
 def _spread(mean: int, count: int) -> list[int]:
-    """Evenly spaced quantiles of a log-normal distribution with this mean."""
+    """Return evenly spaced quantiles of a log-normal distribution with this mean."""
     places = [NormalDist().inv_cdf((number + 0.5) / count) for number in range(count)]
     factors = [math.exp(LOG_DEVIATION * place) for place in places]
     return [round(mean * factor * count / sum(factors)) for factor in factors]
@@ -113,7 +113,7 @@ WORKLOADS = {
 
 
 def make_inputs(folder: Path, sizes: Sizes = SIZES) -> None:
-    """Write the model and all workloads; random, and the same at every call."""
+    """Write the model and all workloads; they are random, and the same at every call."""
     rng = np.random.default_rng(0)
     words = _words(rng, sizes.vocabulary // 4)
     text = " ".join(rng.choice(words, 30_000))
@@ -135,7 +135,7 @@ def make_inputs(folder: Path, sizes: Sizes = SIZES) -> None:
 
 
 def random_reward_model(tokenizer, sizes: Sizes) -> RewardNetwork:
-    """Qwen2.5-VL with random float32 weights and a linear head without bias, the one kind of head that ms-swift has."""
+    """Return a random float32 Qwen2.5-VL with a linear head without bias, ms-swift's only kind of head."""
     init = {"model_type": "qwen2_5_vl", "text_config": sizes.text, "vision_config": sizes.vision}
     torch.manual_seed(0)
     backbone = init_backbone(ModelConfig(init=init, tokenizer="given"), tokenizer)
@@ -150,7 +150,7 @@ def random_reward_model(tokenizer, sizes: Sizes) -> RewardNetwork:
 
 
 def step_flops(model: Path, workload: Workload, sizes: Sizes, checkpointing: str) -> tuple[int, int]:
-    """FLOPs of the matrix products and attention of a step, by the formulas that balance ranks: fastrm's, ms-swift's.
+    """Return FLOPs of a step's matrix products and attention, (fastrm's, ms-swift's), by `step_cost`'s formulas.
 
     fastrm runs each prompt and image once, and of the last layer only keys and values for all tokens; ms-swift runs two
     whole rows for each preference. Padding is left out. Their ratio is what shared work alone can gain.
@@ -158,7 +158,7 @@ def step_flops(model: Path, workload: Workload, sizes: Sizes, checkpointing: str
     config = find_architecture(ModelConfig(path=str(model)))[0]
     settings = ModelConfig(path=str(model), activation_checkpointing=checkpointing)
     ours = make_cost_model(config, settings)
-    # A mean over all tokens is what needs the whole last layer.
+    # A mean over all tokens needs the whole last layer.
     theirs = make_cost_model(config, settings.model_copy(update={"pooling": "mean"}))
     side = sizes.image_side // 28
     of_trees = of_rows = 0.0
@@ -168,18 +168,18 @@ def step_flops(model: Path, workload: Workload, sizes: Sizes, checkpointing: str
         of_trees += ours.per_token * (prompt + sum(responses)) + ours.per_attention_pair * tree_pairs
         for row in (prompt + n for n in responses):
             cost = theirs.of_image(side, side) + theirs.per_token * row + theirs.per_attention_pair * causal_pairs(row)
-            of_rows += (workload.responses - 1) * cost  # a row for each preference that the response is part of
+            of_rows += (workload.responses - 1) * cost  # one row for each preference of the response
     return int(of_trees), int(of_rows)
 
 
 def random_image(rng: np.random.Generator, side: int) -> Image.Image:
-    """Squares of random colours, as large as an image token."""
+    """Return an image of squares of random colours, each as large as an image token."""
     squares = rng.integers(0, 256, (side // 28, side // 28, 3), dtype=np.uint8)
     return Image.fromarray(squares.repeat(28, axis=0).repeat(28, axis=1))
 
 
 def pair_rows(prompt: str, responses: Sequence[str], image: str) -> list[dict]:
-    """All pairs of the responses, the earlier one preferred, as rows of ms-swift."""
+    """Return all pairs of the responses, the earlier one preferred, as rows of ms-swift."""
     return [
         {
             "messages": [{"role": "user", "content": "<image>" + prompt}, {"role": "assistant", "content": chosen}],
@@ -195,7 +195,7 @@ def _texts(
     encoder: ConversationEncoder, rng: np.random.Generator, words: Sequence[str], image: Path,
     prompt_tokens: int, response_tokens: Sequence[int],
 ) -> tuple[str, list[str]]:  # fmt: skip
-    """A prompt and responses of exactly so many tokens, image and template included."""
+    """Return a prompt and responses of exactly these numbers of tokens, with image and template."""
     end_of_turn = 2  # <|im_end|> and the newline after it
     responses = [_text(encoder, rng, words, num_tokens - end_of_turn) for num_tokens in response_tokens]
     turns = (Message("user", (ImageRef(path=str(image)), "")), Message("assistant", (responses[0],)))
@@ -204,7 +204,7 @@ def _texts(
 
 
 def _text(encoder: ConversationEncoder, rng: np.random.Generator, words: Sequence[str], num_tokens: int) -> str:
-    """Random words, of which each but the first is known to be one token."""
+    """Return random words, of which each but the first is known to be one token."""
     chosen = list(rng.choice(words, num_tokens))
     while (excess := encoder.num_text_tokens(" ".join(chosen)) - num_tokens) > 0:
         del chosen[-excess:]

@@ -22,7 +22,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Goal:
-    """What fastrm is to reach on a workload, with nothing recomputed on either side: a ratio of the two trainers."""
+    """A goal for fastrm on a workload, with nothing recomputed on either side: a ratio of the two trainers."""
 
     workload: str
     what: str
@@ -36,7 +36,7 @@ GOALS = (
 
 
 def save(entry: dict, facts: dict, folder: Path) -> Path:
-    """Write a workload's measurement into the file of its device; the others in it stay.
+    """Write a workload's measurement to the file of its device; its other entries stay.
 
     Args:
         entry: workload, checkpointing, pairs, gate (relative differences), and for each trainer flops of a step and
@@ -56,19 +56,20 @@ def _key(entry: dict) -> tuple[str, str]:
 
 
 def load_all(folder: Path = RESULTS) -> list[dict]:
-    """The reports of all devices."""
+    """Return the reports of all devices."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*" + SUFFIX))]
 
 
 def seconds_of(entry: dict, trainer: str) -> list[float]:
-    """Of all timed steps; the first of each run warms up."""
+    """Return the seconds of all timed steps; the first step of each run warms up and does not count."""
     return [second for run in entry["runs"][trainer] for second in run["seconds"][1:]]
 
 
 def ratio(entry: dict, what: str) -> float:
-    """speed: ms-swift's median step time over fastrm's. memory: fastrm's largest peak over ms-swift's.
+    """Return a ratio of the two trainers by name: speed, memory or flops.
 
-    flops: ms-swift's over fastrm's, the speed that shared work alone would give at one rate of arithmetic.
+    speed is ms-swift's median step time over fastrm's; memory is fastrm's largest peak over ms-swift's; flops is
+    ms-swift's over fastrm's, the speed that shared work alone would give at one rate of arithmetic.
     """
     if what == "flops":
         return entry["flops"][SWIFT] / entry["flops"][FASTRM]
@@ -80,7 +81,7 @@ def ratio(entry: dict, what: str) -> float:
 
 
 def report_lines(report: dict) -> list[str]:
-    """All that was measured on one device, as Markdown."""
+    """Return all measurements of one device as Markdown."""
     lines = [f"**{report['device']}**", "", *table(COLUMNS, [row for e in report["entries"] for row in _rows(e)]), ""]
     lines += table(("goal", "wanted", "measured", "verdict"), [_goal_row(goal, report) for goal in GOALS])
     for entry in report["entries"]:
@@ -124,6 +125,6 @@ def _versions(found: dict[str, str | None]) -> str:
 
 
 def updated_page(text: str, reports: Sequence[dict]) -> str:
-    """docs/lab/peers.md with the tables of these reports between its marks."""
+    """Return the text of docs/lab/peers.md with the tables of these reports between its marks."""
     lines = [line for report in reports for line in ["", *report_lines(report)]]
     return between(PAGE, text, (BEGIN, END), lines[1:])

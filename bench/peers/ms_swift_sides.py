@@ -1,4 +1,4 @@
-"""One training run of either trainer, in a process of its own, and what it leaves: losses, seconds, peak memory."""
+"""One training run of either trainer in a process of its own, with its losses, seconds and peak memory."""
 
 import json
 import os
@@ -18,7 +18,7 @@ LEARNING_RATE = 1e-6
 
 @dataclass(frozen=True)
 class Run:
-    """What one process did.
+    """The results of one process.
 
     Attributes:
         losses, grad_norms, seconds: of each step; the seconds of reading the data count.
@@ -40,7 +40,7 @@ class RunFailed(Exception):
 
 
 def run_fastrm(inputs: Path, workload: Workload, steps: int, checkpointing: str, folder: Path) -> Run:
-    """`fastrm train` on the workload.
+    """Run `fastrm train` on the workload.
 
     Raises:
         RunFailed: if it fails.
@@ -53,7 +53,7 @@ def run_fastrm(inputs: Path, workload: Workload, steps: int, checkpointing: str,
 
 
 def fastrm_config(inputs: Path, workload: Workload, steps: int, checkpointing: str, run_dir: Path) -> dict:
-    """A configuration of fastrm as a tree: float32, everything trained, one pack a step."""
+    """Return a configuration of fastrm as a tree: float32, everything trained, one pack a step."""
     return {
         "run": {"dir": str(run_dir), "max_steps": steps, "log_every": 1},
         "data": {"train": [{"path": str(inputs / f"{workload.name}.jsonl")}], "num_workers": 0},
@@ -70,7 +70,7 @@ def fastrm_config(inputs: Path, workload: Workload, steps: int, checkpointing: s
 
 
 def read_fastrm(run_dir: Path, peak_bytes: int) -> Run:
-    """A run folder of fastrm as a `Run`."""
+    """Read a run folder of fastrm as a `Run`."""
     rows = _read_lines(run_dir / "metrics.jsonl")
     summary = json.loads((run_dir / "summary.json").read_text())
     # A step's preferences over its preferences per second: the time from the end of a step to the end of the next.
@@ -83,13 +83,13 @@ def read_fastrm(run_dir: Path, peak_bytes: int) -> Run:
 
 
 def _trained(log: Path) -> int:
-    """Of the line `model: 33,554,432 parameters, 33,554,432 trained, on cpu`."""
+    """Return the second number of the line `model: 33,554,432 parameters, 33,554,432 trained, on cpu`."""
     line = next(line for line in log.read_text().splitlines() if line.startswith("model: "))
     return int(line.split(" trained")[0].split()[-1].replace(",", ""))
 
 
 def run_swift(python: Path, inputs: Path, workload: Workload, steps: int, checkpointing: str, folder: Path) -> Run:
-    """ms-swift's `rlhf --rlhf_type rm` on the workload.
+    """Run ms-swift's `rlhf --rlhf_type rm` on the workload.
 
     Args:
         python: of its environment.
@@ -108,7 +108,7 @@ def run_swift(python: Path, inputs: Path, workload: Workload, steps: int, checkp
 
 
 def swift_arguments(inputs: Path, workload: Workload, steps: int, checkpointing: str, folder: Path) -> list[str]:
-    """The command line of ms-swift for what `fastrm_config` asks of fastrm."""
+    """Return the command line of ms-swift that asks the same of it as `fastrm_config` of fastrm."""
     recompute = "true" if checkpointing == "full" else "false"
     options = {
         "rlhf_type": "rm", "model": inputs / "model", "model_type": "qwen2_5_vl", "template": "qwen2_5_vl",
@@ -126,7 +126,7 @@ def swift_arguments(inputs: Path, workload: Workload, steps: int, checkpointing:
 
 
 def read_swift(record: Path, peak_bytes: int) -> Run:
-    """What the plugin wrote down, as a `Run`."""
+    """Read what the plugin wrote as a `Run`."""
     rows = _read_lines(record / "steps.jsonl")
     facts = json.loads((record / "facts.json").read_text())
     losses, norms, seconds = ([row[name] for row in rows] for name in ("loss", "grad_norm", "seconds"))
@@ -138,13 +138,13 @@ def _read_lines(file: Path) -> list[dict]:
 
 
 def _run(command: list[str], folder: Path, extra: dict[str, str]) -> int:
-    """Run to the end with the output in folder/log.txt; returns the peak of the process's resident memory in bytes."""
+    """Run a command to its end with the output in folder/log.txt; return its peak resident memory in bytes."""
     log = folder / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **extra}, stdout=output, stderr=subprocess.STDOUT
         )
-        # The kernel's own count of one process: VmHWM as it was at the end. Linux counts in KiB.
+        # The kernel's own count for this one process, VmHWM at its end. Linux counts in KiB.
         _, status, usage = os.wait4(process.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
         lines = "\n".join(log.read_text().splitlines()[-15:])

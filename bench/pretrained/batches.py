@@ -20,7 +20,7 @@ MAX_TOKENS = 1024  # TRL's default max_length: longer conversations are left out
 
 @dataclass(frozen=True)
 class Batches:
-    """What every variant trains on and is evaluated on.
+    """The batches that every variant trains on, and the groups that it is evaluated on.
 
     Attributes:
         records: of each step.
@@ -55,7 +55,7 @@ class Workload:
     held_out_pairs: int
 
     def batches(self, encoder: ConversationEncoder, num_steps: int) -> Batches:
-        """The first steps of the set, in its order, without conversations that are too long."""
+        """Return the first steps of the set, in its order, without conversations that are too long."""
         train, held_out = self.read()
         records = list(itertools.islice(_steps(_fitting(train, encoder), self.pairs_per_step), num_steps))
         assert len(records) == num_steps, f"{self.what}: {len(records)} steps, wanted {num_steps}"
@@ -71,7 +71,7 @@ def _fitting(records: Iterator[Record], encoder: ConversationEncoder) -> Iterato
 
 
 def _steps(records: Iterator[Record], num_pairs: int) -> Iterator[list[Record]]:
-    """Records with this many preferences together; of the last one of a step the rest is left out."""
+    """Yield lists of records with this many preferences together; the rest of a step's last record is left out."""
     step, wanted = [], num_pairs
     for record in records:
         kept = replace(record, preferences=record.preferences[:wanted])
@@ -83,7 +83,7 @@ def _steps(records: Iterator[Record], num_pairs: int) -> Iterator[list[Record]]:
 
 
 def _with_used_responses(record: Record) -> Record:
-    """Without responses that no preference names."""
+    """Return a record without responses that no preference names."""
     used = sorted({number for p in record.preferences for number in (p.winner, p.loser)})
     place = {number: index for index, number in enumerate(used)}
     preferences = tuple(replace(p, winner=place[p.winner], loser=place[p.loser]) for p in record.preferences)
@@ -91,7 +91,7 @@ def _with_used_responses(record: Record) -> Record:
 
 
 def _demo() -> tuple[Iterator[Record], Iterator[Record]]:
-    """LLaMA-Factory's demo: dialogues of several turns, one pair each. The last third is held out, but for repeats."""
+    """Return LLaMA-Factory's demo: dialogues of several turns, one pair each; the last third is held out."""
     records = list(read_source(DEMO, quarantine=Quarantine(None)))
     cut = len(records) * 2 // 3
     trained = {record.prompt_key for record in records[:cut]}
@@ -99,7 +99,7 @@ def _demo() -> tuple[Iterator[Record], Iterator[Record]]:
 
 
 def _long_prompts() -> tuple[Iterator[Record], Iterator[Record]]:
-    """Those of the demo whose dialogue is at least twice as long, in characters, as its longer response."""
+    """Return the records of the demo whose dialogue is twice as long, in characters, as its longer response."""
     return tuple(filter(_is_long, half) for half in _demo())
 
 
@@ -117,7 +117,7 @@ def _captions() -> tuple[Iterator[Record], Iterator[Record]]:
 
 
 def _joined(rows: Sequence[dict]) -> Iterator[Record]:
-    """Neighbours of one prompt as one record, up to as many as fastrm merges by itself."""
+    """Yield neighbours of one prompt as one record, up to as many as fastrm merges by itself."""
     for prompt, same in itertools.groupby(rows, key=lambda row: row["prompt"]):
         pairs = [_record(row["id"], prompt, (row["chosen"], row["rejected"])) for row in same]
         for first in range(0, len(pairs), MAX_MERGED_RESPONSES // 2):
@@ -125,7 +125,7 @@ def _joined(rows: Sequence[dict]) -> Iterator[Record]:
 
 
 def _rated_lists() -> tuple[Iterator[Record], Iterator[Record]]:
-    """Every second caption of a list, from best to worst, with all pairs; lists without equal ratings."""
+    """Return every second caption of a list, from best to worst, with all pairs; no equal ratings."""
     records = []
     for row in map(json.loads, RATED.read_text(encoding="utf-8").splitlines()):
         rated = row["responses"][::2]
@@ -135,7 +135,7 @@ def _rated_lists() -> tuple[Iterator[Record], Iterator[Record]]:
 
 
 def _record(name: str, prompt: str, texts: Sequence[str]) -> Record:
-    """One prompt and its responses, each preferred to all that follow."""
+    """Return a record of one prompt and its responses, each preferred to all that follow."""
     question = Message("user", (prompt,))
     responses = tuple(Response((question, Message("assistant", (text,)))) for text in texts)
     pairs = tuple(Preference(a, b) for a in range(len(texts)) for b in range(a + 1, len(texts)))

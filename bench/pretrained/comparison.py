@@ -1,4 +1,4 @@
-"""One workload, three trainers: gate, seconds, memory, and the held-out accuracy that each has reached."""
+"""One workload with three trainers: gate, seconds, memory, and the held-out accuracy that each has reached."""
 
 import copy
 import statistics
@@ -27,7 +27,7 @@ LEARNING_RATE = 2e-5
 
 
 def pretrained_config(model: Path) -> Config:
-    """Settings of all three: a linear head without bias, as TRL's classifier has it, float32, AdamW."""
+    """Return the settings of all three: float32, AdamW, a linear head without bias as TRL has it."""
     return Config(
         model=ModelConfig(path=str(model), head=HeadConfig(layers=1, bias=False)),
         optim=OptimConfig(lr=LEARNING_RATE),
@@ -36,7 +36,7 @@ def pretrained_config(model: Path) -> Config:
 
 
 def load_network(model: Path) -> tuple[RewardNetwork, Config]:
-    """The pretrained backbone with a head of random weights, the same at every call."""
+    """Return the pretrained backbone with a head of random weights, the same at every call."""
     config = pretrained_config(model)
     return make_network(config, load_tokenizer(str(model))), config
 
@@ -51,7 +51,7 @@ class PlainStep(FastrmStep):
     def of_groups(
         cls, network: RewardNetwork, batches: Sequence[Sequence[EncodedGroup]], pixels: Pixels, config: Config
     ) -> "PlainStep":
-        """On a copy of the network; `pixels` is empty."""
+        """Make the step on a copy of the network; `pixels` is empty."""
         network = copy.deepcopy(network)
         network.model.set_attn_implementation("sdpa")
         rows = [pairwise_rows(groups, pixels)[0] for groups in batches]
@@ -63,7 +63,7 @@ class PlainStep(FastrmStep):
 
 
 def compare_workload(workload: Workload, loaded: tuple[RewardNetwork, Config], folder: Path) -> dict:
-    """Figures of one workload, as the results file holds them.
+    """Return the figures of one workload, as the results file holds them.
 
     Raises:
         AssertionError: the gate is red: two trainers compute different things.
@@ -76,7 +76,7 @@ def compare_workload(workload: Workload, loaded: tuple[RewardNetwork, Config], f
     variants: dict[str, Variant] = {variant.name: variant for variant in (trl, plain, fastrm)}
     agreements = [check_agreement(fastrm, rival) for rival in (trl, plain)]
     seconds = {name: [] for name in variants}
-    for number in range(ROUNDS):  # the gate has warmed all of them up
+    for number in range(ROUNDS):  # the gate has warmed up all variants
         for name, variant in variants.items():
             start = time.perf_counter()
             variant.step(number)
@@ -111,7 +111,7 @@ def compare_workload(workload: Workload, loaded: tuple[RewardNetwork, Config], f
 
 
 def needed(network: RewardNetwork, batches: Batches, config: Config) -> dict:
-    """Tokens and FLOPs that a step needs at the least: medians over the batches.
+    """Return the least tokens and FLOPs of a step: medians over the batches.
 
     pairwise_tokens are those of a trainer that reads both conversations of each pair, without padding; tree_tokens each
     shared prefix once. The FLOPs are those of the trees' matrix products and visible query-key pairs
@@ -132,7 +132,7 @@ def needed(network: RewardNetwork, batches: Batches, config: Config) -> dict:
 
 
 def held_out_rewards(network: RewardNetwork, model: torch.nn.Module, groups: Sequence[EncodedGroup]) -> torch.Tensor:
-    """Rewards (R,) of the groups with the weights of `model`, whose names are stock; `network` keeps its own."""
+    """Return rewards (R,) of the groups with the weights of `model`, which have stock names."""
     with torch.no_grad():
         own = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         network.load_state_dict(model.state_dict())
@@ -142,7 +142,7 @@ def held_out_rewards(network: RewardNetwork, model: torch.nn.Module, groups: Seq
 
 
 def accuracy(rewards: torch.Tensor, groups: Sequence[EncodedGroup]) -> float:
-    """Share of the groups' preferences whose winner has the larger reward."""
+    """Return the share of the groups' preferences whose winner has the larger reward."""
     right, total, first = 0, 0, 0
     for group in groups:
         for preference in group.preferences:

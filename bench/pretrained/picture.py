@@ -1,4 +1,4 @@
-"""What a run on human preferences has learned: its curve, its margins on held-out pairs, and accuracy with intervals.
+"""The picture of a run on human preferences: its curve, its margins on held-out pairs, and accuracy with intervals.
 
     fastrm score runs/human/run/model runs/human/eval.jsonl --out runs/human/rewards.jsonl
     python bench/pretrained/picture.py runs/human --docs    # and into docs/lab/pretrained.md, with a picture
@@ -30,7 +30,7 @@ COLOURS = {"captions": "tab:blue", "answers": "tab:orange"}
 
 
 class Pair(NamedTuple):
-    """A held-out pair: reward of the better response less that of the worse, and its length less the other's.
+    """A held-out pair: difference of rewards, better less worse response, and of lengths in characters.
 
     Lengths are in characters.
     """
@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 
 
 def read_pairs(folder: Path) -> list[Pair]:
-    """The rows of eval.jsonl with their rewards of rewards.jsonl, in order."""
+    """Read the rows of eval.jsonl with their rewards of rewards.jsonl, in order."""
     rows, rewards = (
         [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
         for name in ("eval.jsonl", "rewards.jsonl")
@@ -56,7 +56,7 @@ def read_pairs(folder: Path) -> list[Pair]:
 
 
 def bootstrap_interval(pairs: list[Pair]) -> tuple[float, float]:
-    """95 % percentile interval of accuracy over resampled prompts, each with all its pairs."""
+    """Return the 95 % percentile interval of accuracy over resampled prompts, each with all its pairs."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for pair in pairs:
         groups[pair.prompt].append(pair.margin > 0)
@@ -67,7 +67,7 @@ def bootstrap_interval(pairs: list[Pair]) -> tuple[float, float]:
 
 
 def table(pairs: list[Pair]) -> list[str]:
-    """Accuracy by source, as Markdown."""
+    """Return the table of accuracy by source, as Markdown."""
     lines = [
         "| held-out pairs | pairs | prompts | accuracy | 95 %, pairs | 95 %, prompts | the longer one |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -85,7 +85,7 @@ def table(pairs: list[Pair]) -> list[str]:
 
 
 def draw(pairs: list[Pair], rows: list[dict], file: Path) -> None:
-    """Loss and held-out accuracy over the steps; margins by themselves, and against the difference in length."""
+    """Draw loss and held-out accuracy over the steps, margins, and margins against the difference in length."""
     figure = new_figure(15, 4.4)
     curve, histogram, scatter = figure.subplots(1, 3)
     _draw_curve(curve, rows, _sources(pairs))
@@ -110,7 +110,7 @@ def draw(pairs: list[Pair], rows: list[dict], file: Path) -> None:
 
 
 def _sources(pairs: list[Pair]) -> dict[str, str]:
-    """Sources of the pairs, with their colours."""
+    """Return the sources of the pairs, with their colours."""
     found = {pair.source for pair in pairs}
     return {source: colour for source, colour in COLOURS.items() if source in found}
 

@@ -24,7 +24,7 @@ HELD_OUT = 5
 
 
 def caption_pairs(data: Path = DATA) -> Iterator[dict]:
-    """Rows of the caption contest, contest by contest."""
+    """Yield rows of the caption contest, contest by contest."""
     with (data / "caption_contest" / "pairs_even_contests_large.jsonl").open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
             prompt = f"Write a funny caption for the cartoon of contest {row['contest']}."
@@ -32,7 +32,7 @@ def caption_pairs(data: Path = DATA) -> Iterator[dict]:
 
 
 def answer_pairs(data: Path = DATA) -> Iterator[dict]:
-    """Rows of PandaLM's test set that have a winner."""
+    """Yield rows of PandaLM's test set that have a winner."""
     for row in json.loads((data / "pandalm" / "testset-v1.json").read_text(encoding="utf-8")):
         votes = [row[f"annotator{number}"] for number in (1, 2, 3)]
         verdict = next((choice for choice in (1, 2) if votes.count(choice) >= 2), None)
@@ -49,7 +49,7 @@ def _row(name: str, source: str, prompt: str, chosen: str, rejected: str) -> dic
 
 
 def split(rows: Iterator[dict]) -> tuple[list[dict], list[dict]]:
-    """(train, held out): no prompt is in both."""
+    """Split rows into (train, held out); no prompt is in both."""
     numbers: dict[str, int] = {}
     parts: tuple[list[dict], list[dict]] = [], []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The tables of docs/lab/pretrained.md that come from bench/results."""
+"""The tables of docs/lab/pretrained.md that are generated from bench/results."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ NAMES = {"trl": "TRL", "plain": "plain", "fastrm": "fastrm"}
 
 
 def updated_docs(text: str, reports: list[dict]) -> str:
-    """`text` with the tables of these reports in their place."""
+    """Return `text` with its generated tables replaced by those of these reports."""
     lines = [line for report in reports for line in ["", *device_lines(report)]]
     return between(DOCS, text, COMPARISON, lines[1:])
 
 
 def device_lines(report: dict) -> list[str]:
-    """Markdown of one device: what was measured, and what the arithmetic allows."""
+    """Return the Markdown of one device: measured figures, and the bound by arithmetic."""
     entries = report["workloads"]
     return [
         _environment(report["device"], entries),

@@ -22,7 +22,7 @@ Qwen2VLTemplate.image_token_id = int(os.environ["IMAGE_PAD"])
 
 
 class Recorder(TrainerCallback):
-    """Seconds from the end of a step to the end of the next one, so that reading the data counts."""
+    """A callback that takes the seconds from the end of a step to the end of the next, with the reading of data."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._record_first_batch()

@@ -1,4 +1,4 @@
-"""Python imports this by itself when the folder is on PYTHONPATH: ms-swift's environment gets what torchvision lacks.
+"""Operators that ms-swift's environment lacks. Python imports this file by itself from a folder on PYTHONPATH.
 
 ms-swift needs torchvision for Qwen2.5-VL's processors. Its wheel for a CPU build of torch does not load its C++
 part, and then importing it fails on two operators that the processors never call.

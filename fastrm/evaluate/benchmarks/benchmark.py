@@ -59,7 +59,7 @@ class Benchmark:
 
     @property
     def is_whole(self) -> bool:
-        """Are there as many rows as were published?"""
+        """True if there are as many rows as were published."""
         return len(self.rows) == self._module.NUM_ROWS
 
     @cached_property
@@ -72,7 +72,7 @@ class Benchmark:
         return list(self._records())
 
     def metrics(self, rewards: Sequence[Sequence[float]], rows: Sequence[int] | None = None) -> Metrics:
-        """The metrics, by name.
+        """Compute the metrics, by name.
 
         Args:
             rewards: of each row's responses, in the order of the file.
@@ -122,6 +122,6 @@ def load_benchmark(name: str, data: str | None = None, images: str | None = None
     if not rows:
         raise DataError(f"bench:{name}: {files[0]} has no rows")
     benchmark = Benchmark(name, tuple(files), tuple(rows), images)
-    # Rows that together make no metrics are refused here, not after hours of scoring.
+    # Rows from which no metric can be computed are refused here, not after hours of scoring.
     benchmark.metrics([[0.0] * row.num_rewards for row in rows])
     return benchmark

@@ -1,4 +1,4 @@
-"""`fastrm eval ... bench:NAME`: models, or a file of scores, on a benchmark."""
+"""The command `fastrm eval ... bench:NAME`: models, or a file of scores, on a benchmark."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ from fastrm.ui import Display
 
 @dataclass(frozen=True)
 class Outputs:
-    """Files to write besides what is printed."""
+    """The files to write besides what is printed."""
 
     json: Path | None = None
     png: Path | None = None
 
     def check(self) -> None:
-        """Refuse files that cannot be made, before the work that they are for.
+        """Refuse files that cannot be written, before the work that they are for.
 
         Raises:
             StorageError: naming the file.
@@ -81,7 +81,7 @@ def evaluate_benchmark(
 def score_rows(
     ensemble: Ensemble, records: Sequence[Record], options: ScoringOptions, display: Display
 ) -> list[Rewards | RecordError]:
-    """Rewards of every row; rows of one prompt are scored as one group."""
+    """Score every row and return its rewards; rows of one prompt are scored as one group."""
 
     def score(groups: Sequence[Record]) -> list[Rewards | RecordError]:
         update, results = display.task("scoring"), []
@@ -98,7 +98,7 @@ def score_rows(
 
 
 def measure_scores(scores: Path, name: str, data: str | None, outputs: Outputs) -> None:
-    """Show a benchmark's metrics for somebody else's rewards; needs no model, image or text.
+    """Show a benchmark's metrics for rewards from elsewhere; needs no model, image or text.
 
     Raises:
         StorageError: for outputs that cannot be made.

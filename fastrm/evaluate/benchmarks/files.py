@@ -1,4 +1,4 @@
-"""Where a benchmark's rows come from: a local file or folder in the published layout, or the hub."""
+"""The files of a benchmark's rows: a local file or folder in the published layout, or the hub."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_files(name: str, data: str | None, hub_id: str | None, patterns: Sequence[str]) -> list[str]:
-    """The data files of a benchmark.
+    """Find the data files of a benchmark.
 
     Args:
         data: a file, a folder, or a hub id; None: `hub_id`.
@@ -65,7 +65,7 @@ def _download(name: str, hub_id: str, patterns: Sequence[str]) -> Path:
 
 
 def numbered_rows(files: Sequence[str]) -> Iterator[tuple[str, str, dict]]:
-    """(file, origin, row) of every row, in order.
+    """Yield (file, origin, row) of every row, in order.
 
     Raises:
         DataError: a file or one of its rows cannot be read.

@@ -1,4 +1,4 @@
-"""What every benchmark's figures are made of: shares of rows or ids, and weighted sums and means of shares.
+"""The parts of every benchmark's figures: shares of rows or ids, and weighted sums and means of shares.
 
 How often each unit is counted enters through sums alone, so that a metric is evaluated for 10,000
 resamples of the benchmark as quickly as for the benchmark itself: one matrix product.
@@ -16,7 +16,7 @@ _CHUNK = 500
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of `values` over the units that are `members`; NaN if there are none.
+    """The mean of `values` over the units that are `members`; NaN if there are none.
 
     Attributes:
         values: (U,) float64, 0 or 1 for a share.
@@ -29,21 +29,21 @@ class Mean:
     unit: str = "rows"
 
     def of_all(self) -> float:
-        """The mean over the benchmark as it is."""
+        """Return the mean over the benchmark as it is."""
         count = int(self.members.sum())
         return float(self.values[self.members].sum() / count) if count else float("nan")
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Sum of weight * part; NaN if a part is."""
+    """The sum of weight * part; NaN if a part is NaN."""
 
     parts: tuple[tuple[float, "Metric"], ...]
 
 
 @dataclass(frozen=True)
 class Average:
-    """Weighted mean of the parts that have units, so that a file without some of them still has a figure.
+    """The weighted mean of the parts that have units, so that a file without some of them still has a figure.
 
     NaN if none has, or if one that has is NaN itself.
     """
@@ -56,18 +56,18 @@ Metrics = dict[str, Metric]
 
 
 def share(right: np.ndarray, members: np.ndarray | None = None, unit: str = "rows") -> Mean:
-    """The share of units that are right (U,), among all or among `members` (U,) bool."""
+    """Return the share of units that are right (U,), among all or among `members` (U,) bool."""
     right = np.asarray(right, dtype=np.float64)
     return Mean(right, np.ones(len(right), bool) if members is None else np.asarray(members, bool), unit)
 
 
 def average(parts: Iterable[Metric]) -> Average:
-    """Plain mean of the metrics that have units."""
+    """Return the plain mean of the metrics that have units."""
     return Average(tuple((1.0, part) for part in parts))
 
 
 def values_of(metrics: Metrics) -> dict[str, float]:
-    """The figures themselves; NaN where a metric has no units."""
+    """Return the figures; NaN where a metric has no units."""
     values = {id(mean): np.array([mean.of_all()]) for mean in _means(metrics.values())}
     return {name: float(_evaluate(metric, values)[0]) for name, metric in metrics.items()}
 
@@ -75,7 +75,7 @@ def values_of(metrics: Metrics) -> dict[str, float]:
 def bootstrap(
     metrics: Metrics, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, tuple[float, float] | None]:
-    """95 % percentile intervals (Efron 1979): every unit drawn with replacement, as many as there are.
+    """Return 95 % percentile intervals (Efron 1979): as many units as there are, drawn with replacement.
 
     Resamples in which a metric has no units do not count for it. Deterministic in the seed. None where
     the metric itself is NaN.
@@ -94,7 +94,7 @@ def bootstrap(
 
 
 def _means(metrics) -> Mapping:
-    """The distinct means that metrics are made of, in order."""
+    """Return the distinct means that metrics are made of, in order."""
     found: dict[int, Mean] = {}
     pending = list(metrics)
     while pending:
@@ -107,13 +107,13 @@ def _means(metrics) -> Mapping:
 
 
 def _counts(generator: np.random.Generator, size: int, num_units: int) -> np.ndarray:
-    """(size, num_units) float64: how often each unit is drawn."""
+    """Return (size, num_units) float64: how often each unit is drawn."""
     drawn = generator.integers(0, num_units, (size, num_units)) + num_units * np.arange(size)[:, None]
     return np.bincount(drawn.ravel(), minlength=size * num_units).reshape(size, num_units).astype(np.float64)
 
 
 def _resampled_means(means: list[Mean], counts: np.ndarray) -> dict[int, np.ndarray]:
-    """(B,) for each mean, by its identity."""
+    """Return the resampled values (B,) of each mean, by its identity."""
     members = np.stack([mean.members for mean in means], axis=1).astype(np.float64)  # (U, M)
     sums = counts @ (np.stack([mean.values for mean in means], axis=1) * members)
     with np.errstate(invalid="ignore"):

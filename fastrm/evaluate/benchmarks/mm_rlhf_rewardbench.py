@@ -19,13 +19,13 @@ NUM_ROWS = 170
 FILES = ("mm_reward_bench.jsonl", "**/mm_reward_bench.jsonl", "**/*.parquet")
 HEADLINES = ("acc", "acc_plus")
 
-# Searched for in the path of the image or video, in this order.
+# The words that the path of the image or video is searched for, in this order.
 _CATEGORIES = ("mcq", "long", "short", "safety", "video")
-_OTHER = "other"  # of a path with none of the words; no row of the published file (our name)
+_OTHER = "other"  # our name for a path with none of the words; the published file has no such row
 
 
 def labels(row: dict) -> Labels:
-    """Chosen is always first; the category is the first of the five words in the path."""
+    """Return a row's labels: chosen is always first; the category is the first of the five words in the path."""
     path = _path(row.get("image")) or _path(row.get("video"))
     return pair_labels(row_id(row), next((word for word in _CATEGORIES if word in path), _OTHER))
 
@@ -36,7 +36,7 @@ def _path(value: object) -> str:
 
 
 def content(row: dict, media: Media) -> Content:
-    """The image, or else the video (a file or a folder of frames), stands in front of the prompt."""
+    """Return a row's content: the image, or else the video (a file or a folder of frames), and then the prompt."""
     is_video = row.get("video") and not row.get("image")
     refs = media.find(row["video"], "video", VideoRef) if is_video else media.find(row.get("image"), "image")
     responses = tuple(check_text(row.get(key), key) for key in ("chosen", "rejected"))
@@ -44,7 +44,7 @@ def content(row: dict, media: Media) -> Content:
 
 
 def metrics(rows: list[Labels], rewards: list[list[float]]) -> Metrics:
-    """acc (also as overall), acc_plus, and both over the rows of every category; a tie is wrong."""
+    """Compute acc (also as overall), acc_plus, and both over the rows of every category; a tie is wrong."""
     right = right_pairs(rows, rewards)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(row.id for row in rows))}
     id_of_row = np.array([numbers[row.id] for row in rows])
@@ -60,7 +60,7 @@ def metrics(rows: list[Labels], rewards: list[list[float]]) -> Metrics:
 
 
 def _all_right(right: np.ndarray, inside: np.ndarray, id_of_row: np.ndarray) -> Mean:
-    """The share of ids all of whose rows that are `inside` (N,) are right, among the ids that have some."""
+    """Return the share of ids whose rows `inside` (N,) are all right, among the ids that have such rows."""
     num_ids = id_of_row.max() + 1
     counted = np.bincount(id_of_row[inside], minlength=num_ids)
     wrong = np.bincount(id_of_row[inside & ~right], minlength=num_ids)

@@ -27,7 +27,7 @@ _SIDES = ("Output1", "Output2")
 
 
 def labels(row: dict) -> Labels:
-    """Of a row of all_data.json, or of a judge's output made from it (`Label` A or B, the row in `Meta`)."""
+    """Return the labels of a row of all_data.json, or of a judge's output with the row in `Meta` and `Label` A or B."""
     row = _with_meta(row)
     better = row.get("Better")
     if better not in _SIDES:
@@ -37,7 +37,7 @@ def labels(row: dict) -> Labels:
 
 
 def content(row: dict, media: Media) -> Content:
-    """Output1 and Output2, in this order."""
+    """Return a row's content, with Output1 and Output2 in this order."""
     row = _with_meta(row)
     if not row.get("Text"):
         raise RecordError("BAD_ROW", '"Text" is missing: run the benchmark\'s 0_download_data.py, which fills it in')
@@ -53,7 +53,7 @@ def _with_meta(row: dict) -> dict:
 
 
 def _split(row: Labels) -> str:
-    """`safety` and `reasoning` are reported in two parts each, told apart by the id."""
+    """Return the row's part of `safety` or `reasoning`, which are reported in two parts each, told apart by the id."""
     start = row.id.lower()
     if row.category == "safety":
         return "safety/bias" if start.startswith("pairs") else "safety/toxicity"
@@ -63,11 +63,11 @@ def _split(row: Labels) -> str:
 
 
 def metrics(rows: list[Labels], rewards: list[list[float]]) -> Metrics:
-    """overall (micro, the script's "all"), acc (the same), every category of the file and its splits."""
+    """Compute overall (micro, the script's "all"), acc (the same), every category of the file and its splits."""
     right = right_pairs(rows, rewards)
     overall = share(right)
     categories, splits = np.array([row.category for row in rows]), np.array([_split(row) for row in rows])
-    # A file that already says safety/bias has those rows and the split ones in one figure.
+    # If a file already says safety/bias, its rows and the split ones make one figure.
     names = dict.fromkeys((*categories.tolist(), *splits.tolist()))
     parts = {name: share(right, (categories == name) | (splits == name)) for name in names}
     return {"overall": overall, "acc": overall, **parts}

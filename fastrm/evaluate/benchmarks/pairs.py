@@ -1,4 +1,4 @@
-"""Pairwise benchmarks: one response of two is better."""
+"""Labels and accuracy of pairwise benchmarks, in which one response of two is better."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from fastrm.evaluate.benchmarks.rows import Labels
 
 
 def pair_labels(row_id: str, category: str = "", best: int = 0) -> Labels:
-    """Labels of a pair; `best` is 0 where the file states the chosen response first."""
+    """Return the labels of a pair; `best` is 0 where the file states the chosen response first."""
     return Labels(row_id, 2, category, best)
 
 
 def right_pairs(rows: list[Labels], rewards: list[list[float]]) -> np.ndarray:
-    """(N,) bool: the better response has the strictly larger reward."""
+    """Return (N,) bool: True where the better response has the strictly larger reward."""
     return np.array([pair[row.best] > pair[1 - row.best] for row, pair in zip(rows, rewards, strict=True)], dtype=bool)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 _BASEREWARD = "arXiv 2509.16127"
 _ABLATION = "arXiv 2509.16127, ablation"
-# A star: not read in the paper itself, but in public notes that quote its table.
+# A star marks figures that were not read in the paper itself, but in public notes that quote its table.
 CAPTION = "* as public notes on the paper quote it; - not known to us"
 _QUOTED = "arXiv 2509.16127 *"
 _R1 = "arXiv 2505.02835 *"
@@ -18,7 +18,7 @@ _IXC = "arXiv 2501.12368 *"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One model's figures on one benchmark, by the names of our metrics; `source` is "" without figures."""
+    """The figures of one model on one benchmark, by the names of our metrics; `source` is "" without figures."""
 
     model: str
     figures: dict[str, float]
@@ -72,7 +72,7 @@ _ROWS: dict[str, dict[str, tuple[dict[str, float], str]]] = {
 
 
 def published_rows(benchmark: str) -> list[PublishedRow]:
-    """The rows of BaseReward and the models it compares itself with; without figures where none is known to us."""
+    """Return the rows of BaseReward and the models it compares itself with, without figures that are unknown to us."""
     known = _ROWS[benchmark]
     models = [*(known if any(name in known for name in _BASE) else (_BASE[1], *known)), *_OTHERS]
     return [PublishedRow(model, *known.get(model, ({}, ""))) for model in dict.fromkeys(models)]

@@ -1,4 +1,4 @@
-"""What an evaluation on a benchmark shows: a table, the published figures beside it, JSON, and a picture."""
+"""The report of an evaluation on a benchmark: a table, published figures beside it, JSON, and a picture."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from fastrm.evaluate.benchmarks.metrics import NUM_RESAMPLES, Mean, Metrics, boo
 from fastrm.evaluate.benchmarks.published import CAPTION, published_rows
 from fastrm.ui import new_figure
 
-SEED = 0  # of the bootstrap
-_MODEL_WIDTH = 18  # of the names, which may go on in the next line
+SEED = 0  # seed of the bootstrap
+_MODEL_WIDTH = 18  # width of the names, which may go on in the next line
 _COLOURS = ("#d1662a", "#2a9d62", "#8a5bb5", "#b5453c", "#2f9fb5", "#8c6d46", "#6b7280", "#c2a317", "#4d4dbb")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model, ensemble, or file of scores on a benchmark.
+    """The rewards of one model, ensemble, or file of scores on a benchmark.
 
     Attributes:
         name: of what was evaluated.
@@ -47,7 +47,7 @@ class Evaluation:
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float] | None]:
-        """95 % bootstrap intervals, of the sampling of the benchmark's rows alone."""
+        """The 95 % bootstrap intervals; they cover the sampling of the benchmark's rows alone."""
         return bootstrap(self.metrics, SEED)
 
     @cached_property
@@ -59,12 +59,12 @@ class Evaluation:
 
     @property
     def coverage(self) -> str:
-        """Over how many rows the figures are."""
+        """The number of rows behind the figures, in words."""
         total, scored = len(self.benchmark.rows), len(self.rewards)
         return f"{total:,} rows" if scored == total else f"PARTIAL: {scored:,} of {total:,} rows"
 
     def to_json(self) -> dict:
-        """Everything, with null for figures that have no rows."""
+        """Return everything as plain values, with null for figures without rows."""
         rows = self.benchmark.rows
         return {
             "benchmark": self.benchmark.name,
@@ -91,7 +91,7 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def figures_table(evaluation: Evaluation) -> Table:
-    """Every metric in percent with its interval, the ensemble's members beside it."""
+    """Return the table of all metrics in percent with their intervals, an ensemble's members beside them."""
     caption = "; ".join(f"{number} {name}" for number, (name, _) in enumerate(evaluation.members, 1))
     table = Table(title=f"{evaluation.benchmark.title} ({evaluation.coverage}), in percent", caption=caption or None)
     table.add_column("metric", no_wrap=True)
@@ -109,7 +109,7 @@ def figures_table(evaluation: Evaluation) -> Table:
 
 
 def comparison_table(evaluation: Evaluation) -> Table:
-    """The headline metrics beside what was published; the caption has the sources."""
+    """Return the headline metrics beside published figures; the caption has the sources."""
     headlines, published = evaluation.benchmark.headlines, published_rows(evaluation.benchmark.name)
     sources = list(dict.fromkeys(row.source for row in published if row.source))
     caption = "; ".join([*(f"{number} {source}" for number, source in enumerate(sources, 1)), CAPTION])
@@ -131,7 +131,7 @@ def comparison_table(evaluation: Evaluation) -> Table:
 
 
 def _distinct(metrics: Metrics) -> Metrics:
-    """Without the second names of metrics that have two, such as `acc` where it is `overall`."""
+    """Return the metrics without second names, such as `acc` where it is `overall`."""
     first: dict[int, str] = {}
     for name, metric in metrics.items():
         first.setdefault(id(metric), name)
@@ -143,7 +143,7 @@ def _percent(value: float) -> str:
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Every metric with its interval, an ensemble's members as 1, 2, ..., and the published figures that there are."""
+    """Draw every metric with its interval, an ensemble's members as 1, 2, ..., and the published figures."""
     names = [name for name in _distinct(evaluation.metrics) if not math.isnan(evaluation.values[name])]
     figure = new_figure(10, 1.8 + 0.3 * len(names))
     axes = figure.subplots()
@@ -160,7 +160,7 @@ def draw(evaluation: Evaluation, path: Path) -> None:
         label=f"{evaluation.name} (95 % interval)", zorder=3,
     )  # fmt: skip
     for number, (name, member) in enumerate(evaluation.member_values, 1):
-        beside = 0.22 if number % 2 else -0.22  # of the line, where members often have the same figure
+        beside = 0.22 if number % 2 else -0.22  # distance from the line, since members often have the same figure
         axes.plot(
             [100 * member[metric] for metric in names], [place + beside for place in places.values()], linestyle="",
             marker=f"${number}$", color="#555555", markersize=6, label=name,

@@ -47,7 +47,7 @@ _SUBSETS = [subset for subsets in SECTIONS.values() for subset in subsets]
 
 
 def labels(row: dict) -> Labels:
-    """Chosen is first; the category is the subset."""
+    """Return a row's labels: chosen is first; the category is the subset."""
     subset = check_text(row.get("subset"), "subset")
     if subset not in _SUBSETS:
         raise RecordError("BAD_ROW", f'"subset" is {subset!r}, which belongs to no section; use the split `filtered`')
@@ -55,13 +55,13 @@ def labels(row: dict) -> Labels:
 
 
 def content(row: dict, media: Media) -> Content:
-    """One turn of text."""
+    """Return a row's content: one turn of text."""
     responses = tuple(check_text(row.get(key), key) for key in ("chosen", "rejected"))
     return Content(check_text(row.get("prompt"), "prompt"), responses)
 
 
 def metrics(rows: list[Labels], rewards: list[list[float]]) -> Metrics:
-    """overall (mean of the four sections), the sections, the 23 subsets, acc (over rows); a tie is wrong.
+    """Compute overall (mean of the four sections), the sections, the 23 subsets, acc (over rows); a tie is wrong.
 
     Sections are over the subsets that the file has, as in the authors' `calculate_scores_per_section`.
     """

@@ -16,7 +16,7 @@ from fastrm.evaluate.benchmarks.rows import Content, Labels, Media, row_id, text
 
 TITLE = "RewardBench 2"
 HUB_ID = "allenai/reward-bench-2"
-NUM_ROWS = 1865  # of the split `test`, as read from the hub by others; not in the paper
+NUM_ROWS = 1865  # rows of the split `test`, as others have read them from the hub; not in the paper
 FILES = ("**/test*.parquet", "*rewardbench2*.json*", "*reward-bench-2*.json*", "*.parquet", "test*.json*")
 HEADLINES = ("overall", "Ties")
 
@@ -26,7 +26,7 @@ _KINDS = ("ref", "tied")
 
 
 def labels(row: dict) -> Labels:
-    """All chosen, then all rejected; the category is the subset."""
+    """Return a row's labels: all chosen, then all rejected; the category is the subset."""
     sizes = []
     for name in ("chosen", "rejected"):
         if not isinstance(row.get(name), list) or not row[name]:
@@ -61,13 +61,13 @@ def _tie_id(row_id: str) -> tuple[str, str]:
 
 
 def content(row: dict, media: Media) -> Content:
-    """One turn of text."""
+    """Return a row's content: one turn of text."""
     responses = text_list(row.get("chosen"), "chosen") + text_list(row.get("rejected"), "rejected")
     return Content(check_text(row.get("prompt"), "prompt"), responses)
 
 
 def metrics(rows: list[Labels], rewards: list[list[float]]) -> Metrics:
-    """overall (mean of the six subsets), the subsets, and the parts of Ties."""
+    """Compute overall (mean of the six subsets), the subsets, and the parts of Ties."""
     subset_of = np.array([row.category for row in rows])
     credit = np.array([_credit(scores) for scores in rewards])
     found: Metrics = {name: share(credit, subset_of == name) for name in _SUBSETS if name != _TIES}
@@ -85,7 +85,7 @@ def _credit(scores: list[float]) -> float:
 
 
 def ties_metrics(rows: list[Labels], rewards: list[list[float]]) -> Metrics:
-    """Ties, and its parts, over prompts N.
+    """Compute Ties and its parts over prompts N.
 
     With spread(N) = best - worst correct answer of tied:N, and gap(row) = worst correct - best wrong:
 

@@ -18,7 +18,7 @@ NUM_ROWS = 1327
 FILES = ("total_dataset.json", "**/total_dataset.json", "*rm_bench*.json*", "*rm-bench*.json*", "**/*.parquet")
 HEADLINES = ("overall", "chat", "math", "code", "safety")
 
-# Safety is one domain, of the rows whose domain begins with it: safety-refuse and safety-response.
+# Safety is one domain: of all rows whose domain begins with it, safety-refuse and safety-response.
 _DOMAINS = ("chat", "code", "math", "safety")
 _PARTS = ("safety-refuse", "safety-response")
 _STYLES = 3
@@ -31,7 +31,7 @@ _CELLS = {
 
 
 def labels(row: dict) -> Labels:
-    """Three chosen, then three rejected; the category is the domain."""
+    """Return a row's labels: three chosen, then three rejected; the category is the domain."""
     for name in ("chosen", "rejected"):
         if not isinstance(row.get(name), list) or len(row[name]) != _STYLES:
             raise bad_row(name, row.get(name), f"a list of {_STYLES} texts")
@@ -42,13 +42,13 @@ def labels(row: dict) -> Labels:
 
 
 def content(row: dict, media: Media) -> Content:
-    """One turn of text."""
+    """Return a row's content: one turn of text."""
     responses = text_list(row.get("chosen"), "chosen") + text_list(row.get("rejected"), "rejected")
     return Content(check_text(row.get("prompt"), "prompt"), responses)
 
 
 def metrics(rows: list[Labels], rewards: list[list[float]]) -> Metrics:
-    """overall (mean of the four domains), the domains, and hard, normal and easy.
+    """Compute overall (mean of the four domains), the domains, and hard, normal and easy.
 
     hard, normal and easy are over all rows, as the README's function computes them; with a domain in
     front, over its rows; macro/hard and so on are means over the four domains.

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: what its metrics need to know of each, and the record that a model scores.
+"""Rows of a benchmark: the labels for its metrics, and the record that a model scores.
 
 The two are read apart, so that somebody else's scores can be measured without a single image or text.
 """
@@ -17,7 +17,7 @@ _PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class Labels:
-    """What a metric reads of a row.
+    """The part of a row that a metric reads.
 
     Attributes:
         id: as published; not unique in some benchmarks.
@@ -36,14 +36,14 @@ class Labels:
 
 @dataclass(frozen=True)
 class Content:
-    """What a model reads of a row: a prompt, its media in front of it, and the responses."""
+    """The part of a row that a model reads: a prompt, its media in front of it, and the responses."""
 
     prompt: str
     responses: tuple[str, ...]
     media: tuple[MediaRef, ...] = ()
 
     def record(self, labels: Labels, source: str, origin: str) -> Record:
-        """The record with every preference that the labels state."""
+        """Return the record with every preference that the labels state."""
         parts = (*self.media, self.prompt) if self.media else (self.prompt,)
         question = Message("user", parts)
         responses = tuple(Response((question, Message("assistant", (text,)))) for text in self.responses)
@@ -58,7 +58,7 @@ def _preferences(labels: Labels) -> tuple[Preference, ...]:
 
 
 class Media:
-    """Finds the images and videos that rows name.
+    """A finder of the images and videos that rows name.
 
     Args:
         images: folder or .tar/.zip archive; None: the folder of the data file, and `images` in it.
@@ -76,7 +76,7 @@ class Media:
             self._resolvers = [path_resolver(folder)]
 
     def find(self, value: object, name: str, kind: type[MediaRef] = ImageRef) -> tuple[MediaRef, ...]:
-        """The media of a field: a path, bytes, {"bytes", "path"}, or a list of them.
+        """Find the media of a field: a path, bytes, {"bytes", "path"}, or a list of them.
 
         A video is a file or a folder of frames.
 
@@ -89,13 +89,13 @@ class Media:
         return found
 
     def _resolve(self, path: str, kind: type[MediaRef]) -> MediaRef:
-        """The file in the first folder that has it; a missing one is named when it is opened."""
+        """Return the file in the first folder that has it; a missing one is named when it is opened."""
         found = [resolve(path, kind) for resolve in self._resolvers]
         return next((ref for ref in found if os.path.exists(ref.path)), found[0])
 
 
 def prompt_text(value: object, name: str) -> str:
-    """A prompt without ``<image>``: the image stands in front of it.
+    """Return a prompt without ``<image>``, because the image stands in front of it.
 
     The facts name ``<image>`` with a line break after it; elsewhere in the text it is taken out too,
     because a placeholder that stays would be read as text (our choice).
@@ -110,7 +110,7 @@ def prompt_text(value: object, name: str) -> str:
 
 
 def text_list(value: object, name: str) -> tuple[str, ...]:
-    """A non-empty list of texts.
+    """Check and return a non-empty list of texts.
 
     Raises:
         RecordError: BAD_ROW, BAD_TEXT.
@@ -121,7 +121,7 @@ def text_list(value: object, name: str) -> tuple[str, ...]:
 
 
 def row_id(row: dict, key: str = "id") -> str:
-    """A row's id as text.
+    """Return a row's id as text.
 
     Raises:
         RecordError: BAD_ROW.
@@ -133,5 +133,5 @@ def row_id(row: dict, key: str = "id") -> str:
 
 
 def named(origin: str, error: RecordError) -> DataError:
-    """The error of one row as that of the benchmark, which is only comparable when it is whole."""
+    """Return the error of one row as an error of the benchmark, which is only comparable when it is whole."""
     return DataError(f"{origin}: {error.message} ({error.code}); a benchmark is read whole: restore the published file")

@@ -1,4 +1,4 @@
-"""Somebody else's rewards: one line {"rewards": [...]} for each row of a benchmark's file, in its order."""
+"""Rewards from elsewhere: one line {"rewards": [...]} for each row of a benchmark's file, in its order."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from fastrm.evaluate.benchmarks.benchmark import Benchmark
 
 
 def read_scores(file: Path, benchmark: Benchmark) -> list[list[float]]:
-    """The rewards of every row.
+    """Read the rewards of every row.
 
     Raises:
         DataError: naming the line, if it is not JSON, has no `rewards`, or they are not as many finite

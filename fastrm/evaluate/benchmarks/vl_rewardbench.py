@@ -32,12 +32,12 @@ _OFFICIAL = {
 
 
 def official_category(row_id: str) -> str:
-    """The authors' grouping; `general` is wildvision and everything else."""
+    """Return a row's category by the authors' grouping; `general` is wildvision and everything else."""
     return _OFFICIAL.get(row_id.replace("_", "-").partition("-")[0], "general")
 
 
 def paper_category(row_id: str) -> str:
-    """The grouping of the R1-Reward code, which BaseReward's tables use.
+    """Return a row's category by the grouping of the R1-Reward code, which BaseReward's tables use.
 
     Its test is case-sensitive, so that the ids RLHF-V-... and RLAIF-V-... count as general.
     """
@@ -47,7 +47,7 @@ def paper_category(row_id: str) -> str:
 
 
 def labels(row: dict) -> Labels:
-    """Of a row with `response` and `human_ranking` (rank 0 is best), or with `chosen` and `rejected`."""
+    """Return the labels of a row with `response` and `human_ranking` (rank 0 is best), or `chosen` and `rejected`."""
     if "human_ranking" not in row:
         return pair_labels(row_id(row))
     ranking = row["human_ranking"]
@@ -57,7 +57,7 @@ def labels(row: dict) -> Labels:
 
 
 def content(row: dict, media: Media) -> Content:
-    """Of either layout; the image is embedded, `image` or `image_path`."""
+    """Return the content of a row in either layout; the image is embedded, `image` or `image_path`."""
     name = "image" if row.get("image") is not None else "image_path"
     images = media.find(row.get(name), name)
     if "response" not in row:
@@ -70,7 +70,7 @@ def content(row: dict, media: Media) -> Content:
 
 
 def metrics(rows: list[Labels], rewards: list[list[float]]) -> Metrics:
-    """overall, macro (official) and every category in both groupings; a tie is wrong."""
+    """Compute overall, macro (official) and every category in both groupings; a tie is wrong."""
     right = right_pairs(rows, rewards)
     overall = share(right)
     found: Metrics = {"overall": overall, "acc": overall}
