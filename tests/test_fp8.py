@@ -12,7 +12,7 @@ from fastrm.config import Config
 from fastrm.data.batching import PackPlan
 from fastrm.data.loader import PackBuilder
 from fastrm.errors import ConfigError
-from fastrm.evaluate.flips import Flips, flip_rate
+from fastrm.evaluate.accuracy import Flips
 from fastrm.model.export import load_model, save_model
 from fastrm.model.precision import RECIPES, _check_device, convert_to_fp8, fp8_disabled, token_multiple
 from support import make_image, make_model, make_record
@@ -402,9 +402,11 @@ def test_flip_rate_counts_changed_verdicts():
     preferences = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 3]])
     first, second = torch.tensor([3.0, 2.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 1.5, 0.0])
     # right, right, right, equal is wrong -> wrong, right, wrong, right
-    assert flip_rate(first, second, preferences) == 0.75
-    assert flip_rate(first, first, preferences) == 0.0
-    assert flip_rate(first, second, preferences[:0]) == 0.0
+    cases = ((second, preferences, 0.75), (first, preferences, 0.0), (second, preferences[:0], 0.0))
+    for rewards, judged, rate in cases:
+        flips = Flips()
+        flips.add(first, rewards, judged)
+        assert flips.rate == rate
     flips = Flips()
     flips.add(first, second, preferences[:2])
     flips.add(first, second, preferences[2:])

@@ -19,10 +19,11 @@ from fastrm.data.packing import Pack
 from fastrm.data.qwen_format import QwenFormat
 from fastrm.data.record import ImageRef
 from fastrm.errors import ConfigError
+from fastrm.evaluate.accuracy import PreferenceMeter
 from fastrm.model.export import make_encoder
 from fastrm.model.inputs import PackLayouts
 from fastrm.train.loop import train
-from fastrm.train.metrics import PreferenceMeter, read_rows
+from fastrm.train.metrics import read_rows
 from fastrm_kernels import preference_loss
 from runs import tiny_config
 from support import make_image, make_model, make_record, pack_of

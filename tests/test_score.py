@@ -14,9 +14,9 @@ from fastrm.config import Config, load_config
 from fastrm.data.images import MediaLimits
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.evaluate import files, output
+from fastrm.evaluate.accuracy import PairAccuracy, wilson_interval
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.models import ModelChoice, ScoringOptions
-from fastrm.evaluate.pair_accuracy import PairAccuracy, wilson_interval
 from fastrm.train.loop import train
 from runs import colour_rows, fastrm, tiny_config, write_rows
 from support import make_record

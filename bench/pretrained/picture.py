@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from fastrm.evaluate.pair_accuracy import wilson_interval  # noqa: E402
+from fastrm.evaluate.accuracy import wilson_interval  # noqa: E402
 from fastrm.train.metrics import read_rows  # noqa: E402
 from fastrm.ui import new_figure  # noqa: E402
 from pages import between  # noqa: E402

@@ -12,10 +12,10 @@ from fastrm.data.record import Record
 from fastrm.data.sources import source_files, unread_lines
 from fastrm.data.sources.columns import understood
 from fastrm.errors import DataError, RecordError
+from fastrm.evaluate.accuracy import PairAccuracy
 from fastrm.evaluate.ensemble import Ensemble, Rewards
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.evaluate.output import check_output, complete_file, print_refused
-from fastrm.evaluate.pair_accuracy import PairAccuracy
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json

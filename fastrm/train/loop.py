@@ -18,14 +18,15 @@ from fastrm.data.packing import Pack
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
 from fastrm.errors import ConfigError, InterruptedRun, StorageError
-from fastrm.evaluate.flips import Flips, compare_fp8
+from fastrm.evaluate.accuracy import Flips, PreferenceMeter
+from fastrm.evaluate.flips import compare_fp8
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite, run_packs
 from fastrm.model.adopt import adopt
 from fastrm.model.precision import token_multiple
 from fastrm.stop import StopFlag, StopRequest
 from fastrm.train.checkpoint import load_checkpoint, prune, save_checkpoint, set_newer_aside
 from fastrm.train.guard import StepGuard, locked
-from fastrm.train.metrics import MetricsLog, PreferenceMeter, check_loggers, keep_rows
+from fastrm.train.metrics import MetricsLog, check_loggers, keep_rows
 from fastrm.train.opening import opening_lines
 from fastrm.train.optim import learning_rate
 from fastrm.train.progress import Progress, StepReport

@@ -1,104 +1,13 @@
-"""What a step is measured by, and where the numbers go."""
+"""Where the numbers of a run go: metrics.jsonl, and loggers."""
 
 import importlib.util
 import json
 import os
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
-
-
-class PreferenceMeter:
-    """Sums over preferences; means come out under the field's usual names.
-
-    A preference counts as right if the winner's reward is strictly larger: equal rewards are wrong.
-    Ties count for nothing but the token totals.
-    """
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        self.num_preferences = 0
-        self.num_tokens = 0
-        self.num_unshared_tokens = 0
-        self._right = defaultdict(int)  # by source
-        self._scored = defaultdict(int)
-        self._chosen = self._rejected = 0.0
-
-    def state(self) -> dict:
-        """The sums as JSON; `restore` takes them back exactly."""
-        return {
-            name.lstrip("_"): dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()
-        }
-
-    def restore(self, state: dict) -> None:
-        self.clear()
-        for name in vars(self):
-            self._add(name, state[name.lstrip("_")])
-
-    def merge(self, other: "PreferenceMeter") -> None:
-        """Add what another meter has counted."""
-        for name, value in vars(other).items():
-            self._add(name, value)
-
-    def _add(self, name: str, value) -> None:
-        if isinstance(value, dict):
-            for source, count in value.items():
-                getattr(self, name)[source] += count
-        else:
-            setattr(self, name, getattr(self, name) + value)
-
-    def add(self, pack: Pack, rewards: torch.Tensor) -> None:
-        """Count a pack with its rewards (R,) on the CPU."""
-        self.num_preferences += pack.num_preferences
-        self.num_tokens += pack.num_tokens
-        self.num_unshared_tokens += pack.num_unshared_tokens
-        winners, losers = rewards[pack.edges[:, 0]].double(), rewards[pack.edges[:, 1]].double()
-        scored = ~pack.is_tie
-        right = (winners > losers) & scored
-        for group in pack.groups:
-            self._right[group.source] += int(right[group.preferences].sum())
-            self._scored[group.source] += int(scored[group.preferences].sum())
-        self._chosen += float(winners[scored].sum())
-        self._rejected += float(losers[scored].sum())
-
-    @property
-    def num_scored(self) -> int:
-        return sum(self._scored.values())
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self._right.values()) / max(1, self.num_scored)
-
-    def by_source(self) -> dict[str, dict]:
-        """{source: {"accuracy", "preferences"}}, sorted by name."""
-        return {
-            source: {"accuracy": self._right[source] / count, "preferences": count}
-            for source, count in sorted(self._scored.items())
-            if count
-        }
-
-    def means(self) -> dict[str, float]:
-        """rewards/{chosen,rejected,margins,accuracies}, per-source accuracies, sharing factor."""
-        count = max(1, self.num_scored)
-        row = {
-            "rewards/chosen": self._chosen / count,
-            "rewards/rejected": self._rejected / count,
-            "rewards/margins": (self._chosen - self._rejected) / count,
-            "rewards/accuracies": self.accuracy,
-            "sharing_factor": self.num_unshared_tokens / max(1, self.num_tokens),
-        }
-        sources = self.by_source()
-        if len(sources) > 1:
-            row |= {f"rewards/accuracies/{source}": values["accuracy"] for source, values in sources.items()}
-        return row
 
 
 class MetricsLog:

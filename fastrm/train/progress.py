@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from fastrm.data.loader import RefusedGroup
-from fastrm.train.metrics import PreferenceMeter
+from fastrm.evaluate.accuracy import PreferenceMeter
 
 
 @dataclass

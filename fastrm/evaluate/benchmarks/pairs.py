@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fastrm.evaluate.accuracy import is_right
 from fastrm.evaluate.benchmarks.rows import Labels
 
 
@@ -12,4 +13,5 @@ def pair_labels(row_id: str, category: str = "", best: int = 0) -> Labels:
 
 def right_pairs(rows: list[Labels], rewards: list[list[float]]) -> np.ndarray:
     """Return (N,) bool: True where the better response has the strictly larger reward."""
-    return np.array([pair[row.best] > pair[1 - row.best] for row, pair in zip(rows, rewards, strict=True)], dtype=bool)
+    right = [is_right(pair[row.best], pair[1 - row.best]) for row, pair in zip(rows, rewards, strict=True)]
+    return np.array(right, dtype=bool)
