@@ -81,7 +81,7 @@ class Pool:
 
 
 def _with_own_images(group: GroupSize, number: int) -> GroupSize:
-    return replace(group, images=tuple(image._replace(key=f"{image.key} {number}") for image in group.images))
+    return replace(group, media=tuple(image._replace(key=f"{image.key} {number}") for image in group.media))
 
 
 def make_pools(config: Config) -> list[Pool]:

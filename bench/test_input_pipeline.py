@@ -329,6 +329,6 @@ def test_where_a_workers_time_goes(make_records, vision, found, monkeypatch, ben
     if benchmark.disabled:
         return
     num_bytes = sum(loaded.pack.patches.nbytes for loaded in kept if loaded.pack.patches is not None)
-    num_images = sum(len(loaded.pack.image_grids) for loaded in kept)
+    num_images = sum(len(loaded.pack.media_grids) for loaded in kept)
     ms = {name: 1000 * seconds / 3 / len(records) for name, seconds in clock.seconds.items()}
     found[1].append(Work(make_records.__name__ + suffix, len(records), num_images, ms, num_bytes / len(records)))

@@ -105,9 +105,9 @@ class Simulation:
         """Return FLOPs of each group, where an image that several groups begin with is paid once."""
         costs, seen = [], set()
         for group in (groups[member] for member in members):
-            repeated = group.first_image in seen
+            repeated = group.first_medium in seen
             costs.append(self.cost.of_group(group) - repeated * self.cost.saved(group))
-            seen.add(group.first_image)
+            seen.add(group.first_medium)
         return costs
 
 

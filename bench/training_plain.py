@@ -48,11 +48,11 @@ class PlainEngine(LocalEngine):
         """Return rewards (2 E,), all winners before all losers."""
         network, half = self.network, self.config.precision.dtype == "bf16"
         images = {}
-        if pack.image_grids:
+        if pack.media_grids:
             images = {
                 "mm_token_type_ids": (pack.padded_ids == IMAGE_PAD).int(),
                 "pixel_values": pack.pixel_values,
-                "image_grid_thw": torch.tensor(pack.image_grids, device=network.device),
+                "image_grid_thw": torch.tensor(pack.media_grids, device=network.device),
             }
         with torch.autocast(network.device.type, dtype=torch.bfloat16, enabled=half):
             hidden = network.model(
@@ -115,13 +115,13 @@ def collate(pack: Pack, groups: list[EncodedGroup]) -> PlainBatch:
     lengths = np.array([len(response.tokens) for response in responses])
     tokens = [torch.from_numpy(response.tokens) for response in responses]
     fields = {field.name: getattr(pack, field.name) for field in dataclasses.fields(pack)}
-    if pack.image_grids:
+    if pack.media_grids:
         # Images in the order of the rows: winners first.
         order = [number for half in (0, 1) for number in range(half, len(responses), 2)]
-        counts = [rows * columns * frames for frames, rows, columns in pack.image_grids]
+        counts = [rows * columns * frames for frames, rows, columns in pack.media_grids]
         patches = pack.patches.split(counts)
         fields["patches"] = torch.cat([patches[number] for number in order])
-        fields["image_grids"] = [pack.image_grids[number] for number in order]
+        fields["media_grids"] = [pack.media_grids[number] for number in order]
     num_pairs = len(groups)
     fields["edges"] = torch.stack([torch.arange(num_pairs), torch.arange(num_pairs) + num_pairs], 1)
     return PlainBatch(

@@ -90,7 +90,7 @@ def _phases(step: TrainingStep) -> dict[str, float]:
     if not step.variant.plain:
         # Gradients are on, as in a step: without them, compiled layers would be compiled once more.
         with torch.autocast(engine.network.device.type, torch.bfloat16, _is_half(step)):
-            timed("vision", lambda: engine.network._runner.image_features(pack.pixel_values, pack.layouts.vision))
+            timed("vision", lambda: engine.network._runner.media_features(pack.pixel_values, pack.layouts.vision))
     loss, _ = timed("forward", lambda: engine.loss_and_rewards(pack))
     timed("backward", loss.backward)
     engine.discard()

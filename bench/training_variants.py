@@ -133,7 +133,7 @@ def _take_out(network: RewardNetwork, variant: Variant, shape: TrainingShape) ->
             fuse_projections([*runner.language.layers, runner.language.layers[-1]])
         runner._last_layer = _WholeLastLayer(runner)
     if not variant.image_once and variant.share:
-        runner.image_features = _SeenAgain(runner, copies=2 * shape.num_pairs // shape.num_groups)
+        runner.media_features = _SeenAgain(runner, copies=2 * shape.num_pairs // shape.num_groups)
 
 
 class _WholeLastLayer:
@@ -157,7 +157,7 @@ class _SeenAgain:
     """A vision tower that runs once for each row of a pairwise trainer, though one result would serve all."""
 
     def __init__(self, runner: BackboneRunner, copies: int):
-        self._encode, self.copies = runner.image_features, copies
+        self._encode, self.copies = runner.media_features, copies
 
     def __call__(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         # The mean of all copies, so that each has a backward pass as well.
@@ -174,7 +174,7 @@ def count_flops(backbone_config, config: Config, shape: TrainingShape, variant: 
     costs = make_cost_model(backbone_config, settings)
     groups, pixels = _content(shape, variant)
     trees = [group.tree(variant.share and not variant.plain) for group in groups]
-    images = len(pixels) * costs.of_image(*shape.grid)
+    images = len(pixels) * costs.of_medium(*shape.grid)
     if variant.share and not variant.image_once:
         images *= 2 * shape.num_pairs // shape.num_groups
     return images + sum(

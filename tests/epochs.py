@@ -111,7 +111,7 @@ class LongAndShort(Epoch):
 
     def flops(self, cost: CostModel) -> tuple[Fraction, Fraction]:
         """Of the epoch, with prefix trees and of a pairwise trainer, exactly."""
-        picture = Fraction(cost.of_image(*IMAGE_SIZE))
+        picture = Fraction(cost.of_medium(*IMAGE_SIZE))
         shared = unshared = Fraction(0)
         for kind, number in ((LONG, self.times * self.num_long), (SHORT, self.num_short)):
             pictures = kind["num_images"] * picture

@@ -190,7 +190,7 @@ def peak_of(case: dict) -> dict:
     peak = _resident("VmHWM", trim=False) - resting
     return {
         "state_bytes": state, "peak_bytes": peak, "lengths": large.lengths, "parents": large.parents,
-        "grids": [list(map(int, grid)) for grid in large.image_grids],
+        "grids": [list(map(int, grid)) for grid in large.media_grids],
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from fastrm.config import ModelConfig
 from fastrm.data.balance import CostModel, divide, slowest_bound
 from fastrm.data.batching import Bundle, StepDivision, divide_step
-from fastrm.data.group import GroupImage, GroupSize, encode_group
+from fastrm.data.group import GroupMedium, GroupSize, encode_group
 from fastrm.data.tree import build_tree
 from fastrm.forecast.flops import Workload, step_flops
 from fastrm.model.architectures import find_architecture, meta_network
@@ -20,7 +20,7 @@ from support import FAMILIES, make_image, make_model, make_record, pack_of
 
 
 def _size(num_tokens, image=None, num_lead_tokens=0) -> GroupSize:
-    images = (GroupImage(image, 4, 4),) if image else ()
+    images = (GroupMedium(image, 4, 4),) if image else ()
     return GroupSize(num_tokens, 1, 0, images, num_lead_tokens)
 
 
@@ -60,11 +60,11 @@ def test_a_group_size_counts_what_its_pack_holds(share):
         pack = pack_of(network, [record], share)
         assert (size.num_tokens, size.num_preferences) == (pack.num_tokens, pack.num_preferences)
         assert size.num_attention_pairs == _visible_pairs(pack.lengths, pack.parents)
-        grids = [[rows // 2, columns // 2] for _, rows, columns in pack.image_grids]
-        assert [[found.height, found.width] for found in size.images] == grids
-        assert [found.key for found in size.images] == [ref.key for ref in dict.fromkeys(images)]
+        grids = [[rows // 2, columns // 2] for _, rows, columns in pack.media_grids]
+        assert [[found.height, found.width] for found in size.media] == grids
+        assert [found.key for found in size.media] == [ref.key for ref in dict.fromkeys(images)]
         assert (size.num_lead_tokens > 15) == bool(share and images)
-        assert size.first_image == (images[0].key if images else None)
+        assert size.first_medium == (images[0].key if images else None)
 
 
 def test_groups_that_begin_with_one_image_share_its_lead_in_a_pack():
@@ -83,8 +83,8 @@ def test_groups_that_begin_with_one_image_share_its_lead_in_a_pack():
 
 
 def test_cost_of_a_group_adds_text_and_images_with_windows_cut_at_the_edge():
-    model = CostModel(2.0, 0.5, per_image_token=10.0, per_image_pair=0.1, per_window_pair=0.01, window=4)
-    group = GroupSize(100, 1, 5050, (GroupImage("a", 6, 9), GroupImage("b", 4, 4)), 60)
+    model = CostModel(2.0, 0.5, per_media_token=10.0, per_media_pair=0.1, per_window_pair=0.01, window=4)
+    group = GroupSize(100, 1, 5050, (GroupMedium("a", 6, 9), GroupMedium("b", 4, 4)), 60)
     # 6 x 9 falls into windows of heights 4, 2 and widths 4, 4, 1.
     windows = sum((height * width) ** 2 for height in (4, 2) for width in (4, 4, 1))
     first = 10 * 54 + 0.1 * 54**2 + 0.01 * windows
@@ -110,7 +110,7 @@ def test_windows_are_those_of_the_stock_vision_tower():
         with torch.no_grad():
             tower(torch.zeros(4 * height * width, 3 * 2 * 14 * 14), grid_thw=grid)
         sizes = np.diff(sorted(set(ends.pop()))) // 4
-        assert counts.of_image(height, width) == (sizes**2).sum(), (height, width)
+        assert counts.of_medium(height, width) == (sizes**2).sum(), (height, width)
 
 
 FREEZES = [[], ["vision"], ["vision", "projector"], ["language"], ["projector", "language"]]
@@ -130,7 +130,7 @@ def test_cost_model_has_the_flops_of_the_whole_step(name, checkpointing):
 
         # 16 x 16 tokens are whole windows; the text has as many tokens, so that only vision differs.
         seen, text, anchors = (flops(Workload(1, *parts)) for parts in [(256, 44, 30), (0, 300, 30), (0, 0, 0)])
-        assert model.of_image(16, 16) == sum(seen.values()) - sum(text.values())
+        assert model.of_medium(16, 16) == sum(seen.values()) - sum(text.values())
         assert 360 * model.per_token == text["language"] - anchors["language"]
         layers, pairs = config.get_text_config().num_hidden_layers, Workload(1, 0, 300, 30)
         every_layer = (layers - 1) * pairs.attention_pairs(shared=True)
@@ -156,7 +156,7 @@ def test_cost_model_of_tiles_and_means_has_the_flops_of_the_whole_step(checkpoin
         # Three tiles; the text has as many tokens, so that only vision differs.
         seen, text, anchors = flops(768, 44, 30), flops(0, 812, 30), flops(0, 0, 0)
         # The cost model leaves the class token out, one row in a thousand.
-        assert model.of_image(16, 16, 3) == pytest.approx(sum(seen.values()) - sum(text.values()), rel=2.5e-3)
+        assert model.of_medium(16, 16, 3) == pytest.approx(sum(seen.values()) - sum(text.values()), rel=2.5e-3)
         assert 872 * model.per_token == text["language"] - anchors["language"]
 
 
@@ -166,7 +166,7 @@ def test_text_models_have_a_cost_too():
     text = make_cost_model(config.get_text_config(), settings)
     both = make_cost_model(config, settings)
     assert (text.per_token, text.per_attention_pair) == (both.per_token, both.per_attention_pair)
-    assert text.of_image(16, 16) == 0 < both.of_image(16, 16)
+    assert text.of_medium(16, 16) == 0 < both.of_medium(16, 16)
 
 
 def _best_possible(costs, num_ranks) -> int:
@@ -215,7 +215,7 @@ def test_slowest_rank_is_within_five_percent_of_the_mean_with_many_groups():
 
 def test_families_stay_together_while_that_costs_nothing():
     groups = [_size(100, image) for image in "abcdabcd"]
-    model = CostModel(1.0, per_image_token=50.0)
+    model = CostModel(1.0, per_media_token=50.0)
     division = divide_step(range(8), groups, 1000, 2, model)
     found = sorted(bundle.groups for rank in division.bundles for bundle in rank)
     assert found == [(0, 4), (1, 5), (2, 6), (3, 7)]
@@ -226,10 +226,10 @@ def test_families_stay_together_while_that_costs_nothing():
 def test_a_family_that_would_hold_up_a_rank_is_cut():
     """Eight groups of one image on four ranks: whole, three ranks would wait for the fourth."""
     groups = [_size(100, "a") for _ in range(8)]
-    division = divide_step(range(8), groups, 1000, 4, CostModel(1.0, per_image_token=1.0))
+    division = divide_step(range(8), groups, 1000, 4, CostModel(1.0, per_media_token=1.0))
     assert [[bundle.groups for bundle in rank] for rank in division.bundles] == [[(0, 1)], [(2, 3)], [(4, 5)], [(6, 7)]]
     # An image so costly that no cut pays: a rank with all of it is the fastest way.
-    dear = divide_step(range(8), groups, 1000, 4, CostModel(1.0, per_image_token=1e6))
+    dear = divide_step(range(8), groups, 1000, 4, CostModel(1.0, per_media_token=1e6))
     assert max(sum(b.cost for b in rank) for rank in dear.bundles) <= 8 * 100 + 16e6
 
 

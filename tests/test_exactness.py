@@ -168,7 +168,7 @@ def test_changing_one_response_changes_no_other_bitwise(family):
     for segment in [s for s in range(len(pack.lengths)) if s not in parents and pack.lengths[s] > 3]:
         changed = pack_of(network, records)
         span = slice(int(starts[segment]), int(starts[segment + 1]))
-        if pack.image_rows is not None and ((pack.image_rows >= span.start) & (pack.image_rows < span.stop)).any():
+        if pack.media_rows is not None and ((pack.media_rows >= span.start) & (pack.media_rows < span.stop)).any():
             continue
         changed.input_ids[span] = (pack.input_ids[span] + 11) % 250
         after = network(changed)
@@ -230,4 +230,4 @@ def test_an_image_is_encoded_once_per_pack():
     network = make_model("qwen2_5_vl")
     image = make_image(112, 112, 1)
     records = [make_record(n, num_responses=4, images=[image]) for n in range(3)]
-    assert pack_of(network, records).image_grids == [(1, 8, 8)]
+    assert pack_of(network, records).media_grids == [(1, 8, 8)]

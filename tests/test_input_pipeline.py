@@ -147,10 +147,10 @@ def test_images_of_a_pack_stand_in_their_order():
     pack = pack_of(network, [make_record(1, images=refs[:2]), make_record(2, images=refs[2:])])
     images = [decode_image(ref, MediaLimits()) for ref in refs]
     stock = network.encoder.vision.processor(images=images, return_tensors="pt")
-    assert torch.tensor(pack.image_grids).equal(stock["image_grid_thw"])
+    assert torch.tensor(pack.media_grids).equal(stock["image_grid_thw"])
     assert torch.equal(pack.pixel_values, stock["pixel_values"])
-    assert torch.equal(pack.image_features, torch.arange((2 * 3) + (5 * 1) + (1 * 1)))
-    assert (pack.input_ids[pack.image_rows] == network.encoder.vision.placeholders[ImageRef]).all()
+    assert torch.equal(pack.media_features, torch.arange((2 * 3) + (5 * 1) + (1 * 1)))
+    assert (pack.input_ids[pack.media_rows] == network.encoder.vision.placeholders[ImageRef]).all()
 
 
 def _padded(network, records, multiple):

@@ -166,7 +166,7 @@ def test_tower_equals_the_stock_forward(text, vision, monkeypatch):
         stock_output = network.model.get_image_features(pixel_values=tiles, vision_feature_select_strategy="default")
         wanted = stock_output.pooler_output.flatten(0, 1)
         layout = network.tower.shape.lay_out([(3, 4, 4), (1, 4, 4)])
-        features = network._runner.image_features(_in_patches(tiles), layout)
+        features = network._runner.media_features(_in_patches(tiles), layout)
     assert wanted.abs().max() > 0.1
     assert (features - wanted).abs().max() <= 1e-5
 

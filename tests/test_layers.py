@@ -271,7 +271,7 @@ def test_vision_tower_equals_the_stock_forward_on_every_shape(family):
     for grids in GRIDS:
         pixels = torch.randn(sum(t * h * w for t, h, w in grids), width)
         stock = network.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
-        ours = runner.image_features(pixels, VisionLayout.build(grids, runner.tower.shape))
+        ours = runner.media_features(pixels, VisionLayout.build(grids, runner.tower.shape))
         assert (ours - stock).abs().max() <= 1e-5, grids
 
 

@@ -80,7 +80,7 @@ def test_images_of_equal_bytes_merge_whatever_their_paths(tmp_path):
     assert ids(made.train) == [["a", "b"], ["c"]]
     record = made.train.records[0]
     assert len(record.responses) == 3 and [(p.winner, p.loser) for p in record.preferences] == [(0, 1), (0, 2)]
-    assert made.train.groups[0].first_image != made.train.groups[1].first_image
+    assert made.train.groups[0].first_medium != made.train.groups[1].first_medium
 
 
 def test_a_merged_group_that_is_too_long_falls_apart_and_names_only_what_is_too_long_itself(tmp_path):

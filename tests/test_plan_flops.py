@@ -166,7 +166,7 @@ def one_pair(with_image):
 
 
 def workload_of(pack):
-    image_tokens = 0 if pack.image_rows is None else len(pack.image_rows)
+    image_tokens = 0 if pack.media_rows is None else len(pack.media_rows)
     prompt, *responses = pack.lengths
     assert pack.parents == [-1, 0, 0] and responses[0] == responses[1]
     return Workload(1, image_tokens, prompt - image_tokens, responses[0])

@@ -171,7 +171,7 @@ def test_activations_are_what_autograd_keeps(family, bf16, fused, attention, mon
     config = Config(model=settings, precision=PrecisionConfig(dtype="bf16" if bf16 else "fp32"))
     images = () if family == "qwen2" else (support.make_image(200, 120),)
     pack = support.pack_of(network, [support.make_record(1, prompt_words=300, images=images)])
-    patches = sum(frames * rows * columns for frames, rows, columns in pack.image_grids)
+    patches = sum(frames * rows * columns for frames, rows, columns in pack.media_grids)
     tree = TreeLayout.build(pack.lengths, pack.parents)
     anchor_keys = sum(tree.at_rows(pack.anchor_rows).key_lengths)
     rows = Rows(pack.num_tokens, sum(tree.key_lengths), len(pack.anchor_rows), anchor_keys, patches)

@@ -9,7 +9,7 @@ import pytest
 
 from fastrm.data.balance import CostModel
 from fastrm.data.batching import PackPlan, plan_packs, plan_steps
-from fastrm.data.group import GroupImage, GroupSize, encode_group
+from fastrm.data.group import GroupMedium, GroupSize, encode_group
 from fastrm.data.loader import PackBuilder
 from fastrm.data.order import StepOrder, epoch_order
 from fastrm.data.record import Message, Record, Response
@@ -92,7 +92,7 @@ def test_images_share_only_when_their_content_is_the_same():
     for name, pair in {"same": (one, same), "other": (one, other)}.items():
         responses = tuple(Response((Message("user", (image, "Describe it.")), answer)) for image in pair)
         pack = pack_of(network, [Record("images", responses, (), "test", "test:1")])
-        sizes[name] = (len(pack.image_grids), pack.num_tokens)
+        sizes[name] = (len(pack.media_grids), pack.num_tokens)
     assert sizes["same"][0] == 1 and sizes["other"][0] == 2
     assert sizes["same"][1] < sizes["other"][1]
 
@@ -159,7 +159,7 @@ def test_a_pack_is_never_longer_than_its_groups_were_counted():
 
 
 def _group(num_tokens, image=None) -> GroupSize:
-    return GroupSize(num_tokens, 1, images=(GroupImage(image, 1, 1),) if image else ())
+    return GroupSize(num_tokens, 1, media=(GroupMedium(image, 1, 1),) if image else ())
 
 
 def test_packs_hold_every_group_once_within_the_budget():
@@ -178,7 +178,7 @@ def test_groups_with_the_same_image_share_a_pack_where_they_fit():
     assert sorted(map(sorted, packs)) == [[0, 2, 4], [1, 3, 5]]
 
 
-COST = CostModel(1.0, 1e-3, per_image_token=3.0, per_image_pair=0.01, per_window_pair=0.02, window=4)
+COST = CostModel(1.0, 1e-3, per_media_token=3.0, per_media_pair=0.01, per_window_pair=0.02, window=4)
 BUDGET = 500
 
 
@@ -187,7 +187,7 @@ def _sizes(rng, count) -> list[GroupSize]:
     groups = []
     for _ in range(count):
         num_tokens = min(BUDGET, int(rng.lognormvariate(4, 1)) + 1)
-        image = GroupImage(rng.choice("abcdefgh"), rng.randint(1, 9), rng.randint(1, 9))
+        image = GroupMedium(rng.choice("abcdefgh"), rng.randint(1, 9), rng.randint(1, 9))
         images = (image,) if num_tokens > 90 and rng.random() < 0.5 else ()
         pairs = rng.randint(0, num_tokens**2 // 2)
         groups.append(GroupSize(num_tokens, rng.choice([1, 1, 6]), pairs, images, 20 * len(images)))

@@ -105,7 +105,7 @@ class Ratios:
     @classmethod
     def of(cls, counted: Counted, cost) -> "Ratios":
         sums = {name: sum(counted.counts[name].tolist()) for name in counted.counts.dtype.names}
-        images = sum(Fraction(cost.of_image(*size)) for size in counted.images[["height", "width", "frames"]].tolist())
+        images = sum(Fraction(cost.of_medium(*size)) for size in counted.images[["height", "width", "frames"]].tolist())
         text = cost.per_token * sums["num_tokens"] + cost.per_attention_pair * sums["num_attention_pairs"]
         return cls(
             Fraction(sums["num_unshared_tokens"], sums["num_tokens"]),

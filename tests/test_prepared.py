@@ -308,7 +308,7 @@ def test_groups_and_records_agree_and_survive_pickling(tmp_path):
     for number, group in enumerate(made.train.groups):
         record = made.train.records[number]
         assert len(record.preferences) == group.num_preferences
-        assert len(record.media) == len(group.images)
+        assert len(record.media) == len(group.media)
     copy = pickle.loads(pickle.dumps(made.train.records))
     assert copy[5] == made.train.records[5]
 

@@ -43,7 +43,7 @@ def exact_sharing(made: Made) -> tuple[int, int, Fraction]:
         tokens += counted.num_tokens
         shared += Fraction(cost.of_group(counted))
         lengths = [len(response.tokens) for response in group.responses]
-        pictures = sum(Fraction(cost.of_image(*size)) for _, *size in counted.images)
+        pictures = sum(Fraction(cost.of_medium(*size)) for _, *size in counted.media)
         for preference in group.preferences:
             for length in (lengths[preference.winner], lengths[preference.loser]):
                 unshared_tokens += length
@@ -118,7 +118,7 @@ def test_an_index_of_three_million_groups_holds_what_was_counted(epoch, opened):
         assert {name: getattr(group, name) for name in ("num_tokens", "num_attention_pairs", "num_lead_tokens")} == {
             name: kind[name] for name in ("num_tokens", "num_attention_pairs", "num_lead_tokens")
         }
-        assert [image.num_tokens for image in group.images] == [64 * 128] * kind["num_images"]
+        assert [image.num_tokens for image in group.media] == [64 * 128] * kind["num_images"]
         assert all(type(value) is int for value in (group.num_tokens, group.num_attention_pairs))
     assert int(opened.preference_counts.sum()) == epoch.total("num_preferences") > 2**33
     last = opened._arrays.records[NUM_GROUPS - 1]

@@ -277,7 +277,7 @@ def test_flops_are_those_that_torch_counts(variant, monkeypatch):
     monkeypatch.setattr(
         training_variants,
         "make_cost_model",
-        lambda *arguments: replace(make(*arguments), per_attention_pair=0, per_image_pair=0, per_window_pair=0),
+        lambda *arguments: replace(make(*arguments), per_attention_pair=0, per_media_pair=0, per_window_pair=0),
     )
     step = small_step(variant)
     with FlopCounterMode(display=False) as counter:

@@ -86,7 +86,7 @@ def test_every_variant_packs_the_same_preferences(shape):
     for variant in main_variants(on_gpu=True):
         pack = make_pack(shape, variant)
         assert pack.num_preferences == shape.num_pairs
-        assert len(pack.image_grids) == (2 * shape.num_pairs if variant.name in (PLAIN, PACKED) else shape.num_groups)
+        assert len(pack.media_grids) == (2 * shape.num_pairs if variant.name in (PLAIN, PACKED) else shape.num_groups)
         assert pack.input_ids.shape[0] % (16 if variant.name == FP8 else 1) == 0
         shared = variant.name in (FASTRM, FP8)
         assert pack.num_tokens == (shape.tree_tokens if shared else shape.useful_tokens)

@@ -9,7 +9,7 @@ from packaging.version import Version
 import stock
 from fastrm.data.balance import CostModel
 from fastrm.data.batching import PackPlan
-from fastrm.data.group import GroupImage, GroupSize, encode_group
+from fastrm.data.group import GroupMedium, GroupSize, encode_group
 from fastrm.data.images import MediaLimits
 from fastrm.data.loader import PackBuilder
 from fastrm.data.packing import EncodedGroup
@@ -135,7 +135,7 @@ def test_a_video_is_decoded_and_encoded_once_in_a_pack(monkeypatch):
     )
     pack = pack_of(network, records)
     assert cut == [video.key, other.key]
-    assert len(pack.image_grids) == 2
+    assert len(pack.media_grids) == 2
     # One tree: its root holds the video's tokens once, whatever the question.
     num_tokens = sum(network.encoder.measure(ref).num_tokens for ref in (video, other))
     assert pack.parents.count(-1) == 1
@@ -152,14 +152,14 @@ def test_still_images_keep_one_frame_beside_a_video():
     sizes = [network.encoder.measure(ref) for ref in (image, video)]
     assert pack.patches.shape == (4 * sizes[0].num_tokens, 3 * 14 * 14)
     assert pack.video_patches.shape == (4 * sizes[1].num_tokens, 3 * 2 * 14 * 14)
-    assert pack.image_grids == [(size.frames, 2 * size.height, 2 * size.width) for size in sizes]
+    assert pack.media_grids == [(size.frames, 2 * size.height, 2 * size.width) for size in sizes]
     stills = vision.processor(images=[stock.Image.open(stock.io.BytesIO(image.data))], return_tensors="pt")
     moving = stock.stock_videos(network.encoder, [video])
     assert torch.equal(pack.pixel_values, torch.cat([stills["pixel_values"], moving["pixel_values_videos"]]))
-    ids = pack.input_ids[pack.image_rows]
+    ids = pack.input_ids[pack.media_rows]
     numbers = {kind: ids == vision.placeholders[kind] for kind in (ImageRef, VideoRef)}
-    assert sorted(pack.image_features[numbers[ImageRef]].tolist()) == list(range(sizes[0].num_tokens))
-    assert pack.image_features[numbers[VideoRef]].min() == sizes[0].num_tokens
+    assert sorted(pack.media_features[numbers[ImageRef]].tolist()) == list(range(sizes[0].num_tokens))
+    assert pack.media_features[numbers[VideoRef]].min() == sizes[0].num_tokens
     moved = pack.to("meta")
     assert moved.video_patches.device.type == moved.patches.device.type == "meta"
 
@@ -180,9 +180,9 @@ def test_a_prepared_group_counts_the_planes_of_a_video():
     size = network.encoder.measure(video)
     group = GroupSize.of(encode_group(record, network.encoder))
     assert size.frames == 3
-    assert group.images == (GroupImage(video.key, size.height, size.width, size.frames),)
-    cost = CostModel(0.0, per_image_token=1.0, per_image_pair=0.1, per_window_pair=0.01, window=2)
-    assert cost.of_group(group) == pytest.approx(3 * cost.of_image(size.height, size.width))
+    assert group.media == (GroupMedium(video.key, size.height, size.width, size.frames),)
+    cost = CostModel(0.0, per_media_token=1.0, per_media_pair=0.1, per_window_pair=0.01, window=2)
+    assert cost.of_group(group) == pytest.approx(3 * cost.of_medium(size.height, size.width))
 
 
 def test_a_video_that_has_changed_is_refused(tmp_path):

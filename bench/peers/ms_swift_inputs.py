@@ -164,10 +164,10 @@ def step_flops(model: Path, workload: Workload, sizes: Sizes, checkpointing: str
     of_trees = of_rows = 0.0
     for prompt, responses in workload.lengths(sizes):
         tree_pairs = causal_pairs(prompt) + sum(causal_pairs(prompt + n) - causal_pairs(prompt) for n in responses)
-        of_trees += ours.of_image(side, side)
+        of_trees += ours.of_medium(side, side)
         of_trees += ours.per_token * (prompt + sum(responses)) + ours.per_attention_pair * tree_pairs
         for row in (prompt + n for n in responses):
-            cost = theirs.of_image(side, side) + theirs.per_token * row + theirs.per_attention_pair * causal_pairs(row)
+            cost = theirs.of_medium(side, side) + theirs.per_token * row + theirs.per_attention_pair * causal_pairs(row)
             of_rows += (workload.responses - 1) * cost  # one row for each preference of the response
     return int(of_trees), int(of_rows)
 

@@ -30,23 +30,23 @@ class CostModel:
     Attributes:
         per_token: of a token in the language model, attention left out.
         per_attention_pair: of a query-key pair of a causal layer, as in `GroupSize`.
-        per_image_token: of a merged patch in vision tower and projector, attention left out.
-        per_image_pair: of two merged patches of one image in the blocks with full attention.
+        per_media_token: of a merged patch in vision tower and projector, attention left out.
+        per_media_pair: of two merged patches of one image in the blocks with full attention.
         per_window_pair: of two merged patches of one window in the others.
         window: side of a window in merged patches; 0 if no block has windows.
     """
 
     per_token: float = 1.0
     per_attention_pair: float = 0.0
-    per_image_token: float = 0.0
-    per_image_pair: float = 0.0
+    per_media_token: float = 0.0
+    per_media_pair: float = 0.0
     per_window_pair: float = 0.0
     window: int = 0
 
-    def of_image(self, height: int, width: int, frames: int = 1) -> float:
+    def of_medium(self, height: int, width: int, frames: int = 1) -> float:
         """An image of `height` x `width` merged patches, or a video's frames, each of which attends to itself."""
         num_tokens = height * width
-        cost = self.per_image_token * num_tokens + self.per_image_pair * num_tokens**2
+        cost = self.per_media_token * num_tokens + self.per_media_pair * num_tokens**2
         if self.window:
             cost += self.per_window_pair * _sum_of_squares(height, self.window) * _sum_of_squares(width, self.window)
         return frames * cost
@@ -54,19 +54,19 @@ class CostModel:
     def of_group(self, group: GroupSize) -> float:
         """A group by itself."""
         cost = self.per_token * group.num_tokens + self.per_attention_pair * group.num_attention_pairs
-        return cost + sum(self.of_image(*size) for _, *size in group.images)
+        return cost + sum(self.of_medium(*size) for _, *size in group.media)
 
     def saved(self, group: GroupSize) -> float:
         """What a group costs less in a pack with another that begins with the same image.
 
         An estimate: text before the image is taken to be the same too.
         """
-        if not group.images:
+        if not group.media:
             return 0.0
         lead = group.num_lead_tokens
         text = self.per_token * lead + self.per_attention_pair * causal_pairs(lead)
-        _, *size = group.images[0]
-        return self.of_image(*size) + text
+        _, *size = group.media[0]
+        return self.of_medium(*size) + text
 
 
 def _sum_of_squares(length: int, window: int) -> int:

@@ -185,11 +185,11 @@ def _divide_families(
 
 
 def _families(members: Iterable[int], groups: Sequence[GroupSize]) -> list[list[int]]:
-    """Groups that begin with the same image, in order of the first of them; those without one, by themselves."""
+    """Groups that begin with the same medium, in order of the first of them; those without one, by themselves."""
     families: dict[object, list[int]] = {}
     for number in members:
-        image = groups[number].first_image
-        families.setdefault(("group", number) if image is None else image, []).append(number)
+        medium = groups[number].first_medium
+        families.setdefault(("group", number) if medium is None else medium, []).append(number)
     return list(families.values())
 
 

@@ -20,8 +20,8 @@ from fastrm.errors import RecordError
 MAX_MERGED_RESPONSES = 16
 
 
-class GroupImage(NamedTuple):
-    """An image or video of a group: its key, and its size in merged patches, which are its tokens.
+class GroupMedium(NamedTuple):
+    """One image or video of a group: its key, and its size in merged patches, which are its tokens.
 
     A prepared set numbers its media; elsewhere keys are `MediaRef.key`. A video has several `frames`.
     """
@@ -43,15 +43,15 @@ class GroupSize:
     Attributes:
         num_tokens: of the group's tree.
         num_attention_pairs: query-key pairs of one causal layer over the tree.
-        images: distinct images and videos, in order.
-        num_lead_tokens: tokens up to the end of the first image, which groups that begin with the same
-            image share in a pack; 0 without an image, or if nothing is shared.
+        media: distinct images and videos, in order.
+        num_lead_tokens: tokens up to the end of the first one, which groups that begin with the same
+            medium share in a pack; 0 without media, or if nothing is shared.
     """
 
     num_tokens: int
     num_preferences: int
     num_attention_pairs: int = 0
-    images: tuple[GroupImage, ...] = ()
+    media: tuple[GroupMedium, ...] = ()
     num_lead_tokens: int = 0
 
     @classmethod
@@ -64,13 +64,13 @@ class GroupSize:
             num_tokens=sum(tree.lengths),
             num_preferences=len(group.preferences),
             num_attention_pairs=tree.num_attention_pairs,
-            images=tuple(GroupImage(key, size.height, size.width, size.frames) for key, size in sizes.items()),
+            media=tuple(GroupMedium(key, size.height, size.width, size.frames) for key, size in sizes.items()),
             num_lead_tokens=spans[0].stop if share and spans else 0,
         )
 
     @property
-    def first_image(self) -> str | int | None:
-        return self.images[0].key if self.images else None
+    def first_medium(self) -> str | int | None:
+        return self.media[0].key if self.media else None
 
 
 def encode_group(record: Record, encoder: ConversationEncoder) -> EncodedGroup:

@@ -82,9 +82,9 @@ class Pack:
         patches: (patches of all images, channels * side^2) uint8, or None without images.
         video_patches: (patches of all videos, channels * frames * side^2) uint8, or None without videos.
         patch_format: how `pixel_values` come from them.
-        image_grids: frames, rows and columns of the patches of each image, then of each video, as Python
+        media_grids: frames, rows and columns of the patches of each image, then of each video, as Python
             integers for the same reason.
-        image_rows, image_features: (media tokens in the row,) int64: row, and number of its vision
+        media_rows, media_features: (media tokens in the row,) int64: row, and number of its vision
             feature. An image that stands in two trees is encoded once and placed twice.
         groups: the groups, in order of their responses.
         num_unshared_tokens: what a plain pairwise trainer would process for the same preferences:
@@ -106,9 +106,9 @@ class Pack:
     response_lengths: torch.Tensor
     patches: torch.Tensor | None
     video_patches: torch.Tensor | None
-    image_grids: list[Grid]
-    image_rows: torch.Tensor | None
-    image_features: torch.Tensor | None
+    media_grids: list[Grid]
+    media_rows: torch.Tensor | None
+    media_features: torch.Tensor | None
     patch_format: PatchFormat | None = None
     groups: list[GroupInPack] = field(default_factory=list)
     num_unshared_tokens: int = 0
@@ -284,7 +284,7 @@ def _vision_tensors(row, responses, pixels: Pixels, patch_format) -> dict:
     grids = [pixels[key].grid for key in stills + videos]
     fields = {
         "patches": _joined(stills, pixels), "video_patches": _joined(videos, pixels), "patch_format": patch_format,
-        "image_grids": grids, "image_rows": None, "image_features": None,
+        "media_grids": grids, "media_rows": None, "media_features": None,
     }  # fmt: skip
     if not refs:
         return fields
@@ -298,8 +298,8 @@ def _vision_tensors(row, responses, pixels: Pixels, patch_format) -> dict:
             if a < b:
                 rows.append(np.arange(a, b) - start + row_start)
                 features.append(np.arange(a, b) - span.start + first_feature[span.ref.key])
-    fields["image_rows"] = torch.from_numpy(np.concatenate(rows))
-    fields["image_features"] = torch.from_numpy(np.concatenate(features))
+    fields["media_rows"] = torch.from_numpy(np.concatenate(rows))
+    fields["media_features"] = torch.from_numpy(np.concatenate(features))
     return fields
 
 

@@ -173,14 +173,14 @@ class BackboneRunner:
     def _embed(self, pack: Pack, layouts: PackLayouts) -> torch.Tensor:
         embeddings = self.language.embed_tokens(pack.input_ids)  # (T, D)
         if layouts.vision is not None:
-            features = self.image_features(pack.pixel_values, layouts.vision)
-            features = features.index_select(0, pack.image_features).to(embeddings.dtype)
-            return embeddings.index_copy(0, pack.image_rows, features)
+            features = self.media_features(pack.pixel_values, layouts.vision)
+            features = features.index_select(0, pack.media_features).to(embeddings.dtype)
+            return embeddings.index_copy(0, pack.media_rows, features)
         if self.always_see:
             return embeddings + 0 * self._see_nothing(embeddings).to(embeddings.dtype)
         return embeddings
 
-    def image_features(self, pixel_values: torch.Tensor, layout: VisionLayout | TileLayout) -> torch.Tensor:
+    def media_features(self, pixel_values: torch.Tensor, layout: VisionLayout | TileLayout) -> torch.Tensor:
         """(image tokens, D) of all images of a pack, each encoded once.
 
         Args:
@@ -195,7 +195,7 @@ class BackboneRunner:
         if self._blank is None or self._blank.layouts[0].device != embeddings.device:
             # Kept: compiled attention knows its layouts by number, and needs them until the backward pass is done.
             self._blank = self.tower.shape.lay_out([grid]).to(embeddings.device)
-        return self.image_features(embeddings.new_zeros(math.prod(grid), values), self._blank).sum()
+        return self.media_features(embeddings.new_zeros(math.prod(grid), values), self._blank).sum()
 
 
 def _product_dtype(states: torch.Tensor) -> torch.dtype:

@@ -130,10 +130,10 @@ def pick_samples(
 
 def _kind_of(group: GroupSize, encoder: ConversationEncoder) -> str:
     """What of a model a group needs."""
-    if not group.images:
+    if not group.media:
         return "text"
     # InternVL's several planes are tiles of one image; a video of one plane is read as an image is.
-    has_planes = not encoder.vision.opening and any(image.frames > 1 for image in group.images)
+    has_planes = not encoder.vision.opening and any(image.frames > 1 for image in group.media)
     return "video" if has_planes else "image"
 
 

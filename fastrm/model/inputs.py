@@ -78,7 +78,7 @@ class LayoutBuilder:
 
     def __call__(self, pack: Pack) -> PackLayouts:
         tree = TreeLayout.build(pack.lengths, pack.parents)
-        vision = self.vision.lay_out(pack.image_grids) if pack.image_grids else None
+        vision = self.vision.lay_out(pack.media_grids) if pack.media_grids else None
         if self.pooling == "mean":
             layouts = PackLayouts(tree, None, vision, MeanLayout.build(tree, pack.anchor_rows))
         else:

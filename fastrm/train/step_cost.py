@@ -77,8 +77,8 @@ def _tile_costs(config, tower: _Passes, projector: _Passes) -> dict:
     per_patch = embed.matrices(patch, last=0) + layers * tower.matrices(4 * width**2 + 2 * product, last=product)
     merged = int(1 / config.downsample_ratio) ** 2  # patches of one token
     return {
-        "per_image_token": merged * per_patch + projector.matrices(hidden * (merged * width + hidden), last=0),
-        "per_image_pair": layers * merged**2 * tower.attention(width),
+        "per_media_token": merged * per_patch + projector.matrices(hidden * (merged * width + hidden), last=0),
+        "per_media_pair": layers * merged**2 * tower.attention(width),
     }
 
 
@@ -98,8 +98,8 @@ def _vision_costs(config, tower: _Passes, projector: _Passes) -> dict:
     full_blocks = len(vision.fullatt_block_indexes) if windows else vision.depth
     pair = merged**2 * tower.attention(width)
     return {
-        "per_image_token": merged * per_patch + projector.matrices(merger, last=0),
-        "per_image_pair": full_blocks * pair,
+        "per_media_token": merged * per_patch + projector.matrices(merger, last=0),
+        "per_media_pair": full_blocks * pair,
         "per_window_pair": (vision.depth - full_blocks) * pair,
         "window": vision.window_size // vision.spatial_merge_size // vision.patch_size if windows else 0,
     }

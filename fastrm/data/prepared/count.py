@@ -105,7 +105,7 @@ class GroupCounter:
             parts = [self.table.record(int(record)) for record in own]
             for fit in _fit(parts, self.encoder, self.config, refused):
                 rows.append(_row(number, fit))
-                images += [(_digest(key), height, width, frames) for key, height, width, frames in fit.counted.images]
+                images += [(_digest(key), height, width, frames) for key, height, width, frames in fit.counted.media]
                 members.append(own[fit.place : fit.place + fit.num_members])
             refused_of += [number] * (len(refused) - len(refused_of))
         lines = b"".join(map(refusal_line, refused))
@@ -157,7 +157,7 @@ def _row(number: int, fit: _Fit) -> tuple:
         fit.num_ties_ignored,
         len(group.responses),
         fit.num_members,
-        len(counted.images),
+        len(counted.media),
     )
 
 

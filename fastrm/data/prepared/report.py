@@ -177,7 +177,7 @@ def _image_costs(images: np.ndarray, cost: CostModel) -> np.ndarray:
     """(M,) float64; there are few sizes among many images."""
     sizes = images[["height", "width", "frames"]]
     distinct, back = np.unique(sizes, return_inverse=True)
-    return np.array([cost.of_image(*size.item()) for size in distinct], dtype=np.float64)[back]
+    return np.array([cost.of_medium(*size.item()) for size in distinct], dtype=np.float64)[back]
 
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

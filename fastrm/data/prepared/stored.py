@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fastrm.config import Config
-from fastrm.data.group import GroupImage, GroupSize, join_records, resolve_preferences
+from fastrm.data.group import GroupMedium, GroupSize, join_records, resolve_preferences
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.prepared.records import read_record
 from fastrm.data.record import Record
@@ -89,8 +89,8 @@ class PreparedSet:
             RecordError: IMAGE_CHANGED or VIDEO_CHANGED.
         """
         spans = {span.ref.key: span for response in group.responses for span in response.media}
-        for span, image in zip(spans.values(), self.groups[number].images, strict=True):
-            if (span.size.height, span.size.width, span.size.frames) != tuple(image[1:]):
+        for span, medium in zip(spans.values(), self.groups[number].media, strict=True):
+            if (span.size.height, span.size.width, span.size.frames) != tuple(medium[1:]):
                 raise RecordError(
                     f"{span.ref.noun.upper()}_CHANGED",
                     f'{span.ref.noun} "{span.ref}" has another size than when it was prepared; prepare the data again',
@@ -129,11 +129,11 @@ class _Groups(Sequence):
         row, following = self._arrays.groups[place], self._arrays.groups[place + 1]
         images = self._arrays.images[row["first_image"] : following["first_image"]].tolist()
         num_tokens, num_preferences, num_pairs, num_lead_tokens, _, _ = row.item()
-        return GroupSize(num_tokens, num_preferences, num_pairs, tuple(map(_group_image, images)), num_lead_tokens)
+        return GroupSize(num_tokens, num_preferences, num_pairs, tuple(map(_group_medium, images)), num_lead_tokens)
 
 
-def _group_image(size: tuple[int, int, int, int]) -> GroupImage:
-    return GroupImage(*size)
+def _group_medium(size: tuple[int, int, int, int]) -> GroupMedium:
+    return GroupMedium(*size)
 
 
 class _Records(Sequence):
