@@ -78,7 +78,7 @@ def image_size(ref: ImageRef, limits: MediaLimits) -> tuple[int, int]:
     """
     with open_bytes(ref, limits) as file:
         image = _open_image(file, ref, limits)
-        with damage_named(ref):
+        with naming_damage(ref):
             if isinstance(image, PngImageFile) and _tells_of_itself_late(file):
                 image.load()
             width, height = image.size
@@ -97,7 +97,7 @@ def decode_image(ref: ImageRef, limits: MediaLimits) -> Image.Image:
     """
     with open_bytes(ref, limits) as file:
         image = _open_image(file, ref, limits)
-        with damage_named(ref):
+        with naming_damage(ref):
             return to_rgb(upright(image))
 
 
@@ -171,7 +171,7 @@ def _open_image(file: BinaryIO, ref: ImageRef, limits: MediaLimits) -> Image.Ima
     if plugin is WebPImageFile:
         # Creating the WebP decoder allocates the canvas, so its size is checked first.
         _check_pixels(_webp_size(header, ref), ref, limits)
-    with damage_named(ref):
+    with naming_damage(ref):
         image = plugin(file)
     _check_pixels(image.size, ref, limits)
     return image
@@ -214,7 +214,7 @@ def _check_pixels(size: tuple[int, int], ref: ImageRef, limits: MediaLimits) -> 
 
 
 @contextmanager
-def damage_named(ref: MediaRef):
+def naming_damage(ref: MediaRef):
     """Name the image in whatever a decoder raises: on hostile bytes that can be any exception."""
     try:
         yield
@@ -238,7 +238,7 @@ def open_bytes(ref: MediaRef, limits: MediaLimits) -> BinaryIO:
     if ref.data is not None:
         _check_bytes(len(ref.data), ref, limits)
         return io.BytesIO(ref.data)
-    with missing_named(ref):
+    with naming_missing(ref):
         if ref.span is not None:
             return io.BytesIO(_read_span(ref, limits))
         if ref.member is None:
@@ -247,12 +247,12 @@ def open_bytes(ref: MediaRef, limits: MediaLimits) -> BinaryIO:
 
 
 def _read_member(ref: MediaRef, limits: MediaLimits) -> bytes:
-    with archive_named(ref):
+    with naming_archive(ref):
         return read_member(ref.path, ref.member, lambda num_bytes: _check_bytes(num_bytes, ref, limits))
 
 
 @contextmanager
-def archive_named(ref: MediaRef):
+def naming_archive(ref: MediaRef):
     """Name the image or video in what is wrong with its archive, or with its member of it."""
     try:
         yield
@@ -285,7 +285,7 @@ def _read_span(ref: MediaRef, limits: MediaLimits) -> bytes:
 
 
 @contextmanager
-def missing_named(ref: MediaRef):
+def naming_missing(ref: MediaRef):
     try:
         yield
     except OSError as error:

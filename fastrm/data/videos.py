@@ -23,12 +23,12 @@ from packaging.version import Version
 from fastrm.data.archives import folder_members
 from fastrm.data.images import (
     MediaLimits,
-    archive_named,
-    damage_named,
     decode_image,
     image_size,
     media_error,
-    missing_named,
+    naming_archive,
+    naming_damage,
+    naming_missing,
     open_bytes,
 )
 from fastrm.data.record import ImageRef, VideoRef
@@ -113,7 +113,7 @@ def frame_refs(ref: VideoRef) -> list[ImageRef] | None:
     """
     if ref.path is None or ref.span is not None:
         return None
-    with missing_named(ref), archive_named(ref):
+    with naming_missing(ref), naming_archive(ref):
         if ref.member is not None:
             names = folder_members(ref.path, ref.member)
         else:
@@ -130,7 +130,7 @@ def frame_refs(ref: VideoRef) -> list[ImageRef] | None:
 
 
 @contextmanager
-def frame_named(ref: VideoRef):
+def naming_frame(ref: VideoRef):
     """A frame of a folder that cannot be used is the video's problem."""
     try:
         yield
@@ -170,12 +170,12 @@ class _FrameFolder:
 
     def __init__(self, ref: VideoRef, frames: list[ImageRef], settings: VideoSettings, limits: MediaLimits):
         self._ref, self._frames, self._limits = ref, frames, limits
-        with frame_named(ref):
+        with naming_frame(ref):
             self.header = VideoHeader(len(frames), *image_size(frames[0], limits), settings.folder_fps)
 
     def frames(self, num_frames: int) -> Iterator[np.ndarray]:
         for number in sample(len(self._frames), num_frames):
-            with frame_named(self._ref):
+            with naming_frame(self._ref):
                 # A copy: torch warns of arrays that cannot be written to, as Pillow's.
                 frame = np.array(decode_image(self._frames[number], self._limits))
             yield _check_shape(self._ref, self.header, frame)
@@ -300,7 +300,7 @@ def _ffmpeg_named(ref: VideoRef):
     """Name the video in whatever FFmpeg raises; also in want of memory, for a size that the file makes up."""
     from av.error import FFmpegError
 
-    with damage_named(ref):
+    with naming_damage(ref):
         try:
             yield
         except FFmpegError as error:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastrm.data.images import MediaLimits, decode_image, open_bytes, read_bytes
 from fastrm.data.record import ImageRef, MediaRef, Message, Preference, Record, Response, VideoRef
-from fastrm.data.videos import frame_named, frame_refs
+from fastrm.data.videos import frame_refs, naming_frame
 from fastrm.json_files import to_json
 
 # Media whose digest a process remembers: rows that share an image are mostly neighbours.
@@ -64,7 +64,7 @@ def _stored_digest(ref: MediaRef, limits: MediaLimits, status: tuple[int, int] |
     """By status, so that a replaced file is read anew."""
     if isinstance(ref, VideoRef):
         if (frames := frame_refs(ref)) is not None:
-            with frame_named(ref):
+            with naming_frame(ref):
                 digests = [hashlib.sha256(read_bytes(frame, limits)).hexdigest() for frame in frames]
             return hashlib.sha256("".join(digests).encode()).hexdigest()
         if ref.member is None and ref.span is None:
