@@ -291,7 +291,7 @@ def test_a_pack_without_images_runs_the_tower_at_weight_zero_when_told(stage, fa
         network.freeze(["vision"])
     pack = pack_of(network, [make_record(1)])
     wanted, gradients = _step(network, pack)
-    network.always_see = True
+    network.always_run_tower = True
     rewards, found = _step(network, pack)
     assert torch.equal(rewards, wanted)
     added = found.keys() - gradients.keys()
@@ -307,7 +307,7 @@ def test_the_blank_image_of_a_compiled_network_lives_until_the_backward_pass(fam
     results = []
     for compiled in (False, True):
         network = make_model(family)
-        network.always_see = True
+        network.always_run_tower = True
         if compiled:
             network.compile_layers("aot_eager")
             network.set_kernels(torch.float32, attention="sdpa")
@@ -315,10 +315,10 @@ def test_the_blank_image_of_a_compiled_network_lives_until_the_backward_pass(fam
     assert _difference(*results) <= 1e-6
 
 
-def test_always_see_means_nothing_for_a_text_model():
+def test_always_run_tower_means_nothing_for_a_text_model():
     network = make_model("qwen2")
-    network.always_see = True
-    assert network.always_see is False
+    network.always_run_tower = True
+    assert network.always_run_tower is False
 
 
 def _fake(value):

@@ -36,7 +36,7 @@ class BackboneRunner:
         language: its language model.
         tower: its vision side; None for a text model.
         checkpointing: none, selective or full (recompute.py).
-        always_see: run the vision tower also for packs without images. ZeRO needs every rank to run the
+        always_run_tower: run the vision tower also for packs without images. ZeRO needs every rank to run the
             same modules: else ranks would wait for each other's parameters or gradients for ever.
         compiled: layers run as graphs of torch.compile.
         pooling: anchor or mean, which of `anchor_states` and `mean_states` layouts are made for.
@@ -49,7 +49,7 @@ class BackboneRunner:
         self.tower = make_tower(model)
         self.language = model if self.tower is None else model.language_model
         self.checkpointing = "none"
-        self.always_see = False
+        self.always_run_tower = False
         self.compiled = False
         self._blank: VisionLayout | TileLayout | None = None
         self._layer: Callable = decoder_layer
@@ -176,8 +176,8 @@ class BackboneRunner:
             features = self.media_features(pack.pixel_values, layouts.vision)
             features = features.index_select(0, pack.media_features).to(embeddings.dtype)
             return embeddings.index_copy(0, pack.media_rows, features)
-        if self.always_see:
-            return embeddings + 0 * self._see_nothing(embeddings).to(embeddings.dtype)
+        if self.always_run_tower:
+            return embeddings + 0 * self._run_tower_on_blank(embeddings).to(embeddings.dtype)
         return embeddings
 
     def media_features(self, pixel_values: torch.Tensor, layout: VisionLayout | TileLayout) -> torch.Tensor:
@@ -189,7 +189,7 @@ class BackboneRunner:
         """
         return self.tower.features(pixel_values, layout, functools.partial(self._run, self._block), _product_dtype)
 
-    def _see_nothing(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def _run_tower_on_blank(self, embeddings: torch.Tensor) -> torch.Tensor:
         """The sum of the features of the smallest image, blank, ()."""
         grid, values = self.tower.blank
         if self._blank is None or self._blank.layouts[0].device != embeddings.device:

@@ -158,13 +158,13 @@ class RewardNetwork(nn.Module):
             self.graphs.recompute = mode == "selective"
 
     @property
-    def always_see(self) -> bool:
+    def always_run_tower(self) -> bool:
         """Run the vision tower also for packs without images, on a blank one of weight 0."""
-        return self._runner.always_see
+        return self._runner.always_run_tower
 
-    @always_see.setter
-    def always_see(self, value: bool) -> None:
-        self._runner.always_see = value and self.is_vision
+    @always_run_tower.setter
+    def always_run_tower(self, value: bool) -> None:
+        self._runner.always_run_tower = value and self.is_vision
 
     def freeze(self, parts: Sequence[str]) -> None:
         """Take parts out of training: vision (tower without projector), projector, language.

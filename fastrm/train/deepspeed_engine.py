@@ -56,9 +56,9 @@ class DeepSpeedEngine:
         self.network, self.config = network, config
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self._stage = config.engine.zero_stage
-        sees = network.tower is not None and any(p.requires_grad for p in network.tower.parameters())
-        network.always_see = self._stage == 3 or sees
-        self._nothing = _pack_of_one_token(token_multiple(config.precision.fp8))
+        trains_tower = network.tower is not None and any(p.requires_grad for p in network.tower.parameters())
+        network.always_run_tower = self._stage == 3 or trains_tower
+        self._empty_pack = _pack_of_one_token(token_multiple(config.precision.fp8))
         self._trained = trainable(network)
         self._names = dict(network.named_parameters())
         self._deepspeed = _initialize(network, config)
@@ -164,7 +164,7 @@ class DeepSpeedEngine:
         self._load_states(optimizer)
 
     def _pack(self, pack: Pack | None) -> Pack:
-        return (self._nothing if pack is None else pack).to(self.network.device)
+        return (self._empty_pack if pack is None else pack).to(self.network.device)
 
     def _forget_sums(self) -> None:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.network.device)
