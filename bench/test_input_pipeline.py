@@ -309,7 +309,7 @@ def test_where_a_workers_time_goes(make_records, vision, found, monkeypatch, ben
     encoder = encoder_of(vision, records)
     clock = Stopwatch()
     # Layouts for the Triton kernels with heads of Qwen2.5-VL: the most that a worker can have to do.
-    lay_out = LayoutBuilder(VisionShape.of(vision.vision_config), (torch.bfloat16, 128, 80))
+    lay_out = LayoutBuilder(VisionShape.from_config(vision.vision_config), (torch.bfloat16, 128, 80))
     builder = loader.PackBuilder(records, encoder, True, multiple=16, lay_out=clock.wrap("layouts", lay_out))
     for name, module, target in (
         ("decode", qwen_format, "decode_image"), ("tokenise", loader, "encode_group"), ("pack", loader, "build_pack"),

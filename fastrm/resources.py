@@ -64,7 +64,7 @@ def free_disk(path: Path) -> int:
     Raises:
         OSError: the disk cannot be asked.
     """
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    return shutil.disk_usage(there).free
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free

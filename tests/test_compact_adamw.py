@@ -26,7 +26,7 @@ def values(request):
 
 @pytest.fixture(scope="module")
 def codes():
-    return [MomentCode.of(torchao_map(signed)).to(torch.device(DEVICE)) for signed in (True, False)]
+    return [MomentCode.from_values(torchao_map(signed)).to(torch.device(DEVICE)) for signed in (True, False)]
 
 
 def numbers_around(values):
@@ -59,12 +59,12 @@ def look_up(numbers, code):
 
 def test_the_table_finds_the_code_that_a_search_finds(values):
     numbers = numbers_around(values)
-    assert torch.equal(look_up(numbers, MomentCode.of(values)), nearest_codes(numbers, values))
+    assert torch.equal(look_up(numbers, MomentCode.from_values(values)), nearest_codes(numbers, values))
 
 
 def test_values_that_are_too_close_for_a_table_are_refused():
     with pytest.raises(ValueError, match="values: two of them are too close together"):
-        MomentCode.of(torch.linspace(0.5, 0.51, 256))
+        MomentCode.from_values(torch.linspace(0.5, 0.51, 256))
 
 
 def draw(num_rows, states, dtype, codes, seed=0):

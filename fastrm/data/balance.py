@@ -83,9 +83,9 @@ def divide(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     Args:
         costs: of the items, at least one, each at least 0.
     """
-    whole = _whole(costs)
-    owner = _longest_first(whole, num_ranks)
-    _exchange(whole, owner, num_ranks)
+    integers = _as_integers(costs)
+    owner = _longest_first(integers, num_ranks)
+    _exchange(integers, owner, num_ranks)
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     for item, rank in enumerate(owner.tolist()):
         ranks[rank].append(item)
@@ -102,7 +102,7 @@ def slowest_bound(costs: Sequence[float], num_ranks: int) -> float:
     return max(ordered.sum() / num_ranks, ordered[0], together)
 
 
-def _whole(costs: Sequence[float]) -> np.ndarray:
+def _as_integers(costs: Sequence[float]) -> np.ndarray:
     """Costs (n,) int64 in units that make the largest 2^32, so that two million are summed without rounding."""
     costs = np.asarray(costs, dtype=np.float64)
     largest = costs.max(initial=0.0)

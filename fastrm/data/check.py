@@ -80,10 +80,10 @@ class SourceCheck:
     @property
     def all_keys(self) -> KeyTally:
         """The keys of all files together."""
-        whole = KeyTally()
+        joined = KeyTally()
         for tally in self.keys.values():
-            whole.merge(tally)
-        return whole
+            joined.merge(tally)
+        return joined
 
     @property
     def num_prompts(self) -> int:
@@ -213,10 +213,10 @@ def check_source(
         found[number] = part
         done += planned[number].stop - planned[number].start
         progress(done, total)
-    whole = SourceCheck(files=files)
+    joined = SourceCheck(files=files)
     for number in sorted(found):
-        whole.merge(found[number])
-    return whole
+        joined.merge(found[number])
+    return joined
 
 
 def example_turns(record: Record) -> Iterator[tuple[str, str]]:

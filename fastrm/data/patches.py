@@ -43,7 +43,7 @@ class PatchFormat:
     std: tuple[float, ...]
 
     @staticmethod
-    def of(processor) -> "PatchFormat":
+    def from_processor(processor) -> "PatchFormat":
         """The format of a stock Qwen2-VL image processor, with its settings of now."""
         normalize = processor.do_normalize
         return PatchFormat(

@@ -67,7 +67,7 @@ class QwenFormat(VisionFormat):
 
     @property
     def patch_format(self) -> PatchFormat:
-        return PatchFormat.of(self.processor)
+        return PatchFormat.from_processor(self.processor)
 
     def part(self, ref: MediaRef) -> dict:
         return {"type": ref.noun}

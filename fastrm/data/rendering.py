@@ -86,8 +86,8 @@ class ChatRenderer:
             for name, altered in _altered(message):
                 before, after = response.messages[:number], response.messages[number + 1 :]
                 first = replace(response, messages=(*before, message)), replace(response, messages=(*before, altered))
-                whole = replace(response, messages=(*before, altered, *after))
-                if not self._renders(name, first, (response, whole)):
+                changed = replace(response, messages=(*before, altered, *after))
+                if not self._renders(name, first, (response, changed)):
                     raise _unrendered(f'message {number + 1}, of role "{message.role}", has "{name}"')
 
     def check_arguments(self, response: Response) -> None:

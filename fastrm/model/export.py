@@ -176,12 +176,12 @@ def load_model(
 
 def _check_memory(folder: Path, needed: int, dtype: torch.dtype) -> None:
     """Refuse weights that the host has no memory for, before it begins to swap or the kernel ends the process."""
-    there = available_memory()
-    if needed > there:
+    available = available_memory()
+    if needed > available:
         smaller = f", {option('dtype')} bf16" if dtype.itemsize > 2 else ""
         raise StorageError(
             f"{folder}: the weights take {needed / 2**30:,.1f} GiB in {str(dtype).removeprefix('torch.')}, "
-            f"{there / 2**30:,.1f} GiB of host memory are available; free memory, or try one of: a GPU{smaller}"
+            f"{available / 2**30:,.1f} GiB of host memory are available; free memory, or try one of: a GPU{smaller}"
         )
 
 

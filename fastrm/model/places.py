@@ -104,10 +104,10 @@ def _checkpoint_message(folder: Path) -> str:
     run = folder.parent.parent
     step = folder.name.removeprefix("step-").lstrip("0") or "0"
     exported = run / "model"
-    there = f"the model of the run's last step is {exported}" if exported.is_dir() else f"{run} has exported none yet"
+    export = f"the model of the run's last step is {exported}" if exported.is_dir() else f"{run} has exported none yet"
     return (
         f"{folder}: is a checkpoint for going on with a run, not a model, and holds no config.json and no tokenizer; "
-        f"{there}. To export this step, end a new run there: fastrm train {run / 'config.yaml'} --resume {folder} "
+        f"{export}. To export this step, end a new run there: fastrm train {run / 'config.yaml'} --resume {folder} "
         f"run.dir=NEW run.max_steps={step}"
     )
 

@@ -121,7 +121,7 @@ def _pad_token(encoder: ConversationEncoder, vocab_size: int) -> str | None:
     A special token comes from the template and never from text, so a few conversations show all that occur. The stock
     classifier takes a token for padding wherever it stands, so only the last of a conversation matters.
     """
-    conversations = [_whole(encoder).encode(sample).tokens for sample in _samples()]
+    conversations = [_to_the_last_token(encoder).encode(sample).tokens for sample in _samples()]
     ends = {int(tokens[-1]) for tokens in conversations}
     usable = {token: number for token, number in encoder.special_ids.items() if number < vocab_size}
     own = encoder.tokenizer.pad_token
@@ -142,16 +142,16 @@ def _likelihood(token: str) -> int:
 
 def _anchors_end(encoder: ConversationEncoder) -> bool:
     """Is the anchor the last token of a conversation as the template renders it?"""
-    whole = _whole(encoder)
-    return all(len(encoder.encode(sample).tokens) == len(whole.encode(sample).tokens) for sample in _samples())
+    to_the_end = _to_the_last_token(encoder)
+    return all(len(encoder.encode(sample).tokens) == len(to_the_end.encode(sample).tokens) for sample in _samples())
 
 
-def _whole(encoder: ConversationEncoder) -> ConversationEncoder:
+def _to_the_last_token(encoder: ConversationEncoder) -> ConversationEncoder:
     if encoder.anchor == "last_token":
         return encoder
-    whole = copy.copy(encoder)
-    whole.anchor = "last_token"
-    return whole
+    changed = copy.copy(encoder)
+    changed.anchor = "last_token"
+    return changed
 
 
 def _samples() -> list[Response]:

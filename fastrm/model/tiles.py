@@ -54,7 +54,7 @@ class TileShape:
     merge: int
 
     @staticmethod
-    def of(config) -> "TileShape":
+    def from_config(config) -> "TileShape":
         """From the config of a stock InternVL model."""
         vision = config.vision_config
         return TileShape(vision.image_size[0] // vision.patch_size[0], int(1 / config.downsample_ratio))

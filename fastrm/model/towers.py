@@ -77,7 +77,7 @@ class QwenTower(VisionTower):
     def __init__(self, model: nn.Module):
         self.module, self.projector = model.visual, model.visual.merger
         self._config = model.config.vision_config
-        self.shape = VisionShape.of(self._config)
+        self.shape = VisionShape.from_config(self._config)
 
     def features(self, pixel_values, layout: VisionLayout, run, dtype) -> torch.Tensor:
         visual = self.module
@@ -114,7 +114,7 @@ class InternTower(VisionTower):
     def __init__(self, model: nn.Module):
         self.module, self.projector = model.vision_tower, model.multi_modal_projector
         self._config = model.config.vision_config
-        self.shape = TileShape.of(model.config)
+        self.shape = TileShape.from_config(model.config)
 
     def features(self, pixel_values, layout: TileLayout, run, dtype) -> torch.Tensor:
         num_patches, merge = layout.order.shape[0], self.shape.merge

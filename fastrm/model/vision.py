@@ -33,7 +33,7 @@ class VisionShape:
     whole: tuple[int, ...]
 
     @staticmethod
-    def of(config) -> "VisionShape":
+    def from_config(config) -> "VisionShape":
         """From the vision config of a stock model."""
         merge = config.spatial_merge_size
         if not has_windows(config):

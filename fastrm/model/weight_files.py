@@ -213,8 +213,8 @@ def _read_shards(index: Path, find) -> dict[str, StoredTensor]:
             )
     _check_dtypes(index, shards, total)
     # Some tools add tensors, such as a head, to a shard and not to the index; transformers loads those too.
-    there = {tensor: stored for shard in shards.values() for tensor, stored in shard.items()}
-    return there | {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
+    stored_tensors = {tensor: stored for shard in shards.values() for tensor, stored in shard.items()}
+    return stored_tensors | {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
 
 
 def _check_dtypes(index: Path, shards: dict[str, dict[str, StoredTensor]], total: int | None) -> None:
@@ -305,9 +305,9 @@ def _no_weights(path: Path) -> StorageError:
             f"{path / broken[0]}: is a link to {os.readlink(path / broken[0])}, which is not there; copy the folder "
             "with what its links stand for (cp -rL)"
         )
-    there = f"is only {', '.join(other[:3])}" if other else "are no weights"
+    found = f"is only {', '.join(other[:3])}" if other else "are no weights"
     return StorageError(
-        f"{path}: the weights cannot be loaded: wanted {SINGLE}, or {INDEX} with its shards; there {there}. Formats "
+        f"{path}: the weights cannot be loaded: wanted {SINGLE}, or {INDEX} with its shards; there {found}. Formats "
         "other than safetensors can run code and are not read; save the model with transformers' save_pretrained"
     )
 

@@ -155,7 +155,8 @@ def _code_maps(device: torch.device) -> tuple[MomentCode, MomentCode]:
     """The signed code, for first moments, and the unsigned one, for second moments."""
     from torchao.optim.quant_utils import create_dynamic_map
 
-    signed, unsigned = (MomentCode.of(torch.tensor(create_dynamic_map(signed=signed))) for signed in (True, False))
+    maps = (torch.tensor(create_dynamic_map(signed=signed)) for signed in (True, False))
+    signed, unsigned = map(MomentCode.from_values, maps)
     return signed.to(device), unsigned.to(device)
 
 

@@ -42,7 +42,7 @@ class MomentCode:
     cells: torch.Tensor
 
     @staticmethod
-    def of(values: torch.Tensor) -> "MomentCode":
+    def from_values(values: torch.Tensor) -> "MomentCode":
         """Return the code of 256 ascending values (256,), made on the CPU.
 
         Raises:
