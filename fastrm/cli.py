@@ -43,7 +43,7 @@ NumWorkers = Annotated[int, typer.Option(min=0, help="Processes that decode imag
 EnsembleChoice = Annotated[
     Combine | None, typer.Option("--ensemble", help="Of several models: mean of rewards (default), or weights by that")
 ]
-Validation = Annotated[str | None, typer.Option(help="Preferences whose first 1,000 pairs give the weights")]
+Validation = Annotated[str | None, typer.Option(help="Preferences, the first 1,000 of which give the weights")]
 RouteChoice = Annotated[
     str | None, typer.Option("--route", help="text=MODEL: that model for inputs without images or videos")
 ]

@@ -348,8 +348,8 @@ class EngineConfig(_Section):
 class Config(_Section):
     names_elsewhere: ClassVar[dict[str, str]] = {
         "learning_rate": "optim.lr", "num_train_epochs": "run.epochs", "output_dir": "run.dir",
-        "per_device_train_batch_size": "optim.batch_pairs, of all processes together",
-        "train_batch_size": "optim.batch_pairs, of all processes together",
+        "per_device_train_batch_size": "optim.batch_pairs, of all ranks together",
+        "train_batch_size": "optim.batch_pairs, of all ranks together",
         "gradient_accumulation_steps": "optim.batch_pairs, which packs add up to whatever they hold",
         "max_length": "data.max_tokens_per_group", "max_seq_length": "data.max_tokens_per_group",
         "cutoff_len": "data.max_tokens_per_group", "bf16": "precision.dtype", "torch_dtype": "precision.dtype",

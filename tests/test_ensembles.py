@@ -174,7 +174,7 @@ def test_weights_by_hand():
         (
             "margin",
             [[1.0, 1.0], [-3.0, 1.0]],
-            "b has a mean margin of -1 on the validation pairs.*leave it out, or use",
+            "b has a mean margin of -1 on the validation preferences.*leave it out, or use",
         ),
         ("margin", [[0.0, 0.0], [1.0, -1.0]], "every member's margin is 0 .*use mean"),
         ("accuracy", [[-1.0], [0.0]], "every member's accuracy is 0"),
@@ -219,7 +219,7 @@ def test_evaluation_shows_members_and_weights_from_validation_pairs(folder, mode
     combined = np.array(pairs) @ np.array(report["weights"])
     assert report["accuracy"] == pytest.approx((combined > 0).mean())
     shown = capsys.readouterr()
-    assert "on 20 validation pairs" in shown.err and "ensemble" in shown.out
+    assert "on 20 validation preferences" in shown.err and "ensemble" in shown.out
     again = Ensemble.from_pretrained(tmp_path / "both.yaml", device="cpu")
     assert (again.combine, again.weights) == (how, report["weights"])
 

@@ -105,7 +105,7 @@ def test_launchers_of_others_work(launcher, tmp_path):
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 0 and "Traceback" not in errors, errors
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_processes"] == 2
-    assert "processes: 2, DeepSpeed ZeRO stage 2" in errors and errors.count("processes: 2") == 1
+    assert "ranks: 2, DeepSpeed ZeRO stage 2" in errors and errors.count("ranks: 2") == 1
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_several_processes_need_deepspeed(monkeypatch):
 @pytest.mark.parametrize(
     "sections, text",
     [
-        ({"optim": {"states": "8bit"}}, "optim.states: 8bit is not possible on several processes"),
+        ({"optim": {"states": "8bit"}}, "optim.states: 8bit is not possible on several ranks"),
         ({"precision": {"weights": "bf16"}}, "set precision.weights: fp32"),
         ({"compile": "layers", "engine": {"zero_stage": 3}}, "compile: layers is not possible .* set compile: off"),
     ],

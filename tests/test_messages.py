@@ -42,7 +42,7 @@ def run(tmp_path_factory):
         ("max_steps=3", "unknown key max_steps; did you mean run.max_steps?"),
         ("model.num_workers=2", "unknown key model.num_workers; did you mean data.num_workers?"),
         ("optim.learning_rate=1e-5", "unknown key optim.learning_rate; did you mean optim.lr?"),
-        ("per_device_train_batch_size=8", "did you mean optim.batch_pairs, of all processes together?"),
+        ("per_device_train_batch_size=8", "did you mean optim.batch_pairs, of all ranks together?"),
         ("data.held_out=0.1", "did you mean data.train.held_out or data.eval.held_out?"),
         ("optim.weigth_decay=0", "did you mean optim.weight_decay?"),
     ],

@@ -286,7 +286,7 @@ class TestPlan:
     def test_what_one_process_alone_can_do_is_refused_on_several(self, recipe):
         for key in ("optim.states=8bit", "precision.weights=bf16"):
             config = recipe_with(key)
-            with pytest.raises(ConfigError, match="is for one process, got --gpus 64"):
+            with pytest.raises(ConfigError, match="is for one rank, got --gpus 64"):
                 plan_of(config)
             assert plan_of(config, 1).memory.total > 0
         with pytest.raises(ConfigError, match=r"does not run with engine\.zero_stage 3"):

@@ -222,7 +222,7 @@ def test_processes_of_one_machine_need_their_memory_together(config_file, monkey
     config = large(config_file, "3B")
     alone = needs(config, 2).least
     monkeypatch.setattr(room, "available_memory", lambda: 2 * alone - 1)
-    with pytest.raises(ConfigError, match=r"of 2 processes take .* lower run\.num_processes"):
+    with pytest.raises(ConfigError, match=r"of 2 ranks take .* lower run\.num_processes"):
         check_room(config, 2, 2)
     check_room(config, 2, 1)  # the other is on another machine
 

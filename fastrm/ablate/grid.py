@@ -69,7 +69,7 @@ class EnsembleConfig(_Section):
     members: Annotated[list[str], Field(min_length=2)]
     """The members, by name on the first axis; those of one ensemble share the seed and the second axis's setting."""
     combine: Literal["mean", "accuracy", "margin"] = "mean"
-    """The way to combine scores, as `fastrm eval --ensemble`: mean of raw scores, or weights from validation pairs."""
+    """The way to combine scores, as `fastrm eval --ensemble`: their mean, or weights from validation preferences."""
     validation: str | None = None
     """The preferences that the weights are computed from, as `fastrm eval --validation`."""
 

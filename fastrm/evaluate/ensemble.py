@@ -1,7 +1,7 @@
 """Several reward models as one: mean or weighted rewards, and another model for inputs without images.
 
 The plain mean of raw rewards is the default, as in BaseReward [P]. Its weighted forms [P] take weights from
-1,000 validation pairs: each member's accuracy, or its mean chosen-minus-rejected margin, normalised to sum
+1,000 validation preferences: each member's accuracy, or its mean chosen-minus-rejected margin, normalised to sum
 to 1. An ensemble of one model is that model.
 """
 
@@ -269,7 +269,7 @@ class Ensemble:
         return Rewards(combine(rewards, self.weights), rewards)
 
     def fit_weights(self, margins: np.ndarray) -> None:
-        """Set the weights of accuracy or margin from validation pairs.
+        """Set the weights of accuracy or margin from validation preferences.
 
         Args:
             margins: (M, E) chosen-minus-rejected rewards of every member on every pair.
@@ -307,13 +307,13 @@ def validation_weights(how: str, margins: np.ndarray, names: Sequence[str]) -> l
     for name, value in zip(names, values, strict=True):
         if value < 0:
             raise DataError(
-                f"{setting} {how}: {name} has a mean margin of {value:.4g} on the validation pairs: it prefers the "
-                "rejected responses; leave it out, or use mean or accuracy"
+                f"{setting} {how}: {name} has a mean margin of {value:.4g} on the validation preferences: it prefers "
+                "the rejected responses; leave it out, or use mean or accuracy"
             )
     if not values.sum() > 0:
         raise DataError(
-            f"{setting} {how}: every member's {how} is 0 on the validation pairs, which gives no weights; use mean, "
-            "or other pairs"
+            f"{setting} {how}: every member's {how} is 0 on the validation preferences, which gives no weights; use "
+            "mean, or other preferences"
         )
     return (values / values.sum()).tolist()
 

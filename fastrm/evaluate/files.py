@@ -153,7 +153,7 @@ def _score_row(record: Record | str | None, result: Rewards | RecordError) -> di
 def _table(report: dict) -> Table:
     members = report.get("members", [])
     table = Table(title="Pair accuracy (equal rewards count as wrong)")
-    for name in ("source", "pairs", "ensemble" if members else "accuracy", "95 % interval"):
+    for name in ("source", "preferences", "ensemble" if members else "accuracy", "95 % interval"):
         table.add_column(name, justify="left" if name == "source" else "right")
     for member in members:
         table.add_column(member["model"], justify="right", overflow="fold")

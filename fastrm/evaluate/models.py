@@ -81,7 +81,7 @@ def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) 
 
     Raises:
         ConfigError, StorageError: for models that cannot be used.
-        DataError: for validation pairs that give no weights.
+        DataError: for validation preferences that give no weights.
     """
     ensemble = Ensemble.from_pretrained(
         list(choice.models),
@@ -114,7 +114,7 @@ def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) 
         weights = ", ".join(
             f"{name} {weight:.4f}" for name, weight in zip(ensemble.names, ensemble.weights, strict=True)
         )
-        display.say(f"weights by {choice.combine} on {margins.shape[1]:,} validation pairs: {weights}")
+        display.say(f"weights by {choice.combine} on {margins.shape[1]:,} validation preferences: {weights}")
     if choice.save is not None:
         ensemble.save(choice.save)
     return ensemble

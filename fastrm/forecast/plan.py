@@ -182,7 +182,7 @@ def _check(config: Config, assumptions: Assumptions) -> None:
     for key, value in (("optim.states", config.optim.states), ("precision.weights", config.precision.weights)):
         if value not in ("fp32", "auto"):
             raise ConfigError(
-                f"{key}: {value} is for one process, got --gpus {assumptions.num_gpus}; add {key}=fp32, or plan with "
+                f"{key}: {value} is for one rank, got --gpus {assumptions.num_gpus}; add {key}=fp32, or plan with "
                 "--gpus 1"
             )
     if config.engine.zero_stage == 3 and config.compile != "off":

@@ -54,10 +54,10 @@ def memory_problem(config: Config, needs: Needs, on_gpu: bool, num_local: int) -
     least, there = num_local * (needs.least_on_gpu if on_gpu else needs.least), available_memory()
     if least <= there:
         return None
-    processes = f" of {num_local} processes" if num_local > 1 else ""
+    ranks = f" of {num_local} ranks" if num_local > 1 else ""
     if on_gpu:
         return (
-            f"host memory: the random weights of model.init{processes} are made there and take {gib(least)} GiB, "
+            f"host memory: the random weights of model.init{ranks} are made there and take {gib(least)} GiB, "
             f"{gib(there)} GiB are available; start from a folder (model.path), which is read straight to the GPU, "
             "lower run.num_processes, or free memory"
         )
@@ -69,7 +69,7 @@ def memory_problem(config: Config, needs: Needs, on_gpu: bool, num_local: int) -
             ways.append("precision.weights: bf16")
     ways += ["model.freeze with more parts", "a smaller model", "a GPU"]
     return (
-        f"host memory: weights, gradients and AdamW's states{processes} take {gib(least)} GiB on a CPU, without what a "
+        f"host memory: weights, gradients and AdamW's states{ranks} take {gib(least)} GiB on a CPU, without what a "
         f"pack needs; {gib(there)} GiB are available; free memory, or try one of: {', '.join(ways)}"
     )
 

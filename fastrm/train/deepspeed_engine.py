@@ -297,7 +297,7 @@ def _refuse(config: Config) -> None:
         wanted["compile"] = (config.compile, "off", why)
     for key, (found, needed, why) in wanted.items():
         if found != needed:
-            raise ConfigError(f"{key}: {found} is not possible on several processes ({why}); set {key}: {needed}")
+            raise ConfigError(f"{key}: {found} is not possible on several ranks ({why}); set {key}: {needed}")
 
 
 def _pack_of_one_token(multiple: int) -> Pack:

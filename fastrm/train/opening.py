@@ -17,7 +17,7 @@ def opening_lines(job: Job, num_ranks: int, num_quarantined: int) -> Iterator[st
     if (line := describe_unknown_keys(network.model.config)) is not None:
         yield line
     if num_ranks > 1:
-        yield f"processes: {num_ranks}, DeepSpeed ZeRO stage {config.engine.zero_stage}"
+        yield f"ranks: {num_ranks}, DeepSpeed ZeRO stage {config.engine.zero_stage}"
     for part, (choice, why) in (("attention", network.attention), ("head and loss", network.head_kernels)):
         yield f"{part}: {choice} ({why})"
     yield f"norm and SwiGLU: {network.norm_and_gate}"

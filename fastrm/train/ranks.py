@@ -28,7 +28,7 @@ class Ranks:
     """This process among `num_ranks`; every method but `close` must be called on all of them.
 
     Attributes:
-        group: of gloo, for Python objects in the host's memory; None for one process.
+        group: of gloo, for Python objects in the host's memory; None for one rank.
     """
 
     rank: int = 0
@@ -140,7 +140,7 @@ def check_deepspeed(num_ranks: int) -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            f'{num_ranks} processes need DeepSpeed, which is not installed; pip install "fastrm[deepspeed]", or set '
+            f'{num_ranks} ranks need DeepSpeed, which is not installed; pip install "fastrm[deepspeed]", or set '
             "run.num_processes: 1"
         )
 
@@ -153,7 +153,7 @@ def check_not_one_gpu(requested: str, num_ranks: int) -> None:
     """
     if ":" in requested and num_ranks > 1:
         raise ConfigError(
-            f"run.device: {requested} is one GPU, but there are {num_ranks} processes, which take one each; set "
+            f"run.device: {requested} is one GPU, but there are {num_ranks} ranks, which take one each; set "
             "run.device: cuda, or run.num_processes: 1"
         )
 
@@ -167,6 +167,6 @@ def check_gpus(wanted: int) -> None:
     found = torch.cuda.device_count()
     if wanted > found:
         raise ConfigError(
-            f"run.num_processes {wanted}: this machine has {found} GPUs, and each process takes one; lower it, or set "
+            f"run.num_processes {wanted}: this machine has {found} GPUs, and each rank takes one; lower it, or set "
             "run.device: cpu"
         )
