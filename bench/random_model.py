@@ -21,10 +21,10 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from fastrm.data.images import MediaLimits  # noqa: E402
 from fastrm.data.record import Message  # noqa: E402
 from fastrm.data.tokenizer import CHAT_LAYOUTS, train_tokenizer  # noqa: E402
 from fastrm.json_files import to_json  # noqa: E402
+from fastrm.limits import MediaLimits  # noqa: E402
 from fastrm.model.architectures import PUBLISHED  # noqa: E402
 from fastrm.model.export import make_encoder  # noqa: E402
 from fastrm.model.families import VISION_FAMILIES, chat_layout  # noqa: E402

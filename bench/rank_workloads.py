@@ -23,7 +23,7 @@ from fastrm.data.group import (
     join_records,
     resolve_preferences,
 )
-from fastrm.data.images import MediaLimits, image_size
+from fastrm.data.images import image_size
 from fastrm.data.order import StepOrder
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
@@ -31,6 +31,7 @@ from fastrm.data.sources import read_source
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.errors import RecordError
+from fastrm.limits import MediaLimits
 from fastrm.model.architectures import find_architecture
 from fastrm.model.export import make_encoder
 

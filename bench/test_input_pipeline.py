@@ -23,13 +23,14 @@ from transformers import AutoConfig
 
 from fastrm.data import loader, qwen_format
 from fastrm.data.batching import PackPlan
-from fastrm.data.images import MediaLimits, decode_image
+from fastrm.data.images import decode_image
 from fastrm.data.patches import PatchFormat
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.sources import read_source
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.json_files import to_json
+from fastrm.limits import MediaLimits
 from fastrm.model.export import make_encoder
 from fastrm.model.inputs import LayoutBuilder
 from fastrm.model.vision import VisionShape

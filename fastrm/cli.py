@@ -5,99 +5,53 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastrm import cli_options as opts
 from fastrm import errors
-from fastrm.errors import ConfigError, FastrmError
-from fastrm.names import checked_dtype, device_name
+from fastrm.errors import FastrmError
+from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB, RESULTS
+from fastrm.limits import MediaLimits
 from fastrm.stop import StopFlag, end_with_parent, fail
 
+# Help without rich's frames: they cut names of options at 80 columns, and dumb terminals do not have their characters.
 app = typer.Typer(
     help="Train and evaluate scalar reward models for multimodal LLMs, and score responses with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Preference data: published sets, and preparing for training.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Check and prepare preference data, and list the published sets.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(data_app, name="data")
-
-
-class Combine(StrEnum):
-    MEAN = "mean"
-    ACCURACY = "accuracy"
-    MARGIN = "margin"
-
-
-Models = Annotated[list[Path], typer.Argument(help="model/ folders of runs, other reward models, or one ensemble file")]
-Images = Annotated[str | None, typer.Option(help="Folder or archive of the images")]
-DataFormat = Annotated[str, typer.Option("--format", help="Layout of the rows")]
-Columns = Annotated[str | None, typer.Option(help="The file's names for the keys, as prompt=question,chosen=better")]
-Ignore = Annotated[str | None, typer.Option(help="Keys that are metadata, as url,level")]
-TokensPerPack = Annotated[int, typer.Option(min=1, help="Token budget of one forward pass; each group must fit")]
-NumWorkers = Annotated[int, typer.Option(min=0, help="Processes that decode images ahead")]
-EnsembleChoice = Annotated[
-    Combine | None, typer.Option("--ensemble", help="Of several models: mean of rewards (default), or weights by that")
-]
-Validation = Annotated[str | None, typer.Option(help="Preferences, the first 1,000 of which give the weights")]
-RouteChoice = Annotated[
-    str | None, typer.Option("--route", help="text=MODEL: that model for inputs without images or videos")
-]
-SaveEnsemble = Annotated[Path | None, typer.Option(help="Write a YAML file that can be used as a model")]
-
-
-def _checked(check: Callable[[object], str]) -> Callable[[str], str]:
-    def checked(value: str) -> str:
-        try:
-            return check(value)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return checked
-
-
-DeviceChoice = Annotated[
-    str,
-    typer.Option(callback=_checked(device_name), help="auto (cuda if there is one), cpu, cuda, or a GPU as cuda:1"),
-]
-DtypeChoice = Annotated[
-    str,
-    typer.Option(
-        callback=_checked(checked_dtype),
-        help="Precision of the backbone: auto, fp32, bf16 or fp16; auto: bf16 or fp16 where the files have it, else "
-        "bf16 on cuda, fp32 on cpu",
-    ),
-]
-TemplateDate = Annotated[
-    str | None,
-    typer.Option(help="For a chat template that reads the clock, as 2026-07-26; default: that of training, else today"),
-]
-MaxImagePixels = Annotated[int, typer.Option(min=1, help="Refuse images that declare more, before decoding")]
-MaxImageBytes = Annotated[int, typer.Option(min=1, help="Refuse image files with more bytes, before reading")]
-MaxVideoBytes = Annotated[int, typer.Option(min=1, help="Refuse video files with more bytes, before reading")]
-MaxVideoSeconds = Annotated[float, typer.Option(min=0.0, help="Refuse longer videos, before decoding")]
-CheckExactness = Annotated[
-    bool, typer.Option("--check-exactness/--no-check-exactness", help="Compare first rewards with transformers' own")
-]
-# Those of fastrm.data.images.MediaLimits, whose import would slow --help down.
-MAX_IMAGE_PIXELS = 50_000_000
-MAX_IMAGE_BYTES = 64 * 2**20
-MAX_VIDEO_BYTES = 512 * 2**20
-MAX_VIDEO_SECONDS = 3600.0
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML configuration, for example configs/quickstart.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, for example optim.lr=1e-5")] = None,
-    resume: Annotated[str, typer.Option(help="no, auto (if there is a checkpoint), required, or a checkpoint")] = "no",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the configuration and print what it needs")] = False,
+    config: opts.RunFile,
+    overrides: opts.Overrides = None,
+    resume: opts.Resume = "no",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the configuration and its inputs, print what the run needs, and end."),
+    ] = False,
 ) -> None:
-    """Train a reward model from preference data."""
+    """Train a reward model on preferences.
+
+    A YAML file names the data, the model and the settings. The folder run.dir then holds the model (model/), the
+    metrics (metrics.jsonl), a picture of them (report.png), the rows that were refused (quarantine.jsonl) and the
+    checkpoints.
+
+    \b
+    Example: fastrm train configs/quickstart.yaml optim.lr=1e-4
+    """
     from fastrm.config import load_config
 
     resolved = load_config(config, overrides or [])
@@ -124,23 +78,31 @@ def train(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML configuration, for example configs/full.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as engine.zero_stage=3")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs")] = 1,
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200")] = "h100",
-    pairs: Annotated[int | None, typer.Option(min=1, help="Of an epoch; default: counted, or the recipe's")] = None,
-    imbalance: Annotated[float, typer.Option(min=1.0, help="Slowest over mean rank")] = 1.05,
-    nvlink_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s of messages inside a node")] = None,
-    network_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s between nodes, for each GPU")] = None,
-    latency_us: Annotated[float, typer.Option(min=0.0, help="Of a hop from GPU to GPU")] = 5.0,
-    overlap: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of messages beside computing")] = None,
-    rate_share: Annotated[float | None, typer.Option(min=0.001, max=1.0, help="Of the datasheet's bf16 rate")] = None,
-    reserve_gb: Annotated[float, typer.Option(min=0.0, help="GPU memory to leave free")] = 4.0,
-    results: Annotated[Path, typer.Option(help="Folder of measured training steps")] = Path("bench/results"),
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file too")] = None,
-    png_out: Annotated[Path | None, typer.Option("--png", help="Draw scaling and step time")] = None,
+    config: opts.RunFile,
+    overrides: opts.Overrides = None,
+    gpus: opts.GpuCount = 1,
+    gpu: opts.GpuKind = "h100",
+    pairs: opts.PairCount = None,
+    imbalance: opts.Imbalance = IMBALANCE,
+    nvlink_gbs: opts.NvlinkSpeed = None,
+    network_gbs: opts.NetworkSpeed = None,
+    latency_us: opts.Latency = LATENCY_US,
+    overlap: opts.Overlap = None,
+    rate_share: opts.RateShare = None,
+    reserve_gb: opts.Reserve = RESERVE_GB,
+    results: opts.Results = RESULTS,
+    json_out: opts.PlanJson = None,
+    png_out: opts.PlanPng = None,
 ) -> None:
-    """Predict memory, communication and step time of a run on many GPUs; needs none."""
+    """Predict memory, messages and time of a run on many GPUs.
+
+    A YAML file names the model and the settings; neither GPUs, nor weights, nor data need be here. Printed are what
+    was assumed, the memory of a GPU, the messages between GPUs, the time of a step and the days of an epoch, and what
+    to change.
+
+    \b
+    Example: fastrm plan configs/full.yaml --gpus 64 --gpu h100
+    """
     from fastrm.config import load_config
     from fastrm.forecast.command import plan_run
 
@@ -153,15 +115,37 @@ def plan(
 
 @app.command()
 def ablate(
-    grid: Annotated[Path, typer.Argument(help="YAML file of a grid, for example configs/ablations/small_head.yaml")],
+    grid: Annotated[
+        Path,
+        typer.Argument(metavar="GRID", help="YAML file of a grid, for example configs/ablations/small_head.yaml."),
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value for every cell; key=value of the grid, as seeds=[0]")
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings of every run, as optim.lr=1e-5, or keys of the grid's file, as seeds=[0].",
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what each costs")] = False,
-    gpus: Annotated[int, typer.Option(min=1, help="Of the costs: number of GPUs of a run")] = 8,
-    gpu: Annotated[str, typer.Option(help="Of the costs: a100, h100, h200 or b200")] = "h100",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and what each would cost, and train nothing.")
+    ] = False,
+    gpus: Annotated[
+        int, typer.Option(min=1, metavar="COUNT", help="Number of GPUs that --dry-run predicts the cost of a run for.")
+    ] = 8,
+    gpu: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Kind of GPU that --dry-run predicts for: a100, h100, h200 or b200."),
+    ] = "h100",
 ) -> None:
-    """Train a grid of settings and seeds, and compare them in one table; goes on where it was stopped."""
+    """Train a grid of settings and seeds, and compare the runs.
+
+    A YAML file names the settings, the seeds and the columns of the table. The grid's folder then holds a run for each
+    of them, the table (table.md), all figures (results.json) and a picture (report.png). A grid that was stopped goes
+    on where it was.
+
+    \b
+    Example: fastrm ablate configs/ablations/small_head.yaml
+    """
     from fastrm.ablate import command
 
     if dry_run:
@@ -172,34 +156,52 @@ def ablate(
 
 @app.command()
 def score(
-    models: Models,
-    data: Annotated[str, typer.Argument(help="Groups to score: JSON Lines, JSON or Parquet, in any known layout")],
-    out: Annotated[Path, typer.Option(help="JSON Lines: {id, rewards} for each group, in input order")],
-    images: Images = None,
-    data_format: DataFormat = "auto",
-    columns: Columns = None,
-    ignore: Ignore = None,
-    ensemble: EnsembleChoice = None,
-    validation: Validation = None,
-    route: RouteChoice = None,
-    save_ensemble: SaveEnsemble = None,
-    tokens_per_pack: TokensPerPack = 32768,
-    num_workers: NumWorkers = 1,
-    device: DeviceChoice = "auto",
-    dtype: DtypeChoice = "auto",
-    template_date: TemplateDate = None,
-    max_image_pixels: MaxImagePixels = MAX_IMAGE_PIXELS,
-    max_image_bytes: MaxImageBytes = MAX_IMAGE_BYTES,
-    max_video_bytes: MaxVideoBytes = MAX_VIDEO_BYTES,
-    max_video_seconds: MaxVideoSeconds = MAX_VIDEO_SECONDS,
-    check_exactness: CheckExactness = True,
+    models: opts.Models,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="Prompts with responses: a JSON Lines, JSON or Parquet file in any known layout."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="JSON Lines file to write, with {id, rewards} for each group in the order of the data.",
+        ),
+    ],
+    images: opts.Images = None,
+    data_format: opts.DataFormat = "auto",
+    columns: opts.Columns = None,
+    ignore: opts.Ignore = None,
+    ensemble: opts.EnsembleChoice = None,
+    validation: opts.Validation = None,
+    route: opts.RouteChoice = None,
+    save_ensemble: opts.SaveEnsemble = None,
+    tokens_per_pack: opts.TokensPerPack = 32768,
+    num_workers: opts.NumWorkers = 1,
+    device: opts.DeviceChoice = "auto",
+    dtype: opts.DtypeChoice = "auto",
+    template_date: opts.TemplateDate = None,
+    max_image_pixels: opts.MaxImagePixels = MediaLimits.max_pixels,
+    max_image_bytes: opts.MaxImageBytes = MediaLimits.max_bytes,
+    max_video_bytes: opts.MaxVideoBytes = MediaLimits.max_video_bytes,
+    max_video_seconds: opts.MaxVideoSeconds = MediaLimits.max_video_seconds,
+    check_exactness: opts.CheckExactness = True,
 ) -> None:
-    """Write the rewards of a file's responses."""
+    """Write the rewards of a file's responses.
+
+    One or several reward models read the prompts and responses of a data file. The file of --out gets one line for
+    each prompt, with one reward for each response, or the reason why it has none.
+
+    \b
+    Example: fastrm score runs/quickstart/model groups.jsonl --out rewards.jsonl
+    """
     from fastrm.evaluate.files import score_file
     from fastrm.evaluate.models import ModelChoice, ScoringOptions
 
     options = ScoringOptions(
-        images=images, data_format=data_format, columns=_pairs(columns), ignore=_names(ignore),
+        images=images, data_format=data_format, columns=opts.columns_by_key(columns), ignore=opts.split_names(ignore),
         tokens_per_pack=tokens_per_pack, num_workers=num_workers,
         device=device, dtype=dtype, template_date=template_date,
         max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
@@ -215,42 +217,47 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="[MODEL]... DATA",
-            help="Models (model/ folders of runs, other reward models, or one ensemble file), then preferences or "
-            "bench:NAME, with NAME one of vl_rewardbench, mm_rlhf_rewardbench, multimodal_rewardbench, rewardbench, "
-            "rewardbench2, rm_bench",
+            help="Reward models as for fastrm score, then a file of preferences, or bench:NAME with NAME one of "
+            "vl_rewardbench, mm_rlhf_rewardbench, multimodal_rewardbench, rewardbench, rewardbench2, rm_bench.",
         ),
     ],
-    images: Images = None,
-    data_format: DataFormat = "auto",
-    columns: Columns = None,
-    ignore: Ignore = None,
-    bench_data: Annotated[str | None, typer.Option("--data", help="Of a benchmark: its file, folder or hub id")] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="Somebody else's scores in place of models: a line {rewards} for each row")
-    ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too")] = None,
-    png_out: Annotated[Path | None, typer.Option("--png", help="Draw a benchmark's figures")] = None,
-    ensemble: EnsembleChoice = None,
-    validation: Validation = None,
-    route: RouteChoice = None,
-    save_ensemble: SaveEnsemble = None,
-    tokens_per_pack: TokensPerPack = 32768,
-    num_workers: NumWorkers = 1,
-    device: DeviceChoice = "auto",
-    dtype: DtypeChoice = "auto",
-    template_date: TemplateDate = None,
-    max_image_pixels: MaxImagePixels = MAX_IMAGE_PIXELS,
-    max_image_bytes: MaxImageBytes = MAX_IMAGE_BYTES,
-    max_video_bytes: MaxVideoBytes = MAX_VIDEO_BYTES,
-    max_video_seconds: MaxVideoSeconds = MAX_VIDEO_SECONDS,
-    check_exactness: CheckExactness = True,
+    images: opts.Images = None,
+    data_format: opts.DataFormat = "auto",
+    columns: opts.Columns = None,
+    ignore: opts.Ignore = None,
+    bench_data: opts.BenchData = None,
+    scores: opts.Scores = None,
+    json_out: opts.FiguresJson = None,
+    png_out: opts.FiguresPng = None,
+    ensemble: opts.EnsembleChoice = None,
+    validation: opts.Validation = None,
+    route: opts.RouteChoice = None,
+    save_ensemble: opts.SaveEnsemble = None,
+    tokens_per_pack: opts.TokensPerPack = 32768,
+    num_workers: opts.NumWorkers = 1,
+    device: opts.DeviceChoice = "auto",
+    dtype: opts.DtypeChoice = "auto",
+    template_date: opts.TemplateDate = None,
+    max_image_pixels: opts.MaxImagePixels = MediaLimits.max_pixels,
+    max_image_bytes: opts.MaxImageBytes = MediaLimits.max_bytes,
+    max_video_bytes: opts.MaxVideoBytes = MediaLimits.max_video_bytes,
+    max_video_seconds: opts.MaxVideoSeconds = MediaLimits.max_video_seconds,
+    check_exactness: opts.CheckExactness = True,
 ) -> None:
-    """Print pair accuracy overall and per source, or a benchmark's metrics; equal rewards count as wrong."""
+    """Measure how well reward models agree with preferences.
+
+    Reward models score a file of preferences or a published benchmark. Printed are the share of preferences
+    whose preferred response has the larger reward (equal rewards count as wrong), in all and for each source, or the
+    benchmark's own metrics beside published figures.
+
+    \b
+    Example: fastrm eval runs/quickstart/model eval.jsonl
+    """
     from fastrm.evaluate.command import evaluate as run
     from fastrm.evaluate.models import ModelChoice, ScoringOptions
 
     options = ScoringOptions(
-        images=images, data_format=data_format, columns=_pairs(columns), ignore=_names(ignore),
+        images=images, data_format=data_format, columns=opts.columns_by_key(columns), ignore=opts.split_names(ignore),
         tokens_per_pack=tokens_per_pack, num_workers=num_workers,
         device=device, dtype=dtype, template_date=template_date,
         max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
@@ -262,12 +269,16 @@ def evaluate(
 
 
 @data_app.command("prepare")
-def prepare_data(
-    config: Annotated[Path, typer.Argument(help="YAML configuration, for example configs/quickstart.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as data.prepared=FOLDER")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: all cores")] = None,
-) -> None:
-    """Read, check, group and count a run's data ahead of time; a killed preparation goes on where it stopped."""
+def prepare_data(config: opts.RunFile, overrides: opts.Overrides = None, workers: opts.Workers = None) -> None:
+    """Read, check, group and count a run's data ahead of time.
+
+    A YAML file names the data. The folder data.prepared, or run.dir/prepared, then holds the set that runs train
+    from, with a report of what was kept, refused, merged and removed. A preparation that was killed goes on where it
+    stopped.
+
+    \b
+    Example: fastrm data prepare configs/quickstart.yaml
+    """
     from fastrm.config import load_config
     from fastrm.train.data import prepare_ahead
 
@@ -278,45 +289,51 @@ def prepare_data(
 def check_data(
     files: Annotated[
         list[str],
-        typer.Argument(help="Data files or folders, or configurations (.yaml), whose sources are all checked"),
+        typer.Argument(
+            metavar="FILE",
+            help="Data files or folders, or YAML configurations of runs, of which all sources are checked.",
+        ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model whose tokenizer reads every row and shows the first; default: the config's"),
-    ] = None,
-    images: Images = None,
-    data_format: DataFormat = "auto",
-    columns: Columns = None,
-    ignore: Ignore = None,
+    model: opts.CheckModel = None,
+    images: opts.Images = None,
+    data_format: opts.DataFormat = "auto",
+    columns: opts.Columns = None,
+    ignore: opts.Ignore = None,
     scoring: Annotated[
-        bool, typer.Option("--scoring", help="The rows are to be scored: they need no preference")
+        bool, typer.Option("--scoring", help="Check rows that are to be scored, which need no preference.")
     ] = False,
-    max_refused: Annotated[str, typer.Option(help="Share of rows that may be refused; more: exit code 65")] = "1%",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: all cores")] = None,
+    max_refused: opts.MaxRefused = "1%",
+    workers: opts.Workers = None,
 ) -> None:
-    """Show what data files are read as, and what is refused, unread, repeated, contradictory or one-sided in them."""
+    """Show what data files are read as, and what is wrong in them.
+
+    Every row of the files is read as for training. Printed are the layouts and keys that were found, the rows that
+    are refused and why, keys that are not read, copies, contradictions, and the first row as a model reads it.
+
+    \b
+    Example: fastrm data check train.jsonl
+    """
     from fastrm.train.check_command import check_data as check
 
-    reading = {"images": images, "format": data_format, "columns": _pairs(columns), "ignore": _names(ignore)}
+    reading = {
+        "images": images,
+        "format": data_format,
+        "columns": opts.columns_by_key(columns),
+        "ignore": opts.split_names(ignore),
+    }
     check(files, model=model, reading=reading, scoring=scoring, max_refused=max_refused, num_workers=workers)
-
-
-def _names(text: str | None) -> list[str]:
-    """The names of an option, which commas part."""
-    return [name.strip() for name in text.split(",") if name.strip()] if text else []
-
-
-def _pairs(text: str | None) -> dict[str, str]:
-    """The columns of an option, by the keys that they stand for."""
-    pairs = [name.partition("=") for name in _names(text)]
-    if any(not (key.strip() and column.strip()) for key, _, column in pairs):
-        raise ConfigError(f"--columns: got {text!r}, wanted key=column,key=column")
-    return {key.strip(): column.strip() for key, _, column in pairs}
 
 
 @data_app.command("sets")
 def data_sets() -> None:
-    """List the published sets that `set: NAME` of a data source reads."""
+    """List the published preference sets that can be named as data.
+
+    A data source `set: NAME` in a run's YAML file reads one of them. Printed are the names, sizes, places on the hub,
+    layouts, images and licences.
+
+    \b
+    Example: fastrm data sets
+    """
     from fastrm.data.sources.published import print_sets
 
     print_sets()
@@ -364,7 +381,8 @@ def _run(stop: StopFlag) -> int:
     except Exception as error:
         # Usage errors come from click, which typer may carry inside itself: known by what they offer.
         if hasattr(error, "format_message"):
-            return fail(64, "UsageError", f"{error.format_message().rstrip('.')}; see fastrm --help")
+            problem = error.format_message().rstrip(".") or "no command was named"
+            return fail(64, "UsageError", f"{problem}; see fastrm --help")
         message = f"internal error: {error}; please report it with the lines above"
         return fail(70, type(error).__name__, message, traceback.format_exc())
 

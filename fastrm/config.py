@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fastrm.limits import MediaLimits
 from fastrm.names import device_name, dtype_name
 from fastrm.yaml_files import apply_override, dump_yaml, read_yaml, validate
 
@@ -54,7 +55,6 @@ class RunConfig(_Section):
     """Loggers besides metrics.jsonl, which is always written."""
     device: Annotated[str, BeforeValidator(device_name)] = "auto"
     """auto (a GPU if there is one), cpu, cuda, or one GPU by its number: cuda:1."""
-    """auto = cuda if there is one, else cpu."""
     num_processes: Positive | None = None
     """Ranks to start on this machine, one for each GPU. Default: all GPUs, or 1 on a CPU. Under torchrun or
     the deepspeed launcher, that launcher decides."""
@@ -154,9 +154,9 @@ class DataConfig(_Section):
     """Red, green and blue (0 to 1) that the image processor subtracts. Default: the model's own."""
     image_std: Annotated[list[Annotated[float, Field(gt=0.0)]], Field(min_length=3, max_length=3)] | None = None
     """What it divides by then. Set both for a model that starts at random, on unusual images only."""
-    max_image_pixels: Positive = 50_000_000
+    max_image_pixels: Positive = MediaLimits.max_pixels
     """An image file that declares more pixels is refused before it is decoded."""
-    max_image_bytes: Positive = 64 * 2**20
+    max_image_bytes: Positive = MediaLimits.max_bytes
     """An image file with more bytes is refused before it is read."""
     video_frames: Annotated[int, Field(gt=0, le=768)] = 32
     """Evenly spaced frames that a video is read as; one that has fewer gives all (768: the stock processor's most)."""
@@ -168,9 +168,9 @@ class DataConfig(_Section):
     frame_folder_fps: Annotated[float, Field(gt=0.0)] = 24.0
     """Frames per second of a video that is a folder of frames, which does not say (the stock processor assumes 24).
     Only Qwen2.5-VL's positions in time depend on it."""
-    max_video_bytes: Positive = 512 * 2**20
+    max_video_bytes: Positive = MediaLimits.max_video_bytes
     """A video file with more bytes is refused before it is read."""
-    max_video_seconds: Annotated[float, Field(gt=0.0)] = 3600.0
+    max_video_seconds: Annotated[float, Field(gt=0.0)] = MediaLimits.max_video_seconds
     """A longer video is refused before it is decoded."""
     merge_groups: bool = True
     """Merge records with the same images and prompt into one group."""

@@ -10,10 +10,10 @@ from packaging.version import Version
 from PIL import Image
 
 from fastrm.config import HeadConfig, ModelConfig
-from fastrm.data.images import MediaLimits
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.data.videos import VideoSettings
+from fastrm.limits import MediaLimits
 from fastrm.model.families import chat_layout
 
 TEXT = {

@@ -13,8 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # From below to above; `__init__` is what `import fastrm` offers.
-FOUNDATION = {"errors", "names", "yaml_files", "json_files", "durable", "resources", "ui", "stop", "config"}
-ORDER = [FOUNDATION, {"data"}, {"model"}, {"evaluate"}, {"train"}, {"forecast"}, {"ablate"}, {"cli", "__init__"}]
+FOUNDATION = {"errors", "limits", "names", "yaml_files", "json_files", "durable", "resources", "ui", "stop", "config"}
+TOP = {"cli_options", "cli", "__init__"}
+ORDER = [FOUNDATION, {"data"}, {"model"}, {"evaluate"}, {"train"}, {"forecast"}, {"ablate"}, TOP]
 
 
 def _module(file: Path, parent: Path) -> str:

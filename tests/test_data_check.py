@@ -9,10 +9,10 @@ from rich.console import Console
 from fastrm.config import SourceConfig
 from fastrm.data.check import check_source, example_turns
 from fastrm.data.check_page import print_page
-from fastrm.data.images import MediaLimits
 from fastrm.data.prepared import units
 from fastrm.data.prepared.findings import PAIR, find_in_pairs
 from fastrm.errors import ConfigError, DataError
+from fastrm.limits import MediaLimits
 from fastrm.train.check_command import check_data
 from prepared_sets import Made, config_of
 from runs import fastrm, text_rows, tiny_config, write_rows

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrm.config import Config, HeadConfig, ModelConfig
-from fastrm.data.images import MediaLimits
 from fastrm.errors import StorageError
+from fastrm.limits import MediaLimits
 from fastrm.model.export import make_encoder
 from fastrm.model.network import RewardNetwork, init_backbone
 from fastrm.train.engine import LocalEngine

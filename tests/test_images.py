@@ -16,9 +16,10 @@ import pytest
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from fastrm.data.images import MediaLimits, decode_image, encode_png, image_size, read_bytes, to_rgb
+from fastrm.data.images import decode_image, encode_png, image_size, read_bytes, to_rgb
 from fastrm.data.record import ImageRef
 from fastrm.errors import RecordError
+from fastrm.limits import MediaLimits
 
 LIMITS = MediaLimits()
 RNG_SEED = 0

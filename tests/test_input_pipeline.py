@@ -13,13 +13,14 @@ from PIL import Image
 from fastrm.config import load_config
 from fastrm.data import loader
 from fastrm.data.batching import PackPlan
-from fastrm.data.images import MediaLimits, decode_image
+from fastrm.data.images import decode_image
 from fastrm.data.loader import LoadedPack, PackBuilder, Waiting, load_packs
 from fastrm.data.packing import Pack
 from fastrm.data.qwen_format import QwenFormat
 from fastrm.data.record import ImageRef
 from fastrm.errors import ConfigError
 from fastrm.evaluate.accuracy import PreferenceMeter
+from fastrm.limits import MediaLimits
 from fastrm.model.export import make_encoder
 from fastrm.model.inputs import PackLayouts
 from fastrm.train.loop import train

@@ -11,10 +11,10 @@ from transformers import AutoModelForImageTextToText
 
 import stock
 import support
-from fastrm.data.images import MediaLimits
 from fastrm.data.internvl_format import load_internvl_format
 from fastrm.data.record import ImageRef, Message, Response, VideoRef
 from fastrm.errors import ConfigError, RecordError
+from fastrm.limits import MediaLimits
 from fastrm.model.export import load_model, save_model
 from fastrm.model.families import check_family, longest_path
 from fastrm.model.loading import load_backbone

@@ -9,13 +9,13 @@ from PIL import Image
 
 from fastrm.config import load_config
 from fastrm.data.group import MAX_MERGED_RESPONSES
-from fastrm.data.images import MediaLimits
 from fastrm.data.prepared.content import perceptual_hash
 from fastrm.data.prepared.decontaminate import _near
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef
 from fastrm.data.sources import read_source
 from fastrm.errors import ConfigError, DataError
+from fastrm.limits import MediaLimits
 from prepared_sets import Made, config_of, ids
 from runs import text_rows, write_rows
 

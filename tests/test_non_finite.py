@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import fastrm as package
 from fastrm.config import load_config
-from fastrm.data.images import MediaLimits
 from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.values import check_number
 from fastrm.errors import DataError, RecordError
@@ -20,6 +19,7 @@ from fastrm.evaluate.files import evaluate_file, score_file
 from fastrm.evaluate.models import ModelChoice, ScoringOptions
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.json_files import to_json
+from fastrm.limits import MediaLimits
 from fastrm.train.engine import LocalEngine
 from fastrm.train.loop import train
 from runs import fastrm, text_rows, tiny_config, write_rows

@@ -19,7 +19,6 @@ from rich.console import Console
 from chat_templates import TRIMMED
 from fastrm.config import load_config
 from fastrm.data import tokenizer
-from fastrm.data.images import MediaLimits
 from fastrm.data.prepared import build, durable
 from fastrm.data.prepared.content import with_digests
 from fastrm.data.prepared.records import decode_record, encode_record
@@ -30,6 +29,7 @@ from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef
 from fastrm.errors import ConfigError, DataError, StorageError
+from fastrm.limits import MediaLimits
 from fastrm.train.data import make_set
 from fastrm.train.encoder import prepared_folder
 from fastrm.train.loop import train

@@ -11,12 +11,12 @@ from PIL import Image
 import fastrm as package
 from fastrm import cli
 from fastrm.config import Config, load_config
-from fastrm.data.images import MediaLimits
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.evaluate import files, output
 from fastrm.evaluate.accuracy import PairAccuracy, wilson_interval
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.models import ModelChoice, ScoringOptions
+from fastrm.limits import MediaLimits
 from fastrm.train.loop import train
 from runs import colour_rows, fastrm, tiny_config, write_rows
 from support import make_record

@@ -5,8 +5,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from fastrm.data.images import MediaLimits, decode_image
+from fastrm.data.images import decode_image
 from fastrm.errors import DataError
+from fastrm.limits import MediaLimits
 from source_rows import read
 
 

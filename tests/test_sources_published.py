@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub.utils import filter_repo_objects
 
 from fastrm.config import SourceConfig
-from fastrm.data.images import MediaLimits, decode_image
+from fastrm.data.images import decode_image
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Record
 from fastrm.data.sources import FORMATS, RefusedRow, hub, published, read_source, source_files
@@ -20,6 +20,7 @@ from fastrm.data.sources.layouts import LAYOUTS
 from fastrm.data.sources.published import PUBLISHED
 from fastrm.data.videos import VideoSettings, open_video
 from fastrm.errors import DataError
+from fastrm.limits import MediaLimits
 from published_sets import BUILDERS
 from runs import fastrm
 from source_rows import read

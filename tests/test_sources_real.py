@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from fastrm.data.images import MediaLimits, decode_image
+from fastrm.data.images import decode_image
+from fastrm.limits import MediaLimits
 from source_rows import SHARED, read
 
 REAL_SETS = {

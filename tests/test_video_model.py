@@ -10,7 +10,6 @@ import stock
 from fastrm.data.balance import CostModel
 from fastrm.data.batching import PackPlan
 from fastrm.data.group import GroupMedium, GroupSize, encode_group
-from fastrm.data.images import MediaLimits
 from fastrm.data.loader import PackBuilder
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.positions import mrope_positions
@@ -19,6 +18,7 @@ from fastrm.data.record import ImageRef, Message, Preference, Record, Response, 
 from fastrm.data.videos import VideoSettings
 from fastrm.data.vision_format import MediaSize, MediaSpan
 from fastrm.errors import RecordError
+from fastrm.limits import MediaLimits
 from fastrm_kernels import preference_loss
 from support import make_image, make_model, make_record, make_tokenizer, pack_of
 from video_files import decode_all, encode_video, make_video, moving_frames, write_frames

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import stock
-from fastrm.data.images import MediaLimits
 from fastrm.data.record import Message, Response
 from fastrm.data.videos import sample
+from fastrm.limits import MediaLimits
 from support import make_image, make_model
 from video_files import decode_all, make_video
 

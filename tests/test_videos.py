@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from fastrm.data import videos
-from fastrm.data.images import MediaLimits
 from fastrm.data.record import VideoRef
 from fastrm.data.videos import VideoHeader, VideoSettings, frame_refs, open_video, sample
 from fastrm.errors import ConfigError, RecordError
+from fastrm.limits import MediaLimits
 from video_files import decode_all, encode_video, make_video, moving_frames, write_frames
 
 av = pytest.importorskip("av")

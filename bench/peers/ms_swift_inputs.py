@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from fastrm.config import HeadConfig, ModelConfig
-from fastrm.data.images import MediaLimits
 from fastrm.data.record import ImageRef, Message, Response
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.data.tree import causal_pairs
 from fastrm.json_files import to_json
+from fastrm.limits import MediaLimits
 from fastrm.model.architectures import find_architecture
 from fastrm.model.export import make_encoder, save_model
 from fastrm.model.network import RewardNetwork, init_backbone

@@ -13,7 +13,6 @@ import numpy as np
 
 from fastrm.config import SourceConfig
 from fastrm.data.group import check_distinct, encode_group
-from fastrm.data.images import MediaLimits
 from fastrm.data.prepared.content import prompt_hash, record_hash, response_hash, with_digests
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pair_rows
 from fastrm.data.prepared.units import ReadSettings, Unit, plan_units
@@ -22,6 +21,7 @@ from fastrm.data.record import MediaRef, Message, Record
 from fastrm.data.sources import KeyTally, RefusedRow, SourceFile
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
+from fastrm.limits import MediaLimits
 
 _MAX_EXAMPLES = 2  # refused rows of one reason that are named
 _RECORD = np.dtype([("content", "<u8"), ("prompt", "<u8"), ("row", "<u4"), ("file", "<u4")])

@@ -11,7 +11,6 @@ import os
 import stat
 import struct
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from PIL import ExifTags, Image
@@ -22,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from fastrm.data.archives import ArchiveError, BadArchive, read_member
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.errors import FastrmError, RecordError
+from fastrm.limits import MediaLimits
 
 HEADER_BYTES = 30  # enough to tell the three formats apart and to size a WebP
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -37,23 +37,6 @@ _TURNS = {
 }  # fmt: skip
 _LYING = (5, 6, 7, 8)
 _FIND_IT = "check the path and the images folder"
-
-
-@dataclass(frozen=True)
-class MediaLimits:
-    """What one image or video may cost.
-
-    Attributes:
-        max_bytes: of an encoded image, also of one that is a frame in a folder of frames.
-        max_pixels: of a decoded image or frame.
-        max_video_bytes: of an encoded video.
-        max_video_seconds: of a video, from its header.
-    """
-
-    max_bytes: int = 64 * 2**20
-    max_pixels: int = 50_000_000
-    max_video_bytes: int = 512 * 2**20
-    max_video_seconds: float = 3600.0
 
 
 def read_bytes(ref: ImageRef, limits: MediaLimits) -> bytes:

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastrm.data.images import MediaLimits, decode_image, image_size, media_error
+from fastrm.data.images import decode_image, image_size, media_error
 from fastrm.data.patches import PatchFormat
 from fastrm.data.processor_files import ProcessorSettings, image_settings
 from fastrm.data.record import ImageRef, MediaRef
 from fastrm.data.tokenizer import special_id
 from fastrm.data.vision_format import MediaSize, MediaSpan, Patches, VisionFormat
 from fastrm.errors import ConfigError
+from fastrm.limits import MediaLimits
 
 # Of the published checkpoints' preprocessor_config.json.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from PIL import Image
 
-from fastrm.data.images import MediaLimits, decode_image, image_size, media_error
+from fastrm.data.images import decode_image, image_size, media_error
 from fastrm.data.patches import PatchFormat
 from fastrm.data.positions import mrope_positions
 from fastrm.data.processor_files import VIDEO_FILE, ProcessorSettings, image_settings, video_settings
@@ -22,6 +22,7 @@ from fastrm.data.videos import VideoHeader, VideoSettings, open_video
 from fastrm.data.vision_format import MediaSize, MediaSpan, Patches, VisionFormat
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
+from fastrm.limits import MediaLimits
 
 # What videos and images have in common here.
 _SHARED = (

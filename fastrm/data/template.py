@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastrm.data.clock import at_date
-from fastrm.data.images import MediaLimits
 from fastrm.data.latest import Latest
 from fastrm.data.markup import check_not_rendered
 from fastrm.data.record import MediaRef, Message, Response
 from fastrm.data.rendering import ChatRenderer, Rendered, lengthened
 from fastrm.data.vision_format import MediaSize, MediaSpan, VisionFormat
 from fastrm.errors import ConfigError, RecordError
+from fastrm.limits import MediaLimits
 
 REMEMBERED_RUNS = 64  # texts between special tokens whose tokens are kept
 REMEMBERED_SIZES = 4096  # images and videos whose sizes are kept; the responses of a group share theirs

@@ -22,7 +22,6 @@ from packaging.version import Version
 
 from fastrm.data.archives import folder_members
 from fastrm.data.images import (
-    MediaLimits,
     decode_image,
     image_size,
     media_error,
@@ -33,6 +32,7 @@ from fastrm.data.images import (
 )
 from fastrm.data.record import ImageRef, VideoRef
 from fastrm.errors import ConfigError, RecordError
+from fastrm.limits import MediaLimits
 
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastrm.data.images import MediaLimits
 from fastrm.data.patches import Grid, PatchFormat
 from fastrm.data.record import MediaRef
+from fastrm.limits import MediaLimits
 
 
 class MediaSize(NamedTuple):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrm.data.images import MediaLimits
 from fastrm.data.record import Record
 from fastrm.errors import ConfigError, RecordError
 from fastrm.evaluate.ensemble import VALIDATION_PAIRS, Ensemble, Rewards
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import refuse_non_finite
+from fastrm.limits import MediaLimits
 from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.ui import Display
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from fastrm.data.images import MediaLimits
 from fastrm.errors import ConfigError, GroupError, option
 from fastrm.evaluate.scoring import score_groups
+from fastrm.limits import MediaLimits
 from fastrm.model.attention import BACKENDS
 from fastrm.model.export import kept_date, load_model
 from fastrm.model.first_use import FirstUse, weights_of

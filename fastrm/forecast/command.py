@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastrm.config import Config
+from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB
 from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.inputs import count_preferences
 from fastrm.forecast.plan import Assumptions, Plan, make_plan
@@ -20,13 +21,13 @@ def plan_run(
     gpu: str,
     *,
     num_pairs: int | None = None,
-    imbalance: float = 1.05,
+    imbalance: float = IMBALANCE,
     nvlink_gbs: float | None = None,
     network_gbs: float | None = None,
-    latency_us: float = 5.0,
+    latency_us: float = LATENCY_US,
     overlap: float | None = None,
     rate_share: float | None = None,
-    reserve_gb: float = 4.0,
+    reserve_gb: float = RESERVE_GB,
     results: Path,
     json_out: Path | None = None,
     png_out: Path | None = None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from fastrm.config import Config
 from fastrm.errors import ConfigError
 from fastrm.forecast.advice import Fit, ways, with_settings
+from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB, RESULTS
 from fastrm.forecast.communication import Network
 from fastrm.forecast.flops import Flops, Workload, step_flops, typical_workload
 from fastrm.forecast.hardware import NETWORK, Gpu
@@ -14,8 +15,8 @@ from fastrm.forecast.memory import MODES, PeakMemory, full_pack, peak_of
 from fastrm.forecast.model import pixel_bytes
 from fastrm.forecast.needs import Needs, needs_of
 from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
-from fastrm.forecast.rates import ASSUMED_BANDWIDTH_SHARE, RESULTS, Rate, find_rate
-from fastrm.forecast.step_time import IMBALANCE, StepTime, Work, first_dominated, gpu_counts, packs_of_a_step, step_time
+from fastrm.forecast.rates import ASSUMED_BANDWIDTH_SHARE, Rate, find_rate
+from fastrm.forecast.step_time import StepTime, Work, first_dominated, gpu_counts, packs_of_a_step, step_time
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.network import RewardNetwork
 from fastrm.model.precision import convert_to_fp8
@@ -53,10 +54,10 @@ class Assumptions:
     imbalance: float = IMBALANCE
     nvlink: float | None = None
     network: float | None = None
-    latency_s: float = 5e-6
+    latency_s: float = LATENCY_US * 1e-6
     overlap: float | None = None
     rate_share: float | None = None
-    reserve_bytes: int = 4 * 10**9
+    reserve_bytes: int = round(RESERVE_GB * 1e9)
     results: Path = RESULTS
 
     def network_of(self, stage: int) -> Network:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastrm.errors import ConfigError
+from fastrm.forecast.assumed import RESULTS
 from fastrm.forecast.hardware import Gpu
 
-RESULTS = Path("bench/results")
 # Of the datasheet's dense rate, over a whole step.
 ASSUMED_SHARE = 0.4
 # Of the datasheet's memory bandwidth, in the optimizer's update.

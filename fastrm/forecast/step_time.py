@@ -5,12 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastrm.config import Config
+from fastrm.forecast.assumed import IMBALANCE
 from fastrm.forecast.communication import Collective, Network, collectives
 from fastrm.forecast.flops import Workload
 from fastrm.forecast.hardware import GPUS_PER_NODE
 from fastrm.forecast.parameters import Parameters
-
-IMBALANCE = 1.05  # slowest over mean rank, where nothing else is given
 
 
 @dataclass(frozen=True)

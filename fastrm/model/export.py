@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from fastrm.config import Config
-from fastrm.data.images import MediaLimits
 from fastrm.data.internvl_format import load_internvl_format
 from fastrm.data.qwen_format import load_qwen_format
 from fastrm.data.template import ConversationEncoder
@@ -25,6 +24,7 @@ from fastrm.data.tokenizer import load_tokenizer
 from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, StorageError, option
 from fastrm.json_files import to_json
+from fastrm.limits import MediaLimits
 from fastrm.model.adopt import OPENRLHF_KEYS, find_head, missing_head
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
 from fastrm.model.fusion import stock_entries

@@ -8,11 +8,11 @@ from rich.console import Console
 from fastrm.config import Config, ModelConfig, SourceConfig, load_config
 from fastrm.data.check import SourceCheck, check_source
 from fastrm.data.check_page import print_page
-from fastrm.data.images import MediaLimits
 from fastrm.data.prepared.units import open_source
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError
+from fastrm.limits import MediaLimits
 from fastrm.train.encoder import find_backbone_config, make_data_encoder, make_tokenizer
 from fastrm.ui import Display
 from fastrm.yaml_files import validate

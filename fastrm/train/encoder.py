@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from fastrm.config import Config, ModelConfig, TrainedTokenizer
-from fastrm.data.images import MediaLimits
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.data.videos import VideoSettings
+from fastrm.limits import MediaLimits
 from fastrm.model.architectures import find_architecture
 from fastrm.model.export import make_encoder
 from fastrm.model.loading import load_backbone_config

@@ -17,12 +17,12 @@ from itertools import combinations
 import numpy as np
 
 from fastrm.config import DecontaminateConfig
-from fastrm.data.images import MediaLimits
 from fastrm.data.order import mix
 from fastrm.data.prepared.content import is_short, perceptual_hash, question_hash, text_hash, with_digests
 from fastrm.data.prepared.table import RecordTable
 from fastrm.data.record import ImageRef, Record
 from fastrm.errors import DataError, RecordError
+from fastrm.limits import MediaLimits
 
 KINDS = ("image", "looks", "image_question", "response_pair")
 # Bits of 64 by which hashes of one picture, scaled or compressed again, differ; of unrelated ones 32 on average.

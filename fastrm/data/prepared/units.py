@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from fastrm.config import SourceConfig
-from fastrm.data.images import MediaLimits
 from fastrm.data.prepared.content import (
     HASH,
     is_short,
@@ -46,6 +45,7 @@ from fastrm.data.sources import DigitsFile, KeyTally, RefusedRow, SourceFile, so
 from fastrm.data.sources.files import stored_in
 from fastrm.errors import RecordError, StorageError
 from fastrm.json_files import to_json
+from fastrm.limits import MediaLimits
 
 FORMAT = 3  # of the files of a unit; a change of their meaning makes all units be read again
 # Work of a second or two: what a kill costs, and what one worker takes at a time.
