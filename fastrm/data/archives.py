@@ -27,9 +27,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 ARCHIVE_SUFFIXES = (".zip", ".tar")
-BLOCK_BYTES = 2**18  # of buffered reads while an archive is indexed
+BLOCK_BYTES = 2**18  # the size of buffered reads while an archive is indexed
 
-# What a member is; only stored and deflated ones can be read.
+# The kinds of members; only stored and deflated ones can be read.
 NOT_A_FILE, STORED, DEFLATED, OTHER_METHOD, LINK = range(5)
 # `place`: first byte of a tar member's data or of a zip member's local header; of a LINK the target's hash.
 _MEMBER = np.dtype(
@@ -39,7 +39,7 @@ _ROW = struct.Struct("<QQQQIB")
 
 
 class ArchiveError(Exception):
-    """A member cannot be read. `problem` is MISSING, NOT_A_FILE or DAMAGED; the text goes behind its name."""
+    """An error for a member that cannot be read; `problem` is MISSING, NOT_A_FILE or DAMAGED."""
 
     def __init__(self, problem: str, text: str):
         super().__init__(text)
@@ -47,7 +47,7 @@ class ArchiveError(Exception):
 
 
 class BadArchive(Exception):
-    """An archive as a whole cannot be read."""
+    """An error for an archive that cannot be read as a whole."""
 
 
 class _Member(NamedTuple):
@@ -60,15 +60,15 @@ class _Member(NamedTuple):
 
 
 def archive_exists(path: str) -> bool:
-    """Whether there is an archive of this name, whole or in parts."""
+    """Return whether there is an archive of this name, whole or in parts."""
     return bool(_parts(path))
 
 
 def archive_status(path: str) -> tuple[tuple[str, int, int], ...]:
-    """(path, modification time in ns, bytes) of each part, which changes when the archive does.
+    """Return (path, modification time in ns, bytes) of each part: values that change when the archive does.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: if there is no such archive.
     """
     parts = _parts(path)
     if not parts:
@@ -77,7 +77,7 @@ def archive_status(path: str) -> tuple[tuple[str, int, int], ...]:
 
 
 def read_member(path: str, member: str, check_size: Callable[[int], None]) -> bytes:
-    """The bytes of a member.
+    """Read the bytes of a member.
 
     Args:
         check_size: called with the number of bytes before they are read; raises if they are too many.
@@ -91,9 +91,9 @@ def read_member(path: str, member: str, check_size: Callable[[int], None]) -> by
 
 
 def folder_members(path: str, folder: str) -> list[str] | None:
-    """Names of the regular files that lie directly in a folder of an archive, each once, in no order that counts.
+    """Return the names of the regular files directly in a folder of an archive, each once, in no fixed order.
 
-    The first call for an archive lists its folders, which reads its directory anew; they are remembered.
+    The first call for an archive lists its folders, which reads its directory again; they are remembered.
 
     Returns:
         Names from the archive's root on; None if there is no such folder, or a file of this name.
@@ -106,7 +106,7 @@ def folder_members(path: str, folder: str) -> list[str] | None:
 
 
 def open_member(path: str, member: str) -> BinaryIO:
-    """A member of a zip archive of few members, opened for reading from its start on.
+    """Open a member of a zip archive of few members for reading from its start.
 
     Raises:
         OSError: there is no such archive or member, or it is damaged.
@@ -118,7 +118,7 @@ def open_member(path: str, member: str) -> BinaryIO:
 
 
 def member_names(path: str) -> Iterator[str]:
-    """The names of the regular files in an archive, in the order of its directory.
+    """Yield the names of the regular files in an archive, in the order of its directory.
 
     Raises:
         BadArchive, OSError: it cannot be read.
@@ -137,12 +137,12 @@ def _parts(path: str) -> list[str]:
 
 @functools.lru_cache(maxsize=32)
 def _open_archive(status: tuple[tuple[str, int, int], ...], is_zip: bool) -> "_Archive":
-    # By status, so that a replaced archive is indexed anew.
+    # The cache's key is the status, so that a replaced archive is indexed again.
     return _Archive(status, is_zip)
 
 
 class _PartsFile(io.RawIOBase):
-    """The parts of an archive as one seekable file."""
+    """A seekable file over the parts of an archive."""
 
     def __init__(self, status: tuple[tuple[str, int, int], ...]):
         self._fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path, _, _ in status]
@@ -159,7 +159,7 @@ class _PartsFile(io.RawIOBase):
         return self._ends[-1]
 
     def pread(self, size: int, place: int) -> bytes:
-        """Up to `size` bytes from a place on; fewer only at the end."""
+        """Read up to `size` bytes from a place on; fewer only at the end."""
         pieces = []
         while size > 0 and place < self.num_bytes:
             part = bisect_right(self._ends, place)
@@ -209,7 +209,7 @@ class _Archive:
             for member in _members(file, is_zip):
                 rows += _packed(member)
         table = np.frombuffer(rows, _MEMBER)
-        # Stable: of several members of one name the last counts, as for unpacking tools.
+        # A stable sort: of several members of one name the last counts, as for unpacking tools.
         self._members = table[np.argsort(table["hash"], kind="stable")]
         self._hashes = np.ascontiguousarray(self._members["hash"])
 
@@ -230,7 +230,7 @@ class _Archive:
         return self._read_exactly(num_bytes, int(member["place"]))
 
     def folder(self, name: str) -> list[str] | None:
-        """See `folder_members`."""
+        """Return the files of a folder, see `folder_members`."""
         member = self._find(_name_hash(name))
         if member is not None and member["kind"] != NOT_A_FILE:
             return None
@@ -242,7 +242,7 @@ class _Archive:
 
     @cached_property
     def _folders(self) -> dict[int, bytearray]:
-        """Names of the files in each folder, by the hash of its own name, with NUL between them."""
+        """The names of the files in each folder, joined by NUL, by the hash of the folder's name."""
         folders: dict[int, bytearray] = {}
         with _PartsFile.buffered(self._status) as file:
             for member in _members(file, self._is_zip):
@@ -283,7 +283,7 @@ class _Archive:
 def _packed(member: _Member) -> bytes:
     try:
         return _ROW.pack(_name_hash(member.name), *member[1:])
-    except struct.error as error:  # beyond 64 bits
+    except struct.error as error:  # a number beyond 64 bits
         raise BadArchive(f'the place or size of "{member.name}" is in no file') from error
 
 
@@ -305,12 +305,12 @@ def _members(file: BinaryIO, is_zip: bool) -> Iterator[_Member]:
 
 
 def _tar_members(file: BinaryIO) -> Iterator[_Member]:
-    """The members of an uncompressed tar file."""
+    """Yield the members of an uncompressed tar file."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would keep them all
-                if member.size < 0:  # which a size in base 256 can be
+                tar.members.clear()  # tarfile would keep all of them in memory
+                if member.size < 0:  # a size in base 256 may be negative
                     raise BadArchive(f'"{member.name}" has {member.size:,} bytes')
                 if member.islnk():
                     yield _Member(member.name, _name_hash(member.linkname), 0, 0, 0, LINK)
@@ -319,7 +319,7 @@ def _tar_members(file: BinaryIO) -> Iterator[_Member]:
                     is_file = member.isreg() and not member.issparse()
                     kind = STORED if is_file else NOT_A_FILE
                     yield _Member(member.name, member.offset_data, member.size, member.size, 0, kind)
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # the latter of sizes that no file has
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # OverflowError: a size that no file has
         raise BadArchive(f"{error}") from error
 
 
@@ -335,7 +335,7 @@ _IN_EXTRA = 0xFFFF_FFFF
 
 
 def _zip_members(file: BinaryIO) -> Iterator[_Member]:
-    """The members that a zip file's central directory lists."""
+    """Yield the members that a zip file's central directory lists."""
     try:
         start, num_bytes, shift = _directory(file)
         file.seek(start)
@@ -347,7 +347,7 @@ def _zip_members(file: BinaryIO) -> Iterator[_Member]:
 
 
 def _directory(file: BinaryIO) -> tuple[int, int, int]:
-    """First byte and size of the central directory, and how far all places are shifted by data in front."""
+    """Return first byte and size of the central directory, and the number of bytes in front of the archive."""
     total = file.seek(0, io.SEEK_END)
     tail_bytes = min(total, _END.size + _MAX_COMMENT_BYTES)
     file.seek(total - tail_bytes)
@@ -361,7 +361,7 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
         file.seek(end - _LOCATOR_64.size)
         signature, _ = _LOCATOR_64.unpack(file.read(_LOCATOR_64.size))
         if signature == b"PK\x06\x07":
-            # Right in front of its locator, wherever the file begins.
+            # The zip64 end record stands right in front of its locator, wherever the file begins.
             end -= _LOCATOR_64.size + _END_64.size
             file.seek(end)
             signature, num_bytes, place = _END_64.unpack(file.read(_END_64.size))
@@ -394,7 +394,7 @@ def _central_member(file: BinaryIO, shift: int) -> _Member:
 
 
 def _zip64_values(extra: bytes, *values: int) -> Iterator[int]:
-    """The values, those that do not fit 32 bits from the zip64 field (id 1) of the extra data, in its order."""
+    """Yield the values; those that do not fit 32 bits come from the zip64 field (id 1) of the extra data."""
     field, place = b"", 0
     while place + 4 <= len(extra):
         tag, size = struct.unpack_from("<HH", extra, place)

@@ -1,4 +1,4 @@
-"""What a group costs, and how costs are divided over ranks so that the slowest is near the mean.
+"""The cost of a group, and the division of costs over ranks so that the slowest is near the mean.
 
 All ranks wait for the slowest one at every step. Each computes the whole division for itself, so
 that none is sent around: everything here is a pure function with the same result on every machine.
@@ -15,9 +15,9 @@ from fastrm.data.tree import causal_pairs
 
 # A division is good enough when the slowest rank is this close to a bound that none can beat.
 TOLERANCE = 0.005
-# Exchanges that a division may take. Few are needed: the longest-first rule begins close to the end.
+# The most exchanges of a division. Few are needed: the longest-first rule begins close to the best.
 MAX_EXCHANGES = 100
-# Whole numbers have one sum; that of floats depends on the order of adding, which differs between CPUs.
+# Whole numbers have one sum; a sum of floats depends on the order of adding, which differs between CPUs.
 _LARGEST_COST = 2**32
 
 
@@ -44,7 +44,7 @@ class CostModel:
     window: int = 0
 
     def of_medium(self, height: int, width: int, frames: int = 1) -> float:
-        """An image of `height` x `width` merged patches, or a video's frames, each of which attends to itself."""
+        """Return the cost of an image of `height` x `width` merged patches, or of a video's frames, each by itself."""
         num_tokens = height * width
         cost = self.per_media_token * num_tokens + self.per_media_pair * num_tokens**2
         if self.window:
@@ -52,14 +52,14 @@ class CostModel:
         return frames * cost
 
     def of_group(self, group: GroupSize) -> float:
-        """A group by itself."""
+        """Return the cost of a group by itself."""
         cost = self.per_token * group.num_tokens + self.per_attention_pair * group.num_attention_pairs
         return cost + sum(self.of_medium(*size) for _, *size in group.media)
 
     def saved(self, group: GroupSize) -> float:
-        """What a group costs less in a pack with another that begins with the same image.
+        """Return how much less a group costs in a pack with another that begins with the same image.
 
-        An estimate: text before the image is taken to be the same too.
+        It is an estimate: text before the image is assumed to be the same too.
         """
         if not group.media:
             return 0.0
@@ -70,12 +70,12 @@ class CostModel:
 
 
 def _sum_of_squares(length: int, window: int) -> int:
-    """Of the parts of `length` cut every `window`."""
+    """Return the sum of squared lengths of the parts of `length` cut every `window`."""
     return length // window * window**2 + (length % window) ** 2
 
 
 def divide(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Divide items over ranks so that the largest sum of a rank is small: item numbers of each rank.
+    """Divide items over ranks so that the largest sum of a rank is small; return the item numbers of each rank.
 
     Longest first, each to the rank with the least (Graham 1969: at most 4/3 of the best), then the
     rank with the most exchanges an item with another rank, or gives one away, while that helps.
@@ -93,9 +93,10 @@ def divide(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
 
 
 def slowest_bound(costs: Sequence[float], num_ranks: int) -> float:
-    """What no division over ranks can beat: the mean, the largest item, or two that must share a rank.
+    """Return a bound that no division over ranks can beat.
 
-    Of the num_ranks + 1 largest items two must be together, so at least the two least of them.
+    It is the mean, the largest item, or two items that must share a rank: of the num_ranks + 1 largest items two must
+    be together, so at least the two least of them.
     """
     ordered = np.sort(np.asarray(costs, dtype=np.float64))[::-1]
     together = ordered[num_ranks - 1 : num_ranks + 1].sum() if len(ordered) > num_ranks else 0.0
@@ -103,14 +104,14 @@ def slowest_bound(costs: Sequence[float], num_ranks: int) -> float:
 
 
 def _as_integers(costs: Sequence[float]) -> np.ndarray:
-    """Costs (n,) int64 in units that make the largest 2^32, so that two million are summed without rounding."""
+    """Return costs (n,) int64 in units that make the largest 2^32: two million are summed without rounding."""
     costs = np.asarray(costs, dtype=np.float64)
     largest = costs.max(initial=0.0)
     return np.rint(costs * (_LARGEST_COST / largest) if largest > 0 else costs).astype(np.int64)
 
 
 def _longest_first(costs: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Rank (n,) int64 of each item."""
+    """Return the rank (n,) int64 of each item by the longest-first rule."""
     owner = np.empty(len(costs), dtype=np.int64)
     ranks = [(0, rank) for rank in range(num_ranks)]
     order = np.argsort(-costs, kind="stable")
@@ -125,9 +126,9 @@ def _exchange(costs: np.ndarray, owner: np.ndarray, num_ranks: int) -> None:
     """Improve `owner` in place until the slowest rank is near the bound, or no exchange helps it."""
     loads = np.zeros(num_ranks, dtype=np.int64)
     np.add.at(loads, owner, costs)
-    # Exact: whole numbers far below 2^53, as floats.
+    # Sums are exact: whole numbers far below 2^53, as floats.
     enough = (1 + TOLERANCE) * slowest_bound(costs, num_ranks)
-    # An item of cost 0 on every rank makes giving away an exchange like any other.
+    # With an item of cost 0 on every rank, giving an item away is an exchange like any other.
     all_costs = np.concatenate([costs, np.zeros(num_ranks, dtype=np.int64)])
     all_owner = np.concatenate([owner, np.arange(num_ranks)])
     for _ in range(MAX_EXCHANGES):
@@ -135,7 +136,7 @@ def _exchange(costs: np.ndarray, owner: np.ndarray, num_ranks: int) -> None:
         if loads[slowest] <= enough:
             break
         mine = np.flatnonzero(owner == slowest)
-        gain = costs[mine][:, None] - all_costs  # (mine, items): what leaves the slowest rank
+        gain = costs[mine][:, None] - all_costs  # (mine, items): the cost that leaves the slowest rank
         after = np.maximum(loads[slowest] - gain, loads[all_owner] + gain)
         after[:, all_owner == slowest] = loads[slowest]
         give, take = np.unravel_index(int(after.argmin()), after.shape)

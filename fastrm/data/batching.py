@@ -1,4 +1,4 @@
-"""Which groups make which pack: the packs of every step, on one rank or many, and of one pass over everything."""
+"""The groups of each pack: the packs of every step, on one rank or many, and of one pass over everything."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _BUNDLE_SHARES = (float("inf"), 1.0, 0.5, 0.25, 0.0)
 
 @dataclass(frozen=True)
 class PackPlan:
-    """One pack of one step: the groups in it, and where the data stands after the step.
+    """A plan of one pack of one step: its groups, and the position in the data after the step.
 
     `groups` is empty where a rank has nothing to do while the others run a pack.
     """
@@ -25,7 +25,7 @@ class PackPlan:
 
 
 class Bundle(NamedTuple):
-    """Groups that go into one pack together; those that begin with one image pay for it once."""
+    """Groups that go into one pack together; those that begin with one image share its cost."""
 
     groups: tuple[int, ...]
     num_tokens: int
@@ -34,27 +34,28 @@ class Bundle(NamedTuple):
 
 @dataclass(frozen=True)
 class StepDivision:
-    """One step divided over ranks: the bundles of each, and the number of packs that each of them runs."""
+    """A step divided over ranks: the bundles of each rank, and the number of packs that each of them runs."""
 
     bundles: list[list[Bundle]]
     num_packs: int
     budget: int
 
     def packs(self, rank: int) -> list[tuple[int, ...]]:
-        """Groups of each of the `num_packs` packs of a rank, of even cost where they fit, costliest first.
+        """Return the groups of each of a rank's `num_packs` packs, of even cost where they fit, costliest first.
 
-        Where ranks wait for one another at every pack, as under ZeRO-3, they then do alike packs together.
+        Where ranks wait for one another at every pack, as under ZeRO-3, packs of like cost then run together.
         """
         packs = self._even_packs(rank) or _first_fit(self.bundles[rank], self.budget)
         while len(packs) < self.num_packs:
             costliest = max(packs, key=lambda pack: (len(pack) > 1, _cost(pack)))
-            packs.append(costliest[1::2])  # empty where there is nothing to part
+            packs.append(costliest[1::2])  # empty where there is nothing to divide
             del costliest[1::2]
         packs.sort(key=_cost, reverse=True)
         return [tuple(group for bundle in pack for group in bundle.groups) for pack in packs]
 
     def _even_packs(self, rank: int) -> list[list[Bundle]]:
-        """Costliest bundle first, each to the cheapest pack with room; nothing if one finds no room."""
+        """Return packs of even cost: costliest bundle first, each to the cheapest pack; none if one has no room.
+        """
         packs: list[list[Bundle]] = [[] for _ in range(self.num_packs)]
         costs, room = [0.0] * self.num_packs, [self.budget] * self.num_packs
         for bundle in sorted(self.bundles[rank], key=lambda bundle: -bundle.cost):
@@ -78,7 +79,7 @@ def plan_steps(
     num_ranks: int = 1,
     cost: CostModel | None = None,
 ) -> Iterator[PackPlan]:
-    """Endless pack plans of one rank from a step's start on; the last pack of each step says so.
+    """Yield endless pack plans of one rank from a step's start on; the last pack of each step is marked.
 
     A step holds the same groups whatever the number of ranks, and every rank runs as many packs as the
     others. On one rank packs are as few as can be; on several they are of even cost.
@@ -102,7 +103,7 @@ def plan_steps(
 
 
 def plan_once(groups: Sequence[GroupSize], budget: int) -> list[PackPlan]:
-    """Plans that hold every group once, for evaluation and scoring.
+    """Plan packs that hold every group once, for evaluation and scoring.
 
     Groups are taken in runs of neighbours, so that results come back roughly in reading order.
     """
@@ -117,7 +118,7 @@ def plan_once(groups: Sequence[GroupSize], budget: int) -> list[PackPlan]:
 
 
 def plan_packs(members: Sequence[int], groups: Sequence[GroupSize], budget: int) -> list[list[int]]:
-    """Cut one step's groups into packs of at most `budget` tokens.
+    """Divide one step's groups into packs of at most `budget` tokens.
 
     First-fit decreasing, which uses at most 11/9 of the fewest packs; groups with the same first
     image stay together where they fit, so that the image is encoded once.
@@ -165,7 +166,7 @@ def divide_step(
 def _divide_families(
     families: list[list[Bundle]], saved: Mapping[int, float], budget: int, num_ranks: int
 ) -> list[list[Bundle]]:
-    """Bundles of each rank. Families are whole at first, and cut smaller while that helps the costliest rank."""
+    """Return the bundles of each rank. Families are whole at first, and split while that helps the costliest rank."""
     best, least, tried = [], float("inf"), 0
     total = sum(bundle.cost for family in families for bundle in _join(family, saved, budget))
     for share in _BUNDLE_SHARES:
@@ -185,7 +186,7 @@ def _divide_families(
 
 
 def _families(members: Iterable[int], groups: Sequence[GroupSize]) -> list[list[int]]:
-    """Groups that begin with the same medium, in order of the first of them; those without one, by themselves."""
+    """Return families: groups that begin with the same image, by first occurrence; those without one by themselves."""
     families: dict[object, list[int]] = {}
     for number in members:
         medium = groups[number].first_medium
@@ -216,7 +217,7 @@ def _join(family: list[Bundle], saved: Mapping[int, float], budget: int, limit: 
 
 
 def _first_fit(bundles: Iterable[Bundle], budget: int) -> list[list[Bundle]]:
-    """Packs of at most `budget` tokens: longest bundle first, each into the first pack with room."""
+    """Return packs of at most `budget` tokens: longest bundle first, each into the first pack with room."""
     packs: list[list[Bundle]] = []
     room: list[int] = []
     for bundle in sorted(bundles, key=lambda bundle: -bundle.num_tokens):
@@ -235,6 +236,6 @@ def _cost(bundles: list[Bundle]) -> float:
 
 
 def _num_packs(bundles: list[Bundle], budget: int) -> int:
-    """Packs that a rank needs, at least one."""
+    """Return the number of packs that a rank needs, at least one."""
     fits = sum(bundle.num_tokens for bundle in bundles) <= budget
     return 1 if fits else len(_first_fit(bundles, budget))

@@ -1,4 +1,7 @@
-"""`fastrm data check`: what the rows of data files are read as, before anything is trained on them.
+"""The work of `fastrm data check`: read the rows of data files as training would, and say what they are read as.
+
+Every row is read as training reads it, with the bytes of its images, by the same code, and tokenised where a model
+is   named; nothing is written.
 
 Every row is read as training reads it, with the bytes of its images, by the same code, and tokenised where a model is
 named; nothing is written.
@@ -23,13 +26,13 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
 from fastrm.limits import MediaLimits
 
-_MAX_EXAMPLES = 2  # refused rows of one reason that are named
+_MAX_EXAMPLES = 2  # the most refused rows that are named for one reason
 _RECORD = np.dtype([("content", "<u8"), ("prompt", "<u8"), ("row", "<u4"), ("file", "<u4")])
 
 
 @dataclass
 class Refused:
-    """Rows refused for one reason, and (origin, message) of the first of them."""
+    """Rows refused for one reason, with (origin, message) of the first of them."""
 
     number: int = 0
     examples: list[tuple[str, str]] = field(default_factory=list)
@@ -42,7 +45,7 @@ class Refused:
 
 @dataclass
 class SourceCheck:
-    """What was found in the rows of one source, or of a part of it.
+    """The findings in the rows of one source, or of a part of it.
 
     Attributes:
         files: the paths of its files, in order.
@@ -69,12 +72,12 @@ class SourceCheck:
 
     @property
     def num_rows(self) -> int:
-        """Rows with a record or a refusal; those that are joined into one record count once."""
+        """The number of rows with a record or a refusal; rows joined into one record count once."""
         return len(self.records) + self.num_refused
 
     @property
     def layouts(self) -> Counter[str]:
-        """Rows by the name of their layout; a row that no layout takes is in none."""
+        """The number of rows by the name of their layout; a row that no layout takes is in none."""
         return self.all_keys.layouts
 
     @property
@@ -87,11 +90,11 @@ class SourceCheck:
 
     @property
     def num_prompts(self) -> int:
-        """Different prompts, images included: the groups that training would make."""
+        """The number of different prompts, images included: the groups that training would make."""
         return len(np.unique(self.records["prompt"]))
 
     def copies(self, most: int) -> tuple[int, list[tuple[str, str]]]:
-        """How many records have the content of an earlier one, and the places of the first `most` and of those."""
+        """Return how many records repeat an earlier one, and the places of the first `most` such pairs."""
         _, first, which = np.unique(self.records["content"], return_index=True, return_inverse=True)
         again = np.flatnonzero(first[which] != np.arange(len(self.records)))
         shown = again[:most].tolist()
@@ -99,11 +102,11 @@ class SourceCheck:
 
     @property
     def preferences(self) -> PairFindings:
-        """Contradictions and lengths."""
+        """The contradictions and lengths of the preferences."""
         return find_in_pairs(self.pairs)
 
     def place(self, file: int, row: int) -> str:
-        """What messages call a row: its number, or of several files what origins call it."""
+        """Return the name of a row in messages: its number, or its origin if there are several files."""
         return f"row {row}" if len(self.files) == 1 else f"{self.files[file]}:{row}"
 
     def _place(self, number: int) -> str:
@@ -115,7 +118,7 @@ class SourceCheck:
         found.setdefault(refusal.code, Refused()).add(1, [(refusal.origin, refusal.message)])
 
     def merge(self, other: "SourceCheck") -> None:
-        """Add what was found in later rows of the same source."""
+        """Add the findings in later rows of the same source."""
         for path, tally in other.keys.items():
             self.keys.setdefault(path, KeyTally()).merge(tally)
         for mine, others in ((self.refused, other.refused), (self.left_out, other.left_out)):
@@ -132,7 +135,7 @@ class SourceCheck:
 
 @dataclass(frozen=True)
 class _RowChecker:
-    """Checks units of rows; `checker(unit)` returns their number, and what was found in them."""
+    """A checker of units of rows; `checker(unit)` returns their number and the findings in them."""
 
     files: list[str]
     limits: MediaLimits
@@ -164,7 +167,7 @@ class _RowChecker:
         return number, found
 
     def _add(self, found: SourceCheck, record: Record, pairs: list[tuple]) -> tuple:
-        """Count a record; returns its row of `_RECORD`."""
+        """Count a record; return its row of `_RECORD`."""
         responses = [response_hash(response) for response in record.responses]
         pairs += pair_rows(record, responses)
         found.num_ties += sum(p.tie for p in record.preferences)
@@ -220,7 +223,7 @@ def check_source(
 
 
 def example_turns(record: Record) -> Iterator[tuple[str, str]]:
-    """(who, text) of a record's prompt and of all its responses, with media as their names.
+    """Yield (who, text) of a record's prompt and of all its responses, with media as their names.
 
     What only the chat template renders, such as calls of tools, follows the text as JSON.
     """
@@ -244,7 +247,7 @@ def _written(message: Message) -> str:
 
 
 def nearby(ref: MediaRef) -> str:
-    """What a medium is called, from the working directory where that is shorter."""
+    """Return the name of a medium, relative to the working directory where that is shorter."""
     if ref.data is not None:
         return f"of {len(ref.data):,} bytes"
     return min(str(ref), os.path.relpath(str(ref)), key=len)

@@ -17,13 +17,13 @@ from fastrm.data.sources.layouts import keys_read_by
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
 
-_MAX_TEXT = 400  # characters of a turn that are shown
+_MAX_TEXT = 400  # the most characters of a turn that are shown
 _MAX_TURNS = 6
 _MAX_COPIES = 3
 
 
 def print_page(console: Console, name: str, found: SourceCheck, encoder: ConversationEncoder | None = None) -> None:
-    """Print what was found in the rows of a source.
+    """Print the findings in the rows of a source.
 
     Args:
         name: what the user calls the source.
@@ -65,7 +65,7 @@ def _table(title: str, *columns: str, number: int | None = None) -> Table:
 
 
 def _add(table: Table, *cells: str) -> None:
-    """A row of plain text: brackets in it are no markup."""
+    """Add a row of plain text: brackets in it are no markup."""
     table.add_row(*map(Text, cells))
 
 
@@ -93,7 +93,7 @@ def _examples(refused: Refused) -> str:
 
 
 def _unread(found: SourceCheck) -> Table | None:
-    """Keys that are not read, of each file once."""
+    """Return the table of keys that are not read, of each file once."""
     tallies = {path: tally for path, tally in found.keys.items() if tally.unread}
     if not tallies:
         return None
@@ -195,7 +195,7 @@ def _turns(turns: Iterable[tuple[str, str]]) -> Text:
 
 
 def _shortened(text: str, length: int) -> str:
-    """The beginning and the end of a long text."""
+    """Return the beginning and the end of a long text."""
     if len(text) <= length:
         return text
     half = length // 2
@@ -203,7 +203,7 @@ def _shortened(text: str, length: int) -> str:
 
 
 def _runs(text: str) -> str:
-    """A special token that stands many times in a row, once with its number."""
+    """Replace a special token that stands many times in a row by one and the number."""
     return re.sub(r"(<[^<>\s]+>)\1{2,}", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])} ", text)
 
 

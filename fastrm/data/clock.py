@@ -1,4 +1,8 @@
-"""The date that a chat template is given which reads the clock, as Llama 3.x's does ("Today Date: ...").
+"""The date for a chat template that reads the clock, as Llama 3.x's does ("Today Date: ...").
+
+transformers gives it the day of the call, so that rewards would change over night. Here the day becomes a part of
+the   template: a macro in front of it replaces the clock. Whoever renders the exported template, be it stock
+transformers   or a server, gets the date that the model was trained with.
 
 transformers gives it the day of the call, with which rewards would change over night. Here the day becomes a part of
 the template: a macro in front of it takes the place of the clock. Whoever renders the exported template, be it stock
@@ -14,20 +18,20 @@ _PREFIX = re.compile(r"\{#- the clock stands at (\d{4}-\d\d-\d\d) -#\}.*\n")
 
 
 def reads_clock(tokenizer) -> bool:
-    """Does the tokenizer's chat template ask for the date?"""
+    """Return whether the tokenizer's chat template asks for the date."""
     return "strftime_now" in str(tokenizer.chat_template)
 
 
 def today() -> datetime.date:
-    """The day on this machine."""
+    """Return the present date on this machine."""
     return datetime.date.today()
 
 
 def at_date(tokenizer, date: datetime.date | None):
-    """The tokenizer with its template's clock standing still, and the date; itself and None without a clock.
+    """Return the tokenizer with its template's clock stopped, and the date; itself and None without a clock.
 
     Args:
-        date: default: where it stands already, else today.
+        date: default: the date at which it is already stopped, else today.
     """
     if not reads_clock(tokenizer):
         return tokenizer, None
@@ -47,7 +51,7 @@ def _date_of(template: str | dict[str, str]) -> datetime.date | None:
 
 
 def _at_date(template: str, date: datetime.date) -> str:
-    """A template whose `strftime_now` knows every format that the template holds, at midnight of the date.
+    """Return a template whose `strftime_now` knows every format that the template holds, at midnight of the date.
 
     The line in front writes nothing: templates are rendered with `trim_blocks`, which drops its line break.
     """

@@ -15,7 +15,7 @@ from fastrm.data.record import Preference, Record, Response
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
 
-# Records of one prompt merge up to this many responses. More would save little, and a step that is
+# Records of one prompt are merged up to this many responses. More would save little, and a step that is
 # mostly one prompt is a poor batch.
 MAX_MERGED_RESPONSES = 16
 
@@ -38,7 +38,7 @@ class GroupMedium(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupSize:
-    """Token counts of a group: what batching needs to know of it.
+    """Token counts of a group, as batching needs them.
 
     Attributes:
         num_tokens: of the group's tree.
@@ -84,7 +84,7 @@ def encode_group(record: Record, encoder: ConversationEncoder) -> EncodedGroup:
 
 
 def resolve_preferences(record: Record, config: Config) -> tuple[Record, int]:
-    """Apply loss.ties and optim.group_weight: (record with final edges, number of ties left out)."""
+    """Apply loss.ties and optim.group_weight; return (record with final edges, number of ties left out)."""
     edges: list[Preference] = []
     ignored = 0
     for p in record.preferences:
@@ -102,7 +102,7 @@ def resolve_preferences(record: Record, config: Config) -> tuple[Record, int]:
 
 
 def join_records(parts: list[Record]) -> Record:
-    """One record with the distinct responses of all, and all their preferences."""
+    """Return one record with the distinct responses of all, and all their preferences."""
     if len(parts) == 1:
         return parts[0]
     responses: dict[tuple, int] = {}
@@ -121,7 +121,7 @@ def join_records(parts: list[Record]) -> Record:
 
 
 def check_distinct(group: EncodedGroup) -> None:
-    """Refuse a preference between responses of equal tokens and media, as texts that a template trims have.
+    """Refuse a preference between responses of equal tokens and media, such as texts that a template trims.
 
     Raises:
         RecordError: IDENTICAL_RESPONSES.

@@ -1,4 +1,4 @@
-"""From an `ImageRef` to pixels: bounded reads, an allowlist of formats, limits before decoding.
+"""Decoding of an `ImageRef` to pixels: bounded reads, an allowlist of formats, limits before decoding.
 
 Images come from strangers. Only JPEG, PNG and WebP are parsed; bytes are counted before they are
 read and pixels, from the header, before they are decoded. Pillow's own bomb limit, a global that
@@ -25,11 +25,11 @@ from fastrm.limits import MediaLimits
 
 HEADER_BYTES = 30  # enough to tell the three formats apart and to size a WebP
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Names of the texts in a PNG file that may say how it is turned, and the length of the longest.
+# The PNG texts that may hold the orientation, and the length of the longest name.
 _PNG_KEYS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 _PNG_KEY_BYTES = 22
-_MOST_CHUNKS = 10_000  # more than writers make of 64 MB
-# By the EXIF orientation; 1 is upright. Those from 5 on exchange width and height.
+_MOST_CHUNKS = 10_000  # writers make fewer of 64 MB
+# Transposes by EXIF orientation; 1 is upright. Those from 5 on exchange width and height.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -40,7 +40,7 @@ _FIND_IT = "check the path and the images folder"
 
 
 def read_bytes(ref: ImageRef, limits: MediaLimits) -> bytes:
-    """The encoded bytes of an image; the size is checked before anything is read.
+    """Read the encoded bytes of an image; the size is checked before anything is read.
 
     Raises:
         RecordError: IMAGE_MISSING, IMAGE_NOT_A_FILE, IMAGE_TOO_LARGE, or IMAGE_DAMAGED for an archive
@@ -51,10 +51,10 @@ def read_bytes(ref: ImageRef, limits: MediaLimits) -> bytes:
 
 
 def image_size(ref: ImageRef, limits: MediaLimits) -> tuple[int, int]:
-    """Width and height in pixels of what `decode_image` returns, from the header alone.
+    """Return width and height in pixels of the image that `decode_image` returns, from the header alone.
 
-    A PNG whose EXIF or XMP data comes after its pixels, or that is cut into very many chunks, has to be decoded for it;
-    both are rare.
+    A PNG whose EXIF or XMP data comes after its pixels, or that is cut into very many chunks, has to be decoded for
+    that; both are rare.
 
     Raises:
         RecordError: those of `read_bytes`; IMAGE_FORMAT, IMAGE_DAMAGED or IMAGE_TOO_LARGE.
@@ -85,27 +85,30 @@ def decode_image(ref: ImageRef, limits: MediaLimits) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF or XMP orientation says: the pixels of ``PIL.ImageOps.exif_transpose``.
+    """Return the image turned as its EXIF or XMP orientation says: the pixels of ``PIL.ImageOps.exif_transpose``.
 
-    That function also writes the EXIF data anew, which fails where it is not well formed, and copies an image that
-    is upright already.
+    That function also writes the EXIF data again, which fails where it is not well formed, and copies an image that is
+    upright already.
     """
-    image.load()  # until then a PNG may not have said it
+    image.load()  # a PNG may hold its orientation after the pixels
     method = _TURNS.get(_orientation(image))
     return image if method is None else image.transpose(method)
 
 
 def _orientation(image: Image.Image) -> int:
-    """From 1 (upright) to 8, of what has been read of the file; 1 where nothing, or nothing readable, is said."""
+    """Return the orientation from 1 (upright) to 8, by what has been read of the file; 1 if it is missing or bad."""
     try:
-        # Not PngImageFile's own, which decodes the image to find out whether more follows.
+        # PngImageFile.getexif would decode the image to find out whether more follows.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises what its parser of TIFF meets: SyntaxError, struct.error, KeyError ...
+    except Exception:  # Pillow's TIFF parser raises many kinds: SyntaxError, struct.error, KeyError ...
         return 1
 
 
 def _tells_of_itself_late(file: BinaryIO) -> bool:
-    """May a PNG file have EXIF or XMP data after its pixels? Reads the heads of its chunks, but not of very many."""
+    """Return whether a PNG file may have EXIF or XMP data after its pixels, by the heads of its chunks.
+
+    True without a look at all chunks if there are very many.
+    """
     place, is_late = file.tell(), False
     file.seek(len(_PNG))
     try:
@@ -124,7 +127,7 @@ def _tells_of_itself_late(file: BinaryIO) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB pixels of any Pillow image, transparency composited onto white.
+    """Convert any Pillow image to RGB pixels, transparency composited onto white.
 
     As transformers does since 5.21. Earlier versions drop the alpha channel, which shows whatever
     colour clear pixels happen to have; here the pixels do not depend on the installed version.
@@ -138,14 +141,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """PNG bytes whose decoded pixels are exactly `to_rgb(upright(image))`."""
+    """Encode an image as PNG bytes whose decoded pixels are exactly `to_rgb(upright(image))`."""
     buffer = io.BytesIO()
     to_rgb(upright(image)).save(buffer, "PNG", compress_level=1, exif=b"")
     return buffer.getvalue()
 
 
 def _open_image(file: BinaryIO, ref: ImageRef, limits: MediaLimits) -> Image.Image:
-    """Parse the header; the pixels stay encoded. Checks format and size."""
+    """Parse the header and check format and size; the pixels stay encoded."""
     header = file.read(HEADER_BYTES)
     file.seek(0)
     plugin = _plugin(header)
@@ -171,7 +174,7 @@ def _plugin(header: bytes) -> type | None:
 
 
 def _webp_size(header: bytes, ref: ImageRef) -> tuple[int, int]:
-    """Canvas size of the three kinds of WebP file (RFC 9649, section 2)."""
+    """Return the canvas size of any of the three kinds of WebP file (RFC 9649, section 2)."""
     kind, body = header[12:16], header[20:]
     if len(body) == 10 and kind == b"VP8X":
         return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
@@ -198,7 +201,7 @@ def _check_pixels(size: tuple[int, int], ref: ImageRef, limits: MediaLimits) -> 
 
 @contextmanager
 def naming_damage(ref: MediaRef):
-    """Name the image in whatever a decoder raises: on hostile bytes that can be any exception."""
+    """Name the image in any exception of a decoder: on hostile bytes it can be of any kind."""
     try:
         yield
     except (RecordError, FastrmError, MemoryError):
@@ -208,12 +211,12 @@ def naming_damage(ref: MediaRef):
 
 
 def media_error(ref: MediaRef, problem: str, text: str) -> RecordError:
-    """Why an image or a video cannot be used: IMAGE_... or VIDEO_..., with its name in front of the text."""
+    """Return the error for an image or a video that cannot be used: IMAGE_... or VIDEO_..., its name, then the text."""
     return RecordError(f"{ref.noun.upper()}_{problem}", f'{ref.noun} "{ref}" {text}')
 
 
 def open_bytes(ref: MediaRef, limits: MediaLimits) -> BinaryIO:
-    """A seekable file over the encoded bytes. A plain file is read lazily, the others at once.
+    """Open a seekable file over the encoded bytes. A plain file is read lazily, the others at once.
 
     Raises:
         RecordError: as `read_bytes`, VIDEO_... for a video.
@@ -236,7 +239,7 @@ def _read_member(ref: MediaRef, limits: MediaLimits) -> bytes:
 
 @contextmanager
 def naming_archive(ref: MediaRef):
-    """Name the image or video in what is wrong with its archive, or with its member of it."""
+    """Name the image or video in an error of its archive, or of its member of it."""
     try:
         yield
     except BadArchive as error:
@@ -248,7 +251,7 @@ def naming_archive(ref: MediaRef):
 
 
 def _open_file(ref: MediaRef, limits: MediaLimits) -> BinaryIO:
-    # Before opening: opening a fifo blocks, and opening a device can act on it.
+    # Checked before opening: opening a fifo blocks, and opening a device can act on it.
     status = os.stat(ref.path)
     if not stat.S_ISREG(status.st_mode):
         raise _not_a_file(ref)

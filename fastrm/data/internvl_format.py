@@ -22,12 +22,12 @@ from fastrm.data.vision_format import MediaSize, MediaSpan, Patches, VisionForma
 from fastrm.errors import ConfigError
 from fastrm.limits import MediaLimits
 
-# Of the published checkpoints' preprocessor_config.json.
+# The normalisation in the published checkpoints' preprocessor_config.json.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class InternVLFormat(VisionFormat):
-    """Tiles of one size, their tokens between <img> and </img>, positions that count tokens. Reads no videos.
+    """The format of InternVL: tiles of one size, their tokens between <img> and </img>; it reads no videos.
 
     Args:
         processor: a stock GotOcr2 image processor, PIL variant. It cuts tiles whatever its own
@@ -84,7 +84,7 @@ class InternVLFormat(VisionFormat):
     def cut(self, ref: MediaRef, size: MediaSize, limits: MediaLimits) -> Patches:
         image = decode_image(ref, limits)
         if self._size(*image.size) != size:
-            # The conversation was tokenised for the size that the file had then.
+            # The conversation was tokenised for the size that the file had when it was measured.
             raise media_error(ref, "CHANGED", "has another size than when it was first read")
         return Patches(*self.patch_format.cut(self._tiles(image)))
 
@@ -101,7 +101,7 @@ class InternVLFormat(VisionFormat):
         return MediaSize(num_tiles + (num_tiles > 1), tokens, tokens)
 
     def _canvas(self, width: int, height: int) -> tuple[int, int]:
-        """Columns and rows of tiles for an image of this many pixels."""
+        """Return the columns and rows of tiles for an image of this many pixels."""
         processor = self.processor
         if processor.max_patches == 1:
             return 1, 1
@@ -112,7 +112,7 @@ class InternVLFormat(VisionFormat):
         )
 
     def _tiles(self, image: Image.Image) -> np.ndarray:
-        """(tiles, side, side, 3) uint8: the tiles row by row, then the thumbnail if there are several."""
+        """Return tiles (tiles, side, side, 3) uint8, row by row, then the thumbnail if there are several."""
         side, (columns, rows) = self.side, self._canvas(*image.size)
         # The stock processor resizes with the same calls of Pillow.
         resample = Image.Resampling(self.processor.resample)
@@ -128,7 +128,7 @@ def load_internvl_format(
     config, tokenizer, folder: str | None, *, max_tiles: int | None = None,
     image_mean: list[float] | None = None, image_std: list[float] | None = None,
 ) -> InternVLFormat:  # fmt: skip
-    """The format of a model folder, or of a config alone; what is not None replaces the folder's setting.
+    """Load the format of a model folder, or of a config alone; an argument that is not None replaces its setting.
 
     As for Qwen, the PIL variant of the stock image processor is used on every machine. Without a folder the
     normalisation is that of the published checkpoints.

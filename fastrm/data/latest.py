@@ -20,7 +20,7 @@ class Latest:
         self._results: OrderedDict[str, Any] = OrderedDict()
 
     def get(self, key: str) -> Any | None:
-        """The result stored for a key; None if it is not known, or no longer."""
+        """Return the result stored for a key; None if it is not known, or no longer."""
         return self._results.get(key)
 
     def store(self, key: str, result: Any) -> None:
@@ -29,7 +29,7 @@ class Latest:
         while len(self._results) > self.capacity:
             try:
                 self._results.popitem(last=False)
-            except KeyError:  # other threads have forgotten them all meanwhile
+            except KeyError:  # other threads have removed them meanwhile
                 return
 
     def __len__(self) -> int:

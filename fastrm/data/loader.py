@@ -1,4 +1,4 @@
-"""Decodes, tokenises and packs ahead of the training step, in worker processes.
+"""Worker processes that decode, tokenise and pack ahead of the training step.
 
 Workers get plans (which groups make which pack) and return packs in the order of the plans; what
 they return is a pure function of the plan, so the number of workers changes nothing but the speed.
@@ -30,16 +30,16 @@ from fastrm.data.vision_format import MediaSize, Patches
 from fastrm.errors import RecordError, StorageError
 from fastrm.stop import StopRequest, end_with_parent
 
-# Packs that each worker prepares ahead.
+# The number of packs that each worker prepares ahead.
 PREFETCH_PACKS = 4
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
-# Files that the process may hold open, if the system lets it.
+# The limit of open files that is asked for.
 OPEN_FILES = 65_536
 
 
 @dataclass(frozen=True)
 class RefusedGroup:
-    """A group that could not be used when its turn came."""
+    """A group that could not be used when its pack was built."""
 
     group: int
     code: str
@@ -48,7 +48,7 @@ class RefusedGroup:
 
 @dataclass
 class LoadedPack:
-    """A plan carried out.
+    """The result of a plan.
 
     Attributes:
         pack: None if every group of the plan was refused.
@@ -61,12 +61,12 @@ class LoadedPack:
     packed: tuple[int, ...] = ()
 
     def pin_memory(self) -> "LoadedPack":
-        """The same with its pack in page-locked memory (the interface of torch's DataLoader)."""
+        """Return a copy whose pack is in page-locked memory (the interface of torch's DataLoader)."""
         return self if self.pack is None else replace(self, pack=self.pack.pin_memory())
 
 
 class PackBuilder(torch.utils.data.Dataset):
-    """Carries out a plan: `builder[plan]` is a LoadedPack. Runs in the workers.
+    """A builder of packs by plan, which runs in the workers: `builder[plan]` is a LoadedPack.
 
     Args:
         records: of all groups.
@@ -127,19 +127,19 @@ class PackBuilder(torch.utils.data.Dataset):
         return LoadedPack(plan, pack, refused, packed)
 
 
-# Threads that score start their workers one after another: a fork in the middle of another's queues and locks finds
+# Threads that score start their workers in turn: a worker forked while another thread sets up queues and locks finds
 # multiprocessing's registers half changed, and the worker ends before it has begun.
 _STARTING = threading.Lock()
 
 
 @dataclass
 class Waiting:
-    """Seconds that the taker of packs has waited for them."""
+    """The seconds for which the taker of packs has waited."""
 
     seconds: float = 0.0
 
     def take(self) -> float:
-        """The seconds since the last call."""
+        """Return the seconds since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
@@ -152,7 +152,7 @@ def load_packs(
     pin_memory: bool = False,
     waiting: Waiting | None = None,
 ) -> Iterator[LoadedPack]:
-    """Packs in the order of `plans`.
+    """Yield packs in the order of `plans`.
 
     Args:
         num_workers: processes that build packs ahead of time; 0 builds each here, when asked for.
@@ -189,15 +189,18 @@ def load_packs(
             f"a data worker died ({str(error).splitlines()[0]}); it was killed or ran out of memory, or of shared "
             "memory (/dev/shm; docker run --shm-size): use fewer workers"
         ) from error
-    except StopRequest:  # in the wait for a worker, which may be stuck
+    except StopRequest:  # it came while waiting for a worker, which may be stuck
         for worker in workers:
             worker.terminate()
         raise
 
 
 def _raise_open_file_limit() -> None:
-    """A tensor that comes from a worker is an open file, and a pack has two dozen: 40 packs of a step
-    would meet the usual limit of 1,024."""
+    """Raise the limit of open files to OPEN_FILES, where the system allows it.
+
+    A tensor that comes from a worker is an open file, and a pack has two dozen: 40 packs of a step would meet the usual
+    limit of 1,024.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -216,7 +219,7 @@ def _timed(packs: Iterator[LoadedPack], waiting: Waiting) -> Iterator[LoadedPack
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """A worker begins with signals blocked, until it has left the group that they are sent to."""
+    """Block signals while a worker starts: it unblocks them when it has left the group that they are sent to."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -225,8 +228,10 @@ def _signals_held() -> Iterator[None]:
 
 
 def _start_worker(parent: int, worker: int) -> None:
-    """Ctrl-C, and a scheduler's SIGTERM, reach a whole process group. A worker is in one of its own: the training
-    process decides what they mean, and its SIGTERM, which torch answers without Python, ends a worker that is stuck.
+    """Put a worker into a process group of its own, and let it end with its parent.
+
+    Ctrl-C, and a scheduler's SIGTERM, reach a whole process group. The training process decides what they mean, and its
+    own SIGTERM, which torch answers without Python, ends a worker that is stuck.
     """
     os.setpgid(0, 0)
     while came := signal.sigpending() & _SIGNALS:
@@ -234,7 +239,7 @@ def _start_worker(parent: int, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     end_with_parent(parent)
-    # What cannot be sent, for want of shared memory say, would be named and left out, and waited for, for ever.
+    # A pack that cannot be sent, as for lack of shared memory, would be left out and waited for, for ever.
     Queue._on_queue_feeder_error = staticmethod(_end_unsent)
     sys.excepthook = _report_but_lost_connections
 
@@ -245,6 +250,6 @@ def _end_unsent(error: Exception, pack) -> None:
 
 
 def _report_but_lost_connections(kind, error, trace) -> None:
-    """A training process that is killed while it takes a tensor over leaves nobody to tell of it."""
+    """Report an exception, unless the connection is lost: then the training process is gone."""
     if not isinstance(error, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)

@@ -1,4 +1,4 @@
-"""Texts that were rendered with a chat template already, which would be rendered once more.
+"""A check for texts that were rendered with a chat template already, and would be rendered once more.
 
 A conversation is rendered here, once. A text of a row that holds the turns of one, as trainers that take rendered text
 want it, would become one turn of markup, with its images in front. Such a text is told from one that speaks of a
@@ -45,12 +45,12 @@ _RENDERED = re.compile(
 _RENDERED_MEDIUM = re.compile(
     r"<\|vision_start\|>\s*<\|(?:image|video)_pad\|>|<img>\s*<IMG_CONTEXT>|<start_of_image>|<\|image\|>"
 )
-# One of these is in everything that is looked for.
+# Every markup that is searched for contains one of these.
 _MARKS = ("<|", "<\uff5c", "INST]", "[|", "_of_turn>", "</s>", "_CONTEXT>", "_of_image>")
 
 
 def check_not_rendered(messages: tuple[Message, ...]) -> None:
-    """Refuse a conversation of which a text is a rendered one, or whose prompt has media and rendered ones in a text.
+    """Refuse a conversation that holds rendered text, or a prompt with media and their markup in a text.
 
     Raises:
         RecordError: RENDERED_TEMPLATE.
@@ -58,7 +58,7 @@ def check_not_rendered(messages: tuple[Message, ...]) -> None:
     has_media = any(isinstance(part, MediaRef) for message in messages for part in message.parts)
     for number, message in enumerate(messages):
         text = message.text
-        if not any(mark in text for mark in _MARKS):  # as in nearly all texts
+        if not any(mark in text for mark in _MARKS):  # nearly all texts
             continue
         found = _RENDERED.search(text)
         if found is None and has_media and number < len(messages) - 1:

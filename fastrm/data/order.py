@@ -10,7 +10,7 @@ import numpy as np
 
 
 def epoch_order(seed: int, epoch: int, num_groups: int) -> np.ndarray:
-    """Permutation (num_groups,) int64 of one epoch.
+    """Return the permutation (num_groups,) int64 of one epoch.
 
     Groups are sorted by a hash of (seed, epoch, group). A generator's shuffle would do as well, but
     NumPy does not promise the same stream in its next version.
@@ -22,7 +22,7 @@ def epoch_order(seed: int, epoch: int, num_groups: int) -> np.ndarray:
 
 
 def mix(x):
-    """SplitMix64's output function (Steele, Lea and Flood 2014): a bijection of 64-bit words."""
+    """Apply SplitMix64's output function (Steele, Lea and Flood 2014), a bijection of 64-bit words."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -31,7 +31,7 @@ def mix(x):
 
 
 class StepOrder:
-    """Cuts the order into steps: whole groups until `batch_pairs` preferences are reached.
+    """A division of the order into steps: whole groups until `batch_pairs` preferences are reached.
 
     A step never crosses an epoch, so the last step of an epoch may be smaller.
 
@@ -53,7 +53,7 @@ class StepOrder:
         return len(self._bounds) - 1
 
     def steps_from(self, position: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Endless (position after the step, group numbers of the step), from a step's start.
+        """Yield endless (position after the step, group numbers of the step), from a step's start.
 
         Raises:
             ValueError: if no step starts at `position`.

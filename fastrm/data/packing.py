@@ -1,4 +1,4 @@
-"""Encoded groups -> packs: one flat row of tokens each, with everything the model needs to read it.
+"""Packs of encoded groups: one flat row of tokens each, with everything the model needs to read it.
 
     group 1: P1 C R      group 2: P2 A B       (P prompt; C, R, A, B responses)
     row:     [ P1 | C | R | P2 | A | B ]       segments; parents: P1 of C and R, P2 of A and B
@@ -24,7 +24,7 @@ from fastrm.data.vision_format import Patches
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """One group ready to pack; its preferences carry their final weights."""
+    """A group ready to pack; its preferences carry their final weights."""
 
     id: str
     source: str
@@ -34,28 +34,28 @@ class EncodedGroup:
 
     @property
     def media(self) -> dict[str, MediaRef]:
-        """Its distinct images and videos by key, in order of first use."""
+        """The distinct images and videos of the group by key, in order of first use."""
         return {span.ref.key: span.ref for response in self.responses for span in response.media}
 
     @property
     def num_unshared_tokens(self) -> int:
-        """Tokens of a plain pairwise trainer: both conversations of every preference, whole."""
+        """The tokens of a plain pairwise trainer: both conversations of every preference, whole."""
         lengths = [len(response.tokens) for response in self.responses]
         return sum(lengths[p.winner] + lengths[p.loser] for p in self.preferences)
 
     def tree(self, share: bool = True) -> Tree:
-        """The prefix tree of the group by itself."""
+        """Return the prefix tree of the group by itself."""
         numbers = {key: number for number, key in enumerate(self.media)}
         return build_tree([_content_keys(r, numbers) for r in self.responses], share)
 
     def num_tree_tokens(self, share: bool = True) -> int:
-        """Tokens of the group's own tree: an upper bound of what it adds to a pack."""
+        """Return the tokens of the group's own tree: an upper bound of what it adds to a pack."""
         return sum(self.tree(share).lengths)
 
 
 @dataclass(frozen=True)
 class GroupInPack:
-    """Where a group's results are in its pack."""
+    """The places of a group's results in its pack."""
 
     id: str
     source: str
@@ -66,7 +66,7 @@ class GroupInPack:
 
 @dataclass
 class Pack:
-    """One forward pass. T tokens, R responses, E preferences, S segments, I distinct images and videos.
+    """The inputs of one forward pass: T tokens, R responses, E preferences, S segments, I distinct images and videos.
 
     Attributes:
         input_ids: (T,) int64.
@@ -117,12 +117,12 @@ class Pack:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the groups, without padding."""
+        """The number of tokens of the groups, without padding."""
         return self.input_ids.shape[0] - self.num_padding_tokens
 
     @property
     def pixel_values(self) -> torch.Tensor | None:
-        """(all patches, channels * frames * side^2) float32 as of the stock processors, made anew at each call."""
+        """Patches (all, channels * frames * side^2) float32 as of the stock processors, computed at each access."""
         values = [self.patch_format.normalize(p) for p in (self.patches, self.video_patches) if p is not None]
         return torch.cat(values) if len(values) > 1 else next(iter(values), None)
 
@@ -131,7 +131,7 @@ class Pack:
         return self.edges.shape[0]
 
     def to(self, device) -> "Pack":
-        """The pack with its tensors on `device`; itself if they are there."""
+        """Return the pack with its tensors on `device`; itself if they are there."""
         # "cuda" and "cuda:0" are unequal: ask where a tensor would land.
         if self.input_ids.device == torch.empty(0, device=device).device:
             return self
@@ -139,7 +139,7 @@ class Pack:
         return replace(self, **moved, layouts=None if self.layouts is None else self.layouts.to(device))
 
     def pin_memory(self) -> "Pack":
-        """The pack with its tensors in page-locked memory, from which a GPU copies while it computes."""
+        """Return the pack with its tensors in page-locked memory, from which a GPU copies while it computes."""
         pinned = {name: value.pin_memory() for name, value in self._tensors().items()}
         return replace(self, **pinned, layouts=None if self.layouts is None else self.layouts.pin_memory())
 
@@ -177,7 +177,7 @@ def build_pack(
     edges, margin, weight, is_tie, placed = _edges(groups)
     vision = _vision_tensors(row, responses, pixels, patch_format)
     padding = -row.num_tokens % multiple
-    # Token 0, whatever it is: nothing reads these rows.
+    # Padding has token 0, whatever it is: nothing reads these rows.
     input_ids = np.pad(row.gather(lambda r: responses[r].tokens), (0, padding))
     position_ids = np.concatenate(
         [row.gather(lambda r: row.positions[r]), np.tile(np.arange(padding), (3, 1))], axis=1, dtype=np.int64
@@ -236,7 +236,7 @@ class _Row:
 
 
 def _content_keys(response: EncodedResponse, media_numbers: dict[str, int]) -> np.ndarray:
-    """Tokens, with those of each image or video replaced by a number of its own: equal keys, equal content."""
+    """Return tokens, with those of each image or video replaced by its number: equal keys mean equal content."""
     keys = response.tokens.copy()
     for span in response.media:
         keys[span.start : span.stop] = -1 - media_numbers[span.ref.key]
@@ -244,17 +244,17 @@ def _content_keys(response: EncodedResponse, media_numbers: dict[str, int]) -> n
 
 
 def _families(groups, owner, share) -> list[list[int]]:
-    """Responses that may share a prefix: those of one group, and of groups with the same first image or video."""
+    """Return responses that may share a prefix: those of one group, and of groups with the same first medium."""
     families: dict[object, list[int]] = {}
     for number, group in enumerate(owner):
-        # By the group's first medium, not the response's: the responses of one group always share a tree.
+        # The group's first medium counts, not the response's: the responses of one group always share a tree.
         first = next(iter(groups[group].media), None) if share else None
         families.setdefault(group if first is None else first, []).append(number)
     return list(families.values())
 
 
 def _edges(groups):
-    """Edge tensors over the pack's responses, and where each group's parts are."""
+    """Return edge tensors over the pack's responses, and the places of each group's parts."""
     edges, margins, weights, ties, placed = [], [], [], [], []
     first = 0
     for group in groups:
@@ -277,7 +277,7 @@ def _edges(groups):
 
 
 def _vision_tensors(row, responses, pixels: Pixels, patch_format) -> dict:
-    """The pack's fields for the vision tower: patches of the images, then of the videos, each medium once."""
+    """Return the pack's fields for the vision tower: patches of images, then of videos, each medium once."""
     refs = {span.ref.key: span.ref for response in responses for span in response.media}
     stills = [key for key, ref in refs.items() if not isinstance(ref, VideoRef)]
     videos = [key for key, ref in refs.items() if isinstance(ref, VideoRef)]
@@ -304,5 +304,5 @@ def _vision_tensors(row, responses, pixels: Pixels, patch_format) -> dict:
 
 
 def _joined(keys: list[str], pixels: Pixels) -> torch.Tensor | None:
-    """The patches of these media, (N, ...) uint8."""
+    """Concatenate the patches of these media to (N, ...) uint8."""
     return torch.from_numpy(np.concatenate([pixels[key].values for key in keys])) if keys else None

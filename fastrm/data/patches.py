@@ -1,4 +1,4 @@
-"""Media as the vision tower takes them: bytes in the data workers, the stock processor's values on the device.
+"""Patches for the vision tower: bytes in the data workers, the stock processor's float values on the device.
 
 A worker resizes an image and cuts it into patches of bytes. Their float values, and the copies that a still
 image makes of its one frame, are computed where the training step runs: an eighth of the bytes of float32
@@ -25,7 +25,7 @@ NUM_BYTE_VALUES = 256
 
 @dataclass(frozen=True)
 class PatchFormat:
-    """How a model family makes patches of RGB pixels, and normalises them. Hashable and picklable.
+    """The way in which a model family cuts patches of RGB pixels and normalises them. Hashable and picklable.
 
     Attributes:
         side: of a patch, in pixels.
@@ -44,7 +44,7 @@ class PatchFormat:
 
     @staticmethod
     def from_processor(processor) -> "PatchFormat":
-        """The format of a stock Qwen2-VL image processor, with its settings of now."""
+        """Return the format of a stock Qwen2-VL image processor with its present settings."""
         normalize = processor.do_normalize
         return PatchFormat(
             side=processor.patch_size,
@@ -68,15 +68,16 @@ class PatchFormat:
         side, merge = self.side, self.merge
         height, width = pixels.shape[1] // (merge * side), pixels.shape[2] // (merge * side)
         planes = pixels.reshape(-1, stored, height, merge, side, width, merge, side, pixels.shape[-1])
-        # Planes, tokens row by row, the rows and columns of patches in one, its channels, frames, rows and columns.
+        # Axes: planes, rows and columns of tokens, rows and columns of patches in one, channels, frames, rows, columns.
         patches = np.ascontiguousarray(planes.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
         grid = len(planes), height * merge, width * merge
         return patches.reshape(grid[0] * grid[1] * grid[2], -1), grid
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches (N, 3 * stored * side^2) uint8 -> (N, 3 * frames * side^2) float32, equal to the stock values.
+        """Convert patches (N, 3 * stored * side^2) uint8 to the stock values (N, 3 * frames * side^2) float32.
 
-        On the patches' device, for which it waits once in a process, to copy the table there.
+        The values are equal to the stock processor's to the bit. The first call in a process waits for the patches'
+        device, to copy the table there.
         """
         num_patches, channels, area = patches.shape[0], len(self.mean), self.side**2
         stored = patches.shape[1] // (channels * area)
@@ -91,7 +92,7 @@ class PatchFormat:
 
 @functools.cache
 def _byte_values(form: PatchFormat, of_video: bool, device: torch.device) -> torch.Tensor:
-    """(channels * 256,) float32: every byte of every channel through a stock processor's arithmetic.
+    """Return the values (channels * 256,) float32 of every byte of every channel by a stock processor's arithmetic.
 
     The image processor multiplies in float64, then subtracts and divides in float32. The video processor
     divides mean and deviation by the scale first, all in float32.

@@ -16,7 +16,7 @@ from fastrm.data.vision_format import MediaSpan
 
 
 def mrope_positions(num_tokens: int, spans: Sequence[MediaSpan], tokens_per_second: float | None) -> np.ndarray:
-    """Positions (3, num_tokens) int64.
+    """Return the rotary positions (3, num_tokens) int64 of a conversation.
 
     Args:
         num_tokens: length of the conversation, tokens of media included.
@@ -42,7 +42,7 @@ def mrope_positions(num_tokens: int, spans: Sequence[MediaSpan], tokens_per_seco
 
 
 def _times(frames: int, seconds: float, tokens_per_second: float | None) -> np.ndarray:
-    """Places (frames,) int64 of planes on the time axis; in the stock model's float32, cut to whole numbers."""
+    """Return the places (frames,) int64 of planes on the time axis: float32 as in the stock model, then cut."""
     if tokens_per_second is None or not seconds:
         return np.arange(frames)
     interval = np.float32(tokens_per_second) * np.float32(seconds)

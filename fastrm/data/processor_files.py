@@ -19,7 +19,7 @@ NESTED, IMAGE_FILE, VIDEO_FILE = "processor_config.json", "preprocessor_config.j
 
 @dataclass(frozen=True)
 class ProcessorSettings:
-    """The settings of a processor and where they are from.
+    """The settings of a processor and the file that they are from.
 
     Attributes:
         values: by key, as in the file.
@@ -32,18 +32,18 @@ class ProcessorSettings:
     section: str = ""
 
     def refuse(self, key: str, reason: str) -> ConfigError:
-        """The error for a key: `file: section.key reason`."""
+        """Return the error for a key: `file: section.key reason`."""
         return ConfigError(f"{self.file}: {self.section + '.' if self.section else ''}{key} {reason}")
 
     def make(self, kind: type):
-        """A stock processor of these settings.
+        """Make a stock processor of these settings.
 
         Raises:
             ConfigError: if its class refuses them.
         """
         values = copy.deepcopy(dict(self.values))
         if values.get("size") is None:
-            # In transformers 5.17, limits beside a default size would become the default of the whole process.
+            # transformers 5.17 would make limits beside a default size the default of the whole process.
             values["size"] = dict(kind.size)
         try:
             return kind.from_dict(values)
@@ -55,7 +55,7 @@ class ProcessorSettings:
 
 
 def image_settings(model: str) -> ProcessorSettings:
-    """Of the image processor in a folder or at a hub id.
+    """Read the settings of the image processor in a folder or at a hub id.
 
     Raises:
         ConfigError: if there are none, or the file is no JSON object.
@@ -70,7 +70,7 @@ def image_settings(model: str) -> ProcessorSettings:
 
 
 def video_settings(model: str) -> ProcessorSettings:
-    """Of the video processor in a folder or at a hub id; those of the image processor where it has none of its own.
+    """Read the settings of the video processor in a folder or at a hub id; else those of the image processor.
 
     Raises:
         ConfigError: as `image_settings`.

@@ -1,4 +1,4 @@
-"""The list of refused records and parts of records: which file, which row, why. Nothing is dropped in silence."""
+"""The list of refused records and parts of records, with file, row and reason. Nothing is dropped in silence."""
 
 import json
 from collections import Counter
@@ -7,12 +7,12 @@ from pathlib import Path
 from fastrm.errors import StorageError
 from fastrm.json_files import to_json
 
-# Codes that are shown with an example; more would hide the end of a run.
+# The most codes that are shown with an example; more would hide the end of a run.
 MOST_REASONS = 6
 
 
 class Quarantine:
-    """Counts refused records by code and, given a path, appends one JSON row for each.
+    """A counter of refused records by code that, given a path, appends one JSON row for each.
 
     A row is ``{"source", "origin", "id", "code", "message"}`` and is in the file when `add` returns; with
     ``"partial": true`` it names a part of a record that lives on without it, and is no refused record.
@@ -43,7 +43,7 @@ class Quarantine:
 
     @property
     def total(self) -> int:
-        """Refused records."""
+        """The number of refused records."""
         return self.counts.total()
 
     def add(
@@ -60,7 +60,7 @@ class Quarantine:
         self._count(row)
 
     def reasons(self) -> list[str]:
-        """A line for each code, the most frequent first, with its number of records and the first of them."""
+        """Return a line for each code, the most frequent first, with its number of records and the first of them."""
         counts = (self.counts + self.partial_counts).most_common(MOST_REASONS + 1)
         shown = counts[:MOST_REASONS]
         lines = [f"refused: {self.examples[code]} ({code}, {number:,} in all)" for code, number in shown]

@@ -24,19 +24,21 @@ from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 
-# What videos and images have in common here.
+# Settings that videos and images must have in common here.
 _SHARED = (
     "patch_size", "temporal_patch_size", "merge_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
     "image_std",
 )  # fmt: skip
-# Of a processor -> of a model's vision_config.
+# Keys of a processor -> keys of a model's vision_config.
 _PATCHES = {
     "patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size",
 }  # fmt: skip
 
 
 class QwenFormat(VisionFormat):
-    """One token for a square of patches, M-RoPE, images resized by Pillow and videos by torch, as the stock ones.
+    """The format of Qwen2-VL and Qwen2.5-VL: one token for a square of patches, M-RoPE, and the stock resizing.
+
+    Images are resized by Pillow and videos by torch.
 
     Args:
         processor: a stock Qwen2-VL image processor, PIL variant. Its patches and its normalisation are those of
@@ -84,12 +86,12 @@ class QwenFormat(VisionFormat):
             return self._cut_video(ref, size, limits)
         image = decode_image(ref, limits)
         if self.image_tokens(*image.size, ref) != size:
-            # The conversation was tokenised for the size that the file had then.
+            # The conversation was tokenised for the size that the file had when it was measured.
             raise media_error(ref, "CHANGED", "has another size than when it was first read")
         return self.cut_image(image, size)
 
     def image_tokens(self, width: int, height: int, ref: ImageRef) -> MediaSize:
-        """Tokens of an image of this many pixels.
+        """Return the tokens of an image of this many pixels.
 
         Raises:
             RecordError: IMAGE_ASPECT.
@@ -98,7 +100,7 @@ class QwenFormat(VisionFormat):
         return MediaSize(1, *self._tokens(height, width, limits["shortest_edge"], limits["longest_edge"], ref))
 
     def cut_image(self, image: Image.Image, size: MediaSize) -> Patches:
-        """Resize an RGB image to its tokens and cut it."""
+        """Resize an RGB image to its tokens and cut it into patches."""
         height, width = self._pixels(size)
         # The stock processor resizes with the same call of Pillow.
         pixels = np.asarray(image.resize((width, height), Image.Resampling(self.processor.resample)))
@@ -128,7 +130,7 @@ class QwenFormat(VisionFormat):
             "size": {"shortest_edge": self.video.min_pixels, "longest_edge": self.video.max_pixels},
             "num_frames": self.video.num_frames,
             "do_sample_frames": True,
-            "frame_folder_fps": self.video.folder_fps,  # ours; the stock class keeps what it does not know
+            "frame_folder_fps": self.video.folder_fps,  # our own key; the stock class keeps keys that it does not know
         }
         stock |= {name: getattr(self.processor, name) for name in _SHARED}
         (folder / VIDEO_FILE).write_text(to_json(stock, indent=2, sort_keys=True) + "\n")
@@ -138,14 +140,14 @@ class QwenFormat(VisionFormat):
         num_sampled = min(num_frames, self.video.num_frames)
         num_stored = self.processor.temporal_patch_size
         rows, columns = self._tokens(height, width, self.video.min_pixels, self.video.max_pixels, ref)
-        # As the stock processor computes `second_per_grid_ts` from what it has sampled.
+        # The stock processor computes `second_per_grid_ts` like this, from the frames that it has sampled.
         seconds = num_stored / (num_sampled / num_frames * fps)
         if self.tokens_per_second is not None and seconds % 1:
             _say_where_stock_differs()
         return MediaSize(-(-num_sampled // num_stored), rows, columns, seconds)
 
     def _tokens(self, height: int, width: int, min_pixels: int, max_pixels: int, ref: MediaRef) -> tuple[int, int]:
-        """Rows and columns of tokens of a picture of this many pixels."""
+        """Return rows and columns of tokens of a picture of this many pixels."""
         factor = self.processor.patch_size * self.processor.merge_size
         # The rule of the stock processor itself, from the module that its class comes from; that of videos is the same.
         smart_resize = sys.modules[type(self.processor).__module__].smart_resize
@@ -163,7 +165,7 @@ class QwenFormat(VisionFormat):
 
 
 def resize_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3) uint8, bicubic with antialiasing.
+    """Resize (H, W, 3) uint8 to (height, width, 3) uint8, bicubic with antialiasing.
 
     torchvision resizes uint8 tensors on a CPU with this call of torch, so the values are the stock video
     processor's. They are not Pillow's: its filter is another, and rounds in between.
@@ -179,7 +181,7 @@ def load_qwen_format(
     min_pixels: int | None = None, max_pixels: int | None = None,
     image_mean: list[float] | None = None, image_std: list[float] | None = None,
 ) -> QwenFormat:  # fmt: skip
-    """The format of a model folder, or of a vision config alone; what is not None replaces the folder's setting.
+    """Load the format of a model folder, or of a vision config; an argument that is not None replaces its setting.
 
     The PIL variant of the stock image processor is used on every machine: the torchvision variant
     resizes with other rounding, and rewards should not depend on what is installed.
@@ -219,7 +221,7 @@ def load_qwen_format(
 
 
 def _limits(size, min_pixels: int | None, max_pixels: int | None, settings: ProcessorSettings) -> dict[str, int]:
-    """The limits of an image's pixels: those asked for, else the file's."""
+    """Return the limits of an image's pixels: the arguments, else the file's."""
     found = {"shortest_edge": min_pixels or size.get("shortest_edge"),
              "longest_edge": max_pixels or size.get("longest_edge")}  # fmt: skip
     for (edge, pixels), beside in zip(found.items(), ("min_pixels", "max_pixels"), strict=True):
@@ -230,7 +232,7 @@ def _limits(size, min_pixels: int | None, max_pixels: int | None, settings: Proc
 
 
 def _check_patches(processor, vision_config, settings: ProcessorSettings) -> None:
-    """Patches must be cut as the tower reads them: another model's preprocessor_config.json may lie in a folder."""
+    """Refuse patches of another shape than the tower's: a folder may hold another model's preprocessor_config.json."""
     for key, of_model in _PATCHES.items():
         found, wanted = getattr(processor, key), getattr(vision_config, of_model)
         if found != wanted:
@@ -239,10 +241,10 @@ def _check_patches(processor, vision_config, settings: ProcessorSettings) -> Non
 
 
 def _stored_video_settings(settings: ProcessorSettings, processor) -> VideoSettings:
-    """How the files of a model say that videos become frames.
+    """Return the sampling and sizes of videos by the files of a model.
 
-    The stock processor takes all frames that it is given unless `do_sample_frames` is true; whoever calls it
-    samples before, as fastrm does by its own default.
+    The stock processor takes all frames that it is given unless `do_sample_frames` is true; its callers sample before,
+    as fastrm does by its own default.
 
     Args:
         settings: of the video processor.
@@ -266,7 +268,7 @@ def _stored_video_settings(settings: ProcessorSettings, processor) -> VideoSetti
     num_frames, depth = VideoSettings.num_frames, processor.temporal_patch_size
     if values.get("do_sample_frames") and values.get("num_frames") is not None:
         num_frames = values["num_frames"]
-        if num_frames % depth and "frame_folder_fps" not in values:  # of another origin
+        if num_frames % depth and "frame_folder_fps" not in values:  # not written by fastrm
             raise settings.refuse("num_frames", f"is {num_frames}, wanted a multiple of temporal_patch_size, {depth}")
     elif values.get("do_sample_frames") and values.get("fps") is not None:
         raise settings.refuse("fps", f"is {values['fps']}: frames a second are not supported; wanted num_frames")
@@ -275,7 +277,7 @@ def _stored_video_settings(settings: ProcessorSettings, processor) -> VideoSetti
 
 
 def stock_keeps_video_seconds() -> bool:
-    """Does this transformers give the frames of Qwen2.5-VL videos the positions that we do? Before 5.18 it did not."""
+    """Return whether transformers gives frames of Qwen2.5-VL videos our positions, as from 5.18 on."""
     import transformers
 
     return Version(transformers.__version__) >= Version("5.18")

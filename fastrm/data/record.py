@@ -16,12 +16,12 @@ ROLES = ("system", "user", "assistant", "tool", "developer", "ipython", "functio
 
 @dataclass(frozen=True)
 class MediaRef:
-    """Where an image's or a video's encoded bytes are; nothing is opened until they are needed.
+    """The place of an image's or a video's encoded bytes; nothing is opened until they are needed.
 
-    Exactly one form: a file (`path`), a member of a tar or zip archive (`path` and `member`), a part of a
-    file (`path` and `span`: first byte and number of bytes), or encoded bytes (`data`). `digest` is the
-    SHA-256 of the encoded bytes in hexadecimal digits, where somebody has read them. `noun` is what messages
-    call the kind, and what its codes of refusal begin with.
+    It has exactly one form: a file (`path`), a member of a tar or zip archive (`path` and `member`), a part of a
+    file (`path` and `span`: first byte and number of bytes), or encoded bytes (`data`). `digest` is the SHA-256 of the
+    encoded bytes in hexadecimal digits, if it was computed. `noun` is the kind's name in messages, with which its codes
+    of refusal begin.
     """
 
     noun: ClassVar[str]
@@ -33,7 +33,7 @@ class MediaRef:
 
     @cached_property
     def key(self) -> str:
-        """Equal keys mean equal content; used to decode once and to share its tokens."""
+        """The key of the content: equal keys mean equal content, which is decoded once and shares its tokens."""
         if self.digest is not None:
             return "bytes:" + self.digest
         if self.data is not None:
@@ -66,10 +66,10 @@ Part = str | MediaRef  # a run of text, an image or a video
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation: a role from ROLES and its content in order.
+    """A turn of a conversation: a role from ROLES and its content in order.
 
-    `fields` is what else a chat template may render of it (tool_calls, reasoning_content, name, ...): a JSON object
-    in text, in the order that it was written in, since templates keep that order; empty for none.
+    `fields` is everything else that a chat template may render of it (tool_calls, reasoning_content, name, ...): a JSON
+    object in text, in the order in which it was written, since templates keep that order; empty for none.
     """
 
     role: str
@@ -78,7 +78,7 @@ class Message:
 
     @property
     def key(self) -> tuple:
-        """Equal keys mean equal turns, with equal media."""
+        """The key of a turn: equal keys mean equal turns, with equal media."""
         return (self.role, self.fields, *(p.key if isinstance(p, MediaRef) else (p,) for p in self.parts))
 
     @property
@@ -88,10 +88,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Response:
-    """One response with the conversation that it ends: the last message is the assistant's.
+    """A response with the conversation that it ends: the last message is the assistant's.
 
-    `arguments` is what the chat template is given beside the messages (tools, documents, ...): a JSON object in
-    text; empty for none.
+    `arguments` are further arguments of the chat template (tools, documents, ...): JSON in text; empty if none.
     """
 
     messages: tuple[Message, ...]
@@ -99,12 +98,12 @@ class Response:
 
     @property
     def key(self) -> tuple:
-        """Equal keys mean that a chat template renders the same, with the same media."""
+        """The key of a conversation: equal keys mean that a chat template renders the same, with the same media."""
         return (self.arguments, *(message.key for message in self.messages))
 
     @property
     def prompt_key(self) -> tuple:
-        """`key` without the last message."""
+        """The `key` without the last message."""
         return self.key[:-1]
 
     @property
@@ -113,13 +112,13 @@ class Response:
 
     @property
     def media(self) -> tuple[MediaRef, ...]:
-        """Its images and videos, in the order of their places."""
+        """The images and videos of the conversation, in the order of their places."""
         return tuple(p for m in self.messages for p in m.parts if isinstance(p, MediaRef))
 
 
 @dataclass(frozen=True)
 class Preference:
-    """`winner` is preferred to `loser` (indices into the responses).
+    """A preference for `winner` over `loser` (indices into the responses).
 
     `margin` is subtracted from the reward difference, `weight` multiplies the loss term. A tie says
     that neither is preferred; `loss.ties` decides what happens with it.
@@ -134,7 +133,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt, its responses, and the preferences between them.
+    """A prompt, its responses, and the preferences between them.
 
     `origin` is `file:row` for messages and reports; `source` names the set for per-source metrics.
     """
@@ -147,7 +146,7 @@ class Record:
 
     @property
     def prompt_key(self) -> tuple:
-        """Equal keys mean the same prompt, images and template arguments; such records merge into one group."""
+        """The key of the prompt, its images and template arguments; records of equal keys merge into one group."""
         return self.responses[0].prompt_key
 
     @property

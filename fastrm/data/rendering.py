@@ -1,4 +1,9 @@
-"""A conversation as the model's own chat template renders it, and what of it the template leaves out.
+"""A conversation as the model's own chat template renders it, and a check of what the template leaves out.
+
+Special-token strings that were typed in a text, a tool's argument or a schema are broken with a private-use
+character   first, so that what still matches in the rendering was put there by the template. Whether a template
+renders   something is tested by rendering the conversation once more with that changed: equal outputs mean that it
+does not.
 
 Special-token strings that were typed in a text, a tool's argument or a schema are broken with a private-use character
 first, so that what still matches in the rendering was put there by the template. Whether a template renders
@@ -17,10 +22,10 @@ from fastrm.data.record import MediaRef, Message, Response
 from fastrm.data.vision_format import VisionFormat
 from fastrm.errors import RecordError
 
-# Characters that no published text needs; one that the conversation does not contain is used.
+# Breakers: characters that no published text needs, of which one is used that the conversation does not contain.
 _BREAKERS = "".join(chr(code) for code in range(0xE000, 0xE010))
 _ALWAYS_RENDERED = ("user", "assistant")  # roles whose texts every template writes
-# Of a tool's answer, what ties it to its call. Most templates go by the order of turns and write neither.
+# Keys that tie a tool's answer to its call. Most templates rely on the order of turns and write neither.
 _TIES = {"tool_call_id": None, "name": ("tool", "ipython", "function", "environment")}
 # Arguments that only the caller of a template may set.
 _RESERVED = ("messages", "add_generation_prompt")
@@ -34,12 +39,15 @@ class Rendered(NamedTuple):
     breaker: str
 
     def mend(self, text: str) -> str:
-        """A piece of the output as it was typed. A template that writes an object's `repr` has escaped the breaker."""
+        """Return a piece of the output as it was typed.
+
+        A template that writes an object's `repr` has escaped the breaker.
+        """
         return text.replace(self.breaker, "").replace(_escaped(self.breaker), "")
 
 
 class ChatRenderer:
-    """Renders conversations with a tokenizer's chat template.
+    """A renderer of conversations by a tokenizer's chat template.
 
     Args:
         special: matches the special tokens' strings.
@@ -51,7 +59,7 @@ class ChatRenderer:
         self._found_rendered = Latest(REMEMBERED_CHECKS)
 
     def render(self, response: Response) -> Rendered:
-        """The template's output for a conversation.
+        """Render a conversation by the template.
 
         Raises:
             RecordError: TEMPLATE if the template refuses it; BAD_TEXT if no breaker is left.
@@ -66,7 +74,7 @@ class ChatRenderer:
         except TemplateError as error:
             raise RecordError("TEMPLATE", f"the chat template refuses the conversation: {error}") from None
         except TypeError as error:
-            # Templates add texts, and take a tool's arguments for an object: Jinja lets Python's error through.
+            # A template may add texts, or expect a tool's arguments as an object: Jinja lets Python's error through.
             raise RecordError("TEMPLATE", f"the chat template cannot render the conversation: {error}") from None
 
     def check(self, response: Response) -> None:
@@ -104,7 +112,7 @@ class ChatRenderer:
                 raise _unrendered(f'the row has "{name}"')
 
     def _renders(self, name: str, *pairs: tuple[Response, Response]) -> bool:
-        """Whether the outputs of one of the pairs differ; the latest findings are remembered by the first."""
+        """Return whether the outputs of one of the pairs differ; results are remembered by the first pair."""
         known = hashlib.blake2b(json.dumps([name, pairs[0][0].key]).encode(), digest_size=16).hexdigest()
         if self._found_rendered.get(known):
             return True
@@ -152,7 +160,7 @@ class ChatRenderer:
         ]
 
     def _broken(self, value, breaker: str):
-        """The value with all special tokens in its texts broken."""
+        """Return the value with all special tokens in its texts broken."""
         if isinstance(value, str):
             return self._special.sub(lambda match: match.group()[0] + breaker + match.group()[1:], value)
         if isinstance(value, list):
@@ -175,7 +183,7 @@ def _escaped(breaker: str) -> str:
 
 
 def _altered(message: Message) -> Iterator[tuple[str, Message]]:
-    """(what is changed, the message with that changed) for all that a template might leave out."""
+    """Yield (a part's name, the message with that part changed) for all parts that a template might leave out."""
     if message.text.strip() and (message.fields or message.role not in _ALWAYS_RENDERED):
         yield "content", replace(message, parts=(*message.parts, "x"))
     fields = json.loads(message.fields) if message.fields else {}
@@ -188,7 +196,7 @@ def _altered(message: Message) -> Iterator[tuple[str, Message]]:
 
 
 def lengthened(message: Message) -> Iterator[Message]:
-    """The message with more text at its end, and with more at the end of its fields, of what of both it has."""
+    """Yield the message with more text at its end, and with more at the end of its fields, if it has them."""
     if message.text.strip() or not message.fields:
         yield replace(message, parts=(*message.parts, "x"))
     if message.fields:
@@ -211,7 +219,7 @@ def _lengthen(value: dict | list) -> bool:
 
 
 def _without_last(fields: dict, name: str) -> dict:
-    """The fields with the last item less in a list, or without the value."""
+    """Return the fields with the last item of a list removed, or without the value."""
     if isinstance(fields[name], list) and len(fields[name]) > 1:
         return fields | {name: fields[name][:-1]}
     return {key: value for key, value in fields.items() if key != name}

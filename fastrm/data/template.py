@@ -1,5 +1,9 @@
-"""One response's conversation -> tokens, exactly as the stock chat template and tokenizer give them,
-except that special-token strings typed by users stay text.
+"""Tokens of a response's conversation, exactly as the stock chat template and tokenizer give them.
+
+Special-token strings typed by users are the one exception: they stay text.    The conversation is rendered whole
+(`rendering.py`), and what the template leaves out is refused. The runs of text   between special tokens are
+tokenised with special tokens switched off.   The template's placeholder of an image or a video becomes its tokens,
+as the model family's format says.
 
 The conversation is rendered whole (`rendering.py`), and what the template leaves out is refused. The runs of text
 between special tokens are tokenised with special tokens switched off.
@@ -22,8 +26,8 @@ from fastrm.data.vision_format import MediaSize, MediaSpan, VisionFormat
 from fastrm.errors import ConfigError, RecordError
 from fastrm.limits import MediaLimits
 
-REMEMBERED_RUNS = 64  # texts between special tokens whose tokens are kept
-REMEMBERED_SIZES = 4096  # images and videos whose sizes are kept; the responses of a group share theirs
+REMEMBERED_RUNS = 64  # the number of texts between special tokens whose tokens are remembered
+REMEMBERED_SIZES = 4096  # the number of media whose sizes are remembered; the responses of a group share theirs
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class EncodedResponse:
 
 
 class ConversationEncoder:
-    """Renders and tokenises conversations for one model, from any number of threads.
+    """An encoder that renders and tokenises conversations for one model, from any number of threads.
 
     Args:
         tokenizer: a fast transformers tokenizer with a chat template.
@@ -85,7 +89,7 @@ class ConversationEncoder:
         self.special_ids = {
             token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
         }
-        # Longest first: of two special tokens of which one begins the other, the longer one matches.
+        # Longest first: if one special token begins with another, the longer one matches.
         names = sorted(self.special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._renderer = ChatRenderer(tokenizer, self._special, vision)
@@ -139,30 +143,30 @@ class ConversationEncoder:
         return EncodedResponse(tokens, tuple(spans), num_response_tokens, positions)
 
     def looking_anew(self) -> "ConversationEncoder":
-        """An encoder of the same tokens that looks at every file anew: it may have been replaced."""
+        """Return an encoder of the same tokens without remembered sizes: files may have been replaced."""
         fresh = copy.copy(self)
         fresh._sizes = Latest(REMEMBERED_SIZES)
         return fresh
 
     def counting_only(self) -> "ConversationEncoder":
-        """An encoder of the same tokens and media, without what only a pack needs."""
+        """Return an encoder of the same tokens and media, without what only a pack needs."""
         counter = copy.copy(self)
         counter._counts_only = True
         return counter
 
     def _media_tokens(self, placeholder: int, num_tokens: int) -> np.ndarray:
-        """(n,) int64: what a placeholder becomes."""
+        """Return the tokens (n,) int64 that replace a placeholder."""
         tokens = np.full(len(self.vision.opening) + num_tokens + len(self.vision.closing), placeholder, dtype=np.int64)
         tokens[: len(self.vision.opening)] = self.vision.opening
         tokens[len(tokens) - len(self.vision.closing) :] = self.vision.closing
         return tokens
 
     def num_text_tokens(self, text: str) -> int:
-        """Tokens of a response's own text, the length of length normalisation."""
+        """Return the number of tokens of a response's own text, for length normalisation."""
         return len(self._tokenize_runs([text])[0])
 
     def _num_response_tokens(self, response: Response, rendered: Rendered) -> int:
-        """Those of its text, and what its other fields add to the whole."""
+        """Return the number of tokens of the response's text and of its other fields."""
         num_tokens = self.num_text_tokens(response.text)
         if not response.messages[-1].fields:
             return num_tokens
@@ -171,7 +175,7 @@ class ConversationEncoder:
         return num_tokens + max(0, lengths[0] - lengths[1])
 
     def measure(self, ref: MediaRef) -> MediaSize:
-        """The tokens of an image or a video, from headers alone; the latest are remembered.
+        """Return the tokens of an image or a video, from headers alone; the latest are remembered.
 
         Raises:
             RecordError: the codes of `VisionFormat.measure`.
@@ -193,7 +197,10 @@ class ConversationEncoder:
             raise RecordError(f"{ref.noun.upper()}_UNSUPPORTED", f"the record has {what} but the model {reads}")
 
     def _check_anchor(self, response: Response, rendered: Rendered) -> None:
-        """Where the anchor may come before the response's end, look whether a change of the response is before it."""
+        """Refuse a conversation whose anchor comes before the response's end.
+
+        Where that may happen, the response is changed: a change must be before the anchor.
+        """
         if self.anchor == "end_of_turn" and not self._anchor_follows(response, rendered):
             raise RecordError(
                 "ANCHOR",
@@ -215,7 +222,7 @@ class ConversationEncoder:
         return rendered.text[:end]
 
     def _tokenize(self, rendered: Rendered) -> list:
-        """Special-token ids (int) and token lists of the text runs between them, in order."""
+        """Return special-token ids (int) and token lists of the text runs between them, in order."""
         items, at, text = [], 0, self._up_to_anchor(rendered)
         for match in self._special.finditer(text):
             items += [text[at : match.start()], self.special_ids[match.group()]]
@@ -226,7 +233,7 @@ class ConversationEncoder:
         return [next(runs) if isinstance(item, str) else item for item in items]
 
     def _tokenize_runs(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of each text by itself. The latest are remembered: the responses of a prompt share their runs."""
+        """Return the tokens of each text by itself. The latest are remembered: responses of a prompt share runs."""
         runs = {text: self._runs.get(text) for text in texts}
         missing = [text for text, tokens in runs.items() if tokens is None]
         if missing:
@@ -237,7 +244,10 @@ class ConversationEncoder:
         return [runs[text] for text in texts]
 
     def _check_against_stock(self) -> None:
-        """Tokenizers that treat the start of a string differently cannot be cut at special tokens."""
+        """Refuse a tokenizer whose tokens change if a text is cut at special tokens.
+
+        Such a tokenizer treats the start of a string differently.
+        """
         turns = [("user", " Is  1 < 2?\n\n"), ("assistant", "Yes: it is.\n")]
         response = Response(tuple(Message(role, (text,)) for role, text in turns))
         try:
@@ -263,7 +273,7 @@ class ConversationEncoder:
 
 
 def _text_tokenizer(tokenizer):
-    """A tokenizer of the tokenizers library for which special tokens in a text are text; threads may share it.
+    """Return a tokenizer of the tokenizers library that reads special tokens as text; threads may share it.
 
     It is a copy, whose settings are never changed again. transformers changes those of its own tokenizer in every
     call, which fails ("Already borrowed") while another thread tokenises, or changes what that thread finds.

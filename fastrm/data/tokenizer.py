@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fastrm.data.record import Message
 from fastrm.errors import ConfigError
 
-# Order fixes the ids. Source: the Qwen2.5-VL tokenizer's added tokens.
+# The order fixes the ids. Source: the Qwen2.5-VL tokenizer's added tokens.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -22,7 +22,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# How Qwen2 splits text before BPE (its published tokenizer.json).
+# The pattern by which Qwen2 splits text before BPE (its published tokenizer.json).
 _PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -78,7 +78,7 @@ INTERNVL_TEMPLATE = """\
 
 
 class ChatLayout(NamedTuple):
-    """How a family writes conversations.
+    """The way in which a family writes conversations.
 
     Attributes:
         special_tokens: in the order of their ids.
@@ -99,7 +99,7 @@ CHAT_LAYOUTS = {
 
 
 def train_tokenizer(conversations: Iterable[Sequence[Message]], vocab_size: int, layout: str = "qwen"):
-    """Byte-level BPE over conversations as the template renders them; deterministic.
+    """Train a byte-level BPE on conversations as the template renders them; deterministic.
 
     The template's own words are counted too: they stand in every conversation, and spelt out in
     bytes the default system turn would be the longest part of a short one.
@@ -137,20 +137,20 @@ def train_tokenizer(conversations: Iterable[Sequence[Message]], vocab_size: int,
 
 
 def _plain_rendering(turns: Sequence[Message], chat: ChatLayout) -> str:
-    """What the template makes of a conversation, less the special tokens."""
+    """Render a conversation by the template, without the special tokens."""
     has_system = turns[0].role == "system" or chat.default_system is None
     system = "" if has_system else f"system\n{chat.default_system}\n"
     return system + "".join(f"{turn.role}\n{turn.text}\n" for turn in turns)
 
 
 def special_id(tokenizer, token: str) -> int | None:
-    """The id of a special token, None if the tokenizer has no such one."""
+    """Return the id of a special token; None if the tokenizer lacks it."""
     known = tokenizer.added_tokens_decoder.items()
     return next((number for number, added in known if added.special and added.content == token), None)
 
 
 def load_tokenizer(path: str):
-    """A fast tokenizer with a chat template, from a folder or the hub.
+    """Load a fast tokenizer with a chat template, from a folder or the hub.
 
     Raises:
         ConfigError: if there is none, or it cannot render a conversation.
@@ -165,7 +165,7 @@ def load_tokenizer(path: str):
             f"model.tokenizer {path!r}: cannot be loaded ({reason}); wanted a folder with tokenizer.json "
             "and tokenizer_config.json, or a reachable hub id"
         ) from None
-    except Exception as error:  # files of another shape run into whatever comes first, deep inside transformers
+    except Exception as error:  # files of another shape may raise anything, deep inside transformers
         raise ConfigError(
             f"model.tokenizer {path!r}: transformers cannot read its files ({type(error).__name__}: {error}); copy "
             "tokenizer.json and tokenizer_config.json again"

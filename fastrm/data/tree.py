@@ -1,4 +1,4 @@
-"""Token sequences -> a prefix tree: every shared run of tokens once.
+"""The prefix tree of token sequences: every shared run of tokens once.
 
 Trees are found from the tokens, not from the text: each response's conversation is tokenised whole,
 so sharing can never change a token at the border of prompt and response.
@@ -32,18 +32,18 @@ class Tree:
 
     @property
     def num_attention_pairs(self) -> int:
-        """Query-key pairs of one layer of causal attention: each token sees its path up to itself."""
+        """The number of query-key pairs of one causal layer: each token sees its path up to itself."""
         # Before a segment's first token, its path is as long as the sequence that the segment was cut from.
         return sum(causal_pairs(stop) - causal_pairs(start) for _, start, stop in self.spans)
 
 
 def causal_pairs(num_tokens: int) -> int:
-    """Query-key pairs of causal attention over a sequence."""
+    """Return the number of query-key pairs of causal attention over a sequence."""
     return num_tokens * (num_tokens + 1) // 2
 
 
 def build_tree(sequences: list[np.ndarray], share: bool = True, min_shared: int = MIN_SHARED_TOKENS) -> Tree:
-    """Share the common prefixes of non-empty sequences (any integer dtype).
+    """Build the tree that shares the common prefixes of non-empty sequences (any integer dtype).
 
     Equal elements are taken to be the same content; callers give every image its own numbers.
     A prefix is shared when it is at least `min_shared` long. A sequence that is a prefix of another
@@ -79,7 +79,7 @@ def _grow(tree, sequences, members, start, parent, min_shared) -> None:
 
 
 def _split(tree, sequences, members, start, parent):
-    """Members that go on after `start`, grouped by their next token; the others end at `parent`."""
+    """Return the members that go on after `start`, grouped by their next token; the others end at `parent`."""
     for member in members:
         if len(sequences[member]) == start:
             _, first, stop = tree.spans[parent]

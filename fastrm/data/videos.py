@@ -1,4 +1,4 @@
-"""From a `VideoRef` to frames: evenly spaced ones, of a video file or of a folder of pictures.
+"""Decoding of a `VideoRef` to evenly spaced frames, from a video file or a folder of pictures.
 
 Videos come from strangers. Only MP4, QuickTime, Matroska and WebM containers are parsed, with the codecs of CODECS;
 bytes, pixels and seconds are compared with their limits before a frame is decoded. The file is handed to FFmpeg
@@ -41,7 +41,7 @@ HEADER_BYTES = 12
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """How videos become frames.
+    """Settings for the frames of a video.
 
     Attributes:
         num_frames: evenly spaced frames of a video; one that has fewer gives all.
@@ -56,7 +56,7 @@ class VideoSettings:
 
 
 class VideoHeader(NamedTuple):
-    """What planning needs of a video; `fps` are frames per second."""
+    """The header of a video, as planning needs it; `fps` are frames per second."""
 
     num_frames: int
     width: int
@@ -70,15 +70,15 @@ class Video(Protocol):
     header: VideoHeader
 
     def frames(self, num_frames: int) -> Iterator[np.ndarray]:
-        """(H, W, 3) uint8 RGB each."""
+        """Yield frames (H, W, 3) uint8 RGB."""
 
 
 @contextmanager
 def open_video(ref: VideoRef, settings: VideoSettings, limits: MediaLimits) -> Iterator[Video]:
-    """A video whose header is read and within its limits; nothing is decoded yet.
+    """Open a video: its header is read and within its limits; nothing is decoded yet.
 
     Args:
-        limits: of what a video may cost, and a frame.
+        limits: limits of a video, and of a frame.
 
     Raises:
         RecordError: VIDEO_MISSING, VIDEO_NOT_A_FILE, VIDEO_TOO_LARGE (bytes or pixels), VIDEO_TOO_LONG, VIDEO_FORMAT,
@@ -102,10 +102,10 @@ def open_video(ref: VideoRef, settings: VideoSettings, limits: MediaLimits) -> I
 
 
 def frame_refs(ref: VideoRef) -> list[ImageRef] | None:
-    """The pictures of a folder of frames, on disk or in an archive; None for a video that is no folder.
+    """Return the pictures of a folder of frames, on disk or in an archive; None for a video that is no folder.
 
-    In the order of their names, in which numbers count as numbers. Files that are no pictures by their suffix, and
-    hidden ones (such as the ``._1.jpg`` that macOS puts into archives), are no frames.
+    They are in the order of their names, in which numbers count as numbers. Files that are no pictures by their suffix,
+    and hidden ones (such as the ``._1.jpg`` that macOS puts into archives), are no frames.
 
     Raises:
         RecordError: VIDEO_EMPTY if the folder has no frames; VIDEO_MISSING or VIDEO_DAMAGED if it, or its archive,
@@ -131,7 +131,7 @@ def frame_refs(ref: VideoRef) -> list[ImageRef] | None:
 
 @contextmanager
 def naming_frame(ref: VideoRef):
-    """A frame of a folder that cannot be used is the video's problem."""
+    """Report an error of a frame in a folder as one of the video."""
     try:
         yield
     except RecordError as error:
@@ -140,9 +140,9 @@ def naming_frame(ref: VideoRef):
 
 
 def sample(total: int, num_frames: int) -> list[int]:
-    """Numbers of `num_frames` evenly spaced frames out of `total`, from the first on.
+    """Return the numbers of `num_frames` evenly spaced frames out of `total`, from the first on.
 
-    The stock processor's rule for a given number of frames, the floor of n * total / num_frames, in whole numbers.
+    It is the stock processor's rule for a given number of frames: the floor of n * total / num_frames.
     """
     return [number * total // num_frames for number in range(num_frames)]
 
@@ -166,7 +166,7 @@ def _check_shape(ref: VideoRef, header: VideoHeader, frame: np.ndarray) -> np.nd
 
 
 class _FrameFolder:
-    """A video whose frames are pictures of their own."""
+    """A video whose frames are separate pictures."""
 
     def __init__(self, ref: VideoRef, frames: list[ImageRef], settings: VideoSettings, limits: MediaLimits):
         self._ref, self._frames, self._limits = ref, frames, limits
@@ -176,13 +176,13 @@ class _FrameFolder:
     def frames(self, num_frames: int) -> Iterator[np.ndarray]:
         for number in sample(len(self._frames), num_frames):
             with naming_frame(self._ref):
-                # A copy: torch warns of arrays that cannot be written to, as Pillow's.
+                # Copied, since torch warns of read-only arrays such as Pillow's.
                 frame = np.array(decode_image(self._frames[number], self._limits))
             yield _check_shape(self._ref, self.header, frame)
 
 
 def _natural(name: str) -> list[str | tuple[int, str]]:
-    """Texts and numbers of a name in turn; a number as its digits, of which a name in an archive may have thousands."""
+    """Split a name into texts and numbers; a number is kept as its digits, which may be thousands."""
     parts = re.split(r"0*([0-9]+)", name)
     return [(len(part), part) if number % 2 else part for number, part in enumerate(parts)]
 
@@ -202,7 +202,7 @@ class _VideoFile:
         container_format = _container_format(start)
         if container_format is None:
             raise media_error(ref, "FORMAT", "is not an MP4, QuickTime, Matroska or WebM file; convert it to MP4")
-        # FFmpeg looks at the first frames to learn the header's gaps, and decodes none with more pixels.
+        # FFmpeg decodes first frames to fill gaps of the header, and none with more pixels than this.
         self._options = {"max_pixels": str(limits.max_pixels)}
         # From version 17 on a conversion keeps a pool of threads. A forked data worker inherits it without its threads,
         # and waits for them for ever when it converts a frame, or only ends.
@@ -253,9 +253,9 @@ class _VideoFile:
                 yield _check_shape(self._ref, self.header, frame.to_ndarray(format="rgb24", **self._one_thread))
 
     def _shown(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """Times of all frames that are shown, in order, and (time, decoding time) of those that need no other.
+        """Return the times of all shown frames, in order, and (time, decoding time) of key frames.
 
-        From the packets' headers: the file is read, and nothing decoded.
+        They are read from the packets' headers: the file is read, and nothing decoded.
         """
         self._container.seek(0)
         shown, keys = [], []
@@ -269,7 +269,7 @@ class _VideoFile:
         return sorted(shown), sorted(keys)
 
     def _decode(self, times: list[int], keys: list[tuple[int, int]]):
-        """The frames shown at these times, which rise; what lies between is skipped where a key frame allows it."""
+        """Yield the frames shown at these rising times; what lies between is skipped where a key frame allows it."""
         frames, frame = None, None
         for time in times:
             key = keys[max(bisect_right(keys, (time, float("inf"))) - 1, 0)]
@@ -289,7 +289,7 @@ def _open_container(av, file: BinaryIO, container_format: str, options: dict[str
     lenient = {"metadata_errors": "ignore"} if Version(av.__version__).major < 19 else {}
     try:
         return av.open(file, format=container_format, options=options, **lenient)
-    except TypeError as error:  # else every video would be called damaged
+    except TypeError as error:  # without this every video would be called damaged
         raise ConfigError(
             f"PyAV {av.__version__} cannot be called as fastrm does: {error}; pip install av==18.1"
         ) from error
@@ -297,7 +297,7 @@ def _open_container(av, file: BinaryIO, container_format: str, options: dict[str
 
 @contextmanager
 def _ffmpeg_named(ref: VideoRef):
-    """Name the video in whatever FFmpeg raises; also in want of memory, for a size that the file makes up."""
+    """Name the video in any error of FFmpeg, also in lack of memory for a size that the file makes up."""
     from av.error import FFmpegError
 
     with naming_damage(ref):
@@ -308,7 +308,7 @@ def _ffmpeg_named(ref: VideoRef):
 
 
 def _container_format(start: bytes) -> str | None:
-    """FFmpeg's name of the container that a file begins as."""
+    """Return FFmpeg's name of the container by the first bytes of a file."""
     if start[4:8] == b"ftyp":
         return "mp4"
     return "matroska" if start.startswith(b"\x1a\x45\xdf\xa3") else None

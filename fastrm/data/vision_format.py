@@ -1,4 +1,4 @@
-"""The seam between media and tokens: what a model family makes of an image or a video.
+"""The interface between media and tokens: a model family's treatment of an image or a video.
 
     ref --measure--> MediaSize     planning: headers alone, nothing is decoded
     ref --cut------> Patches       a pack: decoded, resized, bytes for the vision tower
@@ -22,7 +22,7 @@ from fastrm.limits import MediaLimits
 
 
 class MediaSize(NamedTuple):
-    """Tokens of an image or a video: `frames` planes of `height` x `width`.
+    """The tokens of an image or a video: `frames` planes of `height` x `width`.
 
     Attributes:
         frames: 1 for a still image; for a video its patches in time; for an image cut into tiles, the tiles.
@@ -66,7 +66,7 @@ class Patches(NamedTuple):
 
 
 class VisionFormat(ABC):
-    """How one model family reads images and videos. Picklable: it goes to the data workers.
+    """A model family's way to read images and videos. Picklable: it goes to the data workers.
 
     A family's format promises:
 
@@ -90,15 +90,15 @@ class VisionFormat(ABC):
     @property
     @abstractmethod
     def patch_format(self) -> PatchFormat:
-        """The layout of patches and their normalisation, with the processor's settings of now."""
+        """The layout of patches and their normalisation, with the processor's present settings."""
 
     @abstractmethod
     def part(self, ref: MediaRef) -> dict:
-        """What the chat template finds in the content list at the place of a medium."""
+        """Return the entry of the chat template's content list for a medium."""
 
     @abstractmethod
     def measure(self, ref: MediaRef, limits: MediaLimits) -> MediaSize:
-        """The tokens of a medium.
+        """Return the tokens of a medium.
 
         Raises:
             RecordError: the codes of `images.image_size` and `videos.open_video`, and IMAGE_ASPECT or
@@ -115,8 +115,8 @@ class VisionFormat(ABC):
 
     @abstractmethod
     def positions(self, num_tokens: int, spans: Sequence[MediaSpan]) -> np.ndarray | None:
-        """Positions (3, num_tokens) int64 of a conversation with these media; None: numbered from 0 on all axes."""
+        """Return positions (3, num_tokens) int64 of a conversation with media; None: numbered from 0 on all axes."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the stock processors' files, from which the format is made again."""
+        """Write the stock processors' files, from which the format can be loaded again."""

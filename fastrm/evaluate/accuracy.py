@@ -21,14 +21,14 @@ def is_right(winner, loser):
 
 
 class _BySource:
-    """Right preferences, and those that are no ties, by source."""
+    """Counts by source of right preferences, and of those that are no ties."""
 
     _right: dict[str, int]
     _scored: dict[str, int]
 
     @property
     def num_scored(self) -> int:
-        """Preferences that are not ties."""
+        """The number of preferences that are not ties."""
         return sum(self._scored.values())
 
     @property
@@ -41,7 +41,7 @@ class _BySource:
 
 
 class PreferenceMeter(_BySource):
-    """Sums over preferences; means come out under the field's usual names.
+    """A meter of sums over preferences, whose means have the field's usual names.
 
     A preference counts as right if the winner's reward is strictly larger: equal rewards are wrong.
     Ties count for nothing but the token totals.
@@ -59,7 +59,7 @@ class PreferenceMeter(_BySource):
         self._chosen = self._rejected = 0.0
 
     def state(self) -> dict:
-        """The sums as JSON; `restore` takes them back exactly."""
+        """Return the sums as JSON values, from which `restore` restores them exactly."""
         return {
             name.lstrip("_"): dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()
         }
@@ -70,7 +70,7 @@ class PreferenceMeter(_BySource):
             self._add(name, state[name.lstrip("_")])
 
     def merge(self, other: "PreferenceMeter") -> None:
-        """Add what another meter has counted."""
+        """Add the counts of another meter."""
         for name, value in vars(other).items():
             self._add(name, value)
 
@@ -95,7 +95,7 @@ class PreferenceMeter(_BySource):
         self._rejected += float(losers[scored].sum())
 
     def by_source(self) -> dict[str, dict]:
-        """{source: {"accuracy", "preferences"}}, sorted by name."""
+        """Return {source: {"accuracy", "preferences"}}, sorted by name."""
         return {
             source: {"accuracy": self._right[source] / count, "preferences": count}
             for source, count in sorted(self._scored.items())
@@ -103,7 +103,7 @@ class PreferenceMeter(_BySource):
         }
 
     def means(self) -> dict[str, float]:
-        """rewards/{chosen,rejected,margins,accuracies}, per-source accuracies, sharing factor."""
+        """Return the means: rewards/{chosen,rejected,margins,accuracies}, accuracies by source, sharing factor."""
         count = max(1, self.num_scored)
         row = {
             "rewards/chosen": self._chosen / count,
@@ -119,7 +119,7 @@ class PreferenceMeter(_BySource):
 
 
 class PairAccuracy(_BySource):
-    """Counts preferences, overall and by source. Equal rewards are wrong; ties are counted apart."""
+    """A counter of right preferences, overall and by source. Equal rewards are wrong; ties are counted apart."""
 
     def __init__(self):
         self._right: dict[str, int] = defaultdict(int)  # by source
@@ -135,7 +135,7 @@ class PairAccuracy(_BySource):
             self._count(record.source, is_right(rewards[preference.winner], rewards[preference.loser]), 1)
 
     def report(self) -> dict:
-        """{"accuracy", "preferences", "interval", "ties", "sources": {name: the first three}}."""
+        """Return {"accuracy", "preferences", "interval", "ties", "sources": {name: the first three}}."""
         sources = {name: _figures(self._right[name], count) for name, count in sorted(self._scored.items())}
         total = _figures(sum(self._right.values()), self.num_scored)
         return {**total, "ties": self.num_ties, "sources": sources}
@@ -146,7 +146,7 @@ def _figures(right: int, count: int) -> dict:
 
 
 def wilson_interval(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927), which holds near 0 and 1 too."""
+    """Return the 95 % score interval of a proportion (Wilson 1927), which is valid near 0 and 1 too."""
     share = right / count
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
@@ -155,7 +155,7 @@ def wilson_interval(right: int, count: int, z: float = 1.959964) -> tuple[float,
 
 @dataclass
 class Flips:
-    """Preferences judged twice, ties left out. A preference is right if its winner's reward is strictly larger.
+    """Counts of preferences that two sets of rewards judge, without ties; equal rewards are wrong.
 
     Attributes:
         num_preferences: judged.
@@ -180,11 +180,11 @@ class Flips:
 
     @property
     def rate(self) -> float:
-        """Share of the preferences that the two judge differently."""
+        """The share of the preferences that the two judge differently."""
         return (self.lost + self.gained) / max(1, self.num_preferences)
 
     @property
     def accuracies(self) -> tuple[float, float]:
-        """Pair accuracy by the first and by the second rewards."""
+        """The pair accuracies by the first and by the second rewards."""
         total = max(1, self.num_preferences)
         return self.num_right / total, (self.num_right + self.lost - self.gained) / total

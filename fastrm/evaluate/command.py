@@ -1,4 +1,4 @@
-"""`fastrm eval`: what its arguments mean together, and which evaluation they ask for."""
+"""The command `fastrm eval`: a check of its arguments together, and the choice of the evaluation."""
 
 from pathlib import Path
 

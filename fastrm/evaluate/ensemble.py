@@ -24,7 +24,7 @@ from fastrm.yaml_files import dump_yaml, read_yaml, validate
 COMBINATIONS = ("mean", "accuracy", "margin")
 VALIDATION_PAIRS = 1000  # [P]
 SUFFIXES = (".yaml", ".yml")
-_SUM_TOLERANCE = 1e-6  # of weights in a file, which somebody may have rounded
+_SUM_TOLERANCE = 1e-6  # tolerance of the sum of a file's weights, which may be rounded
 
 
 class _Strict(BaseModel):
@@ -32,23 +32,23 @@ class _Strict(BaseModel):
 
 
 class Route(_Strict):
-    """Which inputs go to another model."""
+    """The inputs that go to another model."""
 
     text: str
-    """Reward model for inputs without images and videos; a folder."""
+    """The reward model for inputs without images and videos, a folder."""
 
 
 class EnsembleFile(_Strict):
-    """A saved ensemble. Folders are relative to the file."""
+    """The file of an ensemble, in which folders are relative to the file."""
 
     members: tuple[str, ...]
-    """Reward models, each the model/ folder of a run."""
+    """The reward models, each the model/ folder of a run."""
     combine: Literal["mean", "accuracy", "margin"] = "mean"
-    """How rewards are combined; accuracy and margin say where the weights came from."""
+    """The way to combine rewards; accuracy and margin name the source of the weights."""
     weights: tuple[float, ...] | None = None
-    """One for each member, summing to 1; none for the mean."""
+    """The weights of the members, which sum to 1; none for the mean."""
     route: Route | None = None
-    """Inputs that go to another model."""
+    """The inputs that go to another model."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -68,24 +68,24 @@ class EnsembleFile(_Strict):
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of one record.
+    """The rewards of one record.
 
     Attributes:
-        combined: (R,) of each response, as the ensemble has it.
-        members: of each member, (R,); where a route took the record, the route's rewards for all of them.
+        combined: (R,) the ensemble's reward of each response.
+        members: (R,) of each member; where a route took the record, the route's rewards for all of them.
     """
 
     combined: list[float]
     members: list[list[float]]
 
     def take(self, places: Sequence[int]) -> "Rewards":
-        """The rewards of some of the responses."""
+        """Return the rewards of some of the responses."""
         combined = [self.combined[place] for place in places]
         return Rewards(combined, [[rewards[place] for place in places] for rewards in self.members])
 
 
 class Ensemble:
-    """Scores responses with several reward models, as `RewardModel` does with one.
+    """An ensemble that scores responses with several reward models, as `RewardModel` does with one.
 
         ensemble = fastrm.Ensemble.from_pretrained(["runs/a/model", "runs/b/model"])
         ensemble.score([{"prompt": "Which digit?", "images": ["7.png"], "responses": ["seven", "two"]}])
@@ -123,7 +123,7 @@ class Ensemble:
 
     @property
     def models(self) -> list[RewardModel]:
-        """The members, and the model that the route takes."""
+        """The members, and the model of the route."""
         return self.members if self.text is None else [*self.members, self.text]
 
     @classmethod
@@ -183,7 +183,7 @@ class Ensemble:
         )
 
     def save(self, file: str | Path) -> None:
-        """Write the ensemble as a YAML file, usable wherever a model folder is; the models stay where they are.
+        """Write the ensemble as a YAML file, usable wherever a model folder is; the models stay in their places.
 
         Raises:
             ConfigError: accuracy or margin without weights yet.
@@ -210,7 +210,7 @@ class Ensemble:
         num_workers: int = 0,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[list[float] | GroupError]:
-        """As `RewardModel.score`. A group that one member cannot score is not scored.
+        """Score groups as `RewardModel.score`. A group that one member cannot score is not scored.
 
         Raises:
             GroupError: a `DataError` that names the group and the reason.
@@ -229,7 +229,7 @@ class Ensemble:
         num_workers: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Rewards | RecordError]:
-        """Rewards of each record's responses, or why it could not be scored, in order.
+        """Return the rewards of each record's responses, or why it could not be scored, in order.
 
         A record that one member cannot score is not scored at all.
 
@@ -281,21 +281,21 @@ class Ensemble:
 
 
 def combine(members: Sequence[Sequence[float]], weights: Sequence[float] | None) -> list[float]:
-    """(R,) from the members' rewards (M, R): their plain mean, or their sum with weights (M,)."""
+    """Combine the members' rewards (M, R) to (R,): their plain mean, or their sum with weights (M,)."""
     if weights is None:
         return [sum(rewards) / len(rewards) for rewards in zip(*members, strict=True)]
     return [sum(w * r for w, r in zip(weights, rewards, strict=True)) for rewards in zip(*members, strict=True)]
 
 
 def validation_weights(how: str, margins: np.ndarray, names: Sequence[str]) -> list[float]:
-    """Weights of the members, summing to 1.
+    """Compute weights of the members, summing to 1.
 
     Args:
         how: accuracy (share of positive margins) or margin (their mean).
         margins: (M, E).
 
     Raises:
-        DataError: no pairs; a negative mean margin, or nothing but zeros, which are no weights.
+        DataError: for no pairs, a negative mean margin, or margins that are all zero.
     """
     pairs, setting = option("validation", "margins"), option("ensemble", "combine")
     if margins.shape[1] == 0:
@@ -319,7 +319,7 @@ def validation_weights(how: str, margins: np.ndarray, names: Sequence[str]) -> l
 
 
 def sharing(models: Sequence[RewardModel], records: Sequence[Record]) -> list[list[int]]:
-    """Places of the models, those that read the records alike together."""
+    """Return the places of the models in groups, each of models that read the records alike."""
     has_videos = any(isinstance(ref, VideoRef) for record in records for ref in record.media)
     alike: dict[str, list[int]] = {}
     for place, model in enumerate(models):
@@ -329,11 +329,11 @@ def sharing(models: Sequence[RewardModel], records: Sequence[Record]) -> list[li
 
 
 def _reading(encoder: ConversationEncoder, has_videos: bool) -> str:
-    """Equal texts: the same tokens, positions and pixels for the same conversation."""
+    """Return a text that is equal for encoders with the same tokens, positions and pixels of a conversation."""
     tokenizer = encoder.tokenizer
     vision = {} if encoder.vision is None else dict(vars(encoder.vision))
     if not has_videos:
-        # In Qwen2-VL and Qwen2.5-VL images have the same positions; only those of videos depend on it.
+        # In Qwen2-VL and Qwen2.5-VL images have the same positions; only those of videos depend on tokens_per_second.
         vision.pop("tokens_per_second", None)
     settings = {
         name: value.to_json_string() if hasattr(value, "to_json_string") else repr(value)

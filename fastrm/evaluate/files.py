@@ -1,4 +1,4 @@
-"""`fastrm score` and `fastrm eval` on data files: rewards, or pair accuracy."""
+"""The commands `fastrm score` and `fastrm eval` on data files: rewards, or pair accuracy."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json
 from fastrm.ui import Display
 
-# Records that are read, scored and written at a time.
+# The number of records that are read, scored and written at a time.
 CHUNK = 512
 
 Scored = tuple[Record | str | None, Rewards | RecordError]
@@ -58,7 +58,7 @@ def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options
         ConfigError, DataError, StorageError: for a model, data or output that cannot be used.
     """
     choice.check()
-    # Opened before the work that it waits for, so that a wrong name fails at once.
+    # The output is opened before the work, so that a wrong name fails at once.
     with complete_file(json_out) if json_out is not None else nullcontext() as write:
         with Display() as display:
             report = _evaluate(Scoring(choice, data, options, display, "evaluating"), data)
@@ -69,7 +69,7 @@ def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options
 
 
 class Scoring:
-    """One pass of the models over a data file, chunk by chunk.
+    """A pass of the models over a data file, chunk by chunk.
 
     Attributes:
         ensemble: the models, once the first row has been scored.
@@ -83,14 +83,14 @@ class Scoring:
         self._display, self._update = display, display.task(description)
 
     def run(self, *, require_preferences: bool) -> Iterator[Scored]:
-        """(record, rewards), or (record or id, RecordError), for each row in order."""
+        """Yield (record, rewards), or (record or id, RecordError), for each row in order."""
         options, keys = self._options, {}
         reading = {"require_preferences": require_preferences, "columns": options.columns, "ignore": options.ignore}
         for file in source_files(self._data, images=options.images, format=options.data_format, **reading):
             if (line := understood(file)) is not None:
                 self._display.say(line)
         rows = read_in_order(self._data, options.images, options.data_format, keys=keys, **reading)
-        # Before the models are loaded, so that data that cannot be read fails at once.
+        # The data is opened before the models are loaded, so that an unreadable file fails at once.
         chunk, done = list(islice(rows, CHUNK)), 0
         self.ensemble = open_models(self._choice, options, self._display)
         while chunk:
@@ -112,7 +112,7 @@ def _evaluate(scoring: Scoring, data: str) -> dict:
     accuracy, members, refused = PairAccuracy(), [], []
     for record, result in scoring.run(require_preferences=True):
         if isinstance(result, RecordError):
-            message = result.message  # of a row that is no record it has the place already
+            message = result.message  # the message of a row that is no record names its place already
             if isinstance(record, Record):
                 refuse_non_finite(record.origin, result)
                 message = f"{record.origin}: {message}"
@@ -133,7 +133,7 @@ def _evaluate(scoring: Scoring, data: str) -> dict:
 
 
 def describe(ensemble: Ensemble) -> dict:
-    """What the figures are figures of, for JSON."""
+    """Describe the models behind the figures, for JSON."""
     return {
         "models": ensemble.names,
         "combine": ensemble.combine if len(ensemble.members) > 1 else None,

@@ -1,4 +1,4 @@
-"""How often two ways to compute rewards disagree about which of two responses is better."""
+"""A comparison of two ways to compute rewards: how often they disagree about the better of two responses."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,7 +22,7 @@ def compare_fp8(
     num_workers: int = 0,
     poll: Callable[[], None] = lambda: None,
 ) -> Flips:
-    """FP8 (first) against the same weights without it (second), in one pass over the groups.
+    """Compare FP8 (first) with the same weights without it (second), in one pass over the groups.
 
     Args:
         network: one that `convert_to_fp8` has converted.

@@ -1,4 +1,4 @@
-"""Rows of one prompt are scored as one group: its images and its text once, each distinct response once."""
+"""Groups of the rows of one prompt: its images and text are scored once, each distinct response once."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ class PromptGroup:
     responses: dict[tuple, Response] = field(default_factory=dict)
 
     def add(self, row: int, record: Record) -> None:
-        """Take in a record with the group's prompt."""
+        """Add a record with the group's prompt."""
         keys = [response.key for response in record.responses]
         for key, response in zip(keys, record.responses, strict=True):
             self.responses.setdefault(key, response)
@@ -35,7 +35,7 @@ class PromptGroup:
 
 
 def merge_prompts(records: Sequence[Record]) -> list[PromptGroup]:
-    """Records with the same prompt and images, in order of their first one."""
+    """Group records with the same prompt and images, in order of their first one."""
     groups: dict[tuple, PromptGroup] = {}
     for row, record in enumerate(records):
         groups.setdefault(record.prompt_key, PromptGroup()).add(row, record)
@@ -47,7 +47,7 @@ def score_merged(
     take: Callable[[Result, list[int]], Result],
     records: Sequence[Record],
 ) -> list[Result | RecordError]:
-    """Results of every record, from one pass over the prompts' groups.
+    """Score every record, in one pass over the prompts' groups.
 
     A group that cannot be scored as a whole, for example because it is too long, is scored row by row, so
     that merging refuses no row that would be scored by itself.

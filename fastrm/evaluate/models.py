@@ -1,4 +1,4 @@
-"""The models of `fastrm score` and `fastrm eval`: what the command line names, loaded and weighted."""
+"""The models of `fastrm score` and `fastrm eval`, loaded and weighted as the command line says."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ from fastrm.limits import MediaLimits
 from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.ui import Display
 
-# Validation records that are read at a time.
+# The number of validation records that are read at a time.
 _CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """What `score` and `eval` share: where rows and images are found, and how the models run."""
+    """The options that `score` and `eval` share: the places of rows and images, and settings of the models."""
 
     images: str | None
     data_format: str
@@ -42,14 +42,14 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Models, and how their rewards are combined.
+    """The models, and the way to combine their rewards.
 
     Attributes:
         models: folders of reward models, or one ensemble file.
         combine: mean, accuracy or margin; None: the mean, or what the file says.
         validation: preferences that give the weights of accuracy and margin.
         route: ``text=MODEL``, or None.
-        save: where to write the ensemble, or None.
+        save: the file to write the ensemble to, or None.
     """
 
     models: tuple[Path, ...]
@@ -59,10 +59,10 @@ class ModelChoice:
     save: Path | None = None
 
     def check(self) -> None:
-        """Refuse what cannot work, before anything is loaded.
+        """Refuse a choice that cannot work, before anything is loaded.
 
         Raises:
-            ConfigError: no model, a route that is none, or validation without use for it.
+            ConfigError: for no model, a malformed route, or a validation file that is not used.
         """
         if not self.models:
             raise ConfigError("name a model: fastrm eval MODEL... DATA, or --scores FILE for somebody else's scores")
@@ -77,7 +77,7 @@ class ModelChoice:
 
 
 def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) -> Ensemble:
-    """Load the models, fit weights where they are asked for, and save the ensemble where that is asked for.
+    """Load the models, fit weights if they are asked for, and save the ensemble if that is asked for.
 
     Raises:
         ConfigError, StorageError: for models that cannot be used.
@@ -130,7 +130,7 @@ def _text_route(route: str | None) -> Path | None:
 
 
 def _validation_margins(ensemble: Ensemble, validation: str, options: ScoringOptions, display: Display) -> np.ndarray:
-    """(M, E) margins of the first `VALIDATION_PAIRS` preferences that are no ties, in the order of the file.
+    """Return margins (M, E) of the first `VALIDATION_PAIRS` preferences without ties, in the file's order.
 
     Rows that cannot be scored are left out by name; records that a route takes say nothing of the members.
     """
@@ -154,5 +154,5 @@ def _validation_margins(ensemble: Ensemble, validation: str, options: ScoringOpt
 
 
 def _margins(record: Record, rewards: Rewards) -> list[list[float]]:
-    """(M,) for each preference of a record."""
+    """Return margins (M,) for each preference of a record."""
     return [[member[p.winner] - member[p.loser] for member in rewards.members] for p in record.preferences if not p.tie]

@@ -1,4 +1,4 @@
-"""Files and lines that evaluation writes."""
+"""Output files and lines of evaluations."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,13 +9,13 @@ from rich.console import Console
 
 from fastrm.errors import StorageError
 
-# Refused rows that are named on the screen; files name all.
+# The most refused rows that are named on the screen; files name all.
 _NAMED = 10
 
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Callable[[str], None]]:
-    """A function that writes text to a file, which appears under its name at the end or not at all.
+    """Yield a function that writes text to a file, which appears under its name at the end or not at all.
 
     Raises:
         StorageError: at once if the file cannot be made; later if it cannot be written.
@@ -35,7 +35,7 @@ def complete_file(path: Path) -> Iterator[Callable[[str], None]]:
             file.close()
             os.replace(partial, path)
     except BaseException:
-        # Closing flushes, which fails once more on a full disk; the first error is the one to report.
+        # Closing flushes, which fails again on a full disk; the first error is the one to report.
         with suppress(OSError):
             file.close()
         with suppress(OSError):
@@ -44,7 +44,7 @@ def complete_file(path: Path) -> Iterator[Callable[[str], None]]:
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file that cannot be made, before the work that it is for.
+    """Refuse a file that cannot be written, before the work that it is for.
 
     Raises:
         StorageError: its folder does not exist, or it is a folder.
@@ -66,7 +66,7 @@ def print_refused(messages: Sequence[str], where: str) -> None:
 
 @contextmanager
 def _named(path: Path):
-    """Only around the output's own operations: an OSError of the scoring is not the output's fault."""
+    """Name the output in an error of the block, which must hold only operations on it."""
     try:
         yield
     except OSError as error:

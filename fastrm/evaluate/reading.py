@@ -1,4 +1,4 @@
-"""Rows of a data file in their order, the bad ones among the good."""
+"""The rows of a data file in their order, good and bad ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -8,13 +8,13 @@ from fastrm.errors import RecordError
 
 
 class _Refused:
-    """Takes the place of the quarantine: a bad row keeps its turn among the good ones."""
+    """A stand-in for the quarantine, with which a bad row keeps its place among the good ones."""
 
     def __init__(self):
         self.rows: list[tuple[str | None, RecordError]] = []
 
     def add(self, *, source, origin, record_id, code, message, partial=False) -> None:
-        if not partial:  # the record that lost a part has a turn of its own
+        if not partial:  # a record that lost a part is yielded itself
             self.rows.append((record_id, RecordError(code, f"{origin}: {message}")))
 
 
@@ -28,7 +28,7 @@ def read_in_order(
     columns: Mapping[str, str] | None = None,
     ignore: Sequence[str] = (),
 ) -> Iterator[Record | tuple[str | None, RecordError]]:
-    """Records, and (id, RecordError) for rows that are none, in the order of the file.
+    """Yield records, and (id, RecordError) for rows that are none, in the order of the file.
 
     Args:
         keys: as `read_source`.

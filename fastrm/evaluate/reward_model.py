@@ -1,4 +1,4 @@
-"""`RewardModel`: a trained reward model as other programs use it."""
+"""The public class `RewardModel`: a trained reward model as other programs use it."""
 
 import datetime
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RewardModel:
-    """Scores responses with an exported reward model.
+    """A scorer of responses by an exported reward model.
 
         model = fastrm.RewardModel.from_pretrained("runs/quickstart/model")
         model.score([{"prompt": "Which digit?", "images": ["7.png"], "responses": ["seven", "two"]}])
@@ -103,7 +103,7 @@ class RewardModel:
         num_workers: int = 0,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[list[float] | GroupError]:
-        """Rewards of every response, in the order of the groups.
+        """Return the rewards of every response, in the order of the groups.
 
         All responses of a group share one pass over its prompt and images. Image files are read anew at
         every call. Any number of threads may call it at once; each gets what it would get alone, to the bit.

@@ -1,4 +1,7 @@
-"""Rewards for prepared groups, record files and plain dicts; all through the same packs.
+"""Rewards of prepared groups, record files and plain dicts; all by the same packs.
+
+A group that cannot be scored is refused by itself, with a code and a message, and no other group is affected. A
+reward that is not a finite number is such a refusal: nothing writes it, averages it or compares it.
 
 A group that cannot be scored is refused by itself, with a code and a message, and costs no other group anything. A
 reward that is not a finite number is such a refusal: nothing writes it, averages it or compares it.
@@ -42,7 +45,7 @@ def run_packs(
     *,
     pin_memory: bool = False,
 ) -> Iterator[tuple[LoadedPack, torch.Tensor | None]]:
-    """Every group once, without gradients, with rewards (R,) on the CPU; None if all were refused.
+    """Run every group once, without gradients; yield its pack with rewards (R,) on the CPU, None if all were refused.
 
     Groups with a reward that is not finite are among the refused of their pack, and their rewards are not to be used.
 
@@ -64,7 +67,7 @@ def run_packs(
 
 
 def _without_non_finite(loaded: LoadedPack, rewards: torch.Tensor) -> LoadedPack:
-    """The pack with the groups refused of which a reward (..., R) is not finite; one look at each pack."""
+    """Return the pack with all groups refused whose rewards (..., R) are not finite."""
     if rewards.isfinite().all():
         return loaded
     found = [
@@ -84,11 +87,11 @@ def _describe(values: torch.Tensor) -> str:
 
 
 def refuse_non_finite(name: str, error: RecordError | RefusedGroup) -> None:
-    """Refuse figures of a model with a reward that is not finite: those of other groups would say nothing of it.
+    """Refuse a model's figures if a reward is not finite: those of other groups would be misleading.
 
     Args:
         name: of the group.
-        error: why it was refused; other reasons are let pass.
+        error: why it was refused; other reasons pass.
 
     Raises:
         DataError: naming the group.
@@ -100,7 +103,7 @@ def refuse_non_finite(name: str, error: RecordError | RefusedGroup) -> None:
 def score_records(
     network: RewardNetwork, records: Sequence[Record], tokens_per_pack: int, num_workers: int = 0
 ) -> list[list[float] | RecordError]:
-    """Rewards of each record's responses, or why it could not be scored, in order."""
+    """Return the rewards of each record's responses, or why it could not be scored, in order."""
     results = score_with_each([network], records, tokens_per_pack, num_workers)
     return [result if isinstance(result, RecordError) else result[0] for result in results]
 
@@ -112,7 +115,7 @@ def score_with_each(
     num_workers: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[list[float]] | RecordError]:
-    """Rewards by every network, which all run on the same packs: (M, R) for each record, in order.
+    """Return the rewards by every network on the same packs: (M, R) for each record, in order.
 
     Args:
         networks: M on one device, whose encoders read records alike; the first one's is used.
@@ -139,7 +142,7 @@ def score_with_each(
 
     def forward(pack: Pack) -> torch.Tensor:
         pack = pack.to(device)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # threads have their own
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # each thread has its own
             return torch.stack([network(_laid_out(pack, network, lay_out)) for network in networks])  # (M, R)
 
     done = len(records) - len(ready)
@@ -172,7 +175,7 @@ class _Ready(NamedTuple):
 def _make_ready(
     number: int, record: Record, encoder: ConversationEncoder, networks: Sequence[RewardNetwork], tokens_per_pack: int
 ) -> _Ready:
-    """Tokenise a record and refuse what the networks could not take, by itself.
+    """Tokenise a record and refuse it if the networks cannot take it.
 
     Raises:
         RecordError: as `encode_group`; TOO_LONG.
@@ -197,14 +200,14 @@ def _make_ready(
 
 
 def _laid_out(pack: Pack, network: RewardNetwork, lay_out) -> Pack:
-    """The pack with the layouts that this network wants, if the first one makes others."""
+    """Return the pack with this network's layouts, if the first network makes others."""
     return pack if network.lay_out == lay_out else replace(pack, layouts=network.lay_out(pack))
 
 
 def score_groups(
     network: RewardNetwork, groups: Sequence[dict], tokens_per_pack: int, num_workers: int = 0, on_error: str = "raise"
 ) -> list[list[float] | GroupError]:
-    """See `RewardModel.score`."""
+    """Score groups as `RewardModel.score` says."""
     return score_dicts(lambda records: score_records(network, records, tokens_per_pack, num_workers), groups, on_error)
 
 
@@ -213,7 +216,7 @@ def score_dicts(
     groups: Sequence[dict],
     on_error: str = "raise",
 ) -> list[list[float] | GroupError]:
-    """Rewards of groups as the Python API takes them.
+    """Return the rewards of groups as the Python API takes them.
 
     Args:
         score: of records, in order.

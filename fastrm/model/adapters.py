@@ -22,14 +22,14 @@ from fastrm.model.weight_files import CHUNK_BYTES, StoredTensor, finder, read_he
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-# Settings that change nothing of what is merged, or are read below. Any other one that is set is refused.
+# Settings that do not change the merged weights, or are read below. Any other one that is set is refused.
 _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
     "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
     "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-# Initialisations that have changed the base model's own weights.
+# Initialisations that change the base model's own weights.
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -48,7 +48,10 @@ class MergedTensor(StoredTensor):
     scale: float
 
     def read_into(self, out: torch.Tensor, first: int = 0) -> None:
-        """As `StoredTensor.read_into`; at most twice CHUNK_BYTES are held besides `out`, and A and B in float32."""
+        """Fill `out` as `StoredTensor.read_into`.
+
+        At most twice CHUNK_BYTES are held besides `out`, and A and B in float32.
+        """
         down, up = self.down.read().float(), self.up.read().float() * self.scale
         columns = self.shape[1]
         step = max(1, CHUNK_BYTES // 4)
@@ -64,7 +67,7 @@ class MergedTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's weights by the names that their modules have in the model that it was trained on.
+    """The weights of an adapter, by the names that their modules have in the model that it was trained on.
 
     Attributes:
         where: its folder or hub id.
@@ -78,7 +81,7 @@ class Adapter:
 
     @classmethod
     def open(cls, place: ModelPlace) -> "Adapter":
-        """Read settings and headers.
+        """Read settings and headers of an adapter.
 
         Raises:
             ConfigError: for kinds of adapters, or settings, that are not merged here.
@@ -112,7 +115,7 @@ class Adapter:
 
 
 def _check(where: str, settings: dict) -> None:
-    """Refuse what is no plain LoRA, by the name of the setting."""
+    """Refuse an adapter that is no plain LoRA, by the name of the setting."""
     refused = {name: value for name, value in settings.items() if value and name not in _KNOWN}
     if settings.get("peft_type") != "LORA":
         refused["peft_type"] = settings.get("peft_type")
@@ -130,7 +133,7 @@ def _check(where: str, settings: dict) -> None:
 
 
 def _product(file: Path, module: str, parts: dict[str, StoredTensor], settings: dict):
-    """(A, B, scale) of one module."""
+    """Return (A, B, scale) of one module."""
     down, up = parts["A"], parts["B"]
     rank = _by_pattern(settings.get("rank_pattern"), module, settings.get("r"))
     alpha = _by_pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha"))
@@ -148,5 +151,5 @@ def _product(file: Path, module: str, parts: dict[str, StoredTensor], settings: 
 
 
 def _by_pattern(patterns: dict | None, module: str, default):
-    """PEFT's rule: the first pattern that matches the end of a module's name, whole parts of it."""
+    """Return a module's value by PEFT's rule: the first pattern that matches whole parts at the end of its name."""
     return next((value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)

@@ -1,4 +1,4 @@
-"""The reward head that a folder holds, read from its files, whoever wrote them.
+"""The reward head in a folder, read from its files, whoever wrote them.
 
 Read are the head of an export (`fastrm` section in config.json), and linear heads or `Sequential` ones under the names
 of the classes in `_KINDS`. Each kind says which token its class reads for one conversation without padding, and what
@@ -29,9 +29,9 @@ ANCHORS = {
 }
 POOLINGS = ("anchor", "mean")
 _SCORE_KEY = re.compile(r"(?:(\d+)\.)?(weight|bias)")
-# Modules that trainers have put the head into.
+# The modules that trainers put the head into.
 _INSIDE = ("", "model.", "language_model.", "pretrained_model.")
-# Of config.json: where OpenRLHF's head is, and what is done to its rewards.
+# Keys of config.json for OpenRLHF's head: its place, and the normalisation of its rewards.
 OPENRLHF_KEYS = ("value_head_prefix", "normalize_reward", "mean", "std")
 # Buffers that OpenRLHF has written beside its head. The values that count are those of config.json; without them
 # there, the buffers are named as lost.
@@ -40,7 +40,7 @@ _BUFFERS = {"mean", "std"}
 
 @dataclass(frozen=True)
 class _Kind:
-    """A name that heads have in files, and what the class that writes it does.
+    """A name of heads in files, and the behaviour of the class that writes it.
 
     Attributes:
         reads: last_token, stock (the last token that is not the pad token of config.json), or None: no file says it.
@@ -64,7 +64,7 @@ _KINDS = (
     # InternLM's and InternLM-XComposer's: a linear layer, whose reading no file states.
     _Kind("v_head", None),
 )
-# Classes whose Sequential head has an activation that is known.
+# Classes whose Sequential head has a known activation.
 _ACTIVATIONS = {"Qwen2ForRewardModel": "relu"}
 
 
@@ -110,7 +110,7 @@ class FoundHead:
                 linears[-1].weight.div_(self.std)
 
     def describe(self) -> str:
-        """The reading in one line, as in "head: 1 layer, no bias, from score.weight; reads the last token"."""
+        """Describe the head in one line, as in "head: 1 layer, no bias, from score.weight; reads the last token"."""
         count = self.head.layers
         parts = [f"{count} layer{'s' * (count > 1)}"]
         if count > 1:
@@ -124,7 +124,7 @@ class FoundHead:
 
 
 def find_head(opened: Backbone, tokenizer, settings: ModelConfig | None = None) -> FoundHead | None:
-    """The head in the files of a backbone; None: there is none, and config.json does not speak of one.
+    """Find the head in the files of a backbone; None if there is none and config.json does not mention one.
 
     Every weight of the files is then the backbone's, the head's, or of no use to any reward model.
 
@@ -162,7 +162,7 @@ def find_head(opened: Backbone, tokenizer, settings: ModelConfig | None = None) 
 
 
 def _groups(rest: Mapping[str, StoredTensor], config: dict) -> dict[_Kind, dict[str, str]]:
-    """Heads by kind: key in the head ("weight", "0.bias") -> name in the files."""
+    """Return heads by kind: key in the head ("weight", "0.bias") -> name in the files."""
     found: dict[_Kind, dict[str, str]] = {}
     for kind in _kinds(config):
         for name in rest:
@@ -178,7 +178,7 @@ def _is_openrlhf(config: dict) -> bool:
 
 
 def _kinds(config: dict) -> Sequence[_Kind]:
-    """The known kinds; OpenRLHF's config.json names its head and says that it reads the last attended token."""
+    """Return the known kinds; OpenRLHF's config.json names its head and says that it reads the last attended token."""
     prefix = config.get("value_head_prefix")
     name = prefix if isinstance(prefix, str) else "score"
     own = [_Kind(name, "last_token")] if _is_openrlhf(config) else []
@@ -186,7 +186,7 @@ def _kinds(config: dict) -> Sequence[_Kind]:
 
 
 def _layers(where: str, group: Mapping[str, str], opened: Backbone) -> list[tuple[StoredTensor, StoredTensor | None]]:
-    """(weight, bias) of each layer in order, of the shapes that a head here can have."""
+    """Return (weight, bias) of each layer in order, of the shapes that a head here can have."""
     width = opened.model.config.get_text_config().hidden_size
     keys = sorted({key.rpartition(".")[0] for key in group}, key=lambda key: int(key or 0))
     layers = []
@@ -218,7 +218,7 @@ def _check_shape(where: str, name: str, tensor: StoredTensor, wanted: tuple[int,
 def _exported(
     where: str, section: object, group: Mapping[str, str], layers: list[tuple], *, normalised: bool
 ) -> FoundHead:
-    """The head that config.json's `fastrm` section describes."""
+    """Return the head that config.json's `fastrm` section describes."""
     head, anchor, pooling = read_section(where, section)
     if normalised:
         raise ConfigError(
@@ -235,13 +235,13 @@ def _exported(
 
 
 def read_section(where: str, section: object) -> tuple[HeadConfig, str, str]:
-    """(head, anchor, pooling) of an export's `fastrm` section.
+    """Read an export's `fastrm` section as (head, anchor, pooling).
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if it is malformed.
     """
     try:
-        # The first exports had no other pooling than the anchor and do not say so.
+        # The first exports do not state the pooling, which was the anchor.
         head, anchor = HeadConfig(**section["head"]), section["anchor"]
         pooling = section.get("pooling", "anchor")
         if anchor in ANCHORS and pooling in POOLINGS:
@@ -257,7 +257,7 @@ def read_section(where: str, section: object) -> tuple[HeadConfig, str, str]:
 def _foreign(
     where: str, config: dict, kind: _Kind, group: dict, opened: Backbone, tokenizer, settings: ModelConfig | None
 ) -> FoundHead:
-    """A head that another trainer wrote."""
+    """Return a head that another trainer wrote."""
     architecture = next(iter(config.get("architectures") or ()), "")
     if architecture.endswith("ForTokenClassification") or "Process" in architecture:
         raise ConfigError(
@@ -290,7 +290,7 @@ def _foreign(
 
 
 def _stored_activation(where: str, group: Mapping[str, str], usual: str | None) -> str | None:
-    """What stands between the layers: nothing where their numbers in the Sequential follow on one another.
+    """Return the activation between the layers; none if their numbers in the Sequential are consecutive.
 
     Args:
         usual: the activation of the class that wrote the head, None if no file says it.
@@ -314,7 +314,7 @@ def _section_text(layers: Sequence[tuple]) -> str:
 
 
 def _may_end_with(tokenizer, pad: int) -> bool:
-    """Could the last token of a rendered conversation be this one? No, if all end with another one.
+    """Return whether this token may be the last of a rendered conversation; not if all end with another one.
 
     Raises:
         ConfigError: if the chat template cannot render any.
@@ -335,7 +335,7 @@ def _may_end_with(tokenizer, pad: int) -> bool:
 
 
 def _normalisation(where: str, config: dict) -> tuple[float, float]:
-    """(mean, std) of OpenRLHF's rewards, from config.json as its class takes them."""
+    """Return (mean, std) of OpenRLHF's rewards, from config.json as its class takes them."""
     if not config.get("normalize_reward") or "mean" not in config:
         return 0.0, 1.0
     values = [config.get(name) for name in ("mean", "std")]
@@ -349,7 +349,7 @@ def _normalisation(where: str, config: dict) -> tuple[float, float]:
 
 
 def _check_no_head_expected(place: ModelPlace, config: dict) -> None:
-    """Refuse to draw a head for a model whose files should hold one."""
+    """Refuse to make a random head for a model whose files should hold one."""
     where = place.given
     for folder in dict.fromkeys((place.base, place.adapter or place.base)):
         if (pickled := finder(folder)("value_head.bin")) is not None:
@@ -376,7 +376,7 @@ def _way_on(names: Sequence[str]) -> str:
 
 
 def adopt(settings: ModelConfig) -> tuple[ModelConfig, str]:
-    """A training run's settings of the model with what the files of model.path say of its head, and a line about it.
+    """Complete a run's settings of the model by the head in the files of model.path; return them with a line about it.
 
     The line is empty for a backbone, for an export, and for random weights. No weight is read.
 
@@ -407,7 +407,7 @@ def adopt(settings: ModelConfig) -> tuple[ModelConfig, str]:
 
 
 def adopt_what_is_here(config: Config) -> tuple[Config, str]:
-    """`adopt` for a whole configuration, where the weights of model.path are in a folder here; else it stays as it is.
+    """Apply `adopt` to a whole configuration if model.path is a folder with weights; else return it unchanged.
 
     Raises:
         ConfigError, StorageError: as `adopt`.
@@ -419,7 +419,7 @@ def adopt_what_is_here(config: Config) -> tuple[Config, str]:
 
 
 def _check_agreement(settings: ModelConfig, prefix: str, section, wanted: dict) -> None:
-    """Refuse what a configuration sets and the files say otherwise; what it leaves out is theirs."""
+    """Refuse settings that contradict the files; settings that are not given are taken from the files."""
     if prefix and "head" not in settings.model_fields_set:
         return
     for name, value in wanted.items():
@@ -431,7 +431,7 @@ def _check_agreement(settings: ModelConfig, prefix: str, section, wanted: dict) 
 
 
 def missing_head(place: ModelPlace) -> ConfigError:
-    """The error for a model to score with that has no head."""
+    """Return the error for a model without a head that is to be used for scoring."""
     return ConfigError(
         f"{place.given}: a backbone has no reward head yet (looked for {', '.join(kind.name for kind in _KINDS)} in "
         "its weights, and value_head.safetensors beside them): train one with model.path, or name the model/ folder of "

@@ -33,7 +33,7 @@ def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        # The sizes with tied embeddings kept the tokenizer's own vocabulary, the others were padded.
+        # Sizes with tied embeddings keep the tokenizer's own vocabulary, the others are padded.
         "vocab_size": 151_936 if tied else 152_064,
         "tie_word_embeddings": tied,
         "max_position_embeddings": context,
@@ -49,7 +49,7 @@ def _qwen2_5_vl(*text, vision_intermediate: int, num_parameters: int, tied: bool
 
 
 def _qwen2_vl(*text, num_parameters: int, tied: bool = False) -> Published:
-    # Here `hidden_size` is the width that the merger puts out; the tower's own is `embed_dim`.
+    # `hidden_size` is the width of the merger's output; the tower's own is `embed_dim`.
     vision = {"embed_dim": 1280, "hidden_size": text[0], "mlp_ratio": 4}
     options = {"text_config": _text(*text, tied, 32_768), "vision_config": vision}
     return Published({"model_type": "qwen2_vl", **options}, num_parameters)
@@ -76,7 +76,7 @@ def _internvl(model_type: str, *text, vocabulary: int, eps: float) -> Published:
         "rms_norm_eps": eps,
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1_000_000.0},
     }
-    # InternViT-300M; the defaults of transformers but for the biases.
+    # InternViT-300M: the defaults of transformers, except for the biases.
     options = {"text_config": text_config, "vision_config": {"attention_bias": True}, "tie_word_embeddings": False}
     return Published({"model_type": "internvl", **options})
 
@@ -106,7 +106,7 @@ PUBLISHED = {
 
 
 def find_architecture(settings: ModelConfig) -> tuple[object, str]:
-    """The transformers config that the settings stand for, and where it was found. Reads no weights.
+    """Find the transformers config that the settings stand for; return it and its source. Reads no weights.
 
     Looks at model.init, then at config.json in the folder model.path, then for the path's last part
     among PUBLISHED; never on the network.
@@ -131,7 +131,7 @@ def find_architecture(settings: ModelConfig) -> tuple[object, str]:
 
 
 def meta_network(config, settings: ModelConfig) -> RewardNetwork:
-    """The network of a training run with its frozen parts, on torch's meta device: shapes, no memory.
+    """Make the network of a training run with its frozen parts on torch's meta device: shapes, no memory.
 
     Raises:
         ConfigError: if the architecture's sizes make no model, or model.freeze does not fit it.
@@ -151,7 +151,7 @@ def meta_network(config, settings: ModelConfig) -> RewardNetwork:
 
 
 def _initial_config(settings: ModelConfig):
-    """model.init with the vocabulary of its tokenizer; a trained one has at most the size asked for."""
+    """Return model.init with the vocabulary of its tokenizer; a trained one has at most the size asked for."""
     # The defaults of these ids can lie outside a small vocabulary, which embeddings refuse.
     ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     sizes = {"vocab_size": _vocab_size(settings.tokenizer), **ids}
@@ -187,6 +187,6 @@ def _local_config(path: str):
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of a wrong value, whatever it has run into
+    except Exception as error:  # a wrong value may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{path}/config.json: not a model configuration: {reason}; is the download whole?") from None

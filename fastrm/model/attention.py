@@ -1,4 +1,4 @@
-"""Attention of one forward pass: the implementation, and what it needs to know of the pack's layout."""
+"""Attention of one forward pass: the implementation, and the arguments that it needs of the pack's layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ BACKENDS = {"sdpa": "eager", "flash": "varlen", "flash_attn": "flash_attn", "tri
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Heads of all attention layers of one kind: of the language model, or of the vision tower."""
+    """The heads of all attention layers of one kind: of the language model, or of the vision tower."""
 
     heads: int
     key_heads: int
@@ -22,14 +22,14 @@ class AttentionShape:
 
     @staticmethod
     def of_language(config) -> "AttentionShape":
-        """From a transformers text config."""
+        """Return the shape for a transformers text config."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return AttentionShape(config.num_attention_heads, config.num_key_value_heads, head_dim)
 
     @staticmethod
     def of_vision(config) -> "AttentionShape":
-        """From the vision config of a supported model."""
-        # Qwen2-VL's hidden_size is what the tower puts out, its own width is embed_dim.
+        """Return the shape for the vision config of a supported model."""
+        # Qwen2-VL's hidden_size is the width of the tower's output, its own width is embed_dim.
         width = getattr(config, "embed_dim", config.hidden_size)
         heads = config.num_attention_heads if config.model_type == "internvl_vision" else config.num_heads
         return AttentionShape(heads, heads, width // heads)
@@ -37,7 +37,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Attention:
-    """How one kind of layers attends.
+    """The attention of one kind of layers.
 
     Attributes:
         impl: of `tree_attention`.
@@ -52,7 +52,7 @@ class Attention:
     traced: bool = False
 
     def arguments(self, layout: TreeLayout, dtype: torch.dtype) -> TreeLayout | Arguments:
-        """What `attend` takes for a layout: the layout itself, or in a compiled layer its traceable form."""
+        """Return the arguments of `attend` for a layout: itself, or in a compiled layer its traceable form."""
         if not self.traced:
             return layout
         shape = self.shape
@@ -61,7 +61,7 @@ class Attention:
         )
 
     def attend(self, query, key, value, arguments: TreeLayout | Arguments, scale: float) -> torch.Tensor:
-        """(Tq, H, K), (T, Hkv, K), (T, Hkv, K) -> (Tq, H, K), in the dtype of the matrix products."""
+        """Compute attention (Tq, H, K), (T, Hkv, K), (T, Hkv, K) -> (Tq, H, K), in the products' dtype."""
         if torch.is_autocast_enabled(query.device.type):
             # Rotary embedding computes in float32; SDPA would cast back by itself, the other backends not.
             dtype = torch.get_autocast_dtype(query.device.type)
@@ -85,5 +85,5 @@ class _KeepAlive(torch.autograd.Function):
 
 
 def keep_alive(states: torch.Tensor, layouts: Sequence[TreeLayout]) -> torch.Tensor:
-    """`states`; the layouts live as long as its autograd graph."""
+    """Return `states`, with the layouts alive as long as its autograd graph."""
     return _KeepAlive.apply(states, layouts)

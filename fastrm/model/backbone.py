@@ -30,7 +30,7 @@ from fastrm.model.vision import VisionLayout
 
 
 class BackboneRunner:
-    """Runs a stock model on packs. Holds no weights; `model` is a transformers base model.
+    """A runner of a stock model on packs. It holds no weights; `model` is a transformers base model.
 
     Attributes:
         language: its language model.
@@ -101,7 +101,7 @@ class BackboneRunner:
         self.set_kernels(self._kernels.attention.impl, self._kernels.norm, self._kernels.gate)
 
     def layout_builder(self, dtype: torch.dtype) -> LayoutBuilder:
-        """Makes the layouts of packs, anywhere; `dtype` is that of the attention's inputs."""
+        """Return the builder of packs' layouts, which can run anywhere; `dtype` is that of attention's inputs."""
         triton = None
         if self._kernels.attention.impl == "triton":
             vision = self.tower.kernels.attention.shape.head_dim if self.tower is not None else 0
@@ -109,7 +109,7 @@ class BackboneRunner:
         return LayoutBuilder(self._shape, triton, self.pooling)
 
     def anchor_states(self, pack: Pack) -> torch.Tensor:
-        """Hidden states (R, D) of the anchors after the last layer, before the final norm."""
+        """Return hidden states (R, D) of the anchors after the last layer, before the final norm."""
         layouts = self._layouts(pack)
         *layers, last = self.language.layers
         hidden, cos, sin = self._run_layers(layers, pack, layouts)
@@ -117,7 +117,7 @@ class BackboneRunner:
         return keep_alive(hidden, layouts.trees) if self.compiled else hidden
 
     def mean_states(self, pack: Pack) -> torch.Tensor:
-        """Means (R, D) over all tokens of each response's path, after the final norm; needs every layer whole."""
+        """Return means (R, D) over all tokens of each response's path, after the final norm, of whole layers."""
         layouts = self._layouts(pack)
         hidden, _, _ = self._run_layers(self.language.layers, pack, layouts)
         norm = self.language.norm
@@ -137,9 +137,9 @@ class BackboneRunner:
         return layouts.to(pack.input_ids.device)
 
     def _run_layers(self, layers: Iterable[nn.Module], pack: Pack, layouts: PackLayouts):
-        """States (T, D) after whole layers, and cos and sin (T, K) of the rotary embedding."""
+        """Return states (T, D) after whole layers, and cos and sin (T, K) of the rotary embedding."""
         hidden = self._embed(pack, layouts)  # (T, D)
-        # M-RoPE models read all three rows of positions, the others one.
+        # M-RoPE models read all three rows of positions, others one.
         has_axes = self.model.config.model_type in QWEN_VL_FAMILIES
         position_ids = pack.position_ids[:, None] if has_axes else pack.position_ids[:1]
         cos, sin = self._rotary(hidden, position_ids)
@@ -151,15 +151,15 @@ class BackboneRunner:
         return hidden, cos, sin
 
     def _rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (T, K)."""
+        """Return cos and sin (T, K) of the rotary embedding."""
         rotary = self.language.rotary_emb
-        # Without its decorators, which look for the largest position and so wait for a GPU.
+        # The decorators are left out: they look for the largest position, and so wait for a GPU.
         with torch.no_grad():
             cos, sin = inspect.unwrap(type(rotary).forward)(rotary, hidden, position_ids)
         return cos[0], sin[0]
 
     def _last_layer(self, layer: nn.Module, hidden, cos, sin, anchors, layouts: PackLayouts) -> torch.Tensor:
-        """(T, D) -> (R, D). Never compiled: that would be a graph of its own for one layer in many."""
+        """Run the last layer, (T, D) -> (R, D). It is never compiled: that would be a graph for one layer of many."""
         arguments = self._kernels.attention.arguments(layouts.anchors, _product_dtype(hidden))
         return call_checkpointed(
             self.checkpointing, False, last_decoder_layer, layer, hidden, cos, sin, anchors, arguments, self._kernels
@@ -181,7 +181,7 @@ class BackboneRunner:
         return embeddings
 
     def media_features(self, pixel_values: torch.Tensor, layout: VisionLayout | TileLayout) -> torch.Tensor:
-        """(image tokens, D) of all images of a pack, each encoded once.
+        """Return features (media tokens, D) of all images and videos of a pack, each encoded once.
 
         Args:
             pixel_values: (N, channels * frames * patch^2) float.
@@ -190,15 +190,15 @@ class BackboneRunner:
         return self.tower.features(pixel_values, layout, functools.partial(self._run, self._block), _product_dtype)
 
     def _run_tower_on_blank(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The sum of the features of the smallest image, blank, ()."""
+        """Return the sum () of the features of the smallest image, a blank one."""
         grid, values = self.tower.blank
         if self._blank is None or self._blank.layouts[0].device != embeddings.device:
-            # Kept: compiled attention knows its layouts by number, and needs them until the backward pass is done.
+            # Kept: compiled attention knows layouts by number, and needs them until the backward pass is done.
             self._blank = self.tower.shape.lay_out([grid]).to(embeddings.device)
         return self.media_features(embeddings.new_zeros(math.prod(grid), values), self._blank).sum()
 
 
 def _product_dtype(states: torch.Tensor) -> torch.dtype:
-    """dtype in which matrix products of these states come out."""
+    """Return the dtype in which matrix products of these states come out."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype

@@ -1,4 +1,4 @@
-"""torch.compile for layers, with a count of what it made: recompilation in silence is slow for ever."""
+"""The use of torch.compile for layers, with a count of its graphs: silent recompilation makes every step slow."""
 
 import types
 from collections.abc import Callable
@@ -31,14 +31,14 @@ class CompiledGraphs:
 
         self.count += 1
         backend = lookup_backend(self._backend) if isinstance(self._backend, str) else self._backend
-        # aggressive_recomputation spares aten's products and SDPA alone; attention here is a custom operator.
+        # aggressive_recomputation keeps only aten's products and SDPA; attention here is a custom operator.
         options = {"aggressive_recomputation": self.recompute, "is_non_builtin_to_include": self.recompute}
         with functorch_config.patch(options):
             return backend(graph, example_inputs)
 
 
 def own_copy(function: Callable) -> Callable:
-    """The same function with code of its own.
+    """Return the same function with a code object of its own.
 
     torch.compile counts graphs by the code they are made of, and refuses more than a few: two networks of
     one process would use up each other's.
@@ -47,10 +47,10 @@ def own_copy(function: Callable) -> Callable:
 
 
 def mark_dynamic(*inputs) -> None:
-    """Tell torch.compile that the rows of these tensors and tuples change from pack to pack; None is passed over."""
+    """Tell torch.compile that the rows of these tensors and tuples change from pack to pack; None is skipped."""
     for value in inputs:
         if isinstance(value, torch.Tensor):
-            if value.ndim and value.shape[0] > 1:  # a single row is compiled for by itself in any case
+            if value.ndim and value.shape[0] > 1:  # a single row has a graph of its own in any case
                 torch._dynamo.maybe_mark_dynamic(value, 0)
         elif isinstance(value, tuple | list):
             mark_dynamic(*value)

@@ -1,4 +1,4 @@
-"""Keys of config.json that have been looked at, and those that have not: their names are told.
+"""The keys of config.json that have been looked at; all others are named to the user.
 
 A key is known here if somebody has read what the stock class of its family does with it: it shapes modules that are
 called as they are, it is read by our layers, `check_family` refuses all values but the right one, or no reward
@@ -8,7 +8,7 @@ or in a later version. So an unknown key is no error, but it is said, and the ch
 they would know a new key before anybody has looked at it.
 """
 
-# Of any part of a config: what describes the file, asks for outputs or belongs to heads and to generation.
+# Keys of any part of a config that describe the file, ask for outputs or belong to heads and generation.
 _ANYWHERE = {
     "architectures", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id",
     "finetuning_task", "id2label", "initializer_factor", "initializer_range", "is_decoder", "is_encoder_decoder",
@@ -17,7 +17,7 @@ _ANYWHERE = {
     "task_specific_params", "tie_last_hidden_states", "tie_word_embeddings", "torch_dtype", "torchscript",
     "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
-# Of OpenRLHF's head (adopt.py).
+# Keys of OpenRLHF's head (adopt.py).
 _HEAD = {"mean", "normalize_reward", "std", "value_head_prefix"}
 _TEXT = {
     "attention_dropout", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "is_causal", "layer_types",
@@ -36,7 +36,7 @@ _INTERN_VISION = {
     "num_channels", "num_hidden_layers", "patch_size", "projection_dropout", "use_absolute_position_embeddings",
     "use_mask_token", "use_mean_pooling", "use_qk_norm",
 }  # fmt: skip
-# By the model_type of a config or of its parts.
+# Keys by the model_type of a config or of its parts.
 KNOWN = {
     "llama": _TEXT | {"attention_bias", "mlp_bias", "pretraining_tp"},
     "qwen2": _TEXT,
@@ -58,7 +58,7 @@ PARTS = ("text_config", "vision_config")
 
 
 def unknown_keys(config) -> list[str]:
-    """Keys of a supported model's config that nobody has looked at, such as `logit_scale` or `text_config.alibi`.
+    """Return the keys of a supported model's config that are unknown here, such as `text_config.alibi`.
 
     Left out are keys that have the default of transformers' class, which files need not hold.
 
@@ -73,7 +73,7 @@ def unknown_keys(config) -> list[str]:
 
 
 def describe_unknown_keys(config) -> str | None:
-    """One line that names the unknown keys of a config; None if there are none."""
+    """Return one line that names the unknown keys of a config; None if there are none."""
     names = unknown_keys(config)
     if not names:
         return None

@@ -1,4 +1,4 @@
-"""Rewards of a loaded model against the stock transformers class, on the user's own groups.
+"""A comparison of a loaded model's rewards with the stock transformers class, on the user's own groups.
 
 Our layers are an evaluation of their own of a stock model (backbone.py). That both compute the same was tested for the
 models that we had; whether it holds for the model, the config, the versions and the device at hand, this check finds
@@ -40,16 +40,16 @@ from fastrm.model.loading import WeightsOnMeta
 from fastrm.model.network import RewardNetwork
 
 ROUNDINGS = 20
-# Of each group, the first and the last: the one ends where the prompt's own sequence goes on, the other in a branch.
+# The first and the last response of a group: one continues the prompt's own sequence, the other is a branch.
 RESPONSES = 2
-# Groups that are looked at for the shortest ones.
+# The number of groups among which the shortest ones are looked for.
 CANDIDATES = 512
-LAYERS = 2  # of a network that stands for the whole
-# A check on a CPU computes no more than this, some ten seconds of one core.
+LAYERS = 2  # layers of a network that is checked instead of the whole
+# The most operations of a check on a CPU, some ten seconds of one core.
 CPU_OPERATIONS = 10**12
-TRIES = 8  # groups of a kind, until one can be read
+TRIES = 8  # the most groups of a kind that are tried until one can be read
 KINDS = ("text", "image", "video")
-DRAWS = 3  # of directions of rounding
+DRAWS = 3  # draws of directions of rounding
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _GO_ON = (
     "check_exactness: false (training), --no-check-exactness (score, eval) or check_exactness=False (Python) go on "
@@ -72,7 +72,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What a comparison has found; `difference` and `bound` are in units of the reward.
+    """The result of a comparison; `difference` and `bound` are in units of the reward.
 
     Attributes:
         dtype: of the matrix products: fp32, bf16 or fp16.
@@ -89,7 +89,7 @@ class Agreement:
 
 
 def describe(found: Sequence[Agreement]) -> str:
-    """One line for the user, such as `exact: 4 rewards agree with transformers to 3e-7`."""
+    """Describe results in one line, such as `exact: 4 rewards agree with transformers to 3e-7`."""
     by_kind = [[part for part in found if part.whole == whole] for whole in (True, False)]
     count = sum(part.num_rewards for part in by_kind[0] or by_kind[1])
     whole, cut = (None if not parts else _how_far(parts) for parts in by_kind)
@@ -111,7 +111,7 @@ def pick_samples(
     encoder: ConversationEncoder,
     kinds: Sequence[str] = KINDS,
 ) -> dict[str, Sample]:
-    """Of the first groups the shortest of each kind that there is, and that stock reads as we do.
+    """Pick the shortest of the first groups for each kind that occurs, and that stock reads as we do.
 
     Args:
         load: the tokenised group of a number; where it or decoding raises RecordError, the next longer one is taken.
@@ -129,10 +129,10 @@ def pick_samples(
 
 
 def _kind_of(group: GroupSize, encoder: ConversationEncoder) -> str:
-    """What of a model a group needs."""
+    """Return the kind of input of a group."""
     if not group.media:
         return "text"
-    # InternVL's several planes are tiles of one image; a video of one plane is read as an image is.
+    # Several planes of InternVL are tiles of one image; a video of one plane is read like an image.
     has_planes = not encoder.vision.opening and any(image.frames > 1 for image in group.media)
     return "video" if has_planes else "image"
 
@@ -147,7 +147,7 @@ def _read(number: int, load: Callable[[int], EncodedGroup], encoder: Conversatio
         cut = {key: encoder.vision.cut(ref, encoder.measure(ref), encoder.limits) for key, ref in group.media.items()}
         return Sample(group, cut)
     except RecordError:
-        return None  # named by whoever reads it in its turn
+        return None  # the error is reported when the group is read in its turn
 
 
 def check_network(
@@ -177,7 +177,7 @@ def check_network(
     """
     device, found = network.device, []
     options = {"share": share, "multiple": multiple}
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # for kernels of Triton
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # for Triton's launches
     with on_device, torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         if whole and (device.type != "cpu" or _num_operations(network, sample) <= CPU_OPERATIONS):
             with _autocast(device, autocast), suppress(torch.OutOfMemoryError):
@@ -192,7 +192,7 @@ def _autocast(device: torch.device, dtype: torch.dtype | None):
 
 
 def _num_operations(network: RewardNetwork, sample: Sample) -> int:
-    """Of the passes of a check, about: two for a weight and a token. Embeddings are looked up."""
+    """Estimate the operations of a check's passes: two for a weight and a token. Embeddings are looked up."""
     embedding = network.model.get_input_embeddings().weight.numel()
     num_weights = sum(parameter.numel() for parameter in network.parameters()) - embedding
     num_tokens = sum(len(sample.group.responses[number].tokens) for number in _chosen(sample))
@@ -200,7 +200,7 @@ def _num_operations(network: RewardNetwork, sample: Sample) -> int:
 
 
 def _compare(network: RewardNetwork, sample: Sample, *, whole: bool, share: bool, multiple: int) -> list[Agreement]:
-    """Whatever autocast is on holds for both sides."""
+    """Compare both sides, with the autocast that is on."""
     ours = _packed_rewards(network, sample, share, multiple)
     stock = StockModel(network)
     try:
@@ -217,7 +217,7 @@ def _compare(network: RewardNetwork, sample: Sample, *, whole: bool, share: bool
     if not all(map(math.isfinite, wanted)):
         return []
     squares = [(a - b) ** 2 for draw in moved for a, b in zip(draw, wanted, strict=True)]
-    # Where the last bias is all that a reward is made of, nothing before it matters.
+    # If a reward is the last bias alone, nothing before it matters.
     bound = ROUNDINGS * math.sqrt(sum(squares) / len(squares)) + _EPS * max(map(abs, wanted))
     worst = max(range(len(wanted)), key=lambda place: _distance(ours[place], wanted[place]))
     difference = _distance(ours[worst], wanted[worst])
@@ -230,7 +230,7 @@ def _compare(network: RewardNetwork, sample: Sample, *, whole: bool, share: bool
 
 @torch.no_grad()
 def first_layers(network: RewardNetwork, tensors: Iterable[tuple[str, torch.Tensor]] | None = None) -> RewardNetwork:
-    """The network of the first two decoder layers and vision blocks of another one, in float32, with eager kernels.
+    """Make a network of the first two decoder layers and vision blocks, in float32, with eager kernels.
 
     Weights that are float32 are shared. The others are copied, except the embedding, whose rows are widened as they
     are looked up.
@@ -267,13 +267,13 @@ def _config_of_first_layers(config):
     if vision is not None:
         name = "num_hidden_layers" if config.model_type == "internvl" else "depth"
         setattr(vision, name, min(LAYERS, getattr(vision, name)))
-        if config.model_type == "qwen2_5_vl":  # one block sees windows, and one whole images
+        if config.model_type == "qwen2_5_vl":  # one block with windows, and one with whole images
             vision.fullatt_block_indexes = [vision.depth - 1]
     return config
 
 
 def _widen(model: nn.Module) -> None:
-    """Let a model's embedding, whatever its dtype, give float32."""
+    """Make a model's embedding return float32, whatever its dtype."""
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
 
 
@@ -282,13 +282,13 @@ def _distance(ours: float, wanted: float) -> float:
 
 
 def _chosen(sample: Sample) -> list[int]:
-    """Numbers of the responses of a group that are compared."""
+    """Return the numbers of the responses of a group that are compared."""
     count = len(sample.group.responses)
     return list(range(count)) if count <= RESPONSES else [0, count - 1]
 
 
 def _packed_rewards(network: RewardNetwork, sample: Sample, share: bool, multiple: int) -> list[float]:
-    """Of the chosen responses, from one pack of the whole group."""
+    """Return the rewards of the chosen responses, from one pack of the whole group."""
     vision = network.encoder.vision
     patch_format = None if vision is None else vision.patch_format
     pack = build_pack([sample.group], sample.pixels, patch_format, share=share, multiple=multiple)
@@ -307,10 +307,10 @@ class StockModel:
 
     def __init__(self, network: RewardNetwork):
         self._network = network
-        config = copy.deepcopy(network.model.config)  # which the model would write its attention into
+        config = copy.deepcopy(network.model.config)  # the model writes its attention into its config
         with WeightsOnMeta():
             model = transformers.AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        # The same tensors: `assign` copies nothing, and a fused matrix is split into views of itself.
+        # The tensors are shared: `assign` copies nothing, and a fused matrix is split into views.
         model.load_state_dict(network.model.state_dict(), assign=True)
         self._model = model.to(network.device).eval()
         if network.model.get_input_embeddings()._forward_hooks:
@@ -318,7 +318,7 @@ class StockModel:
         self.name = f"transformers {transformers.__version__} ({type(model).__name__})"
 
     def rewards(self, sample: Sample) -> list[float]:
-        """Rewards of the chosen responses, each conversation alone."""
+        """Return rewards of the chosen responses, each conversation alone."""
         found = []
         for number in _chosen(sample):
             inputs = self._inputs(sample.group.responses[number], sample.pixels)
@@ -330,7 +330,7 @@ class StockModel:
         return found
 
     def moved_rewards(self, sample: Sample, seed: int) -> list[float]:
-        """The same with the factors of every matrix product off by a unit of rounding, up or down by chance."""
+        """Return these rewards with every product's factors off by a unit of rounding, up or down by chance."""
         generator = torch.Generator().manual_seed(seed)
 
         def move(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -346,7 +346,7 @@ class StockModel:
         language = getattr(self._model, "language_model", self._model)
         modules = [*self._model.modules(), *self._network.score.modules()]
         products = [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)]
-        # The head computes in float32, but what stock hands to it was rounded as all states are.
+        # The head computes in float32, but the state that stock hands to it was rounded like all states.
         handles = [module.register_forward_pre_hook(before) for module in products]
         handles.append(language.norm.register_forward_hook(after))
         try:
@@ -356,20 +356,20 @@ class StockModel:
                 handle.remove()
 
     def _inputs(self, response: EncodedResponse, pixels: dict[str, Patches]) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the stock model for one conversation, on its device."""
+        """Return the stock model's keyword arguments for one conversation, on its device."""
         vision = self._network.encoder.vision
         ids = torch.from_numpy(response.tokens)[None]
         inputs = {"input_ids": ids}
         if vision is not None:
             inputs |= self._images([span.ref for span in response.media if isinstance(span.ref, ImageRef)])
             inputs |= self._videos([span for span in response.media if isinstance(span.ref, VideoRef)], pixels)
-            if not vision.opening:  # Qwen: which tokens are of images (1) and of videos (2)
+            if not vision.opening:  # Qwen needs the kinds of tokens: of images (1) and of videos (2)
                 kinds = [(ids == vision.placeholders.get(kind, -1)).int() for kind in (ImageRef, VideoRef)]
                 inputs["mm_token_type_ids"] = kinds[0] + 2 * kinds[1]
         return {name: value.to(self._network.device) for name, value in inputs.items()}
 
     def _images(self, refs: list[ImageRef]) -> dict[str, torch.Tensor]:
-        """What the stock image processor makes of images."""
+        """Return the stock image processor's tensors for images."""
         encoder = self._network.encoder
         if not refs:
             return {}
@@ -379,7 +379,7 @@ class StockModel:
         return {name: found[name] for name in ("pixel_values", "image_grid_thw") if name in found}
 
     def _videos(self, spans: list[MediaSpan], pixels: dict[str, Patches]) -> dict[str, torch.Tensor]:
-        """Our patches of videos, whose stock processor needs torchvision."""
+        """Return our patches of videos, whose stock processor needs torchvision."""
         vision = self._network.encoder.vision
         if not spans:
             return {}
@@ -395,7 +395,7 @@ class StockModel:
 
 
 def product_dtype(states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """dtype in which the product of the two is computed."""
+    """Return the dtype in which the product of the two is computed."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

@@ -36,7 +36,7 @@ from fastrm.model.weight_files import CONFIG, finder
 from fastrm.model.weight_writer import WeightWriter, replace_folder
 from fastrm.resources import available_memory
 
-# 2: Qwen's vision models have published names, heads that stock classifiers misread are under score.0. 1 is read too.
+# In version 2 Qwen's vision models have published names, and heads that stock classifiers misread are under score.0.
 FORMAT = 2
 
 
@@ -90,7 +90,7 @@ def save_model(
 
 
 def export_dtype(config: Config) -> torch.dtype:
-    """The dtype in which a run of this configuration exports its backbone (model.export_dtype)."""
+    """Return the dtype in which a run of this configuration exports its backbone (model.export_dtype)."""
     wanted = config.model.export_dtype
     if wanted == "auto":
         wanted = config.precision.dtype
@@ -102,13 +102,13 @@ def _export_dtype(name: str, own: torch.dtype, dtype: torch.dtype | None) -> tor
 
 
 def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockReading, pad_id: int | None) -> dict:
-    """What config.json of an export holds."""
+    """Return the content of an export's config.json."""
     config = model.model.config.to_dict()
     name = str(model.model.dtype if dtype is None else dtype).removeprefix("torch.")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if part is config or "dtype" in part:
             part["dtype"] = name
-    # Those of an OpenRLHF head are in the weights now, and would be applied to them once more.
+    # The normalisation of an OpenRLHF head is in the weights now; these keys would apply it once more.
     for name in ("num_labels", "id2label", "label2id", "problem_type", *OPENRLHF_KEYS):
         config.pop(name, None)
     if reading.classifies:
@@ -136,7 +136,7 @@ def load_model(
     device: torch.device | str = "cpu",
     date: datetime.date | None = None,
 ) -> RewardNetwork:
-    """A network with its encoder, from a folder that `save_model` or another trainer wrote (adopt.py).
+    """Load a network with its encoder, from a folder that `save_model` or another trainer wrote (adopt.py).
 
     Args:
         dtype: of the backbone's weights; the head is float32 in any case, and so are the rotary embedding's
@@ -175,7 +175,7 @@ def load_model(
 
 
 def _check_memory(folder: Path, needed: int, dtype: torch.dtype) -> None:
-    """Refuse weights that the host has no memory for, before it begins to swap or the kernel ends the process."""
+    """Refuse weights that the host has no memory for, before it swaps or the kernel ends the process."""
     available = available_memory()
     if needed > available:
         smaller = f", {option('dtype')} bf16" if dtype.itemsize > 2 else ""
@@ -186,14 +186,14 @@ def _check_memory(folder: Path, needed: int, dtype: torch.dtype) -> None:
 
 
 def scoring_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which a backbone is used where none is asked for, by that of its files."""
+    """Return the dtype in which a backbone is used by default, by the dtype of its files."""
     if stored.itemsize == 2:
         return stored
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def kept_date(path: str | Path) -> datetime.date | None:
-    """The date that the chat template of a reward model was given in training; None: the model keeps none."""
+    """Return the date that the chat template of a reward model had in training; None if the model keeps none."""
     file = finder(locate(path).base)(CONFIG)
     section = {} if file is None else json.loads(file.read_text()).get("fastrm", {})
     return datetime.date.fromisoformat(section["template_date"]) if "template_date" in section else None
@@ -205,7 +205,7 @@ def make_encoder(
     image_mean: list[float] | None = None, image_std: list[float] | None = None,
     max_tiles: int | None = None, video: VideoSettings | None = None, date: datetime.date | None = None,
 ) -> ConversationEncoder:  # fmt: skip
-    """Tokeniser and vision format for a backbone's configuration; None keeps the setting of `processor_path`.
+    """Make the tokeniser and vision format for a backbone's configuration; None keeps a setting of `processor_path`.
 
     Limits of pixels and videos are Qwen's, `max_tiles` is InternVL's; the other family's are not looked at.
 
@@ -229,7 +229,7 @@ def make_encoder(
 
 
 def check_vocabulary(config, tokenizer) -> None:
-    """Refuse a tokenizer that makes tokens which the model has no embedding for.
+    """Refuse a tokenizer that makes tokens for which the model has no embedding.
 
     Args:
         config: the backbone's transformers config.

@@ -1,30 +1,30 @@
-"""The families of stock models whose forward pass is known here, and what of a config would change it."""
+"""The families of stock models whose forward pass is known here, and the config keys that would change it."""
 
 from fastrm.errors import ConfigError
 
 QWEN_VL_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 VISION_FAMILIES = (*QWEN_VL_FAMILIES, "internvl")
 TEXT_FAMILIES = ("qwen2", "qwen3", "llama")
-SILU = {"silu", "swish"}  # swish is an older name of it
+SILU = {"silu", "swish"}  # swish is an older name of silu
 # Rotary embeddings whose frequencies are the stock module's, whatever a pack holds; dynamic up to `longest_path`.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
-# Of a Qwen-VL config that has none, as transformers reads it.
+# The section of a Qwen-VL config without one, as transformers reads it.
 MROPE_SECTION = (16, 24, 24)
 
 
 def chat_layout(model_type: str) -> str:
-    """The key of `CHAT_LAYOUTS` for a family: how a tokenizer that is trained for it writes conversations."""
+    """Return a family's key of `CHAT_LAYOUTS`: the layout of conversations for a tokenizer trained for it."""
     return "internvl" if model_type == "internvl" else "qwen"
 
 
 def gated_activations(config) -> set[str]:
-    """Names of the activations of a model's gated MLPs, which our layers evaluate; other MLPs are stock modules."""
+    """Return the activations of a model's gated MLPs, which our layers evaluate; other MLPs are stock modules."""
     text = config.get_text_config().hidden_act
     return {text, config.vision_config.hidden_act} if config.model_type == "qwen2_5_vl" else {text}
 
 
 def has_windows(vision_config) -> bool:
-    """Whether blocks of a Qwen tower see windows: Qwen2.5-VL's do, whatever keys a config of Qwen2-VL may hold."""
+    """Return whether blocks of a Qwen tower see windows: Qwen2.5-VL's do, whatever keys a Qwen2-VL config holds."""
     return vision_config.model_type.startswith("qwen2_5_vl")
 
 
@@ -55,7 +55,7 @@ def check_family(config) -> None:
 
 
 def _check_text(family: str, text) -> None:
-    """Refuse what a stock text model would compute otherwise than our layers."""
+    """Refuse a stock text model that computes otherwise than our layers."""
     if getattr(text, "attention_dropout", 0.0):
         raise ConfigError(f"{family}: attention_dropout is {text.attention_dropout}, only 0 is supported")
     if not getattr(text, "is_causal", True):
@@ -107,7 +107,7 @@ def _check_qwen_vision(config) -> None:
     section = _rope(text).get("mrope_section", MROPE_SECTION)
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads > 0 else 0)
-    if head_dim > 0 and 2 * sum(section) != head_dim:  # other sizes are for transformers to refuse
+    if head_dim > 0 and 2 * sum(section) != head_dim:  # transformers refuses other sizes
         raise ConfigError(
             f"{config.model_type}: mrope_section of rope_parameters is {list(section)}, for heads of "
             f"{2 * sum(section)}; heads have {head_dim}: add the section that the model was trained with"
@@ -148,7 +148,7 @@ def _check_internvl(config) -> None:
 
 
 def longest_path(config) -> int | None:
-    """Tokens that a prompt with one response may have, if there is a limit that others would feel.
+    """Return the tokens that a prompt with one response may have; None without a limit that others would feel.
 
     The rotary frequencies of rope_type dynamic (InternVL's text models) are constant up to this length and
     follow the longest sequence beyond it: of a pack, so that one response would change another's reward.

@@ -1,4 +1,4 @@
-"""The check of exactness.py, made when a model is first used, and its result, kept so that it is made once.
+"""The check of exactness.py at a model's first use, and its stored result, so that it runs once.
 
 Results lie in $XDG_CACHE_HOME/fastrm/exact (~/.cache/fastrm/exact), one small file for a model, a kind of input and a
 setting. Its name is a digest of all that the result depends on: the files of the model by size and time of change,
@@ -32,7 +32,7 @@ from fastrm.model.weight_files import CONFIG, finder
 
 
 class FirstUse:
-    """Checks a network before its first rewards; of a vision model once for text, for images and for videos.
+    """A check of a network before its first rewards, of a vision model once for text, images and videos each.
 
     May be called from any number of threads.
 
@@ -59,7 +59,7 @@ class FirstUse:
         self._lock = threading.Lock()
 
     def __call__(self, groups: Sequence[GroupSize], load: Callable[[int], EncodedGroup]) -> None:
-        """Check with groups of the kinds that were not yet met.
+        """Check the network with groups of kinds that it has not met yet.
 
         Args:
             groups: about to be used.
@@ -101,26 +101,26 @@ class FirstUse:
 
 
 def weights_of(path: str | Path) -> list:
-    """What tells the weights of a folder or hub id from others: size and time of change of the folder's files.
+    """Return data that identifies the weights of a folder or hub id: size and time of change of the folder's files.
 
-    Those of an adapter and of its base model.
+    For an adapter they are its files and those of its base model.
     """
     place = locate(path)
     files: list[Path] = []
     for where in dict.fromkeys((place.base, place.adapter or place.base)):
         folder = Path(where)
-        if not folder.exists():  # a hub id, whose files are in the hub's cache
+        if not folder.exists():  # a hub id: its files are in the hub's cache
             folder = finder(where)(CONFIG if where == place.base else ADAPTER_CONFIG).parent
         files += [file for file in sorted(folder.iterdir()) if file.is_file()]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def cache_folder() -> Path:
-    """Where results of checks are kept; relative paths in XDG_CACHE_HOME are ignored, as its specification says."""
+    """Return the folder of stored results; relative paths in XDG_CACHE_HOME are ignored, as its specification says."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
         base = os.path.expanduser("~/.cache")
-    # Without a home there is nothing to write to, and none of our affair is in the working directory.
+    # Without a home nothing can be stored: the working directory is not ours.
     return Path(base if os.path.isabs(base) else os.devnull) / "fastrm" / "exact"
 
 
@@ -132,7 +132,7 @@ def _read(file: Path) -> list[Agreement]:
 
 
 def _write(file: Path, agreements: list[Agreement]) -> None:
-    """Appears whole, or not at all where the folder cannot be written."""
+    """Write a result whole, or not at all where the folder cannot be written."""
     part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}.part")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def _device_name(device: torch.device) -> str:
 
 @cache
 def _code() -> str:
-    """A digest of fastrm's own sources: another version of them is checked anew."""
+    """Return a digest of fastrm's own sources: another version is checked again."""
     digest = hashlib.sha256()
     for package in (Path(__file__).parents[1], Path(fastrm_kernels.__file__).parent):
         for file in sorted(package.rglob("*.py")):

@@ -12,7 +12,7 @@ from fastrm.model.fusion import FusedLinear
 
 
 class Fp8Linear(Float8Linear):
-    """Float8Linear under autocast of any device and under ZeRO-3, that can be switched back to what it was.
+    """A Float8Linear under autocast of any device and under ZeRO-3 that can be switched off.
 
     The parameters, their names and their dtype are those of the nn.Linear that it is made from.
 
@@ -23,10 +23,10 @@ class Fp8Linear(Float8Linear):
     enabled = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., K) -> (..., N) in the dtype of autocast, or of the input without it."""
+        """Compute (..., K) -> (..., N) in the dtype of autocast, or of the input without it."""
         if not self.enabled:
             return F.linear(input, self.weight, self.bias)
-        # Float8Linear itself looks for autocast on CUDA alone, and would compute in float32 on a CPU.
+        # Float8Linear looks only for CUDA's autocast, and would compute in float32 on a CPU.
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
@@ -45,11 +45,11 @@ class Fp8Linear(Float8Linear):
 
 
 class Fp8FusedLinear(Fp8Linear, FusedLinear):
-    """The same of a FusedLinear, which it still is: its state dict is split into the stock names."""
+    """An Fp8Linear that is also a FusedLinear: its state dict is split into the stock names."""
 
     @classmethod
     def from_float(cls, mod: FusedLinear, config) -> "Fp8FusedLinear":
-        """An FP8 layer with the parameters of `mod` (not copies)."""
+        """Make an FP8 layer with the parameters of `mod` (not copies)."""
         # __init__ makes weights of its own; on the meta device they take no memory.
         shells = {name: nn.Linear(mod.in_features, rows, bias=False, device="meta") for name, rows in mod.parts}
         made = cls(shells, config=config)
@@ -58,7 +58,7 @@ class Fp8FusedLinear(Fp8Linear, FusedLinear):
 
 
 def to_fp8(linear: nn.Linear, config) -> Fp8Linear:
-    """The FP8 layer for a linear layer; both have the same parameters.
+    """Return the FP8 layer for a linear layer; both have the same parameters.
 
     Args:
         config: a torchao Float8LinearConfig.

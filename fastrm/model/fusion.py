@@ -16,7 +16,7 @@ PARTS = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
 
 
 class FusedLinear(nn.Linear):
-    """Several linear layers of one input; `parts` is ((stock name, rows), ...)."""
+    """Several linear layers of one input in one; `parts` is ((stock name, rows), ...)."""
 
     def __init__(self, linears: dict[str, nn.Linear]):
         first = next(iter(linears.values()))
@@ -33,13 +33,13 @@ class FusedLinear(nn.Linear):
         self.requires_grad_(first.weight.requires_grad)
 
     def split(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """(stock name, its rows) of a tensor with this layer's rows."""
+        """Yield (stock name, its rows) of a tensor with this layer's rows."""
         pieces = tensor.split([count for _, count in self.parts])
         return zip((name for name, _ in self.parts), pieces, strict=True)
 
 
 def fuse_projections(layers: Iterable[nn.Module]) -> int:
-    """Fuse q, k, v and gate, up of stock decoder layers, in place; returns the number of fused matrices.
+    """Fuse q, k, v and gate, up of stock decoder layers, in place; return the number of fused matrices.
 
     The last layer keeps q, k and v: its queries are computed for the anchors alone.
 
@@ -79,13 +79,13 @@ def _read_stock_names(module: nn.Module, state: dict, prefix: str, *_) -> None:
     for name, parts in PARTS.items():
         for kind in ("weight", "bias"):
             keys = [f"{prefix}{part}.{kind}" for part in parts]
-            # Where some are missing, loading names the fused key as missing and the others as unexpected.
+            # If some parts are missing, loading names the fused key as missing and the other parts as unexpected.
             if all(key in state for key in keys):
                 state[f"{prefix}{name}.{kind}"] = torch.cat([state.pop(key) for key in keys])
 
 
 def split_fused(network: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """(stock name, tensor) of a parameter by its name in the network: its parts, or itself.
+    """Yield (stock name, tensor) of a parameter by its name in the network: its parts, or itself.
 
     For a tensor with the parameter's rows that does not come from `state_dict`, such as one that was
     gathered over ranks.
@@ -101,7 +101,7 @@ def split_fused(network: nn.Module, name: str, tensor: torch.Tensor) -> Iterator
 
 
 def join_parts(network: nn.Module, name: str, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The tensor of a parameter, by its name in the network, from a mapping with stock names.
+    """Join the tensor of a parameter, by its name in the network, from a mapping with stock names.
 
     Raises:
         KeyError: for a stock name that the mapping lacks.
@@ -111,7 +111,7 @@ def join_parts(network: nn.Module, name: str, state: Mapping[str, torch.Tensor])
 
 
 def stock_names(network: nn.Module, name: str) -> list[str]:
-    """The stock names of a parameter by its name in the network: those of its parts, row after row, or its own."""
+    """Return the stock names of a parameter by its name in the network: its parts', row after row, or its own."""
     path, _, kind = name.rpartition(".")
     owner = network.get_submodule(path)
     if not isinstance(owner, FusedLinear):
@@ -121,7 +121,7 @@ def stock_names(network: nn.Module, name: str) -> list[str]:
 
 
 def stock_entries(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """(stock name, shape, dtype) of all that the network's state dict holds; of weights divided over ranks, whole."""
+    """Yield (stock name, shape, dtype) of the network's whole state dict, also where it is divided over ranks."""
     for name, parameter in network.named_parameters():
         for part, piece in split_fused(network, name, torch.empty(whole_shape(parameter), device="meta")):
             yield part, tuple(piece.shape), parameter.dtype
@@ -130,7 +130,7 @@ def stock_entries(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...], to
 
 
 def stored_buffers(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that a state dict holds, by name."""
+    """Yield the buffers that a state dict holds, by name."""
     for path, module in network.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -138,5 +138,5 @@ def stored_buffers(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, also where ZeRO-3 has left a part of it here."""
+    """Return the shape of a parameter, also where ZeRO-3 has left a part of it here."""
     return getattr(parameter, "ds_shape", parameter.shape)

@@ -11,7 +11,7 @@ _MODULES = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.Si
 
 
 def make_head(hidden_size: int, head: HeadConfig) -> nn.Module:
-    """Linear(D, D), activation, ..., Linear(D, 1), with torch's default initialisation.
+    """Make the head Linear(D, D), activation, ..., Linear(D, 1), with torch's default initialisation.
 
     Keys: score.0.weight, score.2.weight, ... for several layers; score.weight for one, as in
     transformers' own ForSequenceClassification models.
@@ -27,7 +27,7 @@ def make_head(hidden_size: int, head: HeadConfig) -> nn.Module:
 def head_rewards(
     score: nn.Module, activation: str, states: torch.Tensor, norm: nn.Module | None, impl: str
 ) -> torch.Tensor:
-    """Rewards (R,) float32 from the hidden states (R, D) that the head reads.
+    """Compute rewards (R,) float32 from the hidden states (R, D) that the head reads.
 
     The head runs in its own precision, outside autocast: R rows cost nothing, and the reward is
     what everything else is measured by.
@@ -45,7 +45,7 @@ def head_loss(
     score: nn.Module, activation: str, states: torch.Tensor, norm: nn.Module | None, impl: str,
     pack: Pack, settings: LossConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(sum of the weighted loss terms, rewards (R,)), float32: `head_rewards` and the pack's loss in one operation.
+    """Compute (sum of the weighted loss terms, rewards (R,)), float32: `head_rewards` and the pack's loss in one.
 
     A sum and not a mean, because the packs of a step are added up before they are divided by its whole weight.
 
@@ -58,7 +58,7 @@ def head_loss(
 
 
 def loss_options(pack: Pack, settings: LossConfig) -> dict:
-    """Keyword arguments of `preference_loss` for the sum over a pack's preferences."""
+    """Return the keyword arguments of `preference_loss` for the sum over a pack's preferences."""
     return {
         "margin": pack.margin,
         "weight": pack.weight,
@@ -70,7 +70,7 @@ def loss_options(pack: Pack, settings: LossConfig) -> dict:
 
 
 def _inputs(score: nn.Module, activation: str, states: torch.Tensor, norm: nn.Module | None) -> tuple[tuple, dict]:
-    """Arguments of `reward_head` but `impl`: (hidden, anchors, layers), and those by keyword."""
+    """Return the arguments of `reward_head` except `impl`: (hidden, anchors, layers), and the keyword arguments."""
     linears = [module for module in score.modules() if isinstance(module, nn.Linear)]
     layers = [(linear.weight, linear.bias) for linear in linears]
     options = {"activation": activation, "norm_weight": None, "norm_eps": 0.0}

@@ -1,4 +1,4 @@
-"""What the network needs of a pack besides its tensors, computed from Python integers.
+"""The layouts that the network needs of a pack besides its tensors, computed from Python integers.
 
 It is a pure function of the pack and of the model's shape, and can run in a data worker: the training
 process then only moves it to the device.
@@ -19,7 +19,7 @@ from fastrm_kernels.tree_attention.tiles import build_work_lists
 
 @dataclass(frozen=True)
 class PackLayouts:
-    """Layouts of one pack.
+    """The layouts of one pack.
 
     Attributes:
         tree: of all its tokens.
@@ -34,21 +34,21 @@ class PackLayouts:
     mean: MeanLayout | None = None
 
     def to(self, device) -> "PackLayouts":
-        """The same with all index tensors on `device`."""
+        """Return the same layouts with all index tensors on `device`."""
         return self._with(lambda part: part.to(device))
 
     def pin_memory(self) -> "PackLayouts":
-        """The same with all index tensors in page-locked memory."""
+        """Return the same layouts with all index tensors in page-locked memory."""
         return self._with(lambda part: part.pin_memory())
 
     @property
     def of_language(self) -> list[TreeLayout]:
-        """Layouts that the language model's attention reads."""
+        """The layouts that the language model's attention reads."""
         return [layout for layout in (self.tree, self.anchors) if layout is not None]
 
     @property
     def of_vision(self) -> list[TreeLayout]:
-        """Layouts that the vision tower's attention reads."""
+        """The layouts that the vision tower's attention reads."""
         return [] if self.vision is None else self.vision.layouts
 
     @property
@@ -63,7 +63,7 @@ class PackLayouts:
 
 @dataclass(frozen=True)
 class LayoutBuilder:
-    """Makes the layouts of a pack; picklable, for the data workers.
+    """A builder of packs' layouts; picklable, for the data workers.
 
     Attributes:
         vision: shape of the vision tower; None for a text model.

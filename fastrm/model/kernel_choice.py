@@ -1,4 +1,4 @@
-"""Which implementation runs attention, reward head and loss: decided once, at start, and printed."""
+"""The choice of the implementations of attention, reward head and loss: made once, at start, and printed."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,7 @@ from fastrm_kernels.tree_attention.flash_attn import flash_attn_name, flash_attn
 from fastrm_kernels.tree_attention.varlen import varlen_obstacle
 
 CHOICES = ("auto", "triton", "eager")
-_MODEST = ("triton", "flash_attn", "varlen", "eager")  # of tree_attention; each runs wherever the ones before it do
+_MODEST = ("triton", "flash_attn", "varlen", "eager")  # of tree_attention: each runs wherever the earlier ones run
 
 
 def pick_backend(
@@ -52,7 +52,7 @@ def pick_backend(
     if kernels == "eager":
         return Choice("flash" if varlen else "sdpa", f"kernels: eager, {what}")
     choices = [pick_attention(probe) for probe in probes]
-    # One backend serves the whole model: the layer whose choice is the most modest decides.
+    # One backend serves the whole model: the layer decides whose choice comes last in _MODEST.
     implementation, why = max(choices, key=lambda choice: _MODEST.index(choice.name))
     backend = next(name for name, value in BACKENDS.items() if value == implementation)
     return Choice(backend, f"auto: {what}; {why}")
@@ -82,7 +82,7 @@ def pick_head_kernels(kernels: str, device: torch.device, num_layers: int = 2) -
 
 
 def _fusion(num_layers: int) -> str:
-    """What of head and loss the training step computes in the same launches, in words."""
+    """Return in words which parts of head and loss the training step computes in the same launches."""
     if num_layers == 1:
         return "not fused: a head of one layer leaves the loss to a launch of its own"
     what = "head" if num_layers == 2 else f"last two of {num_layers} layers"
@@ -90,7 +90,7 @@ def _fusion(num_layers: int) -> str:
 
 
 def head_dims_of(config) -> set[int]:
-    """Head dimensions of a transformers model's attention layers."""
+    """Return the head dimensions of a transformers model's attention layers."""
     found = {AttentionShape.of_language(config.get_text_config()).head_dim}
     if hasattr(config, "vision_config"):
         found.add(AttentionShape.of_vision(config.vision_config).head_dim)

@@ -1,4 +1,4 @@
-"""Stock decoder layers and vision blocks, evaluated by our own hand.
+"""Stock decoder layers and vision blocks, evaluated by functions of our own.
 
 Each function calls the modules of a stock layer in the order of its own forward; the weights and
 their names stay transformers'. What differs is what a packed reward model needs: attention over the
@@ -26,7 +26,7 @@ Gate = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LayerKernels(NamedTuple):
-    """How layers of one kind compute.
+    """The functions by which layers of one kind compute.
 
     Attributes:
         attention: of the tree, or of the vision tower.
@@ -42,7 +42,7 @@ class LayerKernels(NamedTuple):
 
 
 def decoder_layer(layer: nn.Module, hidden, cos, sin, arguments, kernels: LayerKernels) -> torch.Tensor:
-    """A decoder layer of the Llama/Qwen kind: (T, D) -> (T, D).
+    """Run a decoder layer of the Llama/Qwen kind: (T, D) -> (T, D).
 
     Args:
         cos, sin: (T, K) of the rotary embedding.
@@ -58,7 +58,7 @@ def decoder_layer(layer: nn.Module, hidden, cos, sin, arguments, kernels: LayerK
 
 
 def last_decoder_layer(layer: nn.Module, hidden, cos, sin, anchors, arguments, kernels: LayerKernels) -> torch.Tensor:
-    """The same layer where only the anchors are read: (T, D) -> (R, D).
+    """Run the last decoder layer where only the anchors are read: (T, D) -> (R, D).
 
     Keys and values need every token; queries, output projection and MLP only the anchors.
 
@@ -80,7 +80,7 @@ def last_decoder_layer(layer: nn.Module, hidden, cos, sin, anchors, arguments, k
 
 
 def vision_block(block: nn.Module, hidden, cos, sin, arguments, kernels: LayerKernels) -> torch.Tensor:
-    """A block of the vision tower of Qwen2-VL or Qwen2.5-VL: (N, D) -> (N, D)."""
+    """Run a block of the vision tower of Qwen2-VL or Qwen2.5-VL: (N, D) -> (N, D)."""
     attention = block.attn
     states = attention.qkv(_norm(block.norm1, hidden, kernels))
     query, key, value = states.view(states.shape[0], 3, attention.num_heads, -1).unbind(1)
@@ -91,10 +91,10 @@ def vision_block(block: nn.Module, hidden, cos, sin, arguments, kernels: LayerKe
 
 
 def tile_block(block: nn.Module, hidden, arguments, kernels: LayerKernels) -> torch.Tensor:
-    """A layer of InternVL's vision tower, with a learned scale on each branch: (N, D) -> (N, D)."""
+    """Run a layer of InternVL's vision tower, with a learned scale on each branch: (N, D) -> (N, D)."""
     attention = block.attention
     states = _norm(block.layernorm_before, hidden, kernels)
-    # Of all heads together, where the config asks for it; else these norms are identities.
+    # These norms are over all heads together if the config asks for it; else they are identities.
     query = attention.q_norm(attention.q_proj(states))
     key = attention.k_norm(attention.k_proj(states))
     query, key, value = (_heads(attention, part) for part in (query, key, attention.v_proj(states)))
@@ -104,7 +104,7 @@ def tile_block(block: nn.Module, hidden, arguments, kernels: LayerKernels) -> to
 
 
 def _project(attention: nn.Module, states: torch.Tensor):
-    """Queries (T, H, K), keys and values (T, Hkv, K)."""
+    """Return queries (T, H, K), keys and values (T, Hkv, K)."""
     if hasattr(attention, QKV):
         fused = attention.qkv_proj
         parts = fused(states).split([rows for _, rows in fused.parts], dim=-1)
@@ -119,7 +119,7 @@ def _heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
 
 
 def _head_norm(attention: nn.Module, name: str, heads: torch.Tensor) -> torch.Tensor:
-    """Normalised per head where the family does (Qwen3)."""
+    """Normalise each head where the family does (Qwen3)."""
     return getattr(attention, name)(heads) if hasattr(attention, name) else heads
 
 
@@ -138,31 +138,31 @@ def _mlp(mlp: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> torch.T
 
 
 def rotation(attention: nn.Module) -> Callable:
-    """The stock function that turns queries and keys of this attention module."""
+    """Return the stock function that rotates queries and keys of this attention module."""
     module = sys.modules[type(attention).__module__]
     return module.apply_rotary_pos_emb_vision if hasattr(attention, "qkv") else module.apply_rotary_pos_emb
 
 
 def stock_norm(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """The stock RMSNorm."""
+    """Apply the stock RMSNorm."""
     return module(states)
 
 
 def stock_gate(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """activation(gate) * up, by PyTorch's own operations; the activation is the one that `hidden_act` names."""
+    """Compute activation(gate) * up with PyTorch's operations; `hidden_act` names the activation."""
     return activation(gate) * up
 
 
 def liger_norm(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """RMSNorm in one kernel of Liger's, with the rounding of the stock one."""
+    """Apply RMSNorm in one kernel of Liger's, with the rounding of the stock one."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    # Not in place: the gradient that comes in may be read by others (the residual stream).
+    # Not in place: the incoming gradient may be read by others (the residual stream).
     return LigerRMSNormFunction.apply(states, module.weight, module.variance_epsilon, 0.0, "llama", False)
 
 
 def liger_gate(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up in one kernel of Liger's, which keeps no intermediate for the backward pass.
+    """Compute silu(gate) * up in one kernel of Liger's, which keeps no intermediate for the backward pass.
 
     Only for MLPs whose activation is SiLU: the module is not looked at.
     """
@@ -174,7 +174,9 @@ def liger_gate(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> t
 def pick_norm_and_gate(
     kernels: str, compiled: bool, fused: bool, device: torch.device, activations: Collection[str] = ("silu",)
 ) -> tuple[Norm, Gate, str]:
-    """RMSNorm and SwiGLU of the layers, and what they are and why; proved by a call on the device.
+    """Pick RMSNorm and SwiGLU of the layers; return them, and their names with the reason.
+
+    A call on the device proves them.
 
     Args:
         kernels: auto, triton or eager. triton means Liger's Triton kernels here.
@@ -201,7 +203,7 @@ def pick_norm_and_gate(
 
 
 def _prove_liger(with_gate: bool, device: torch.device) -> None:
-    """Run Liger's functions once: a result that does not come from them must not be taken for theirs."""
+    """Run Liger's functions once, to prove that the results come from them."""
     states = torch.randn(4, 64, device=device, requires_grad=True)
     norm = nn.RMSNorm(64, device=device)
     norm.variance_epsilon = 1e-6

@@ -1,4 +1,4 @@
-"""Stock backbones from their files: every weight is read once, into its place, in the dtype that it is used in.
+"""Stock backbones from their files: every weight is read once, into its place, in the dtype of its use.
 
 The model is built without memory for its weights. Which tensor of the files belongs to which of them is known from
 the headers, by the names that transformers itself gives them; so a checkpoint that does not fit is refused before
@@ -23,12 +23,12 @@ from fastrm.model.places import ModelPlace, locate
 from fastrm.model.weight_files import INDEX, SINGLE, VALUE_HEAD, StoredTensor, WeightFiles, finder, read_header
 
 # Weights of published files that a reward model has no use for: the LM head, and buffers that are computed from the
-# configuration. No other weight of a checkpoint is left out without a word.
+# configuration. Every other weight of a checkpoint that is left out is named.
 UNUSED = re.compile(r"(.*\.)?(lm_head\.(weight|bias)|inv_freq|position_ids)")
-# What TRL's wrapper class puts in front of the names of a model that a Trainer saves.
+# The prefix that TRL's wrapper class adds to the names of a model that a Trainer saves.
 _WRAPPER = "pretrained_model."
 
-# (name in the backbone, parameter, dtype of most of the files) -> dtype in memory.
+# A function (name in the backbone, parameter, most frequent dtype of the files) -> dtype in memory.
 PickDtype = Callable[[str, nn.Parameter, torch.dtype], torch.dtype]
 
 
@@ -52,7 +52,7 @@ class Backbone:
     rest: dict[str, StoredTensor] = field(default_factory=dict)
 
     def num_bytes(self, pick_dtype: PickDtype) -> int:
-        """Bytes of all parameters, as `load` will place them."""
+        """Return the bytes of all parameters as `load` will place them."""
         return sum(
             parameter.numel() * pick_dtype(name, parameter, self.dtype).itemsize
             for name, parameter in self.model.named_parameters()
@@ -67,7 +67,7 @@ class Backbone:
         reads: bool = True,
         placed: Callable[[nn.Parameter], None] = lambda parameter: None,
     ) -> nn.Module:
-        """Give every parameter its memory and fill it from the files; returns the model, in evaluation mode.
+        """Give every parameter its memory and fill it from the files; return the model in evaluation mode.
 
         Projections may have been fused before: their parts are read into the rows that they have there.
 
@@ -104,7 +104,7 @@ class Backbone:
 
 
 def open_backbone(path: str) -> Backbone:
-    """The backbone in a folder or at a hub id; checks that all its weights are there and used, and reads none of them.
+    """Open the backbone in a folder or at a hub id: check that all its weights are there and used, and read none.
 
     The weights of a LoRA adapter are added to the base model's where they are read.
 
@@ -128,14 +128,14 @@ def open_backbone(path: str) -> Backbone:
     wanted = model.state_dict()
     tensors = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
     _check_all_there(path, tensors, wanted)
-    # A tensor without elements holds nothing: exports keep stock classifiers out with one (stock_classes.py).
+    # A tensor without elements holds nothing: exports have one that stock classifiers refuse (stock_classes.py).
     rest = {name: tensor for name, tensor in rest.items() if tensor.numel and not UNUSED.fullmatch(name)}
     _check_all_used(path, rest, full, model)
     return Backbone(model, tensors, files.dtype, place, rest)
 
 
 def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> tuple[dict, dict]:
-    """(weights by their names in the model, other weights by their names in the files)."""
+    """Return (weights by their names in the model, other weights by their names in the files)."""
     stored, rest = {}, {}
     for name, tensor in files.items():
         found = find_name(name)
@@ -181,7 +181,7 @@ def _check_all_there(path: str, tensors: Mapping[str, StoredTensor], wanted: Map
 
 
 def _check_all_used(path: str, rest: Mapping[str, StoredTensor], full: nn.Module, model: nn.Module) -> None:
-    """Refuse weights that lie inside the backbone and have no place there: without them it would be another model."""
+    """Refuse weights that lie inside the backbone and have no place there: without them it is another model."""
     parts = {name for module in (full, model, getattr(model, "language_model", model)) for name, _ in _children(module)}
     lost = [name for name in rest if parts & set(name.removeprefix(_WRAPPER).split(".")[:3])]
     if lost:
@@ -197,14 +197,14 @@ def _children(module: nn.Module):
 
 
 def shortened(names, most: int = 4) -> str:
-    """Names for a message: the first few, and how many more there are."""
+    """Shorten names for a message: the first few, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A stock base model with published or exported weights, all of one dtype, in the host's memory.
+    """Load a stock base model with published or exported weights, all of one dtype, into the host's memory.
 
     Raises:
         ConfigError, StorageError: as `open_backbone`, and if a file cannot be read to the end.
@@ -213,7 +213,7 @@ def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def stored_dtype(path: str | None) -> torch.dtype:
-    """The dtype of most weights in the files of model.path; without weights here, that of published checkpoints.
+    """Return the dtype of most weights in the files of model.path; for absent files that of published checkpoints.
 
     Args:
         path: a folder or hub id; None for random weights, which are float32.
@@ -227,7 +227,7 @@ def stored_dtype(path: str | None) -> torch.dtype:
 
 
 def has_weights(path: str) -> bool:
-    """Are the weights of model.path on this disk, in a folder?"""
+    """Return whether the weights of model.path are in a folder on this disk."""
     if not Path(path).is_dir():
         return False
     base = Path(locate(path).base)
@@ -235,7 +235,7 @@ def has_weights(path: str) -> bool:
 
 
 def load_backbone_config(path: str):
-    """The transformers config of a folder or hub id.
+    """Load the transformers config of a folder or hub id.
 
     Raises:
         ConfigError: if there is no such model, it is in another format, or its family is not supported.
@@ -258,13 +258,13 @@ def load_backbone_config(path: str):
 
 
 def _refused(path: str, error: Exception) -> ConfigError:
-    """The error for whatever a wrong value in config.json has run into, deep inside transformers."""
+    """Return the error for a wrong value in config.json, which may fail anywhere inside transformers."""
     reason = " ".join((str(error).strip() or type(error).__name__).split())
     return ConfigError(f"model.path {path!r}: config.json: transformers refuses it: {reason}; correct the file")
 
 
 class WeightsOnMeta(TorchFunctionMode):
-    """Where weights take no memory: modules make theirs with `torch.empty`, and buffers from other functions.
+    """A mode in which weights take no memory: modules make them with `torch.empty`, buffers otherwise.
 
     The few that are made otherwise (norms, class tokens) are small. Buffers that no file holds, the frequencies of
     rotary embeddings, come out as in any stock model, in float32.
@@ -276,27 +276,27 @@ class WeightsOnMeta(TorchFunctionMode):
 
 
 def _empty_models(config) -> tuple[nn.Module, nn.Module]:
-    """The stock model whose class knows the names of published files, and its part that is used here."""
+    """Return the stock model whose class knows the names of published files, and its part that is used here."""
     from transformers import AutoModel, AutoModelForImageTextToText
 
     is_vision = config.model_type in VISION_FAMILIES
     # Only the full vision classes know both names of published weights, `visual.*` and `model.visual.*`.
     auto_class = AutoModelForImageTextToText if is_vision else AutoModel
     with WeightsOnMeta():
-        # Any attention will do until `set_kernels` chooses, but a stock one must not be checked for.
+        # eager needs no package: `set_kernels` chooses the attention later.
         full = auto_class.from_config(config, dtype=torch.float32, attn_implementation="eager")
     return full, full.model if is_vision else full
 
 
 def _renamer(full: nn.Module) -> Callable[[str], str | None]:
-    """A function from a weight's name in files to that in the stock model, as transformers' own loading pairs them.
+    """Return a function from a weight's name in files to that in the stock model, as transformers' loading pairs them.
 
     None: the model has no such weight.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    # What would be computed from several tensors (a WeightConverter) does not occur in these families; if it ever does,
+    # Weights computed from several tensors (a WeightConverter) do not occur in these families; if one ever does,
     # the weight is named as missing.
     renamings = [entry for entry in get_model_conversion_mapping(full) if isinstance(entry, WeightRenaming)]
     state, prefix = full.state_dict(), full.base_model_prefix

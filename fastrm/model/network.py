@@ -1,4 +1,4 @@
-"""`RewardNetwork`: a stock backbone and a reward head, from packs to rewards."""
+"""The module `RewardNetwork`: a stock backbone and a reward head, from packs to rewards."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,7 +26,7 @@ from fastrm_kernels.dispatch import Choice
 
 
 class RewardNetwork(nn.Module):
-    """r(prompt, response) for every response of a pack, in one forward pass.
+    """The network r(prompt, response): it rewards every response of a pack in one forward pass.
 
     The state dict has stock names: `model.*` is the transformers model, `score.*` the head.
 
@@ -84,7 +84,7 @@ class RewardNetwork(nn.Module):
         return self._runner.tower
 
     def forward(self, pack: Pack, loss: LossConfig | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Rewards (R,) float32 in the order of the pack's responses.
+        """Compute rewards (R,) float32 in the order of the pack's responses.
 
         With the settings of a loss, (sum of the weighted terms of the pack's preferences, rewards): head and
         loss are then one operation. They are one call of the network because ZeRO-3 holds the head's weights
@@ -98,7 +98,7 @@ class RewardNetwork(nn.Module):
         return head_rewards(*head) if loss is None else head_loss(*head, pack, loss)
 
     def fuse_projections(self) -> int:
-        """Compute q, k, v in one product and gate, up in one; returns the number of fused matrices.
+        """Compute q, k, v in one product and gate, up in one; return the number of fused matrices.
 
         The state dict keeps its stock names. Call it before an optimizer is made.
         """
@@ -127,7 +127,7 @@ class RewardNetwork(nn.Module):
         self.lay_out = self._runner.layout_builder(dtype)
 
     def compile_layers(self, backend: str | Callable = "inductor") -> CompiledGraphs:
-        """Run decoder layers and vision blocks through torch.compile; returns the count of graphs made.
+        """Run decoder layers and vision blocks through torch.compile; return the count of graphs made.
 
         Args:
             backend: name of a torch.compile backend, or a function that is one.
@@ -144,7 +144,7 @@ class RewardNetwork(nn.Module):
             yield
 
     def use_activation_checkpointing(self, mode: str) -> None:
-        """What the backward pass recomputes: none, selective or full (see recompute.py).
+        """Set what the backward pass recomputes: none, selective or full (see recompute.py).
 
         Call it before the first pass: compiled graphs are made for one mode.
 
@@ -159,7 +159,7 @@ class RewardNetwork(nn.Module):
 
     @property
     def always_run_tower(self) -> bool:
-        """Run the vision tower also for packs without images, on a blank one of weight 0."""
+        """True to run the vision tower also for packs without images, on a blank one of weight 0."""
         return self._runner.always_run_tower
 
     @always_run_tower.setter
@@ -186,7 +186,7 @@ class RewardNetwork(nn.Module):
 
 
 def _check_media_ids(config, encoder: ConversationEncoder | None) -> None:
-    """The config and the tokenizer must mean the same tokens: stock models find images by the one, we by the other."""
+    """Refuse a config and a tokenizer that mean other media tokens: stock models use the one, we the other."""
     if encoder is None or encoder.vision is None:
         return
     for kind, number in encoder.vision.placeholders.items():
@@ -199,7 +199,7 @@ def _check_media_ids(config, encoder: ConversationEncoder | None) -> None:
 
 
 def pick_device(requested: str | int | torch.device) -> torch.device:
-    """auto = cuda if there is one, else cpu; otherwise the device that `device_name` understands.
+    """Pick a device: auto is cuda if there is one, else cpu; other values are for `device_name`.
 
     A GPU that is asked for by its number becomes torch's current one, on which kernels are launched.
 
@@ -223,7 +223,7 @@ def pick_device(requested: str | int | torch.device) -> torch.device:
 
 
 def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
-    """A stock base model with random float32 weights (torch's global generator) for a tokenizer.
+    """Make a stock base model with random float32 weights (torch's global generator) for a tokenizer.
 
     Vocabulary size and special-token ids come from the tokenizer; everything else from model.init.
     """
@@ -240,7 +240,7 @@ def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
         else:
             config = AutoConfig.for_model(model_type, **{**options, "vocab_size": len(tokenizer), **shared})
         check_family(config)
-        # Any attention will do until `set_kernels` chooses, but a stock one must not be checked for.
+        # eager needs no package: `set_kernels` chooses the attention later.
         return AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
     except ConfigError:
         raise
@@ -249,12 +249,12 @@ def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
 
 
 def refusal(what: str, error: Exception) -> ConfigError:
-    """The error for whatever a wrong size or type in the setting `what` has run into, deep inside transformers."""
+    """Return the error for a wrong value of the setting `what`, which may fail anywhere inside transformers."""
     return ConfigError(f"{what}: transformers refuses it: {str(error).strip() or type(error).__name__}")
 
 
 def media_token_ids(model_type: str, tokenizer) -> dict[str, int]:
-    """What a config says of the tokens that stand for images and videos."""
+    """Return a config's entries for the tokens that stand for images and videos."""
     if model_type == "internvl":
         return {"image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")}
     names = {

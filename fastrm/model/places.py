@@ -1,4 +1,4 @@
-"""What a user's `model.path` is, by the files that lie there: a model, a run, a checkpoint or an adapter."""
+"""The kind of a user's `model.path` by its files: a model, a run, a checkpoint or an adapter."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """Where the parts of a model are, each a folder or hub id.
+    """The places of the parts of a model, each a folder or hub id.
 
     Attributes:
         given: as the user wrote it.
@@ -28,12 +28,12 @@ class ModelPlace:
 
     @property
     def tokenizer(self) -> str:
-        """The adapter's own tokenizer where it has one, since trainers may have added to it; else the base model's."""
+        """The tokenizer's place: the adapter's own if it has one, as trainers may add to it, else the base model's."""
         return self._of_adapter(_TOKENIZER_FILES)
 
     @property
     def processor(self) -> str:
-        """As `tokenizer`, for the files of the image processor."""
+        """The place of the image processor's files, found like the tokenizer's."""
         return self._of_adapter(_PROCESSOR_FILES)
 
     def _of_adapter(self, names: tuple[str, ...]) -> str:
@@ -43,7 +43,7 @@ class ModelPlace:
         return self.adapter if any(find(name) is not None for name in names) else self.base
 
     def read_config(self) -> dict:
-        """config.json of the base as plain objects, with keys that transformers does not know.
+        """Read config.json of the base as plain objects, with keys that transformers does not know.
 
         Raises:
             ConfigError: if there is none.
@@ -52,7 +52,7 @@ class ModelPlace:
 
 
 def locate(path: str | Path) -> ModelPlace:
-    """The parts of the model at a folder or hub id. Looks for files and reads no weights.
+    """Locate the parts of the model at a folder or hub id, by its files; no weights are read.
 
     A run's folder stands for its `model/`. An adapter brings the base model that its adapter_config.json names, unless
     that lies in the same folder.
@@ -79,12 +79,12 @@ def locate(path: str | Path) -> ModelPlace:
 
 
 def _may_be_on_hub(name: str) -> bool:
-    """Has it the form of a hub id, owner/name or name?"""
+    """Return whether a name has the form of a hub id, owner/name or name."""
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def _model_folder(folder: Path) -> str:
-    """The folder with config.json in or under a local folder that is no adapter."""
+    """Return the folder with config.json in or under a local folder that is no adapter."""
     if (folder / CONFIG).is_file():
         return str(folder)
     if (folder / "state.json").is_file() and (folder / "manifest.json").is_file():
@@ -113,7 +113,7 @@ def _checkpoint_message(folder: Path) -> str:
 
 
 def _base_of(adapter: str) -> str:
-    """The base model that an adapter names: as a path of its own, then relative to the adapter, else as a hub id."""
+    """Return the base model that an adapter names: as a path, then relative to the adapter, else as a hub id."""
     name = read_json(adapter, ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ConfigError(

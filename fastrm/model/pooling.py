@@ -19,7 +19,7 @@ from fastrm_kernels import TreeLayout
 
 @dataclass(frozen=True)
 class MeanLayout:
-    """How the rows of a pack make the means of its R responses.
+    """The weights by which the rows of a pack make the means of its R responses.
 
     Attributes:
         pieces: tokens of each of the C pieces, in row order; they cover the row.
@@ -47,16 +47,16 @@ class MeanLayout:
         return MeanLayout(tuple(b - a for a, b in itertools.pairwise(bounds)), weights)
 
     def to(self, device) -> "MeanLayout":
-        """The same layout with its tensor on `device`."""
+        """Return the same layout with its tensor on `device`."""
         return replace(self, weights=self.weights.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MeanLayout":
-        """The same layout with its tensor in page-locked memory."""
+        """Return the same layout with its tensor in page-locked memory."""
         return replace(self, weights=self.weights.pin_memory())
 
 
 def _paths(tree: TreeLayout, rows: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
-    """The (start, stop) spans of rows that each of these rows sees: its path up to and including itself."""
+    """Return the (start, stop) spans of rows that each of these rows sees: its path up to and including itself."""
     starts = tree.starts
     owners = [segment for segment, length in enumerate(tree.lengths) if length]
     firsts = [starts[segment] for segment in owners]
@@ -68,14 +68,14 @@ def _paths(tree: TreeLayout, rows: Sequence[int]) -> list[tuple[tuple[int, int],
 
 
 def mean_of_paths(hidden: torch.Tensor, norm: nn.Module, layout: MeanLayout) -> torch.Tensor:
-    """States (T, D) after the last layer -> means (R, D) of the normed states, in float32 or better.
+    """Compute means (R, D) of the normed states from states (T, D) after the last layer, in float32 or better.
 
     Every sum is of one response's path or of a part of it, so no response changes another's mean.
 
     Args:
         norm: the model's final RMSNorm.
     """
-    # As the head does: float32, outside autocast, whatever the layers compute in.
+    # Like the head: float32, outside autocast, whatever the layers compute in.
     with torch.autocast(hidden.device.type, enabled=False):
         states = norm(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
         sums = torch.stack([piece.sum(0) for piece in states.split(layout.pieces)])  # (C, D)

@@ -1,4 +1,4 @@
-"""FP8 for the large linear layers of the language model: which of them, and how to switch it off.
+"""FP8 for the large linear layers of the language model: the choice of layers, and a switch.
 
 A linear layer of N x K is three matrix products over the T tokens of a pack: the output x W^T, the
 gradient of the input g W and the gradient of the weight g^T x, 6 T N K FLOPs in all. FP8 does a
@@ -42,9 +42,9 @@ from fastrm.errors import ConfigError
 
 # Configuration value -> torchao's name.
 RECIPES = {"tensorwise": "tensorwise", "rowwise": "rowwise", "rowwise_gw_hp": "rowwise_with_gw_hp"}
-# Both sizes of a weight, and the tokens, which the gradient of the weight sums over.
+# Both sizes of a weight, and the tokens, over which its gradient is summed, are multiples of this.
 MULTIPLE = 16
-# N K / (N + K) from which FP8 pays, see above.
+# The least N K / (N + K) at which FP8 pays, see above.
 LEAST_WIDTH = 590
 OLDEST_CAPABILITY = (8, 9)
 
@@ -57,7 +57,7 @@ UNEVEN = f"a size that is no multiple of {MULTIPLE}"
 
 @dataclass(frozen=True)
 class Fp8Choice:
-    """A linear layer of a network: `reason` says why it stays as it is, None that it computes in FP8.
+    """The choice for one linear layer of a network: `reason` says why it stays as it is; None means FP8.
 
     Attributes:
         rows, columns: N and K of its weight (N, K).
@@ -73,7 +73,7 @@ class Fp8Choice:
 
 @dataclass(frozen=True)
 class Fp8Report:
-    """What `convert_to_fp8` has done with every linear layer of a network."""
+    """The choices that `convert_to_fp8` has made for every linear layer of a network."""
 
     recipe: str
     emulated: bool
@@ -81,22 +81,22 @@ class Fp8Report:
 
     @property
     def converted(self) -> list[str]:
-        """Names of the layers in FP8."""
+        """The names of the layers in FP8."""
         return [choice.name for choice in self.choices if choice.reason is None]
 
     @property
     def flops_share(self) -> float:
-        """Share in FP8 of the FLOPs of the language model's linear layers, forward and backward.
+        """The share in FP8 of the FLOPs of the language model's linear layers, forward and backward.
 
         A layer that runs on the anchors alone counts nothing, and so does attention.
         """
         total = sum(choice.rows * choice.columns for choice in self.choices if choice.counts)
         converted = sum(choice.rows * choice.columns for choice in self.choices if choice.reason is None)
-        products = 2 / 3 if self.recipe == "rowwise_gw_hp" else 1  # of a layer's three
+        products = 2 / 3 if self.recipe == "rowwise_gw_hp" else 1  # share of a layer's three products
         return products * converted / total
 
     def lines(self, compiled: bool) -> list[str]:
-        """What a run prints at its start: the layers in FP8, then a line for each reason against it.
+        """Return the lines that a run prints at its start: the layers in FP8, then each reason against it.
 
         Args:
             compiled: decoder layers go through torch.compile.
@@ -114,7 +114,7 @@ class Fp8Report:
 
 
 def convert_to_fp8(network: nn.Module, recipe: str, *, emulate: bool | None = None) -> Fp8Report:
-    """Let the large linear layers of the language model compute in FP8, in place.
+    """Convert the large linear layers of the language model to FP8, in place.
 
     Parameters stay the same objects, with the same names and dtype; so an optimizer, a state dict and an
     export see no difference. A frozen layer is converted too: its output and the gradient of its input
@@ -142,7 +142,7 @@ def convert_to_fp8(network: nn.Module, recipe: str, *, emulate: bool | None = No
     from fastrm.model.fp8_linear import to_fp8
 
     config = replace(Float8LinearConfig.from_recipe_name(RECIPES[recipe]), emulate=emulate)
-    # Converts nothing; but some versions of inductor store FP8 wrongly, and this call works around it.
+    # This call converts nothing; it works around versions of inductor that store FP8 wrongly.
     convert_to_float8_training(nn.Module(), config=config)
     for name in report.converted:
         parent, _, attribute = name.rpartition(".")
@@ -165,7 +165,7 @@ def _check_device(device: torch.device) -> None:
 
 def _choose(network: nn.Module) -> Iterator[Fp8Choice]:
     language = getattr(network.model, "language_model", network.model)
-    # Where the head reads means, the last layer is like the others.
+    # If the head reads means, the last layer runs like the others.
     last = {id(module) for module in language.layers[-1].modules()} if network.pooling == "anchor" else set()
     layers = {id(module) for layer in language.layers for module in layer.modules()}
     for name, module in network.named_modules():
@@ -183,10 +183,10 @@ def _choose(network: nn.Module) -> Iterator[Fp8Choice]:
 
 
 def _obstacle(rows: int, columns: int, is_kv: bool) -> str | None:
-    """Why a weight (rows, columns) of a layer that runs on all tokens stays in bf16, or None."""
+    """Return why a weight (rows, columns) of a layer that runs on all tokens stays in bf16, or None."""
     if rows % MULTIPLE or columns % MULTIPLE:
         return UNEVEN
-    # Of k and v alone: no other layer of a model of 1.5 billion parameters or more is that narrow, and
+    # The rule is for k and v alone: no other layer of a model of 1.5 billion parameters or more is that narrow, and
     # smaller ones are trained for their numerics, not for their speed.
     if is_kv and rows * columns < LEAST_WIDTH * (rows + columns):
         return NARROW
@@ -202,13 +202,13 @@ def _check_tokens(network: nn.Module, arguments: tuple) -> None:
 
 
 def token_multiple(recipe: str) -> int:
-    """What the number of tokens of every pack must be a multiple of, by `precision.fp8`."""
+    """Return the number that every pack's number of tokens must be a multiple of, by `precision.fp8`."""
     return 1 if recipe == "off" else MULTIPLE
 
 
 @contextmanager
 def fp8_disabled(network: nn.Module):
-    """Compute all layers as they were before `convert_to_fp8`, with the weights as they are now.
+    """Compute all layers as before `convert_to_fp8`, with their present weights, until the block ends.
 
     Compiled layers are compiled once more for it.
     """

@@ -1,4 +1,4 @@
-"""What a layer's backward pass computes again instead of keeping it (activation checkpointing).
+"""Activation checkpointing: the parts of a layer that its backward pass computes again instead of keeping.
 
 none keeps all; full keeps a layer's input and runs the layer again; selective keeps the results of
 matrix products and attention, which are dear to compute, and runs norms, activations, rotary
@@ -17,15 +17,15 @@ MODES = ("none", "selective", "full")
 
 
 def call_checkpointed(mode: str, compiled: bool, layer: Callable, *arguments):
-    """layer(*arguments), recomputed in the backward pass as `mode` says.
+    """Return layer(*arguments), recomputed in the backward pass as `mode` says.
 
     Args:
-        compiled: the layer is a torch.compile graph, in which selective is the compiler's own affair
+        compiled: the layer is a torch.compile graph, which itself decides what selective recomputes
             (`CompiledGraphs.recompute`).
     """
     if mode == "none" or (mode == "selective" and compiled) or not torch.is_grad_enabled():
         return layer(*arguments)
-    # No module here draws random numbers; keeping their state would read it back from a GPU.
+    # No module here draws random numbers; saving the generator's state would read it back from a GPU.
     options = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
@@ -38,7 +38,7 @@ def _keep_products(context, operator, *_, **__) -> CheckpointPolicy:
 
 @functools.cache
 def _products() -> frozenset:
-    """Overloads of matrix products and of every implementation of attention that is loaded."""
+    """Return the overloads of matrix products and of every implementation of attention that is loaded."""
     packets = [
         getattr(torch.ops.aten, name, None)
         for name in (

@@ -1,4 +1,4 @@
-"""What an export is to stock transformers: names of weights that every class knows, and a head that none misreads.
+"""An export in the eyes of stock transformers: names of weights that all classes know, a head that none misreads.
 
 AutoModel reads any export as its backbone and names the head's weights as unexpected. The stock class for sequence
 classification computes `score(state of the last token that is not the pad token)`, with a linear `score` without bias.
@@ -20,17 +20,17 @@ from fastrm.model.families import QWEN_VL_FAMILIES
 from fastrm.model.network import RewardNetwork
 from fastrm.model.weight_writer import Entry
 
-# What keeps stock classifiers out: a tensor of this name and without elements.
+# The name of the tensor without elements that makes stock classifiers refuse an export.
 GUARD = "score.weight"
-# Letters of the special tokens that tokenizers have for padding, the likeliest first.
+# Letters in the names of special tokens for padding, the likeliest first.
 _PADDING_NAMES = ("finetunerightpadid", "pad", "padding", "endoftext", "unk")
-# The ends of conversations are looked for in these responses.
+# The responses by which the ends of conversations are found.
 _SAMPLES = ("Yes: it is.", "no\n", "4")
 
 
 @dataclass(frozen=True)
 class StockReading:
-    """How stock classes read an export.
+    """The way in which stock classes read an export.
 
     Attributes:
         classifies: its head on its anchor is what a stock classifier computes, with `pad_token`.
@@ -46,10 +46,10 @@ class StockReading:
 
 
 def read_by_stock(network: RewardNetwork) -> StockReading:
-    """Find out what stock classes make of a network with its tokenizer; renders and tokenises short conversations."""
+    """Find out how stock classes read a network with its tokenizer, by rendering short conversations."""
     encoder, head = network.encoder, network.head_settings
     before_padding, why = encoder.anchor == "before_padding" and encoder.pad_token_id is not None, ""
-    if before_padding:  # read as the stock class does, by the pad token that the model has
+    if before_padding:  # read like the stock class, by the model's own pad token
         pad_token = encoder.tokenizer.convert_ids_to_tokens(encoder.pad_token_id)
     else:
         pad_token = _pad_token(encoder, network.model.config.get_text_config().vocab_size)
@@ -69,7 +69,7 @@ def read_by_stock(network: RewardNetwork) -> StockReading:
 
 
 def padding_note(network: RewardNetwork) -> str | None:
-    """In words, that an export pads with another token than the network's tokenizer; None where it does not."""
+    """Return a line that says that an export pads with another token than the network's tokenizer, or None."""
     reading, own = read_by_stock(network), network.encoder.tokenizer.pad_token
     if reading.pad_token == own or network.encoder.anchor == "before_padding":
         return None
@@ -81,13 +81,13 @@ def padding_note(network: RewardNetwork) -> str | None:
 
 
 def file_entries(entries: Iterable[Entry], model_type: str, classifies: bool) -> list[Entry]:
-    """(name, shape, dtype) of all tensors in the files of an export, from those of the network."""
+    """Return (name, shape, dtype) of all tensors in the files of an export, from those of the network."""
     found = [(file_name(name, model_type, classifies), shape, dtype) for name, shape, dtype in entries]
     return found if classifies else [*found, (GUARD, (0,), torch.float32)]
 
 
 def file_name(name: str, model_type: str, classifies: bool) -> str:
-    """The name in an export's files of a weight, from that in the network.
+    """Return the name of a weight in an export's files, from that in the network.
 
     Qwen's vision models have those of the published checkpoints, `visual.*` and `model.*`: they are the ones that
     every stock class of every version knows, since AutoModel does not know `model.visual.*`.
@@ -101,7 +101,7 @@ def file_name(name: str, model_type: str, classifies: bool) -> str:
 
 
 def with_padding(tokenizer, pad_token: str | None):
-    """The tokenizer, or a copy of it that pads with another token."""
+    """Return the tokenizer, or a copy of it that pads with another token."""
     if pad_token == tokenizer.pad_token:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
@@ -116,7 +116,7 @@ def _classifier(config) -> str | None:
 
 
 def _pad_token(encoder: ConversationEncoder, vocab_size: int) -> str | None:
-    """A special token with which no conversation ends: the tokenizer's own pad token, or another.
+    """Return a special token with which no conversation ends: the tokenizer's own pad token, or another.
 
     A special token comes from the template and never from text, so a few conversations show all that occur. The stock
     classifier takes a token for padding wherever it stands, so only the last of a conversation matters.
@@ -128,7 +128,7 @@ def _pad_token(encoder: ConversationEncoder, vocab_size: int) -> str | None:
     if own in usable and usable[own] not in ends:
         return own
     media = set() if encoder.vision is None else set(encoder.vision.placeholders.values())
-    # A new one must not be in use for anything else.
+    # A new pad token must not be in use for anything else.
     taken = {int(token) for tokens in conversations for token in tokens} | media
     free = [token for token, number in usable.items() if number not in taken]
     free = [token for token in free if token not in (encoder.tokenizer.eos_token, encoder.tokenizer.bos_token)]
@@ -141,7 +141,7 @@ def _likelihood(token: str) -> int:
 
 
 def _anchors_end(encoder: ConversationEncoder) -> bool:
-    """Is the anchor the last token of a conversation as the template renders it?"""
+    """Return whether the anchor is the last token of a conversation as the template renders it."""
     to_the_end = _to_the_last_token(encoder)
     return all(len(encoder.encode(sample).tokens) == len(to_the_end.encode(sample).tokens) for sample in _samples())
 

@@ -1,4 +1,4 @@
-"""Where the patches of square tiles go in InternVL's vision tower, from the number of tiles alone.
+"""The layout of square tiles' patches in InternVL's vision tower, from the number of tiles alone.
 
 Every tile has the same grid of patches and is a sequence of its own: a class token, then its patches.
 The tower takes patches in the order of the data side, those of one image token together; absolute
@@ -17,7 +17,7 @@ from fastrm_kernels import TreeLayout
 
 @dataclass(frozen=True)
 class TileLayout:
-    """Order and attention of a pack's tiles of P patches each.
+    """The order and attention of a pack's tiles of P patches each.
 
     Attributes:
         order: (P,) int64, number of each patch of a tile in rows and columns, in the order of the row of patches.
@@ -33,17 +33,17 @@ class TileLayout:
         return [self.tiles]
 
     def to(self, device) -> "TileLayout":
-        """The same layout with its tensors on `device`."""
+        """Return the same layout with its tensors on `device`."""
         return replace(self, order=self.order.to(device, non_blocking=True), tiles=self.tiles.to(device))
 
     def pin_memory(self) -> "TileLayout":
-        """The same layout with its tensors in page-locked memory."""
+        """Return the same layout with its tensors in page-locked memory."""
         return replace(self, order=self.order.pin_memory(), tiles=self.tiles.pin_memory())
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """What of an InternVL config decides where patches go.
+    """The sizes of an InternVL config by which patches are laid out.
 
     Attributes:
         side: of a tile, in patches.
@@ -55,7 +55,7 @@ class TileShape:
 
     @staticmethod
     def from_config(config) -> "TileShape":
-        """From the config of a stock InternVL model."""
+        """Return the shape of a stock InternVL model by its config."""
         vision = config.vision_config
         return TileShape(vision.image_size[0] // vision.patch_size[0], int(1 / config.downsample_ratio))
 

@@ -1,8 +1,8 @@
-"""Vision tower and projector of each family: from the patches of a pack to the features of its image tokens.
+"""The vision tower of each family: from the patches of a pack to the features of its image tokens.
 
 A tower knows its stock modules, the shape from which the layout of a pack's images is made (in a data worker), the
 function that evaluates one of its blocks (layers.py), and what to do before and after the blocks. How
-blocks run (compiled, recomputed in the backward pass) is the runner's affair: it hands over `run`.
+blocks run (compiled, recomputed in the backward pass) is decided by the runner, which passes `run`.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ Run = Callable[..., torch.Tensor]
 
 
 class VisionTower(ABC):
-    """The vision side of one stock model. Holds no weights of its own.
+    """The vision side of one stock model. It holds no weights of its own.
 
     Attributes:
         module: the stock tower.
@@ -46,12 +46,12 @@ class VisionTower(ABC):
         self.kernels = LayerKernels(attention, self._rotation(), norm, gate)
 
     def parameters(self) -> set[nn.Parameter]:
-        """Of tower and projector."""
+        """Return the parameters of tower and projector."""
         return {*self.module.parameters(), *self.projector.parameters()}
 
     @abstractmethod
     def features(self, pixel_values: torch.Tensor, layout, run: Run, dtype: Callable) -> torch.Tensor:
-        """(image tokens, D) of all images of a pack, each encoded once.
+        """Return features (image tokens, D) of all images of a pack, each encoded once.
 
         Args:
             pixel_values: (N, values of a patch) float.
@@ -70,7 +70,7 @@ class VisionTower(ABC):
 
 
 class QwenTower(VisionTower):
-    """Qwen2-VL and Qwen2.5-VL: images of any size, windows, rotary positions, a merger at the end of the tower."""
+    """The tower of Qwen2-VL and Qwen2.5-VL: images of any size, windows, rotary positions, a merger at its end."""
 
     block = staticmethod(vision_block)
 
@@ -81,7 +81,7 @@ class QwenTower(VisionTower):
 
     def features(self, pixel_values, layout: VisionLayout, run, dtype) -> torch.Tensor:
         visual = self.module
-        # Before the embedding: what a compiled block gets must be no view, or it is traced once more.
+        # Reordered before the embedding: a compiled block that gets a view is traced once more.
         pixel_values = reorder(pixel_values, layout.order, self.shape.merge)
         hidden = project_patches(visual.patch_embed.proj, pixel_values)  # (N, D of the tower)
         cos, sin = rotary(visual, layout.positions)
@@ -107,7 +107,7 @@ class QwenTower(VisionTower):
 
 
 class InternTower(VisionTower):
-    """InternVL: square tiles of one size with a class token and absolute positions; the projector stands outside."""
+    """The tower of InternVL: square tiles with a class token and absolute positions; its projector stands outside."""
 
     block = staticmethod(tile_block)
 
@@ -126,11 +126,11 @@ class InternTower(VisionTower):
             hidden = run(block, hidden, tiles, self.kernels)
         hidden = self.module.layernorm(hidden)
         patches = hidden.unflatten(0, (-1, num_patches + 1))[:, 1:]  # without the class token
-        # Pixel shuffle: the patches of a token stand together and in its order, row by row.
+        # Pixel shuffle: the patches of a token stand together, row by row.
         return self.projector(patches.reshape(-1, merge**2 * hidden.shape[-1]))
 
     def _embed(self, pixel_values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """Class token and patches of all tiles with their positions, (tiles * (P + 1), D)."""
+        """Return class token and patches of all tiles with their positions, (tiles * (P + 1), D)."""
         stock = self.module.embeddings
         projection, positions = stock.patch_embeddings.projection, stock.position_embeddings
         patches = project_patches(projection, pixel_values)
@@ -138,7 +138,7 @@ class InternTower(VisionTower):
         hidden = torch.cat((stock.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
         if positions is not None:
             hidden = hidden + torch.cat((positions[:, :1], positions[:, 1:].index_select(1, order)), dim=1)
-        # What a compiled block gets must be no view, or it is traced once more.
+        # A compiled block that gets a view is traced once more.
         return hidden.flatten(0, 1).clone()
 
     @property
@@ -148,7 +148,7 @@ class InternTower(VisionTower):
 
 
 def make_tower(model: nn.Module) -> VisionTower | None:
-    """The tower of a stock base model; None for a text model."""
+    """Make the tower of a stock base model; None for a text model."""
     if model.config.model_type not in VISION_FAMILIES:
         return None
     return QwenTower(model) if model.config.model_type in QWEN_VL_FAMILIES else InternTower(model)

@@ -1,4 +1,4 @@
-"""The vision towers of Qwen2-VL and Qwen2.5-VL, driven from the sizes of the images.
+"""The vision towers of Qwen2-VL and Qwen2.5-VL, driven by the sizes of the images.
 
 The stock forward computes windows, positions and sequence lengths from a tensor of grids and reads
 them back from the device. Here they are a `VisionLayout`, made from Python integers before the pack
@@ -20,7 +20,7 @@ from fastrm_kernels import TreeLayout
 
 @dataclass(frozen=True)
 class VisionShape:
-    """What of a vision config decides where patches go.
+    """The sizes of a vision config by which patches are laid out.
 
     Attributes:
         merge: side of the square of patches that makes one image token.
@@ -34,7 +34,7 @@ class VisionShape:
 
     @staticmethod
     def from_config(config) -> "VisionShape":
-        """From the vision config of a stock model."""
+        """Return the shape of a stock model by its vision config."""
         merge = config.spatial_merge_size
         if not has_windows(config):
             return VisionShape(merge, 0, tuple(range(config.depth)))
@@ -42,13 +42,13 @@ class VisionShape:
         return VisionShape(merge, window, tuple(config.fullatt_block_indexes))
 
     def lay_out(self, grids: Sequence[Grid]) -> "VisionLayout":
-        """`VisionLayout.build` of this shape."""
+        """Make the `VisionLayout` of these grids."""
         return VisionLayout.build(grids, self)
 
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """Order, positions and attention of a pack's N patches.
+    """The order, positions and attention of a pack's N patches.
 
     Attributes:
         order: (N / merge^2,) int64, image tokens in the order of the windows; None if that is their own.
@@ -93,11 +93,11 @@ class VisionLayout:
         return [layout for layout in (self.images, self.windows) if layout is not None]
 
     def to(self, device) -> "VisionLayout":
-        """The same layout with its tensors on `device`."""
+        """Return the same layout with its tensors on `device`."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True), lambda layout: layout.to(device))
 
     def pin_memory(self) -> "VisionLayout":
-        """The same layout with its tensors in page-locked memory."""
+        """Return the same layout with its tensors in page-locked memory."""
         return self._with(torch.Tensor.pin_memory, TreeLayout.pin_memory)
 
     def _with(self, change_tensor: Callable, change_layout: Callable) -> "VisionLayout":
@@ -110,7 +110,7 @@ class VisionLayout:
 
 
 def _positions(grid: Grid, merge: int) -> np.ndarray:
-    """(patches, 2) row and column; patches of one image token stand together, tokens row by row."""
+    """Return row and column (patches, 2); patches of one image token stand together, tokens row by row."""
     frames, rows, columns = grid
     place = np.indices((rows, columns), dtype=np.float32)
     place = place.reshape(2, rows // merge, merge, columns // merge, merge).transpose(1, 3, 2, 4, 0)
@@ -118,7 +118,7 @@ def _positions(grid: Grid, merge: int) -> np.ndarray:
 
 
 def _windows(frames: int, rows: int, columns: int, side: int) -> tuple[np.ndarray, list[int]]:
-    """Image tokens of one image, window by window, and the number in each; those at the edges are smaller."""
+    """Return the image tokens of one image, window by window, and the number in each; edge windows are smaller."""
     tokens = np.arange(frames * rows * columns).reshape(frames, rows, columns)
     windows = [
         tokens[frame, top : top + side, left : left + side].ravel()
@@ -131,21 +131,21 @@ def _windows(frames: int, rows: int, columns: int, side: int) -> tuple[np.ndarra
 
 def project_patches(projection: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Apply a tower's first convolution, whose stride is its kernel: (N, channels * frames * patch^2) -> (N, D)."""
-    # Autocast rounds the pixels itself: rounded to weights in float16 before that, they would be rounded twice.
+    # Autocast rounds the pixels itself; rounding them to float16 weights first would round twice.
     if not torch.is_autocast_enabled(pixel_values.device.type):
         pixel_values = pixel_values.to(projection.weight.dtype)
     return F.linear(pixel_values, projection.weight.flatten(1), projection.bias)
 
 
 def rotary(visual: nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (N, K) float32: the first half of a head turns by row and column, the second alike."""
+    """Return cos and sin (N, K) float32: the first half of a head turns by row and column, the second alike."""
     angles = positions[:, :, None] * visual.rotary_pos_emb.inv_freq.float()  # (N, 2, K / 4)
     angles = angles.flatten(1).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
 def reorder(rows: torch.Tensor, order: torch.Tensor | None, merge: int) -> torch.Tensor:
-    """Patches (N, D) in the order of the windows."""
+    """Reorder patches (N, D) into the order of the windows."""
     if order is None:
         return rows
     return rows.view(order.shape[0], merge**2, -1).index_select(0, order).view(rows.shape)

@@ -1,4 +1,4 @@
-"""The safetensors files of a model: checked by their headers, read in pieces straight to where they belong.
+"""The safetensors files of a model: checked by their headers, read in pieces straight to their places.
 
 A file is 8 bytes with the length of its header, the header (JSON: for each tensor its dtype, its shape and where its
 bytes begin and end), then the bytes of all tensors, little endian and row by row. The format is that of
@@ -22,13 +22,13 @@ import torch
 from fastrm.errors import ConfigError, StorageError
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-VALUE_HEAD = "value_head.safetensors"  # beside a model or an adapter of LLaMA-Factory
+VALUE_HEAD = "value_head.safetensors"  # LLaMA-Factory's file beside a model or an adapter
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-# Of buffers in published files, which no model here reads (position ids, masks).
+# The dtypes of buffers in published files, which no model here reads (position ids, masks).
 _BUFFER_DTYPES = {"I64": torch.int64, "BOOL": torch.bool}
-# As the safetensors library refuses longer ones.
+# The safetensors library refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
-# Read at a time where elements change their dtype or go to a GPU.
+# The bytes that are read at a time where elements change their dtype or go to a GPU.
 CHUNK_BYTES = 16 * 2**20
 _LFS = b"version https://git-lfs.github.com"
 _GGUF = (
@@ -52,7 +52,7 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """Its number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     def read_into(self, out: torch.Tensor, first: int = 0) -> None:
@@ -80,7 +80,7 @@ class StoredTensor:
             raise StorageError(f"{self.file}: cannot be read: {error.strerror or error}") from None
 
     def read(self) -> torch.Tensor:
-        """The whole tensor in the host's memory, in the dtype of the file."""
+        """Read the whole tensor into the host's memory, in the dtype of the file."""
         flat = torch.empty(self.numel, dtype=self.dtype)
         self.read_into(flat)
         return flat.view(self.shape)
@@ -96,7 +96,7 @@ def _fill(descriptor: int, out: torch.Tensor, place: int) -> None:
 
 
 class WeightFiles(Mapping[str, StoredTensor]):
-    """All tensors of a checkpoint by their names in the files.
+    """The tensors of a checkpoint by their names in the files.
 
     Attributes:
         where: the folder or hub id, as it was given.
@@ -124,7 +124,7 @@ class WeightFiles(Mapping[str, StoredTensor]):
 
     @classmethod
     def open(cls, path: str | Path) -> "WeightFiles":
-        """Check the files of a folder or hub id; reads their headers alone (of a hub id, downloads the files).
+        """Check the files of a folder or hub id by their headers alone; files of a hub id are downloaded.
 
         Raises:
             ConfigError: if there is a GGUF file instead, or no such folder or hub id.
@@ -139,7 +139,7 @@ class WeightFiles(Mapping[str, StoredTensor]):
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file.
+    """Read the header of one safetensors file and return its tensors.
 
     Raises:
         StorageError: if it is none, is shorter or longer than its header says, or holds dtypes that are not trained
@@ -218,7 +218,7 @@ def _read_shards(index: Path, find) -> dict[str, StoredTensor]:
 
 
 def _check_dtypes(index: Path, shards: dict[str, dict[str, StoredTensor]], total: int | None) -> None:
-    """Refuse shards of several saves: of other dtypes than one another, and than the index has counted bytes of.
+    """Refuse shards of several saves: of different dtypes, and of other bytes than the index has counted.
 
     The bytes alone prove nothing: several tools write a wrong sum of them. Nor do several dtypes alone: some
     checkpoints keep a few weights in float32.
@@ -260,7 +260,7 @@ def check_format(path: str | Path) -> None:
 
 
 def finder(path: str | Path) -> Callable[[str], Path | None]:
-    """A function from the name of a file in a folder or hub id to its place on this disk; None: there is no such file.
+    """Return a function from the name of a file in a folder or hub id to its place on this disk; None: no such file.
 
     Of a hub id it downloads the file, and without a network takes it from the cache.
 
@@ -287,7 +287,7 @@ def _hub_finder(repository: str):
             reason = str(error).strip().splitlines()[0]
         except EntryNotFoundError:
             return None
-        except Exception as error:  # the hub client raises many types here; all mean the same to the user
+        except Exception as error:  # the hub client raises many types; all mean the same to the user
             reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{repository!r}: no such folder here, and {name} does not come from the hub ({reason}); wanted a folder "

@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor, with no more in memory than one of them.
+"""A writer of safetensors files, tensor by tensor, with no more in memory than one of them.
 
 Where every tensor goes is decided before the first one comes: headers need only names, shapes and dtypes. So tensors
 may come in any order, and none is kept.
@@ -18,16 +18,16 @@ from fastrm.json_files import to_json
 from fastrm.model.weight_files import DTYPES, INDEX, SINGLE
 from fastrm.resources import free_disk
 
-# Of a file, in bytes; a larger tensor has one of its own.
+# The most bytes of a file; a larger tensor has a file of its own.
 SHARD_BYTES = 5 * 10**9
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-# Name, shape and dtype of a tensor.
+# The name, shape and dtype of a tensor.
 Entry = tuple[str, tuple[int, ...], torch.dtype]
 
 
 class WeightWriter:
-    """The weights of a model in a folder: model.safetensors, or shards with the index that transformers reads.
+    """A writer of a model's weights: model.safetensors, or shards with the index that transformers reads.
 
     Args:
         folder: exists, and holds no weights.
@@ -59,7 +59,7 @@ class WeightWriter:
                 index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
                 (folder / INDEX).write_text(to_json(index, indent=2) + "\n")
         except BaseException:
-            self.abandon()  # nobody else can: there is no writer yet
+            self.abandon()  # the caller cannot: it has no writer yet
             raise
 
     def _begin(self, file: Path, shard: list[Entry]) -> None:
@@ -87,10 +87,10 @@ class WeightWriter:
         self._missing.discard(name)
 
     def close(self) -> None:
-        """Wait until all is on the disk.
+        """Wait until all data is on the disk.
 
         Raises:
-            ValueError: if a tensor has not come.
+            ValueError: if a tensor is missing.
         """
         try:
             for descriptor in self._descriptors:
@@ -107,7 +107,7 @@ class WeightWriter:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Let a folder take the place of another, if there is one, when all its files are on the disk."""
+    """Replace a folder, if it exists, by another one when all its files are on the disk."""
     for path in new.iterdir():
         sync_path(path)
     sync_path(new)
@@ -118,7 +118,7 @@ def replace_folder(new: Path, target: Path) -> None:
         if is_there:
             target.rename(old)
         new.rename(target)
-    except BaseException:  # a signal, too, may come between the two
+    except BaseException:  # a signal may also come between the two renames
         if is_there and not target.exists():
             old.rename(target)
         raise
@@ -127,7 +127,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def _shards(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """Entries by file, wider elements first, so that each tensor begins at a multiple of its elements' size."""
+    """Return entries by file, wider elements first, so that each tensor begins at a multiple of its elements' size."""
     shards, room = [[]], SHARD_BYTES
     for entry in sorted(entries, key=lambda entry: -entry[2].itemsize):
         if _nbytes(entry) > room and shards[-1]:

@@ -1,4 +1,4 @@
-"""Making a prepared set: read, select, count, and write the index; each pass goes on where a killed one stopped."""
+"""The making of a prepared set: read, select, count, and write the index. A killed pass continues where it stopped."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ _COUNTS, _FILES = "counts", "files.json"
 
 
 class Watch(Protocol):
-    """Who is told of progress (`fastrm.ui.Display`)."""
+    """A receiver of progress (`fastrm.ui.Display`)."""
 
     def say(self, text: str) -> None: ...
     def task(self, description: str) -> Callable[..., None]: ...
@@ -46,7 +46,7 @@ class Watch(Protocol):
 
 @dataclass
 class Preparation:
-    """A prepared set in a folder, to be found or made.
+    """A prepared set in a folder, which is found there or made.
 
     Attributes:
         is_own: the folder belongs to one run, and may be made anew when the settings change.
@@ -61,14 +61,14 @@ class Preparation:
     benchmarks: Callable[[], Iterable[Record]] = tuple
     num_workers: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the passes that this process has made."""
+    """The seconds of each pass that this process has made."""
 
     def find(self) -> bool:
-        """Is a finished set there that can be used as it is?
+        """Return whether the folder holds a finished set that can be used as it is.
 
         Raises:
-            ConfigError: it was made under other settings, and is not the run's own.
-            StorageError: it is damaged.
+            ConfigError: if it was made under other settings, and is not the run's own.
+            StorageError: if it is damaged.
         """
         manifest = read_manifest(self.folder)
         if manifest is None:
@@ -79,19 +79,19 @@ class Preparation:
                 f"data.prepared {self.folder}: {problem}; prepare into another folder, delete this one, or set it back"
             )
         if problem is None:
-            with suppress(OSError):  # the one that made it may have been killed before it did; or it is read only
+            with suppress(OSError):  # left by a process that was killed; it stays where the folder is read only
                 self._tidy(manifest["units"])
         return problem is None
 
     def discard(self) -> None:
-        """Give up a run's own set that `find` has found to be of other settings or files, and say so."""
+        """Discard a run's own set that `find` has found to have other settings or files, and say so."""
         manifest = read_manifest(self.folder)
         if manifest is not None:
             self.watch.say(f"prepared set {self.folder}: {difference(manifest, self.config)}; it is made anew")
             (self.folder / MANIFEST).unlink()
 
     def read(self) -> list[Unit]:
-        """The first pass: the units of all splits, read unless they are there.
+        """Run the first pass: return the units of all splits, read unless they are there.
 
         Raises:
             DataError, StorageError: a source cannot be read, or the folder cannot be written.
@@ -120,27 +120,27 @@ class Preparation:
         return planned
 
     def keys(self, planned: Sequence[Unit]) -> dict[str, KeyTally]:
-        """What the keys of each file's rows were; an evaluation source that is a training source too counts once."""
+        """Return the tallies of the keys of each file; a file of training and evaluation counts once."""
         tallies: dict[str, KeyTally] = {}
         for unit in {unit.name: unit for unit in planned}.values():
             tallies.setdefault(unit.file.path, KeyTally()).merge(units.unit_keys(self.folder / UNITS / unit.name))
         return tallies
 
     def training_records(self, planned: Sequence[Unit]) -> Iterator[Record]:
-        """The records of the training sources, as a tokenizer is trained on them."""
+        """Yield the records of the training sources, for training a tokenizer on them."""
         for unit in planned:
             if unit.split == "train":
                 yield from units.unit_records(self.folder / UNITS / unit.name)
 
     def finish(self, planned: Sequence[Unit], encoder: ConversationEncoder, cost: CostModel) -> dict:
-        """The second and third pass, the index, the report, and the manifest; returns the report.
+        """Run the second and third pass, write index, report and manifest, and return the report.
 
         Args:
-            cost: what the report weighs the shared work by.
+            cost: the cost model of the report's shared work.
 
         Raises:
-            DataError: no group is left to train on, or a benchmark cannot be read.
-            StorageError: the folder cannot be written.
+            DataError: if no group is left to train on, or a benchmark cannot be read.
+            StorageError: if the folder cannot be written.
         """
         if not planned:
             raise DataError("no usable group in 0 records (no rows): the sources of data.train are empty")
@@ -194,7 +194,7 @@ class Preparation:
             file.write(to_json(now).encode())
 
     def _remove(self, table: RecordTable) -> dict[str, np.ndarray]:
-        """What is not trained on: of each record the first equal one (`copy_of`), and matches of each kind."""
+        """Return what is not trained on: each record's first equal one (`copy_of`), and matches of each kind."""
         is_train, data = _is_of(table, "train"), self.config.data
         removed = {"copy_of": np.arange(len(table))}
         if data.deduplicate:
@@ -246,17 +246,17 @@ class Preparation:
             counter = GroupCounter(table, chosen[split], encoder.counting_only(), self.config)
             for number in run_pieces(counter, missing[split], self.num_workers):
                 done += number
-                if number:  # a split without groups has a piece all the same
+                if number:  # a split without groups has one empty piece
                     update(done, total)
         return {split: load_counted(pieces[split]) for split in SPLITS}
 
     def _name_of_counts(self, table, chosen, encoder) -> str:
-        """Counts are of these records, in these groups, by this encoder under these settings."""
+        """Return the name of the counts: a hash of records, groups, encoder and settings."""
         arrays = [
             table.columns["ordered"],
             *(a for s in chosen.values() for a in (s.members, s.starts, s.times, s.held_out)),
         ]
-        layout = [COUNT.descr, IMAGE.descr]  # pieces of another width are not gone on with
+        layout = [COUNT.descr, IMAGE.descr]  # pieces with other columns are not used again
         return fingerprint_of(arrays, [FORMAT, layout, set_settings(self.config), encoder_key(encoder)])[:24]
 
     def _refusals(self, table, removed, planned, counted) -> Iterator[RefusedRow]:
@@ -319,7 +319,7 @@ class Preparation:
 
 
 def is_kept(removed: dict[str, np.ndarray]) -> np.ndarray:
-    """(N,) bool: neither a copy nor contaminated."""
+    """Return (N,) bool: True for records that are neither a copy nor contaminated."""
     kept = removed["copy_of"] == np.arange(len(removed["copy_of"]))
     for kind, matches in removed.items():
         if kind != "copy_of":

@@ -1,4 +1,4 @@
-"""Hashes by which prepared data knows equal content again: of media, prompts, responses and records.
+"""Hashes by which prepared data recognises equal content: of media, prompts, responses and records.
 
 Widths: 128 bits where equal hashes are taken to be equal content for good (groups, duplicates, images), 64
 where a match is one of a few million against a few thousand (decontamination). BLAKE2b throughout, but
@@ -19,19 +19,19 @@ from fastrm.data.videos import frame_refs, naming_frame
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 
-# Media whose digest a process remembers: rows that share an image are mostly neighbours.
+# The number of digests that a process remembers: rows that share an image are mostly neighbours.
 REMEMBERED_MEDIA = 4096
 SHORT_WORDS = 8
 # Side of the grey picture of a perceptual hash, and of the square of its low frequencies.
 _SIDE, _LOW = 32, 8
-# Grey levels: a picture with less contrast has no frequencies worth comparing.
+# The least contrast in grey levels: below it a picture has no frequencies worth comparing.
 _LEAST_CONTRAST = 8
 
 HASH = np.dtype([("high", "<u8"), ("low", "<u8")])  # 128 bits
 
 
 def with_digests(record: Record, limits: MediaLimits) -> Record:
-    """The record with the digest of every medium, whose bytes are read for it.
+    """Return the record with the digest of every medium, whose bytes are read for it.
 
     Raises:
         RecordError: the codes of `read_bytes`.
@@ -56,37 +56,37 @@ def _digest(ref: MediaRef, limits: MediaLimits) -> str:
     try:
         status = os.stat(ref.path)
     except (OSError, ValueError):
-        status = None  # reading says what is wrong
+        status = None  # the read below raises the error
     return _stored_digest(ref, limits, status and (status.st_mtime_ns, status.st_size))
 
 
 @functools.lru_cache(maxsize=REMEMBERED_MEDIA)
 def _stored_digest(ref: MediaRef, limits: MediaLimits, status: tuple[int, int] | None) -> str:
-    """By status, so that a replaced file is read anew."""
+    """Return the digest of a stored medium; `status` is a key of the cache, so that a replaced file is read again."""
     if isinstance(ref, VideoRef):
         if (frames := frame_refs(ref)) is not None:
             with naming_frame(ref):
                 digests = [hashlib.sha256(read_bytes(frame, limits)).hexdigest() for frame in frames]
             return hashlib.sha256("".join(digests).encode()).hexdigest()
         if ref.member is None and ref.span is None:
-            # In blocks: a video may be larger than the memory.
+            # Read in blocks: a video may be larger than the memory.
             with open_bytes(ref, limits) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(read_bytes(ref, limits)).hexdigest()
 
 
 def prompt_hash(record: Record) -> bytes:
-    """16 bytes; equal for records with the same prompt and images, as `Record.prompt_key` says."""
+    """Hash a prompt to 16 bytes, equal for the same prompt and images, as `Record.prompt_key` says."""
     return _hash(record.prompt_key)
 
 
 def response_hash(response: Response) -> bytes:
-    """16 bytes of a response with its whole conversation."""
+    """Hash a response with its whole conversation to 16 bytes."""
     return _hash(response.key)
 
 
 def record_hash(responses: list[bytes], preferences: tuple[Preference, ...]) -> bytes:
-    """16 bytes; equal for the same responses and preferences in whatever order they stand.
+    """Hash a record to 16 bytes, equal for the same responses and preferences in any order.
 
     Args:
         responses: `response_hash` of each.
@@ -100,35 +100,35 @@ def record_hash(responses: list[bytes], preferences: tuple[Preference, ...]) -> 
 
 
 def ordered_hash(responses: list[bytes], preferences: tuple[Preference, ...]) -> bytes:
-    """8 bytes that also change with the order of responses and preferences, as sums of floats do."""
+    """Hash a record to 8 bytes that also change with the order of responses and preferences, as sums of floats do."""
     edges = [[p.winner, p.loser, p.margin, p.weight, p.tie] for p in preferences]
     return _hash([[response.hex() for response in responses], edges], 8)
 
 
 def name_hash(name: str) -> bytes:
-    """8 bytes of a name as it is."""
+    """Hash a name as it is to 8 bytes."""
     return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
 def text_hash(text: str) -> bytes:
-    """8 bytes; equal for texts that differ in case, white space and image placeholders only."""
+    """Hash a text to 8 bytes, equal for texts that differ only in case, white space and image placeholders."""
     words = text.replace("<image>", " ").casefold().split()
     return hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
 
 
 def is_short(text: str) -> bool:
-    """Fewer words than an answer has by which one would know it again."""
+    """Return whether a text has too few words to recognise an answer by."""
     return len(text.split()) < SHORT_WORDS
 
 
 def question_hash(record: Record) -> bytes:
-    """8 bytes of the text that the user has written in the prompt, as `text_hash`."""
+    """Hash the user's text in the prompt to 8 bytes, as `text_hash`."""
     turns = (message for message in record.responses[0].messages[:-1] if message.role == "user")
     return text_hash(" ".join(message.text for message in turns))
 
 
 def perceptual_hash(ref: ImageRef, limits: MediaLimits) -> int | None:
-    """64 bits that change little when an image is scaled, compressed again or slightly recoloured (pHash).
+    """Hash an image to 64 bits that change little when it is scaled, compressed or recoloured (pHash).
 
     Signs, against their median, of the 8 x 8 lowest frequencies but the mean of a 32 x 32 grey picture
     (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"). None for a picture
@@ -150,7 +150,7 @@ def perceptual_hash(ref: ImageRef, limits: MediaLimits) -> int | None:
 
 @functools.cache
 def _cosines() -> np.ndarray:
-    """The lowest rows (8, 32) of the type-II cosine transform."""
+    """Return the lowest rows (8, 32) of the type-II cosine transform."""
     return np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5))
 
 

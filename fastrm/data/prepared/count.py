@@ -1,4 +1,7 @@
-"""The third pass: groups -> their tokens and media, or why they cannot be trained on.
+"""The third pass: the tokens and media of each group, or the reason why it cannot be trained on.
+
+A merged group that is too long, or of which a part is bad, is split into halves, so that one record does not
+exclude   the others.
 
 A merged group that is too long, or of which a part is bad, falls apart into halves, so that one record costs
 none of the others its place.
@@ -33,20 +36,20 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.data.tree import causal_pairs
 from fastrm.errors import RecordError
 
-# Work of a few seconds: what a kill costs, and what one worker takes at a time.
+# A piece is work of a few seconds: a kill loses it, and one worker takes it at a time.
 GROUPS_PER_PIECE = 2048
 
 # Every column is int64 whatever its values need: sums over an epoch, and products of two columns, are made of
 # them, and NumPy keeps a column's width in both without a word.
 COUNT = np.dtype(
     [
-        ("selected", "<i8"),  # number of the group that it is, or is a part of, among the selected
+        ("selected", "<i8"),  # number, among the selected, of this group or the one that it was split from
         ("num_tokens", "<i8"),  # at most data.max_tokens_per_group
         ("num_preferences", "<i8"),
         ("num_attention_pairs", "<i8"),  # at most n (n + 1) / 2 of n tokens of all responses
         ("num_lead_tokens", "<i8"),
         ("num_unshared_tokens", "<i8"),  # of the conversations of every preference, each by itself
-        ("num_unshared_pairs", "<i8"),  # query-key pairs of the same
+        ("num_unshared_pairs", "<i8"),  # query-key pairs of these conversations
         ("num_ties_ignored", "<i8"),
         ("num_responses", "<i8"),
         ("num_members", "<i8"),
@@ -58,7 +61,7 @@ IMAGE = np.dtype([("digest", HASH), ("height", "<u2"), ("width", "<u2"), ("frame
 
 
 class Counted(NamedTuple):
-    """Groups that fit, in order, and what was refused.
+    """Groups that fit, in order, and the refusals.
 
     Attributes:
         counts: (G,) `COUNT`.
@@ -76,7 +79,7 @@ class Counted(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Selected groups `numbers` of the pass; the result is written to `path`."""
+    """The numbers of selected groups for one piece of work, whose result is written to `path`."""
 
     numbers: np.ndarray
     path: Path
@@ -84,7 +87,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupCounter:
-    """Counts pieces of a selection; `counter(piece)` returns the number of its groups when its file is there."""
+    """A counter of pieces of a selection; `counter(piece)` returns its number of groups when its file is written."""
 
     table: RecordTable
     selection: Selection
@@ -119,7 +122,7 @@ class GroupCounter:
 
 
 def load_counted(pieces: Sequence[Piece]) -> Counted:
-    """The counts of all pieces, in order."""
+    """Load the counts of all pieces, in order."""
     contents = []
     for piece in pieces:
         with np.load(piece.path) as arrays:
@@ -128,12 +131,12 @@ def load_counted(pieces: Sequence[Piece]) -> Counted:
 
 
 def refusals(counted: Counted) -> Iterator[RefusedRow]:
-    """What was refused while counting, in order; one at a time, as there may be millions."""
+    """Yield the refusals of counting in order, one at a time, as there may be millions."""
     return parse_refusals(io.BytesIO(counted.refused.data))
 
 
 class _Fit(NamedTuple):
-    """A group of `num_members` records from `place` on, of those that were to be one."""
+    """A group of `num_members` records from `place` on, out of those that were to be one group."""
 
     place: int
     num_members: int
@@ -143,7 +146,7 @@ class _Fit(NamedTuple):
 
 
 def _row(number: int, fit: _Fit) -> tuple:
-    """`COUNT` of a group."""
+    """Return the row of `COUNT` of a group."""
     group, counted = fit.group, fit.counted
     pairs = [causal_pairs(len(response.tokens)) for response in group.responses]
     return (
@@ -169,7 +172,7 @@ def _digest(key: str) -> tuple[int, int]:
 def _fit(
     parts: list[Record], encoder: ConversationEncoder, config: Config, refused: list[RefusedRow], place: int = 0
 ) -> list[_Fit]:
-    """The records as one group, or as several."""
+    """Make one group of the records, or several."""
     try:
         record, num_ignored = resolve_preferences(join_records(parts), config)
         group = encode_group(record, encoder)

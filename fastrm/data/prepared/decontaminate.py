@@ -25,14 +25,14 @@ from fastrm.errors import DataError, RecordError
 from fastrm.limits import MediaLimits
 
 KINDS = ("image", "looks", "image_question", "response_pair")
-# Bits of 64 by which hashes of one picture, scaled or compressed again, differ; of unrelated ones 32 on average.
+# Differing bits of 64 between hashes of one picture, scaled or compressed again; unrelated ones average 32.
 DEFAULT_DISTANCE = 4
-_CHUNK = 2**22  # comparisons at a time
+_CHUNK = 2**22  # the number of comparisons at a time
 
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Hashes (n,) uint64, sorted and distinct, of what training must not contain."""
+    """Hashes (n,) uint64, sorted and distinct, of the benchmarks' content."""
 
     images: np.ndarray
     looks: np.ndarray
@@ -41,12 +41,12 @@ class Benchmarks:
 
 
 def collect(records: Iterable[Record], settings: DecontaminateConfig, limits: MediaLimits) -> Benchmarks:
-    """The hashes of benchmarks' records.
+    """Collect the hashes of benchmarks' records.
 
     Raises:
         DataError: an image cannot be read, and a kind that is switched on compares images.
     """
-    compares_looks = settings.perceptual_hash is not False  # a distance of 0 is no False
+    compares_looks = settings.perceptual_hash is not False  # a distance of 0 is not False
     reads_images = settings.image_hash or compares_looks or settings.image_question
     images, looks, image_questions, pairs = [], [], [], []
     for record in records:
@@ -79,7 +79,7 @@ def collect(records: Iterable[Record], settings: DecontaminateConfig, limits: Me
 def find_contaminated(
     table: RecordTable, benchmarks: Benchmarks, settings: DecontaminateConfig
 ) -> dict[str, np.ndarray]:
-    """Of each kind that is switched on, (N,) bool: the records that match."""
+    """Return for each kind that is switched on (N,) bool: the records that match."""
     owner, digests = table.owner_of_media(), table.media["digest"]["high"]
     found = {}
     if settings.image_hash:
@@ -103,7 +103,7 @@ def _of_owners(matches: np.ndarray, owner: np.ndarray, num_records: int) -> np.n
 
 
 def _near(hashes: np.ndarray, wanted: np.ndarray, distance: int) -> np.ndarray:
-    """Which hashes differ from one of `wanted` by at most `distance` bits; every pair is compared."""
+    """Return which hashes differ from one of `wanted` by at most `distance` bits; every pair is compared."""
     distinct, back = np.unique(hashes, return_inverse=True)
     near = np.zeros(len(distinct), dtype=bool)
     rows = max(1, _CHUNK // max(1, len(wanted)))
@@ -114,7 +114,7 @@ def _near(hashes: np.ndarray, wanted: np.ndarray, distance: int) -> np.ndarray:
 
 
 def _same_pairs(table: RecordTable, wanted: np.ndarray) -> np.ndarray:
-    """Records with a pair of responses among `wanted`; those of equally many responses at once."""
+    """Return the records with a pair of responses among `wanted`; records of equally many responses together."""
     found = np.zeros(len(table), dtype=bool)
     counts = table.columns["num_responses"]
     for count in np.unique(counts[counts > 1]):
@@ -129,7 +129,7 @@ def _same_pairs(table: RecordTable, wanted: np.ndarray) -> np.ndarray:
 
 
 def _pair(first, second, question, is_text_only):
-    """The hash of two responses in either order; of a text prompt, with the question."""
+    """Return the hash of two responses in either order, with the question if the prompt is text."""
     with np.errstate(over="ignore"):
         both = mix(np.asarray(first, dtype=np.uint64)) + mix(np.asarray(second, dtype=np.uint64))
         return np.where(is_text_only, mix(both ^ np.asarray(question, dtype=np.uint64)), both)
@@ -148,5 +148,5 @@ def _word(value: bytes) -> int:
 
 
 def kinds_of(found: dict[str, np.ndarray], number: int) -> Sequence[str]:
-    """The kinds by which a record matches."""
+    """Return the kinds of match of a record."""
     return [kind for kind, matches in found.items() if matches[number]]

@@ -13,10 +13,10 @@ from fastrm.errors import StorageError
 
 @contextmanager
 def replaced(path: Path) -> Iterator[io.BufferedWriter]:
-    """A file that takes the place of `path` when it is complete and on the disk.
+    """Yield a file that replaces `path` when it is complete and on the disk.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: if it cannot be written.
     """
     partial = path.with_name(path.name + ".part")
     try:
@@ -31,7 +31,7 @@ def replaced(path: Path) -> Iterator[io.BufferedWriter]:
 
 
 def put_folder(partial: Path, done: Path) -> None:
-    """Give a complete folder of files its final name, when all of them are on the disk.
+    """Give a complete folder of files its final name once all of them are on the disk.
 
     Raises:
         OSError: the disk is full or broken.
@@ -45,10 +45,10 @@ def put_folder(partial: Path, done: Path) -> None:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Exclusive use of a folder while a set is made in it.
+    """Hold a folder for this process alone while a set is made in it.
 
     Raises:
-        StorageError: another process holds it, or it cannot be written.
+        StorageError: if another process holds it, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         raise StorageError(f"{folder}: cannot be written: {error.strerror}; choose another folder") from None
     with file:
         try:
-            # A record lock, which forked workers do not inherit: they may outlive a killed process by moments.
+            # A record lock is not inherited by forked workers, which may outlive a killed process by moments.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StorageError(f"{folder}: another process is preparing data there; wait for it") from None

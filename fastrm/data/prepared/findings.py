@@ -1,4 +1,7 @@
-"""What the rows of a source tell about the data: preferences that contradict each other, and a liking for length.
+"""Findings in a source's preferences: pairs that contradict each other, and a preference for length.
+
+A reward model learns length where the chosen responses are the longer ones, whatever else they are. Both findings
+are   computed on one row of `PAIR` for each preference that is not a tie.
 
 A reward model learns length where the chosen responses are the longer ones, whatever else they are. Both findings
 are computed on one row of `PAIR` for each preference that is not a tie.
@@ -15,28 +18,28 @@ from fastrm.data.record import Record
 PAIR = np.dtype(
     [
         ("key", "<u8"),  # of the two responses with their prompts, in either order
-        ("is_swapped", "?"),  # whether the one whose hash is greater is chosen
+        ("is_swapped", "?"),  # whether the response with the greater hash is chosen
         ("chosen", "<u4"),  # characters of the response
         ("rejected", "<u4"),
         ("row", "<u4"),  # of the file, as origins count
-        ("file", "<u4"),  # of the source; 0 unless somebody numbers them
+        ("file", "<u4"),  # number of the file in its source; 0 unless files are numbered
     ]
 )
 
 
-# Shares of preferences for the longer response between which no liking for length is spoken of, and how many
-# pairs it takes to speak of it.
+# Shares of preferences for the longer response between which no preference for length is reported, and how many
+# pairs are needed to report one.
 EVEN = (0.4, 0.6)
 _ENOUGH = 100
 
 
 @dataclass(frozen=True)
 class PairFindings:
-    """Of the preferences of one source, ties left out.
+    """The findings in the preferences of one source, without ties.
 
     Attributes:
-        num_pairs: all of them.
-        contradicting: pairs of responses that are preferred both ways.
+        num_pairs: number of preferences.
+        contradicting: number of pairs of responses that are preferred both ways.
         example: (file, row) of the first such pair, one for each way; None without any.
         longer, shorter: preferences whose chosen response has more, or fewer, characters than the rejected one.
         chosen, rejected: median characters; 0 without pairs.
@@ -52,13 +55,13 @@ class PairFindings:
 
     @property
     def share_longer(self) -> float | None:
-        """How often choosing the longer response is right, of the pairs with responses of different lengths."""
+        """The share of pairs whose longer response is chosen, among pairs of different lengths."""
         unequal = self.longer + self.shorter
         return self.longer / unequal if unequal else None
 
     @property
     def contradiction(self) -> str | None:
-        """A sentence about pairs that are preferred both ways; None where there is none."""
+        """A sentence about pairs that are preferred both ways; None without any."""
         if not self.contradicting:
             return None
         pairs = "pair of responses is" if self.contradicting == 1 else "pairs of responses are"
@@ -66,7 +69,7 @@ class PairFindings:
 
     @property
     def liking(self) -> str | None:
-        """A sentence about a liking for length that a model may learn; None where there is none."""
+        """A sentence about a preference for length that a model may learn; None if it is weak."""
         share = self.share_longer
         if share is None or self.longer + self.shorter < _ENOUGH or EVEN[0] <= share <= EVEN[1]:
             return None
@@ -78,7 +81,7 @@ class PairFindings:
 
 
 def pair_rows(record: Record, responses: Sequence[bytes]) -> Iterator[tuple]:
-    """The rows of `PAIR` of a record.
+    """Yield the rows of `PAIR` of a record.
 
     Args:
         responses: `response_hash` of each.
@@ -94,7 +97,7 @@ def pair_rows(record: Record, responses: Sequence[bytes]) -> Iterator[tuple]:
 
 
 def find_in_pairs(pairs: np.ndarray) -> PairFindings:
-    """The findings in rows of `PAIR`; equal pairs of one direction count once as contradicting."""
+    """Compute the findings in rows of `PAIR`; equal pairs of one direction count once as contradicting."""
     keys, first, which = np.unique(pairs["key"], return_index=True, return_inverse=True)
     is_swapped = np.bincount(which, weights=pairs["is_swapped"], minlength=len(keys)) > 0
     is_straight = np.bincount(which, weights=~pairs["is_swapped"], minlength=len(keys)) > 0

@@ -1,4 +1,4 @@
-"""From what the passes have found to the arrays of an index (see stored.py)."""
+"""The arrays of an index (see stored.py), made from the results of the passes."""
 
 import numpy as np
 
@@ -10,8 +10,10 @@ from fastrm.errors import DataError
 
 
 def entries_of(chosen: dict[str, Selection], counted: dict[str, Counted], split: str) -> np.ndarray:
-    """Numbers of the groups of a split in reading order, as often as they are repeated; those of the training
-    sources are numbered first, and what they hold out follows the evaluation's own."""
+    """Return the numbers of a split's groups in reading order, as often as they are repeated.
+
+    Groups of the training sources have the first numbers, and what they hold out follows the evaluation's own.
+    """
     train, held_back = chosen["train"], len(counted["train"].counts)
     selected = counted["train"].counts["selected"]
     numbers = np.arange(held_back, dtype=np.uint32)
@@ -24,11 +26,11 @@ def entries_of(chosen: dict[str, Selection], counted: dict[str, Counted], split:
 def make_index(
     table: RecordTable, counted: dict[str, Counted], splits: dict[str, np.ndarray], weights: list[list[float]]
 ) -> dict[str, np.ndarray]:
-    """The arrays of an index, by name.
+    """Make the arrays of an index, by name.
 
     Args:
         splits: `entries_of` each.
-        weights: of the sources of each split.
+        weights: weights of the sources of each split.
     """
     counts = np.concatenate([counted[split].counts for split in SPLITS])
     images = np.concatenate([counted[split].images for split in SPLITS])
@@ -43,7 +45,7 @@ def make_index(
 
 
 def _places(table: RecordTable, weights: list[list[float]]) -> np.ndarray:
-    """`PLACE` of every record, in or out of a group: numbers stay what they are."""
+    """Return the `PLACE` of every record, in a group or not, so that numbers of records stay valid."""
     places = np.empty(len(table), dtype=PLACE)
     for name in ("offset", "length"):
         places[name] = table.columns[name]
@@ -55,7 +57,7 @@ def _places(table: RecordTable, weights: list[list[float]]) -> np.ndarray:
 
 
 def _group_rows(counts: np.ndarray) -> np.ndarray:
-    """`GROUP` of every group, and one more."""
+    """Return the `GROUP` of every group, and one more."""
     rows = np.zeros(len(counts) + 1, dtype=GROUP)
     for name in ("num_tokens", "num_preferences", "num_attention_pairs", "num_lead_tokens"):
         store(rows[:-1], name, counts[name])
@@ -80,7 +82,7 @@ def store(rows: np.ndarray, name: str, values: np.ndarray) -> None:
 
 
 def _sizes(images: np.ndarray) -> np.ndarray:
-    """`SIZE` of the groups' media; equal content has equal numbers."""
+    """Return the `SIZE` of the groups' media; equal content has equal numbers."""
     sizes = np.empty(len(images), dtype=SIZE)
     first = first_equal([images["digest"]["low"], images["digest"]["high"]])
     store(sizes, "key", np.unique(first, return_inverse=True)[1])
@@ -95,13 +97,13 @@ def num_ties_ignored(counted: dict[str, Counted], entries: np.ndarray) -> int:
 
 
 def num_records_of(index: dict[str, np.ndarray], entries: np.ndarray) -> int:
-    """Records in the groups of these entries, those of a repeated group once."""
+    """Return the number of records in the groups of these entries, those of a repeated group once."""
     sizes = np.diff(index["groups"]["first_member"].astype(np.int64))
     return int(sizes[np.unique(entries)].sum())
 
 
 def fingerprint_of_groups(index: dict[str, np.ndarray], entries: np.ndarray, settings: dict) -> str:
-    """A split's fingerprint, of its groups in order: their contents, weights and lengths."""
+    """Return a split's fingerprint, of its groups in order: their contents, weights and lengths."""
     groups, members = index["groups"], index["members"]
     sizes = np.diff(groups["first_member"].astype(np.int64))[entries]
     first = groups["first_member"][entries].astype(np.int64)

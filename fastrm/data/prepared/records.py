@@ -20,16 +20,16 @@ from fastrm.data.record import ImageRef, MediaRef, Message, Preference, Record, 
 from fastrm.errors import StorageError
 from fastrm.json_files import to_json
 
-RECORDS, MEDIA_BYTES = "records.jsonl", "media.bin"  # of a unit
+RECORDS, MEDIA_BYTES = "records.jsonl", "media.bin"  # files of a unit
 _KINDS = {"image": ImageRef, "video": VideoRef}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
-# From embedded bytes and their digest to (first byte, number of bytes) in the media file.
+# A function from embedded bytes and their digest to (first byte, number of bytes) in the media file.
 Embed = Callable[[bytes, str], tuple[int, int]]
 
 
 def encode_record(record: Record, embed: Embed) -> bytes:
-    """A record as one line of JSON in UTF-8, without the newline; its media must have digests."""
+    """Encode a record as one line of JSON in UTF-8, without the newline; its media must have digests."""
     responses = [response.messages for response in record.responses]
     num_shared = min(_num_common(responses[0], messages) for messages in responses)
     row = {
@@ -47,7 +47,7 @@ def encode_record(record: Record, embed: Embed) -> bytes:
 
 
 def decode_record(line: bytes, media_file: str) -> Record:
-    """The record that `encode_record` was given; what was embedded is now a part of `media_file`."""
+    """Decode a line of `encode_record`; embedded media are now parts of `media_file`."""
     row = json.loads(line)
     prompt = tuple(_read_message(message, media_file) for message in row["prompt"])
     return Record(
@@ -63,13 +63,13 @@ def decode_record(line: bytes, media_file: str) -> Record:
 
 
 def read_record(unit: Path, offset: int, length: int) -> Record:
-    """A record of a unit's folder.
+    """Read a record of a unit's folder.
 
     Args:
-        offset, length: of its line, in bytes.
+        offset, length: place and size of its line, in bytes.
 
     Raises:
-        StorageError: it is not there.
+        StorageError: if it is not there.
     """
     path = os.fspath(unit / RECORDS)
     try:
@@ -83,7 +83,7 @@ def read_record(unit: Path, offset: int, length: int) -> Record:
 
 @functools.lru_cache(maxsize=128)
 def _opened(path: str):
-    """Positioned reads have no file offset to fight over: forked workers may share it."""
+    """Open a file for positioned reads, which share no file offset: forked workers may use it too."""
     return open(path, "rb")
 
 

@@ -1,5 +1,8 @@
-"""Refused rows as JSON Lines, in the form of quarantine.jsonl: ``{"source", "origin", "id", "code", "message"}``,
-and ``"partial": true`` where the record lives on without a part."""
+"""Refused rows as JSON Lines, in the form of quarantine.jsonl.
+
+A line is ``{"source", "origin", "id", "code", "message"}``, with ``"partial": true`` where the record lives on
+without   a part.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,20 +13,20 @@ from fastrm.json_files import to_json
 
 
 def refusal_line(refusal: RefusedRow) -> bytes:
-    """One line, in ASCII: a row can then name a record whose text UTF-8 cannot encode."""
+    """Return one line in ASCII, which can then name a record whose text UTF-8 cannot encode."""
     source, origin, record_id, code, message, partial = refusal
     row = {"source": source, "origin": origin, "id": record_id, "code": code, "message": message}
     return to_json(row | ({"partial": True} if partial else {})).encode("ascii") + b"\n"
 
 
 def read_refusals(path: Path) -> Iterator[RefusedRow]:
-    """The refusals of a file, in order."""
+    """Yield the refusals of a file, in order."""
     with open(path, "rb") as lines:
         yield from parse_refusals(lines)
 
 
 def parse_refusals(lines: Iterable[bytes]) -> Iterator[RefusedRow]:
-    """The refusals of lines, in order."""
+    """Yield the refusals of lines, in order."""
     for row in map(json.loads, lines):
         named = (row[key] for key in ("source", "origin", "id", "code", "message"))
         yield RefusedRow(*named, row.get("partial", False))

@@ -1,4 +1,4 @@
-"""What preparing has made of the sources: report.json, report.png, and a table.
+"""The report of a preparation: report.json, report.png, and tables of the sources' rows.
 
 The sharing factor is the number of tokens that a pairwise trainer processes, which runs both conversations of
 every preference whole, over that of the groups' prefix trees. The predicted speed-up is the same quotient in a
@@ -43,7 +43,7 @@ def make_report(
     counted: dict[str, Counted],
     cost: CostModel,
 ) -> dict:
-    """The contents of report.json.
+    """Make the contents of report.json.
 
     Returns:
         {"sources": one row of counts for each source of each split, "histograms": {name: {"edges", "counts"}},
@@ -75,19 +75,19 @@ def make_report(
 
 
 def source_label(source: SourceConfig) -> str:
-    """The name by which a report knows a source."""
+    """Return the name of a source in a report."""
     return source.name or source.set or source.path
 
 
 def image_tokens(counted: Counted) -> np.ndarray:
-    """(G,) int64: tokens of each group's distinct images and videos."""
+    """Return (G,) int64: the tokens of each group's distinct images and videos."""
     images = counted.images
     each = images["height"].astype(np.int64) * images["width"] * images["frames"]
     return _sums(each, counted.counts["num_images"])
 
 
 def _reading(table: RecordTable, split: str, number: int, mine: np.ndarray, removed: dict[str, np.ndarray]) -> dict:
-    """Rows of a source, what was refused of them, and what is in the way of training on them."""
+    """Return counts of a source's rows: read, refused, and kept from training."""
     refused, partial = Counter(), Counter()
     for unit in table.units:
         if (unit.split, unit.source) == (split, number):
@@ -101,7 +101,7 @@ def _reading(table: RecordTable, split: str, number: int, mine: np.ndarray, remo
     return {
         "rows": int(mine.sum()) + refused.total(),
         "refused_reading": dict(refused),
-        "parts_left_out": dict(partial),  # of records that live on without them
+        "parts_left_out": dict(partial),  # parts of records that live on without them
         "duplicates": int((is_copy & mine).sum()),
         "contaminated": {"removed": int((matched & mine & ~is_copy).sum()), **kinds},
         "pairs": asdict(_find_in_pairs(table, split, number)),
@@ -109,13 +109,13 @@ def _reading(table: RecordTable, split: str, number: int, mine: np.ndarray, remo
 
 
 def _find_in_pairs(table: RecordTable, split: str, number: int) -> PairFindings:
-    """Contradictions and lengths in a source's preferences as they were read."""
+    """Find contradictions and lengths in a source's preferences as they were read."""
     mine = [unit for unit in table.units if (unit.split, unit.source) == (split, number)]
     return find_in_pairs(np.concatenate([np.empty(0, PAIR), *(np.load(table.folder / u.name / PAIRS) for u in mine)]))
 
 
 def pair_lines(report: dict) -> list[str]:
-    """One line for each finding in the sources' preferences that a model may learn from, or cannot."""
+    """Return one line for each finding in the sources' preferences that a model may learn from, or cannot."""
     lines = []
     for row in report["sources"]:
         pairs = PairFindings(**row["pairs"])
@@ -124,7 +124,7 @@ def pair_lines(report: dict) -> list[str]:
 
 
 def _grouping(table: RecordTable, selection: Selection, counted: Counted, number: int) -> dict:
-    """What became of a source's records that were kept."""
+    """Return counts of the groups and the fate of a source's kept records."""
     mine = table.source[selection.first] == number
     sizes = np.diff(selection.starts)
     of_mine = mine[counted.counts["selected"]]
@@ -153,7 +153,7 @@ def _grouping(table: RecordTable, selection: Selection, counted: Counted, number
 
 
 def _sharing(counted: Counted, times: np.ndarray, cost: CostModel) -> dict:
-    """Tokens of an epoch, exactly, and its FLOPs as float64, as a pairwise trainer and as prefix trees."""
+    """Return tokens of an epoch, exact, and its FLOPs as float64, as pairwise trainer and as prefix trees."""
     counts = counted.counts
     pictures = _sums(_image_costs(counted.images, cost), counts["num_images"])
     shared = _text_costs(counts["num_tokens"], counts["num_attention_pairs"], cost) + pictures
@@ -169,26 +169,26 @@ def _sharing(counted: Counted, times: np.ndarray, cost: CostModel) -> dict:
 
 
 def _text_costs(num_tokens: np.ndarray, num_pairs: np.ndarray, cost: CostModel) -> np.ndarray:
-    """(G,) float64: a cost model may be of Python's integers, and their products are of 60 bits and more."""
+    """Return (G,) float64; a cost model may hold Python integers, whose products have 60 bits and more."""
     return float(cost.per_token) * num_tokens + float(cost.per_attention_pair) * num_pairs
 
 
 def _image_costs(images: np.ndarray, cost: CostModel) -> np.ndarray:
-    """(M,) float64; there are few sizes among many images."""
+    """Return (M,) float64; each of the few sizes among many images is computed once."""
     sizes = images[["height", "width", "frames"]]
     distinct, back = np.unique(sizes, return_inverse=True)
     return np.array([cost.of_medium(*size.item()) for size in distinct], dtype=np.float64)[back]
 
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(G,) sums of runs of values."""
+    """Return the sums (G,) of runs of values."""
     ends = np.cumsum(counts)
     totals = np.concatenate([[0], np.cumsum(values)])
     return totals[ends] - totals[ends - counts]
 
 
 def _histogram(values: np.ndarray) -> dict:
-    """Counts in bins of equal width, or of equal ratio where values reach far; of 0 apart."""
+    """Count values in bins of equal width, or of equal ratio where they reach far; zeros are apart."""
     positive = values[values > 0]
     if not len(positive):
         return {"edges": [], "counts": [], "zero": len(values)}
@@ -200,13 +200,13 @@ def _histogram(values: np.ndarray) -> dict:
 
 
 def write_report(report: dict, folder: Path) -> None:
-    """report.json."""
+    """Write report.json."""
     with replaced(folder / "report.json") as file:
         file.write(to_json(report, indent=1).encode() + b"\n")
 
 
 def draw_report(report: dict, path: Path) -> None:
-    """report.png: what became of every source's rows, and the lengths of groups."""
+    """Draw report.png: the fate of every source's rows, and the lengths of groups."""
     figure = new_figure(12, 8)
     sharing = report["sharing"]
     figure.suptitle(
@@ -242,7 +242,7 @@ def _draw_sources(axes, rows: Sequence[dict]) -> None:
 
 
 def _end_of(name: str, length: int = 32) -> str:
-    """The end of a name, which tells files of one folder apart."""
+    """Return the end of a name, which tells files of one folder apart."""
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
@@ -266,7 +266,7 @@ def _draw_histogram(axes, histogram: dict, label: str) -> None:
 
 
 def report_tables(report: dict) -> list:
-    """The rich tables that a preparation ends with: what is trained on, and what became of the other rows.
+    """Return the rich tables at the end of a preparation: the training data, and the fate of the other rows.
 
     Numbers are never cut; names of sources fold where the terminal is narrow.
     """
@@ -309,7 +309,7 @@ def _num_refused(row: dict) -> int:
 
 
 def _losses(row: dict) -> dict[str, int]:
-    """Counts that are not zero of what a source has lost, and to what."""
+    """Return the counts, without zeros, of a source's lost rows by reason."""
     refused = Counter(row["refused_reading"]) + Counter(row["refused_counting"])
     kinds = dict(row["contaminated"])
     losses = {
@@ -327,7 +327,7 @@ def _losses(row: dict) -> dict[str, int]:
 
 
 def sharing_line(report: dict) -> str:
-    """One line on what prefix trees save."""
+    """Return one line about the saving by prefix trees."""
     sharing = report["sharing"]
     return (
         f"an epoch has {sharing['tokens']:,} tokens; a pairwise trainer would process {sharing['unshared_tokens']:,}: "

@@ -1,4 +1,7 @@
-"""The second pass: which records make which groups, and how often each is trained on.
+"""The second pass: the records of each group, and the number of times that each is trained on.
+
+It works on columns alone, and is a pure function of them and of the configuration. Draws are by a hash of the
+prompt,   not of `run.seed`: runs of several seeds then train on the same groups, and share a prepared set.
 
 On columns alone, and a pure function of them and of the configuration. Draws are by a hash of the prompt, not
 of `run.seed`: runs of several seeds then train on the same groups, and share a prepared set.
@@ -14,13 +17,13 @@ from fastrm.data.group import MAX_MERGED_RESPONSES
 from fastrm.data.order import mix
 from fastrm.data.prepared.table import RecordTable
 
-# Different draws from the same groups must not choose the same ones.
+# Salts of the draws: different draws from the same groups must not choose the same ones.
 _HOLD_OUT, _CAP, _REPEAT = (np.uint64(salt) for salt in (1, 2, 3))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """G groups of a split.
+    """The G groups of a split.
 
     Attributes:
         members: record numbers, those of a group together.
@@ -36,17 +39,17 @@ class Selection:
 
     @property
     def first(self) -> np.ndarray:
-        """(G,) the first record of each group."""
+        """The first record (G,) of each group."""
         return self.members[self.starts[:-1]]
 
     @property
     def is_used(self) -> np.ndarray:
-        """(G,) bool."""
+        """(G,) bool: True for groups that are trained on or held out."""
         return (self.times > 0) | self.held_out
 
 
 def first_copies(table: RecordTable) -> np.ndarray:
-    """(N,) int64: of each record the first with the same prompt, images, responses and preferences."""
+    """Return for each record (N,) int64 the first with the same prompt, images, responses and preferences."""
     keys = [table.columns[column][word] for column in ("content", "prompt") for word in ("low", "high")]
     return first_equal(keys)
 
@@ -54,7 +57,7 @@ def first_copies(table: RecordTable) -> np.ndarray:
 def select(
     table: RecordTable, is_kept: np.ndarray, sources: Sequence[SourceConfig], *, merge: bool, ties_weigh: int
 ) -> Selection:
-    """Groups of the records that are kept, in order of their first record.
+    """Select groups of the records that are kept, in order of their first record.
 
     Args:
         merge: records of one source with the same prompt and images become one group, of at most
@@ -75,7 +78,7 @@ def select(
 
 
 def _merged(table: RecordTable, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(members, starts) of the groups of these records."""
+    """Return (members, starts) of the groups of these records."""
     prompt, source = table.columns["prompt"], table.columns["source"]
     keys = [prompt["low"][records], prompt["high"][records], source[records], table.source[records]]
     order = np.lexsort((np.arange(len(records)), *keys))  # records of a prompt in reading order
@@ -93,7 +96,7 @@ def _merged(table: RecordTable, records: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _begins(keys: Sequence[np.ndarray], order: np.ndarray) -> np.ndarray:
-    """(n,) bool: is an element, in this order, unlike the one before it?"""
+    """Return (n,) bool: True where an element, in this order, differs from the one before it."""
     begins = np.ones(len(order), dtype=bool)
     begins[1:] = False
     for key in keys:
@@ -103,7 +106,7 @@ def _begins(keys: Sequence[np.ndarray], order: np.ndarray) -> np.ndarray:
 
 
 def _crowded(begins: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
-    """(start, stop) of the prompts with more responses than one group takes."""
+    """Return (start, stop) of the prompts with more responses than one group takes."""
     run_starts = np.flatnonzero(begins)
     if not len(run_starts):
         return []
@@ -124,7 +127,10 @@ def _cut(begins: np.ndarray, counts: np.ndarray, start: int, stop: int) -> None:
 
 
 def _held_out(prompt: np.ndarray, source: np.ndarray, sources: Sequence[SourceConfig]) -> np.ndarray:
-    """(G,) bool. A prompt that one source holds out is held out of all, so that it is on one side only."""
+    """Return (G,) bool: groups that are held out.
+
+    A prompt that one source holds out is held out of all, so that it is on one side only.
+    """
     chosen = np.zeros(len(prompt), dtype=bool)
     for number, settings in enumerate(sources):
         groups = np.flatnonzero(source == number)
@@ -141,7 +147,7 @@ def _times(
     word: np.ndarray, source: np.ndarray, file_repeat: np.ndarray, num_preferences: np.ndarray,
     is_train: np.ndarray, sources: Sequence[SourceConfig],
 ) -> np.ndarray:  # fmt: skip
-    """(G,) int64: how often an epoch holds each group, after `cap` and then `repeat`."""
+    """Return (G,) int64: how often an epoch holds each group, after `cap` and then `repeat`."""
     times = np.zeros(len(word), dtype=np.int64)
     for number, settings in enumerate(sources):
         groups = np.flatnonzero((source == number) & is_train)
@@ -157,12 +163,12 @@ def _times(
 
 
 def _lowest(words: np.ndarray, salt: np.uint64, groups: np.ndarray, count: int) -> np.ndarray:
-    """The `count` of these groups whose prompts hash lowest, lowest first; earlier ones where equal."""
+    """Return the `count` of these groups whose prompts hash lowest, lowest first; earlier ones where equal."""
     return groups[np.argsort(mix(words ^ mix(salt)), kind="stable")[:count]]
 
 
 def first_equal(keys: Sequence[np.ndarray]) -> np.ndarray:
-    """(n,) int64: of each element the first that is equal in all keys."""
+    """Return for each element (n,) int64 the first that is equal in all keys."""
     order = np.lexsort((np.arange(len(keys[0])), *keys))
     begins = _begins(keys, order)
     first = np.empty(len(order), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a prepared set depends on, and how one that is there differs from what would be made now."""
+"""The settings that a prepared set depends on, and the difference between a stored set and the present ones."""
 
 import io
 import os
@@ -14,12 +14,12 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.errors import DataError, RecordError
 
 FORMAT = 3  # of the index; sets of another format are refused
-# Keys of `data` that change nothing of what a prepared set holds.
+# The keys of `data` that do not change a prepared set.
 _FREE_KEYS = {"prepared", "num_workers", "image_mean", "image_std"}
 
 
 def difference(manifest: dict, config: Config) -> str | None:
-    """How a finished set differs from what the configuration and the files would make now; None: in nothing."""
+    """Return how a finished set differs from what configuration and files would make now; None if in nothing."""
     if manifest["format"] != FORMAT:
         return f"has format {manifest['format']}, wanted {FORMAT}"
     old, new = _flat(manifest["settings"]), _flat(set_settings(config))
@@ -31,7 +31,7 @@ def difference(manifest: dict, config: Config) -> str | None:
         return "was made under other settings (" + "; ".join(changed) + ")"
     for path, status in manifest["files"].items():
         now = file_status(path)
-        # A set may be used where its sources are not; where they are, they must be the same.
+        # A set may be used where its sources are missing; where they are, they must be the same.
         if now is not None and list(now) != status:
             return f"{path} has changed since"
     if new := _new_files(manifest, config):
@@ -40,7 +40,7 @@ def difference(manifest: dict, config: Config) -> str | None:
 
 
 def encoder_key(encoder: ConversationEncoder) -> dict[str, str]:
-    """What a set's counts depend on, by name, as hashes: the tokenizer with its template, and the images' sizes."""
+    """Return hashes, by name, of what a set's counts depend on: tokenizer with template, and sizes of images."""
     tokenizer = encoder.tokenizer
     vision = encoder.vision
     shapes = [] if vision is None else [
@@ -58,7 +58,7 @@ def encoder_key(encoder: ConversationEncoder) -> dict[str, str]:
 
 
 def _probe(encoder: ConversationEncoder, size: tuple[int, int]) -> list | str:
-    """What the encoder makes of an image of this many pixels."""
+    """Return how the encoder sees an image of this many pixels."""
     file = io.BytesIO()
     Image.new("1", size).save(file, "PNG")
     try:
@@ -68,20 +68,20 @@ def _probe(encoder: ConversationEncoder, size: tuple[int, int]) -> list | str:
 
 
 def read_settings(config: Config) -> ReadSettings:
-    """What of the configuration decides how rows are read."""
+    """Return the part of the configuration that decides how rows are read."""
     data, wanted = config.data, config.data.decontaminate
     return ReadSettings(
         max_image_bytes=data.max_image_bytes,
         max_image_pixels=data.max_image_pixels,
         max_video_bytes=data.max_video_bytes,
         texts=wanted is not None and (wanted.image_question or wanted.response_pair),
-        # True is 1, and a distance of 0 wants the hashes too.
+        # True is 1, and a distance of 0 needs the hashes too.
         looks=wanted is not None and wanted.perceptual_hash is not False,
     )
 
 
 def set_settings(config: Config) -> dict:
-    """What of the configuration a prepared set depends on; its encoder has a key of its own."""
+    """Return the part of the configuration that a prepared set depends on, without the encoder's."""
     return {
         "data": config.data.model_dump(mode="json", exclude=_FREE_KEYS),
         "loss": {"ties": config.loss.ties},
@@ -91,19 +91,19 @@ def set_settings(config: Config) -> dict:
 
 
 def file_states(config: Config) -> dict[str, list[int]]:
-    """`file_status` of every data file of the sources that is there, in reading order."""
+    """Return the `file_status` of every data file of the sources that is there, in reading order."""
     sources = [source for split in SPLITS for source in getattr(config.data, split)]
     states = {file.path: file_status(file.path) for source in sources for file in open_source(source)}
     return {path: list(status) for path, status in states.items() if status is not None}
 
 
 def _new_files(manifest: dict, config: Config) -> list[str]:
-    """Data files that a source has now and had not when the set was made."""
+    """Return the data files that a source has now and did not have when the set was made."""
     new = []
     for source in (source for split in SPLITS for source in getattr(config.data, split)):
         if source.path is None or not os.path.exists(source.path):
-            continue  # on the hub, or gone: a set may be used where its sources are not
-        with suppress(DataError):  # gone in part
+            continue  # on the hub, or gone: a set may be used without its sources
+        with suppress(DataError):  # some of its files are gone
             new += [file.path for file in open_source(source) if file.path not in manifest["files"]]
     return new
 

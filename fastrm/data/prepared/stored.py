@@ -33,7 +33,7 @@ SPLITS = ("train", "eval")
 # Python's integers, where they are read.
 PLACE = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("unit", "<u4"), ("content", "<u8"), ("weight", "<f8")]
-)  # weight: of the source
+)  # weight is that of the source
 GROUP = np.dtype(
     [
         ("num_tokens", "<u4"),
@@ -48,7 +48,7 @@ SIZE = np.dtype([("key", "<u4"), ("height", "<u2"), ("width", "<u2"), ("frames",
 
 
 class PreparedSet:
-    """One split of a prepared set.
+    """A split of a prepared set.
 
     Attributes:
         groups: what planning needs of each, made on demand.
@@ -75,15 +75,15 @@ class PreparedSet:
 
     @property
     def preference_counts(self) -> np.ndarray:
-        """(len,) int64 preferences of each group."""
+        """The number of preferences of each group, (len,) int64."""
         return self._arrays.groups["num_preferences"][self._entries].astype(np.int64)
 
     def members(self, number: int) -> list[tuple[str, str, str]]:
-        """(source, origin, id) of the records in a group."""
+        """Return (source, origin, id) of the records in a group."""
         return [(record.source, record.origin, record.id) for record in self.records.parts(number)]
 
     def check(self, number: int, group: EncodedGroup) -> None:
-        """Refuse a group whose media are not of the size that they were prepared with.
+        """Refuse a group whose media no longer have the size that they were prepared with.
 
         Raises:
             RecordError: IMAGE_CHANGED or VIDEO_CHANGED.
@@ -98,7 +98,7 @@ class PreparedSet:
 
 
 class _Arrays:
-    """The mapped arrays of an index; pickled by name."""
+    """The mapped arrays of an index. They are pickled by name."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -150,7 +150,7 @@ class _Records(Sequence):
         return resolve_preferences(join_records(self.parts(number)), self._config)[0]
 
     def parts(self, number: int) -> list[Record]:
-        """The records that were merged into a group."""
+        """Return the records that were merged into a group."""
         place = self._entries[number]
         first, stop = self._arrays.groups["first_member"][place : place + 2]
         return [self._part(self._arrays.records[member]) for member in self._arrays.members[first:stop]]
@@ -164,10 +164,10 @@ class _Records(Sequence):
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """What a finished prepared set says of itself; None if there is none in the folder.
+    """Read the manifest of a finished prepared set; None if the folder holds none.
 
     Raises:
-        StorageError: it is damaged.
+        StorageError: if it is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -179,7 +179,7 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def fingerprint_of(arrays: Sequence[np.ndarray], settings: object) -> str:
-    """SHA-256 of arrays and of what their meaning depends on."""
+    """Return the SHA-256 of arrays and of the settings that their meaning depends on."""
     digest = hashlib.sha256(to_json(settings, sort_keys=True).encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)

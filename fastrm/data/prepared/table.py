@@ -13,13 +13,13 @@ from fastrm.data.record import Record
 
 @dataclass(frozen=True)
 class RecordTable:
-    """N records of a split.
+    """The columns of a split's N records.
 
     Attributes:
         units: in reading order.
         columns: (N,) `RECORD`.
         media, texts: as in `UnitContent`, of all units.
-        first_media, first_text: (N,) int64, where a record's are.
+        first_media, first_text: (N,) int64, place of a record's first medium and text.
         unit: (N,) int32, number of its unit.
         source: (N,) int32, number of its source in the configuration.
         repeat: (N,) float32, of its file (`SourceFile.repeat`).
@@ -41,7 +41,7 @@ class RecordTable:
 
     @property
     def is_text_only(self) -> np.ndarray:
-        """(N,) bool."""
+        """(N,) bool: True for records without media."""
         return self.columns["num_media"] == 0
 
     def record(self, number: int) -> Record:
@@ -50,12 +50,12 @@ class RecordTable:
         return read_record(self.folder / self.units[self.unit[number]].name, int(row["offset"]), int(row["length"]))
 
     def owner_of_media(self) -> np.ndarray:
-        """Record number (M,) int64 of each medium."""
+        """Return the record number (M,) int64 of each medium."""
         return np.repeat(np.arange(len(self)), self.columns["num_media"])
 
 
 def load_table(folder: Path, units: Sequence[Unit], done: Callable[[int], None] = lambda number: None) -> RecordTable:
-    """The columns of finished units; `done` is told how many are loaded."""
+    """Load the columns of finished units."""
     contents = []
     for number, unit in enumerate(units, start=1):
         contents.append(load_unit(folder / unit.name))
@@ -81,12 +81,12 @@ def load_table(folder: Path, units: Sequence[Unit], done: Callable[[int], None] 
 
 
 def starts(counts: np.ndarray) -> np.ndarray:
-    """(N,) int64: the sum of all counts before each."""
+    """Return (N,) int64: the sum of all counts before each."""
     ends = np.cumsum(counts, dtype=np.int64)
     return ends - counts
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     joined = np.concatenate(arrays)
-    arrays.clear()  # the parts are as large as the whole
+    arrays.clear()  # frees the parts, which are as large as the whole
     return joined

@@ -1,4 +1,4 @@
-"""The first pass: rows of the sources -> units, folders of checked records with their hashes.
+"""The first pass: units of the sources' rows, which are folders of checked records with their hashes.
 
     units/<name>/records.jsonl    `encode_record` of every record, one a line
                  columns.npy      `RECORD` of every record
@@ -47,19 +47,19 @@ from fastrm.errors import RecordError, StorageError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 
-FORMAT = 3  # of the files of a unit; a change of their meaning makes all units be read again
-# Work of a second or two: what a kill costs, and what one worker takes at a time.
+FORMAT = 3  # format of a unit's files; with another number all units are read again
+# A unit is work of a second or two: a kill loses it, and one worker takes it at a time.
 ROWS_PER_UNIT = 8192
 COLUMNS, MEDIA, TEXTS, REFUSED = "columns.npy", "media.npy", "texts.npy", "refused.jsonl"
 KEYS, PAIRS = "keys.json", "pairs.npy"
 
-# Of one record each, and as narrow as that allows; what adds or multiplies counts widens them to int64 first.
+# Values of one record, as narrow as that allows; code that adds or multiplies counts widens them to int64 first.
 RECORD = np.dtype(
     [
         ("offset", "<u8"),  # first byte in records.jsonl
         ("length", "<u4"),  # bytes, below 4 GiB: media are in a file of their own
         ("prompt", HASH),
-        ("content", HASH),  # whatever the order of responses
+        ("content", HASH),  # independent of the order of responses
         ("ordered", "<u8"),
         ("question", "<u8"),
         ("source", "<u8"),  # hash of `Record.source`
@@ -75,7 +75,7 @@ MEDIUM = np.dtype([("digest", HASH), ("looks", "<u8"), ("is_comparable", "?")])
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """What of the configuration decides how rows are read.
+    """The settings that decide how rows are read.
 
     Attributes:
         texts, looks: compute the hashes that decontamination by texts, and by the looks of images, needs.
@@ -94,7 +94,7 @@ class ReadSettings:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows `start` to `stop` of a file of source number `source` of a split; `name` is its folder's."""
+    """A range of rows, `start` to `stop`, of a file of source number `source` of a split; `name` is its folder's."""
 
     split: str
     source: int
@@ -106,7 +106,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitContent:
-    """What a finished unit holds. `texts` are of `RECORD` num_responses each, `media` of num_media."""
+    """The columns of a finished unit.
+
+    `texts` has num_responses rows for each row of `RECORD`, `media` has num_media.
+    """
 
     columns: np.ndarray
     media: np.ndarray
@@ -114,16 +117,16 @@ class UnitContent:
 
 
 def plan_units(split: str, sources: Iterable[SourceConfig], settings: ReadSettings) -> list[Unit]:
-    """The units of a split's sources, in reading order.
+    """Divide a split's sources into units, in reading order.
 
     Raises:
-        DataError: a source cannot be read.
+        DataError: if a source cannot be read.
     """
     units = []
     for number, source in enumerate(sources):
         for place, file in enumerate(open_source(source)):
             num_rows = file.count_rows()
-            # A JSON document is parsed whole whatever rows are wanted.
+            # A JSON document is parsed whole, whichever rows are wanted, so that it is one unit.
             size = num_rows if file.path.lower().endswith(".json") else ROWS_PER_UNIT
             for start in range(0, num_rows, max(1, size)):
                 stop = min(start + size, num_rows)
@@ -134,7 +137,7 @@ def plan_units(split: str, sources: Iterable[SourceConfig], settings: ReadSettin
 
 
 def open_source(source: SourceConfig) -> list[SourceFile | DigitsFile]:
-    """The data files of a source.
+    """Return the data files of a source.
 
     Raises:
         DataError: as `source_files`.
@@ -152,12 +155,12 @@ def open_source(source: SourceConfig) -> list[SourceFile | DigitsFile]:
 
 
 def source_key(source: SourceConfig) -> dict:
-    """What of a source decides which records its files give."""
+    """Return the settings of a source that decide which records its files give."""
     return source.model_dump(include={"path", "set", "format", "images", "name", "pairs", "columns", "ignore"})
 
 
 def file_status(path: str) -> tuple[int, int] | None:
-    """Bytes and time of change (ns) of a data file, or of the archive that it is in; None if it is not there."""
+    """Return (bytes, time of change in ns) of a data file or its archive; None if it is not there."""
     try:
         states = [os.stat(part) for part in stored_in(path)]
     except OSError:
@@ -166,7 +169,7 @@ def file_status(path: str) -> tuple[int, int] | None:
 
 
 class UnitReader:
-    """Reads units into a folder; `reader(unit)` returns the unit when its folder is there."""
+    """A reader of units into a folder; `reader(unit)` returns the unit when its folder is there."""
 
     def __init__(self, folder: Path, settings: ReadSettings):
         self.folder, self.settings = folder, settings
@@ -193,7 +196,7 @@ class UnitReader:
 
 
 class _UnitWriter:
-    """The files of a unit while its rows are read."""
+    """The files of a unit, while its rows are read."""
 
     def __init__(self, folder: Path, settings: ReadSettings):
         self.folder, self.settings = folder, settings
@@ -275,17 +278,17 @@ class _UnitWriter:
 
 
 def load_unit(folder: Path) -> UnitContent:
-    """The columns of a finished unit."""
+    """Load the columns of a finished unit."""
     return UnitContent(*(np.load(folder / name) for name in (COLUMNS, MEDIA, TEXTS)))
 
 
 def unit_keys(folder: Path) -> KeyTally:
-    """What the keys of a finished unit's rows were."""
+    """Load the tally of the keys of a finished unit's rows."""
     return KeyTally.from_json(json.loads((folder / KEYS).read_text()))
 
 
 def unit_records(folder: Path) -> Iterator[Record]:
-    """All records of a finished unit, in order."""
+    """Yield all records of a finished unit, in order."""
     with open(folder / RECORDS, "rb") as lines:
         for line in lines:
             yield decode_record(line, os.fspath(folder / MEDIA_BYTES))

@@ -17,11 +17,11 @@ from fastrm.stop import StopRequest, end_with_parent
 Result = TypeVar("Result")
 # Pieces that wait for each worker: enough to keep it busy, few enough to stop soon.
 _AHEAD = 2
-_function: Callable[[Any], Any] | None = None  # of a worker process
+_function: Callable[[Any], Any] | None = None  # the function of a worker process
 
 
 def run_pieces(function: Callable[[Any], Result], pieces: Sequence[Any], num_workers: int) -> Iterator[Result]:
-    """`function(piece)` of every piece, in the order in which they are done.
+    """Yield `function(piece)` of every piece, in the order in which they are done.
 
     Args:
         function: called in the workers, which inherit it and everything that it refers to by forking.
@@ -30,8 +30,8 @@ def run_pieces(function: Callable[[Any], Result], pieces: Sequence[Any], num_wor
 
     Raises:
         StorageError: if a worker process dies.
-        Exception: the first that `function` raises; work under way is then waited for, nothing new begins.
-        StopRequest: when a signal comes; work under way is ended, and its file does not appear.
+        Exception: the first that `function` raises; pieces under way are then waited for, and no other begins.
+        StopRequest: when a signal comes; pieces under way are ended, and their files do not appear.
     """
     num_workers = min(num_workers, len(pieces))
     if num_workers < 2:
@@ -67,8 +67,11 @@ def _completed(executor: ProcessPoolExecutor, pieces: Sequence[Any], num_ahead: 
 
 
 def _start(function: Callable[[Any], Any], parent: int) -> None:
-    """Ctrl-C, and a scheduler's SIGTERM, reach the whole process group: the parent decides what they mean. A
-    worker whose parent is gone would wait for work for ever."""
+    """Prepare a worker: it ignores signals to the process group and ends with its parent.
+
+    Ctrl-C, and a scheduler's SIGTERM, reach the whole process group: the parent decides what they mean. A worker whose
+    parent is gone would wait for work for ever.
+    """
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
