@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What one image or video may cost.
+    """Limits of size for one image or video.
 
     Attributes:
         max_bytes: of an encoded image, also of one that is a frame in a folder of frames.
