@@ -32,7 +32,7 @@ from fastrm.data.tokenizer import train_tokenizer
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 from fastrm.model.export import make_encoder
-from fastrm.model.inputs import LayoutBuilder
+from fastrm.model.pack_layouts import LayoutBuilder
 from fastrm.model.vision import VisionShape
 from kernel_results import RESULTS, cpu_name, file_stem, package_versions
 

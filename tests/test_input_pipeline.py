@@ -22,7 +22,7 @@ from fastrm.errors import ConfigError
 from fastrm.evaluate.accuracy import PreferenceMeter
 from fastrm.limits import MediaLimits
 from fastrm.model.export import make_encoder
-from fastrm.model.inputs import PackLayouts
+from fastrm.model.pack_layouts import PackLayouts
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
 from fastrm_kernels import preference_loss

@@ -18,7 +18,7 @@ from fastrm.errors import ConfigError
 from fastrm.model import layers
 from fastrm.model.export import load_model, save_model
 from fastrm.model.fusion import FusedLinear, join_parts, split_fused
-from fastrm.model.inputs import PackLayouts
+from fastrm.model.pack_layouts import PackLayouts
 from fastrm.model.pooling import MeanLayout
 from fastrm.model.tiles import TileLayout
 from fastrm.model.vision import VisionLayout, VisionShape

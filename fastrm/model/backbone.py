@@ -20,8 +20,8 @@ from fastrm.errors import ConfigError
 from fastrm.model.attention import Attention, AttentionShape, keep_alive
 from fastrm.model.compiled import mark_dynamic, own_copy
 from fastrm.model.families import QWEN_VL_FAMILIES, check_family, longest_path
-from fastrm.model.inputs import LayoutBuilder, PackLayouts
 from fastrm.model.layers import LayerKernels, decoder_layer, last_decoder_layer, rotation, stock_gate, stock_norm
+from fastrm.model.pack_layouts import LayoutBuilder, PackLayouts
 from fastrm.model.pooling import mean_of_paths
 from fastrm.model.recompute import call_checkpointed
 from fastrm.model.tiles import TileLayout
