@@ -18,7 +18,7 @@ from fastrm.config import SourceConfig
 from fastrm.data.group import check_distinct, encode_group
 from fastrm.data.prepared.content import prompt_hash, record_hash, response_hash, with_digests
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pair_rows
-from fastrm.data.prepared.units import ReadSettings, Unit, plan_units
+from fastrm.data.prepared.units import ReadSettings, Unit, list_units
 from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.record import MediaRef, Message, Record
 from fastrm.data.sources import KeyTally, RefusedRow, SourceFile
@@ -31,7 +31,7 @@ _RECORD = np.dtype([("content", "<u8"), ("prompt", "<u8"), ("row", "<u4"), ("fil
 
 
 @dataclass
-class Refused:
+class Refusals:
     """Rows refused for one reason, with (origin, message) of the first of them."""
 
     number: int = 0
@@ -58,8 +58,8 @@ class SourceCheck:
 
     files: list[str] = field(default_factory=list)
     keys: dict[str, KeyTally] = field(default_factory=dict)
-    refused: dict[str, Refused] = field(default_factory=dict)
-    left_out: dict[str, Refused] = field(default_factory=dict)
+    refused: dict[str, Refusals] = field(default_factory=dict)
+    left_out: dict[str, Refusals] = field(default_factory=dict)
     media: dict[str, tuple[int, str]] = field(default_factory=dict)
     num_ties: int = 0
     first: Record | None = None
@@ -115,7 +115,7 @@ class SourceCheck:
     def add_refusal(self, refusal: RefusedRow) -> None:
         """Count a refused row, or a part of one."""
         found = self.left_out if refusal.partial else self.refused
-        found.setdefault(refusal.code, Refused()).add(1, [(refusal.origin, refusal.message)])
+        found.setdefault(refusal.code, Refusals()).add(1, [(refusal.origin, refusal.message)])
 
     def merge(self, other: "SourceCheck") -> None:
         """Add the findings in later rows of the same source."""
@@ -123,7 +123,7 @@ class SourceCheck:
             self.keys.setdefault(path, KeyTally()).merge(tally)
         for mine, others in ((self.refused, other.refused), (self.left_out, other.left_out)):
             for code, refused in others.items():
-                mine.setdefault(code, Refused()).add(refused.number, refused.examples)
+                mine.setdefault(code, Refusals()).add(refused.number, refused.examples)
         for digest, (uses, name) in other.media.items():
             known_uses, known_name = self.media.get(digest, (0, name))
             self.media[digest] = (known_uses + uses, known_name)
@@ -207,14 +207,14 @@ def check_source(
         ConfigError, DataError: the source cannot be read at all.
     """
     settings = ReadSettings(limits.max_bytes, limits.max_pixels, limits.max_video_bytes)
-    planned = plan_units("train", [source], settings)
-    files = list(dict.fromkeys(unit.file.path for unit in planned))
-    total, done = sum(unit.stop - unit.start for unit in planned), 0
+    units = list_units("train", [source], settings)
+    files = list(dict.fromkeys(unit.file.path for unit in units))
+    total, done = sum(unit.stop - unit.start for unit in units), 0
     counter = None if encoder is None else encoder.counting_only()
     checker, found = _RowChecker(files, limits, require_preferences, counter), {}
-    for number, part in run_pieces(checker, list(enumerate(planned)), num_workers):
+    for number, part in run_pieces(checker, list(enumerate(units)), num_workers):
         found[number] = part
-        done += planned[number].stop - planned[number].start
+        done += units[number].stop - units[number].start
         progress(done, total)
     joined = SourceCheck(files=files)
     for number in sorted(found):

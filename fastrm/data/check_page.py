@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fastrm.data.check import Refused, SourceCheck, example_turns
+from fastrm.data.check import Refusals, SourceCheck, example_turns
 from fastrm.data.prepared.findings import PairFindings
 from fastrm.data.record import Record
 from fastrm.data.sources.keys import ignore_setting, nearest
@@ -79,7 +79,7 @@ def _layouts(found: SourceCheck) -> Table | None:
     return table
 
 
-def _by_reason(title: str, rows: dict[str, Refused]) -> Table | None:
+def _by_reason(title: str, rows: dict[str, Refusals]) -> Table | None:
     if not rows:
         return None
     table = _table(title, "reason", "rows", "the first of them", number=1)
@@ -88,7 +88,7 @@ def _by_reason(title: str, rows: dict[str, Refused]) -> Table | None:
     return table
 
 
-def _examples(refused: Refused) -> str:
+def _examples(refused: Refusals) -> str:
     return "\n".join(f"{origin}: {message}" for origin, message in refused.examples)
 
 

@@ -74,7 +74,7 @@ class PackBuilder(torch.utils.data.Dataset):
         share: pack responses as prefix trees.
         encoded: the records' groups, if they are tokenised already.
         multiple: rows are padded to a multiple of this many tokens.
-        check: raises RecordError for a group, by its number, that is not what it was when it was planned.
+        check: raises RecordError for a group, by its number, that is not what it was when it was counted.
         lay_out: makes of a pack what the model wants to find in `Pack.layouts`; picklable.
     """
 

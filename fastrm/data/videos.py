@@ -56,7 +56,7 @@ class VideoSettings:
 
 
 class VideoHeader(NamedTuple):
-    """The header of a video, as planning needs it; `fps` are frames per second."""
+    """The header of a video, as counting needs it; `fps` are frames per second."""
 
     num_frames: int
     width: int

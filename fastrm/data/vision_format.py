@@ -1,6 +1,6 @@
 """The interface between media and tokens: a model family's treatment of an image or a video.
 
-    ref --measure--> MediaSize     planning: headers alone, nothing is decoded
+    ref --measure--> MediaSize     counting: headers alone, nothing is decoded
     ref --cut------> Patches       a pack: decoded, resized, bytes for the vision tower
     part, placeholders, opening, closing      what stands for it in the conversation
     positions        where its tokens are for the rotary embedding

@@ -45,7 +45,7 @@ class RunData:
             benchmarks=lambda: benchmark_records(config, display),
             num_workers=num_workers or len(os.sched_getaffinity(0)),
         )  # fmt: skip
-        self._planned: list[Unit] | None = None  # None: the set was found
+        self._units: list[Unit] | None = None  # None: the set was found
         self._lock = ExitStack()
 
     def begin(self) -> None:
@@ -65,7 +65,7 @@ class RunData:
             return
         self._preparation.discard()
         self.display.say(f"preparing the data in {self.folder}")
-        self._planned = self._preparation.read()
+        self._units = self._preparation.read()
         if isinstance(self.config.model.tokenizer, TrainedTokenizer):
             self._train_tokenizer()
 
@@ -80,10 +80,10 @@ class RunData:
             DataError, StorageError: no group is left, or the folder cannot be written.
         """
         with self._lock:
-            if self._planned is None:
+            if self._units is None:
                 self._preparation.check_encoder(encoder)
                 return None
-            report = self._preparation.finish(self._planned, encoder, make_cost_model(architecture, self.config.model))
+            report = self._preparation.finish(self._units, encoder, make_cost_model(architecture, self.config.model))
         refused = Quarantine(None)
         self.refusals_into(refused)
         for line in (*pair_lines(report), *refused.reasons()):
@@ -108,7 +108,7 @@ class RunData:
 
     def _train_tokenizer(self) -> None:
         """From the records that were just read; an older one may be of other records."""
-        records = self._preparation.training_records(self._planned)
+        records = self._preparation.training_records(self._units)
         conversations = (response.messages for record in records for response in record.responses)
         kept, partial = self.folder / TOKENIZER, self.folder / f"{TOKENIZER}.part"
         # The schema asks for model.init wherever a tokenizer is trained.

@@ -25,7 +25,7 @@ from fastrm.data.prepared.select import Selection, first_copies, select
 from fastrm.data.prepared.settings import FORMAT, difference, encoder_key, file_states, read_settings, set_settings
 from fastrm.data.prepared.stored import INDEX, MANIFEST, REFUSED, SPLITS, UNITS, fingerprint_of, read_manifest
 from fastrm.data.prepared.table import RecordTable, load_table
-from fastrm.data.prepared.units import Unit, UnitReader, plan_units
+from fastrm.data.prepared.units import Unit, UnitReader, list_units
 from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.record import Record
 from fastrm.data.sources import KeyTally, RefusedRow, unread_lines
@@ -98,41 +98,41 @@ class Preparation:
         """
         started = time.perf_counter()
         settings = read_settings(self.config)
-        planned = [u for split in SPLITS for u in plan_units(split, getattr(self.config.data, split), settings)]
-        for file in {unit.file: None for unit in planned}:
+        listed = [u for split in SPLITS for u in list_units(split, getattr(self.config.data, split), settings)]
+        for file in {unit.file: None for unit in listed}:
             if (line := understood(file)) is not None:
                 self.watch.say(line)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._say_what_changed(planned)
+        self._say_what_changed(listed)
         reader = UnitReader(self.folder / UNITS, settings)
-        missing = list({unit.name: unit for unit in planned if not reader.is_done(unit)}.values())
-        if len(missing) < len(planned):
-            self.watch.say(f"reading: {len(planned) - len(missing):,} of {len(planned):,} parts are there already")
-        update, total = self.watch.task("reading rows"), sum(unit.stop - unit.start for unit in planned)
+        missing = list({unit.name: unit for unit in listed if not reader.is_done(unit)}.values())
+        if len(missing) < len(listed):
+            self.watch.say(f"reading: {len(listed) - len(missing):,} of {len(listed):,} parts are there already")
+        update, total = self.watch.task("reading rows"), sum(unit.stop - unit.start for unit in listed)
         done = total - sum(unit.stop - unit.start for unit in missing)
         update(done, total)
         for unit in run_pieces(reader, missing, self.num_workers):
             done += unit.stop - unit.start
             update(done, total)
         self.seconds["read"] = time.perf_counter() - started
-        for line in unread_lines(self.keys(planned)):
+        for line in unread_lines(self.keys(listed)):
             self.watch.say(line)
-        return planned
+        return listed
 
-    def keys(self, planned: Sequence[Unit]) -> dict[str, KeyTally]:
+    def keys(self, listed: Sequence[Unit]) -> dict[str, KeyTally]:
         """Return the tallies of the keys of each file; a file of training and evaluation counts once."""
         tallies: dict[str, KeyTally] = {}
-        for unit in {unit.name: unit for unit in planned}.values():
+        for unit in {unit.name: unit for unit in listed}.values():
             tallies.setdefault(unit.file.path, KeyTally()).merge(units.unit_keys(self.folder / UNITS / unit.name))
         return tallies
 
-    def training_records(self, planned: Sequence[Unit]) -> Iterator[Record]:
+    def training_records(self, listed: Sequence[Unit]) -> Iterator[Record]:
         """Yield the records of the training sources, for training a tokenizer on them."""
-        for unit in planned:
+        for unit in listed:
             if unit.split == "train":
                 yield from units.unit_records(self.folder / UNITS / unit.name)
 
-    def finish(self, planned: Sequence[Unit], encoder: ConversationEncoder, cost: CostModel) -> dict:
+    def finish(self, listed: Sequence[Unit], encoder: ConversationEncoder, cost: CostModel) -> dict:
         """Run the second and third pass, write index, report and manifest, and return the report.
 
         Args:
@@ -142,10 +142,10 @@ class Preparation:
             DataError: if no group is left to train on, or a benchmark cannot be read.
             StorageError: if the folder cannot be written.
         """
-        if not planned:
+        if not listed:
             raise DataError("no usable group in 0 records (no rows): the sources of data.train are empty")
         started = time.perf_counter()
-        table = load_table(self.folder / UNITS, planned)
+        table = load_table(self.folder / UNITS, listed)
         removed = self._remove(table)
         chosen = self._select(table, removed)
         selected = time.perf_counter()
@@ -155,7 +155,7 @@ class Preparation:
         splits = {split: entries_of(chosen, counted, split) for split in SPLITS}
         refusals = Counter()
         with replaced(self.folder / REFUSED) as file:
-            for refusal in self._refusals(table, removed, planned, counted):
+            for refusal in self._refusals(table, removed, listed, counted):
                 file.write(refusal_line(refusal))
                 refusals[refusal.code] += 1
         self._check_used(splits, len(table), refusals)
@@ -165,8 +165,8 @@ class Preparation:
         report = make_report(self.config, table, removed, chosen, counted, cost)
         self.seconds["index"] = time.perf_counter() - started
         write_report(report | {"seconds": self.seconds}, self.folder)
-        self._write_manifest(table, counted, splits, planned, index, encoder)
-        self._tidy([unit.name for unit in planned])
+        self._write_manifest(table, counted, splits, listed, index, encoder)
+        self._tidy([unit.name for unit in listed])
         return report
 
     def check_encoder(self, encoder: ConversationEncoder) -> None:
@@ -182,7 +182,7 @@ class Preparation:
                 "data.prepared to another folder"
             )
 
-    def _say_what_changed(self, planned: Sequence[Unit]) -> None:
+    def _say_what_changed(self, listed: Sequence[Unit]) -> None:
         """Name files that have changed since an earlier, unfinished preparation."""
         path, now = self.folder / _FILES, file_states(self.config)
         if path.exists():
@@ -259,8 +259,8 @@ class Preparation:
         layout = [COUNT.descr, IMAGE.descr]  # pieces with other columns are not used again
         return fingerprint_of(arrays, [FORMAT, layout, set_settings(self.config), encoder_key(encoder)])[:24]
 
-    def _refusals(self, table, removed, planned, counted) -> Iterator[RefusedRow]:
-        for unit in planned:
+    def _refusals(self, table, removed, listed, counted) -> Iterator[RefusedRow]:
+        for unit in listed:
             yield from read_refusals(self.folder / UNITS / unit.name / units.REFUSED)
         kinds = {kind: matches for kind, matches in removed.items() if kind != "copy_of"}
         for number in np.flatnonzero(~is_kept(removed)).tolist():
@@ -287,14 +287,14 @@ class Preparation:
         except OSError as error:
             raise StorageError(f"{partial}: {error.strerror}; free space, or choose another folder") from error
 
-    def _write_manifest(self, table, counted, splits, planned, index, encoder) -> None:
+    def _write_manifest(self, table, counted, splits, listed, index, encoder) -> None:
         settings = set_settings(self.config)
         manifest = {
             "format": FORMAT,
             "settings": settings,
             "encoder": encoder_key(encoder),
             "files": file_states(self.config),
-            "units": [unit.name for unit in planned],
+            "units": [unit.name for unit in listed],
             "splits": {
                 split: {
                     "num_groups": len(splits[split]),

@@ -51,7 +51,7 @@ class PreparedSet:
     """A split of a prepared set.
 
     Attributes:
-        groups: what planning needs of each, made on demand.
+        groups: the size of each, made on demand.
         records: of each group, decoded on demand; picklable, and shared by forked workers.
         fingerprint: changes with the groups' texts, images, preferences and order.
         num_records: in all groups, those of a repeated group once.

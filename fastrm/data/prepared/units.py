@@ -116,7 +116,7 @@ class UnitContent:
     texts: np.ndarray
 
 
-def plan_units(split: str, sources: Iterable[SourceConfig], settings: ReadSettings) -> list[Unit]:
+def list_units(split: str, sources: Iterable[SourceConfig], settings: ReadSettings) -> list[Unit]:
     """Divide a split's sources into units, in reading order.
 
     Raises:

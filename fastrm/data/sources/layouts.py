@@ -3,10 +3,6 @@
 A layout is a module with `KEYS`, the keys that it reads (see keys.py), `matches(row)`, which looks at keys and
 kinds only, and `parse(row, resolve)`, which returns a `Draft` or raises `RecordError`. A layout whose records span
 consecutive rows also has `continues(previous, row)` and `join(rows)`, which makes one row for `parse` of several.
-
-A layout is a module with `KEYS`, the keys that it reads (see keys.py), `matches(row)`, which looks at keys and
-kinds only, and `parse(row, resolve)`, which returns a `Draft` or raises `RecordError`. A layout whose record spans
-consecutive rows has besides `continues(previous, row)` and `join(rows)`, which makes one row for `parse` of several.
 """
 
 from collections.abc import Iterable
