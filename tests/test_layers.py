@@ -20,8 +20,8 @@ from fastrm.model.export import load_model, save_model
 from fastrm.model.fusion import FusedLinear, join_parts, split_fused
 from fastrm.model.pack_layouts import PackLayouts
 from fastrm.model.pooling import MeanLayout
-from fastrm.model.tiles import TileLayout
 from fastrm.model.vision import VisionLayout, VisionShape
+from fastrm.model.vision_tiles import TileLayout
 from fastrm_kernels import TreeLayout, preference_loss
 from fastrm_kernels.tree_attention.tiles import TileList, WorkLists
 from support import FAMILIES, MROPE, make_image, make_model, make_record, needs_interpreter, pack_of

@@ -14,7 +14,7 @@ from fastrm.forecast.parameters import PARTS, count_parameters, language_of, par
 from fastrm.model.attention import AttentionShape
 from fastrm.model.families import has_windows
 from fastrm.model.network import RewardNetwork
-from fastrm.model.tiles import TileShape
+from fastrm.model.vision_tiles import TileShape
 
 
 @dataclass(frozen=True)

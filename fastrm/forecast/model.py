@@ -26,7 +26,7 @@ from fastrm.forecast.parameters import language_of
 from fastrm.forecast.tape import Part
 from fastrm.model.attention import AttentionShape
 from fastrm.model.network import RewardNetwork
-from fastrm.model.tiles import TileShape
+from fastrm.model.vision_tiles import TileShape
 
 
 def network_parts(network: RewardNetwork, config: Config, rows: Rows, how: Computation) -> list[Part]:

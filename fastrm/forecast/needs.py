@@ -12,7 +12,7 @@ from fastrm.forecast.model import pixel_bytes
 from fastrm.forecast.parameters import count_parameters, sum_parameters
 from fastrm.model.export import export_dtype
 from fastrm.model.network import RewardNetwork
-from fastrm.model.tiles import TileShape
+from fastrm.model.vision_tiles import TileShape
 from fastrm.model.weight_files import CHUNK_BYTES
 from fastrm.train.checkpoint import SHARD_BYTES
 

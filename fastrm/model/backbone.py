@@ -24,9 +24,9 @@ from fastrm.model.layers import LayerKernels, decoder_layer, last_decoder_layer,
 from fastrm.model.pack_layouts import LayoutBuilder, PackLayouts
 from fastrm.model.pooling import mean_of_paths
 from fastrm.model.recompute import call_checkpointed
-from fastrm.model.tiles import TileLayout
 from fastrm.model.towers import make_tower
 from fastrm.model.vision import VisionLayout
+from fastrm.model.vision_tiles import TileLayout
 
 
 class BackboneRunner:

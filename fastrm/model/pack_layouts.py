@@ -11,8 +11,8 @@ import torch
 
 from fastrm.data.packing import Pack
 from fastrm.model.pooling import MeanLayout
-from fastrm.model.tiles import TileLayout, TileShape
 from fastrm.model.vision import VisionLayout, VisionShape
+from fastrm.model.vision_tiles import TileLayout, TileShape
 from fastrm_kernels import TreeLayout
 from fastrm_kernels.tree_attention.tiles import build_work_lists
 

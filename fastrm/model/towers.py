@@ -16,8 +16,8 @@ from fastrm.model.attention import Attention, AttentionShape
 from fastrm.model.compiled import mark_dynamic
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
 from fastrm.model.layers import LayerKernels, rotation, tile_block, vision_block
-from fastrm.model.tiles import TileLayout, TileShape
 from fastrm.model.vision import VisionLayout, VisionShape, project_patches, reorder, rotary
+from fastrm.model.vision_tiles import TileLayout, TileShape
 
 # (stock block, states, further arguments of the tower's block function) -> states
 Run = Callable[..., torch.Tensor]

@@ -17,7 +17,7 @@ def write_report(run_dir: Path, summary: dict) -> None:
     """summary.json, and report.png of the rows of metrics.jsonl that have a finite loss."""
     (run_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n")
     rows = read_rows(run_dir / "metrics.jsonl")
-    draw_report(
+    draw_curves(
         [row for row in rows if row.get("loss") is not None],
         [row for row in rows if row.get("eval/loss") is not None],
         run_dir / "report.png",
@@ -25,7 +25,7 @@ def write_report(run_dir: Path, summary: dict) -> None:
     )
 
 
-def draw_report(rows: list[dict], evaluations: list[dict], path: Path, title: str) -> None:
+def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: str) -> None:
     """report.png: loss, accuracy, margin and throughput over the steps.
 
     Args:
