@@ -340,8 +340,8 @@ def data_sets() -> None:
 
 
 def main() -> None:
-    """Entry point: errors become one readable message, an exit code and a last line of JSON."""
-    # The tokenizers library would warn when a data worker forks after it was used.
+    """Run the command line: errors become one readable message, an exit code and a last line of JSON."""
+    # The tokenizers library would warn when a data worker forks after its use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Packs differ in size: fixed segments of CUDA memory would be left half empty. torch reads this when it is first
     # imported, and the older name where the newer is not set.
@@ -361,10 +361,10 @@ def main() -> None:
 
 
 def _run(stop: StopFlag) -> int:
-    """Carry out the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     try:
         code = app(standalone_mode=False) or 0
-        if code == 130:  # how typer passes KeyboardInterrupt on, in some versions
+        if code == 130:  # some versions of typer pass KeyboardInterrupt on as this code
             raise KeyboardInterrupt
         stop.leave()
         return code
@@ -379,7 +379,7 @@ def _run(stop: StopFlag) -> int:
     except OSError as error:
         return fail(74, type(error).__name__, f"{error.filename or 'file system'}: {error.strerror or error}")
     except Exception as error:
-        # Usage errors come from click, which typer may carry inside itself: known by what they offer.
+        # Usage errors come from click, which typer may bundle, so that they are known by their attributes.
         if hasattr(error, "format_message"):
             problem = error.format_message().rstrip(".") or "no command was named"
             return fail(64, "UsageError", f"{problem}; see fastrm --help")

@@ -1,4 +1,4 @@
-"""Writes that a crash cannot undo."""
+"""Writes that survive a crash or a loss of power."""
 
 import os
 from pathlib import Path

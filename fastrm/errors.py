@@ -9,33 +9,33 @@ import os
 
 
 class FastrmError(Exception):
-    """Base of all errors that fastrm raises for its users."""
+    """The base of all errors that fastrm raises for its users."""
 
     exit_code = 70
 
 
 class ConfigError(FastrmError):
-    """The configuration, or the command line, is wrong."""
+    """An error of the configuration or the command line."""
 
     exit_code = 64
 
 
 class DataError(FastrmError):
-    """The data cannot be used at all. One bad record is not an error but a quarantine row."""
+    """An error of data that cannot be used at all. One bad record is not an error but a row of the quarantine."""
 
     exit_code = 65
 
 
 class ExactnessError(FastrmError):
-    """Rewards of a model differ from those of the stock class by more than rounding explains."""
+    """An error of a model whose rewards differ from the stock class's by more than rounding explains."""
 
     exit_code = 65
 
 
 class GroupError(DataError):
-    """Why one group of `RewardModel.score` has no rewards.
+    """The reason why one group of `RewardModel.score` has no rewards.
 
-    With ``on_error="return"`` it stands where the group's rewards would be. It cannot be mistaken for them: taking
+    With ``on_error="return"`` it is returned in place of the group's rewards. It cannot be mistaken for them: taking
     its length, an element, a number or an array of it raises it.
 
     Attributes:
@@ -63,25 +63,27 @@ class GroupError(DataError):
 
 
 class StorageError(FastrmError):
-    """A file or folder could not be read or written, or a checkpoint is damaged."""
+    """An error of a file or folder that cannot be read or written, or of a damaged checkpoint."""
 
     exit_code = 74
 
 
 class InterruptedRun(FastrmError):
-    """The run was asked to stop. It saved its state and can be resumed."""
+    """The end of a run that was asked to stop. It saved its state and can be resumed."""
 
     exit_code = 75
 
 
 class DivergedError(FastrmError):
-    """Loss or gradients stayed non-finite. Weights and checkpoints are those of the last good step."""
+    """An error of a loss or gradients that stayed non-finite. Weights and checkpoints are those of the last good step.
+    """
 
     exit_code = 76
 
 
 class RankFailure(FastrmError):
-    """One of several processes was lost, or ended with an error, which then gives its kind and its exit code."""
+    """An error of one of several processes, which was lost, or ended with an error whose kind and exit code it gives.
+    """
 
     exit_code = 71
 
@@ -91,11 +93,11 @@ class RankFailure(FastrmError):
 
 
 is_command_line = False
-"""Is this process the `fastrm` command? Hints name its flags then, else arguments in Python."""
+"""True if this process is the `fastrm` command. Hints then name its flags, else arguments in Python."""
 
 
 def option(name: str, argument: str | None = None) -> str:
-    """What a user sets: `--tokens-per-pack` of the command, or `tokens_per_pack` of a call in Python.
+    """Return the name of an option: `--tokens-per-pack` of the command, or `tokens_per_pack` of a call in Python.
 
     Args:
         argument: in Python, if it has another name there.
@@ -104,12 +106,12 @@ def option(name: str, argument: str | None = None) -> str:
 
 
 def looked_for(path: object) -> str:
-    """Where a path was looked for that does not stand for itself: " in FOLDER" for a relative one, else nothing."""
+    """Return where a relative path was looked for, as " in FOLDER"; an empty text for an absolute one."""
     return "" if os.path.isabs(str(path)) else f" in {os.getcwd()}"
 
 
 class RecordError(Exception):
-    """One record or one group cannot be used; caught by the reader and written to the quarantine.
+    """An error of one record or group; the reader catches it and writes it to the quarantine.
 
     Args:
         code: a stable upper-case word such as ``IMAGE_MISSING`` for counting and filtering.

@@ -1,4 +1,4 @@
-"""The one place that makes JSON of what fastrm writes."""
+"""The function that makes all JSON that fastrm writes."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def to_json(value: Any, **layout: Any) -> str:
-    """A value as JSON that every parser reads (RFC 8259).
+    """Return a value as JSON that every parser reads (RFC 8259).
 
     JSON has no word for a number that is not finite. Python would write NaN and Infinity, which other parsers refuse;
     here they are null. That is for measurements, such as the loss of a step that was skipped: rewards are refused
@@ -22,7 +22,7 @@ def to_json(value: Any, **layout: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite."""
+    """Return the value with None in place of numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

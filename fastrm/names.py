@@ -1,4 +1,4 @@
-"""Devices and dtypes as people write them, in configurations, on the command line and in Python; loads no torch."""
+"""Names of devices and dtypes as people write them, in configurations, commands and Python; loads no torch."""
 
 import re
 
@@ -12,10 +12,10 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def device_name(value: object) -> str:
-    """auto, cpu, cuda or cuda:N, of a text, a torch.device or the number of a GPU.
+    """Return auto, cpu, cuda or cuda:N for a text, a torch.device or the number of a GPU.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: for anything else.
     """
     name = str(value).lower()
     name = f"cuda:{name}" if name.isdecimal() else name
@@ -25,10 +25,10 @@ def device_name(value: object) -> str:
 
 
 def checked_dtype(value: object) -> str:
-    """As `dtype_name`, or auto.
+    """Return auto, or the name of a dtype as `dtype_name` does.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: for anything else.
     """
     name = dtype_name(value)
     if name not in ("auto", *DTYPES):
@@ -37,5 +37,5 @@ def checked_dtype(value: object) -> str:
 
 
 def dtype_name(value: object) -> object:
-    """fp32, bf16 or fp16 for any of their names, as `bfloat16` and `torch.bfloat16`; another value as it is."""
+    """Return fp32, bf16 or fp16 for any of their names, as `bfloat16` and `torch.bfloat16`; else the value itself."""
     return _NAMES.get(str(value).lower().removeprefix("torch."), value)

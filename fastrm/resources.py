@@ -1,4 +1,4 @@
-"""What this machine has left: memory of the host, and room on a disk."""
+"""The free resources of this machine: memory of the host, and room on a disk."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that processes can still take without swapping.
+    """Return the bytes of host memory that processes can still take without swapping.
 
-    That is what Linux calls available, or less where a control group (a container, a job of a scheduler) may not use
-    all of it.
+    It is the number that Linux calls available, or less where a control group (a container, a job of a scheduler) may
+    not use all of it.
 
     Args:
         root: of the file system in which control groups are looked up.
@@ -25,11 +25,11 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _left_of_groups(root: Path) -> Iterator[int]:
-    """Bytes left to each control group that this process is in, and to the groups around it."""
+    """Yield the bytes left to each control group that this process is in, and to the groups around it."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return  # not Linux
+        return  # the machine does not run Linux
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if not controllers:
@@ -49,7 +49,7 @@ def _left_of_groups(root: Path) -> Iterator[int]:
 
 
 def _left_of(folder: Path, limit: str, usage: str, cached: str) -> int | None:
-    """Bytes left of a group's limit; None if it has none that can be read."""
+    """Return the bytes left of a group's limit; None if it has none that can be read."""
     try:
         most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -59,7 +59,7 @@ def _left_of(folder: Path, limit: str, usage: str, cached: str) -> int | None:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes that may be written below `path`, which need not exist yet.
+    """Return the bytes that may be written below `path`, which need not exist yet.
 
     Raises:
         OSError: the disk cannot be asked.

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a command leaves within ten seconds, whatever it is doing.
+"""The treatment of SIGTERM and Ctrl-C: a command leaves within ten seconds, whatever it is doing.
 
 A signal is answered in three ways, each for what the one before it does not reach:
 
@@ -24,19 +24,21 @@ from typing import ClassVar
 from fastrm.errors import InterruptedRun
 from fastrm.json_files import to_json
 
-# What the watcher of several ranks passes a signal on by. A scheduler may have sent it to all of them itself,
-# and it would then look like a second one.
+# The signal by which the watcher of several ranks passes one on. A scheduler may have sent that to all of them itself,
+# so that passing on the same one would look like a second signal.
 PASSED_ON = signal.SIGUSR1
 # After a signal, how long work may take to reach a good place before it is broken off, and all of it before the end.
 ORDERLY_SECONDS = 3.0
 FORCED_SECONDS = 9.0
 _NUDGE_SECONDS = 0.5
-_NUDGE = signal.SIGURG  # ignored where nobody handles it: one that comes late does no harm
+_NUDGE = signal.SIGURG  # ignored by default, so that a late one does no harm
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class StopRequest(KeyboardInterrupt):
-    """Work was broken off by a signal. Not an Exception, so that nobody takes it for an error of the work.
+    """A signal's end of the work in progress.
+
+    It is not an Exception, so that no code takes it for an error of the work.
 
     Args:
         name: of the signal, as SIGTERM.
@@ -48,11 +50,10 @@ class StopRequest(KeyboardInterrupt):
 
 
 class StopFlag:
-    """Answers SIGTERM and SIGINT while it is entered, in the main thread alone.
+    """A context that handles SIGTERM and SIGINT, in the main thread alone.
 
-    A second signal ends the process at once.
-    One inside another takes its place; when it is left, the outer one goes on with what is left of the time, but has
-    ORDERLY_SECONDS at least.
+    A second signal ends the process at once. A flag inside another replaces it; when it is left, the outer one goes on
+    with the time that is left, but at least ORDERLY_SECONDS.
 
     Args:
         breaks: break work off at once, wherever it is: for a command that keeps nothing, or keeps it in whole files.
@@ -67,13 +68,13 @@ class StopFlag:
     def __init__(self, breaks: bool = False):
         self.signal: str | None = None
         self.is_forced = True
-        self._patience = 0.0 if breaks else None  # None: work is not to be broken off now
+        self._patience = 0.0 if breaks else None  # None: work must not be broken off now
         self._came_at = self._next_break = 0.0
         self._is_saving = self._signalled = False
         self._left = threading.Event()
 
     def __enter__(self) -> "StopFlag":
-        is_main = threading.current_thread() is threading.main_thread()  # no other may, nor is asked to
+        is_main = threading.current_thread() is threading.main_thread()  # only the main thread may, and is asked to
         numbers = (signal.SIGTERM, signal.SIGINT, PASSED_ON, _NUDGE) if is_main else ()
         self._pid, self._main = os.getpid(), threading.get_ident()
         self._before = {number: signal.signal(number, self._on) for number in numbers}
@@ -89,20 +90,20 @@ class StopFlag:
             outer = self._entered[-1]
             outer.leave()  # it has been answered
             outer._signalled |= self._signalled
-            # A checkpoint, or a step of several ranks, may have taken longer than there was.
+            # A checkpoint, or a step of several ranks, may have taken longer than the time that was left.
             outer._begin(self.signal, max(self._came_at, time.monotonic() + ORDERLY_SECONDS - FORCED_SECONDS))
 
     def leave(self) -> None:
-        """Nothing is broken off any more: the signal has been answered, and what follows is quick."""
+        """Stop breaking work off: the signal has been answered, and the rest is quick."""
         self._patience = None
 
     @contextlib.contextmanager
     def breakable(self, patience: float | None = None) -> Iterator[None]:
-        """The block may be broken off, `patience` seconds after the signal; default: ORDERLY_SECONDS.
+        """Let the block be broken off, `patience` seconds after the signal; default: ORDERLY_SECONDS.
 
         Raises:
-            StopRequest: in its middle; and in place of an error that the block raises once a signal has come: whoever
-                was killed by the same signal, a worker say, fails because of it.
+            StopRequest: inside the block; and in place of an error that the block raises after a signal: a worker that
+                the same signal has killed, say, makes the block fail.
         """
         before, self._patience = self._patience, ORDERLY_SECONDS if patience is None else patience
         try:
@@ -119,7 +120,7 @@ class StopFlag:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """The block writes what is to be kept: it is neither broken off nor ended, but by a second signal."""
+        """Protect the block, which writes what is kept: only a second signal breaks it off or ends it."""
         before, self._patience, self._is_saving = self._patience, None, True
         try:
             yield
@@ -127,7 +128,7 @@ class StopFlag:
             self._patience, self._is_saving = before, False
 
     def _on(self, number: int, frame) -> None:
-        if os.getpid() != self._pid:  # a child that has not yet answers of its own
+        if os.getpid() != self._pid:  # a forked child that has not yet set its own handlers
             return
         if number == PASSED_ON:
             self._begin(signal.SIGTERM.name)
@@ -146,11 +147,11 @@ class StopFlag:
     def _break_off(self) -> None:
         now = time.monotonic()
         if self.signal and self._patience is not None and now >= max(self._came_at + self._patience, self._next_break):
-            self._next_break = now + ORDERLY_SECONDS  # until then the work may put away what it had in hand
+            self._next_break = now + ORDERLY_SECONDS  # until then the work may leave in order
             raise StopRequest(self.signal)
 
     def _watch(self) -> None:
-        """Of a thread: call the handler again and again, since a library may swallow what it raises; then the end."""
+        """Call the handler again and again, in a thread, since a library may swallow its exception; then end."""
         while not self._left.wait(_NUDGE_SECONDS):
             if self._patience is not None:
                 signal.pthread_kill(self._main, _NUDGE)
@@ -160,21 +161,21 @@ class StopFlag:
 
 
 def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Let this process get a signal when the one that has started it ends, however it ends (Linux).
+    """Let this process get a signal when its parent ends, however it ends (Linux).
 
     Args:
         parent: its process id.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it ended before the line above
+    if os.getppid() != parent:  # the parent ended before the line above
         os._exit(1)
 
 
 def fail(code: int, kind: str, message: str, trace: str = "") -> int:
-    """Say why the process ends: a readable line, and a last line of JSON; returns the exit code.
+    """Say why the process ends, in a readable line and a last line of JSON; return the exit code.
 
-    One of several processes leaves it in a file: the process that watches over them speaks for all.
+    One of several processes writes it to a file instead: the process that watches over them reports for all.
     """
     if report := os.environ.get("FASTRM_FAILURE"):
         Path(report).write_text(to_json({"error": kind, "message": message, "trace": trace}))

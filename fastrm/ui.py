@@ -1,4 +1,4 @@
-"""Everything that people see: progress on standard error, tables and lines on standard output, and figures.
+"""The output for people: progress on standard error, tables and lines on standard output, and figures.
 
 Progress is a bar on a terminal and a line every PLAIN_SECONDS elsewhere.
 """
@@ -24,7 +24,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Seconds between plain lines when the output is not a terminal.
+# The seconds between plain lines if the output is not a terminal.
 PLAIN_SECONDS = 10.0
 # Columns of a piped table, wide enough that paths stay in one piece.
 PIPE_WIDTH = 140
@@ -81,7 +81,7 @@ class Display:
         """Return a function update(done, total, note="") for one piece of work."""
         task = self._progress.add_task(description, total=None, note="")
         started = last = time.monotonic()
-        first: tuple[int, float] | None = None  # of the first call: work done before does not count
+        first: tuple[int, float] | None = None  # (done, time) of the first call: earlier work does not count
 
         def update(done: int, total: int | None, note: str = "") -> None:
             nonlocal last, first
@@ -123,7 +123,7 @@ def say(console: Console, text: str) -> None:
 
 def show(console: Console, title: str, table: Table) -> None:
     """Print a table below its title."""
-    # As a line of its own: a table's own title is wrapped to the width of the table.
+    # The title is a line of its own: a table wraps its title to its own width.
     console.print(title, style="bold", markup=False, highlight=False)
     console.print(table, markup=False)
 

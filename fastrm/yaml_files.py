@@ -15,12 +15,12 @@ from pydantic import BaseModel, ValidationError
 
 from fastrm.errors import ConfigError, looked_for
 
-Places = dict[tuple, str]  # of every key path, the `file:line` where it stands
+Places = dict[tuple, str]  # key path -> its `file:line`
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `3e-6` is a number, as everyone who writes it means."""
+    """A loader of YAML 1.1 as PyYAML reads it, except that `3e-6` is a number, as everyone who writes it means."""
 
 
 _Loader.add_implicit_resolver(
@@ -31,25 +31,25 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that `_Loader` would read as numbers."""
+    """A dumper that quotes the texts that `_Loader` would read as numbers."""
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
-# PyYAML lets these out of its converters, for example for 2020-13-45, 0b_ and !!bool x.
+# Errors that PyYAML's converters raise, for example for 2020-13-45, 0b_ and !!bool x.
 _NOT_YAML = (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def dump_yaml(tree: dict) -> str:
-    """YAML text that `read_yaml` reads back as it was."""
+    """Return YAML text that `read_yaml` reads back unchanged."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def read_yaml(path: str | Path) -> tuple[dict, Places]:
-    """A file's plain objects, and where each of its keys stands.
+    """Read a file as plain objects, with the place of each of its keys.
 
     Raises:
-        ConfigError: the file cannot be read, or is not a mapping in YAML.
+        ConfigError: if the file cannot be read, or is not a mapping in YAML.
     """
     path = Path(path)
     try:
@@ -138,16 +138,16 @@ def apply_override(tree: dict, places: Places, override: str) -> None:
 
 
 def validate(model: type[Model], tree: dict, places: Places, path: str) -> Model:
-    """The tree as a pydantic model.
+    """Validate the tree as a pydantic model.
 
     Raises:
-        ConfigError: with a line for every problem, naming where it stands.
+        ConfigError: with a line for every problem, naming its place.
     """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(model, problem, places, path) for problem in error.errors()]
-        # A union reports the same misfit once per member; one line is enough for its reader.
+        # A union reports the same misfit once per member; one line is enough.
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -168,7 +168,7 @@ def _explain(model: type[BaseModel], problem: dict, places: Places, path: str) -
         hint = f"did you mean {_dotted((*location[:-1], near[0]))}?" if near else f"keys: {', '.join(section)}"
         return f"{where}: unknown key {_dotted(location)}; {hint}"
     if problem["type"] == "value_error":
-        text = str(problem["ctx"]["error"])  # of a section it names its keys, of a value it says what was got
+        text = str(problem["ctx"]["error"])  # an error of a section names its keys, one of a value says what was got
         return f"{where}: {_dotted(location)}: {text}" if text.startswith("got") else f"{where}: {text}"
     if problem["type"] == "missing":
         return f"{where}: {_dotted(location)} is missing; it has no default"
@@ -176,7 +176,7 @@ def _explain(model: type[BaseModel], problem: dict, places: Places, path: str) -
 
 
 def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
-    """Field names of the section at a location such as ("data", "train", 0)."""
+    """Return the field names of the section at a location such as ("data", "train", 0)."""
     section: Any = model
     for name in location:
         if isinstance(name, int):
@@ -190,7 +190,7 @@ def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
 
 
 def _places_of(model: type[BaseModel], name: str, prefix: tuple = ()) -> list[tuple]:
-    """Every place in the model's sections, and in theirs, where there is a key of this name."""
+    """Return every path, in the model's sections and theirs, to a key of this name."""
     found = []
     for field, info in model.model_fields.items():
         if field == name:

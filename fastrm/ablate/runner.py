@@ -2,9 +2,6 @@
 
 A process frees its memory when it ends, and its failure ends no other cell. Each process has a session of its own:
 Ctrl-C reaches it once, passed on by the grid's process, and it ends when that process has gone.
-
-A process gives its memory back when it ends, and takes no other cell with it when it fails. Processes
-have sessions of their own, so that Ctrl-C reaches them once, through us, and they stop when we are gone.
 """
 
 import json

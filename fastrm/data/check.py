@@ -1,8 +1,5 @@
 """The work of `fastrm data check`: read the rows of data files as training would, and say what they are read as.
 
-Every row is read as training reads it, with the bytes of its images, by the same code, and tokenised where a model
-is   named; nothing is written.
-
 Every row is read as training reads it, with the bytes of its images, by the same code, and tokenised where a model is
 named; nothing is written.
 """

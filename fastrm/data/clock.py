@@ -1,12 +1,8 @@
 """The date for a chat template that reads the clock, as Llama 3.x's does ("Today Date: ...").
 
-transformers gives it the day of the call, so that rewards would change over night. Here the day becomes a part of
-the   template: a macro in front of it replaces the clock. Whoever renders the exported template, be it stock
-transformers   or a server, gets the date that the model was trained with.
-
-transformers gives it the day of the call, with which rewards would change over night. Here the day becomes a part of
-the template: a macro in front of it takes the place of the clock. Whoever renders the exported template, be it stock
-transformers or a server, gets the date that the model was trained with.
+transformers gives it the day of the call, so that rewards would change over night. Here the day becomes a part of the
+template: a macro in front of it replaces the clock. Whoever renders the exported template, be it stock transformers
+or a server, gets the date that the model was trained with.
 """
 
 import copy

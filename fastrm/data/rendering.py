@@ -1,13 +1,8 @@
 """A conversation as the model's own chat template renders it, and a check of what the template leaves out.
 
-Special-token strings that were typed in a text, a tool's argument or a schema are broken with a private-use
-character   first, so that what still matches in the rendering was put there by the template. Whether a template
-renders   something is tested by rendering the conversation once more with that changed: equal outputs mean that it
-does not.
-
 Special-token strings that were typed in a text, a tool's argument or a schema are broken with a private-use character
 first, so that what still matches in the rendering was put there by the template. Whether a template renders
-something is seen by rendering the conversation once more with that changed: equal outputs mean that it does not.
+something is tested by rendering the conversation once more with that changed: equal outputs mean that it does not.
 """
 
 import hashlib

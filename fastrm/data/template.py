@@ -1,13 +1,10 @@
 """Tokens of a response's conversation, exactly as the stock chat template and tokenizer give them.
 
-Special-token strings typed by users are the one exception: they stay text.    The conversation is rendered whole
-(`rendering.py`), and what the template leaves out is refused. The runs of text   between special tokens are
-tokenised with special tokens switched off.   The template's placeholder of an image or a video becomes its tokens,
-as the model family's format says.
+Special-token strings typed by users are the one exception: they stay text.
 
 The conversation is rendered whole (`rendering.py`), and what the template leaves out is refused. The runs of text
 between special tokens are tokenised with special tokens switched off.
-What the template writes for an image or a video becomes its tokens, as the model family's format says.
+The template's placeholder of an image or a video becomes its tokens, as the model family's format says.
 """
 
 import copy

@@ -2,9 +2,6 @@
 
 A group that cannot be scored is refused by itself, with a code and a message, and no other group is affected. A
 reward that is not a finite number is such a refusal: nothing writes it, averages it or compares it.
-
-A group that cannot be scored is refused by itself, with a code and a message, and costs no other group anything. A
-reward that is not a finite number is such a refusal: nothing writes it, averages it or compares it.
 """
 
 import math

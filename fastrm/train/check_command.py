@@ -1,4 +1,4 @@
-"""`fastrm data check`: pages about data files or about the sources of a configuration, and the exit code."""
+"""The command `fastrm data check`: pages about data files or a configuration's sources, and the exit code."""
 
 import os
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def check_data(
 
 
 def _sources(names: Sequence[str], reading: dict) -> list[tuple[str, SourceConfig, Config | None]]:
-    """(what to call it, source, configuration that it is of) for every source that is named."""
+    """Return (name in messages, source, its configuration) for every source that is named."""
     found: list[tuple[str, SourceConfig, Config | None]] = []
     for name in names:
         if not name.lower().endswith(_CONFIG_SUFFIXES):
@@ -98,7 +98,7 @@ def _limits(config: Config | None) -> MediaLimits:
 
 
 def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | None:
-    """What reads the rows as a model does; None: the first is shown as turns."""
+    """Return the encoder that reads the rows as a model does; None: the first row is shown as turns."""
     if model is None and (config is None or config.model.path is None):
         return None
     if config is None:
@@ -109,7 +109,7 @@ def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | 
 
 
 def _share(text: str) -> float:
-    """The number that ``1%`` or ``0.01`` stands for."""
+    """Return the number that ``1%`` or ``0.01`` stands for."""
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

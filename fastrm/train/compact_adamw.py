@@ -25,7 +25,7 @@ import torch
 from fastrm.errors import ConfigError
 from fastrm_kernels.compact_adamw import BLOCK, MomentCode, compact_adamw
 
-# Smaller parameters keep float32 moments, as in the paper's and torchao's implementations.
+# Parameters with fewer elements keep float32 moments, as in the paper's and torchao's implementations.
 MIN_QUANTIZED = 4096
 # Elements of a chunk, a multiple of BLOCK. On CUDA it bounds the memory of the noise (2 bytes an
 # element); on a CPU all temporaries of a chunk stay in the cache.
@@ -33,12 +33,12 @@ CHUNK = {"cuda": 2**26, "cpu": 2**16}
 
 
 def is_quantizable(parameter: torch.Tensor) -> bool:
-    """Can its moments be held in 8 bits: is it large enough, in whole blocks?"""
+    """Return whether a parameter's moments can be held in 8 bits: it is large enough, in whole blocks."""
     return parameter.numel() >= MIN_QUANTIZED and parameter.numel() % BLOCK == 0
 
 
 class CompactAdamW(torch.optim.Optimizer):
-    """AdamW over contiguous float32 or bfloat16 parameters with float32 gradients.
+    """The optimizer AdamW for contiguous float32 or bfloat16 parameters with float32 gradients.
 
     A group's `gradient_scale` multiplies its gradients as they are read: what normalises and clips them.
     Arithmetic is in float32. bfloat16 parameters are rounded stochastically, by random numbers that are
@@ -67,14 +67,14 @@ class CompactAdamW(torch.optim.Optimizer):
             require_c_compiler()
 
     def is_quantized(self, parameter: torch.Tensor) -> bool:
-        """Are this parameter's moments held in 8 bits?"""
+        """Return whether this parameter's moments are held in 8 bits."""
         return self.states == "8bit" and is_quantizable(parameter)
 
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient. group["step"] is the step of the run."""
         for group in self.param_groups:
-            coefficients: dict[float, torch.Tensor] = {}  # by number of updates, which most parameters share
+            coefficients: dict[float, torch.Tensor] = {}  # by the number of updates, which most parameters share
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.grad is None:
                     continue
@@ -94,7 +94,7 @@ class CompactAdamW(torch.optim.Optimizer):
         return [f"{moment}{part}" for moment in ("exp_avg", "exp_avg_sq") for part in parts]
 
     def new_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The state of a parameter before its first update."""
+        """Return the state of a parameter before its first update."""
         state = {"step": torch.zeros((), dtype=torch.float32)}
         for name in self._moment_names(parameter):
             if name.endswith("_codes"):
@@ -107,13 +107,13 @@ class CompactAdamW(torch.optim.Optimizer):
         return state
 
     def _chunks(self, parameter: torch.Tensor, state: dict[str, torch.Tensor], key: str) -> Iterator[tuple]:
-        """Arguments of the update but the coefficients, for one chunk after another. `key` fixes the noise."""
+        """Yield the update's arguments without the coefficients, chunk by chunk. `key` fixes the noise."""
         quantized, device = self.is_quantized(parameter), parameter.device
         width = BLOCK if quantized else 1
         num_rows = parameter.numel() // width
         weight = parameter.detach().view(num_rows, width)
         moments = [state[name].view(num_rows, -1) for name in self._moment_names(parameter)]
-        # A gradient has its parameter's layout, unless something assigned another: then this copies.
+        # A gradient has its parameter's layout, unless another one was assigned: then this copies.
         gradient = parameter.grad.reshape(num_rows, -1)
         codes = [(code,) for code in _code_maps(device)] if quantized else [(), ()]
         generator = _generator(key, device) if parameter.dtype is torch.bfloat16 else None
@@ -129,7 +129,7 @@ class CompactAdamW(torch.optim.Optimizer):
 
 
 def _coefficients(group: dict, count: float, device: torch.device) -> torch.Tensor:
-    """(7,) float32, as `fastrm_kernels.compact_adamw` takes them, after `count` updates, this one included."""
+    """Return (7,) float32, as `fastrm_kernels.compact_adamw` takes them, after `count` updates with this one."""
     beta1, beta2 = group["betas"]
     values = [
         1.0 - group["lr"] * group["weight_decay"],
@@ -141,7 +141,7 @@ def _coefficients(group: dict, count: float, device: torch.device) -> torch.Tens
         group["gradient_scale"],
     ]
     found = torch.tensor(values, dtype=torch.float32)
-    # From pageable memory the copy would wait for all that the device has been given.
+    # From pageable memory the copy would wait for all work of the device.
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
@@ -152,7 +152,7 @@ def _generator(key: str, device: torch.device) -> torch.Generator:
 
 @cache
 def _code_maps(device: torch.device) -> tuple[MomentCode, MomentCode]:
-    """The signed code, for first moments, and the unsigned one, for second moments."""
+    """Return the signed code, for first moments, and the unsigned one, for second moments."""
     from torchao.optim.quant_utils import create_dynamic_map
 
     maps = (torch.tensor(create_dynamic_map(signed=signed)) for signed in (True, False))
@@ -161,7 +161,7 @@ def _code_maps(device: torch.device) -> tuple[MomentCode, MomentCode]:
 
 
 def require_torchao() -> None:
-    """Raises ConfigError if torchao is not installed."""
+    """Raise ConfigError if torchao is not installed."""
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
             'optim.states: 8bit needs torchao, which is not installed; pip install "fastrm[torchao]", or set '
@@ -170,7 +170,7 @@ def require_torchao() -> None:
 
 
 def require_c_compiler() -> None:
-    """Raises ConfigError if Triton, through which CUDA's program is compiled, will find no C compiler."""
+    """Raise ConfigError if Triton, which compiles CUDA's program, will find no C compiler."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise ConfigError(
             "optim.states: 8bit and precision.weights: bf16 run a Triton kernel on CUDA, and Triton needs a C compiler "

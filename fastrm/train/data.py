@@ -1,4 +1,4 @@
-"""The prepared set of a run: found, or made before the first step; and made ahead of time by a command."""
+"""The prepared set of a run: found, or made before the first step, or made ahead of time by a command."""
 
 import os
 import shutil
@@ -49,16 +49,16 @@ class RunData:
         self._lock = ExitStack()
 
     def begin(self) -> None:
-        """Find the set, or read the sources; train the tokenizer where the configuration asks for one.
+        """Find the set, or read the sources; train the tokenizer if the configuration asks for one.
 
         Raises:
             ConfigError, DataError, StorageError: whatever is wrong with the sources or the folder.
         """
-        # A set that is there is only read: from a folder that cannot be written too, by many runs at a time.
+        # A set that is there is only read: many runs may do so at a time, also in a folder that cannot be written.
         is_there = self._preparation.find()
         if not is_there:
             self._lock.enter_context(locked_folder(self.folder))
-            is_there = self._preparation.find()  # another process may have made it a moment ago
+            is_there = self._preparation.find()  # another process may have made it meanwhile
         if is_there:
             self._lock.close()
             self.display.say(f"prepared set found: {self.folder}")
@@ -70,14 +70,14 @@ class RunData:
             self._train_tokenizer()
 
     def end(self, encoder: ConversationEncoder, architecture) -> dict | None:
-        """Make the set if it was not found; returns its report then.
+        """Make the set if it was not found; return its report then.
 
         Args:
-            architecture: the backbone's transformers config, which work is weighed by.
+            architecture: the backbone's transformers config, from which the costs of work are derived.
 
         Raises:
-            ConfigError: the set that was found was counted with another encoder.
-            DataError, StorageError: no group is left, or the folder cannot be written.
+            ConfigError: if the set that was found was counted with another encoder.
+            DataError, StorageError: if no group is left, or the folder cannot be written.
         """
         with self._lock:
             if self._units is None:
@@ -92,26 +92,26 @@ class RunData:
         return report
 
     def close(self) -> None:
-        """Let others prepare in the folder."""
+        """Let other processes prepare in the folder."""
         self._lock.close()
 
     def open(self) -> tuple[PreparedSet, PreparedSet | None]:
-        """The training and the evaluation set, if there is one."""
+        """Return the training set and the evaluation set, which is None if there is none."""
         manifest = read_manifest(self.folder)
         train, evaluated = (PreparedSet(self.folder, split, manifest, self.config) for split in ("train", "eval"))
         return train, evaluated if len(evaluated) else None
 
     def refusals_into(self, quarantine: Quarantine) -> None:
-        """Name in the run's quarantine what the set has refused."""
+        """Add the set's refusals to the run's quarantine."""
         for refusal in read_refusals(self.folder / REFUSED):
             refusal.add_to(quarantine)
 
     def _train_tokenizer(self) -> None:
-        """From the records that were just read; an older one may be of other records."""
+        """Train the tokenizer on the records that were just read; an older one may be of other records."""
         records = self._preparation.training_records(self._units)
         conversations = (response.messages for record in records for response in record.responses)
         kept, partial = self.folder / TOKENIZER, self.folder / f"{TOKENIZER}.part"
-        # The schema asks for model.init wherever a tokenizer is trained.
+        # The schema requires model.init if a tokenizer is trained.
         settings = self.config.model
         layout = chat_layout(settings.init["model_type"])
         train_tokenizer(conversations, settings.tokenizer.train_vocab_size, layout).save_pretrained(partial)
@@ -120,7 +120,7 @@ class RunData:
 
 
 def benchmark_records(config: Config, display: Display) -> Iterator[Record]:
-    """The records of everything that `data.decontaminate.against` names; rows that cannot be read are counted aloud.
+    """Yield the records of all benchmarks in `data.decontaminate.against`; say how many rows cannot be read.
 
     Raises:
         ConfigError, DataError: one of them does not exist or cannot be read.
@@ -154,7 +154,7 @@ def make_set(config: Config, display: Display, num_workers: int | None = None) -
     Raises:
         ConfigError, DataError, StorageError: as `RunData`.
     """
-    config, _ = adopt_what_is_here(config)  # the head says which token it reads
+    config, _ = adopt_what_is_here(config)  # the trained head determines the token that it reads
     config = fix_date(config, prepared_folder(config), display.say)
     data = RunData(config, display, num_workers)
     try:
@@ -166,7 +166,7 @@ def make_set(config: Config, display: Display, num_workers: int | None = None) -
 
 
 def prepare_ahead(config: Config, num_workers: int | None = None) -> None:
-    """`fastrm data prepare`: `make_set`, with a table and a picture.
+    """Run `fastrm data prepare`: `make_set`, with a table and a picture.
 
     Raises:
         InterruptedRun: after SIGTERM or Ctrl-C.

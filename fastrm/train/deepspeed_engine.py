@@ -1,4 +1,4 @@
-"""Many processes: the step of `LocalEngine`, with optimizer states, gradients and weights divided by DeepSpeed.
+"""The engine of many processes: the step of `LocalEngine`, with its state divided by DeepSpeed.
 
 Every rank adds the gradients of its packs, DeepSpeed sums them over the ranks, and the division by the
 step's total weight happens once, at the update, as on one process. DeepSpeed averages over ranks and has
@@ -36,13 +36,13 @@ from fastrm.model.precision import token_multiple
 from fastrm.train.engine import LocalEngine, Update
 from fastrm.train.optim import make_optimizer, trainable
 
-# Gradient elements that are reduced together: large enough for any network, 0.8 GB of float32.
+# The number of gradient elements that are reduced together, 0.8 GB of float32: large enough for any network.
 BUCKET = 200_000_000
 _STATES = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine:
-    """Training state of one rank of several; the same interface as `LocalEngine`.
+    """The training state of one rank of several, with the interface of `LocalEngine`.
 
     Every method but `loss` and `discard` must be called on all ranks, those that run the network with None
     where a rank has no pack.
@@ -69,16 +69,16 @@ class DeepSpeedEngine:
     loss = LocalEngine.loss
 
     def rewards(self, pack: Pack | None) -> torch.Tensor | None:
-        """Rewards (R,) in the configured precision; None for no pack."""
+        """Return rewards (R,) in the configured precision; None for no pack."""
         rewards = self._deepspeed(self._pack(pack))
         return None if pack is None else rewards
 
     def loss_and_rewards(self, pack: Pack | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of a pack's weighted loss terms, rewards (R,)), both differentiable; of no pack, 0 and one reward."""
+        """Return (sum of a pack's loss terms, rewards (R,)), both differentiable; for no pack 0 and one reward."""
         return self._deepspeed(self._pack(pack), self.config.loss)
 
     def accumulate(self, pack: Pack | None) -> torch.Tensor | None:
-        """Add a pack's gradient; returns its rewards (R,) on the CPU, or None for no pack.
+        """Add a pack's gradient; return its rewards (R,) on the CPU, or None for no pack.
 
         The rewards are being copied from the device: read them after `update`, which waits for that.
         """
@@ -119,9 +119,9 @@ class DeepSpeedEngine:
 
     def discard(self) -> None:
         """Forget the accumulated gradient."""
-        self._zero.zero_grad()  # with divided weights, that is all
+        self._zero.zero_grad()  # with divided weights this is enough
         if self._stage < 3:
-            # As DeepSpeed does itself when it skips a step.
+            # DeepSpeed does the same when it skips a step.
             from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
             self._zero.micro_step_id = INITIAL_MICRO_STEP_ID
@@ -131,14 +131,14 @@ class DeepSpeedEngine:
         self._forget_sums()
 
     def model_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(stock state-dict name, full tensor) of all weights, one at a time: valid until the next."""
+        """Yield (stock state-dict name, full tensor) of all weights, each valid until the next."""
         for name, parameter in self._names.items():
             with _gathered(parameter):
                 yield from split_fused(self.network, name, parameter.detach())
         yield from stored_buffers(self.network)
 
     def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(`<state>.<parameter name>`, full tensor) of AdamW's states, one at a time."""
+        """Yield (`<state>.<parameter name>`, full tensor) of AdamW's states, one at a time."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         num_updates = self._zero.optimizer.state[self._partitions()[0]]["step"]
@@ -148,7 +148,7 @@ class DeepSpeedEngine:
                 yield f"{key}.{name}", safe_get_full_optimizer_state(parameter, key)
 
     def load_tensors(self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
-        """Take over what `model_tensors` and `optimizer_tensors` gave, here or on another number of ranks.
+        """Load tensors of `model_tensors` and `optimizer_tensors`, from any number of ranks.
 
         Raises:
             StorageError: if they are not those of this network and this optimizer.
@@ -171,16 +171,16 @@ class DeepSpeedEngine:
         self._weight_sum = 0.0
 
     def _partitions(self) -> list[torch.Tensor]:
-        """The flat float32 tensors that this rank's optimizer updates."""
+        """Return the flat float32 tensors that this rank's optimizer updates."""
         zero = self._zero
         return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
 
     def _reset_states(self, num_updates: torch.Tensor) -> None:
-        """Moments of 0, as torch's AdamW makes them at its first step, of parameters updated so often, ()."""
+        """Set moments to 0, as torch's AdamW makes them, for parameters with this number () of updates."""
         base = self._zero.optimizer
         base.state.clear()
         for flat in self._partitions():
-            step = num_updates.to(flat.device, copy=True)  # each its own: it is added to in place
+            step = num_updates.to(flat.device, copy=True)  # a copy for each: it is added to in place
             base.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in _STATES}}
         if self._stage < 3:
             # DeepSpeed does so after the first group's first step, when the other groups have no states yet.
@@ -188,7 +188,7 @@ class DeepSpeedEngine:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _load_states(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        # Older checkpoints of one process count fewer updates of what some step did not reach.
+        # Older checkpoints of one process count fewer updates of parameters that some step did not reach.
         updates = [tensors[name] for name in tensors if name.startswith("step.")]
         self._reset_states(torch.stack(updates).max() if updates else torch.zeros(()))
         for full_name in tensors:
@@ -208,7 +208,7 @@ class DeepSpeedEngine:
         if self._stage < 3:
             safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
             return
-        # The function for whole tensors fails where the ranks' shares are not of one size.
+        # The function for whole tensors fails if the ranks' shares differ in size.
         share = parameter.ds_tensor.numel()
         padded = torch.zeros(share * self.num_ranks, dtype=value.dtype)
         padded[: value.numel()] = value.flatten()
@@ -232,7 +232,7 @@ def load_divided(network: RewardNetwork, files: Backbone, pick_dtype: PickDtype,
     _refuse(config)
     device = pick_device(config.run.device)
     deepspeed = _import_deepspeed(device)
-    # Divides the head, and gives its parameters the method that divides others likewise.
+    # This divides the head, and gives its parameters the method that divides others.
     deepspeed.zero.Init(module=network.score, config_dict_or_path=_settings(network, config), dtype=torch.float32)
     head = next(network.score.parameters())
     files.load(
@@ -245,34 +245,34 @@ def _import_deepspeed(device: torch.device):
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
-    # Collectives for CPUs that it would compile here, with whatever compiler there is; gloo has its own.
+    # DeepSpeed would compile collectives for CPUs here, with any compiler that it finds; gloo has its own.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It calls collectives by names that newer versions of torch warn of, at every step.
+    # DeepSpeed calls collectives by names of which newer versions of torch warn at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
 
 
 def _initialize(network: RewardNetwork, config: Config):
-    """DeepSpeed's engine around a network."""
+    """Return DeepSpeed's engine around a network."""
     deepspeed = _import_deepspeed(network.device)
     engine, *_ = deepspeed.initialize(
         model=network, optimizer=make_optimizer(network, config.optim), config=_settings(network, config),
         dist_init_required=False,
     )  # fmt: skip
     # Parameters that we read without a call of the module they are in (the head, the final norm, patch embeddings,
-    # InternVL's layer scales) need no word of ours: DeepSpeed gathers them when they are first read in a forward pass.
+    # InternVL's layer scales) need no registration: DeepSpeed gathers them when they are first read in a forward pass.
     return engine
 
 
 def _settings(network: RewardNetwork, config: Config) -> dict:
-    """DeepSpeed's configuration."""
+    """Return DeepSpeed's configuration."""
     stage = config.engine.zero_stage
     num_trained = sum(math.prod(whole_shape(parameter)) for parameter in trainable(network).values())
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # a step is what lies between two calls of `step`
+        "managed_gradient_accumulation": False,  # a step is all work between two calls of `step`
         "gradient_clipping": config.optim.max_grad_norm,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": min(BUCKET, num_trained)},
     }
@@ -284,7 +284,7 @@ def _settings(network: RewardNetwork, config: Config) -> dict:
 
 
 def _refuse(config: Config) -> None:
-    """Stop at what DeepSpeed cannot do, before anything is divided.
+    """Refuse what DeepSpeed cannot do, before anything is divided.
 
     Raises:
         ConfigError: naming the key and what to set.
@@ -301,13 +301,13 @@ def _refuse(config: Config) -> None:
 
 
 def _pack_of_one_token(multiple: int) -> Pack:
-    """A pack of one response of one token, without preferences."""
+    """Return a pack of one response of one token, without preferences."""
     response = EncodedResponse(np.zeros(1, dtype=np.int64), (), 1)
     return build_pack([EncodedGroup("", "", "", (response,))], {}, multiple=multiple)
 
 
 def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None):
-    """A context in which the whole parameter is there; what rank `modifier_rank` makes of it, all keep."""
+    """Return a context in which the whole parameter is there; rank `modifier_rank`'s changes are kept by all."""
     import deepspeed
 
     is_divided = hasattr(parameter, "ds_id")

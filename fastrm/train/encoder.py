@@ -1,4 +1,4 @@
-"""The tokenizer and the encoder that a configuration names: all that is needed of a model to read rows as it will."""
+"""The tokenizer and the encoder of a configuration: the parts of a model that read rows."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from fastrm.model.export import make_encoder
 from fastrm.model.loading import load_backbone_config
 from fastrm.model.places import locate
 
-TOKENIZER = "tokenizer"  # in the prepared set's folder, where one is trained
+TOKENIZER = "tokenizer"  # folder of a trained tokenizer in the prepared set
 
 
 def prepared_folder(config: Config) -> Path:

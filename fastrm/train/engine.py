@@ -1,4 +1,4 @@
-"""One process: accumulate the gradients of a step's packs, then update.
+"""The engine of one process: accumulate the gradients of a step's packs, then update.
 
 Packs add the SUM of their weighted loss terms; the division by the step's total weight happens once,
 at the update. So the result does not depend on how the step was cut into packs, and the total need
@@ -25,7 +25,7 @@ from fastrm_kernels import preference_loss
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer step did. If loss or gradient was not finite, it changed nothing."""
+    """The result of an optimizer step. If loss or gradient was not finite, nothing was changed."""
 
     loss: float
     grad_norm: float
@@ -33,7 +33,7 @@ class Update:
 
 
 class LocalEngine:
-    """Training state of a single process: network, optimizers and the gradient under way.
+    """The training state of a single process: network, optimizers and the accumulated gradient.
 
     With precision.weights bf16 it rounds the network's matrices when it is made.
     """
@@ -51,27 +51,27 @@ class LocalEngine:
         self.discard()
 
     def rewards(self, pack: Pack) -> torch.Tensor:
-        """Rewards (R,) in the configured precision."""
+        """Return rewards (R,) in the configured precision."""
         return self._forward(pack)
 
     def loss_and_rewards(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of a pack's weighted loss terms, rewards (R,)), both differentiable: what a training step computes."""
+        """Return (sum of a pack's weighted loss terms, rewards (R,)), both differentiable."""
         return self._forward(pack, self.config.loss)
 
     def loss(self, rewards: torch.Tensor, pack: Pack) -> torch.Tensor:
-        """Sum of a pack's weighted loss terms, float32, from rewards (R,) on any device, as an evaluation has them."""
-        # Eager wherever training runs: an evaluation's rewards are a few numbers on the CPU.
+        """Sum a pack's weighted loss terms, float32, from rewards (R,) on any device, as an evaluation has them."""
+        # Eager on every machine: an evaluation's rewards are a few numbers on the CPU.
         pack = pack.to(rewards.device)
         return preference_loss(rewards, pack.edges, **loss_options(pack, self.config.loss), impl="eager")
 
     def accumulate(self, pack: Pack | None) -> torch.Tensor | None:
-        """Add a pack's gradient; returns its rewards (R,) on the CPU, or None for no pack.
+        """Add a pack's gradient; return its rewards (R,) on the CPU, or None for no pack.
 
         The rewards are being copied from the device: read them after `update`, which waits for that.
         """
         if pack is None:
             return None
-        weight = float(pack.weight.double().sum())  # read before it is on a GPU, which would have to be waited for
+        weight = float(pack.weight.double().sum())  # read before it is on a GPU, which would be waited for
         total, rewards = self.loss_and_rewards(pack)
         total.backward()
         self._loss_sum += total.detach()
@@ -111,17 +111,17 @@ class LocalEngine:
     def _step(self, optimizer: torch.optim.Optimizer, lr: float, step: int, gradient_scale: float) -> None:
         for group in optimizer.param_groups:
             group["lr"], group["step"] = lr, step
-            if isinstance(optimizer, CompactAdamW):  # multiplies as it reads: no pass over the gradients for it
+            if isinstance(optimizer, CompactAdamW):  # it scales gradients as it reads them, without a pass of its own
                 group["gradient_scale"] = gradient_scale
             else:
                 torch._foreach_mul_([parameter.grad for parameter in group["params"]], gradient_scale)
         optimizer.step()
 
     def _gradients(self) -> list[torch.Tensor]:
-        """Of all parameters; of none if the step had no preference.
+        """Return the gradients of all parameters; none if the step had no preference.
 
-        What the step did not reach, such as the vision tower in a step of texts, has a gradient of zero and
-        not none: its moments decay as they do on several ranks, where some rank may have reached it.
+        A parameter that the step did not reach, such as the vision tower's in a step of texts, has a gradient of zero
+        and not none: its moments decay as they do on several ranks, where some rank may have reached it.
         """
         if all(p.grad is None for p in self._parameters):
             return []
@@ -134,20 +134,20 @@ class LocalEngine:
         """Forget the accumulated gradient."""
         for parameter in self._parameters:
             parameter.grad = None
-        # Float64, as if the packs' losses had been read one by one and added in Python.
+        # Float64, like a sum in Python of the packs' losses, read one by one.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.network.device)
         self._weight_sum = 0.0
 
     def model_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(stock state-dict name, tensor) of all weights."""
+        """Yield (stock state-dict name, tensor) of all weights."""
         yield from self.network.state_dict().items()
 
     def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(`<state>.<parameter name>`, tensor) of the optimizers' states, such as exp_avg.score.0.weight."""
+        """Yield (`<state>.<parameter name>`, tensor) of the optimizers' states, such as exp_avg.score.0.weight."""
         yield from state_tensors(self.optimizers)
 
     def load_tensors(self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
-        """Take over what `model_tensors` and `optimizer_tensors` gave.
+        """Load tensors of `model_tensors` and `optimizer_tensors`.
 
         Raises:
             StorageError: if they are not those of this network and these optimizers.

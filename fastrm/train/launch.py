@@ -1,4 +1,4 @@
-"""`fastrm train` on several GPUs of one machine: a process for each, and one that watches over them.
+"""The launcher of `fastrm train` on several GPUs of one machine: a process for each, and a watcher.
 
 The watcher computes nothing. It passes a signal on, once, to processes that a terminal's Ctrl-C or a
 scheduler's kill of the group does not reach; it notices a process that has died, of which the others
@@ -23,14 +23,14 @@ from fastrm.errors import RankFailure
 from fastrm.stop import PASSED_ON
 from fastrm.train.ranks import check_deepspeed, check_gpus, check_not_one_gpu, is_launched
 
-# Where a process that the watcher has started leaves what stopped it.
+# The variable with the file in which a started process writes the error that stopped it.
 FAILURE = "FASTRM_FAILURE"
-# How long the others may take to leave when one has. A checkpoint is complete before anyone leaves.
+# The seconds that the others may take to leave after one has. A checkpoint is complete before any rank leaves.
 GRACE_SECONDS = 30.0
 
 
 def num_ranks_to_start(config: Config) -> int:
-    """Processes to start for a configuration; 1: run in this one, alone or as a rank that a launcher made.
+    """Return the number of processes to start; 1: run in this one, alone or as a rank that a launcher made.
 
     Raises:
         ConfigError: if DeepSpeed is not installed, or there are too few GPUs.
@@ -82,7 +82,7 @@ class _Watcher:
         ]
 
     def pass_on(self, number: int, frame) -> None:
-        """A handler: the first signal asks all ranks to stop, the second ends them."""
+        """Handle a signal: the first asks all ranks to stop, the second ends them."""
         if self._signalled:
             self.kill()
             os._exit(75)
@@ -92,7 +92,7 @@ class _Watcher:
                 process.send_signal(PASSED_ON)
 
     def wait(self) -> None:
-        """Until all ranks have ended, or the time is up that one's failure leaves to the others."""
+        """Wait until all ranks have ended, or until the time is up that the others have after one's failure."""
         deadline = float("inf")
         while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
             if deadline == float("inf") and any(process.returncode for process in self._processes):
@@ -100,15 +100,15 @@ class _Watcher:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """End what still runs, with its data workers, which leave when their parent is gone."""
+        """End the ranks that still run, with their data workers, which leave when their parent is gone."""
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-                process.returncode = 0  # by our hand: it says nothing about the rank
+                process.returncode = 0  # we killed it: the code says nothing about the rank
 
     def check(self) -> None:
-        """Raises RankFailure for the rank that failed first, by all signs: others' errors follow from its."""
+        """Raise RankFailure for the rank that probably failed first: the others' errors follow from its."""
         failed = [rank for rank, process in enumerate(self._processes) if process.returncode]
         if not failed:
             return
@@ -125,13 +125,13 @@ class _Watcher:
         except (OSError, ValueError):
             raise RankFailure(f"rank {first} ended with exit code {code} and said nothing") from None
         sys.stderr.write(report["trace"])
-        # What all of them say is nobody's in particular.
+        # An error that all ranks report is not one rank's.
         where = "" if len(failed) == len(self._processes) and code != 70 else f"rank {first}: "
         raise RankFailure(where + report["message"], report["error"], code)
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """As torchrun sets it."""
+    """Return the environment of a rank, as torchrun sets it."""
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     return {
         "RANK": str(rank),
@@ -151,5 +151,8 @@ def _free_port() -> int:
 
 
 def _rank_of_cause(code: int) -> int:
-    """Killed ranks before those that name an error, and these before those that lost their connection."""
+    """Return a key that sorts exit codes by likely cause.
+
+    Killed ranks come before those that name an error, and these before those that lost their connection.
+    """
     return 0 if code < 0 else 2 if code == 70 else 1

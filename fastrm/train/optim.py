@@ -1,4 +1,4 @@
-"""AdamW with decay on weight matrices only, what is stored how, and the learning rate of a step."""
+"""The optimizer AdamW with decay on weight matrices only, the storage of weights, and the learning rate."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ _OTHER = "the checkpoint is of another model, or of other settings of model or o
 
 
 def make_optimizer(network: nn.Module, settings: OptimConfig) -> torch.optim.AdamW:
-    """torch's AdamW over all trainable parameters, in the order of `named_parameters`.
+    """Make torch's AdamW over all trainable parameters, in the order of `named_parameters`.
 
     Decay applies to the weights of linear and convolution layers. Biases, norms and embeddings have
     none: pulling them to zero is not regularisation but a change of the function.
@@ -26,7 +26,7 @@ def make_optimizer(network: nn.Module, settings: OptimConfig) -> torch.optim.Ada
 
 
 def make_optimizers(network: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """The optimizers of one process: torch's AdamW for what is wholly float32, ours for the rest.
+    """Make the optimizers of one process: torch's AdamW for parameters wholly in float32, ours for the rest.
 
     With optim.states fp32 and float32 weights that is torch's alone.
 
@@ -54,12 +54,12 @@ def make_optimizers(network: nn.Module, config: Config) -> list[torch.optim.Opti
 
 
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters with a gradient, by name."""
+    """Return the parameters with a gradient, by name."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def backbone_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights of the backbone's linear and convolution layers, frozen ones too, by name.
+    """Return the weights of the backbone's linear and convolution layers, frozen ones too, by name.
 
     They are 93 % of Qwen2.5-VL-7B, and all that may be stored in bfloat16 or have 8-bit moments:
     autocast reads them in bfloat16 in any case. Norms and biases are small, and their values near 1 are
@@ -116,7 +116,7 @@ def store_matrices_in_bf16(network: nn.Module) -> None:
 
 
 def state_tensors(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(`<state>.<parameter name>`, tensor) of every state of every parameter that was ever updated."""
+    """Yield (`<state>.<parameter name>`, tensor) of every state of every parameter that was ever updated."""
     for optimizer in optimizers:
         for name, parameter in _named(optimizer):
             for key, tensor in optimizer.state.get(parameter, {}).items():
@@ -124,7 +124,7 @@ def state_tensors(optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str
 
 
 def load_state_tensors(optimizers: list[torch.optim.Optimizer], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replace all states by what `state_tensors` gave, whatever device that was on.
+    """Replace all states by those of `state_tensors`, from any device.
 
     Raises:
         StorageError: if the tensors are not those of these optimizers.
@@ -156,7 +156,7 @@ def load_state_tensors(optimizers: list[torch.optim.Optimizer], tensors: Mapping
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes of one process's training state, between two steps but for the gradients."""
+    """The bytes of one process's training state, between two steps except for the gradients."""
 
     weights: int
     gradients: int
@@ -168,7 +168,7 @@ class TrainingBytes:
 
 
 def training_bytes(network: nn.Module, config: Config) -> TrainingBytes:
-    """Exact size of all weights, gradients and AdamW states under a configuration.
+    """Compute the exact size of all weights, gradients and AdamW states under a configuration.
 
     Per trained element 4 + 4 + 8 bytes (weight, gradient, moments). Of a backbone matrix the weight may
     take 2 (precision.weights bf16), the moments 2 + 8 / 256 (optim.states 8bit). A frozen element has its
@@ -193,7 +193,7 @@ def training_bytes(network: nn.Module, config: Config) -> TrainingBytes:
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimConfig) -> float:
-    """Rate of step 0 <= step < num_steps: linear warm-up from 0, then constant or half a cosine."""
+    """Return the rate of step 0 <= step < num_steps: linear warm-up from 0, then constant or half a cosine."""
     num_warmup = math.ceil(settings.warmup_ratio * num_steps)
     if step < num_warmup:
         return settings.lr * (step + 1) / num_warmup
@@ -205,7 +205,7 @@ def learning_rate(step: int, num_steps: int, settings: OptimConfig) -> float:
 
 
 def _groups(network: nn.Module, settings: OptimConfig, names: Collection[str]) -> list[dict]:
-    """Groups of the named trainable parameters: those with decay, those without."""
+    """Return groups of the named trainable parameters: those with decay, those without."""
     embeddings = _embeddings(network)
     decay, rest = [], []
     for name, parameter in trainable(network).items():
@@ -230,10 +230,10 @@ def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter
 
 
 def _new_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    """The state of a parameter before its first update."""
+    """Return the state of a parameter before its first update."""
     if isinstance(optimizer, CompactAdamW):
         return optimizer.new_state(parameter)
-    # As torch's fused AdamW makes it.
+    # The same as in torch's fused AdamW.
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
 

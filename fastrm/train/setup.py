@@ -1,4 +1,4 @@
-"""From a configuration to what the loop needs: data, tokeniser, network."""
+"""The parts that the loop needs, made from a configuration: data, tokeniser, network."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ from fastrm.ui import Display
 
 @dataclass
 class Job:
-    """Everything that the configuration stands for, before the first step.
+    """The parts of a run before its first step.
 
     Attributes:
-        config: with what is decided at the first start (`fix_date`).
+        config: with the values that are decided at the first start (`fix_date`).
     """
 
     config: Config
@@ -63,7 +63,7 @@ def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Displ
 
 
 def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwork:
-    """Network with weights, on its device, ready to train. Random weights follow run.seed.
+    """Make the network with weights, on its device, ready to train. Random weights follow run.seed.
 
     Under ZeRO-3 a model from files is divided over the ranks while it is read.
     """
@@ -130,7 +130,7 @@ def check_exactness(job: Job, engine, ranks: Ranks, say: Callable[[str], None]) 
 
 
 def _first_use(network: RewardNetwork, engine, config: Config, ranks: Ranks, say: Callable[[str], None]) -> FirstUse:
-    """The check in the precision of the run; of two layers, where ranks have only parts of the weights."""
+    """Return the check in the precision of the run; of two layers if ranks have only parts of the weights."""
     path = config.model.path
     weights = ["random", config.run.seed] if path is None else weights_of(path)
     options = {"share": config.data.share_prefixes, "multiple": token_multiple(config.precision.fp8)}
@@ -139,13 +139,13 @@ def _first_use(network: RewardNetwork, engine, config: Config, ranks: Ranks, say
     elif ranks.is_first:
         network, options["whole"] = first_layers(network, engine.model_tensors()), False
     else:
-        for _ in engine.model_tensors():  # only helps to gather
+        for _ in engine.model_tensors():  # this rank only helps to gather
             pass
     return FirstUse(network, weights, options, say)
 
 
 def make_engine(network: RewardNetwork, config: Config, ranks: Ranks):
-    """The engine for one process, or for this rank of several.
+    """Make the engine of one process, or of this rank of several.
 
     Raises:
         ConfigError: for what is not possible on several ranks.
@@ -170,16 +170,16 @@ def export_model(engine, folder: Path, ranks: Ranks = ALONE) -> None:
             save_model(engine.network, folder, dtype=export_dtype(engine.config), tensors=_finite(tensors))
     except (StorageError, DataError) as error:
         failure = error
-    for _ in tensors:  # the others only help to gather; the first too, after a failure, since they wait for it
+    for _ in tensors:  # other ranks only help to gather; so does the first after a failure
         pass
     if (failure := ranks.on_first(lambda: failure)) is not None:
         raise failure
 
 
 def _finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights as they come, up to one that is not finite: no model whose rewards are none is written."""
+    """Yield weights up to one that is not finite, which raises: no model without finite rewards is written."""
     for name, tensor in tensors:
-        # In pieces: of a whole embedding, what `isfinite` makes on its way is larger than the tensor.
+        # In pieces: `isfinite` of a whole embedding makes temporaries that are larger than the tensor.
         count = sum(int((~part.isfinite()).sum()) for part in tensor.flatten().split(2**22))
         if count:
             raise DataError(

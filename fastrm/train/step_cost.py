@@ -1,4 +1,4 @@
-"""The costs by which groups are balanced over ranks, read off a model's configuration.
+"""The costs by which groups are balanced over ranks, derived from a model's configuration.
 
 Configurations, not networks: under ZeRO-3 a rank's parameters are pieces whose shapes say nothing.
 The formulas are those of `step_flops`; what depends on the number of responses alone (the head and the
@@ -14,23 +14,23 @@ from fastrm.model.families import has_windows
 
 @dataclass(frozen=True)
 class _Passes:
-    """What a training step does with a part of the model besides its forward pass."""
+    """The passes of a training step through a part of the model besides its forward pass."""
 
     trained: bool
-    reached: bool  # something in it or before it is trained, so that gradients pass through it
-    repeated: bool  # its layers run again in the backward pass
+    reached: bool  # True if something in it or before it is trained, so that gradients pass through it
+    repeated: bool  # True if its layers run again in the backward pass
 
     def matrices(self, num_parameters: int, last: int) -> int:
-        """FLOPs per row of one layer; `last` of the parameters, its last product, are not repeated."""
+        """Return FLOPs per row of one layer; `last` of the parameters, its last product, are not repeated."""
         return 2 * (num_parameters * (1 + self.reached + self.trained) + (num_parameters - last) * self.repeated)
 
     def attention(self, width: int) -> int:
-        """FLOPs of a query-key pair of one layer with queries of this width, all heads together."""
+        """Return FLOPs of a query-key pair of one layer with queries of this width, all heads together."""
         return 4 * width * (1 + 2 * self.reached + self.repeated)
 
 
 def make_cost_model(config, settings: ModelConfig) -> CostModel:
-    """FLOPs of forward, backward and recomputation in a training step, for `plan_steps`.
+    """Make the cost model of `plan_steps`: FLOPs of forward, backward and recomputation in a training step.
 
     Args:
         config: the backbone's transformers config.
@@ -59,7 +59,7 @@ def _language_costs(text, passes: _Passes, pruned: bool) -> dict:
     product = text.hidden_size * text.intermediate_size  # gate, up or down
     layer = 2 * text.hidden_size * queries + key_value + 3 * product
     whole_layers = text.num_hidden_layers - pruned
-    # A pruned last layer computes keys and values only, but for the anchors.
+    # A pruned last layer computes only keys and values, except for the anchors.
     last_layer = passes.matrices(key_value, last=0) if pruned else 0
     return {
         "per_token": whole_layers * passes.matrices(layer, last=product) + last_layer,
@@ -68,7 +68,7 @@ def _language_costs(text, passes: _Passes, pruned: bool) -> dict:
 
 
 def _tile_costs(config, tower: _Passes, projector: _Passes) -> dict:
-    """Of InternVL; the class token of a tile is left out."""
+    """Return the costs of InternVL's images; the class token of a tile is left out."""
     vision, hidden = config.vision_config, config.get_text_config().hidden_size
     width, product = vision.hidden_size, vision.hidden_size * vision.intermediate_size
     patch = vision.num_channels * vision.patch_size[0] * vision.patch_size[1] * width

@@ -1,4 +1,4 @@
-"""The date of a chat template that reads the clock: fixed once for a run, on the day of its first start."""
+"""The date of a chat template that reads the clock, fixed once for a run, on the day of its first start."""
 
 import datetime
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from fastrm.yaml_files import read_yaml
 
 
 def fix_date(config: Config, folder: Path, say: Callable[[str], None] = lambda text: None) -> Config:
-    """The configuration with `model.template_date`, where the chat template reads the clock.
+    """Return the configuration with `model.template_date` set, if the chat template reads the clock.
 
-    Where it is not set, it is the date of the run that is in run.dir already, of the prepared set, of the reward model
-    that goes on training, or today.
+    If it is not set, it is the date of the run that is in run.dir already, of the prepared set, of the reward model
+    that is trained further, or today.
 
     Args:
         folder: of the prepared set.
-        say: told the date, and where it is from.
+        say: called with a line on the date and its source.
 
     Raises:
-        ConfigError: a date is set for a template that does not ask for it.
+        ConfigError: if a date is set for a template that does not ask for it.
     """
     wanted = config.model.template_date
     if isinstance(config.model.tokenizer, TrainedTokenizer) or not reads_clock(

@@ -1,10 +1,7 @@
 """The third pass: the tokens and media of each group, or the reason why it cannot be trained on.
 
-A merged group that is too long, or of which a part is bad, is split into halves, so that one record does not
-exclude   the others.
-
-A merged group that is too long, or of which a part is bad, falls apart into halves, so that one record costs
-none of the others its place.
+A merged group that is too long, or of which a part is bad, is split into halves, so that one record does not exclude
+the others.
 """
 
 import io

@@ -1,10 +1,7 @@
 """Findings in a source's preferences: pairs that contradict each other, and a preference for length.
 
-A reward model learns length where the chosen responses are the longer ones, whatever else they are. Both findings
-are   computed on one row of `PAIR` for each preference that is not a tie.
-
-A reward model learns length where the chosen responses are the longer ones, whatever else they are. Both findings
-are computed on one row of `PAIR` for each preference that is not a tie.
+A reward model learns length where the chosen responses are the longer ones, whatever else they are. Both findings are
+computed on one row of `PAIR` for each preference that is not a tie.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Refused rows as JSON Lines, in the form of quarantine.jsonl.
 
-A line is ``{"source", "origin", "id", "code", "message"}``, with ``"partial": true`` where the record lives on
-without   a part.
+A line is ``{"source", "origin", "id", "code", "message"}``, with ``"partial": true`` where the record lives on without
+a part.
 """
 
 import json

@@ -1,10 +1,7 @@
 """The second pass: the records of each group, and the number of times that each is trained on.
 
-It works on columns alone, and is a pure function of them and of the configuration. Draws are by a hash of the
-prompt,   not of `run.seed`: runs of several seeds then train on the same groups, and share a prepared set.
-
-On columns alone, and a pure function of them and of the configuration. Draws are by a hash of the prompt, not
-of `run.seed`: runs of several seeds then train on the same groups, and share a prepared set.
+It works on columns alone, and is a pure function of them and of the configuration. Draws are by a hash of the prompt,
+not of `run.seed`: runs of several seeds then train on the same groups, and share a prepared set.
 """
 
 from collections.abc import Sequence

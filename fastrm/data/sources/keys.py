@@ -2,19 +2,11 @@
 
 A layout declares the keys that it reads as `KEYS`; an entry that is a tuple names alternatives, of which the first
 that a row has is read. Keys on METADATA may stand beside them and say nothing to the model. Every other key is
-unread, and one of three things:    - It holds an image, a video or audio, by its bytes or by the name of a file:
-the row is refused (UNREAD_MEDIA),     since the model would judge it blind. It is accepted where the row's media
-are read and it names one of them again.   - It is a misspelling of a key that the layout reads, or another word for
-one that changes the prompt:     the row is refused (UNKNOWN_KEY).   - Anything else is counted and reported once
-for its file (`KeyTally`).
-
-A layout declares the keys that it reads as `KEYS`; an entry that is a tuple names alternatives, of which the first
-that a row has is read. Keys on METADATA may stand beside them and say nothing to the model. Every other key is
 unread, and one of three things:
 
 - It holds an image, a video or audio, by its bytes or by the name of a file: the row is refused (UNREAD_MEDIA),
-  since the model would judge it blind. It is let off where the row's media are read and it names one of them again.
-- It is a slip of the pen for a key that the layout reads, or another word for one that changes the prompt:
+  since the model would judge it blind. It is accepted where the row's media are read and it names one of them again.
+- It is a misspelling of a key that the layout reads, or another word for one that changes the prompt:
   the row is refused (UNKNOWN_KEY).
 - Anything else is counted and reported once for its file (`KeyTally`).
 """
