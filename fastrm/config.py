@@ -330,7 +330,7 @@ class OptimConfig(_Section):
     tokens_per_pack: Positive = 32768
     """The token budget of one forward pass. It bounds the memory; the gradient of a step does not depend on it."""
     states: Literal["fp32", "8bit"] = "fp32"
-    """The storage of AdamW's two moments: float32, or for the backbone's matrices torchao's 8-bit code, one scale for 256."""
+    """The storage of AdamW's two moments: float32, or for the backbone's matrices torchao's 8-bit code."""
 
 
 class PrecisionConfig(_Section):
