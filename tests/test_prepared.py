@@ -17,9 +17,10 @@ from PIL import Image
 from rich.console import Console
 
 from chat_templates import TRIMMED
+from fastrm import storage
 from fastrm.config import load_config
 from fastrm.data import tokenizer
-from fastrm.data.prepared import build, durable
+from fastrm.data.prepared import build
 from fastrm.data.prepared.content import with_digests
 from fastrm.data.prepared.records import decode_record, encode_record
 from fastrm.data.prepared.refusals import read_refusals
@@ -319,7 +320,7 @@ def test_two_processes_do_not_prepare_in_one_folder(tmp_path):
     held, leave = context.Event(), context.Event()
 
     def hold():
-        with durable.locked_folder(prepared_folder(config)):
+        with storage.locked_folder(prepared_folder(config)):
             held.set()
             leave.wait()
 
@@ -337,7 +338,7 @@ def test_a_set_that_is_there_is_read_while_another_run_holds_the_folder(tmp_path
     held, leave = context.Event(), context.Event()
 
     def hold():
-        with durable.locked_folder(made.folder):
+        with storage.locked_folder(made.folder):
             held.set()
             leave.wait()
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from fastrm.durable import sync_path
 from fastrm.errors import StorageError
 from fastrm.json_files import to_json
 from fastrm.model.weight_files import DTYPES, INDEX, SINGLE
 from fastrm.resources import free_disk
+from fastrm.storage import sync_path
 
 # The most bytes of a file; a larger tensor has a file of its own.
 SHARD_BYTES = 5 * 10**9

@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fastrm.durable import sync_path
 from fastrm.errors import StorageError
 from fastrm.json_files import to_json
+from fastrm.storage import sync_path
 from fastrm.train.ranks import ALONE, Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")

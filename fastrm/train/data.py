@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 from fastrm.config import AgainstConfig, Config, TrainedTokenizer
 from fastrm.data.prepared.build import Preparation
-from fastrm.data.prepared.durable import locked_folder
 from fastrm.data.prepared.refusals import read_refusals
 from fastrm.data.prepared.report import draw_report, pair_lines, report_tables, sharing_line
 from fastrm.data.prepared.stored import REFUSED, PreparedSet, read_manifest
@@ -22,6 +21,7 @@ from fastrm.evaluate.benchmarks import BENCHMARKS, load_benchmark
 from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.families import chat_layout
 from fastrm.stop import StopRequest
+from fastrm.storage import locked_folder
 from fastrm.train.encoder import TOKENIZER, find_backbone_config, make_data_encoder, make_tokenizer, prepared_folder
 from fastrm.train.step_cost import make_cost_model
 from fastrm.train.template_date import fix_date

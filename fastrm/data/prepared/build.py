@@ -17,7 +17,6 @@ from fastrm.data.balance import CostModel
 from fastrm.data.prepared import count, units
 from fastrm.data.prepared.count import COUNT, GROUPS_PER_PIECE, IMAGE, Counted, GroupCounter, Piece, load_counted
 from fastrm.data.prepared.decontaminate import collect, find_contaminated, kinds_of
-from fastrm.data.prepared.durable import put_folder, replaced
 from fastrm.data.prepared.index import entries_of, fingerprint_of_groups, make_index, num_records_of, num_ties_ignored
 from fastrm.data.prepared.refusals import read_refusals, refusal_line
 from fastrm.data.prepared.report import make_report, write_report
@@ -33,6 +32,7 @@ from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.json_files import to_json
+from fastrm.storage import put_folder, replaced
 
 _COUNTS, _FILES = "counts", "files.json"
 

@@ -23,7 +23,6 @@ from fastrm.data.group import (
 )
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.prepared.content import HASH
-from fastrm.data.prepared.durable import replaced
 from fastrm.data.prepared.refusals import parse_refusals, refusal_line
 from fastrm.data.prepared.select import Selection
 from fastrm.data.prepared.table import RecordTable
@@ -32,6 +31,7 @@ from fastrm.data.sources import RefusedRow
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tree import causal_pairs
 from fastrm.errors import RecordError
+from fastrm.storage import replaced
 
 # A piece is work of a few seconds: a kill loses it, and one worker takes it at a time.
 GROUPS_PER_PIECE = 2048

@@ -17,13 +17,13 @@ import numpy as np
 from fastrm.config import Config, SourceConfig
 from fastrm.data.balance import CostModel
 from fastrm.data.prepared.count import Counted, refusals
-from fastrm.data.prepared.durable import replaced
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs
 from fastrm.data.prepared.refusals import read_refusals
 from fastrm.data.prepared.select import Selection
 from fastrm.data.prepared.table import RecordTable
 from fastrm.data.prepared.units import PAIRS, REFUSED
 from fastrm.json_files import to_json
+from fastrm.storage import replaced
 from fastrm.ui import new_figure
 
 HISTOGRAMS = {

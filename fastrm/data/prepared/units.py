@@ -36,7 +36,6 @@ from fastrm.data.prepared.content import (
     text_hash,
     with_digests,
 )
-from fastrm.data.prepared.durable import put_folder
 from fastrm.data.prepared.findings import PAIR, pair_rows
 from fastrm.data.prepared.records import MEDIA_BYTES, RECORDS, decode_record, encode_record
 from fastrm.data.prepared.refusals import refusal_line
@@ -46,6 +45,7 @@ from fastrm.data.sources.files import stored_in
 from fastrm.errors import RecordError, StorageError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
+from fastrm.storage import put_folder
 
 FORMAT = 3  # format of a unit's files; with another number all units are read again
 # A unit is work of a second or two: a kill loses it, and one worker takes it at a time.
