@@ -4,8 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,13 +52,6 @@ def rows_without_clock(run_dir: Path) -> list[dict]:
 def outcome(run_dir: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """What must not differ: the logged numbers and the final weights."""
     return rows_without_clock(run_dir), load_file(run_dir / "model" / "model.safetensors")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def assert_same(run_dir: Path, unbroken: tuple[list[dict], dict[str, torch.Tensor]]) -> None:

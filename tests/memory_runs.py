@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from waiting import PATIENCE
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 TEXT = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": False}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
@@ -34,7 +36,7 @@ def measure(cases: list[dict]) -> list[dict]:
         "MALLOC_ARENA_MAX": "1",
     }
     command = [sys.executable, str(Path(__file__)), json.dumps(cases)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     if run.returncode:
         raise RuntimeError(run.stderr)
     return [json.loads(line) for line in run.stdout.splitlines()[-len(cases) :]]

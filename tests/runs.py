@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from waiting import PATIENCE
+
 TINY = {
     "run": {"seed": 0, "max_steps": 6, "log_every": 1},
     "data": {
@@ -108,7 +110,7 @@ def fastrm(*arguments, **kwargs) -> subprocess.CompletedProcess:
     """The real command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastrm.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, **kwargs)
 
 
 def fastrm_here(capfd, *arguments) -> tuple[int, str]:

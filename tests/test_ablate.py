@@ -23,8 +23,9 @@ from fastrm.errors import ConfigError
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
-from killed_runs import rows_without_clock, wait_until
+from killed_runs import rows_without_clock
 from runs import fastrm, text_rows, write_rows
+from waiting import PATIENCE, wait_until
 
 
 def weights(run_dir: Path) -> bytes:
@@ -162,7 +163,7 @@ def test_stopped_grid_goes_on_to_the_bit(number, tmp_path):
     first = grid.cells[0].dir
     wait_until(lambda: len(read_rows(first / "metrics.jsonl")) > 12)
     running.send_signal(number)
-    _, stderr = running.communicate(timeout=60)
+    _, stderr = running.communicate(timeout=PATIENCE)
     if number == signal.SIGINT:
         assert running.returncode == 75
         assert f"stopped by SIGINT with 0 of 2 cells done; go on with: fastrm ablate {path}" in stderr

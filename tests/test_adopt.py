@@ -16,6 +16,7 @@ from gpu_results import attention_share, kernel_report, planned_memory, training
 from gpu_tables import day_lines
 from kernel_results import ATTENTION, HEAD
 from training_results import ALTERNATIVES, FASTRM, FP8, MAIN, PLAIN
+from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = "NVIDIA H200"
@@ -170,7 +171,7 @@ def test_auto_chooses_what_was_measured(project, record, monkeypatch):
     )
     environment = {"PYTHONPATH": str(project / "kernels"), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-c", code]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     chosen, why = found.stdout.splitlines()
     assert chosen == "triton eager varlen", found.stderr
     assert why.startswith("tree_attention was not measured for float32 on NVIDIA H200")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from waiting import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[1]
 # From below to above; `__init__` is what `import fastrm` offers.
 FOUNDATION = {"errors", "limits", "names", "yaml_files", "json_files", "storage", "resources", "ui", "stop", "config"}
@@ -95,4 +97,4 @@ def test_a_backward_import_and_a_circle_are_found(tmp_path, statement, place):
 
 def test_importing_fastrm_and_its_commands_loads_no_torch():
     program = "import sys, fastrm, fastrm.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], timeout=PATIENCE).returncode == 0

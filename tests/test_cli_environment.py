@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from waiting import PATIENCE
+
 PROGRAM = """
 import json, os, sys
 from fastrm import cli
@@ -33,7 +35,7 @@ def test_cuda_memory_is_in_segments_that_grow_unless_somebody_says_otherwise(giv
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
     environment = {**inherited, **given}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE
     )
     found, torch_was_imported = json.loads(done.stdout)
     assert {name: value for name, value in found.items() if value} == wanted

@@ -26,9 +26,9 @@ from killed_runs import CLOCK
 from rank_jobs import DIVISIONS, Bench, make_config, make_packs, take_step
 from runs import colour_rows, text_rows, tiny_config, write_rows
 from support import make_model, make_record, pack_of
+from waiting import PATIENCE
 
 pytest.importorskip("deepspeed")
-SECONDS = 120  # after which ranks hang
 
 
 class RankServer:
@@ -68,7 +68,7 @@ class RankServer:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        self._process.stdin.write(json.dumps({**request, "port": port, "seconds": SECONDS}, default=str) + "\n")
+        self._process.stdin.write(json.dumps({**request, "port": port, "seconds": PATIENCE}, default=str) + "\n")
         self._process.stdin.flush()
 
 

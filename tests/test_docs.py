@@ -28,6 +28,7 @@ from fastrm.train.loop import train
 from fastrm.yaml_files import read_yaml, validate
 from project_copy import copy_project
 from runs import tiny_config
+from waiting import PATIENCE
 
 # Console lines that another test runs, or compares with what it computes.
 RUN_ELSEWHERE = {
@@ -65,7 +66,7 @@ def project(tmp_path, model, monkeypatch):
 
 def run_command(line, monkeypatch, capsys, page):
     if not line.startswith("fastrm "):
-        subprocess.run(["bash", "-c", line], check=True, timeout=60)
+        subprocess.run(["bash", "-c", line], check=True, timeout=PATIENCE)
         return
     monkeypatch.setattr("sys.argv", words_of(line))
     with pytest.raises(SystemExit) as leave:

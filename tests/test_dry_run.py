@@ -18,6 +18,7 @@ from fastrm.errors import ConfigError, StorageError
 from fastrm.forecast.dry_run import dry_run
 from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.plan import Assumptions, make_plan
+from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +48,7 @@ def small_config(tmp_path):
 def test_dry_run_prints_full_recipe_and_ends_well(tmp_path):
     command = [sys.executable, "-m", "fastrm.cli", "train", str(ROOT / "configs/full.yaml"), "--dry-run"]
     # Elsewhere than in the repository, where a data folder could exist.
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr
     for expected in ("data/rlaif-v", "is not a folder", "7,760,021,505", "13 of 13 inputs are missing", "estimate"):
         assert expected in run.stdout

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import gpu_carry
+from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 MINE = f"cp{sys.version_info.major}{sys.version_info.minor}"
@@ -59,7 +60,7 @@ def test_a_carried_triton_cache_is_found_again_at_another_place(tmp_path):
     def compile_into(folder):
         environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT / "kernels")}
         environment.pop("TRITON_INTERPRET", None)
-        subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=300)
+        subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=PATIENCE)
         return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
     made = compile_into(tmp_path / "here")

@@ -16,6 +16,7 @@ import gpu_runner
 import gpu_stages
 from gpu_runner import Day, Stage, marked, printable
 from gpu_stages import faulty_stages, rehearsal, stages
+from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1], 'figures.json').write_text('{\"a\": 1}'); print('hello')"
@@ -165,12 +166,12 @@ def test_a_day_that_is_ended_from_outside_keeps_its_figures(tmp_path, number):
     code = DAY.format(bench=str(ROOT / "bench"), write=WRITE, out=str(tmp_path / "out"))
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # one that is killed leaves its work there
     day = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-    file, deadline = tmp_path / "out" / "gpu_day.json", time.monotonic() + 60
+    file, deadline = tmp_path / "out" / "gpu_day.json", time.monotonic() + PATIENCE
     while "hello" not in _tail_of(file, "slow"):
         assert time.monotonic() < deadline and day.poll() is None
         time.sleep(0.05)
     day.send_signal(number)
-    said, _ = day.communicate(timeout=60)
+    said, _ = day.communicate(timeout=PATIENCE)
     record = json.loads(file.read_text())
     statuses = {stage["name"]: stage["status"] for stage in record["stages"]}
     assert all(s["results"] == {"figures.json": {"a": 1}} for s in record["stages"][:2])

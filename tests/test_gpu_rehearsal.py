@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from waiting import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[1]
 # The stand-ins against fastrm's own eager attention. In a process of its own: they replace operators.
 EMULATED = """
@@ -48,7 +50,7 @@ print("agree")
 def test_emulated_operators_compute_attention():
     done = subprocess.run(
         [sys.executable, "-c", EMULATED], cwd=ROOT, env={"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin"},
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.stdout == "agree\n", done.stderr
 

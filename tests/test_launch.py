@@ -19,9 +19,9 @@ from fastrm.train.checkpoint import list_checkpoints
 from fastrm.train.deepspeed_engine import DeepSpeedEngine
 from fastrm.train.metrics import read_rows
 from runs import text_rows, tiny_config, write_rows
+from waiting import PATIENCE
 
 pytest.importorskip("deepspeed")
-SECONDS = 300  # that two ranks may need for a few steps where others take their cores
 TEXT_MODEL = {
     "init": {
         "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -49,7 +49,7 @@ def fastrm_train(config: Path, *options) -> subprocess.Popen:
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + PATIENCE
     while not (rows := read_rows(run_dir / "metrics.jsonl")) or rows[-1]["step"] < step:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "waited in vain"
@@ -69,7 +69,7 @@ def test_a_lost_rank_is_named_and_a_signal_saves(tmp_path):
     assert sorted(found) == [0, 1]
     lost = time.monotonic()
     found[1].send_signal(signal.SIGKILL)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert time.monotonic() - lost < 60 and process.returncode == 71, errors
     assert f"error: rank 1 (process {found[1].pid}) was killed by SIGKILL, and the others were stopped" in errors
     assert not output and "Traceback" not in errors and not any(rank.is_running() for rank in found.values())
@@ -84,7 +84,7 @@ def test_a_lost_rank_is_named_and_a_signal_saves(tmp_path):
     time.sleep(0.02)
     for rank in found.values():
         rank.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and "Traceback" not in errors, errors
     newest = list_checkpoints(run_dir / "checkpoints")[0]
     assert int(newest.name.removeprefix("step-")) == read_rows(run_dir / "metrics.jsonl")[-1]["step"]
@@ -102,7 +102,7 @@ def test_launchers_of_others_work(launcher, tmp_path):
         "deepspeed": ["--no_local_rank", "--num_gpus", "2", "--master_port", str(launch._free_port()), "--module"],
     }[launcher]
     process = start(tool, *options, "fastrm.cli", "train", config)
-    _, errors = process.communicate(timeout=SECONDS)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and "Traceback" not in errors, errors
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_processes"] == 2
     assert "ranks: 2, DeepSpeed ZeRO stage 2" in errors and errors.count("ranks: 2") == 1
@@ -112,7 +112,7 @@ def test_launchers_of_others_work(launcher, tmp_path):
 def test_what_all_ranks_refuse_is_said_once(tmp_path):
     config = text_config(tmp_path)
     process = fastrm_train(config, "data.train=[{path: nothing.jsonl}]")
-    _, errors = process.communicate(timeout=SECONDS)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 65 and "Traceback" not in errors, errors
     assert errors.splitlines()[-2].startswith('error: data source "nothing.jsonl" does not exist')
     assert errors.count("does not exist") == 2  # a line for people, and one of JSON

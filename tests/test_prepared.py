@@ -39,6 +39,7 @@ from fastrm.ui import Display
 from prepared_sets import Made, config_of, contents, ids, small_pieces
 from runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
 from video_files import moving_frames, write_frames
+from waiting import PATIENCE
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -548,7 +549,7 @@ def test_the_scale_benchmark_measures_and_goes_on_with_what_is_there(tmp_path):
     command = [sys.executable, script, "--dir", tmp_path / "work", "--rows", "1500", "--out", tmp_path / "out"]
     results = []
     for _ in range(2):
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
         (path,) = (tmp_path / "out").glob("*-prepared-1500.json")
         results.append(json.loads(path.read_text()))
     first, second = results

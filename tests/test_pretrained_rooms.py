@@ -12,9 +12,10 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 import fastrm
 import memory_runs
-from killed_runs import ForkServer, assert_same, outcome, wait_until
+from killed_runs import ForkServer, assert_same, outcome
 from runs import write_rows
 from smollm2 import needs_smollm2
+from waiting import wait_until
 
 pytestmark = needs_smollm2
 
@@ -79,7 +80,7 @@ def test_a_killed_run_resumes_to_the_bit(server, run_dir, smollm2_folder, tmp_pa
     config = make_config(tmp_path, smollm2_folder)
     pid = server.start(config, "no")
     first = tmp_path / "run" / "checkpoints" / "step-00000001" / "manifest.json"
-    wait_until(first.exists, seconds=300)
+    wait_until(first.exists)
     os.killpg(pid, signal.SIGKILL)
     assert server.wait() == -signal.SIGKILL
     assert not (tmp_path / "run" / "summary.json").exists()

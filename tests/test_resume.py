@@ -13,8 +13,9 @@ from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.train import checkpoint as checkpoints
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
-from killed_runs import ForkServer, assert_same, outcome, wait_until
+from killed_runs import ForkServer, assert_same, outcome
 from runs import colour_rows, tiny_config
+from waiting import wait_until
 
 STEPS = 24
 RUNS, KILLS_PER_RUN = 4, 5

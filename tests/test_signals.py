@@ -9,11 +9,10 @@ import time
 import psutil
 import pytest
 
-from killed_runs import ForkServer, assert_same, outcome, wait_until
+from killed_runs import ForkServer, assert_same, outcome
 from runs import colour_rows, tiny_config
+from waiting import PATIENCE, wait_until
 
-# Of the tests, not of the promise: a process that does not leave is one that waits for an hour.
-SECONDS = 120
 MOMENTS = 50
 
 
@@ -49,13 +48,13 @@ def has_ended(pid) -> bool:
         return True
 
 
-def stop(server, pid, number, send, seconds=SECONDS) -> int:
+def stop(server, pid, number, send) -> int:
     """Send a signal, and wait for the process and all of its children; returns the exit code."""
     children = psutil.Process(pid).children(recursive=True)
     send(pid, number)
-    wait_until(lambda: has_ended(pid), seconds)
+    wait_until(lambda: has_ended(pid))
     code = server.wait()
-    psutil.wait_procs(children, timeout=SECONDS)
+    psutil.wait_procs(children, timeout=PATIENCE)
     assert not any(child.is_running() for child in children)
     return code
 
@@ -118,7 +117,7 @@ def test_a_signal_ends_scoring_whose_worker_is_stuck_and_leaves_no_file(server, 
 def test_a_pack_that_its_worker_cannot_send_is_an_error_and_is_not_waited_for(server, data, tmp_path):
     config, log = make_config(tmp_path, data), tmp_path / "config.yaml.log"
     pid = server.start(config, patch="unsent")
-    wait_until(lambda: has_ended(pid), SECONDS)
+    wait_until(lambda: has_ended(pid))
     assert server.wait() == 74 and "a data worker cannot send a pack" in log.read_text()
     assert "(/dev/shm; docker run --shm-size)" in json.loads(log.read_text().splitlines()[-1])["message"]
 

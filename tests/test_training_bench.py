@@ -26,6 +26,7 @@ from training_results import load_all
 from training_run import MIN_ROUNDS, OUT_OF_TIME, UNFINISHED, Measured
 from training_shapes import PACKED, PLAIN, TrainingShape, Variant
 from training_variants import CompiledLayers, TrainingStep, count_flops
+from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 FASTRM = Variant("fastrm")
@@ -172,7 +173,7 @@ def test_a_killed_run_keeps_every_trial(tmp_path, trials):
     code = KILLED_AFTER.format(
         bench=str(ROOT / "bench"), tests=str(ROOT / "tests"), trials=trials, out=str(tmp_path)
     )  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert done.stdout.count("1.000 s, 1.00 pairs/s") == trials
     (report,) = load_all(tmp_path)

@@ -1,0 +1,15 @@
+"""How long the tests wait for what must come: a limit that only work which hangs can reach."""
+
+import time
+from collections.abc import Callable
+
+# A run of 20 s took more than 120 beside 26 processes on two cores. Work that is stuck on purpose sleeps for 600 s
+# (stuck_work.py), so that a command which waits for it is still seen.
+PATIENCE = 500  # seconds
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
