@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import fastrm.train.loop
 from fastrm.config import Config, load_config
 from fastrm.data.tokenizer import load_tokenizer
+from fastrm.train import evaluation
 from fastrm.train.checkpoint import load_checkpoint, save_checkpoint
 from fastrm.train.deepspeed_engine import DeepSpeedEngine
 from fastrm.train.engine import LocalEngine
@@ -224,7 +225,7 @@ def _infinite_in_the_second_step(loss_and_rewards, engine):
 
 def train_and_stop_in_an_evaluation(config: str) -> None:
     """The last rank alone is asked to stop, at its second pack of the first evaluation."""
-    run_packs = fastrm.train.loop.run_packs
+    run_packs = evaluation.run_packs
 
     def stop(*arguments, **options):
         for number, loaded in enumerate(run_packs(*arguments, **options)):
@@ -232,5 +233,5 @@ def train_and_stop_in_an_evaluation(config: str) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield loaded
 
-    fastrm.train.loop.run_packs = stop
+    evaluation.run_packs = stop
     train(config)

@@ -103,14 +103,12 @@ def stopped(data, tmp_path):
         if len(count) == 2:
             raise Stop
 
-    from fastrm.train import loop
-
-    loop.save_checkpoint = save_and_stop
+    checkpoints.save_checkpoint = save_and_stop
     try:
         with pytest.raises(Stop):
             train(config)
     finally:
-        loop.save_checkpoint = original
+        checkpoints.save_checkpoint = original
     return path, tmp_path / "run"
 
 
@@ -180,10 +178,10 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(stopped, mon
 
 
 def test_a_stop_inside_an_evaluation_loses_nothing(server, data, unbroken, tmp_path, monkeypatch):
-    from fastrm.train import loop
+    from fastrm.train import evaluation
 
     config = load_config(make_config(tmp_path, data), ["data.num_workers=0"])
-    original, packs = loop.run_packs, []
+    original, packs = evaluation.run_packs, []
 
     def stop_at_the_second_evaluation(*arguments, **options):
         for pack in original(*arguments, **options):
@@ -192,7 +190,7 @@ def test_a_stop_inside_an_evaluation_loses_nothing(server, data, unbroken, tmp_p
                 os.kill(os.getpid(), signal.SIGTERM)
             yield pack
 
-    monkeypatch.setattr(loop, "run_packs", stop_at_the_second_evaluation)
+    monkeypatch.setattr(evaluation, "run_packs", stop_at_the_second_evaluation)
     with pytest.raises(InterruptedRun, match="stopped by SIGTERM after step"):
         train(config)
     monkeypatch.undo()

@@ -20,13 +20,84 @@ from safetensors.torch import save_file
 
 from fastrm.errors import StorageError
 from fastrm.json_files import to_json
+from fastrm.stop import StopFlag
 from fastrm.storage import sync_path
+from fastrm.train.progress import Progress
 from fastrm.train.ranks import ALONE, Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")
+CHECKPOINTS = "checkpoints"  # in the run folder
 MODEL, OPTIMIZER, STATE, MANIFEST = "model", "optimizer", "state.json", "manifest.json"
 # Of a safetensors file. model.safetensors is followed by model.2.safetensors and so on.
 SHARD_BYTES = 4 * 2**30
+# Saves in a row that may fail, for a full disk say, before the run stops.
+MAX_FAILED_SAVES = 3
+
+
+class Checkpoints:
+    """The checkpoints of one run: which of them are written, and which are kept.
+
+    Args:
+        folder: that they are in.
+        about: what each says of the run besides its progress, as JSON.
+        keep: how many to keep, besides the best.
+        saved: the progress that the run was restored from, whose checkpoint is there; None for a fresh start.
+        say: takes a line of text about a save that failed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine,
+        about: dict,
+        keep: int,
+        *,
+        saved: Progress | None,
+        stop: StopFlag,
+        ranks: Ranks,
+        say: Callable[[str], None],
+    ):
+        self._folder, self._engine, self._about, self._keep = folder, engine, about, keep
+        self._stop, self._ranks, self._say = stop, ranks, say
+        self._saved = None if saved is None else _key(saved)
+        self._failures = 0  # in a row
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint, unless the last one holds the same; called on all ranks.
+
+        Raises:
+            StorageError: on all ranks, as `save_checkpoint`.
+        """
+        if self._saved == _key(progress):
+            return
+        with self._stop.saving():
+            state = {"progress": progress.state(), **self._about}
+            save_checkpoint(self._folder, progress.step, self._engine, state, self._ranks)
+        self._saved = _key(progress)
+        if self._ranks.is_first:
+            prune(self._folder, self._keep, progress.best_checkpoint)
+
+    def try_to_save(self, progress: Progress) -> bool:
+        """Save, but let training go on if the disk will not take it: the next save may succeed.
+
+        Raises:
+            StorageError: at the MAX_FAILED_SAVES-th failure in a row.
+        """
+        try:
+            self.save(progress)
+            self._failures = 0
+            return True
+        except StorageError as error:
+            self._failures += 1
+            self._say(f"warning: {error} (failure {self._failures} of {MAX_FAILED_SAVES} in a row)")
+            if self._failures >= MAX_FAILED_SAVES:
+                raise
+            return False
+
+
+def _key(progress: Progress) -> tuple[int, bool]:
+    """Return what tells two checkpoints of a run apart: the step, and whether its evaluation is in it."""
+    return progress.step, progress.is_evaluated
 
 
 def save_checkpoint(folder: Path, step: int, engine, state: dict, ranks: Ranks = ALONE) -> Path:

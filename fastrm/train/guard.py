@@ -9,8 +9,10 @@ from pathlib import Path
 
 from fastrm.errors import DivergedError, StorageError
 from fastrm.json_files import to_json
+from fastrm.train.metrics import keep_rows
 from fastrm.train.ranks import Ranks
 
+INCIDENTS = "incidents.jsonl"  # in the run folder
 # Steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
 MAX_SKIPPED_STEPS = 3
 
@@ -70,10 +72,13 @@ class StepGuard:
 
     Args:
         path: of incidents.jsonl; None on a rank that only counts.
+        step: that the run continues from; incidents of later ones are removed, since they will be taken again.
     """
 
-    def __init__(self, path: Path | None, skipped_in_a_row: int = 0):
+    def __init__(self, path: Path | None, step: int = 0, skipped_in_a_row: int = 0):
         self._path = path
+        if path is not None:
+            keep_rows(path, lambda row: row["step"] <= step)
         self.skipped_in_a_row = skipped_in_a_row
 
     def after_step(self, step: int, finite: bool, loss: float, grad_norm: float, records: list[str]) -> None:

@@ -6,24 +6,28 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from fastrm.config import Config
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
 
 
 class MetricsLog:
-    """metrics.jsonl, and the optional loggers of run.report_to.
+    """metrics.jsonl in the run folder, and the optional loggers of run.report_to.
+
+    Rows that the run is going to write again are removed first, so that a resumed run's file reads like that of an
+    unbroken one.
 
     Args:
-        path: appended to; rows that the run is going to write again are removed first, so that a
-            resumed run's file reads like that of an unbroken one.
         progress: where the run continues from: its `step`, and its `last_eval`.
     """
 
-    def __init__(self, path: Path, progress, report_to: list[str], run_dir: Path, config: dict):
+    def __init__(self, config: Config, progress):
+        run_dir = Path(config.run.dir)
+        path = run_dir / "metrics.jsonl"
         evaluated = progress.last_eval.get("step", -1)
         keep_rows(path, lambda row: row["step"] <= (evaluated if "eval/accuracy" in row else progress.step))
         self._file = path.open("a")
-        self._sinks = [_SINKS[name](run_dir, config) for name in report_to]
+        self._sinks = [_SINKS[name](run_dir, config.model_dump(mode="json")) for name in config.run.report_to]
 
     def write(self, row: dict) -> None:
         """Append one row; `row["step"]` is the number of steps done."""

@@ -1,16 +1,111 @@
-"""The end of a run for people: a table, report.png, and what the run ran on."""
+"""A run for people: what it says before its first step and at every row, and the report at its end."""
 
 import importlib
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
+from fastrm.evaluate.accuracy import Flips
 from fastrm.json_files import to_json
+from fastrm.model.config_keys import describe_unknown_keys
+from fastrm.model.stock_classes import padding_note
 from fastrm.train.metrics import read_rows
+from fastrm.train.run import Run
+from fastrm.train.setup import Job, export_model
 from fastrm.ui import new_figure
+
+
+def announce(run: Run, start: Path | None) -> None:
+    """Say what is about to be trained, how, and from which checkpoint; write config.yaml."""
+    if run.ranks.is_first:
+        (run.folder / "config.yaml").write_text(run.config.to_yaml())
+    for line in _opening_lines(run.job, run.ranks.num_ranks, run.quarantine.total):
+        run.display.say(line)
+    run.display.say(f"run: {run.num_steps:,} steps of {run.order.batch_pairs:,} preferences in {run.folder}")
+    if start is not None:
+        run.display.say(f"resumed from {start}")
+
+
+def _opening_lines(job: Job, num_ranks: int, num_quarantined: int) -> Iterator[str]:
+    """Yield lines on the model, on each decision how it computes, and on the training data."""
+    network, config, train = job.network, job.config, job.train
+    # Of weights that are divided over ranks, this one holds a part.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in network.parameters()]
+    parameters, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    yield f"model: {parameters:,} parameters, {trainable:,} trained, on {network.device}"
+    if (line := describe_unknown_keys(network.model.config)) is not None:
+        yield line
+    if num_ranks > 1:
+        yield f"ranks: {num_ranks}, DeepSpeed ZeRO stage {config.engine.zero_stage}"
+    for part, (choice, why) in (("attention", network.attention), ("head and loss", network.head_kernels)):
+        yield f"{part}: {choice} ({why})"
+    yield f"norm and SwiGLU: {network.norm_and_gate}"
+    if network.fp8:
+        yield from network.fp8.lines(config.compile == "layers")
+    if (line := padding_note(network)) is not None:
+        yield line
+    yield (
+        f"data: {len(train.groups):,} groups with {train.num_preferences:,} preferences from "
+        f"{train.num_records:,} records; {train.num_ties_ignored:,} ties ignored; "
+        f"{num_quarantined:,} records in quarantine"
+    )
+
+def progress_note(row: dict) -> str:
+    """Return what is shown of a row of metrics.jsonl while the run works."""
+    if row["loss"] is None:
+        return "no step was finite"
+    return (
+        f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  margin {row['rewards/margins']:+.3f}  "
+        f"{row['preferences_per_second']:,.0f} pairs/s"
+    )
+
+
+def finish(run: Run, flips: Flips | None) -> dict:
+    """Export the model and leave the report; called on all ranks. Returns what summary.json holds.
+
+    Args:
+        flips: of FP8 against bf16.
+
+    Raises:
+        InterruptedRun: a rank was asked to stop.
+        StorageError, DataError: as `export_model`.
+    """
+    run.leave_if_stopped()
+    with run.breakable():
+        export_model(run.engine, run.folder / "model", run.ranks)
+    summary = _summary(run, flips)
+    if run.ranks.is_first:
+        write_report(run.folder, summary)
+        run.display.console.print(summary_table(summary, summary["eval_by_source"]))
+        for line in (*run.quarantine.reasons(), f"model, report.png and summary.json are in {run.folder}"):
+            run.display.say(line)
+    return summary
+
+
+def _summary(run: Run, flips: Flips | None) -> dict:
+    progress, network = run.progress, run.job.network
+    return {
+        "eval_accuracy": progress.last_eval.get("eval/accuracy"),
+        "steps": progress.step,
+        "preferences": progress.preferences,
+        "tokens_processed": progress.tokens_processed,
+        "tokens_unshared": progress.tokens_unshared,
+        "train_seconds": progress.train_seconds,
+        "preferences_per_second": progress.preferences / max(progress.train_seconds, 1e-9),
+        "num_processes": run.ranks.num_ranks,
+        "peak_memory_bytes": max(run.ranks.gather(peak_memory_bytes(network.device))),
+        "quarantined": run.quarantine.total,
+        "eval_by_source": progress.last_eval.get("eval/sources", {}),
+        "fp8_flip_rate": flips.rate if flips else None,
+        "compiled_graphs": None if network.graphs is None else network.graphs.count,
+        "best_checkpoint": progress.best_checkpoint,
+        "best_accuracy": progress.best_accuracy,
+        "versions": versions(),
+    }
 
 
 def write_report(run_dir: Path, summary: dict) -> None:

@@ -1,10 +1,23 @@
 """Where a run starts: from nothing, or from a checkpoint that fits the configuration."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError, StorageError
-from fastrm.train.checkpoint import list_checkpoints, newest_checkpoint, verify
+from fastrm.train.checkpoint import (
+    CHECKPOINTS,
+    STATE,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    set_newer_aside,
+    verify,
+)
+from fastrm.train.guard import INCIDENTS
+from fastrm.train.progress import Progress
+from fastrm.train.ranks import Ranks
 
 # Keys that may differ on resume: they do not change what a step computes. More or fewer steps in all
 # do change the learning rates to come, which is what a user who sets them wants.
@@ -17,8 +30,11 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def find_start(run_dir: Path, resume: str, say) -> Path | None:
-    """The checkpoint to start from, or None for a fresh start.
+def find_start(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint to start from, or None for a fresh start.
+
+    Before a fresh start, what an earlier one has left that reached no checkpoint is removed: it would count in this
+    run, or be taken for its own.
 
     Args:
         resume: no, auto, required, or the path of a checkpoint.
@@ -29,7 +45,15 @@ def find_start(run_dir: Path, resume: str, say) -> Path | None:
             nothing to resume.
         StorageError: if checkpoints exist but none is intact.
     """
-    folder = run_dir / "checkpoints"
+    start = _find_checkpoint(run_dir, resume, say)
+    if start is None:
+        for name in ("quarantine.jsonl", INCIDENTS):
+            (run_dir / name).unlink(missing_ok=True)
+    return start
+
+
+def _find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
+    folder = run_dir / CHECKPOINTS
     if resume == "no":
         metrics = run_dir / "metrics.jsonl"
         if list_checkpoints(folder) or (metrics.exists() and metrics.stat().st_size):
@@ -50,10 +74,32 @@ def find_start(run_dir: Path, resume: str, say) -> Path | None:
     return Path(resume)
 
 
-def clear_failed_start(run_dir: Path) -> None:
-    """What a start that reached no checkpoint has left would count in this run, or be taken for its own."""
-    for name in ("quarantine.jsonl", "incidents.jsonl"):
-        (run_dir / name).unlink(missing_ok=True)
+def restore(checkpoint: Path, config: Config, fingerprint: str, engine, ranks: Ranks) -> Progress:
+    """Load weights and optimizer states of an intact checkpoint, and return how far it was; called on all ranks.
+
+    Checkpoints of the run that are newer are set aside: other steps will follow now.
+
+    Args:
+        fingerprint: of the training data.
+
+    Raises:
+        ConfigError: the configuration or the training data would have made another run.
+        StorageError: its tensors are not those of this network and its optimizers.
+    """
+    state = json.loads((checkpoint / STATE).read_text())
+    check_config(state["config"], config)
+    if state["data_fingerprint"] != fingerprint:
+        raise ConfigError(
+            f"{checkpoint}: the training data has changed since (texts, images, preferences, order); "
+            "restore it, or start a new run.dir"
+        )
+    load_checkpoint(checkpoint, engine)
+    progress = Progress.from_state(state["progress"])
+    if state["config"]["data"]["eval"] != config.model_dump(mode="json")["data"]["eval"]:
+        progress.last_eval, progress.best_accuracy, progress.best_checkpoint = {}, None, None
+    if ranks.is_first:
+        set_newer_aside(Path(config.run.dir) / CHECKPOINTS, progress.step)
+    return progress
 
 
 def check_config(saved: dict, config: Config) -> None:

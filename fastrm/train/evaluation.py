@@ -1,0 +1,95 @@
+"""Evaluations of a run: held-out preferences while it trains, and FP8 against bf16 at its end."""
+
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from fastrm.data.loader import LoadedPack, RefusedGroup
+from fastrm.evaluate.accuracy import Flips, PreferenceMeter
+from fastrm.evaluate.flips import compare_fp8
+from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite, run_packs
+from fastrm.train.run import Run
+
+
+@dataclass
+class _HeldOut:
+    """Counts of one rank, or of all together, on the held-out preferences."""
+
+    meter: PreferenceMeter = field(default_factory=PreferenceMeter)
+    refused: list[RefusedGroup] = field(default_factory=list)
+    loss: float = 0.0
+    weight: float = 0.0
+
+    def add(self, loaded: LoadedPack, rewards, loss) -> None:
+        self.meter.add(loaded.pack, rewards)
+        self.loss += float(loss)
+        self.weight += float(loaded.pack.weight.sum())
+
+    def merge(self, other: "_HeldOut") -> None:
+        self.meter.merge(other.meter)
+        self.refused += other.refused
+        self.loss += other.loss
+        self.weight += other.weight
+
+
+def evaluate(run: Run) -> bool:
+    """Evaluate the weights of this step on data.eval, on all ranks; returns whether they are the best so far.
+
+    Raises:
+        InterruptedRun: a rank was asked to stop.
+        DataError: a reward is not finite; a checkpoint without figures has been saved.
+    """
+    network = run.job.network.eval()
+    total = _HeldOut()
+    for report in run.ranks.gather(_count_held_out(run)):
+        total.merge(report)
+    run.note_refusals(total.refused, run.job.eval)
+    if broken := [refusal for refusal in total.refused if refusal.code == NON_FINITE]:
+        run.checkpoints.save(run.progress)  # without figures: they would choose a checkpoint
+        refuse_non_finite(f"evaluation, {run.job.eval.members(broken[0].group)[0][1]}", broken[0])
+    network.train()
+    row = {
+        "step": run.progress.step,
+        "eval/loss": total.loss / max(total.weight, 1e-12),
+        "eval/accuracy": total.meter.accuracy,
+        "eval/margin": total.meter.means()["rewards/margins"],
+        "eval/sources": total.meter.by_source(),
+    }
+    run.write(row)
+    run.display.say(
+        f"step {row['step']:,}: held-out accuracy {row['eval/accuracy']:.4f}, loss {row['eval/loss']:.4f}"
+    )
+    return run.progress.note_evaluation(row)
+
+
+def _count_held_out(run: Run) -> _HeldOut:
+    config, prepared, found = run.config, run.job.eval, _HeldOut()
+    packs = run_packs(
+        run.engine.rewards, run.builder(prepared), prepared.groups, config.optim.tokens_per_pack,
+        config.data.num_workers, run.ranks.rank, run.ranks.num_ranks,
+        pin_memory=run.job.network.device.type != "cpu",
+    )  # fmt: skip
+    with run.breakable(), closing(packs):
+        for loaded, rewards in packs:
+            run.leave_if_stopped()
+            found.refused += loaded.refused
+            if loaded.pack is not None:
+                found.add(loaded, rewards, run.engine.loss(rewards, loaded.pack))
+    return found
+
+
+def count_fp8_flips(run: Run) -> Flips | None:
+    """Compare FP8 with bf16 under the final weights, on the held-out preferences; None without the one or the other."""
+    network, prepared, config = run.job.network, run.job.eval, run.config
+    if network.fp8 is None or prepared is None:
+        return None
+    with run.breakable():
+        flips = compare_fp8(
+            network, run.engine.rewards, run.builder(prepared), prepared.groups, config.optim.tokens_per_pack,
+            config.data.num_workers, run.leave_if_stopped,
+        )  # fmt: skip
+    fp8, bf16 = flips.accuracies
+    run.display.say(
+        f"FP8 against bf16, same weights: {flips.lost + flips.gained:,} of {flips.num_preferences:,} held-out "
+        f"preferences flipped ({flips.rate:.2%}); accuracy {fp8:.4f} against {bf16:.4f}"
+    )
+    return flips
