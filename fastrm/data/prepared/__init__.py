@@ -5,6 +5,8 @@
     count     groups -> tokens and media, or why they cannot be trained on                      count.py
     index     arrays that training maps, and decodes records by                   index.py, stored.py
 
-Reading and counting go on in worker processes and where a killed preparation has stopped; selecting works on
-columns of numbers alone. The result depends neither on the number of workers nor on where it was killed.
+The sources of a configuration come in; a folder goes out that training maps into memory, with a report of what was
+kept, refused, merged and removed. Reading and counting go on in worker processes and where a killed preparation has
+stopped; selecting works on columns of numbers alone. The result depends neither on the number of workers nor on where
+it was killed. Open `build.py` first, which makes a set, then `stored.py`, which is what training sees of it.
 """

@@ -1,0 +1,116 @@
+"""Names in the documentation: links lead somewhere, files exist, generated pages are those of the code."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from documents import PAGES, ROOT, text_of
+from fastrm.data.tree import build_tree
+
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"")
+# Paths from the project's folder, in code, in tables and in prose; not those of other projects or of a cache.
+PATH = re.compile(r"(?<![\w./<~-])((?:fastrm|kernels|bench|tests|configs|docs)/[\w*./-]*\w)")
+FILE = re.compile(r"`([\w-]+\.py)`")
+PACKAGES = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "fastrm").rglob("__init__.py"))
+OTHERS = {"0_download_data.py"}  # of a benchmark's authors
+
+
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def anchors(text):
+    """The names of a page's headings in links: GitHub's rule."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for found in LINK.findall(text_of(page)):
+        target, _, anchor = (found[0] or found[1]).partition("#")
+        if "://" in target:
+            continue
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{page} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_exist(page):
+    text = text_of(page)
+    missing = [path for path in PATH.findall(text) if "NAME" not in path and not list(ROOT.glob(path))]
+    folders = ("fastrm", "kernels", "bench", "tests", "docs")
+    names = OTHERS | {file.name for folder in folders for file in (ROOT / folder).rglob("*.py")}
+    missing += [name for name in FILE.findall(text) if name not in names]
+    assert missing == []
+
+
+def test_every_page_is_on_the_map():
+    """From README.md all pages are reached by links."""
+    reached, waiting = set(), ["README.md"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        for found in LINK.findall(text_of(page)):
+            file = Path((ROOT / page).parent / found[0].partition("#")[0]).resolve()
+            name = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else ""
+            if name in PAGES and name not in reached:
+                waiting.append(name)
+    assert sorted(set(PAGES) - reached) == []
+
+
+def test_five_questions_name_functions_that_are_there():
+    """The table at the top of docs/architecture.md: each function is defined in one of its line's files."""
+    table = text_of("docs/architecture.md").split("## One batch")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and ".py`" in line]
+    assert len(rows) == 5
+    for _, places, functions in rows:
+        sources = "".join((ROOT / path).read_text() for path in PATH.findall(places))
+        sources += "".join(file.read_text() for file in (ROOT / "fastrm/data/sources").glob("*.py"))  # a layout's parse
+        for name in re.findall(r"`([\w.]+)`", functions):
+            assert f"def {name.split('.')[-1]}(" in sources, f"{name} is in none of {places}"
+
+
+@pytest.mark.parametrize("file", PACKAGES)
+def test_packages_introduce_themselves(file):
+    """What comes in, what goes out, which file to open first."""
+    text = ast.get_docstring(ast.parse((ROOT / file).read_text()))
+    assert re.search(r"\bcomes?\s+in\b", text) and re.search(r"\bgo(es)?\s+out\b|\bOut\s+comes?\b", text)
+    opened = re.findall(r"`([\w/]+\.py)`", text[text.index("Open `") :])
+    assert opened and all((ROOT / file).with_name(name).exists() for name in opened)
+
+
+def test_readme_fits_a_reader_in_a_hurry():
+    assert len(text_of("README.md").splitlines()) <= 150
+
+
+def test_settings_page_is_that_of_the_code():
+    page = script("configuration").page()
+    assert text_of("docs/configuration.md") == page, "run: python docs/configuration.py --write"
+
+
+def test_picture_counts_the_tokens_of_a_real_tree():
+    idea = script("idea")
+    prompt = list(range(idea.IMAGE + idea.QUESTION))
+    rows = {name: np.array([*prompt, *range(10_000 * (i + 1), 10_000 * (i + 1) + idea.RESPONSE)])
+            for i, name in enumerate(idea.RESPONSES)}  # fmt: skip
+    assert sum(build_tree(list(rows.values())).lengths) == idea.TREE_TOKENS
+    assert sum(len(rows[name]) for name in idea.ROWS) == idea.PAIRWISE_TOKENS
+    assert f"{idea.PAIRWISE_TOKENS:,} tokens as pairs, {idea.TREE_TOKENS:,} as one" in text_of("README.md")
+
+
+def test_pictures_are_drawn_by_their_script(tmp_path, monkeypatch):
+    idea = script("idea")
+    monkeypatch.setattr(idea, "FOLDER", tmp_path)
+    idea.main()
+    for theme in idea.THEMES:
+        assert (tmp_path / f"idea-{theme}.svg").stat().st_size > 10_000
