@@ -140,7 +140,7 @@ def _table(folder: Path, num_records: int) -> RecordTable:
     zeros = np.zeros(num_records, dtype=np.int32)
     return RecordTable(
         folder=folder, units=[Unit("train", 0, None, 0, num_records, "unit")], columns=columns,
-        media=np.zeros(0, dtype=MEDIUM), texts=np.zeros(0, dtype=TEXT), first_media=zeros, first_text=zeros,
+        media=np.zeros(0, dtype=MEDIUM), texts=np.zeros(0, dtype=TEXT), first_text=zeros,
         unit=zeros, source=zeros, repeat=np.ones(num_records, dtype=np.float32),
     )  # fmt: skip
 

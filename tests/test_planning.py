@@ -154,7 +154,7 @@ def test_a_pack_is_never_longer_than_its_groups_were_counted():
             prompts = [Message("user", ("same " * 30, images[rng.integers(3)])) for _ in answers]
             pairs = zip(prompts, answers, strict=True)
             records.append(replace(record, responses=tuple(Response((prompt, answer)) for prompt, answer in pairs)))
-        counted = [encode_group(record, network.encoder).num_tree_tokens() for record in records]
+        counted = [sum(encode_group(record, network.encoder).tree().lengths) for record in records]
         assert pack_of(network, records).num_tokens <= sum(counted)
 
 

@@ -48,10 +48,6 @@ class EncodedGroup:
         numbers = {key: number for number, key in enumerate(self.media)}
         return build_tree([_content_keys(r, numbers) for r in self.responses], share)
 
-    def num_tree_tokens(self, share: bool = True) -> int:
-        """Return the tokens of the group's own tree: an upper bound of what it adds to a pack."""
-        return sum(self.tree(share).lengths)
-
 
 @dataclass(frozen=True)
 class GroupInPack:

@@ -67,7 +67,7 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
         _print_memory(console, report["memory"], config)
         print_needs(console, config, report["needs"], 1)
         print_problems(console, config, report["needs"])
-        _print_step(console, report["step"], config)
+        _print_step(console, report["step"])
     num_missing = sum(state == "missing" for _, state, _ in report["inputs"])
     here = f"{num_missing} of {len(report['inputs'])} inputs are missing here" if num_missing else "its inputs are here"
     unusable = [name for name, state, _ in report["rows"] if state == "missing"]
@@ -145,7 +145,7 @@ def _print_memory(console: Console, memory: dict, config: Config) -> None:
     say(console, "  What it is made of, and what fits a GPU: fastrm plan.")
 
 
-def _print_step(console: Console, step: dict, config: Config) -> None:
+def _print_step(console: Console, step: dict) -> None:
     load, found = step["workload"], step["ways"]
     table = make_table("", *found)
     table.add_row("tokens", *(f"{way['tokens']:,}" for way in found.values()))

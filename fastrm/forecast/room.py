@@ -88,11 +88,11 @@ def disk_problem(config: Config, disk: Disk) -> str | None:
         ways.append(f"lower run.keep_checkpoints ({config.run.keep_checkpoints})")
     if config.optim.states != "8bit":
         ways.append("set optim.states: 8bit")
-    text = f"{run_dir}: {disk_text(config, disk)} take {gib(disk.total)} GiB, {gib(there)} GiB are free"
+    text = f"{run_dir}: {disk_text(disk)} take {gib(disk.total)} GiB, {gib(there)} GiB are free"
     return f"{text}; {', or '.join(ways)}"
 
 
-def disk_text(config: Config, disk: Disk) -> str:
+def disk_text(disk: Disk) -> str:
     """What is on the disk at its fullest, in words."""
     one = f"checkpoint{'s' * (disk.num_checkpoints > 1)} of {gib(disk.checkpoint)} GiB"
     return f"{disk.num_checkpoints} {one} and the model of {gib(disk.export)} GiB"
@@ -113,7 +113,7 @@ def print_needs(console: Console, config: Config, needs: Needs, num_gpus: int) -
     for name, label in _PHASES.items():
         table.add_row(label, *(gib(getattr(phases, name)) for phases in columns.values()))
     show(console, f"Memory of a run, packs of {config.optim.tokens_per_pack:,} tokens (estimate)", table)
-    say(console, f"  Disk below run.dir, at most: {disk_text(config, needs.disk)}: {gib(needs.disk.total)} GiB.")
+    say(console, f"  Disk below run.dir, at most: {disk_text(needs.disk)}: {gib(needs.disk.total)} GiB.")
 
 
 def print_problems(console: Console, config: Config, needs: Needs) -> None:

@@ -103,7 +103,7 @@ class Preparation:
             if (line := understood(file)) is not None:
                 self.watch.say(line)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._say_what_changed(listed)
+        self._say_what_changed()
         reader = UnitReader(self.folder / UNITS, settings)
         missing = list({unit.name: unit for unit in listed if not reader.is_done(unit)}.values())
         if len(missing) < len(listed):
@@ -165,7 +165,7 @@ class Preparation:
         report = make_report(self.config, table, removed, chosen, counted, cost)
         self.seconds["index"] = time.perf_counter() - started
         write_report(report | {"seconds": self.seconds}, self.folder)
-        self._write_manifest(table, counted, splits, listed, index, encoder)
+        self._write_manifest(counted, splits, listed, index, encoder)
         self._tidy([unit.name for unit in listed])
         return report
 
@@ -182,7 +182,7 @@ class Preparation:
                 "data.prepared to another folder"
             )
 
-    def _say_what_changed(self, listed: Sequence[Unit]) -> None:
+    def _say_what_changed(self) -> None:
         """Name files that have changed since an earlier, unfinished preparation."""
         path, now = self.folder / _FILES, file_states(self.config)
         if path.exists():
@@ -287,7 +287,7 @@ class Preparation:
         except OSError as error:
             raise StorageError(f"{partial}: {error.strerror}; free space, or choose another folder") from error
 
-    def _write_manifest(self, table, counted, splits, listed, index, encoder) -> None:
+    def _write_manifest(self, counted, splits, listed, index, encoder) -> None:
         settings = set_settings(self.config)
         manifest = {
             "format": FORMAT,

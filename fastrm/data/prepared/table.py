@@ -1,6 +1,6 @@
 """The columns of all records of a split, in reading order. Nothing else of them is in memory."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ class RecordTable:
         units: in reading order.
         columns: (N,) `RECORD`.
         media, texts: as in `UnitContent`, of all units.
-        first_media, first_text: (N,) int64, place of a record's first medium and text.
+        first_text: (N,) int64, place of a record's first response among `texts`.
         unit: (N,) int32, number of its unit.
         source: (N,) int32, number of its source in the configuration.
         repeat: (N,) float32, of its file (`SourceFile.repeat`).
@@ -30,7 +30,6 @@ class RecordTable:
     columns: np.ndarray
     media: np.ndarray
     texts: np.ndarray
-    first_media: np.ndarray
     first_text: np.ndarray
     unit: np.ndarray
     source: np.ndarray
@@ -54,12 +53,9 @@ class RecordTable:
         return np.repeat(np.arange(len(self)), self.columns["num_media"])
 
 
-def load_table(folder: Path, units: Sequence[Unit], done: Callable[[int], None] = lambda number: None) -> RecordTable:
+def load_table(folder: Path, units: Sequence[Unit]) -> RecordTable:
     """Load the columns of finished units."""
-    contents = []
-    for number, unit in enumerate(units, start=1):
-        contents.append(load_unit(folder / unit.name))
-        done(number)
+    contents = [load_unit(folder / unit.name) for unit in units]
     columns = _joined([content.columns for content in contents])
     lengths = [len(content.columns) for content in contents]
 
@@ -72,7 +68,6 @@ def load_table(folder: Path, units: Sequence[Unit], done: Callable[[int], None] 
         columns=columns,
         media=_joined([content.media for content in contents]),
         texts=_joined([content.texts for content in contents]),
-        first_media=starts(columns["num_media"]),
         first_text=starts(columns["num_responses"]),
         unit=of_units(range(len(units)), "<i4"),
         source=of_units((unit.source for unit in units), "<i4"),
