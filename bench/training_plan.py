@@ -47,5 +47,4 @@ def rows_of(shape: TrainingShape) -> Rows:
 
 @functools.cache
 def _network(model: str) -> RewardNetwork:
-    """Return the model without its weights."""
     return make_network(model, "meta")

@@ -110,7 +110,6 @@ def draw(pairs: list[Pair], rows: list[dict], file: Path) -> None:
 
 
 def _sources(pairs: list[Pair]) -> dict[str, str]:
-    """Return the sources of the pairs, with their colours."""
     found = {pair.source for pair in pairs}
     return {source: colour for source, colour in COLOURS.items() if source in found}
 

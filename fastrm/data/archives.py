@@ -305,7 +305,6 @@ def _members(file: BinaryIO, is_zip: bool) -> Iterator[_Member]:
 
 
 def _tar_members(file: BinaryIO) -> Iterator[_Member]:
-    """Yield the members of an uncompressed tar file."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:

@@ -129,7 +129,6 @@ def pick_samples(
 
 
 def _kind_of(group: GroupSize, encoder: ConversationEncoder) -> str:
-    """Return the kind of input of a group."""
     if not group.media:
         return "text"
     # Several planes of InternVL are tiles of one image; a video of one plane is read like an image.

@@ -26,23 +26,23 @@ from fastrm.train.progress import Progress
 from fastrm.train.ranks import ALONE, Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")
-CHECKPOINTS = "checkpoints"  # in the run folder
+CHECKPOINTS = "checkpoints"  # folder in the run folder
 MODEL, OPTIMIZER, STATE, MANIFEST = "model", "optimizer", "state.json", "manifest.json"
-# Of a safetensors file. model.safetensors is followed by model.2.safetensors and so on.
+# The most bytes of a safetensors file. model.safetensors is followed by model.2.safetensors and so on.
 SHARD_BYTES = 4 * 2**30
-# Saves in a row that may fail, for a full disk say, before the run stops.
+# The most saves in a row that may fail, as on a full disk, before the run stops.
 MAX_FAILED_SAVES = 3
 
 
 class Checkpoints:
-    """The checkpoints of one run: which of them are written, and which are kept.
+    """The checkpoints of one run: the choice of those that are written, and of those that are kept.
 
     Args:
-        folder: that they are in.
-        about: what each says of the run besides its progress, as JSON.
-        keep: how many to keep, besides the best.
+        folder: the folder of the checkpoints.
+        about: facts about the run besides its progress, as JSON, which each checkpoint holds.
+        keep: the number to keep, besides the best.
         saved: the progress that the run was restored from, whose checkpoint is there; None for a fresh start.
-        say: takes a line of text about a save that failed.
+        say: called with a line of text about a save that failed.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Checkpoints:
             prune(self._folder, self._keep, progress.best_checkpoint)
 
     def try_to_save(self, progress: Progress) -> bool:
-        """Save, but let training go on if the disk will not take it: the next save may succeed.
+        """Save, but let training go on if the disk is full: the next save may succeed.
 
         Raises:
             StorageError: at the MAX_FAILED_SAVES-th failure in a row.
@@ -96,7 +96,7 @@ class Checkpoints:
 
 
 def _key(progress: Progress) -> tuple[int, bool]:
-    """Return what tells two checkpoints of a run apart: the step, and whether its evaluation is in it."""
+    """Return a key that differs between two checkpoints of a run: the step, and whether it includes its evaluation."""
     return progress.step, progress.is_evaluated
 
 
@@ -116,15 +116,17 @@ def save_checkpoint(folder: Path, step: int, engine, state: dict, ranks: Ranks =
     writer = _Writer(folder, step) if ranks.is_first else None
     for stem, tensors in ((MODEL, engine.model_tensors()), (OPTIMIZER, engine.optimizer_tensors())):
         for name, tensor in tensors:
-            if writer is not None:  # the others only help to gather
+            if writer is not None:  # the other ranks only help to gather
                 writer.add(stem, name, tensor)
     ranks.on_first(lambda: writer.finish(state))
     return folder / f"step-{step:08d}"
 
 
 class _Writer:
-    """Writes one checkpoint. After a failure it takes the rest without a word, so that no other rank
-    waits for this one, and raises in `finish`."""
+    """A writer of one checkpoint, which raises its errors in `finish`.
+
+    After a failure it accepts and drops the rest, so that no other rank waits for this one.
+    """
 
     def __init__(self, folder: Path, step: int):
         self._folder, self._step = folder, step
@@ -136,7 +138,7 @@ class _Writer:
         self._try(self._begin)
 
     def add(self, stem: str, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor of model or optimizer; all of the one come before all of the other."""
+        """Add a tensor of model or optimizer; all of the one come before all of the other."""
         self._try(self._add, stem, name, tensor)
 
     def finish(self, state: dict) -> None:
@@ -149,7 +151,7 @@ class _Writer:
         if (error := self._failure) is None:
             return
         shutil.rmtree(self._temporary, ignore_errors=True)
-        # safetensors reports a full disk as its own error type, with the errno in the text only.
+        # safetensors reports a full disk by its own error type, with the errno only in the text.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         hint = "free some space, then resume" if full else "check the folder, then resume"
         raise StorageError(f"{self._target}: the checkpoint could not be written: {error}; {hint}") from error
@@ -173,7 +175,7 @@ class _Writer:
         self._bytes += tensor.nbytes
 
     def _flush(self) -> None:
-        """Write what has come; each of model and optimizer has a file, though it be empty."""
+        """Write the tensors that have come; model and optimizer have a file each, even without tensors."""
         number = sum(name.startswith(f"{self._stem}.") for name in self._files) + 1
         name = _shard_name(self._stem, number)
         save_file(self._shard, self._temporary / name)
@@ -200,7 +202,7 @@ class _Writer:
 class _Tensors(Mapping):
     """The tensors of model or optimizer in a checkpoint, each read into the host's memory when asked for.
 
-    A second copy of everything might fit neither the device, nor the host once for every rank.
+    A second copy of everything may fit neither the device, nor the host once for every rank.
     """
 
     def __init__(self, path: Path, stem: str):
@@ -229,7 +231,7 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_checkpoint(path: Path, engine) -> dict:
-    """Load weights and optimizer states from a checkpoint that `verify` accepts; returns its state.
+    """Load weights and optimizer states from a checkpoint that `verify` accepts; return its state.
 
     Raises:
         StorageError: if its tensors are not those of this engine's network and optimizers.
@@ -242,7 +244,7 @@ def load_checkpoint(path: Path, engine) -> dict:
 
 
 def verify(path: Path) -> str | None:
-    """None if every file is there with the size and hash of the manifest, else what is wrong."""
+    """Return None if every file has the size and hash of the manifest, else what is wrong."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = manifest["files"]
@@ -260,7 +262,7 @@ def verify(path: Path) -> str | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first; not yet verified."""
+    """Return the checkpoint folders, newest first; they are not verified yet."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
@@ -268,7 +270,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path, report) -> Path | None:
-    """Newest checkpoint that verifies; `report(text)` names each one that was passed over.
+    """Return the newest checkpoint that verifies; `report(text)` names each damaged one that is newer.
 
     Raises:
         StorageError: if there are checkpoints but none verifies.
@@ -287,7 +289,7 @@ def newest_checkpoint(folder: Path, report) -> Path | None:
 
 
 def set_newer_aside(folder: Path, step: int) -> None:
-    """Rename checkpoints after `step` to abandoned-*: they are damaged, or of a future that will not be."""
+    """Rename checkpoints after `step` to abandoned-*: they are damaged, or of steps that will run again."""
     for path in list_checkpoints(folder):
         if int(_NAME.fullmatch(path.name)[1]) > step:
             aside = path.with_name(f"abandoned-{path.name}")
@@ -317,7 +319,7 @@ def _sha256(path: Path) -> str:
 
 
 def _clean(folder: Path) -> None:
-    """Remove temporary folders of writers that were killed. The run's lock makes us the only writer."""
+    """Remove temporary folders of writers that were killed. The run's lock makes this the only writer."""
     if folder.is_dir():
         for path in folder.glob("step-*.tmp-*"):
             shutil.rmtree(path)

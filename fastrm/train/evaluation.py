@@ -12,7 +12,7 @@ from fastrm.train.run import Run
 
 @dataclass
 class _HeldOut:
-    """Counts of one rank, or of all together, on the held-out preferences."""
+    """The counts of one rank, or of all together, on the held-out preferences."""
 
     meter: PreferenceMeter = field(default_factory=PreferenceMeter)
     refused: list[RefusedGroup] = field(default_factory=list)
@@ -32,11 +32,11 @@ class _HeldOut:
 
 
 def evaluate(run: Run) -> bool:
-    """Evaluate the weights of this step on data.eval, on all ranks; returns whether they are the best so far.
+    """Evaluate the weights of this step on data.eval, on all ranks; return whether they are the best so far.
 
     Raises:
-        InterruptedRun: a rank was asked to stop.
-        DataError: a reward is not finite; a checkpoint without figures has been saved.
+        InterruptedRun: if a rank was asked to stop.
+        DataError: if a reward is not finite; a checkpoint without figures has been saved then.
     """
     network = run.job.network.eval()
     total = _HeldOut()
@@ -78,7 +78,7 @@ def _count_held_out(run: Run) -> _HeldOut:
 
 
 def count_fp8_flips(run: Run) -> Flips | None:
-    """Compare FP8 with bf16 under the final weights, on the held-out preferences; None without the one or the other."""
+    """Compare FP8 with bf16 under the final weights on the held-out preferences; None if either is missing."""
     network, prepared, config = run.job.network, run.job.eval, run.config
     if network.fp8 is None or prepared is None:
         return None

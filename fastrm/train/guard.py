@@ -1,4 +1,4 @@
-"""The run folder's lock, and what to do about non-finite steps."""
+"""The run folder's lock, and the guard against non-finite steps."""
 
 import fcntl
 import os
@@ -12,13 +12,13 @@ from fastrm.json_files import to_json
 from fastrm.train.metrics import keep_rows
 from fastrm.train.ranks import Ranks
 
-INCIDENTS = "incidents.jsonl"  # in the run folder
-# Steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
+INCIDENTS = "incidents.jsonl"  # file in the run folder
+# The most steps in a row that may be skipped for a non-finite loss or gradient before the run stops.
 MAX_SKIPPED_STEPS = 3
 
 
 class RunLock:
-    """Exclusive use of a run folder, for as long as this process lives.
+    """A lock that gives this process sole use of a run folder as long as it lives.
 
     Raises:
         StorageError: if another process holds it, or the folder cannot be written.
@@ -66,7 +66,7 @@ def locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
 
 
 class StepGuard:
-    """Writes incidents.jsonl for skipped steps and stops a run that does nothing else.
+    """A guard that writes incidents.jsonl for skipped steps and stops a run that does nothing else.
 
     A skipped step changed no weight and no moment; its records are named.
 
@@ -97,7 +97,7 @@ class StepGuard:
                 file.write(to_json(row) + "\n")
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             way_on = "the last checkpoint holds finite weights: lower optim.lr, or look at those records"
-            if step == self.skipped_in_a_row:  # a rate that was never applied is no cause
+            if step == self.skipped_in_a_row:  # a rate that was never applied is not the cause
                 way_on = (
                     "no step has changed a weight yet: a weight of model.path is no finite number, or a value is too "
                     "large for precision.dtype: look at the weights, or set precision.dtype: fp32"

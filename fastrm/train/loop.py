@@ -40,7 +40,7 @@ def train(
     display: Display | None = None,
     check: Callable[[Ranks], None] = lambda ranks: None,
 ) -> dict:
-    """Run a configuration to its end; returns what summary.json holds.
+    """Run a configuration to its end; return the content of summary.json.
 
     Args:
         resume: no, auto, required, or the path of a checkpoint.
@@ -72,7 +72,7 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
     """Make everything that the first step needs; files that stay open are closed with `opened`."""
     run_dir = Path(config.run.dir)
     start = ranks.on_first(lambda: find_start(run_dir, resume, display.say))
-    # Before hours of other work: the files of model.path are there, whole, and fit the configuration.
+    # Checked before hours of other work: the files of model.path are there, whole, and fit the configuration.
     model, head = ranks.on_first(lambda: adopt(config.model))
     if head:
         display.say(head)
@@ -104,7 +104,7 @@ def _run_to_the_end(run: Run) -> dict:
     if run.job.eval is not None and not run.progress.is_evaluated:
         evaluate(run)
     flips = count_fp8_flips(run)
-    # The export first: if the disk has room for one of the two only, it is the one to keep.
+    # The export comes before the checkpoint: if the disk has room for only one of them, it is the one to keep.
     summary = finish(run, flips)
     run.checkpoints.save(run.progress)
     return summary
@@ -132,7 +132,7 @@ def _train_steps(run: Run) -> None:
             rate = learning_rate(progress.step, run.num_steps, run.config.optim)
             done = engine.update(rate, progress.step)
             report = _exchange(run, tally)
-            progress.count_step(tally.position, report.meter, done)  # only now: half a step has processed nothing
+            progress.count_step(tally.position, report.meter, done)  # a step cut short does not count
             _guard(run, done, report)
             progress.count_seconds(time.perf_counter() - started, waiting.take())
             if _is_due(progress.step, settings.log_every) or progress.step == run.num_steps:
@@ -145,7 +145,7 @@ def _train_steps(run: Run) -> None:
 
 
 def _steps(run: Run, waiting: Waiting) -> Iterator[Iterator[LoadedPack]]:
-    """Yield the packs of each step that is left; those of a step are to be taken before the next step."""
+    """Yield the packs of each step that is left; the packs of a step must be taken before the next step."""
     job, config, ranks = run.job, run.config, run.ranks
     plans = plan_steps(
         job.train.groups, run.order, run.progress.position, config.optim.tokens_per_pack,
@@ -168,14 +168,14 @@ def _packs_of_step(run: Run, packs: Iterator[LoadedPack]) -> Iterator[LoadedPack
 
 
 def _exchange(run: Run, tally: StepTally) -> StepReport:
-    """Tell the other ranks what this one has counted in the step; returns what all have, the same on each."""
+    """Tell the other ranks the counts of this one in the step; return those of all, the same on each rank."""
     report = StepReport.of_all(run.ranks.gather(tally.take_report(stop=run.stop.signal is not None)))
     run.note_refusals(report.refused, run.job.train)
     return report
 
 
 def _guard(run: Run, done: Update, report: StepReport) -> None:
-    """Name the records of a step that was skipped, and stop a run that skips one after the other."""
+    """Name the records of a skipped step, and stop a run whose steps are skipped one after another."""
     members = [] if done.finite else report.members
     origins = [origin for number in members for _, origin, _ in run.job.train.members(number)]
     run.guard.after_step(run.progress.step, done.finite, done.loss, done.grad_norm, origins)
@@ -186,7 +186,7 @@ def _evaluate_and_save_when_due(run: Run) -> None:
     progress, settings = run.progress, run.config.run
     if run.job.eval is not None and _is_due(progress.step, settings.eval_every):
         before = progress.best_accuracy, progress.best_checkpoint
-        # What is not on the disk is not the best checkpoint.
+        # A checkpoint that is not on the disk cannot be the best one.
         if evaluate(run) and not run.checkpoints.try_to_save(progress):
             progress.best_accuracy, progress.best_checkpoint = before
     if _is_due(progress.step, settings.save_every):

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, and loggers."""
+"""The outputs for a run's numbers: metrics.jsonl, and loggers."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from fastrm.json_files import to_json
 
 
 class MetricsLog:
-    """metrics.jsonl in the run folder, and the optional loggers of run.report_to.
+    """The file metrics.jsonl, and the optional loggers of run.report_to.
 
     Rows that the run is going to write again are removed first, so that a resumed run's file reads like that of an
     unbroken one.
@@ -43,7 +43,7 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSON Lines file, none if it is missing; a last line cut off by a kill is left out."""
+    """Read the rows of a JSON Lines file, none if it is missing; a last line cut off by a kill is left out."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -59,11 +59,11 @@ def keep_rows(path: Path, wanted: Callable[[dict], bool]) -> None:
     if path.exists():
         partial = path.with_name(path.name + ".part")
         partial.write_text("".join(to_json(row) + "\n" for row in read_rows(path) if wanted(row)))
-        os.replace(partial, path)  # whole, whenever the process ends
+        os.replace(partial, path)  # the file is whole, whenever the process ends
 
 
 def check_loggers(report_to: list[str]) -> None:
-    """Before any work is done: is every logger of run.report_to installed?
+    """Check, before any work is done, that every logger of run.report_to is installed.
 
     Raises:
         ConfigError: naming the package to install.

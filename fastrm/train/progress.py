@@ -1,4 +1,4 @@
-"""The progress of a run: what checkpoints keep of it, and what ranks tell one another after each step."""
+"""The progress of a run, and the reports that ranks exchange after each step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,13 +10,13 @@ from fastrm.data.loader import LoadedPack, RefusedGroup
 from fastrm.data.packing import Pack
 from fastrm.evaluate.accuracy import PreferenceMeter
 
-if TYPE_CHECKING:  # it would load transformers into commands that only look at runs
+if TYPE_CHECKING:  # the import would load transformers into commands that only read runs
     from fastrm.train.engine import Update
 
 
 @dataclass
 class Progress:
-    """The state that a checkpoint holds besides tensors. `position` alone says where the data stands."""
+    """The part of a checkpoint besides tensors. `position` alone is the place in the data."""
 
     step: int = 0
     position: int = 0
@@ -32,15 +32,15 @@ class Progress:
     window_losses: list[list[float]] = field(default_factory=list)  # (loss, gradient norm) of each step
     window_meter: PreferenceMeter = field(default_factory=PreferenceMeter)
     window_seconds: float = 0.0
-    window_wait_seconds: float = 0.0  # of these, waiting for packs
+    window_wait_seconds: float = 0.0  # seconds of these, spent waiting for packs
 
     def state(self) -> dict[str, Any]:
-        """Return the fields as JSON; `from_state` takes them back exactly."""
+        """Return the fields as JSON values, from which `from_state` makes an equal object."""
         return {**vars(self), "window_meter": self.window_meter.state()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """Return the progress that `state` has written."""
+        """Return the progress that `state` returned."""
         meter = PreferenceMeter()
         if saved := state.get("window_meter"):
             meter.restore(saved)
@@ -48,11 +48,11 @@ class Progress:
 
     @property
     def is_evaluated(self) -> bool:
-        """Return whether the weights are still those of the last evaluation."""
+        """True if the weights are still those of the last evaluation."""
         return self.last_eval.get("step") == self.step
 
     def note_evaluation(self, row: dict[str, Any]) -> bool:
-        """Keep the row of an evaluation of this step; returns whether it is the best so far."""
+        """Keep the row of an evaluation of this step; return whether it is the best so far."""
         self.last_eval = row
         accuracy = row["eval/accuracy"]
         is_best = self.best_accuracy is None or accuracy > self.best_accuracy
@@ -72,12 +72,12 @@ class Progress:
         self.preferences += meter.num_preferences
         self.tokens_processed += meter.num_tokens
         self.tokens_unshared += meter.num_unshared_tokens
-        if done.finite:  # what a skipped step computed is no number to average
+        if done.finite:  # figures of a skipped step are not averaged
             self.window_meter.merge(meter)
             self.window_losses.append([done.loss, done.grad_norm])
 
     def count_seconds(self, seconds: float, waited: float) -> None:
-        """Count the time of a step, and how much of it was waiting for packs."""
+        """Count the time of a step, and the part of it that was waiting for packs."""
         self.train_seconds += seconds
         self.window_seconds += seconds
         self.window_wait_seconds += waited
@@ -109,13 +109,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The report of one rank, or of all together, on a step.
+    """The report of one rank on a step to the others.
 
     Attributes:
         members: numbers of the groups that it had.
-        meter: what was counted.
+        meter: its counts.
         refused: groups that could not be loaded.
-        stop: a rank was asked to stop.
+        stop: it was asked to stop.
     """
 
     members: list[int]
@@ -125,7 +125,7 @@ class StepReport:
 
     @classmethod
     def of_all(cls, reports: Sequence["StepReport"]) -> "StepReport":
-        """Return the reports of all ranks as one, in the order of the ranks."""
+        """Join the reports of all ranks, in the order of the ranks."""
         meter = PreferenceMeter()
         for report in reports:
             meter.merge(report.meter)
@@ -135,11 +135,11 @@ class StepReport:
 
 
 class StepTally:
-    """This rank's account of the step under way.
+    """The counts of this rank in the present step.
 
     Attributes:
         members: numbers of its groups so far.
-        position: where the data stands after the step.
+        position: of the data after the step.
         refused: its groups that could not be loaded.
     """
 
@@ -159,7 +159,7 @@ class StepTally:
             self._rewards.append((replace(loaded.pack, patches=None, layouts=None), rewards))
 
     def take_report(self, stop: bool) -> StepReport:
-        """Return the report of this rank, and let go of the packs; after the update, which waits for the rewards."""
+        """Return this rank's report, and free the packs; called after the update, which waits for the rewards."""
         meter = PreferenceMeter()
         for pack, rewards in self._rewards:
             meter.add(pack, rewards)

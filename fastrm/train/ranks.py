@@ -1,7 +1,7 @@
-"""The processes of a run: which of them this one is, and what they tell one another on the host.
+"""The processes of a run: the rank of this one, and the small messages between them on the host.
 
-Gradients and weights are the engine's affair. Here are the small things: whether anyone was asked to
-stop, what each has counted, what the first has found on the disk.
+The engine exchanges gradients and weights. The messages here are small: whether a rank was asked to stop, its counts,
+the first rank's findings on the disk.
 """
 
 import importlib.util
@@ -19,13 +19,13 @@ from fastrm.errors import ConfigError, FastrmError, InterruptedRun
 from fastrm.stop import StopRequest
 
 T = TypeVar("T")
-# What one rank may do while the others wait: verify a checkpoint, write one, train a tokenizer.
+# The longest work of one rank while the others wait: verify a checkpoint, write one, train a tokenizer.
 PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `num_ranks`; every method but `close` must be called on all of them.
+    """The rank of this process among `num_ranks`; every method but `close` must be called on all of them.
 
     Attributes:
         group: of gloo, for Python objects in the host's memory; None for one rank.
@@ -37,16 +37,16 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Does this process write the run's files and speak to the user?"""
+        """True for the process that writes the run's files and prints for the user."""
         return self.rank == 0
 
     @property
     def num_local(self) -> int:
-        """How many of them are on this machine, as the launcher says; all, where it does not."""
+        """The number of ranks on this machine, as the launcher says; all, if it does not."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks)) if self.num_ranks > 1 else 1
 
     def any(self, flag: bool) -> bool:
-        """Is it true on some rank?"""
+        """Return whether the flag is true on some rank."""
         if self.num_ranks == 1:
             return flag
         found = torch.tensor([int(flag)])
@@ -54,7 +54,7 @@ class Ranks:
         return bool(found)
 
     def gather(self, value: T) -> list[T]:
-        """What every rank has given, in order of the ranks."""
+        """Return the values of all ranks, in order of the ranks."""
         if self.num_ranks == 1:
             return [value]
         values: list[Any] = [None] * self.num_ranks
@@ -62,10 +62,10 @@ class Ranks:
         return values
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, where alone it is called.
+        """Call `function` on rank 0 only, and return its result on all ranks.
 
         Raises:
-            FastrmError: on every rank what it raised there; InterruptedRun where a signal broke it off.
+            FastrmError: on every rank the error that it raised there; InterruptedRun where a signal broke it off.
         """
         if self.num_ranks == 1:
             return function()
@@ -83,7 +83,7 @@ class Ranks:
         return outcome[0]
 
     def close(self) -> None:
-        """Leave the others. A process that ends without it is aborted by its communication threads."""
+        """Leave the other ranks. A process that ends without it is aborted by its communication threads."""
         if self.num_ranks > 1:
             dist.destroy_process_group()
 
@@ -92,13 +92,13 @@ ALONE = Ranks()
 
 
 def is_launched() -> bool:
-    """Was this process started as a rank, by `fastrm train`, torchrun or the deepspeed launcher?"""
+    """Return whether this process was started as a rank, by `fastrm train`, torchrun or the deepspeed launcher."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager
 def joined(requested: str) -> Iterator[Ranks]:
-    """Among the other ranks, until the block ends."""
+    """Join the other ranks, until the block ends."""
     ranks = join(requested)
     try:
         yield ranks
@@ -107,7 +107,7 @@ def joined(requested: str) -> Iterator[Ranks]:
 
 
 def join(requested: str) -> Ranks:
-    """Meet the other ranks, where the launcher's environment names any, and take this one's GPU.
+    """Join the other ranks, if the launcher's environment names any, and take this one's GPU.
 
     Args:
         requested: run.device.
@@ -124,7 +124,7 @@ def join(requested: str) -> Ranks:
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        # Named, because NCCL would guess the device of a barrier, and warn that it does.
+        # The device is named, because NCCL would guess that of a barrier, and warn about it.
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")

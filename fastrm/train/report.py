@@ -1,4 +1,4 @@
-"""A run for people: what it says before its first step and at every row, and the report at its end."""
+"""The report at the end of a run: a table, report.png, and the versions and memory of the run."""
 
 import importlib
 import resource
@@ -31,9 +31,9 @@ def announce(run: Run, start: Path | None) -> None:
 
 
 def _opening_lines(job: Job, num_ranks: int, num_quarantined: int) -> Iterator[str]:
-    """Yield lines on the model, on each decision how it computes, and on the training data."""
+    """Yield lines on the model, on each decision about how it computes, and on the training data."""
     network, config, train = job.network, job.config, job.train
-    # Of weights that are divided over ranks, this one holds a part.
+    # If weights are divided over ranks, this one holds a part.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in network.parameters()]
     parameters, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
     yield f"model: {parameters:,} parameters, {trainable:,} trained, on {network.device}"
@@ -55,7 +55,7 @@ def _opening_lines(job: Job, num_ranks: int, num_quarantined: int) -> Iterator[s
     )
 
 def progress_note(row: dict) -> str:
-    """Return what is shown of a row of metrics.jsonl while the run works."""
+    """Return the part of a row of metrics.jsonl that is shown during the run."""
     if row["loss"] is None:
         return "no step was finite"
     return (
@@ -65,13 +65,13 @@ def progress_note(row: dict) -> str:
 
 
 def finish(run: Run, flips: Flips | None) -> dict:
-    """Export the model and leave the report; called on all ranks. Returns what summary.json holds.
+    """Export the model, write the report, and return the content of summary.json; called on all ranks.
 
     Args:
         flips: of FP8 against bf16.
 
     Raises:
-        InterruptedRun: a rank was asked to stop.
+        InterruptedRun: if a rank was asked to stop.
         StorageError, DataError: as `export_model`.
     """
     run.leave_if_stopped()
@@ -109,7 +109,7 @@ def _summary(run: Run, flips: Flips | None) -> dict:
 
 
 def write_report(run_dir: Path, summary: dict) -> None:
-    """summary.json, and report.png of the rows of metrics.jsonl that have a finite loss."""
+    """Write summary.json, and report.png of the rows of metrics.jsonl that have a finite loss."""
     (run_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n")
     rows = read_rows(run_dir / "metrics.jsonl")
     draw_curves(
@@ -121,7 +121,7 @@ def write_report(run_dir: Path, summary: dict) -> None:
 
 
 def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: str) -> None:
-    """report.png: loss, accuracy, margin and throughput over the steps.
+    """Draw report.png: loss, accuracy, margin and throughput over the steps.
 
     Args:
         rows: of metrics.jsonl with a `loss`.
@@ -156,7 +156,7 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:
-    """Exponential running mean, started at the first value, over about `share` of the run."""
+    """Return the exponential running mean, started at the first value, over about `share` of the run."""
     decay = 1.0 - 1.0 / max(1.0, share * len(values))
     smooth, mean = [], None
     for value in values:
@@ -166,7 +166,7 @@ def _smooth(values: list[float], share: float = 0.05) -> list[float]:
 
 
 def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
-    """The short table at the end of a run."""
+    """Return the short table at the end of a run."""
     table = Table(title="Training done", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -192,7 +192,7 @@ def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of this process: allocated CUDA memory, or resident memory on a CPU."""
+    """Return this process's peak of allocated CUDA memory, or of resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -200,9 +200,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's figures, as the modules themselves give them.
+    """Return the versions that decide a run's figures, as the modules themselves give them.
 
-    Not those of the installed distributions: a source tree that was never installed has none, and torch's
+    Versions of the installed distributions would not do: a source tree that was never installed has none, and torch's
     leaves out its build (2.11.0 for 2.11.0+cu130).
     """
     modules = {name: name for name in ("fastrm", "torch", "transformers", "tokenizers", "numpy")} | {"pillow": "PIL"}

@@ -1,4 +1,4 @@
-"""Where a run starts: from nothing, or from a checkpoint that fits the configuration."""
+"""The start of a run: from nothing, or from a checkpoint that fits the configuration."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from fastrm.train.progress import Progress
 from fastrm.train.ranks import Ranks
 
 # Keys that may differ on resume: they do not change what a step computes. More or fewer steps in all
-# do change the learning rates to come, which is what a user who sets them wants.
+# change the learning rates that follow, which is what a user who sets them wants.
 MAY_CHANGE = (
     "run.dir", "run.epochs", "run.max_steps", "run.log_every", "run.eval_every", "run.save_every",
     "run.keep_checkpoints", "run.report_to", "run.device", "data.eval", "data.prepared", "data.num_workers",
@@ -31,7 +31,7 @@ MAY_CHANGE = (
 
 
 def find_start(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint to start from, or None for a fresh start.
+    """Find the checkpoint to start from; None for a fresh start.
 
     Before a fresh start, what an earlier one has left that reached no checkpoint is removed: it would count in this
     run, or be taken for its own.
@@ -75,7 +75,7 @@ def _find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> 
 
 
 def restore(checkpoint: Path, config: Config, fingerprint: str, engine, ranks: Ranks) -> Progress:
-    """Load weights and optimizer states of an intact checkpoint, and return how far it was; called on all ranks.
+    """Load weights and optimizer states of an intact checkpoint, and return its progress; called on all ranks.
 
     Checkpoints of the run that are newer are set aside: other steps will follow now.
 
@@ -120,7 +120,7 @@ def check_config(saved: dict, config: Config) -> None:
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple]:
-    """Of two configurations as plain objects: every dotted key that differs, with its old and new value."""
+    """Return every dotted key that differs between two plain configurations, with its old and new value."""
     old, new = _flat(old), _flat(new)
     keys = sorted(old.keys() | new.keys())
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}

@@ -26,7 +26,7 @@ from fastrm.ui import Display
 
 @dataclass
 class Run:
-    """A run under way on this rank.
+    """A run in progress on this rank.
 
     Attributes:
         engine: of one process, or a `DeepSpeedEngine` of one rank.
@@ -50,16 +50,16 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """Return the configuration, with what was decided at the first start."""
+        """The configuration, with the values that were decided at the first start."""
         return self.job.config
 
     @property
     def folder(self) -> Path:
-        """Return the run folder."""
+        """The run folder."""
         return Path(self.config.run.dir)
 
     def builder(self, prepared: PreparedSet) -> PackBuilder:
-        """Return a builder of packs from a prepared set, as the network of this run wants them."""
+        """Return a builder of packs from a prepared set, with the layouts that this run's network needs."""
         network = self.job.network
         return PackBuilder(
             prepared.records, network.encoder, self.config.data.share_prefixes, check=prepared.check,
@@ -80,7 +80,7 @@ class Run:
                 )
 
     def breakable(self) -> AbstractContextManager:
-        """Return the context of a pass that takes its time, in which a signal may break it off.
+        """Return the context of a long pass, in which a signal may break it off.
 
         Several ranks are not broken off: the others would wait for this one.
         """
@@ -96,12 +96,12 @@ class Run:
             self.interrupt()
 
     def interrupt(self) -> NoReturn:
-        """Save what whole steps have made, and leave; called on all ranks.
+        """Save the state after the last whole step, and leave; called on all ranks.
 
         Raises:
             InterruptedRun: naming the signal and the step.
         """
-        self.engine.discard()  # half a step counts nothing
+        self.engine.discard()  # a step that was cut short does not count
         self.checkpoints.save(self.progress)
         signal = next(filter(None, self.ranks.gather(self.stop.signal)))
         raise InterruptedRun(

@@ -143,7 +143,6 @@ class _Fit(NamedTuple):
 
 
 def _row(number: int, fit: _Fit) -> tuple:
-    """Return the row of `COUNT` of a group."""
     group, counted = fit.group, fit.counted
     pairs = [causal_pairs(len(response.tokens)) for response in group.responses]
     return (

@@ -95,7 +95,6 @@ def _fine_grained(completion: dict) -> float | None:
 
 
 def _ratings(completion: dict, aspects: tuple[str, ...]) -> list[float]:
-    """Return the numeric ratings of a completion."""
     values = [_number((_annotation(completion, aspect) or {}).get("Rating")) for aspect in aspects]
     return [value for value in values if value is not None]
 

@@ -114,7 +114,6 @@ class SourceFile:
         yield record
 
     def _draft(self, row: dict, keys: KeyTally) -> Draft:
-        """Read a row by its layout."""
         layout = self._layout(row)
         unread = unread_keys(row, layout.KEYS, self.ignore)
         keys.add(layout.__name__.rpartition(".")[2], read_keys(row, layout.KEYS), unread)

@@ -23,7 +23,7 @@ from fastrm_kernels.tree_attention.varlen import check_offsets, varlen_options
 
 
 class TritonArguments(NamedTuple):
-    """What the Triton operator takes of a layout, with the number of parts as a size."""
+    """The arguments of the Triton operator, with the number of parts as a size."""
 
     lists: list[torch.Tensor]
     single_rows: bool
