@@ -1,16 +1,17 @@
 """Training runs in processes that tests kill, and what must be the same in the end."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from fastrm.train.metrics import read_rows
+from own_process import environment
 
 CLOCK = ("preferences_per_second", "tokens_per_second", "data_wait_share")
 
@@ -19,10 +20,9 @@ class ForkServer:
     """Starts training processes and kills them."""
 
     def __init__(self):
-        script = Path(__file__).with_name("fork_server.py")
         self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            [sys.executable, "-m", "fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
         )  # fmt: skip
 
     def start(self, config: Path, resume: str = "auto", patch: str | None = None) -> int:
@@ -42,6 +42,13 @@ class ForkServer:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    found = ForkServer()
+    yield found
+    found.close()
 
 
 def rows_without_clock(run_dir: Path) -> list[dict]:

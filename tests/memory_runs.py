@@ -1,6 +1,6 @@
 """The peak memory of a real training step, measured in a process of its own.
 
-    python tests/memory_runs.py '[{"text": {...}, "mode": "full", ...}, ...]'
+    python -m memory_runs '[{"text": {...}, "mode": "full", ...}, ...]'
 
 prints a line of JSON for each case: the rise of resident memory over what the process needs without the
 model, and the segments of the pack. The environment is that of `measure`.
@@ -9,11 +9,11 @@ model, and the segments of the pack. The environment is that of `measure`.
 import ctypes
 import gc
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
+from measure import reset_peak, status_bytes
+from own_process import environment
 from waiting import PATIENCE
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -28,15 +28,10 @@ def measure(cases: list[dict]) -> list[dict]:
     for transformers); and `load` (groups, words of a prompt and of a response, side of an image) and what differs from
     the defaults of mode, dtype, weights, states, fuse, freeze, pooling and packs (1: the step has no other pack).
     """
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        # Fixed, so that it does not grow: large blocks come from the system and go back to it at once.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_ARENA_MAX": "1",
-    }
-    command = [sys.executable, str(Path(__file__)), json.dumps(cases)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    # The threshold is fixed, so that it does not grow: large blocks come from the system and go back to it at once.
+    variables = environment(OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+    command = [sys.executable, "-m", "memory_runs", json.dumps(cases)]
+    run = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=PATIENCE)
     if run.returncode:
         raise RuntimeError(run.stderr)
     return [json.loads(line) for line in run.stdout.splitlines()[-len(cases) :]]
@@ -185,8 +180,7 @@ def peak_of(case: dict) -> dict:
     if case.get("packs", 2) > 1:
         engine.accumulate(small)
     state = _resident("VmRSS") - resting
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets VmHWM to the present
+    reset_peak()
     engine.accumulate(large)
     assert engine.update(1e-6, 1).finite
     peak = _resident("VmHWM", trim=False) - resting
@@ -200,11 +194,9 @@ def _resident(field: str, trim: bool = True) -> int:
     if trim:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(field + ":")) * 1024
+    return status_bytes(field)
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent)]
     for case in json.loads(sys.argv[1]):
         print(json.dumps(peak_of(case)), flush=True)

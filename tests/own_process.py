@@ -1,6 +1,7 @@
-"""Jobs in processes of their own, whose memory goes back to the system when they end and whose peaks are known.
+"""Processes of a test's own: Python that imports what this one does, and jobs whose peaks of memory are known.
 
-A server that has imported the jobs' module, and computes nothing, forks them: libraries are loaded once.
+The memory of a job goes back to the system when it ends. A server that has imported the jobs' module, and computes
+nothing, forks them: libraries are loaded once.
 """
 
 import functools
@@ -18,13 +19,18 @@ from unittest import mock
 from measure import status_bytes
 
 
+def environment(**changes: str) -> dict[str, str]:
+    """Return the environment of a Python process that finds the modules that this one finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **changes}
+
+
 @functools.cache
 def context(module: str):
     """The context of `multiprocessing` whose server has imported `module`."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload([module])
     # The server of Python 3.11 looks for the module before it has our sys.path.
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+    with mock.patch.dict(os.environ, environment()):
         forkserver.ensure_running()
     return found
 

@@ -1,6 +1,6 @@
 """Runs jobs on several ranks in forked processes, so that the imports, DeepSpeed's too, are paid for once.
 
-One line of JSON {"job", "arguments", "num_ranks", "port", "log", "seconds"} in; one line with the pids
+One line of JSON {"job", "arguments", "num_ranks", "log", "seconds"} in; one line with the pids
 out, and one with the exit codes when all ranks have ended or the time is up. This process never
 computes (see fork_server.py).
 """
@@ -14,6 +14,7 @@ import time
 
 import rank_jobs
 from fastrm.errors import FastrmError
+from fastrm.train.launch import kept_port
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 # What DeepSpeed and transformers would import in each of the children.
@@ -47,6 +48,17 @@ def child(rank: int, job: str, arguments: list, num_ranks: int, port: int, log: 
         return 70
 
 
+def fork(rank: int, port: int, request: dict) -> int:
+    """The pid of the process that does a rank's part of the job."""
+    pid = os.fork()
+    if pid == 0:
+        code = child(rank, port=port, **request)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return pid
+
+
 def wait(pids: list[int], seconds: float) -> list[int]:
     """Exit codes; ranks that still run when the time is up are killed."""
     codes, deadline = {}, time.monotonic() + seconds
@@ -65,17 +77,10 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         seconds = request.pop("seconds")
-        pids = []
-        for rank in range(request["num_ranks"]):
-            pid = os.fork()
-            if pid == 0:
-                code = child(rank, **request)
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-            pids.append(pid)
-        print(json.dumps(pids), flush=True)
-        print(json.dumps(wait(pids, seconds)), flush=True)
+        with kept_port() as port:
+            pids = [fork(rank, port, request) for rank in range(request["num_ranks"])]
+            print(json.dumps(pids), flush=True)
+            print(json.dumps(wait(pids, seconds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ says; the reward is the stock head module on the last token's hidden state, or o
 """
 
 import io
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -145,3 +146,17 @@ def stock_loss(network, records) -> tuple[torch.Tensor, torch.Tensor]:
             terms.append(-torch.nn.functional.logsigmoid(winner - loser) + CENTER * (winner + loser) ** 2)
         first += len(record.responses)
     return torch.stack(terms).mean(), rewards
+
+
+def save_stock_checkpoint(folder: Path, network, dtype=torch.bfloat16, shard: str | int = "5GB") -> Path:
+    """Write a network's backbone as transformers does, with an LM head, and its tokenizer; returns the folder."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = AutoModelForImageTextToText if network.is_vision else AutoModelForCausalLM
+    full = kind.from_config(network.model.config, dtype=torch.float32)
+    (full.model if hasattr(full, "model") else full).load_state_dict(network.model.state_dict())
+    full.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    network.encoder.tokenizer.save_pretrained(folder)
+    if network.encoder.vision is not None:
+        network.encoder.vision.save(folder)
+    return folder

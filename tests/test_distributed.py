@@ -1,8 +1,6 @@
 """Two ranks are one process: gradients, skipped steps, runs and checkpoints under every ZeRO stage."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,6 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from test_loading import save_backbone
 from transformers import AutoConfig, AutoModel
 
 import rank_jobs
@@ -23,8 +20,10 @@ from fastrm.train.engine import LocalEngine
 from fastrm.train.metrics import read_rows
 from fastrm.train.ranks import ALONE
 from killed_runs import CLOCK
+from own_process import environment
 from rank_jobs import DIVISIONS, Bench, make_config, make_packs, take_step
 from runs import colour_rows, text_rows, tiny_config, write_rows
+from stock import save_stock_checkpoint
 from support import make_model, make_record, pack_of
 from waiting import PATIENCE
 
@@ -35,13 +34,9 @@ class RankServer:
     """Starts jobs of rank_jobs.py on two ranks."""
 
     def __init__(self):
-        script = Path(__file__).with_name("rank_server.py")
-        root = script.parent.parent
-        folders = [str(folder) for folder in (script.parent, root, root / "kernels", root / "bench")]
         self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                 "PYTHONPATH": os.pathsep.join(folders)},
+            [sys.executable, "-m", "rank_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
         )  # fmt: skip
 
     def start(self, folder: Path, job: str, *arguments, num_ranks: int = 2) -> list[int]:
@@ -65,10 +60,7 @@ class RankServer:
         self._process.wait()
 
     def _send(self, **request) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        self._process.stdin.write(json.dumps({**request, "port": port, "seconds": PATIENCE}, default=str) + "\n")
+        self._process.stdin.write(json.dumps({**request, "seconds": PATIENCE}, default=str) + "\n")
         self._process.stdin.flush()
 
 
@@ -200,8 +192,8 @@ def test_under_zero3_no_rank_holds_the_whole_model_while_it_is_loaded(server, tm
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen2", **sizes, num_key_value_heads=2, vocab_size=1000)
     network.model = AutoModel.from_config(config, dtype=torch.float32).bfloat16()
-    save_backbone(tmp_path / "checkpoint", network, shard="50MB")
-    save_backbone(tmp_path / "tiny", make_model("qwen2"))
+    save_stock_checkpoint(tmp_path / "checkpoint", network, shard="50MB")
+    save_stock_checkpoint(tmp_path / "tiny", make_model("qwen2"))
     path = tiny_config(tmp_path, "unused", engine={"zero_stage": 3})
     tree = yaml.safe_load(path.read_text())
     tree["model"] = {"path": str(tmp_path / "checkpoint"), "fuse_projections": True}

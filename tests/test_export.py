@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from fastrm.model.stock_classes import GUARD, file_name
 from fastrm.model.weight_files import INDEX, WeightFiles
 from fastrm.model.weight_writer import WeightWriter
 from fastrm.train.setup import export_model
+from own_process import environment
 from support import make_model
 
 
@@ -172,27 +172,25 @@ class TestFailures:
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from support import make_model
 from fastrm.model.export import save_model
-def status(key):
-    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
+from measure import reset_peak, status_bytes
+from support import make_model
 save_model(make_model("qwen2"), Path(sys.argv[1]) / "tiny")
 from transformers import AutoConfig, AutoModel
 sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8)
 network = make_model("qwen2")
 network.model = AutoModel.from_config(AutoConfig.for_model("qwen2", **sizes, num_key_value_heads=2, vocab_size=20_000))
-before = status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
+before = status_bytes("VmRSS")
+reset_peak()
 save_model(network, Path(sys.argv[1]) / "model", dtype=torch.bfloat16)
-print(status("VmHWM") - before, max(p.numel() * 2 for p in network.parameters()))
+print(status_bytes("VmHWM") - before, max(p.numel() * 2 for p in network.parameters()))
 """
 
 
 def test_an_export_takes_one_tensor_of_memory(tmp_path):
     """Peak resident memory of a process over what the model itself takes, while 210 MB of bf16 are written."""
     command = [sys.executable, "-c", MEASURE, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
     peak, largest = map(int, done.stdout.split()[-2:])
     assert (tmp_path / "model" / "model.safetensors").stat().st_size > 2e8
     assert peak < 1.2 * largest + 10e6

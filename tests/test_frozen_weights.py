@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_loading import save_backbone
 
 from fastrm.config import Config
 from fastrm.data.batching import PackPlan
@@ -12,6 +11,7 @@ from fastrm.model.precision import token_multiple
 from fastrm.train.engine import LocalEngine
 from fastrm.train.optim import training_bytes
 from fastrm.train.setup import make_network
+from stock import save_stock_checkpoint
 from support import make_image, make_model, make_record
 
 IMAGES = [make_image(80, 60, 1)]
@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
     def folder(family, dtype=torch.bfloat16):
         if (family, dtype) not in made:
             made[family, dtype] = tmp_path_factory.mktemp("checkpoint")
-            save_backbone(made[family, dtype], make_model(family), dtype)
+            save_stock_checkpoint(made[family, dtype], make_model(family), dtype)
         return str(made[family, dtype])
 
     return folder

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,15 +98,26 @@ def test_a_lost_rank_is_named_and_a_signal_saves(tmp_path):
 def test_launchers_of_others_work(launcher, tmp_path):
     config = text_config(tmp_path, num_processes=None)
     tool = Path(sys.executable).with_name(launcher)
-    options = {
-        "torchrun": ["--standalone", "--nproc-per-node", "2", "-m"],
-        "deepspeed": ["--no_local_rank", "--num_gpus", "2", "--master_port", str(launch._free_port()), "--module"],
-    }[launcher]
-    process = start(tool, *options, "fastrm.cli", "train", config)
-    _, errors = process.communicate(timeout=PATIENCE)
+    with launch.kept_port() as port:
+        options = {
+            "torchrun": ["--standalone", "--nproc-per-node", "2", "-m"],
+            "deepspeed": ["--no_local_rank", "--num_gpus", "2", "--master_port", str(port), "--module"],
+        }[launcher]
+        process = start(tool, *options, "fastrm.cli", "train", config)
+        _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and "Traceback" not in errors, errors
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_processes"] == 2
     assert "ranks: 2, DeepSpeed ZeRO stage 2" in errors and errors.count("ranks: 2") == 1
+
+
+@pytest.mark.parametrize("use_libuv", [True, False])
+def test_the_port_of_the_ranks_is_theirs_and_nobody_elses(use_libuv):
+    """One that was only looked up was another's now and then, before the first rank listened there."""
+    with launch.kept_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+            other.bind(("127.0.0.1", port))
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, use_libuv=use_libuv)
+        assert store.port == port
 
 
 @pytest.mark.slow

@@ -1,11 +1,9 @@
 """Weights from files: the right ones, in the right dtype, in no more memory than they need, or a named error."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,22 +21,10 @@ from fastrm.model.fusion import fuse_projections
 from fastrm.model.loading import load_backbone, open_backbone
 from fastrm.model.weight_files import WeightFiles
 from fastrm.train.loop import train
+from own_process import environment
 from runs import text_rows, tiny_config, write_rows
+from stock import save_stock_checkpoint
 from support import make_model
-
-
-def save_backbone(folder: Path, network, dtype=torch.bfloat16, shard: str | int = "5GB") -> Path:
-    """A stock checkpoint with its LM head, as transformers writes it."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    kind = AutoModelForImageTextToText if network.is_vision else AutoModelForCausalLM
-    full = kind.from_config(network.model.config, dtype=torch.float32)
-    (full.model if hasattr(full, "model") else full).load_state_dict(network.model.state_dict())
-    full.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    network.encoder.tokenizer.save_pretrained(folder)
-    if network.encoder.vision is not None:
-        network.encoder.vision.save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +35,7 @@ def network():
 @pytest.fixture
 def sharded(network, tmp_path):
     """A bf16 checkpoint in several shards, and the names of these."""
-    save_backbone(tmp_path, network, shard="60KB")
+    save_stock_checkpoint(tmp_path, network, shard="60KB")
     names = sorted(set(json.loads((tmp_path / weight_files.INDEX).read_text())["weight_map"].values()))
     assert len(names) > 2
     return tmp_path, names
@@ -60,7 +46,7 @@ def sharded(network, tmp_path):
 def test_weights_and_buffers_are_those_of_transformers_own_loading(family, dtype, tmp_path):
     from transformers import AutoModel
 
-    save_backbone(tmp_path, make_model(family), torch.bfloat16, "60KB")
+    save_stock_checkpoint(tmp_path, make_model(family), torch.bfloat16, "60KB")
     stock = AutoModel.from_pretrained(tmp_path, dtype=dtype)
     generator = torch.get_rng_state()
     mine = load_backbone(str(tmp_path), dtype)
@@ -76,7 +62,7 @@ def test_weights_and_buffers_are_those_of_transformers_own_loading(family, dtype
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 def test_published_names_are_known(family, tmp_path):
     network = make_model(family)
-    save_backbone(tmp_path, network)
+    save_stock_checkpoint(tmp_path, network)
     # The hub's checkpoints were written before transformers moved the parts under `model.`.
     state = {
         name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): tensor
@@ -162,7 +148,7 @@ class TestRefusals:
             open_backbone(str(folder))
 
     def test_a_link_to_nothing(self, network, tmp_path):
-        save_backbone(tmp_path, network)
+        save_stock_checkpoint(tmp_path, network)
         (tmp_path / weight_files.SINGLE).unlink()
         (tmp_path / weight_files.SINGLE).symlink_to("../../blobs/0a")
         with pytest.raises(StorageError, match=r"model.safetensors: is a link to ../../blobs/0a, which is not there"):
@@ -272,19 +258,15 @@ class TestScoring:
 
 MEASURE = """
 import sys, torch
-from pathlib import Path
-from support import make_model
-from fastrm.model.fusion import fuse_projections
 from fastrm.model.loading import load_backbone
-def status(key):
-    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
+from measure import reset_peak, status_bytes
 load_backbone(sys.argv[1])  # imports and first calls
 torch.set_num_threads(1)
-before = status("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
+before = status_bytes("VmRSS")
+reset_peak()
 model = load_backbone(sys.argv[2], getattr(torch, sys.argv[3]))
 weights = sum(p.nbytes for p in model.parameters())
-print((status("VmHWM") - before) / weights, weights)
+print((status_bytes("VmHWM") - before) / weights, weights)
 """
 
 
@@ -296,10 +278,9 @@ def test_loading_takes_no_more_memory_than_the_weights(dtype, tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
     config = AutoConfig.for_model("qwen2", **sizes, num_key_value_heads=2, vocab_size=20_000)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="100MB")
-    save_backbone(tmp_path / "tiny", make_model("qwen2"))
+    save_stock_checkpoint(tmp_path / "tiny", make_model("qwen2"))
     command = [sys.executable, "-c", MEASURE, tmp_path / "tiny", tmp_path, dtype]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
     ratio, weights = done.stdout.split()[-2:]
     assert int(weights) > 2e8
     assert float(ratio) < 1.15  # the chunk that changes its dtype is 16 MiB

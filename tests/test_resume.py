@@ -13,19 +13,12 @@ from fastrm.errors import ConfigError, InterruptedRun, StorageError
 from fastrm.train import checkpoint as checkpoints
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
-from killed_runs import ForkServer, assert_same, outcome
+from killed_runs import assert_same, outcome
 from runs import colour_rows, tiny_config
 from waiting import wait_until
 
 STEPS = 24
 RUNS, KILLS_PER_RUN = 4, 5
-
-
-@pytest.fixture(scope="module")
-def server():
-    found = ForkServer()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,11 @@ import time
 import psutil
 import pytest
 
-from killed_runs import ForkServer, assert_same, outcome
+from killed_runs import assert_same, outcome
 from runs import colour_rows, tiny_config
 from waiting import PATIENCE, wait_until
 
 MOMENTS = 50
-
-
-@pytest.fixture(scope="module")
-def server():
-    found = ForkServer()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

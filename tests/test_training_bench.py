@@ -18,6 +18,7 @@ import training_run
 import training_variants
 from fastrm.model.architectures import PUBLISHED
 from kernel_timing import RedGate
+from own_process import environment
 from training_gate import Gate
 from training_models import make_network, training_config
 from training_plain import VARLEN
@@ -139,7 +140,6 @@ KILLED_AFTER = """
 import os, signal, sys
 from pathlib import Path
 from unittest import mock
-sys.path[:0] = [{bench!r}, {tests!r}]
 import run_training, training_run
 from training_results import save
 from training_shapes import PACKED, PLAIN, TrainingShape, Variant
@@ -170,10 +170,8 @@ with (
 @pytest.mark.parametrize("trials", [1, 2, 4])
 def test_a_killed_run_keeps_every_trial(tmp_path, trials):
     """The n-th is the last that the run was allowed; the first workload has three."""
-    code = KILLED_AFTER.format(
-        bench=str(ROOT / "bench"), tests=str(ROOT / "tests"), trials=trials, out=str(tmp_path)
-    )  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    command = [sys.executable, "-c", KILLED_AFTER.format(trials=trials, out=str(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment())
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert done.stdout.count("1.000 s, 1.00 pairs/s") == trials
     (report,) = load_all(tmp_path)

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,8 +56,8 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> None:
     Raises:
         RankFailure: if one of them does not end well, when none runs any more.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        watcher = _Watcher(num_ranks, arguments, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, kept_port() as port:
+        watcher = _Watcher(num_ranks, arguments, Path(folder), port)
         handlers = {number: signal.signal(number, watcher.pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             watcher.wait()
@@ -67,9 +68,21 @@ def launch(num_ranks: int, arguments: Sequence[str]) -> None:
         watcher.check()
 
 
+@contextmanager
+def kept_port() -> Iterator[int]:
+    """Yield a port on which the ranks can meet, and keep it from other processes meanwhile.
+
+    A port that is only looked up may be another's before the first rank listens there. This one stays bound; Linux lets
+    a socket with SO_REUSEADDR, as torch's store has it, listen beside one that has it too and does not listen.
+    """
+    with socket.socket() as kept:
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        yield kept.getsockname()[1]
+
+
 class _Watcher:
-    def __init__(self, num_ranks: int, arguments: Sequence[str], folder: Path):
-        port = _free_port()
+    def __init__(self, num_ranks: int, arguments: Sequence[str], folder: Path, port: int):
         self._failures = [folder / f"{rank}.json" for rank in range(num_ranks)]
         self._signalled = False
         self._processes = [
@@ -142,12 +155,6 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def _rank_of_cause(code: int) -> int:
