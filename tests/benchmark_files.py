@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastrm.evaluate.benchmarks import load_benchmark
+
 REWARDBENCH_SECTIONS = {
     "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
              "mt-bench-med": 40},
@@ -221,3 +223,60 @@ def naive_rm_bench(rows: list[dict], rewards: list[list[float]]) -> dict[str, fl
     for level in ("hard", "normal", "easy"):
         found[f"macro/{level}"] = _mean(found[f"{name}/{level}"] for name in domains)
     return found | {"overall": _mean(found[name] for name in domains)}
+
+
+VL_IDS = (
+    "RLAIF-V-1", "RLHF-V-2", "hallucination_pair-3", "mathverse_4", "mmmu_pro_5", "wildvision-6", "jailbreak-7",
+    "svit-8", "RLAIF-V-1",
+)  # fmt: skip
+
+
+def vl_rows() -> list[dict]:
+    return [
+        {"id": name, "query": f"<image>\nWhat is {n}?", "response": [f"a {n}", f"b {n}"], "models": ["x", "y"],
+         "human_ranking": [1, 0] if n % 3 == 0 else [0, 1], "image_path": f"images/{n}.jpg"}
+        for n, name in enumerate(VL_IDS)
+    ]  # fmt: skip
+
+
+def mm_rows() -> list[dict]:
+    kinds = [
+        "mcq/a.png",
+        "mcq/a.png",
+        "long/b.png",
+        "short/c.png",
+        "safety/d.png",
+        "video/e",
+        "video/e",
+        "short/video.png",
+    ]
+    return [
+        {"id": f"{kind}_x", "prompt": f"What {n}?", "chosen": f"good {n}", "rejected": f"bad {n}",
+         "video" if kind == "video/e" else "image": kind}
+        for n, kind in enumerate(kinds)
+    ]  # fmt: skip
+
+
+SMALL = {
+    "vl_rewardbench": ("data.jsonl", write_jsonl, vl_rows, naive_vl),
+    "mm_rlhf_rewardbench": ("mm_reward_bench.jsonl", write_jsonl, mm_rows, naive_mm_rlhf),
+    "multimodal_rewardbench": ("data/all_data.json", write_json, multimodal_rows, naive_multimodal),
+    "rewardbench": ("data/filtered-00000-of-00001.parquet", write_parquet, rewardbench_rows, naive_rewardbench),
+    "rewardbench2": ("data/test-00000-of-00001.parquet", write_parquet, rewardbench2_rows, naive_rewardbench2),
+    "rm_bench": ("total_dataset.json", write_json, rm_bench_rows, naive_rm_bench),
+}
+NAMES = sorted(SMALL)
+
+
+def small(name, folder):
+    """(benchmark, rows) of a small file in the published layout."""
+    file, write, make_rows, _ = SMALL[name]
+    rows = make_rows()
+    write(folder / file, rows)
+    return load_benchmark(name, str(folder)), rows
+
+
+def random_rewards(benchmark, seed, levels=3):
+    """Few levels, so that there are many ties."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, levels, row.num_rewards).astype(float).tolist() for row in benchmark.rows]

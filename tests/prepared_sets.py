@@ -1,6 +1,7 @@
 """Small prepared sets for tests, made by the command's own function."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from fastrm.data.prepared.stored import PreparedSet, read_manifest
 from fastrm.train.data import make_set
 from fastrm.train.encoder import prepared_folder
 from fastrm.ui import Display
-from runs import tiny_config
+from runs import colour_rows, text_rows, tiny_config, write_rows
 
 
 class Made:
@@ -67,3 +68,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 def ids(prepared: PreparedSet) -> list[list[str]]:
     """Ids of the members of every group, in order."""
     return [[record.id for record in prepared.records.parts(number)] for number in range(len(prepared))]
+
+
+def mixed_sources(folder) -> list[dict]:
+    """Images and text, bad rows, copies, prompts in several rows."""
+    colour_rows(folder, 40)
+    rows = text_rows(30)
+    rows += [{**rows[3], "id": "again"}, {**rows[4], "id": "other", "rejected": "never"}, "{not json"]
+    write_rows(folder / "text.jsonl", rows)
+    return [{"path": str(folder / "colours.jsonl")}, {"path": str(folder / "text.jsonl"), "held_out": 0.2}]
+
+
+def in_child(function, *arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process

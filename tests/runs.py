@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from waiting import PATIENCE
@@ -129,3 +130,16 @@ def fastrm_here(capfd, *arguments) -> tuple[int, str]:
     finally:
         sys.argv = before
     raise AssertionError("the command did not leave")
+
+
+def run(config: Path, *overrides: str, resume: str = "no") -> dict:
+    """Train in this process; the summary."""
+    from fastrm.config import load_config
+    from fastrm.train.loop import train
+
+    return train(load_config(config, overrides), resume)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    return colour_rows(tmp_path_factory.mktemp("colours"))

@@ -1,62 +1,31 @@
 """Prepared sets: the same whatever made them, found again, refused when they are another's."""
 
-import io
-import itertools
 import json
-import multiprocessing
 import os
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from chat_templates import TRIMMED
-from fastrm import storage
 from fastrm.config import load_config
 from fastrm.data import tokenizer
-from fastrm.data.prepared import build
 from fastrm.data.prepared.content import with_digests
 from fastrm.data.prepared.records import decode_record, encode_record
-from fastrm.data.prepared.refusals import read_refusals
-from fastrm.data.prepared.report import draw_report, report_tables
 from fastrm.data.prepared.stored import read_manifest
-from fastrm.data.prepared.workers import run_pieces
-from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef
-from fastrm.errors import ConfigError, DataError, StorageError
+from fastrm.errors import ConfigError, DataError
 from fastrm.limits import MediaLimits
-from fastrm.train.data import make_set
-from fastrm.train.encoder import prepared_folder
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
 from fastrm.ui import Display
-from prepared_sets import Made, config_of, contents, ids, small_pieces
+from prepared_sets import Made, config_of, contents, ids, mixed_sources, small_pieces
 from runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
 from video_files import moving_frames, write_frames
-from waiting import PATIENCE
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def mixed_sources(folder) -> list[dict]:
-    """Images and text, bad rows, copies, prompts in several rows."""
-    colour_rows(folder, 40)
-    rows = text_rows(30)
-    rows += [{**rows[3], "id": "again"}, {**rows[4], "id": "other", "rejected": "never"}, "{not json"]
-    write_rows(folder / "text.jsonl", rows)
-    return [{"path": str(folder / "colours.jsonl")}, {"path": str(folder / "text.jsonl"), "held_out": 0.2}]
-
-
-def in_child(function, *arguments) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-    process.start()
-    return process
 
 
 def test_a_record_is_read_back_as_it_was_written():
@@ -91,83 +60,6 @@ def test_a_set_is_the_same_to_the_byte_with_one_worker_and_with_two(tmp_path, mo
     first, second = contents(one.folder), contents(two.folder)
     assert len([name for name in first if name.endswith("records.jsonl")]) == 6
     assert first == second
-
-
-class _Killed:
-    """Renames of files count; the process ends by SIGKILL before, or after, one of them."""
-
-    def __init__(self, monkeypatch, number: int, after: bool):
-        self.left, self.after = number, after
-        for owner, name in ((os, "replace"), (Path, "rename")):
-            monkeypatch.setattr(owner, name, self._wrap(getattr(owner, name)))
-
-    def _wrap(self, rename):
-        def renamed(*arguments):
-            self.left -= 1
-            if self.left == 0 and not self.after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = rename(*arguments)
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return renamed
-
-
-def test_killed_at_any_rename_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    small_pieces(monkeypatch, rows=40, groups=30)
-    config = config_of(tmp_path, *mixed_sources(tmp_path))
-    whole = contents(Made(config, f"run.dir={tmp_path / 'whole'}").folder)
-    resolved = load_config(config, [f"run.dir={tmp_path / 'killed'}"])
-
-    def child(number, after):
-        with pytest.MonkeyPatch.context() as patch:
-            _Killed(patch, number, after)
-            make_set(resolved, Display(silent=True), 1)
-
-    points = 0
-    for number in range(1, 100):
-        for after in (False, True):
-            shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-            process = in_child(child, number, after)
-            process.join()
-            if process.exitcode == 0:
-                assert points >= 20
-                return
-            assert process.exitcode == -signal.SIGKILL
-            points += 1
-            make_set(resolved, Display(silent=True), 1)
-            assert contents(prepared_folder(resolved)) == whole, (number, after)
-    raise AssertionError("the preparation has no end")
-
-
-@pytest.mark.parametrize("count", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_with_two_workers_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, count):
-    small_pieces(monkeypatch)
-    config = config_of(tmp_path, *mixed_sources(tmp_path))
-    started = time.perf_counter()
-    whole = contents(Made(config, f"run.dir={tmp_path / 'whole'}", workers=2).folder)
-    usual, rng, kills = time.perf_counter() - started, random.Random(count), 0
-    resolved = load_config(config, [f"run.dir={tmp_path / 'killed'}"])
-    for number in itertools.count():
-        if number >= count and kills:
-            break
-        process = in_child(make_set, resolved, Display(silent=True), 2)
-        process.join(rng.uniform(0, usual) / (1 + number // count))  # a machine may have become faster
-        kills += process.is_alive()
-        process.kill()
-        process.join()
-        if rng.random() < 0.5:  # else the next one finds what this one has left, and may be killed as well
-            make_set(resolved, Display(silent=True), 2)
-            assert contents(prepared_folder(resolved)) == whole
-            shutil.rmtree(prepared_folder(resolved))
-    make_set(resolved, Display(silent=True), 2)
-    assert contents(prepared_folder(resolved)) == whole and kills
-
-
-def test_a_worker_that_dies_is_an_error_that_says_what_to_do():
-    with pytest.raises(StorageError, match=r"a process that prepares data died.*use fewer --workers"):
-        list(run_pieces(lambda piece: os.kill(os.getpid(), signal.SIGKILL), [1, 2, 3], 2))
 
 
 def test_training_from_sources_and_from_a_set_made_ahead_is_the_same_to_the_bit(tmp_path):
@@ -315,41 +207,6 @@ def test_groups_and_records_agree_and_survive_pickling(tmp_path):
     assert copy[5] == made.train.records[5]
 
 
-def test_two_processes_do_not_prepare_in_one_folder(tmp_path):
-    config = load_config(config_of(tmp_path, *mixed_sources(tmp_path)))
-    context = multiprocessing.get_context("fork")
-    held, leave = context.Event(), context.Event()
-
-    def hold():
-        with storage.locked_folder(prepared_folder(config)):
-            held.set()
-            leave.wait()
-
-    process = in_child(hold)
-    held.wait()
-    with pytest.raises(StorageError, match="another process is preparing data there"):
-        make_set(config, Display(silent=True), 1)
-    leave.set()
-    process.join()
-
-
-def test_a_set_that_is_there_is_read_while_another_run_holds_the_folder(tmp_path):
-    made = Made(config_of(tmp_path, *mixed_sources(tmp_path)), f"data.prepared={tmp_path / 'shared'}")
-    context = multiprocessing.get_context("fork")
-    held, leave = context.Event(), context.Event()
-
-    def hold():
-        with storage.locked_folder(made.folder):
-            held.set()
-            leave.wait()
-
-    process = in_child(hold)
-    held.wait()
-    assert make_set(made.config, Display(silent=True), 1) is None
-    leave.set()
-    process.join()
-
-
 def test_sources_without_a_usable_group_are_refused_by_reason(tmp_path):
     path = write_rows(tmp_path / "bad.jsonl", ["{", {"prompt": "a", "chosen": "b", "rejected": "b"}])
     with pytest.raises(DataError, match=r"no usable group in 0 records \(BAD_JSON 1, IDENTICAL_RESPONSES 1\)"):
@@ -385,75 +242,6 @@ def test_embedded_images_are_kept_in_the_set_once_in_a_unit(tmp_path):
     sizes = [file.stat().st_size for file in made.folder.glob("units/*/media.bin")]
     distinct = {ref.key: ref.span[1] for record in made.train.records for ref in record.media}
     assert sum(sizes) == sum(distinct.values()) and len(distinct) == 1437
-
-
-def test_the_report_counts_every_row_and_draws_a_picture(tmp_path):
-    sources = mixed_sources(tmp_path)
-    made = Made(config_of(tmp_path, *sources))
-    row = made.row(sources[1]["path"])
-    assert (row["rows"], row["duplicates"], row["refused_reading"]) == (33, 1, {"BAD_JSON": 1})
-    assert (row["records"], row["merged"], row["groups"]) == (31, 1, 30)
-    assert row["held_out_groups"] == 6 == len(made.eval) and row["epoch_groups"] == 24
-    total = sum(row["epoch_tokens"] for row in made.report["sources"])
-    assert total == made.report["sharing"]["tokens"] == sum(group.num_tokens for group in made.train.groups)
-    assert made.report["sharing"]["sharing_factor"] > 1.3 < made.report["sharing"]["predicted_speedup"]
-    histogram = made.report["histograms"]["image_tokens"]
-    assert sum(histogram["counts"]) == 40 and histogram["zero"] == 24
-    assert row["tokens"] >= row["epoch_tokens"]
-    draw_report(made.report, tmp_path / "report.png")
-    assert Image.open(tmp_path / "report.png").size[0] > 1000
-    assert json.loads((made.folder / "report.json").read_text())["seconds"].keys() == {
-        "read", "select", "count", "index",
-    }  # fmt: skip
-    assert "sharing factor" in made.said
-
-
-def test_every_row_is_accounted_for_and_the_set_says_how_many_records_it_holds(tmp_path):
-    sources = mixed_sources(tmp_path)
-    sources[1] |= {"cap": 5, "held_out": 2}
-    made = Made(config_of(tmp_path, *sources))
-    kept = 0
-    for row in made.report["sources"]:
-        removed = row["duplicates"] + row["contaminated"]["removed"]
-        assert row["rows"] == sum(row["refused_reading"].values()) + removed + row["records"]
-        kept += row["records"] - sum(row["refused_counting"].values()) - row["not_drawn_records"]
-    assert kept == made.train.num_records + made.eval.num_records
-    assert made.train.num_records == sum(map(len, ids(made.train)))
-    assert made.row(sources[1]["path"])["not_drawn_records"] > 0
-
-
-@pytest.mark.parametrize("width", [80, 200])
-def test_the_tables_never_cut_a_number(tmp_path, width):
-    row = Made(config_of(tmp_path, *mixed_sources(tmp_path))).row(str(tmp_path / "text.jsonl"))
-    long = row | {
-        "source": "a-source-of-an-uncommonly-long-name/and-its-subset", "rows": 2_852_000, "records": 2_852_000,
-        "epoch_groups": 2_123_456, "epoch_preferences": 2_345_678, "epoch_tokens": 1_234_567_890_123,
-        "duplicates": 1_234_567,
-    }  # fmt: skip
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(*report_tables({"sources": [long] * 7}))
-    shown = console.export_text()
-    for number in ("2,852,000", "2,123,456", "2,345,678", "1,234,567,890,123", "1,234,567 "):
-        assert shown.count(number) >= 7, number
-    assert "…" not in shown and max(map(len, shown.splitlines())) <= width
-
-
-def test_a_file_that_changes_between_two_attempts_is_named_and_read_again(tmp_path, monkeypatch):
-    small_pieces(monkeypatch)
-    config = config_of(tmp_path, *mixed_sources(tmp_path))
-    resolved = load_config(config)
-
-    def stop(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "load_table", stop)
-        with pytest.raises(KeyboardInterrupt):
-            make_set(resolved, Display(silent=True), 1)
-    write_rows(tmp_path / "text.jsonl", text_rows(20))
-    made = Made(config)
-    assert f"{tmp_path / 'text.jsonl'} has changed since the last time: it is read again" in made.said
-    assert "parts are there already" in made.said and made.row(str(tmp_path / "text.jsonl"))["rows"] == 20
 
 
 def test_digests_are_of_the_bytes_of_files_frames_and_archives(tmp_path):
@@ -513,67 +301,6 @@ def test_easy_vqa_is_prepared_from_its_archives_and_trained(tmp_path):
     made = Made(config, *overrides, workers=2)
     assert made.report["sources"][0]["rows"] == 12_000 and made.report["sources"][1]["rows"] == 5_029
     assert train(load_config(config, overrides), display=Display(silent=True))["steps"] == 5
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_rows(tmp_path):
-    import resource
-
-    def peak(count: int, queue) -> None:
-        rows = [{"id": str(n), "prompt": f"{n} " + "many words " * 60, "chosen": "yes " * 90, "rejected": "no " * 90}
-                for n in range(count)]  # fmt: skip
-        write_rows(tmp_path / f"{count}.jsonl", rows)
-        del rows
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        config = config_of(
-            tmp_path, {"path": str(tmp_path / f"{count}.jsonl")}, run={"dir": str(tmp_path / str(count))}
-        )
-        make_set(load_config(config), Display(silent=True), 1)
-        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-
-    queue = multiprocessing.get_context("fork").Queue()
-    rises = []
-    for count in (2_000, 30_000):
-        in_child(peak, count, queue).join()
-        rises.append(queue.get())
-    # 28,000 rows more have 40 MB of text; their columns and one unit's buffers are a fraction of it.
-    assert rises[1] - rises[0] < 30 * 1024, rises
-
-
-@pytest.mark.slow
-def test_the_scale_benchmark_measures_and_goes_on_with_what_is_there(tmp_path):
-    import subprocess
-    import sys
-
-    script = Path(__file__).resolve().parents[1] / "bench" / "prepared_scale.py"
-    command = [sys.executable, script, "--dir", tmp_path / "work", "--rows", "1500", "--out", tmp_path / "out"]
-    results = []
-    for _ in range(2):
-        subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
-        (path,) = (tmp_path / "out").glob("*-prepared-1500.json")
-        results.append(json.loads(path.read_text()))
-    first, second = results
-    assert first["prepare"] == second["prepare"] and first["prepare"]["memory_is_bounded"]
-    assert first["start"]["groups"] > 1000 and first["plan"]["preferences_planned"] == first["start"]["preferences"]
-    assert first["plan"]["groups_not_once"] == first["plan"]["packs_over_budget"] == 0
-
-
-def test_a_record_that_lost_a_part_is_no_refused_row(tmp_path):
-    rated = [{"response": text, "annotations": {"Helpfulness": {"Rating": rating}}} for text, rating in
-             (("a cat", "5"), ("a dog", "N/A"), ("a cow", "2"))]  # fmt: skip
-    rows = [{"prompt": f"What is {number}?", "completions": rated} for number in range(4)]
-    path = write_rows(tmp_path / "rated.jsonl", [*rows, "{"])
-    made = Made(
-        config_of(tmp_path, {"path": str(path), "name": "rated"}, model={"tokenizer": {"train_vocab_size": 280}})
-    )
-    row = made.row("rated")
-    assert (row["rows"], row["records"], row["refused_reading"]) == (5, 4, {"BAD_JSON": 1})
-    assert row["parts_left_out"] == {"RATING_MISSING": 4}
-    assert [line.get("partial", False) for line in made.refused] == [True] * 4 + [False]
-    with Quarantine(None) as quarantine:
-        for refusal in read_refusals(made.folder / "refused.jsonl"):
-            refusal.add_to(quarantine)
-    assert (quarantine.total, quarantine.partial_counts) == (1, {"RATING_MISSING": 4})
 
 
 def test_frames_have_one_digest_wherever_they_are(tmp_path):

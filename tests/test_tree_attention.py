@@ -15,22 +15,11 @@ from fastrm_kernels.tree_attention.gather import take_rows
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
 from fastrm_kernels.tree_attention.tiles import _tile_list
 from fastrm_kernels.tree_attention.varlen import varlen_arguments, varlen_options
+from tree_cases import random_tree
 
 # The package has a function of the folder's name.
 blocks, eager = (importlib.import_module(f"fastrm_kernels.tree_attention.{name}") for name in ("blocks", "eager"))
 CASES = 40
-
-
-def random_tree(rng, max_segments=40, max_depth=4):
-    """Lengths and parents of segments in depth-first order."""
-    lengths, parents, path = [], [], []
-    for segment in range(rng.randint(1, max_segments)):
-        while path and (len(path) >= max_depth or rng.random() < 0.45):
-            path.pop()
-        parents.append(path[-1] if path else -1)
-        lengths.append(rng.choice([0, 1, 2, 3, 17, 40, rng.randint(1, 80)]))
-        path.append(segment)
-    return lengths, parents
 
 
 def visible_by_definition(lengths, parents):
