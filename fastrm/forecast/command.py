@@ -6,6 +6,7 @@ from fastrm.config import Config
 from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB
 from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.inputs import count_preferences
+from fastrm.forecast.picture import draw_plan
 from fastrm.forecast.plan import Assumptions, Plan, make_plan
 from fastrm.forecast.report import as_json, print_plan
 from fastrm.json_files import to_json
@@ -55,8 +56,6 @@ def plan_run(
         json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(to_json(as_json(plan), indent=1) + "\n", encoding="utf-8")
     if png_out is not None:
-        from fastrm.forecast.picture import draw_plan
-
         draw_plan(plan, png_out)
     for file in filter(None, (json_out, png_out)):
         say(console, f"written: {file}")

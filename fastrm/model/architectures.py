@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from fastrm.config import ModelConfig, TrainedTokenizer
+from fastrm.data.tokenizer import load_tokenizer
 from fastrm.errors import ConfigError
 from fastrm.model.families import check_family
 from fastrm.model.network import RewardNetwork, refusal
@@ -168,8 +169,6 @@ def _vocab_size(tokenizer: str | TrainedTokenizer) -> int:
         return tokenizer.train_vocab_size
     if not Path(tokenizer).is_dir():
         raise LookupError(f"the vocabulary of model.init is that of {tokenizer!r}, which is not a local folder")
-    from fastrm.data.tokenizer import load_tokenizer
-
     return len(load_tokenizer(tokenizer))
 
 

@@ -79,7 +79,7 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
     config = config.model_copy(update={"model": model})
     quarantine = opened.enter_context(Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None))
     check_loggers(config.run.report_to)
-    job = set_up(config, run_dir, quarantine, display, ranks)
+    job = set_up(config, quarantine, display, ranks)
     config, fingerprint = job.config, job.train.fingerprint
     engine = make_engine(job.network, config, ranks)
     saved = None if start is None else restore(start, config, fingerprint, engine, ranks)

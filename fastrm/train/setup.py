@@ -43,7 +43,7 @@ class Job:
     eval: PreparedSet | None
 
 
-def set_up(config: Config, run_dir: Path, quarantine: Quarantine, display: Display, ranks: Ranks = ALONE) -> Job:
+def set_up(config: Config, quarantine: Quarantine, display: Display, ranks: Ranks = ALONE) -> Job:
     """Read the data, make the tokeniser and the network, and prepare the groups; on all ranks.
 
     Raises:
