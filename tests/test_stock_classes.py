@@ -11,13 +11,13 @@ from fastrm.config import HeadConfig
 from fastrm.data.record import Message, Response
 from fastrm.data.template import ConversationEncoder
 from fastrm.model.export import load_model, save_model
+from fastrm.model.families import TEXT_FAMILIES
 from fastrm.model.stock_classes import padding_note, read_by_stock
 from stock import stock_inputs
 from support import FAMILIES, make_image, make_model, make_record, make_tokenizer, pack_of
 
 LINEAR = HeadConfig(layers=1, bias=False)
-VISION = ["qwen2_5_vl", "qwen2_vl", "internvl"]
-TEXT = ["llama", "qwen2", "qwen3"]
+TEXT = sorted(TEXT_FAMILIES)
 # As Llama 3 closes a turn: its end token is the last of a conversation, and what most people pad with.
 CLOSED = "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
 TURNED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
