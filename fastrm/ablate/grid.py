@@ -89,10 +89,8 @@ class GridConfig(_Section):
     overrides: Overrides = {}
     """Overrides `section.key: value` for all cells."""
     axes: Annotated[dict[str, dict[str, Overrides]], Field(min_length=1, max_length=2)]
-    """One or two axes: axis -> name of a setting -> its overrides. Every combination of settings is a cell.
-
-    The first axis makes the table's rows, the second one its groups of columns.
-    """
+    """One or two axes: axis -> name of a setting -> its overrides. Every combination of settings is a cell. The first
+    axis makes the table's rows, the second one its groups of columns."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     """Values of run.seed, each for one cell of each combination: they set initial weights and order of the data."""
     ensembles: dict[str, EnsembleConfig] = {}

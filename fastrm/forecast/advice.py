@@ -1,4 +1,4 @@
-"""Ways to run a configuration, which of them fit a GPU, and what to change if the configured one does not."""
+"""Ways to run a configuration: those that fit a GPU, and the changes that help if the configured one does not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fastrm.ui import gib, gpus
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run: settings of the state on a number of GPUs.
+    """A way to run: settings of the training state on a number of GPUs.
 
     Attributes:
         settings: configuration key -> value.
@@ -21,18 +21,18 @@ class Way:
 
     @property
     def label(self) -> str:
-        """Of it in a table."""
+        """The name of the way in a table."""
         named = ", ".join(f"{key}: {value}" for key, value in self.settings.items())
         return f"{gpus(self.num_gpus)}, {named}"
 
     def config(self, config: Config, checkpointing: str) -> Config:
-        """The configuration in this way, with another activation checkpointing."""
+        """Return the configuration in this way, with another activation checkpointing."""
         return with_settings(config, {**self.settings, "model.activation_checkpointing": checkpointing})
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Peak memory of one way to run with one kind of activation checkpointing."""
+    """The peak memory of one way to run with one kind of activation checkpointing."""
 
     way: Way
     checkpointing: str
@@ -40,14 +40,14 @@ class Fit:
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The settings and the peak memory, in words."""
         return f"{self.way.label}, model.activation_checkpointing: {self.checkpointing}: {gib(self.peak.total)} GiB"
 
 
 def ways(config: Config, num_gpus: int) -> list[Way]:
-    """All ways on this number of GPUs: what one process stores, or what ZeRO divides.
+    """Return all ways on this number of GPUs: the formats that one process stores, or the stages of ZeRO.
 
-    Several processes store float32 alone.
+    Several processes store only float32.
     """
     if num_gpus > 1:
         return [Way({"engine.zero_stage": stage}, num_gpus) for stage in (1, 2, 3)]
@@ -61,7 +61,7 @@ def ways(config: Config, num_gpus: int) -> list[Way]:
 
 
 def with_settings(config: Config, settings: dict[str, str | int]) -> Config:
-    """The configuration with other values for `section.key` names, checked again."""
+    """Return the configuration with other values for `section.key` names, validated again."""
     tree = config.model_dump()
     for key, value in settings.items():
         section, name = key.split(".")
@@ -72,7 +72,7 @@ def with_settings(config: Config, settings: dict[str, str | int]) -> Config:
 def advise(
     config: Config, num_gpus: int, peak: PeakMemory, fits: Sequence[Fit], usable: int, largest_pack: int | None
 ) -> list[str]:
-    """Whether the configured way fits the usable bytes of a GPU, and if not, the least changes that do; sentences.
+    """Return sentences: whether the configured way fits a GPU's usable bytes, and if not, the least changes that do.
 
     Args:
         peak: of the configured way.
@@ -86,7 +86,7 @@ def advise(
         lines.append(f"optim.tokens_per_pack and data.max_tokens_per_group: {largest_pack} would fit.")
     mode = config.model.activation_checkpointing
     possible = [fit for fit in fits if fit.peak.total <= usable]
-    # Those that recompute no more than they must, and on as many GPUs as were asked for, first.
+    # First the fits that recompute no more than they must, on as many GPUs as were asked for.
     possible.sort(key=lambda fit: (fit.way.num_gpus != num_gpus, fit.checkpointing != mode, fit.peak.total))
     seen: set[str] = set()
     for fit in possible:
@@ -99,7 +99,7 @@ def advise(
 
 
 def _lighter(config: Config, num_gpus: int, peak: PeakMemory, fits: Sequence[Fit], usable: int) -> list[str]:
-    """Checkpointing that computes less again and fits as well."""
+    """Return sentences on a mode of checkpointing that recomputes less and fits as well."""
     costs = {"none": 0, "selective": 1, "full": 2}
     mode = config.model.activation_checkpointing
     tree = config.model_dump()

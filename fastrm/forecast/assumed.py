@@ -1,4 +1,4 @@
-"""What `fastrm plan` assumes where the command line says nothing else; imports nothing, so that --help is instant."""
+"""The assumptions of `fastrm plan` without other options; imports nothing, so that --help is instant."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""What the ranks of a step send one another, and how long that takes.
+"""The messages between the ranks of a step, and the time that they take.
 
 A ring over N ranks sends (N - 1) / N of a tensor from each rank for a reduce-scatter or an all-gather, and
 twice that for an all-reduce (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms").
-Rajbhandari et al. 2020 (arXiv 1910.02054, section 7) count ZeRO's tensors. What is sent, and when, is that
+Rajbhandari et al. 2020 (arXiv 1910.02054, section 7) count ZeRO's tensors. The messages and their times are those
 of fastrm's engine on DeepSpeed 0.19.8, which sends float32:
 
     stage 1    once a step: gradients all-reduced (DeepSpeed reduces buckets for all ranks at once), then
@@ -26,7 +26,7 @@ REDUCED_AT_ONCE, GATHERED_AT_ONCE, PREFETCHED_AT_ONCE = 200_000_000, 500_000_000
 
 @dataclass(frozen=True)
 class Network:
-    """What the ranks are connected by.
+    """The network between the ranks.
 
     Attributes:
         nvlink, network: bytes per second and GPU in each direction that collectives reach, inside a node
@@ -43,7 +43,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of message of a step.
+    """A kind of message of a step.
 
     Attributes:
         num_bytes: of the tensors, all calls together.
@@ -57,11 +57,11 @@ class Collective:
     num_calls: int
 
     def sent(self, num_gpus: int) -> float:
-        """Bytes that each GPU sends in a step, to its neighbour in a ring."""
+        """Return the bytes that each GPU sends in a step, to its neighbour in a ring."""
         return self.factor * self.num_bytes * (num_gpus - 1) / num_gpus
 
     def seconds(self, num_gpus: int, network: Network) -> float:
-        """Time of all calls one after another.
+        """Return the seconds of all calls one after another.
 
         Rings cross from node to node at one GPU in eight, each ring at another: a network card carries an
         eighth of what a GPU sends.
@@ -74,7 +74,7 @@ class Collective:
 
 
 def collectives(parameters: Parameters, stage: int, num_packs: int) -> list[Collective]:
-    """All messages of one step of two or more ranks; small ones (loss, norm) are left out.
+    """Return all messages of one step of two or more ranks; small ones (loss, norm) are left out.
 
     Args:
         parameters: of the whole network.

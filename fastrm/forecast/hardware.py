@@ -7,7 +7,7 @@ from fastrm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of a node of eight.
+    """A GPU of a node of eight.
 
     Attributes:
         name: as torch reports it begins with "NVIDIA " and contains this.
@@ -34,12 +34,12 @@ GPUS = {
     "b200": Gpu("B200", 180 * 10**9, 2250e12, 4500e12, 8e12, 900e9, "NVIDIA DGX B200 datasheet, an eighth"),
 }
 GPUS_PER_NODE = 8
-# One ConnectX-7 of 400 Gb/s for each GPU (NVIDIA DGX H100 datasheet).
+# Each GPU has a ConnectX-7 of 400 Gb/s (NVIDIA DGX H100 datasheet).
 NETWORK = 50e9
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name such as h100.
+    """Find the GPU of a name such as h100.
 
     Raises:
         ConfigError: if there is none.

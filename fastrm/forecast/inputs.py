@@ -1,4 +1,4 @@
-"""What a configuration says that a run reads: is it here, and how many preferences is it?"""
+"""The inputs that a configuration names: whether they are here, and their number of preferences."""
 
 import importlib.util
 from pathlib import Path
@@ -11,12 +11,12 @@ from fastrm.data.sources.files import stored_in
 from fastrm.errors import DataError, looked_for
 from fastrm.model.places import locate
 
-# Sources that are larger take minutes to read, which is no part of a plan.
+# Larger sources take minutes to read, which a plan should not.
 MOST_BYTES_TO_COUNT = 256 * 2**20
 
 
 def check_inputs(config: Config) -> list[tuple[str, str, str]]:
-    """(name, state, detail) of everything that the configuration says a run reads.
+    """Return (name, state, detail) of every input that the configuration names.
 
     The state is found or missing; of a prepared set that a run would make, not yet.
     """
@@ -34,13 +34,16 @@ def check_inputs(config: Config) -> list[tuple[str, str, str]]:
 
 
 def _check_source(source: SourceConfig) -> tuple[str, str]:
-    """State and detail of one source: its files and images exist, no row is read and the hub is not asked."""
+    """Return state and detail of one source: whether its files and images exist. No row is read.
+
+    The hub is not asked.
+    """
     if is_on_hub(source.path, source.set):
         return "missing", f"{hub_name(source.path, source.set)}: not looked for; a run downloads it from the hub"
     try:
         files = open_source(source)
         if not isinstance(files[0], SourceFile):
-            # Ships with a package; only making the first record tells whether it is there.
+            # The data comes with a package; only making the first record shows whether that is there.
             next(files[0].read(0, 1))
             return "found", f"{source.path}, built in"
     except DataError as error:
@@ -52,7 +55,7 @@ def _check_source(source: SourceConfig) -> tuple[str, str]:
 
 
 def _paths(files: list) -> set[Path]:
-    """The data files on disk; several may be in one archive."""
+    """Return the data files on disk; several may be in one archive."""
     return {Path(path) for file in files if isinstance(file, SourceFile) for path in stored_in(file.path)}
 
 
@@ -83,7 +86,7 @@ def _check_folder(path: str, *patterns: str) -> tuple[str, str]:
 
 
 def count_preferences(config: Config) -> int | None:
-    """Preferences of data.train without ties, or None if a source is missing or too large to be read for that."""
+    """Count the preferences of data.train without ties; None if a source is missing or too large for that."""
     sources = config.data.train
     if not sources or any(_check_source(source)[0] == "missing" for source in sources):
         return None

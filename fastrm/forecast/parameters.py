@@ -1,4 +1,4 @@
-"""How many parameters a network has, part by part. Exact; the network may live on torch's meta device."""
+"""The exact number of a network's parameters, part by part; the network may be on torch's meta device."""
 
 from dataclasses import dataclass
 
@@ -6,24 +6,20 @@ from torch import nn
 
 from fastrm.model.network import RewardNetwork
 
-# In the order in which a forward pass runs them.
+# The parts in the order of a forward pass.
 PARTS = ("vision tower", "projector", "embeddings", "language model", "head")
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of one part, or of a whole network: all, and those with a gradient."""
+    """Parameter counts of one part, or of a whole network: all, and those with a gradient."""
 
     total: int
     trainable: int
 
-    @property
-    def frozen(self) -> int:
-        return self.total - self.trainable
-
 
 def count_parameters(network: RewardNetwork) -> dict[str, Parameters]:
-    """Exact parameter counts by part (PARTS; those of the vision tower are 0 for a text model)."""
+    """Count parameters by part (PARTS; those of the vision tower are 0 for a text model)."""
     counts = {part: [0, 0] for part in PARTS}
     for name, parameter in network.named_parameters():
         count = counts[part_of(name)]
@@ -33,12 +29,12 @@ def count_parameters(network: RewardNetwork) -> dict[str, Parameters]:
 
 
 def sum_parameters(parts: dict[str, Parameters]) -> Parameters:
-    """All parts together."""
+    """Sum the counts of all parts."""
     return Parameters(sum(p.total for p in parts.values()), sum(p.trainable for p in parts.values()))
 
 
 def part_of(name: str) -> str:
-    """The part of PARTS that a parameter belongs to, by its name in the network."""
+    """Return the part of PARTS that a parameter belongs to, by its name in the network."""
     if name.startswith("score."):
         return "head"
     if name.startswith(("model.visual.merger.", "model.multi_modal_projector.")):
@@ -49,5 +45,5 @@ def part_of(name: str) -> str:
 
 
 def language_of(network: RewardNetwork) -> nn.Module:
-    """The language model of a network, without its vision tower."""
+    """Return the language model of a network, without its vision tower."""
     return network.model.language_model if network.is_vision else network.model

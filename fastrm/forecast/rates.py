@@ -1,4 +1,4 @@
-"""How fast a GPU computes: from a measurement of whole training steps, or an assumed share of its datasheet."""
+"""The rate at which a GPU computes: measured over whole training steps, or an assumed share of its datasheet."""
 
 import json
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from fastrm.errors import ConfigError
 from fastrm.forecast.assumed import RESULTS
 from fastrm.forecast.hardware import Gpu
 
-# Of the datasheet's dense rate, over a whole step.
+# The assumed share of the datasheet's dense rate, over a whole step.
 ASSUMED_SHARE = 0.4
-# Of the datasheet's memory bandwidth, in the optimizer's update.
+# The assumed share of the datasheet's memory bandwidth, in the optimizer's update.
 ASSUMED_BANDWIDTH_SHARE = 0.7
 
 
@@ -29,7 +29,7 @@ class Rate:
 
 
 def find_rate(gpu: Gpu, model: str | None, variant: str, share: float | None, folder: Path = RESULTS) -> Rate:
-    """The rate that `bench/run_training.py` measured on this GPU for this size of model, or an assumed one.
+    """Find the rate that `bench/run_training.py` measured on this GPU for this size of model, or assume one.
 
     Args:
         model: its size in the benchmark, such as 7B; None if it has none.
@@ -51,7 +51,7 @@ def find_rate(gpu: Gpu, model: str | None, variant: str, share: float | None, fo
 
 
 def _measured(file: Path, gpu: Gpu, model: str | None, variant: str) -> Rate | None:
-    """The mean rate over the workloads of one file, each as often as it takes time; None if it has none."""
+    """Return the mean rate over one file's workloads, weighted by their time; None if it has none."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
         if gpu.name not in report["device"]:

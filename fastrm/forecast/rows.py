@@ -1,4 +1,4 @@
-"""The first rows of every source, read as a run would read them: what a dry run can say about data.
+"""The first rows of every source, read as a run would read them: the data's part of a dry run.
 
 Images are opened for their headers, and conversations are tokenised; nothing is decoded or written.
 """
@@ -22,13 +22,15 @@ from fastrm.model.families import chat_layout
 from fastrm.model.places import locate
 from fastrm.train.encoder import make_data_encoder
 
-# Of a source: enough to meet a mistake that most rows share, few enough to be quick.
+# The rows read of a source: enough to meet a mistake that most rows share, few enough to be quick.
 ROWS = 200
-_NAMED = 2  # refusals of a source that are shown in full
+_NAMED = 2  # the most refusals of a source that are shown in full
 
 
 def check_rows(config: Config) -> list[tuple[str, str, str]]:
-    """(name, state, detail) of each local source's first rows: usable, refused in part, or missing if none is usable.
+    """Return (name, state, detail) of each local source's first rows.
+
+    The state is usable, refused in part, or missing if none is usable.
 
     Raises:
         ConfigError: the tokenizer, its template or the image processor cannot be used, as in a run.
@@ -45,7 +47,7 @@ def check_rows(config: Config) -> list[tuple[str, str, str]]:
 
 
 class _FirstRows(NamedTuple):
-    """The first rows of a source, and what their keys and its `columns` tell."""
+    """The first rows of a source, with the findings about their keys and its `columns`."""
 
     rows: list[Record | RefusedRow]
     notes: list[str]
@@ -53,7 +55,7 @@ class _FirstRows(NamedTuple):
 
 
 def _read(source: SourceConfig) -> _FirstRows | None:
-    """None if there is no such source, which is said elsewhere."""
+    """Read the first rows of a source; None if it is missing, which is reported elsewhere."""
     try:
         files, keys = open_source(source), {}
         read = chain.from_iterable(file.read(keys=keys.setdefault(file.path, KeyTally())) for file in files)
@@ -68,7 +70,7 @@ def _read(source: SourceConfig) -> _FirstRows | None:
 
 
 def _encoder(config: Config, records: list[Record]) -> ConversationEncoder | None:
-    """None if the model or its tokenizer is not here: the hub is not asked."""
+    """Make the encoder; None if the model or its tokenizer is not here: the hub is not asked."""
     path = config.model.path
     if not records or (path is not None and not Path(path).is_dir()):
         return None

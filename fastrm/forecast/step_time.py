@@ -1,4 +1,4 @@
-"""How long a step takes on a number of GPUs: computing, the optimizer, and the communication that shows."""
+"""The time of a step on a number of GPUs: computing, the optimizer, and communication that is not hidden."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from fastrm.forecast.parameters import Parameters
 
 @dataclass(frozen=True)
 class Work:
-    """What a step consists of, whatever the number of GPUs.
+    """The work of a step, whatever the number of GPUs.
 
     Attributes:
         num_pairs: of the step.
@@ -38,7 +38,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step on `num_gpus` GPUs, in seconds.
+    """The time of one step on `num_gpus` GPUs, in seconds.
 
     Attributes:
         busy_gpus: that have at least one pair.
@@ -58,7 +58,7 @@ class StepTime:
 
     @property
     def exposed(self) -> float:
-        """Communication that the GPU waits for."""
+        """Seconds of communication for which the GPU waits."""
         return self.communication - self.hidden
 
     @property
@@ -68,28 +68,28 @@ class StepTime:
 
     @property
     def pairs_per_second(self) -> float:
-        """Of all GPUs together."""
+        """Preferences per second of all GPUs together."""
         return self.num_pairs / self.total
 
     @property
     def dominated(self) -> bool:
-        """Does the GPU wait longer for messages than it computes?"""
+        """True if the GPU waits longer for messages than it computes."""
         return self.exposed > self.compute + self.update
 
 
 def messages(work: Work, num_gpus: int, num_packs: int) -> list[Collective]:
-    """Collectives of one step; none on one GPU."""
+    """Return the collectives of one step; none on one GPU."""
     return collectives(work.parameters, work.stage, num_packs) if num_gpus > 1 else []
 
 
 def slowest_pairs(num_pairs: float, num_gpus: int, imbalance: float = IMBALANCE) -> float:
-    """Pairs of a step on the slowest rank: `imbalance` times the mean, and no less than one."""
+    """Return the preferences of a step on the slowest rank: `imbalance` times the mean, at least one."""
     mean = num_pairs / num_gpus
     return max(1.0, mean * imbalance) if num_gpus > 1 else mean
 
 
 def packs_of_a_step(config: Config, load: Workload, num_gpus: int, imbalance: float = IMBALANCE) -> int:
-    """Packs of a step on the slowest rank."""
+    """Return the number of packs of a step on the slowest rank."""
     tokens_per_pair = load.num_tokens(config.data.share_prefixes) / load.num_pairs
     pairs = slowest_pairs(load.num_pairs, num_gpus, imbalance)
     return _num_packs(pairs, tokens_per_pair, config.optim.tokens_per_pack)
@@ -112,16 +112,16 @@ def step_time(work: Work, num_gpus: int, network: Network) -> StepTime:
 
 
 def efficiency(step: StepTime, work: Work) -> float:
-    """Pairs per second and GPU, relative to one GPU with the same step."""
+    """Return preferences per second and GPU, relative to one GPU with the same step."""
     alone = work.num_pairs * work.seconds_per_pair + work.update_seconds
     return alone / (step.num_gpus * step.total)
 
 
 def gpu_counts(largest: int) -> list[int]:
-    """1, 2, 4, 8, and then whole nodes, up to `largest`."""
+    """Return 1, 2, 4, 8, and then whole nodes, up to `largest`."""
     return [count for count in (1, 2, 4) if count <= largest] + list(range(GPUS_PER_NODE, largest + 1, GPUS_PER_NODE))
 
 
 def first_dominated(work: Work, network: Network, counts: Iterable[int]) -> int | None:
-    """The least of `counts` at which a step waits longer for messages than it computes; None if none does."""
+    """Return the least of `counts` at which messages take longer than computing; None if there is none."""
     return next((count for count in counts if step_time(work, count, network).dominated), None)
