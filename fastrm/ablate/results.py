@@ -1,6 +1,5 @@
 """Estimates over seeds from the figures of cells, and results.json."""
 
-import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from fastrm.ablate.grid import Cell, EnsembleCell, Grid
 from fastrm.ablate.statistics import Estimate, estimate, paired_difference
 from fastrm.config import load_config
 from fastrm.json_files import to_json
+from fastrm.storage import replaced
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ def collect(grid: Grid, failed: dict[str, str]) -> Results:
 
 def write_json(results: Results, path: Path) -> None:
     """Write results.json, which appears complete or not at all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(to_json(_as_json(results), indent=1) + "\n")
-    os.replace(partial, path)
+    with replaced(path) as file:
+        file.write(to_json(_as_json(results), indent=1).encode() + b"\n")
 
 
 def _as_json(results: Results) -> dict:

@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
+from fastrm.storage import replaced
 
 
 class MetricsLog:
@@ -57,9 +57,9 @@ def read_rows(path: Path) -> list[dict]:
 def keep_rows(path: Path, wanted: Callable[[dict], bool]) -> None:
     """Remove the other rows of a JSON Lines file, if it exists."""
     if path.exists():
-        partial = path.with_name(path.name + ".part")
-        partial.write_text("".join(to_json(row) + "\n" for row in read_rows(path) if wanted(row)))
-        os.replace(partial, path)  # the file is whole, whenever the process ends
+        kept = "".join(to_json(row) + "\n" for row in read_rows(path) if wanted(row))
+        with replaced(path) as file:
+            file.write(kept.encode())
 
 
 def check_loggers(report_to: list[str]) -> None:
