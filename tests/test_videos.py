@@ -1,6 +1,7 @@
 """From video files and folders of frames to sampled frames: which ones, how much of them, and what is refused."""
 
 import io
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from fastrm.data.videos import VideoHeader, VideoSettings, frame_refs, open_vide
 from fastrm.errors import ConfigError, RecordError
 from fastrm.limits import MediaLimits
 from video_files import decode_all, encode_video, make_video, moving_frames, write_frames
+from waiting import PATIENCE
 
 av = pytest.importorskip("av")
 
@@ -345,6 +347,20 @@ def test_reading_a_video_leaves_no_threads_behind():
     before = {thread.name for thread in threads.iterdir()}
     assert len(frames_of(make_video(8, 640, 480), 8)) == 8
     assert {thread.name for thread in threads.iterdir()} - before == set()
+
+
+def test_a_forked_worker_reads_videos_whatever_the_program_has_converted_before():
+    """PyAV 19 keeps a converter for each thread, with its pool: a worker that takes it over waits for ever."""
+    video = make_video(8, 640, 480)
+    with av.open(io.BytesIO(video.data)) as file:
+        for frame in file.decode(video=0):
+            frame.to_ndarray(format="rgb24")  # by as many threads as the machine has cores, since version 17
+    worker = multiprocessing.get_context("fork").Process(target=frames_of, args=(video, 8))
+    worker.start()
+    worker.join(PATIENCE)
+    worker.kill()
+    worker.join()
+    assert worker.exitcode == 0
 
 
 def test_no_file_stays_open(tmp_path):

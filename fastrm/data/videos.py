@@ -193,6 +193,7 @@ class _VideoFile:
     def __init__(self, ref: VideoRef, file: BinaryIO, settings: VideoSettings, limits: MediaLimits):
         try:
             import av
+            from av.video.reformatter import VideoReformatter
         except ImportError:
             raise ConfigError('videos need PyAV; pip install "fastrm[video]"') from None
         self._ref = ref
@@ -205,7 +206,10 @@ class _VideoFile:
         # FFmpeg decodes first frames to fill gaps of the header, and none with more pixels than this.
         self._options = {"max_pixels": str(limits.max_pixels)}
         # From version 17 on a conversion keeps a pool of threads. A forked data worker inherits it without its threads,
-        # and waits for them for ever when it converts a frame, or only ends.
+        # and waits for them for ever when it converts a frame, or only ends. So conversions of ours have no pool; and a
+        # converter of ours, since from version 19 on `VideoFrame.to_ndarray` takes the thread's one, with the pool that
+        # any other caller in this program has given it.
+        self._converter = VideoReformatter()
         self._one_thread = {"threads": 1} if Version(av.__version__).major >= 17 else {}
         with _ffmpeg_named(ref):
             self._container = _open_container(av, file, container_format, self._options)
@@ -250,7 +254,8 @@ class _VideoFile:
             self._stream.thread_type = "NONE"
             self._stream.codec_context.options = self._options
             for frame in self._decode([shown[number] for number in sample(len(shown), num_frames)], keys):
-                yield _check_shape(self._ref, self.header, frame.to_ndarray(format="rgb24", **self._one_thread))
+                rgb = self._converter.reformat(frame, format="rgb24", **self._one_thread)
+                yield _check_shape(self._ref, self.header, rgb.to_ndarray())
 
     def _shown(self) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the times of all shown frames, in order, and (time, decoding time) of key frames.
