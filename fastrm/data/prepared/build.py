@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -33,15 +32,9 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.json_files import to_json
 from fastrm.storage import put_folder, replaced
+from fastrm.ui import Display
 
 _COUNTS, _FILES = "counts", "files.json"
-
-
-class Watch(Protocol):
-    """A receiver of progress (`fastrm.ui.Display`)."""
-
-    def say(self, text: str) -> None: ...
-    def task(self, description: str) -> Callable[..., None]: ...
 
 
 @dataclass
@@ -56,7 +49,7 @@ class Preparation:
 
     config: Config
     folder: Path
-    watch: Watch
+    display: Display
     is_own: bool
     benchmarks: Callable[[], Iterable[Record]] = tuple
     num_workers: int = 1
@@ -87,7 +80,7 @@ class Preparation:
         """Discard a run's own set that `find` has found to have other settings or files, and say so."""
         manifest = read_manifest(self.folder)
         if manifest is not None:
-            self.watch.say(f"prepared set {self.folder}: {difference(manifest, self.config)}; it is made anew")
+            self.display.say(f"prepared set {self.folder}: {difference(manifest, self.config)}; it is made anew")
             (self.folder / MANIFEST).unlink()
 
     def read(self) -> list[Unit]:
@@ -101,14 +94,14 @@ class Preparation:
         listed = [u for split in SPLITS for u in list_units(split, getattr(self.config.data, split), settings)]
         for file in {unit.file: None for unit in listed}:
             if (line := understood(file)) is not None:
-                self.watch.say(line)
+                self.display.say(line)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._say_what_changed()
         reader = UnitReader(self.folder / UNITS, settings)
         missing = list({unit.name: unit for unit in listed if not reader.is_done(unit)}.values())
         if len(missing) < len(listed):
-            self.watch.say(f"reading: {len(listed) - len(missing):,} of {len(listed):,} parts are there already")
-        update, total = self.watch.task("reading rows"), sum(unit.stop - unit.start for unit in listed)
+            self.display.say(f"reading: {len(listed) - len(missing):,} of {len(listed):,} parts are there already")
+        update, total = self.display.task("reading rows"), sum(unit.stop - unit.start for unit in listed)
         done = total - sum(unit.stop - unit.start for unit in missing)
         update(done, total)
         for unit in run_pieces(reader, missing, self.num_workers):
@@ -116,7 +109,7 @@ class Preparation:
             update(done, total)
         self.seconds["read"] = time.perf_counter() - started
         for line in unread_lines(self.keys(listed)):
-            self.watch.say(line)
+            self.display.say(line)
         return listed
 
     def keys(self, listed: Sequence[Unit]) -> dict[str, KeyTally]:
@@ -189,7 +182,7 @@ class Preparation:
             before = json.loads(path.read_text())
             for file in sorted(before.keys() & now.keys()):
                 if before[file] != now[file]:
-                    self.watch.say(f"{file} has changed since the last time: it is read again")
+                    self.display.say(f"{file} has changed since the last time: it is read again")
         with replaced(path) as file:
             file.write(to_json(now).encode())
 
@@ -238,7 +231,7 @@ class Preparation:
             ]
             for split in SPLITS
         }
-        update, total = self.watch.task("counting groups"), sum(map(len, used.values()))
+        update, total = self.display.task("counting groups"), sum(map(len, used.values()))
         missing = {split: [piece for piece in pieces[split] if not piece.path.exists()] for split in SPLITS}
         done = total - sum(len(piece.numbers) for some in missing.values() for piece in some)
         update(done, total)
