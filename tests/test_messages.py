@@ -81,7 +81,7 @@ def test_one_gpu_and_several_processes_do_not_go_together(tmp_path):
     config = load_config(tiny_config(tmp_path, "rows.jsonl"), ["run.device=cuda:1"])
     assert launch.num_ranks_to_start(config) == 1
     config = load_config(tiny_config(tmp_path, "rows.jsonl"), ["run.device=cuda:1", "run.num_processes=2"])
-    with pytest.raises(ConfigError, match=r"run\.device: cuda:1 is one GPU, but there are 2 processes"):
+    with pytest.raises(ConfigError, match=r"run\.device: cuda:1 is one GPU, but there are 2 ranks"):
         launch.num_ranks_to_start(config)
 
 
