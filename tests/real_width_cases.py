@@ -13,6 +13,11 @@ TOLERANCE = 1e-4
 FEW_ROWS = 16_384
 # Of a process's resident memory, with all that it has loaded.
 MOST_BYTES = 8 * 10**9
+# As a classifier that others trained is given them.
+GROUPS = [
+    {"prompt": "What is in the picture?", "responses": ["A boat.", "Two dogs on the grass.", "I cannot see that."]},
+    {"prompt": "Describe a bus", "responses": ["The bus is red", ""]},
+]
 
 
 def record_of(name):

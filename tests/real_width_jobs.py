@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 import stock
+from fastrm import cli
 from fastrm.config import load_config
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.evaluate.reward_model import RewardModel
@@ -18,8 +20,8 @@ from fastrm.train.engine import LocalEngine
 from fastrm.train.loop import train
 from fastrm.train.setup import export_model, make_network
 from fastrm_kernels import preference_loss
-from random_model import write_model
-from real_width_cases import FULL, record_of
+from random_model import POOL_ELEMENTS, make_config, padded_tokenizer, published_options, random_tensor, write_model
+from real_width_cases import FEW_ROWS, FULL, GROUPS, record_of
 from support import pack_of
 
 # Whole graphs as inductor gets them, without the minutes that it needs for them.
@@ -109,6 +111,52 @@ def rewards_of_export(folder: Path) -> dict:
         wanted = stock.stock_rewards(network, [record])
         network.set_kernels(torch.float32)
         return {"wanted": wanted.tolist(), "found": network(pack_of(network, [record])).tolist()}
+
+
+def save_stock_classifier(folder: Path, dtype: torch.dtype) -> dict:
+    """Save two layers of Qwen3-8B's widths as a random Qwen3ForSequenceClassification, with nothing but stock calls.
+
+    Returns:
+        the name of the class, and its shapes by the names of its weights.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    options = published_options("Qwen3-8B", layers=2)
+    tokenizer = padded_tokenizer("qwen3", FEW_ROWS, options["vocab_size"] - FEW_ROWS)
+    config = make_config(options | {"num_labels": 1}, tokenizer, FEW_ROWS)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    pool = (0.02 * torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(0))).to(dtype)
+    state = {name: random_tensor(name, tuple(weight.shape), pool) for name, weight in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"kind": type(model).__name__, "shapes": {name: tuple(weight.shape) for name, weight in state.items()}}
+
+
+def score_groups(model: Path, folder: Path) -> list[list[float]]:
+    """Score GROUPS by the command line and return the rewards that it writes to `folder`."""
+    rows, out = folder / "groups.jsonl", folder / "rewards.jsonl"
+    rows.write_text("".join(json.dumps(group) + "\n" for group in GROUPS))
+    code = run_command(cli.main, folder, ["fastrm", "score", str(model), str(rows), "--out", str(out)])
+    assert not code, code
+    return [json.loads(line)["rewards"] for line in out.read_text().splitlines()]
+
+
+@torch.no_grad()
+def classify(folder: Path, dtype: torch.dtype) -> list[list[float]]:
+    """Rewards of GROUPS from the stock class, each conversation alone."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+
+    def reward(prompt: str, response: str) -> float:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        tokens = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+        return float(model(**tokens).logits)
+
+    return [[reward(group["prompt"], response) for response in group["responses"]] for group in GROUPS]
 
 
 def run_command(main: Callable[[], object], folder: Path, arguments: list[str]) -> int | str | None:
