@@ -11,15 +11,17 @@ from PIL import Image
 import fastrm as package
 from fastrm import cli
 from fastrm.config import Config, load_config
+from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.evaluate import files, output
 from fastrm.evaluate.accuracy import PairAccuracy, wilson_interval
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.models import ModelChoice, ScoringOptions
 from fastrm.limits import MediaLimits
+from fastrm.model.export import save_model
 from fastrm.train.loop import train
 from runs import colour_rows, fastrm, tiny_config, write_rows
-from support import make_record
+from support import make_model, make_record
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +226,26 @@ def test_evaluation_as_json_counts_what_scoring_orders(folder, model):
     assert report["preferences"] == len(pairs)
     assert report["accuracy"] == pytest.approx(sum(a > b for a, b in pairs) / len(pairs))
     assert set(report["sources"]) == {"two", "three"}
+
+
+def test_a_preference_between_equal_tokens_is_named_and_not_counted(tmp_path, capsys):
+    """As in training: a template that trims makes one response of both, whose rewards no model can tell apart."""
+    network = make_model("qwen2")
+    trims = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    network.encoder.tokenizer.chat_template = trims
+    network.encoder = ConversationEncoder(network.encoder.tokenizer, None)
+    save_model(network, tmp_path / "model")
+    rows = [{"prompt": "a", "chosen": "yes", "rejected": rejected} for rejected in ("yes\n", "no", "blue")]
+    data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.json"
+    files.evaluate_file(chosen(tmp_path / "model"), str(data), out, options())
+    report = json.loads(out.read_text())
+    assert report["preferences"] == 2
+    assert [row["code"] for row in report["refused"]] == ["IDENTICAL_RESPONSES"]
+    assert f"{data}:1: response 0 is preferred to response 1" in report["refused"][0]["message"]
+    assert "rows not counted: IDENTICAL_RESPONSES 1" in " ".join(capsys.readouterr().out.split())
+    files.score_file(chosen(tmp_path / "model"), str(data), tmp_path / "scores", options())
+    first, *_ = map(json.loads, (tmp_path / "scores").read_text().splitlines())
+    assert first["rewards"][0] == first["rewards"][1]
 
 
 def test_files_give_one_line_per_row_in_order(folder):

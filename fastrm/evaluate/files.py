@@ -1,5 +1,6 @@
 """The commands `fastrm score` and `fastrm eval` on data files: rewards, or pair accuracy."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -152,7 +153,10 @@ def _score_row(record: Record | str | None, result: Rewards | RecordError) -> di
 
 def _table(report: dict) -> Table:
     members = report.get("members", [])
-    table = Table(title="Pair accuracy (equal rewards count as wrong)")
+    reasons = Counter(row["code"] for row in report["refused"])
+    caption = ", ".join(f"{code} {number:,}" for code, number in reasons.most_common())
+    caption = caption and f"rows not counted: {caption}"
+    table = Table(title="Pair accuracy (equal rewards count as wrong)", caption=caption)
     for name in ("source", "preferences", "ensemble" if members else "accuracy", "95 % interval"):
         table.add_column(name, justify="left" if name == "source" else "right")
     for member in members:

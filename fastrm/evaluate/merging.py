@@ -69,6 +69,7 @@ def score_merged(
         for row, places in zip(group.rows, group.places, strict=True):
             results[row] = result if isinstance(result, RecordError) else take(result, places)
     if alone:
-        for row, result in zip(alone, score([records[row] for row in alone]), strict=True):
+        parts = [replace(records[row], preferences=()) for row in alone]
+        for row, result in zip(alone, score(parts), strict=True):
             results[row] = result
     return results

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastrm.data.batching import PackPlan, plan_once
-from fastrm.data.group import GroupSize, encode_group
+from fastrm.data.group import GroupSize, check_distinct, encode_group
 from fastrm.data.loader import LoadedPack, PackBuilder, RefusedGroup, load_packs
 from fastrm.data.packing import EncodedGroup, Pack
 from fastrm.data.record import Record
@@ -175,11 +175,13 @@ def _make_ready(
     """Tokenise a record and refuse it if the networks cannot take it.
 
     Raises:
-        RecordError: as `encode_group`; TOO_LONG.
+        RecordError: as `encode_group` and, for a record with preferences, `check_distinct`; TOO_LONG.
     """
     merged = PromptGroup()
     merged.add(0, record)
+    places = merged.places[0]
     group = encode_group(replace(record, responses=tuple(merged.responses.values()), preferences=()), encoder)
+    check_distinct(replace(group, responses=tuple(group.responses[n] for n in places), preferences=record.preferences))
     limits = [longest_path(network.model.config) for network in networks]
     limit = min((limit for limit in limits if limit is not None), default=math.inf)
     longest = max(len(response.tokens) for response in group.responses)
@@ -193,7 +195,7 @@ def _make_ready(
     if counted.num_tokens > tokens_per_pack:
         limit = f"limit {tokens_per_pack:,}; raise {option('tokens_per_pack')}"
         raise RecordError("TOO_LONG", f"the group has {counted.num_tokens:,} tokens, {limit}")
-    return _Ready(number, group, counted, merged.places[0])
+    return _Ready(number, group, counted, places)
 
 
 def _laid_out(pack: Pack, network: RewardNetwork, lay_out) -> Pack:
