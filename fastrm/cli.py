@@ -363,6 +363,9 @@ def main() -> None:
 def _run(stop: StopFlag) -> int:
     """Run the command line; return the exit code."""
     try:
+        if "" in sys.argv[1:]:  # a path of this name would be the working folder
+            place = sys.argv.index("", 1)
+            return fail(64, "UsageError", f"argument {place} is empty, as a shell variable is that is not set; name it")
         code = app(standalone_mode=False) or 0
         if code == 130:  # some versions of typer pass KeyboardInterrupt on as this code
             raise KeyboardInterrupt

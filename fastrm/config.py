@@ -102,7 +102,7 @@ class SourceConfig(_Section):
 
     @model_validator(mode="after")
     def _check_origin(self):
-        if self.path is None and self.set is None:
+        if not self.path and self.set is None:
             raise ValueError("a source needs path, or set: one of the names that `fastrm data sets` lists")
         return self
 
@@ -119,7 +119,7 @@ class AgainstConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.name is None and self.path is None:
+        if self.name is None and not self.path:
             raise ValueError("data.decontaminate.against: an entry needs name, path, or both")
         return self
 

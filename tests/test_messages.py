@@ -106,6 +106,28 @@ def test_dtypes_are_known_as_people_write_them(run, tmp_path, written, name):
         assert config.model.export_dtype == name
 
 
+@pytest.mark.parametrize("path", [3, None, "", b"runs"])
+def test_what_is_no_path_is_refused_by_its_value(path, tmp_path):
+    """The empty one would be the working folder, and any other be taken for a hub id of its text."""
+    for load in (package.RewardModel.from_pretrained, package.Ensemble.from_pretrained):
+        with pytest.raises(ConfigError, match=f"path of a model: got {path!r}, wanted a folder or a hub id"):
+            load(path)
+    with pytest.raises(ConfigError, match=f"path of a model: got {path!r}"):
+        package.Ensemble.from_pretrained([tmp_path, path])
+
+
+def test_an_empty_path_in_a_configuration_or_an_argument_is_refused(tmp_path, monkeypatch, capsys):
+    config = tiny_config(tmp_path, write_rows(tmp_path / "rows.jsonl", text_rows(8)))
+    with pytest.raises(ConfigError, match="a source needs path, or set"):
+        load_config(config, ['data.train=[{path: ""}]'])
+    with pytest.raises(ConfigError, match="path of a model: got ''"):
+        dry_run(load_config(config, ['model={path: ""}']))
+    monkeypatch.setattr("sys.argv", ["fastrm", "score", "", "rows.jsonl", "--out", "rewards.jsonl"])
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
+    assert leave.value.code == 64 and "argument 2 is empty" in capsys.readouterr().err
+
+
 def test_a_hint_names_the_argument_in_python_and_the_flag_on_the_command_line(run, tmp_path, monkeypatch, capsys):
     folder, group = run[0] / "run" / "model", {"prompt": "Is 3 even?", "responses": ["yes", "no"]}
     with pytest.raises(DataError, match=r"limit 3; raise tokens_per_pack \(TOO_LONG\)"):

@@ -6,7 +6,7 @@ to 1. An ensemble of one model is that model.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, GroupError, RecordError, StorageError, option
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.evaluate.scoring import score_dicts, score_with_each
+from fastrm.model.places import checked_path
 from fastrm.yaml_files import dump_yaml, read_yaml, validate
 
 COMBINATIONS = ("mean", "accuracy", "margin")
@@ -146,7 +147,8 @@ class Ensemble:
         Raises:
             ConfigError, StorageError: as `RewardModel.from_pretrained`, or for a file that cannot be used.
         """
-        paths = [models] if isinstance(models, (str, Path)) else list(models)
+        is_one = isinstance(models, (str, bytes, os.PathLike)) or not isinstance(models, Iterable)
+        paths = [checked_path(path) for path in ([models] if is_one else models)]
         if len(paths) == 1 and Path(paths[0]).suffix in SUFFIXES:
             if combine != "mean" or weights is not None or text is not None:
                 raise ConfigError(f"{paths[0]}: is an ensemble with its own weights and route; change them in the file")

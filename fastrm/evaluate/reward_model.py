@@ -16,6 +16,7 @@ from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.kernel_choice import CHOICES
 from fastrm.model.loading import stored_dtype
 from fastrm.model.network import RewardNetwork, pick_device
+from fastrm.model.places import checked_path
 from fastrm.names import checked_dtype
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +88,7 @@ class RewardModel:
         target = pick_device(device)
         wanted = None if dtype == "auto" else DTYPES[dtype]
         given = _date(template_date)
-        network = load_model(Path(path), min_pixels, max_pixels, dtype=wanted, device=target, date=given)
+        network = load_model(Path(checked_path(path)), min_pixels, max_pixels, dtype=wanted, device=target, date=given)
         network.encoder.limits = MediaLimits(max_image_bytes, max_image_pixels, max_video_bytes, max_video_seconds)
         network.set_kernels(network.model.dtype, kernels=kernels, attention=attention)
         if check_exactness:

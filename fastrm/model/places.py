@@ -1,6 +1,7 @@
 """The kind of a user's `model.path` by its files: a model, a run, a checkpoint or an adapter."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,17 @@ class ModelPlace:
         return read_json(self.base, CONFIG)
 
 
+def checked_path(path: object) -> str | os.PathLike:
+    """Return the path of a model as it was given.
+
+    Raises:
+        ConfigError: it is neither a text nor a path, or empty, which would stand for the working folder.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ConfigError(f"path of a model: got {path!r}, wanted a folder or a hub id")
+    return path
+
+
 def locate(path: str | Path) -> ModelPlace:
     """Locate the parts of the model at a folder or hub id, by its files; no weights are read.
 
@@ -61,7 +73,7 @@ def locate(path: str | Path) -> ModelPlace:
         ConfigError: for a GGUF file, a checkpoint, a run that has exported nothing yet, an adapter without its base
             model, or a path that does not exist.
     """
-    given, folder = str(path), Path(path)
+    given, folder = str(checked_path(path)), Path(path)
     check_format(folder)
     if not folder.exists() and not _may_be_on_hub(given):
         raise ConfigError(
