@@ -56,6 +56,43 @@ def test_json_of_another_shape_is_a_data_error(tmp_path, content, part):
         read(path)
 
 
+GOOD = json.dumps(FLAT)
+DOUBLED = {
+    "its own": '{"rejected": "worse", ' + GOOD[1:],
+    "equal": '{"rejected": ' + json.dumps(FLAT["rejected"]) + ", " + GOOD[1:],
+    "nested": GOOD[:-1] + ', "tools": [{"function": {"name": "a", "name": "b"}}]}',
+    "in text": GOOD[:-1] + ', "tools": ' + json.dumps('[{"type": "function", "type": "f"}]') + "}",
+}
+FILES = {
+    "rows.jsonl": "\n".join,
+    "lines.json": "\n".join,
+    "list.json": lambda rows: f"[{', '.join(rows)}]",
+    "object.json": lambda rows: f'{{"version": 1, "data": [{", ".join(rows)}]}}',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_key_that_stands_twice_refuses_its_row(tmp_path, name):
+    """Python would take the last of them, and a row that was put together wrongly be trained on in silence."""
+    path = tmp_path / name
+    path.write_text(FILES[name]([*DOUBLED.values(), GOOD]))
+    records, refused = read(path)
+    assert [record.origin for record in records] == [f"{path}:{len(DOUBLED) + 1}"]
+    keys = ("rejected", "rejected", "name", "type")
+    assert [(origin, code) for origin, code, _ in refused] == [
+        (f"{path}:{number}", "DUPLICATE_KEY") for number in range(1, len(DOUBLED) + 1)
+    ]
+    for (_, _, message), key in zip(refused, keys, strict=True):
+        assert message == f'the key "{key}" stands twice in one object; keep one of them'
+
+
+def test_a_list_of_rows_that_stands_twice_is_a_data_error(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(f'{{"data": [], "data": [{GOOD}]}}')
+    with pytest.raises(DataError, match=r'rows.json": the key "data" stands twice'):
+        read(path)
+
+
 def write_parquet(path, rows, **options):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -1,7 +1,6 @@
 """Conversion of turns as data sets write them to messages, with media in place and all that templates render.
 """
 
-import json
 import re
 from dataclasses import replace
 from reprlib import repr as brief
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from fastrm.data.record import ROLES, ImageRef, MediaRef, Message, Part, VideoRef
 from fastrm.data.sources.keys import TURN_NOTES
 from fastrm.data.sources.media import Resolve, media_ref
-from fastrm.data.sources.values import bad_row, check_json, check_list, check_text
+from fastrm.data.sources.values import bad_row, check_json, check_list, check_text, decode_json
 from fastrm.errors import RecordError
 
 # Each placeholder in a text stands for the row's next medium of its kind. <<image>> is the text <image>.
@@ -148,7 +147,7 @@ def _json_list(value: object, name: str) -> list | None:
     """Return a list of objects; it may be given as JSON text, as trainers write it."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = decode_json(value)
         except (ValueError, RecursionError) as error:
             raise RecordError("BAD_JSON", f'"{name}" is text that is not JSON: {error}; correct it') from error
     if not value:
@@ -161,7 +160,7 @@ def _json_list(value: object, name: str) -> list | None:
 def _read_calls(content: object) -> list[dict] | None:
     """Read the content of a turn in `_CALL_ROLES` as `tool_calls`; None if it is not calls in JSON."""
     try:
-        calls = json.loads(content)
+        calls = decode_json(content)
     except (TypeError, ValueError, RecursionError):
         return None
     calls = calls if isinstance(calls, list) else [calls]

@@ -9,11 +9,11 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastrm.data.archives import archive_status, open_member
-from fastrm.data.sources.values import describe
+from fastrm.data.sources.values import DUPLICATE_KEY, decode_json, describe, unique_keys
 from fastrm.errors import DataError, RecordError, looked_for
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -113,7 +113,9 @@ def _form(file: str) -> str:
     with open_data_file(file) as document:
         first, second = document.readline().removeprefix(_BOM), document.readline()
     # A file whose first line is an object, and which goes on after it, cannot be one JSON document.
-    is_lines = second.strip() and isinstance(_parse_line(first), dict)
+    row = _parse_line(first)
+    is_object = isinstance(row, dict) or (isinstance(row, RecordError) and row.code == DUPLICATE_KEY)
+    is_lines = second.strip() and is_object
     return "lines" if is_lines else "document"
 
 
@@ -159,7 +161,9 @@ def _count_lines(file: str) -> int:
 
 def _parse_line(line: bytes) -> object:
     try:
-        return json.loads(line.decode())
+        return decode_json(line.decode())
+    except RecordError as error:
+        return error
     except UnicodeDecodeError as error:
         return RecordError("BAD_TEXT", f"byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8")
     except (ValueError, RecursionError) as error:
@@ -171,18 +175,40 @@ def _json_rows(file: str, start: int, stop: int | None) -> Iterator[NumberedRow]
 
 
 def _json_list(file: str) -> list:
-    value = read_json(file)
+    errors: list[RecordError] = []
+
+    def unique_or_error(pairs: list[tuple[str, object]]) -> dict | RecordError:
+        try:
+            return unique_keys(pairs)
+        except RecordError as error:
+            errors.append(error)
+            return error
+
+    value = read_json(file, unique_or_error)
+    if isinstance(value, RecordError):
+        raise DataError(f'data file "{file}": {value.message}')
     lists = [value]
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
     if len(lists) == 1 and isinstance(lists[0], list):
-        return lists[0]
+        return [_error_in(row) or row for row in lists[0]] if errors else lists[0]
     got = f"an object with {len(lists)} lists" if isinstance(value, dict) else describe(value)
     raise DataError(f'data file "{file}" is {got}; wanted a list of rows, or an object with one such list')
 
 
-def read_json(file: str) -> object:
+def _error_in(value: object) -> RecordError | None:
+    """Return the error that stands in the place of an object somewhere in a row."""
+    if isinstance(value, RecordError):
+        return value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(_error_in, parts)), None)
+
+
+def read_json(file: str, make_object: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
     """Read the value of a JSON file.
+
+    Args:
+        make_object: of the keys and values of an object; default: a dict with the last of equal keys.
 
     Raises:
         DataError: if it is not JSON in UTF-8.
@@ -191,7 +217,7 @@ def read_json(file: str) -> object:
     with open_data_file(file) as document:
         content = document.read().removeprefix(_BOM)
     try:
-        return json.loads(content.decode())
+        return json.loads(content.decode(), object_pairs_hook=make_object)
     except (ValueError, RecursionError) as error:
         raise DataError(f'data file "{file}" is not JSON in UTF-8: {error}; correct it') from error
 

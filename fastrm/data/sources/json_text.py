@@ -1,12 +1,10 @@
 """RLHF-V: the flat pair (`question`, `chosen`, `rejected`) is JSON inside the column `text`, beside `image`."""
 
-import json
-
 from fastrm.data.sources import flat
 from fastrm.data.sources.draft import Draft
 from fastrm.data.sources.keys import check_unread, unread_keys
 from fastrm.data.sources.media import Resolve
-from fastrm.data.sources.values import bad_row, check_text
+from fastrm.data.sources.values import bad_row, check_text, decode_json
 from fastrm.errors import RecordError
 
 KEYS = ("text", *flat.KEYS)
@@ -20,7 +18,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     """Parse a row in this layout. Raises RecordError for a row that cannot be used."""
     text = check_text(row.get("text"), "text")
     try:
-        inner = json.loads(text)
+        inner = decode_json(text)
     except (ValueError, RecursionError) as error:
         raise RecordError("BAD_JSON", f'"text" is not JSON: {error}; correct it') from error
     if not isinstance(inner, dict):

@@ -10,7 +10,6 @@ A judge's prompt is text, in which a response could look like a section. So each
 once, in order; every other row is refused.
 """
 
-import json
 import re
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ from fastrm.data.record import ImageRef, MediaRef, Preference
 from fastrm.data.sources.conversation import prompt_messages, read_turns, text_turn
 from fastrm.data.sources.draft import Draft, answer, judged
 from fastrm.data.sources.media import MAX_PATH_CHARS, Resolve, decode_base64, image_refs
-from fastrm.data.sources.values import bad_row, check_list, check_text
+from fastrm.data.sources.values import bad_row, check_list, check_text, decode_json
 from fastrm.errors import RecordError
 
 _SECTIONS = (r"^#+ \[Question\]:", r"^#+ \[Response 1\]:", r"^#+ \[Response 2\]:", r"^#+ \*\*Output Format")
@@ -65,7 +64,7 @@ def _message(row: dict, resolve: Resolve) -> tuple[str, list[MediaRef]]:
     """Return the text of the chat and its images; the column `image` replaces those of the chat."""
     written = check_text(row.get("message"), "message")
     try:
-        chat = json.loads(written)
+        chat = decode_json(written)
     except (ValueError, RecursionError) as error:
         raise RecordError("BAD_JSON", f'"message" is not JSON: {error}; correct it') from error
     image = row.get("image")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from fastrm.errors import RecordError
 
+DUPLICATE_KEY = "DUPLICATE_KEY"
 MAX_NUMBER = float((2 - 2**-23) * 2**127)  # the largest of float32, without numpy
 
 
@@ -43,6 +44,34 @@ def check_text(value: object, name: str) -> str:
             "BAD_TEXT", f'"{name}" has a lone surrogate at character {error.start}; write it as valid UTF-8'
         ) from error
     return value
+
+
+def decode_json(text: str) -> object:
+    """Return the value of JSON text.
+
+    Raises:
+        RecordError: DUPLICATE_KEY for an object in which a key stands twice; Python would keep the last in silence.
+        ValueError, RecursionError: it is not JSON.
+    """
+    return _DECODER.decode(text)
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Return an object of JSON by its keys and values.
+
+    Raises:
+        RecordError: DUPLICATE_KEY.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for key in found if keys.count(key) > 1)
+        raise RecordError(DUPLICATE_KEY, f"the key {json.dumps(key)} stands twice in one object; keep one of them")
+    return found
+
+
+# Made once: json.loads would make a decoder with such a hook for every text.
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def check_json(value: object, name: str) -> str:
