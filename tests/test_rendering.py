@@ -413,6 +413,23 @@ def test_a_response_of_rendered_turns_is_refused():
 
 
 @pytest.mark.parametrize(
+    "behind", ["<|im_end|>", "<|im_end|>\n", "<|im_end|><|endoftext|><|endoftext|>", "<|endoftext|>"]
+)
+def test_a_response_with_the_end_of_its_turn_is_refused(behind):
+    """As a policy's tokens are decoded whole: stock would close the turn twice, and we would read the token as text."""
+    encoder = encoder_of(QWEN2_5)
+    for words in ("This.", "It is `<b>`", "<|im_end|> or this"):
+        said = scored({"prompt": "What?", "responses": [words + behind]})[0]
+        code, message = refused(encoder.encode, said)
+        assert code == "RENDERED_TEMPLATE"
+        assert f"ends in {behind.strip()!r}" in message and "skip_special_tokens=True" in message
+        encoder.encode(scored({"prompt": words + behind, "responses": [words]})[0])
+    said = [("user", "a"), ("assistant", f"b{behind}"), ("user", "c")]
+    earlier = [{"role": role, "content": text} for role, text in said]
+    assert "message 2" in refused(encoder.encode, scored({"prompt": earlier, "responses": ["d"]})[0])[1]
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "What does <|im_start|>user mean?",

@@ -3,7 +3,8 @@
 A conversation is rendered here, once. A text of a row that holds the turns of one, as trainers that take rendered text
 want it, would become one turn of markup, with its images in front. Such a text is told from one that speaks of a
 template by where its markup stands: a turn is opened at its beginning, or right behind the end of another turn, or the
-assistant's turn is opened at its very end.
+assistant's turn is opened at its very end. So is a response that a policy's tokens were decoded to, with the token that
+ends its turn, from one that speaks of this token: it stands at the very end, right behind the last word.
 """
 
 import re
@@ -69,4 +70,27 @@ def check_not_rendered(messages: tuple[Message, ...]) -> None:
                 f'message {number + 1}, of role "{message.role}", holds what a chat template has written '
                 f"({found.group().strip()!r}), and would be rendered once more; give the turns as messages, and "
                 "images by their files",
+            )
+
+
+def check_not_closed(messages: tuple[Message, ...], closing: tuple[str, ...]) -> None:
+    """Refuse a conversation of which an answer ends in what closes answers.
+
+    Args:
+        closing: special tokens that the chat template writes behind an answer, and others that models end with.
+
+    Raises:
+        RecordError: RENDERED_TEMPLATE.
+    """
+    for number, message in enumerate(messages):
+        text = message.text.rstrip() if message.role == "assistant" else ""
+        words = text
+        while words.endswith(closing):
+            words = words.removesuffix(next(token for token in closing if words.endswith(token)))
+        if words and words != text and not words[-1].isspace():
+            raise RecordError(
+                "RENDERED_TEMPLATE",
+                f'message {number + 1}, of role "assistant", ends in {text[len(words) :]!r}, which the chat template '
+                "writes behind it and which would be read as text; decode responses with skip_special_tokens=True. To "
+                "speak of the token, put a space in front of it, or quotes around it",
             )

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastrm.data.clock import at_date
 from fastrm.data.latest import Latest
-from fastrm.data.markup import check_not_rendered
+from fastrm.data.markup import check_not_closed, check_not_rendered
 from fastrm.data.record import MediaRef, Message, Response
 from fastrm.data.rendering import ChatRenderer, Rendered, lengthened
 from fastrm.data.vision_format import MediaSize, MediaSpan, VisionFormat
@@ -107,6 +107,7 @@ class ConversationEncoder:
         """
         self._check_supported(response)
         check_not_rendered(response.messages)
+        check_not_closed(response.messages, self._closing)
         self._renderer.check_arguments(response)
         rendered = self._renderer.render(response)
         self._renderer.check(response)
@@ -251,6 +252,10 @@ class ConversationEncoder:
             rendered = self._renderer.render(response)
         except RecordError as error:
             raise ConfigError(f"{error.message}, which is a sample of a question and an answer; change it") from None
+        # What a policy's tokens end with, if they are decoded whole: the end of its turn, and padding behind it.
+        closing = self._special.findall(rendered.text.rpartition(turns[1][1].strip())[2])
+        closing += {self.tokenizer.eos_token, self.tokenizer.pad_token} & self.special_ids.keys()
+        self._closing = tuple(sorted(set(closing), key=len, reverse=True))
         stock = self.tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in turns], tokenize=True, return_dict=False
         )
