@@ -86,6 +86,15 @@ def test_exif_data_that_cannot_be_read_turns_nothing(exif):
     assert image_size(ref, LIMITS) == decode_image(ref, LIMITS).size == (20, 10)
 
 
+@pytest.mark.parametrize("profile", ["zz zz", "4d4d"], ids=["no hexadecimal", "no TIFF"])
+def test_a_raw_profile_that_cannot_be_read_turns_nothing(profile):
+    """Pillow raises for these, where it takes broken EXIF data of other files for none."""
+    info = PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n  8\n{profile}")
+    ref = ImageRef(data=encoded("PNG", (20, 10), pnginfo=info))
+    assert image_size(ref, LIMITS) == decode_image(ref, LIMITS).size == (20, 10)
+
+
 def test_only_a_png_that_tells_of_itself_late_is_decoded_for_its_size(monkeypatch):
     decoded = []
     load = PngImageFile.load
