@@ -96,6 +96,10 @@ BROKEN = {
     "one edge": ({"size": {"shortest_edge": 3136}}, r"size is .*, wanted longest_edge in it, or max_pixels beside it"),
     "a side": ({"size": 448}, r"size is 448, wanted longest_edge"),
     "a word": ({"size": {"shortest_edge": "small", "longest_edge": 3136}}, r"size is .*, wanted shortest_edge"),
+    "another model": (
+        {"size": EDGES, "image_processor_type": "CLIPImageProcessor"},
+        r"image_processor_type is 'CLIPImageProcessor', wanted Qwen2VLImageProcessor",
+    ),
     "other patches": ({"size": EDGES, "patch_size": 16}, r"patch_size is 16, but patch_size of vision_config in"),
 }
 
@@ -196,6 +200,7 @@ class TestVideos:
             ({"cap_pixels_per_frame": True}, "cap_pixels_per_frame is True"),
             ({"resample": 2}, "resample is 2"),
             ({"size": {**EDGES, **PIXELS}}, "size .*refused by transformers"),
+            ({"video_processor_type": "InternVLVideoProcessor"}, "video_processor_type is 'InternVLVideoProcessor'"),
         ],
     )
     def test_what_would_be_read_otherwise_is_refused_by_file_and_key(self, settings, message, folder):
@@ -208,6 +213,24 @@ class TestVideos:
         network.encoder.vision.video = VideoSettings(num_frames=7, min_pixels=784, max_pixels=9408, folder_fps=3.0)
         save_model(network, tmp_path)
         assert vision_of(tmp_path).video == network.encoder.vision.video
+
+
+@pytest.mark.parametrize("name", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2_5_VLImageProcessor"])
+def test_every_name_of_the_models_own_processor_is_taken(name, folder):
+    write(folder, "preprocessor_config.json", {**NUMBERS, "size": EDGES, "image_processor_type": name})
+    assert vision_of(folder).processor.size == EDGES
+
+
+def test_the_processor_of_another_model_is_refused_for_tiles_too(tmp_path):
+    save_model(make_model("internvl"), tmp_path)
+    own = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    for name in ("GotOcr2ImageProcessorFast", None, "Qwen2VLImageProcessor"):
+        write(tmp_path, "preprocessor_config.json", {**own, "image_processor_type": name})
+        if name == "Qwen2VLImageProcessor":
+            with pytest.raises(ConfigError, match=r"image_processor_type is '.*', wanted GotOcr2ImageProcessor: the"):
+                load_model(tmp_path)
+        else:
+            assert vision_of(tmp_path).processor.size == own["size"]
 
 
 @pytest.mark.parametrize("resample", ["bilinear", 17, None])

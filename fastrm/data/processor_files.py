@@ -14,6 +14,8 @@ from typing import Any
 
 from fastrm.errors import ConfigError
 
+# Earlier names of classes, which files of published models still have.
+_EARLIER = {"Qwen2VLImageProcessor": "Qwen2_5_VLImageProcessor", "Qwen2VLVideoProcessor": "Qwen2_5_VLVideoProcessor"}
 NESTED, IMAGE_FILE, VIDEO_FILE = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 
 
@@ -35,12 +37,28 @@ class ProcessorSettings:
         """Return the error for a key: `file: section.key reason`."""
         return ConfigError(f"{self.file}: {self.section + '.' if self.section else ''}{key} {reason}")
 
+    def check_type(self, key: str, usual: str) -> None:
+        """Refuse the settings of a class for other models, of which the same keys may mean something else.
+
+        Args:
+            key: of the name of the class, `image_processor_type` or `video_processor_type`; files need not have it.
+            usual: the name that this model's class has.
+
+        Raises:
+            ConfigError: for another name.
+        """
+        found = self.values.get(key)
+        plain = str(found).removesuffix("Fast").removesuffix("Pil")
+        if found is not None and plain not in (usual, _EARLIER.get(usual)):
+            raise self.refuse(key, f"is {found!r}, wanted {usual}: the file is of another model; take that of this one")
+
     def make(self, kind: type):
         """Make a stock processor of these settings.
 
         Raises:
-            ConfigError: if its class refuses them.
+            ConfigError: if its class refuses them, or they are those of another class.
         """
+        self.check_type("image_processor_type", kind.__name__.removesuffix("Pil"))
         values = copy.deepcopy(dict(self.values))
         if values.get("size") is None:
             # transformers 5.17 would make limits beside a default size the default of the whole process.

@@ -253,6 +253,7 @@ def _stored_video_settings(settings: ProcessorSettings, processor) -> VideoSetti
     Raises:
         ConfigError: for settings that would be read as others.
     """
+    settings.check_type("video_processor_type", "Qwen2VLVideoProcessor")
     values, kind = settings.values, type(processor)
     for key in _SHARED:
         wanted, found = getattr(processor, key), values.get(key, getattr(kind, key))
