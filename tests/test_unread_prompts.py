@@ -3,7 +3,7 @@
 import pytest
 
 from fastrm.data.sources import source_files
-from fastrm.data.sources.keys import KeyTally
+from fastrm.data.sources.key_tally import KeyTally
 from source_rows import FLAT, IMAGE, PAIR, RATED, SWIFT, human_turns, shape, turns
 
 WHOLE = {"chosen": turns("What?", "yes"), "rejected": turns("What?", "no")}
@@ -55,6 +55,19 @@ def test_texts_beside_another_word_for_the_prompt_are_not_split(refusal, read_on
     assert code == "UNKNOWN_KEY" and 'did you mean "prompt"?' in message
     # Of whole conversations it is the prompt again.
     assert shape(read_one({**row, **WHOLE}), 1) == [("user", "What?"), ("assistant", "no")]
+
+
+@pytest.mark.parametrize("key", ["context", "passage", "input"])
+def test_a_text_beside_the_prompt_is_refused_unless_the_prompt_holds_it(refusal, read_one, key):
+    sat = "The cat sat on the mat."
+    for value in (sat, [sat, "And slept."], [{"role": "user", "content": sat}]):
+        code, message = refusal({**FLAT, key: value})
+        assert code == "UNKNOWN_KEY"
+        assert f'the key "{key}" holds a text that the prompt may be about' in message
+        assert f"`ignore: [{key}]`" in message
+        assert shape(read_one({**FLAT, key: value}, ignore=[key]), 0)[0] == ("user", "What?")
+    for value in ("", [], None, f"{sat}\n"):
+        assert shape(read_one({**FLAT, "prompt": f"{sat} Where?", key: value}), 0)[0] == ("user", f"{sat} Where?")
 
 
 @pytest.mark.parametrize(

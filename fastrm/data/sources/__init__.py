@@ -18,7 +18,7 @@ from fastrm.data.sources.digits import DigitsFile
 from fastrm.data.sources.files import data_files
 from fastrm.data.sources.hub import PREFIX as HUB_PREFIX
 from fastrm.data.sources.hub import hub_files
-from fastrm.data.sources.keys import KeyTally
+from fastrm.data.sources.key_tally import KeyTally
 from fastrm.data.sources.layouts import FORMATS, keys_read_by
 from fastrm.data.sources.media import in_folder, path_resolver
 from fastrm.data.sources.published import NONE, find_set, set_files

@@ -4,7 +4,8 @@ from itertools import islice
 
 from fastrm.data.sources.digits import DigitsFile
 from fastrm.data.sources.files import read_rows
-from fastrm.data.sources.keys import METADATA, KeyTally, nearest
+from fastrm.data.sources.key_tally import KeyTally
+from fastrm.data.sources.keys import METADATA, nearest
 from fastrm.data.sources.layouts import ALL_KEYS
 from fastrm.data.sources.reader import RefusedRow, SourceFile
 from fastrm.errors import ConfigError, DataError

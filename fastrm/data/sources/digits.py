@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
-from fastrm.data.sources.keys import KeyTally
+from fastrm.data.sources.key_tally import KeyTally
 from fastrm.errors import DataError
 
 PREFIX = "digits:"

@@ -6,15 +6,14 @@ unread, and one of three things:
 
 - It holds an image, a video or audio, by its bytes or by the name of a file: the row is refused (UNREAD_MEDIA),
   since the model would judge it blind. It is accepted where the row's media are read and it names one of them again.
-- It is a misspelling of a key that the layout reads, or another word for one that changes the prompt:
-  the row is refused (UNKNOWN_KEY).
-- Anything else is counted and reported once for its file (`KeyTally`).
+- It is a misspelling of a key that the layout reads, another word for one that changes the prompt, or a text that
+  other layouts put into the prompt: the row is refused (UNKNOWN_KEY).
+- Anything else is counted and reported once for its file (key_tally.py).
 """
 
 import functools
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from reprlib import Repr
@@ -75,12 +74,13 @@ _OTHER_WORDS = {
 SYNONYMS = {word: key for key, words in _OTHER_WORDS.items() for word in words.split()}
 # Keys whose synonyms are refused, because the model would read another prompt.
 _CHANGE_THE_PROMPT = ("system", "tools", "images", "videos")
+# Keys of a text that a question is asked about: trainers write it in front of the question, or behind it.
+_BESIDE_THE_PROMPT = _words("context passage input")
 _MAX_ITEMS = 1000  # the most items of a list or object that are searched for media
 _MAX_DEPTH = 6
-_MAX_REPORTED = 12  # the most unread keys that a report describes
 _NOT_PLAIN = frozenset("[]{},:#&*!|>'\"%@` ")  # characters for which YAML needs quotes around a key
-_brief = Repr()
-_brief.maxstring = _brief.maxother = 40
+brief = Repr()  # of values in messages
+brief.maxstring = brief.maxother = 40
 
 
 @functools.cache
@@ -164,6 +164,12 @@ def check_unread(row: dict, unread: dict[str, object], keys: Keys, *, is_file: b
         if near is not None:
             remedy = _remedy(name, near, is_file)
             raise RecordError("UNKNOWN_KEY", f'the key "{name}" is not read; did you mean "{near}"? {remedy}')
+        if is_file and name in _BESIDE_THE_PROMPT and not _stands_in_the_prompt(row, name, value, keys):
+            raise RecordError(
+                "UNKNOWN_KEY",
+                f'the key "{name}" holds a text that the prompt may be about, and is not read; write it into the '
+                f"prompt, or leave it out with `{ignore_setting([name])}`",
+            )
 
 
 def _changes_the_prompt(row: dict, name: str, value: object, keys: Keys) -> str | None:
@@ -179,6 +185,22 @@ def _changes_the_prompt(row: dict, name: str, value: object, keys: Keys) -> str 
     if meant in MEDIA_KEYS and (not isinstance(value, (str, list, tuple, dict)) or any(map(row.get, MEDIA_KEYS))):
         return None  # a number is no medium; beside media that are read the key may name them again
     return meant
+
+
+def _stands_in_the_prompt(row: dict, name: str, value: object, keys: Keys) -> bool:
+    """Return whether what a key holds is a part of the texts that are read, or belongs to no prompt beside it."""
+    if name in SYNONYMS and not any(key in row for key in _alternatives(SYNONYMS[name], keys)):
+        return True  # of whole conversations it is the prompt once more
+    read = [text for key in read_keys(row, keys) for text in _texts(row[key])]
+    return all(any(text.strip() in other for other in read) for text in _texts(value))
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _alternatives(name: str, keys: Keys) -> tuple[str, ...]:
@@ -211,7 +233,7 @@ def _unread_media(name: str, found: tuple[str, str], is_file: bool) -> RecordErr
     near = "videos" if kind == "video" else "images"
     article = "an" if kind == "image" else "a"
     what = "audio, which no model here reads" if kind == "audio" else f"{article} {kind}, and is not read"
-    shown = f" ({_brief.repr(example)})" if example else ""
+    shown = f" ({brief.repr(example)})" if example else ""
     return RecordError(
         "UNREAD_MEDIA", f'"{name}" holds {what}{shown}; the key is "{near}". {_remedy(name, near, is_file)}'
     )
@@ -315,76 +337,3 @@ def _places_of_media(row: dict, keys: Keys) -> list:
 def ignore_setting(names: Iterable[str]) -> str:
     """Return the line of YAML by which a data source ignores these keys."""
     return f"ignore: [{', '.join(json.dumps(name) if set(name) & _NOT_PLAIN else name for name in names)}]"
-
-
-class KeyTally:
-    """The counts of the keys of a file's rows: rows that each layout read, and keys that were not read.
-
-    Attributes:
-        layouts: number of rows by the name of their layout.
-        read: keys that were read, by layout, in the order of the rows.
-        unread: number of rows that have an unread key, by its name.
-        examples: a shortened value of each of them.
-    """
-
-    def __init__(self):
-        self.layouts: Counter[str] = Counter()
-        self.read: dict[str, list[str]] = {}
-        self._known: set[tuple] = set()  # (layout, keys) of the rows seen so far
-        self.unread: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
-
-    def add(self, layout: str, read: tuple[str, ...], unread: dict[str, object]) -> None:
-        """Count a row, with the keys of it that are read, and the others with their values."""
-        self.layouts[layout] += 1
-        if (layout, read) not in self._known:
-            self._known.add((layout, read))
-            self._add_read(layout, read)
-        for name, value in unread.items():
-            if name not in self.examples:
-                self.examples[name] = _brief.repr(value)
-            self.unread[name] += 1
-
-    def merge(self, other: "KeyTally") -> None:
-        """Add the counts of other rows."""
-        self.layouts += other.layouts
-        self.unread += other.unread
-        self.examples = other.examples | self.examples
-        for layout, read in other.read.items():
-            self._add_read(layout, read)
-
-    def _add_read(self, layout: str, read: Iterable[str]) -> None:
-        self.read[layout] = list(dict.fromkeys([*self.read.get(layout, ()), *read]))
-
-    def to_json(self) -> dict:
-        """Return the tally as plain values, for `from_json`."""
-        return {"layouts": self.layouts, "read": self.read, "unread": self.unread, "examples": self.examples}
-
-    @classmethod
-    def from_json(cls, value: dict) -> "KeyTally":
-        tally = cls()
-        tally.layouts, tally.unread = Counter(value["layouts"]), Counter(value["unread"])
-        tally.read, tally.examples = dict(value["read"]), dict(value["examples"])
-        return tally
-
-    def report(self, path: str, known: Sequence[str]) -> str | None:
-        """Return one line about a file's unread keys, with counts, an example and the nearest key; None without any.
-
-        Args:
-            known: keys that may be meant, for the nearest one.
-        """
-        if not self.unread:
-            return None
-        parts = []
-        for name, number in self.unread.most_common(_MAX_REPORTED):
-            near = nearest(name, known)
-            hint = f"; nearest key: {near}" if near else ""
-            parts.append(f"{name} ({number:,} row{'s' if number > 1 else ''}, such as {self.examples[name]}{hint})")
-        more = f" and {len(self.unread) - len(parts):,} more" if len(self.unread) > len(parts) else ""
-        metadata = self.likely_metadata(known)
-        right = f"; where that is right: {ignore_setting(metadata)}" if metadata else ""
-        return f"{path}: keys that are not read: {', '.join(parts)}{more}{right}"
-
-    def likely_metadata(self, known: Sequence[str]) -> list[str]:
-        """Return the unread keys to which no known key is near, so that a source may ignore them."""
-        return [name for name in self.unread if nearest(name, known) is None]

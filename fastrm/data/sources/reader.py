@@ -9,7 +9,8 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record, VideoRef
 from fastrm.data.sources.draft import Draft, read_draft, to_record
 from fastrm.data.sources.files import NumberedRow, count_rows, file_stem, read_rows
-from fastrm.data.sources.keys import KeyTally, check_unread, read_keys, unread_keys, without_nested
+from fastrm.data.sources.key_tally import KeyTally
+from fastrm.data.sources.keys import check_unread, read_keys, unread_keys, without_nested
 from fastrm.data.sources.layouts import ALL_KEYS, JOINING, LAYOUTS, detect
 from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import bad_row, check_text
