@@ -168,10 +168,10 @@ def test_source_that_cannot_be_read_is_a_data_error_at_once(tmp_path, name, opti
 
 def test_reading_12_000_flat_rows_is_fast(read_json_rows):
     rows = [{**FLAT, "id": str(i), "image": f"train/images/{i}.png"} for i in range(12_000)]
-    start = time.perf_counter()
+    start = time.process_time()  # which other processes do not lengthen
     records, _ = read_json_rows(*rows)
     assert len(records) == 12_000
-    assert time.perf_counter() - start < 5  # measured 0.4 s; the slack is for a loaded machine
+    assert time.process_time() - start < 5  # measured 0.8 s
 
 
 # Ranges of rows
