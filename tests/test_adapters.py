@@ -3,11 +3,23 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model import adapters
 from fastrm.model.loading import open_backbone
-from foreign_models import ROW, D, assert_same, merged, random, rewards_of, save_adapter, save_backbone, stock_rewards
+from foreign_models import (
+    ROW,
+    D,
+    add_weights,
+    assert_same,
+    merged,
+    random,
+    rewards_of,
+    save_adapter,
+    save_backbone,
+    stock_rewards,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +76,38 @@ def test_what_is_no_plain_lora_is_refused_by_the_name_of_its_setting(settings, m
     save_backbone(tmp_path / "base")
     save_adapter(tmp_path / "adapter", tmp_path / "base", **settings)
     with pytest.raises(ConfigError, match=message):
+        rewards_of(tmp_path / "adapter")
+
+
+def save_adapter_of_the_head(folder, base):
+    """An adapter like `save_adapter`'s whose head is no whole weight but a product; returns the products."""
+    products = save_adapter(folder, base)
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    del weights["base_model.model.score.weight"]
+    down, up = random(4, D) / 4, random(1, 4) / 4
+    parts = {"base_model.model.score.lora_A.weight": down, "base_model.model.score.lora_B.weight": up}
+    save_file(weights | parts, file)
+    return products, up @ down
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_of_the_head_is_added_to_the_bases_head(dtype, tmp_path):
+    base = tmp_path / "base"
+    save_backbone(base, "llama", AutoModelForSequenceClassification, num_labels=1)
+    head = load_file(base / "model.safetensors")["score.weight"].to(dtype)
+    add_weights(base, **{"score.weight": head})
+    products, of_head = save_adapter_of_the_head(tmp_path / "adapter", base)
+    stock, row = merged(base, products, lambda module: 2.0), (head.float() + 2.0 * of_head)[0]
+    found, line = rewards_of(tmp_path / "adapter")
+    assert_same(found, stock_rewards(base, lambda ids: stock(ids).last_hidden_state[0, -1] @ row))
+    assert "from score.weight" in line
+
+
+def test_lora_of_a_head_that_no_file_holds_is_refused_as_that(tmp_path):
+    save_backbone(tmp_path / "base")
+    save_adapter_of_the_head(tmp_path / "adapter", tmp_path / "base")
+    with pytest.raises(StorageError, match=r"adds to score.weight, .* a head that was drawn at random .* is lost"):
         rewards_of(tmp_path / "adapter")
 
 

@@ -102,7 +102,7 @@ class FoundHead:
         linears = [module for module in score.modules() if isinstance(module, nn.Linear)]
         with torch.no_grad():
             for linear, (weight, bias) in zip(linears, self.layers, strict=True):
-                linear.weight.copy_(weight.read())
+                weight.read_into(linear.weight.view(-1))  # rounded once, into the head's own dtype
                 if linear.bias is not None:
                     linear.bias.copy_(torch.zeros(weight.shape[0]) if bias is None else bias.read())
             if (self.mean, self.std) != (0.0, 1.0):

@@ -123,7 +123,7 @@ def open_backbone(path: str) -> Backbone:
     find_name = _renamer(full)
     stored, rest = _assign(place, files, find_name)
     if place.adapter is not None:
-        _merge(Adapter.open(place), stored, rest, find_name)
+        _merge(Adapter.open(place), stored, rest, find_name, _part_names(full, model))
     prefix = "model." if full is not model else ""
     wanted = model.state_dict()
     tensors = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
@@ -146,8 +146,14 @@ def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> 
     return stored, rest
 
 
-def _merge(adapter: Adapter, stored: dict[str, StoredTensor], rest: dict[str, StoredTensor], find_name) -> None:
-    """Put an adapter's weights into `stored` and `rest`."""
+def _merge(
+    adapter: Adapter, stored: dict[str, StoredTensor], rest: dict[str, StoredTensor], find_name, parts: set[str]
+) -> None:
+    """Put an adapter's weights into `stored` and `rest`, among which is a reward head of the base model.
+
+    Args:
+        parts: names of modules that lie inside the backbone.
+    """
     for name, tensor in adapter.replaced.items():
         found = find_name(name)
         (rest if found is None else stored)[found or name] = tensor
@@ -156,14 +162,21 @@ def _merge(adapter: Adapter, stored: dict[str, StoredTensor], rest: dict[str, St
         found = find_name(name)
         if found is None and UNUSED.fullmatch(name):
             continue
-        base = stored.get(found)
+        weights, found = (rest, name) if found is None else (stored, found)
+        base = weights.get(found)
+        if base is None and not parts & set(name.split(".")[:3]):
+            raise StorageError(
+                f"{adapter.where}: adds to {name}, which lies outside of the backbone and in no file of the base: "
+                "a head that was drawn at random under the adapter is lost. Train it whole (modules_to_save of PEFT), "
+                "or save the model that PEFT's merge_and_unload makes"
+            )
         if base is None or base.shape != (up.shape[0], down.shape[1]):
             got = "no weight of this model" if base is None else f"{list(base.shape)} in the base model"
             raise StorageError(
                 f"{adapter.where}: changes {name} by {[up.shape[0], down.shape[1]]}, which is {got}; was the adapter "
                 "trained on this base model?"
             )
-        stored[found] = MergedTensor(base.file, base.dtype, base.shape, base.start, down, up, scale)
+        weights[found] = MergedTensor(base.file, base.dtype, base.shape, base.start, down, up, scale)
 
 
 def _check_all_there(path: str, tensors: Mapping[str, StoredTensor], wanted: Mapping[str, torch.Tensor]) -> None:
@@ -182,7 +195,7 @@ def _check_all_there(path: str, tensors: Mapping[str, StoredTensor], wanted: Map
 
 def _check_all_used(path: str, rest: Mapping[str, StoredTensor], full: nn.Module, model: nn.Module) -> None:
     """Refuse weights that lie inside the backbone and have no place there: without them it is another model."""
-    parts = {name for module in (full, model, getattr(model, "language_model", model)) for name, _ in _children(module)}
+    parts = _part_names(full, model)
     lost = [name for name in rest if parts & set(name.removeprefix(_WRAPPER).split(".")[:3])]
     if lost:
         raise StorageError(
@@ -192,8 +205,9 @@ def _check_all_used(path: str, rest: Mapping[str, StoredTensor], full: nn.Module
         )
 
 
-def _children(module: nn.Module):
-    return [(name, child) for name, child in module.named_children() if name != "model"]
+def _part_names(full: nn.Module, model: nn.Module) -> set[str]:
+    modules = (full, model, getattr(model, "language_model", model))
+    return {name for module in modules for name, _ in module.named_children()} - {"model"}
 
 
 def shortened(names, most: int = 4) -> str:
