@@ -19,7 +19,8 @@ from fastrm.config import Config  # noqa: E402
 from fastrm.data.group import GroupSize, encode_group  # noqa: E402
 from fastrm.data.tokenizer import load_tokenizer  # noqa: E402
 from fastrm.evaluate.reward_model import DTYPES  # noqa: E402
-from fastrm.model.exactness import ROUNDINGS, Agreement, check_network, describe, pick_samples  # noqa: E402
+from fastrm.model.exactness import ROUNDINGS, Agreement, check_network, describe  # noqa: E402
+from fastrm.model.samples import pick_samples  # noqa: E402
 from fastrm.train.setup import make_network  # noqa: E402
 from support import make_image, make_record  # noqa: E402
 

@@ -11,13 +11,14 @@ from fastrm.config import load_config
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.qwen_format import stock_keeps_video_seconds
 from fastrm.data.record import Message, Record, Response
-from fastrm.errors import ExactnessError
+from fastrm.errors import ExactnessError, RecordError
 from fastrm.evaluate.reward_model import DTYPES
 from fastrm.model import exactness, first_use, layers
-from fastrm.model.exactness import Agreement, StockModel, check_network, describe, pick_samples
+from fastrm.model.exactness import Agreement, StockModel, check_network, describe
 from fastrm.model.export import save_model
 from fastrm.model.first_use import FirstUse
 from fastrm.model.precision import convert_to_fp8
+from fastrm.model.samples import pick_samples
 from fastrm.train.loop import train
 from runs import colour_rows, fastrm_here, text_rows, tiny_config, write_rows
 from support import FAMILIES, make_image, make_model, make_record, pack_of
@@ -313,7 +314,7 @@ def test_the_shortest_groups_that_can_be_read_are_taken():
 
     def load(number):
         if number == 1:
-            raise exactness.RecordError("IMAGE_MISSING", "gone")
+            raise RecordError("IMAGE_MISSING", "gone")
         return groups[number]
 
     found = pick_samples([GroupSize.of(group) for group in groups], load, network.encoder)

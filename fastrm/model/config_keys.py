@@ -17,7 +17,7 @@ _ANYWHERE = {
     "task_specific_params", "tie_last_hidden_states", "tie_word_embeddings", "torch_dtype", "torchscript",
     "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
-# Keys of OpenRLHF's head (adopt.py).
+# Keys of OpenRLHF's head (stored_head.py).
 _HEAD = {"mean", "normalize_reward", "std", "value_head_prefix"}
 _TEXT = {
     "attention_dropout", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "is_causal", "layer_types",

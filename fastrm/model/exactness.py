@@ -19,7 +19,7 @@ most 3.2 s. In float32 a setting that is not read moves rewards by ten thousand 
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
@@ -27,28 +27,21 @@ import torch
 import transformers
 from torch import nn
 
-from fastrm.data.group import GroupSize
 from fastrm.data.images import decode_image
-from fastrm.data.packing import EncodedGroup, build_pack
-from fastrm.data.qwen_format import stock_keeps_video_seconds
+from fastrm.data.packing import build_pack
 from fastrm.data.record import ImageRef, VideoRef
-from fastrm.data.template import ConversationEncoder, EncodedResponse
+from fastrm.data.template import EncodedResponse
 from fastrm.data.vision_format import MediaSpan, Patches
-from fastrm.errors import ExactnessError, RecordError
+from fastrm.errors import ExactnessError
 from fastrm.model.config_keys import unknown_keys
 from fastrm.model.loading import WeightsOnMeta
 from fastrm.model.network import RewardNetwork
+from fastrm.model.samples import Sample
 
 ROUNDINGS = 20
-# The first and the last response of a group: one continues the prompt's own sequence, the other is a branch.
-RESPONSES = 2
-# The number of groups among which the shortest ones are looked for.
-CANDIDATES = 512
 LAYERS = 2  # layers of a network that is checked instead of the whole
 # The most operations of a check on a CPU, some ten seconds of one core.
 CPU_OPERATIONS = 10**12
-TRIES = 8  # the most groups of a kind that are tried until one can be read
-KINDS = ("text", "image", "video")
 DRAWS = 3  # draws of directions of rounding
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _GO_ON = (
@@ -56,18 +49,6 @@ _GO_ON = (
     "without this check"
 )
 _EPS = torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A group to check with: tokenised, its media decoded.
-
-    Attributes:
-        pixels: patches of its images and videos by key.
-    """
-
-    group: EncodedGroup
-    pixels: dict[str, Patches]
 
 
 @dataclass(frozen=True)
@@ -103,50 +84,6 @@ def _how_far(parts: Sequence[Agreement]) -> str:
     difference = max(part.difference for part in parts)
     to = f"to {difference:.0e}".replace("e-0", "e-") if difference else "to the bit"
     return to if parts[0].dtype == "fp32" and parts[0].whole else f"{to} in {parts[0].dtype}"
-
-
-def pick_samples(
-    groups: Sequence[GroupSize],
-    load: Callable[[int], EncodedGroup],
-    encoder: ConversationEncoder,
-    kinds: Sequence[str] = KINDS,
-) -> dict[str, Sample]:
-    """Pick the shortest of the first groups for each kind that occurs, and that stock reads as we do.
-
-    Args:
-        load: the tokenised group of a number; where it or decoding raises RecordError, the next longer one is taken.
-    """
-    first = [groups[number] for number in range(min(len(groups), CANDIDATES))]
-    by_kind: dict[str, list[int]] = {}
-    for number in sorted(range(len(first)), key=lambda number: first[number].num_tokens):
-        by_kind.setdefault(_kind_of(first[number], encoder), []).append(number)
-    samples = {
-        kind: next(filter(None, (_read(number, load, encoder) for number in numbers[:TRIES])), None)
-        for kind, numbers in by_kind.items()
-        if kind in kinds and (kind != "video" or _stock_reads_videos_alike(encoder))
-    }
-    return {kind: sample for kind, sample in samples.items() if sample is not None}
-
-
-def _kind_of(group: GroupSize, encoder: ConversationEncoder) -> str:
-    if not group.media:
-        return "text"
-    # Several planes of InternVL are tiles of one image; a video of one plane is read like an image.
-    has_planes = not encoder.vision.opening and any(image.frames > 1 for image in group.media)
-    return "video" if has_planes else "image"
-
-
-def _stock_reads_videos_alike(encoder: ConversationEncoder) -> bool:
-    return encoder.vision.tokens_per_second is None or stock_keeps_video_seconds()
-
-
-def _read(number: int, load: Callable[[int], EncodedGroup], encoder: ConversationEncoder) -> Sample | None:
-    try:
-        group = load(number)
-        cut = {key: encoder.vision.cut(ref, encoder.measure(ref), encoder.limits) for key, ref in group.media.items()}
-        return Sample(group, cut)
-    except RecordError:
-        return None  # the error is reported when the group is read in its turn
 
 
 def check_network(
@@ -194,7 +131,7 @@ def _num_operations(network: RewardNetwork, sample: Sample) -> int:
     """Estimate the operations of a check's passes: two for a weight and a token. Embeddings are looked up."""
     embedding = network.model.get_input_embeddings().weight.numel()
     num_weights = sum(parameter.numel() for parameter in network.parameters()) - embedding
-    num_tokens = sum(len(sample.group.responses[number].tokens) for number in _chosen(sample))
+    num_tokens = sum(len(sample.group.responses[number].tokens) for number in sample.chosen)
     return 2 * num_weights * num_tokens * (2 + DRAWS)
 
 
@@ -280,12 +217,6 @@ def _distance(ours: float, wanted: float) -> float:
     return abs(ours - wanted) if math.isfinite(ours) else math.inf
 
 
-def _chosen(sample: Sample) -> list[int]:
-    """Return the numbers of the responses of a group that are compared."""
-    count = len(sample.group.responses)
-    return list(range(count)) if count <= RESPONSES else [0, count - 1]
-
-
 def _packed_rewards(network: RewardNetwork, sample: Sample, share: bool, multiple: int) -> list[float]:
     """Return the rewards of the chosen responses, from one pack of the whole group."""
     vision = network.encoder.vision
@@ -294,7 +225,7 @@ def _packed_rewards(network: RewardNetwork, sample: Sample, share: bool, multipl
     pack.layouts = network.lay_out(pack)
     with network.plain_layers():
         rewards = network(pack.to(network.device)).float().tolist()
-    return [rewards[number] for number in _chosen(sample)]
+    return [rewards[number] for number in sample.chosen]
 
 
 class StockModel:
@@ -319,7 +250,7 @@ class StockModel:
     def rewards(self, sample: Sample) -> list[float]:
         """Return rewards of the chosen responses, each conversation alone."""
         found = []
-        for number in _chosen(sample):
+        for number in sample.chosen:
             inputs = self._inputs(sample.group.responses[number], sample.pixels)
             hidden = self._model(**inputs, use_cache=False).last_hidden_state[0]  # (n, D)
             state = hidden.float().mean(0) if self._network.pooling == "mean" else hidden[-1]
@@ -402,7 +333,7 @@ def product_dtype(states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 def _complaint(
     network: RewardNetwork, name: str, sample: Sample, worst: int, ours: float, wanted: float, bound: float
 ) -> str:
-    group, number = sample.group, _chosen(sample)[worst]
+    group, number = sample.group, sample.chosen[worst]
     causes = list(_likely_causes(network))
     return (
         f"not exact: {group.origin or group.id}: response {number} has reward {ours:.7g} here and {wanted:.7g} in "

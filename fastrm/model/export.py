@@ -25,13 +25,13 @@ from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, StorageError, option
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
-from fastrm.model.adopt import OPENRLHF_KEYS, find_head, missing_head
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
 from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import locate
 from fastrm.model.stock_classes import GUARD, StockReading, file_entries, file_name, read_by_stock, with_padding
+from fastrm.model.stored_head import OPENRLHF_KEYS, find_head, missing_head
 from fastrm.model.weight_files import CONFIG, finder
 from fastrm.model.weight_writer import WeightWriter, replace_folder
 from fastrm.resources import available_memory
@@ -136,7 +136,7 @@ def load_model(
     device: torch.device | str = "cpu",
     date: datetime.date | None = None,
 ) -> RewardNetwork:
-    """Load a network with its encoder, from a folder that `save_model` or another trainer wrote (adopt.py).
+    """Load a network with its encoder, from a folder that `save_model` or another trainer wrote (stored_head.py).
 
     Args:
         dtype: of the backbone's weights; the head is float32 in any case, and so are the rotary embedding's

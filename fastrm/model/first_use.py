@@ -24,10 +24,11 @@ import fastrm_kernels
 from fastrm.data.group import GroupSize
 from fastrm.data.packing import EncodedGroup
 from fastrm.json_files import to_json
-from fastrm.model.exactness import KINDS, Agreement, Sample, check_network, describe, pick_samples
+from fastrm.model.exactness import Agreement, check_network, describe
 from fastrm.model.fusion import FusedLinear
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import ADAPTER_CONFIG, locate
+from fastrm.model.samples import KINDS, Sample, pick_samples
 from fastrm.model.weight_files import CONFIG, finder
 
 
