@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from documents import PAGES, ROOT, text_of
 from fastrm.data.tree import build_tree
+from ms_swift_results import ratio
 
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"")
 # Paths from the project's folder, in code, in tables and in prose; not those of other projects or of a cache.
@@ -114,3 +116,27 @@ def test_pictures_are_drawn_by_their_script(tmp_path, monkeypatch):
     idea.main()
     for theme in idea.THEMES:
         assert (tmp_path / f"idea-{theme}.svg").stat().st_size > 10_000
+
+
+def test_speed_in_readme_is_that_of_the_results():
+    """The rows of README's table, from the files that the benchmarks wrote on that machine."""
+    training, peers, pretrained = (results(name) for name in ("training", "peers-ms-swift", "pretrained"))
+    pairs = next(entry["variants"] for entry in training["entries"] if entry["name"] == "pairs, 1300/300")
+    ratios = [
+        (pairs["plain"]["seconds"]["median"] / pairs["fastrm"]["seconds"]["median"],
+         pairs["fastrm"]["peak_mib"] / pairs["plain"]["peak_mib"]),
+        *((ratio(entry, "speed"), ratio(entry, "memory")) for entry in peers["entries"]),
+    ]  # fmt: skip
+    for name in ("dialogues", "lists of 8"):
+        ours, theirs = (pretrained["workloads"][name]["variants"][trainer] for trainer in ("fastrm", "trl"))
+        ratios.append((theirs["seconds"] / ours["seconds"], ours["peak_mib"] / theirs["peak_mib"]))
+    section = text_of("README.md").split("## Speed")[1].split("##")[0]
+    shown = [row.strip("| ").split(" | ")[-2:] for row in section.splitlines() if row.startswith("| ")][2:]
+    assert len(shown) == len(ratios)
+    for (speed, memory), cells in zip(ratios, shown, strict=True):
+        digits = len(cells[0].partition(".")[2])
+        assert cells == [f"{speed:.{digits}f}", f"{memory:.2f}"]
+
+
+def results(name):
+    return json.loads((ROOT / "bench/results" / f"amd-epyc-2-cores-{name}.json").read_text())
