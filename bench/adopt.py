@@ -150,7 +150,11 @@ def figures(training: Sequence[dict], days: Sequence[dict]) -> list[str]:
     devices = [day["device"] for day in days]
     reports = {report["device"]: report for report in training if report["device"] in devices}
     if not reports:
-        return [f"GPU figures: {NOT_MEASURED}. `make gpu-day` prepares the measurement, one command of nine minutes."]
+        return [
+            f"**GPU figures: {NOT_MEASURED}.** Nothing has run on a GPU yet: its paths are built and tested on CPUs, "
+            "and every figure here is of a CPU.",
+            "`make gpu-day` prepares the measurement, one command of nine minutes.",
+        ]
     rows = []
     for title, workload, name, over in (
         ("pairs of 1300/300 tokens: fastrm over a plain pairwise trainer", PAIRS, FASTRM, PLAIN),
