@@ -29,7 +29,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
              "manylinux1_x86_64")  # fmt: skip
 # pip chooses versions that go together for the first; the others' dependencies are torch and what comes with it.
 RESOLVED, ALONE = ("pydantic>=2.11",), ("torchao>=0.18", "liger-kernel>=0.8.5")
-LIMIT_BYTES = 64 << 20  # of the folder and the project's tracked files together
+LIMIT_BYTES = 64 << 20  # the most bytes of the folder and the project's tracked files together
 CACHE = "triton-cache.tar.gz"
 # The files of a compiled kernel that Triton reads when it finds it again; all stages are ten times as large.
 CACHED = {".cubin", ".json"}

@@ -246,7 +246,7 @@ def verdict(goal: Goal, report: dict | None) -> tuple[str, str]:
     return shown, "met" if len(values) == 1 else f"met on all {len(values)} shapes"
 
 
-# What `auto` should choose
+# The choice for `auto`
 
 
 # The rivals of an implementation; the first is what runs where it is not chosen.

@@ -38,7 +38,7 @@ from fastrm.model.export import make_encoder
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCABULARY = 32_000
 # The recipe's mixture in thousands of pairs, as the paper states it, and what stands in for each set here.
-# That they have similar lengths is assumed: the sets themselves, and figures of their lengths, are not here.
+# Similar lengths are assumed: the sets themselves, and figures of their lengths, are not here.
 MIXTURE = (
     (2000, "MMPR v1.2", "mathv_pairs"),
     (83, "RLAIF-V", "vl_rewardbench"),

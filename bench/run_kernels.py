@@ -31,7 +31,7 @@ from kernel_results import (  # noqa: E402
 from kernel_shapes import attention_shapes, head_shapes  # noqa: E402
 from kernel_tables import README, report_lines, updated_readme  # noqa: E402
 
-BUDGET_SECONDS = 450  # what is left of 8 minutes after imports and the start of the device
+BUDGET_SECONDS = 450  # the rest of 8 minutes after imports and the start of the device
 HEAD_SHARE = 0.4  # the head's share of the budget where both operations run
 # A shape is not begun with fewer seconds: a first compilation of its kernels may take as long.
 SHAPE_RESERVE_SECONDS = {"cuda": 15, "cpu": 1}

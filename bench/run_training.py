@@ -41,7 +41,7 @@ from training_tables import README, draw_all, report_lines, updated_readme  # no
 # Without it, packs of varying size fragment the allocator's memory. torch reads it when it first uses the device.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-BUDGET_SECONDS = 490  # what is left of 9 minutes after imports and the start of the device
+BUDGET_SECONDS = 490  # the rest of 9 minutes after imports and the start of the device
 PACKAGES = ("transformers", "torchao", "liger-kernel", "numpy")
 # Features are measured after this many workloads: if the time runs out, they say more than the other workloads.
 WORKLOADS_BEFORE_FEATURES = 2

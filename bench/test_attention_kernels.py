@@ -6,7 +6,7 @@ import torch
 from kernel_results import ATTENTION, pair_ratio
 from kernel_shapes import CPU_ATTENTION_SHAPES, attention_shapes
 
-# Of the time of stock SDPA on as many pairs of a query and a key: the goal on a CPU.
+# The goal on a CPU, as a share of stock SDPA's time for as many pairs of a query and a key.
 MOST_OF_STOCK = 1.3
 
 

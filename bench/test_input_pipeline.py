@@ -41,7 +41,7 @@ LIMITS = MediaLimits()
 ROUNDS = 5
 VOCABULARY = 8192
 GROUPS_PER_PACK = 8
-PAIRS_PER_SECOND = (1, 4, 16, 64)  # of a GPU, for the table of cores
+PAIRS_PER_SECOND = (1, 4, 16, 64)  # rates of a GPU, for the table of cores
 # Folder, and quantiles of its images' sizes, which are used if it is absent.
 PHOTOS = "owleval/cases", (
     (514, 394), (578, 722), (706, 702), (736, 770), (1022, 618), (1036, 692),

@@ -12,7 +12,7 @@ PLAIN, PACKED, FASTRM, FP8 = "plain", "packed rows", "fastrm", "fastrm FP8"
 MAIN, FEATURES, ALTERNATIVES = "main", "features", "alternatives"  # kinds of entries
 LEFT_OUT = "left out"  # the beginning of the reason of a variant that was not tried
 PAIRS, GROUPS = "pairs, 1300/300", "groups of 4, 1300/300"  # the workloads that goals are about
-FLOOR_SHAPE, FLOOR = "pairs, 640/300", 1.5  # of fastrm over plain on a CPU, asserted by pytest
+FLOOR_SHAPE, FLOOR = "pairs, 640/300", 1.5  # the least speed of fastrm over plain on a CPU, asserted by pytest
 
 
 def save(model: str, facts: dict, entries: Sequence[dict], folder: Path, *, quick: bool = False) -> Path:

@@ -14,7 +14,7 @@ from ms_swift_sides import Run
 
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-4
-PIXEL_TOLERANCE = 1e-6  # of values between -2 and 3: one rounding in float32
+PIXEL_TOLERANCE = 1e-6  # one rounding in float32 of values between -2 and 3
 
 
 class RedGate(Exception):

@@ -14,7 +14,7 @@ from fastrm.errors import RecordError
 
 _ROLES = "(?:system|user|assistant|tool|developer|model|ipython)"
 _ASSISTANT = "(?:assistant|model)"
-# What opens a turn, where {role} stands for the role, and what closes one. Sources: the templates of Qwen and other
+# Markup that opens a turn, with {role} for the role, and that closes one. Sources: the templates of Qwen and other
 # models with ChatML; Llama 3 and 4; Gemma; Phi 3 and Zephyr; gpt-oss; Granite; Kimi K2; EXAONE; Llama 2 and Mistral;
 # DeepSeek; Cohere.
 _OPENINGS = (

@@ -13,7 +13,7 @@ from fastrm_kernels.tree_attention.flash_attn import flash_attn_name, flash_attn
 from fastrm_kernels.tree_attention.varlen import varlen_obstacle
 
 CHOICES = ("auto", "triton", "eager")
-_MODEST = ("triton", "flash_attn", "varlen", "eager")  # of tree_attention: each runs wherever the earlier ones run
+_MODEST = ("triton", "flash_attn", "varlen", "eager")  # each runs wherever the earlier ones run
 
 
 def pick_backend(

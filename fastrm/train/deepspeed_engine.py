@@ -277,7 +277,7 @@ def _settings(network: RewardNetwork, config: Config) -> dict:
         "zero_optimization": {"stage": stage, "reduce_bucket_size": min(BUCKET, num_trained)},
     }
     if config.precision.dtype == "bf16":
-        # As on one process: float32 weights, which matrix products read in bfloat16. No module is named safe
+        # Like one process: float32 weights, which matrix products read in bfloat16. No module is named safe
         # for lower precision: their gradients would be summed over the ranks in bfloat16.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return settings

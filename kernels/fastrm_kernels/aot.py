@@ -40,7 +40,7 @@ KIB = 1024
 SHARED_PER_SM = {80: 164 * KIB, 90: 228 * KIB, 100: 228 * KIB}
 SHARED_PER_CTA = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 WARPS_PER_SM, CTAS_PER_SM, PARTITIONS, REGISTERS_PER_PARTITION = 64, 32, 4, 16_384
-TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor, sm_100 only
+TENSOR_MEMORY_COLUMNS = 512  # columns of a multiprocessor, sm_100 only
 
 # Kernels that are matrix products, each with the least number of rows for which its tile is large enough for wgmma.
 WGMMA_FROM_ROWS = {
@@ -196,7 +196,7 @@ def distinct(launches, arch: int) -> list[tuple[list, Binary]]:
     groups: dict[str, tuple[list, Binary]] = {}
     for label, launch in launches:
         binary = specialize(launch, arch)
-        # By repr: Triton tells True from 1.
+        # The key is the repr: Triton tells True from 1.
         labels, _ = groups.setdefault(repr(binary), ([], binary))
         if label not in labels:
             labels.append(label)

@@ -29,7 +29,7 @@ WIDTHS, ROWS = (1536, 2048, 3584, 5120), (8, 64, 256)
 HEADS, HEAD_DIMENSIONS = ((28, 4), (16, 2), (16, 16)), (64, 80, 96, 128)
 # A pack's tokens are rarely a multiple of 16, and Triton compiles another kernel where they are.
 NUM_TOKENS = 8191
-# What the heads are given: dtype, with the final norm, rows gathered before rather than read through anchors.
+# Inputs of the heads: dtype, final norm or not, rows gathered before or read through anchors.
 # The third is the fastrm trainer, which keeps its head in float32.
 HEAD_INPUTS = {
     "bf16 with norm": (torch.bfloat16, True, False),

@@ -17,7 +17,7 @@ from fastrm.data.sources.key_tally import KeyTally
 from fastrm.errors import DataError
 
 PREFIX = "digits:"
-NUM_TRAIN_IMAGES = 1_437  # of 1,797; the others are the eval split
+NUM_TRAIN_IMAGES = 1_437  # the first of 1,797; the others are the eval split
 UPSCALE = 7  # 8 x 8 to 56 x 56 pixels: four patches of 14 a side
 
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -18,7 +18,7 @@ from fastrm.errors import DataError, RecordError, looked_for
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 PARQUET_BATCH_ROWS = 32  # rows may hold images: this bounds the memory, not the speed
-BLOCK_BYTES = 2**20  # of buffered reads
+BLOCK_BYTES = 2**20  # the size of buffered reads
 _BOM = b"\xef\xbb\xbf"
 _IN_ZIP = ".zip!"
 

@@ -57,8 +57,8 @@ _ROWS: dict[str, dict[str, tuple[dict[str, float], str]]] = {
         "R1-Reward": ({"overall": 82.2}, _R1),
         "MM-RLHF-Reward": ({"overall": 67.1}, _R1),
     },
-    # Of September 2025, a year after the weights of Safety changed (rewardbench.py). An overall figure alone does not
-    # tell which its authors used.
+    # Figures of September 2025, a year after the weights of Safety changed (rewardbench.py). An overall figure
+    # alone does not tell which its authors used.
     "rewardbench": {
         "Qwen2-VL-7B, 200k pairs": ({"overall": 77.3}, _ABLATION),
         "Qwen2.5-VL-7B, 200k pairs": ({"overall": 75.8}, _ABLATION),

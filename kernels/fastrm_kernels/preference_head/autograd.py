@@ -308,7 +308,7 @@ def _loss_gradients(ctx, grad_loss, _slopes):
 _loss.register_autograd(_loss_gradients, setup_context=_setup_loss)
 
 
-# What api.py calls
+# The functions that api.py calls
 
 
 def reward_head(hidden, anchors, layers, *, activation, norm_weight, norm_eps):

@@ -195,7 +195,7 @@ def _finish(parts, slope_parts, anchors, out_bias, rewards, slopes, num_tokens, 
     absent = {**dict.fromkeys(names), "smoothing": 0.0, "center": 0.0, "REDUCTION": "mean"}
     arguments = loss_arguments(*loss) if loss else absent
     block = round_up(num_rows, 16, max(16, triton.next_power_of_2(num_rows)) if loss else 64)
-    # As many parts as possible at once: one after another would pay the memory's latency each time.
+    # Parts are read as many at once as possible: one by one would pay the memory's latency each time.
     block_p = round_up(num_parts, 16, max(32, 4096 // block))
     launch(
         head_finish_kernel, (max(1, triton.cdiv(num_rows, block)) if loss else triton.cdiv(num_rows, block),),

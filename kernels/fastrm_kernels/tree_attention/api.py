@@ -14,7 +14,7 @@ IMPLEMENTATIONS = {
     "varlen": varlen.tree_attention_varlen,
     "flash_attn": tree_attention_flash_attn,
 }
-HEAD_DIMENSIONS = (16, 32, 64, 80, 96, 128)  # that the Triton kernels have
+HEAD_DIMENSIONS = (16, 32, 64, 80, 96, 128)  # head dimensions of the Triton kernels
 # Tiles are placed by 64-bit offsets; within one, of at most 128 rows, offsets have 32 bits.
 FARTHEST_ROWS = 2**31 // 128
 SHARED_BYTES = 165_888  # 162 KB: the most that a kernel takes (kernels/README.md), at head dimension 128

@@ -70,7 +70,7 @@ def tree_attention_backward(
     query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     row_stats = lse.new_empty((*lse.shape, 2))
     work, blocks = WorkLists.from_tensors(lists), tiles.pick_blocks(query.dtype, query.shape[-1], single_rows)
-    # Also where the query needs no gradient: it computes statistics of rows, which the other kernel reads.
+    # It runs even if the query needs no gradient: the other kernel reads its statistics of rows.
     launch_tree_attention_bwd_query(
         query, key, value, output, upstream, lse, row_stats, query_grad, work, blocks, scale
     )

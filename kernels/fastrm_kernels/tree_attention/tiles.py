@@ -122,10 +122,7 @@ class WorkLists:
         return self._with(torch.Tensor.pin_memory)
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "WorkLists":
-        """Change all lists as one tensor.
-
-        Each list starts at a multiple of 16 bytes in it: Triton compiles a kernel again where one does not.
-        """
+        """Change all lists as one tensor, where each starts at a multiple of 16 bytes: else Triton compiles again."""
         parts = self.tensors()
         rooms = [-(-part.numel() // 4) * 4 for part in parts]
         packed = self.packed
@@ -323,7 +320,7 @@ class _Tree:
             ancestor = self.parents[ancestor]
         if ancestor < 0:
             return some, ()
-        # Of the lowest common ancestor itself, rows up to the first query; of its ancestors, all rows.
+        # The lowest common ancestor is seen up to the first query, its ancestors wholly.
         seen_rows = min(self.lengths[ancestor], low - self.ranks[ancestor] + 1)
         return some, _clip(self.paths[ancestor], self.starts[ancestor] + seen_rows)
 
