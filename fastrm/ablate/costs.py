@@ -1,7 +1,7 @@
 """The cost of a grid's cells, before they run.
 
-On GPUs that is the forecast of `fastrm plan`; on a CPU, for which there is none, what finished cells of the same
-settings have taken.
+On GPUs it is the forecast of `fastrm plan`. On a CPU, for which there is no forecast, it is the time that finished
+cells of the same settings took.
 """
 
 from collections.abc import Sized

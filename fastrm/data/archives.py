@@ -1,7 +1,7 @@
 """Zip and tar archives of millions of members: a compact index, and members read by position.
 
-An archive may be in parts (``images.zip_aa``, ``images.zip_ab``): named without them, it is read as the file
-that they make together. Members are found by a hash of their name, 45 bytes each in memory; they are
+An archive may be in parts (``images.zip_aa``, ``images.zip_ab``): under the name ``images.zip`` it is read as the
+file that they make together. Members are found by a hash of their name, 45 bytes each in memory; they are
 read with positioned reads, so forked workers and threads can share an open archive.
 """
 

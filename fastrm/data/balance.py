@@ -1,7 +1,7 @@
 """The cost of a group, and the division of costs over ranks so that the slowest is near the mean.
 
-All ranks wait for the slowest one at every step. Each computes the whole division for itself, so
-that none is sent around: everything here is a pure function with the same result on every machine.
+All ranks wait for the slowest one at every step. Each rank computes the whole division itself, so
+that none has to be sent: everything here is a pure function with the same result on every machine.
 """
 
 import heapq

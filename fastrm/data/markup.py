@@ -1,10 +1,10 @@
 """A check for texts that were rendered with a chat template already, and would be rendered once more.
 
-A conversation is rendered here, once. A text of a row that holds the turns of one, as trainers that take rendered text
-want it, would become one turn of markup, with its images in front. Such a text is told from one that speaks of a
-template by where its markup stands: a turn is opened at its beginning, or right behind the end of another turn, or the
-assistant's turn is opened at its very end. So is a response that a policy's tokens were decoded to, with the token that
-ends its turn, from one that speaks of this token: it stands at the very end, right behind the last word.
+fastrm renders each conversation once. Some trainers take rendered text; a row's text that already holds rendered
+turns would become one turn of markup here, with its images in front. The place of the markup distinguishes such a text
+from one that only mentions a template: a turn is opened at its beginning, or right after the end of another turn, or
+the assistant's turn is opened at its very end. In the same way, a response that was decoded together with the token
+that ends its turn has this token at its very end, right after the last word.
 """
 
 import re

@@ -1,7 +1,7 @@
 """The order of the data as a pure function of (seed, epoch, position).
 
 `position` counts groups since the start of the run: epoch = position // G. Nothing else is needed to
-resume, and the world size plays no part in it.
+resume, and the number of ranks does not matter.
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,7 +3,7 @@
 A key is known here if somebody has read what the stock class of its family does with it: it shapes modules that are
 called as they are, it is read by our layers, `check_family` refuses all values but the right one, or no reward
 depends on it. transformers keeps every other key of a file as an attribute, where any of its code may read it, today
-or in a later version. So an unknown key is no error, but it is said, and the check against the stock model
+or in a later version. So an unknown key is no error, but it is named, and the check against the stock model
 (exactness.py) decides whether it changes rewards. The lists are written by hand: taken from transformers' classes,
 they would know a new key before anybody has looked at it.
 """

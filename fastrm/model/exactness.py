@@ -1,12 +1,11 @@
 """A comparison of a loaded model's rewards with the stock transformers class, on the user's own groups.
 
-Our layers are an evaluation of their own of a stock model (backbone.py). That both compute the same was tested for the
-models that we had; whether it holds for the model, the config, the versions and the device at hand, this check finds
-out before anything is built on the rewards. The stock class is made from the config, takes the weights that are in
+Our layers evaluate a stock model by code of their own (backbone.py). Tests compare both on the models that we had; this
+check compares them on the user's model, config, versions and device, before any reward is used. The stock class is made from the config, takes the weights that are in
 memory (no second copy of them; fused matrices as views of their parts), and reads one conversation at a time, with
 stock attention and, for images, the stock processor. The head is the network's own module.
 
-How far may the two be apart? Sums are taken in another order, and a few intermediate values are rounded in one and
+The allowed difference has this reason. Sums are taken in another order, and a few intermediate values are rounded in one and
 not in the other; nothing else differs. So the bound is measured, not guessed: the stock model runs DRAWS times more
 with the factors of every matrix product, and the state that the head reads, off by one unit of rounding (2^-24 in
 float32, 2^-8 in bfloat16), up or down by chance. The root mean square of what that changes in the rewards, s, is the

@@ -1,7 +1,7 @@
 """The layouts that the network needs of a pack besides its tensors, computed from Python integers.
 
-It is a pure function of the pack and of the model's shape, and can run in a data worker: the training
-process then only moves it to the device.
+They are a pure function of the pack and of the model's shape, and can be made in a data worker: the training
+process then only moves them to the device.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Hashes by which prepared data recognises equal content: of media, prompts, responses and records.
 
-Widths: 128 bits where equal hashes are taken to be equal content for good (groups, duplicates, images), 64
-where a match is one of a few million against a few thousand (decontamination). BLAKE2b throughout, but
-SHA-256 for media, which processors have instructions for.
+A hash has 128 bits where equal hashes are always taken for equal content (groups, duplicates, images), and 64 where a
+few million are compared with a few thousand (decontamination). All are BLAKE2b, except for media: those are SHA-256,
+for which processors have instructions.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The quick start data: questions about the 1,797 handwritten digits that ship with scikit-learn.
 
-No download, and learnable in minutes on a CPU, but not without looking: over the split every answer
-to a question is chosen about as often against another as it is rejected for it.
+They need no download and can be learned in minutes on a CPU, but only from the images: over a split every answer to a
+question is chosen about as often against another answer as it is rejected for it.
 """
 
 import io

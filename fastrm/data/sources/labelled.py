@@ -7,8 +7,8 @@
 | HelpSteer2's preferences | `prompt` | `response_1`, `response_2` | `preference_strength`, -3 to 3 |
 | PandaLM | `instruction`, a line break, `input` | `response1`, `response2` | `annotator1`, ...: 1, 2 or 0 = a tie |
 
-A strength below 0 prefers the first, above 0 the second; 0 is a tie. How strong it is is not used [ours]. PandaLM's
-annotators decide by more than half of their votes, otherwise the row is a tie [ours].
+A strength below 0 prefers the first, above 0 the second; 0 is a tie. Its size is not used [ours]. PandaLM's annotators
+decide by more than half of their votes, otherwise the row is a tie [ours].
 """
 
 from typing import NamedTuple

@@ -2,8 +2,8 @@
 
 The formulas are in reference.py, the kernels' derivation in README.md.
 
-Indices (anchors, edges) must be in range; nobody checks them, since that would wait for the GPU. README.md
-says what becomes of one that is not.
+Indices (anchors, edges) must be in range; they are not checked, since a check would wait for the GPU. README.md
+describes the result of an index out of range.
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,9 @@
 
 Blocks of a query see different keys. With o_b and l_b the output and log-sum-exp of block b,
 
-    l = log(sum_b exp(l_b)),    o = sum_b exp(l_b - l) o_b,
+    l = log(sum_b exp(l_b)),    o = sum_b exp(l_b - l) o_b.
 
-and because the gradients of a block need of the softmax only P = exp(S - l) and rowsum(dO O), the
+The gradients of a block need only P = exp(S - l) of the softmax, and rowsum(dO O). So the
 backward pass runs block by block too, with the merged o and l: dQ, dK and dV are sums over blocks, in the
 order of the layout. On a CPU a block is PyTorch's flash attention kernel, which reads grouped heads in
 place; elsewhere it is the formula, in float32 at least.

@@ -1,8 +1,8 @@
 """The varlen functions of the flash-attn packages (FlashAttention-2, -3 and -4) behind one signature.
 
 Each package has a public function with autograd inside, made of one function for the forward and one for the backward
-pass. Taken are these two, as torch's own adapters for FlashAttention-3 and -4 take them: an operator of torch
-(flash_attn.py) needs them apart. All of them align the causal mask at the bottom right.
+pass. These two are used here, as in torch's own adapters for FlashAttention-3 and -4: an operator of torch
+(flash_attn.py) needs them separately. All of them align the causal mask at the bottom right.
 """
 
 import functools
