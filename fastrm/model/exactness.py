@@ -1,19 +1,20 @@
 """A comparison of a loaded model's rewards with the stock transformers class, on the user's own groups.
 
 Our layers evaluate a stock model by code of their own (backbone.py). Tests compare both on the models that we had; this
-check compares them on the user's model, config, versions and device, before any reward is used. The stock class is made from the config, takes the weights that are in
-memory (no second copy of them; fused matrices as views of their parts), and reads one conversation at a time, with
-stock attention and, for images, the stock processor. The head is the network's own module.
+check compares them on the user's model, config, versions and device, before any reward is used. The stock class is made
+from the config, takes the weights that are in memory (no second copy of them; fused matrices as views of their parts),
+and reads one conversation at a time, with stock attention and, for images, the stock processor. The head is the
+network's own module.
 
-The allowed difference has this reason. Sums are taken in another order, and a few intermediate values are rounded in one and
-not in the other; nothing else differs. So the bound is measured, not guessed: the stock model runs DRAWS times more
-with the factors of every matrix product, and the state that the head reads, off by one unit of rounding (2^-24 in
+The allowed difference has this reason. Sums are taken in another order, and a few intermediate values are rounded in
+one and not in the other; nothing else differs. So the bound is measured, not guessed: the stock model runs DRAWS times
+more with the factors of every matrix product, and the state that the head reads, off by one unit of rounding (2^-24 in
 float32, 2^-8 in bfloat16), up or down by chance. The root mean square of what that changes in the rewards, s, is the
 effect of one rounding at every product. Two implementations that both round there differ by sqrt(2) s; up to four
-further operations between two products round too (norm, rotary embedding, softmax, activation), which makes
-sqrt(2 * 5) s = 3.2 s; s comes from few rewards and may be off by a factor of two; and the largest of a few normal
-deviates lies within three of them: 3.2 * 2 * 3 < ROUNDINGS = 20. Measured on the tests' models, the difference is at
-most 3.2 s. In float32 a setting that is not read moves rewards by ten thousand times s.
+further operations between two products round too (norm, rotary embedding, softmax, activation), which makes sqrt(2 * 5)
+s = 3.2 s; s comes from few rewards and may be off by a factor of two; and the largest of a few normal deviates lies
+within three of them: 3.2 * 2 * 3 < ROUNDINGS = 20. Measured on the tests' models, the difference is at most 3.2 s. In
+float32 a setting that is not read moves rewards by ten thousand times s.
 """
 
 import copy
