@@ -1,18 +1,19 @@
 """Fixtures that collect the comparisons of a run: a table at its end, and JSON with --save-results."""
 
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fastrm.json_files import to_json
+from fastrm.tables import Table
 from kernel_results import RESULTS, cpu_name, file_stem, package_versions
 from run_kernels import BUDGET_SECONDS, Run
 
 COLUMNS = (
-    f"{'workload':<28} {'variant':<7} {'s/step':>7} {'quartiles':>15} {'pairs/s':>8} "
-    f"{'peak MiB':>8} {'time x':>7} {'CPU x':>6} {'tokens x':>8} {'FLOPs x':>8} {'floor':>6}"
-)
+    "workload, variant", "s/step", "quartiles", "pairs/s", "peak MiB", "time x", "CPU x", "tokens x", "FLOPs x", "floor"
+)  # fmt: skip
 _KEY = pytest.StashKey()
 _KERNELS_KEY = pytest.StashKey()
 OURS = ("triton", "triton+graph", "varlen", "flash_attn", "eager")
@@ -117,28 +118,28 @@ def _summarize_steps(terminalreporter, config):
     if not done:
         return
     terminalreporter.section("training step, fastrm against the rest")
-    terminalreporter.write_line(COLUMNS)
+    table = Table(*COLUMNS)
     for comparison in done:
-        for line in _lines(comparison):
-            terminalreporter.write_line(line)
+        for cells in _rows(comparison):
+            table.add_row(*cells)
+    for line in table.as_lines(shutil.get_terminal_size().columns):
+        terminalreporter.write_line(line)
     if config.getoption("--save-results"):
         terminalreporter.write_line(f"saved to {_save(done)}")
 
 
-def _lines(comparison):
+def _rows(comparison):
     for side in (comparison.rival, comparison.fastrm):
         low, high = side.times.quartiles
         peak = "-" if side.peak_mib is None else f"{side.peak_mib:,.0f}"
-        line = (
-            f"{comparison.workload:<28} {side.variant:<7} {side.times.median:>7.3f} {f'{low:.3f} - {high:.3f}':>15} "
-            f"{comparison.pairs_per_second(side):>8.2f} {peak:>8}"
-        )
+        cells = [
+            f"{comparison.workload}, {side.variant}", f"{side.times.median:.3f}", f"{low:.3f} - {high:.3f}",
+            f"{comparison.pairs_per_second(side):.2f}", peak,
+        ]  # fmt: skip
         if side is comparison.fastrm:
-            line += (
-                f" {comparison.time_ratio:>7.2f} {comparison.cpu_ratio:>6.2f} {comparison.token_ratio:>8.2f} "
-                f"{comparison.flop_ratio:>8.2f} {comparison.floor:>6.2f}"
-            )
-        yield line
+            ratios = (comparison.time_ratio, comparison.cpu_ratio, comparison.token_ratio, comparison.flop_ratio)
+            cells += [f"{ratio:.2f}" for ratio in (*ratios, comparison.floor)]
+        yield cells
 
 
 def _save(done) -> Path:

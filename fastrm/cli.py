@@ -1,5 +1,6 @@
 """The `fastrm` command. Heavy imports happen inside the commands, so that --help is instant."""
 
+import io
 import logging
 import os
 import signal
@@ -351,6 +352,9 @@ def main() -> None:
     # devices and formats that nothing here uses.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A file in an encoding that lacks a character gets it as an escape, not an error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     errors.is_command_line = True
     try:
         with StopFlag(breaks=True) as stop:
@@ -384,7 +388,10 @@ def _run(stop: StopFlag) -> int:
     except Exception as error:
         # Usage errors come from click, which typer may bundle, so that they are known by their attributes.
         if hasattr(error, "format_message"):
-            problem = error.format_message().rstrip(".") or "no command was named"
+            problem = error.format_message().rstrip(".")
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(error.ctx.get_help() + "\n", err=True)
+                problem = "no command was named"
             return fail(64, "UsageError", f"{problem}; see fastrm --help")
         message = f"internal error: {error}; please report it with the lines above"
         return fail(70, type(error).__name__, message, traceback.format_exc())

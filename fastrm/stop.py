@@ -23,6 +23,7 @@ from typing import ClassVar
 
 from fastrm.errors import InterruptedRun
 from fastrm.json_files import to_json
+from fastrm.lines import fit
 
 # The signal by which the watcher of several ranks passes one on. A scheduler may have sent that to all of them itself,
 # so that passing on the same one would look like a second signal.
@@ -181,6 +182,6 @@ def fail(code: int, kind: str, message: str, trace: str = "") -> int:
         Path(report).write_text(to_json({"error": kind, "message": message, "trace": trace}))
         return code
     sys.stderr.write(trace)
-    print(f"error: {message}", file=sys.stderr)
+    print(fit(f"error: {message}", sys.stderr), file=sys.stderr)
     print(to_json({"exit_code": code, "error": kind, "message": message}), file=sys.stderr, flush=True)
     return code

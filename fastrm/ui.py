@@ -1,47 +1,65 @@
 """The output for people: progress on standard error, tables and lines on standard output, and figures.
 
-Progress is a bar on a terminal and a line every PLAIN_SECONDS elsewhere.
+The rules, wherever output goes:
+
+- No number is cut or broken, no row wraps, and no column is left out: a table makes itself fit (tables.py).
+- Sentences are broken at words. In a file, a message stays in one line, where programs look for it.
+- Progress is a line that is rewritten on a terminal and disappears when the work is done. What stays is what a file
+  gets: a plain line at the end of the work, and every PLAIN_SECONDS where nothing can be rewritten.
+- A dumb terminal gets no colours and no line-drawing characters; a file gets them where its encoding has them.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.progress import Progress, Task
 from rich.text import Text
+
+from fastrm.lines import given_columns, terminal_columns, text_width, wrap
+from fastrm.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The seconds between plain lines if the output is not a terminal.
+# Seconds between plain lines where nothing can be rewritten.
 PLAIN_SECONDS = 10.0
-# Columns of a piped table, wide enough that paths stay in one piece.
+# The width of what is written to a file, in columns: wide enough that paths stay in one piece.
 PIPE_WIDTH = 140
+_BAR_WIDTH = 24
 
 
-class RateColumn(ProgressColumn):
-    """A column with the recent pace, in pieces per second."""
+def make_console(stderr: bool = False, quiet: bool = False) -> Console:
+    """Return a console on standard output or error, as wide as its terminal; PIPE_WIDTH where it is none."""
+    console = Console(stderr=stderr, quiet=quiet)
+    if not console.is_terminal:
+        console.width = given_columns() or PIPE_WIDTH
+    elif console.is_dumb_terminal:  # rich takes 80 for any
+        console.width = terminal_columns(console.file) or console.width
+    return console
 
-    def render(self, task: Task) -> Text:
-        """Return `1,234/s`, or nothing before the pace is known."""
-        return Text(_rate(task.finished_speed or task.speed or 0.0))
+
+def say(console: Console, text: str) -> None:
+    """Print plain text in lines of the console's width, broken at words."""
+    _print(console, "\n".join(wrap(text, console.width)))
 
 
-def _rate(pieces_per_second: float) -> str:
-    if not pieces_per_second:
-        return ""
-    return f"{pieces_per_second:,.0f}/s" if pieces_per_second >= 10 else f"{pieces_per_second:.2g}/s"
+def message(console: Console, text: str) -> None:
+    """Print plain text: in lines broken at words on a terminal, in one line in a file."""
+    if console.is_terminal:
+        say(console, text)
+    else:
+        _print(console, text)
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def is_live(console: Console) -> bool:
+    """Return whether lines that stand on the console can be rewritten."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class Display:
@@ -52,19 +70,8 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, silent: bool = False):
-        self.console = console or Console(stderr=True, quiet=silent)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            RateColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.console = console or make_console(stderr=True, quiet=silent)
+        self._progress = _Progress(console=self.console, transient=True, disable=not is_live(self.console))
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -74,8 +81,8 @@ class Display:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """Print one line of plain text."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print plain text: in lines broken at words on a terminal, in one line in a file."""
+        message(self.console, text)
 
     def task(self, description: str) -> Callable[..., None]:
         """Return a function update(done, total, note="") for one piece of work."""
@@ -85,10 +92,12 @@ class Display:
 
         def update(done: int, total: int | None, note: str = "") -> None:
             nonlocal last, first
-            self._progress.update(task, completed=done, total=total, note=note)
+            is_done = done == total
+            fields = {"note": note, "visible": not is_done, "refresh": is_done}
+            self._progress.update(task, completed=done, total=total, **fields)
             now = time.monotonic()
             first = first or (done, now)
-            if not self.console.is_terminal and (done == total or now - last >= PLAIN_SECONDS):
+            if is_done or (not is_live(self.console) and now - last >= PLAIN_SECONDS):
                 last = now
                 rate = (done - first[0]) / max(1e-9, now - first[1])
                 speed = f", {_rate(rate)}" if rate else ""
@@ -108,33 +117,71 @@ class Display:
         update(number, number)
 
 
-def make_console() -> Console:
-    """Return a console on standard output, PIPE_WIDTH columns wide where that is no terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
-    return console
+class _Progress(Progress):
+    """Work that is not done, a line for each piece and one for its note, in the width that there is."""
+
+    def get_renderable(self) -> Group:
+        return Group(*(_TaskLines(task) for task in self.tasks if task.visible))
 
 
-def say(console: Console, text: str) -> None:
-    """Print one line as it is."""
-    console.print(text, markup=False, highlight=False)
+class _TaskLines:
+    """A piece of work as `description bar 12/300 9.7/s 0:00:11 ETA 0:00:21`, and its note below."""
+
+    def __init__(self, task: Task):
+        self._task = task
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        task, width = self._task, options.max_width
+        done = f"{task.completed:,.0f}" + ("" if task.total is None else f"/{task.total:,.0f}")
+        rate, left = _rate(task.finished_speed or task.speed or 0.0), task.time_remaining
+        facts = [done, rate, _clock(task.elapsed), f"ETA {_clock(left)}" if left is not None else ""]
+        # What is left out first where there is no room: the bar, then the time that has passed, then the pace.
+        for kept in (facts, [done, rate, "", facts[3]], [done, "", "", facts[3]]):
+            text = " ".join(filter(None, [task.description, *kept]))
+            if text_width(text) < width:
+                break
+        room = min(_BAR_WIDTH, width - text_width(text) - 1)
+        if room > 3:
+            bar = _bar(task.percentage / 100, room, "-=" if options.ascii_only else "─━")
+            text = f"{task.description} {bar}{text[len(task.description) :]}"
+        lines = [text, *([f"  {task.fields['note']}"] if task.fields["note"] else [])]
+        # One column less than there is: a full line would make some terminals begin a new one.
+        yield Text("\n".join(line[: width - 1] for line in lines), no_wrap=True)
 
 
-def show(console: Console, title: str, table: Table) -> None:
-    """Print a table below its title."""
-    # The title is a line of its own: a table wraps its title to its own width.
-    console.print(title, style="bold", markup=False, highlight=False)
-    console.print(table, markup=False)
+def _bar(share: float, width: int, characters: str) -> str:
+    filled = round(share * width)
+    return characters[1] * filled + characters[0] * (width - filled)
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def _rate(pieces_per_second: float) -> str:
+    if not pieces_per_second:
+        return ""
+    return f"{pieces_per_second:,.0f}/s" if pieces_per_second >= 10 else f"{pieces_per_second:.2g}/s"
 
 
 def make_table(*columns: str) -> Table:
     """Return an empty table whose first column is text and whose others are numbers."""
-    table = Table()
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
+    return Table(*columns)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table in the console's width, below an empty line where it has a title."""
+    if table.title:
+        console.print()
+    console.print(table, crop=False)
+
+
+def show(console: Console, title: str, table: Table) -> None:
+    """Print a table below its title."""
+    table.title = title
+    print_table(console, table)
 
 
 def gib(num_bytes: float) -> str:

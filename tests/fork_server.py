@@ -1,7 +1,7 @@
 """Runs the command line in forked processes, so that the imports are paid for once.
 
-One line of JSON {"arguments", "log", "patch"} in, one line with the child's pid out; after the child has
-ended, one line with its wait status. This process never computes: a child that inherits idle
+One line of JSON {"arguments", "log", "patch", "environment"} in, one line with the child's pid out; after the
+child has ended, one line with its wait status. This process never computes: a child that inherits idle
 libraries is a fresh process in all that matters.
 """
 
@@ -15,7 +15,8 @@ from fastrm import cli
 from fastrm.stop import end_with_parent
 
 
-def child(arguments: list[str], log: str, patch: str | None) -> int:
+def child(arguments: list[str], log: str, patch: str | None, environment: dict[str, str]) -> int:
+    os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -29,9 +29,12 @@ class ForkServer:
         """`fastrm train`; its process id. What it says is in the configuration's name with .log."""
         return self.command(["train", config, "--resume", resume], Path(f"{config}.log"), patch)
 
-    def command(self, arguments: Sequence, log: Path, patch: str | None = None) -> int:
-        """`fastrm ARGUMENTS` after the function `patch` of stuck_work; its process id."""
-        line = json.dumps({"arguments": list(map(str, arguments)), "log": str(log), "patch": patch})
+    def command(
+        self, arguments: Sequence, log: Path, patch: str | None = None, environment: dict[str, str] | None = None
+    ) -> int:
+        """`fastrm ARGUMENTS` after the function `patch` of stuck_work, with further variables; its process id."""
+        request = {"arguments": list(map(str, arguments)), "log": str(log), "patch": patch}
+        line = json.dumps({**request, "environment": environment or {}})
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())

@@ -73,6 +73,9 @@ def test_differences_are_paired_by_seed(tmp_path):
     values = {("1 layer", ""): [0.6, 0.7, 0.8], ("2 layers", ""): [0.61, 0.71, 0.81]}
     results = make_results(tmp_path, values, reference="1 layer")
     assert difference_table(results).rows == [["2 layers", "**+1.0 ± 0.0**", "**-0.005 ± 0.000**"]]
+    for styles in (True, False):  # where nothing is bold, asterisks say what would be
+        row = difference_table(results).as_table(styles).as_lines(80)[-1]
+        assert ("**+1.0 ± 0.0**" in row) == (not styles) and "+1.0 ± 0.0" in row
     noisy = {("1 layer", ""): [0.6, 0.7, 0.8], ("2 layers", ""): [0.7, 0.7, 0.7]}
     assert difference_table(make_results(tmp_path, noisy, reference="1 layer")).rows[0][1] == "+0.0 ± 24.8"
     assert difference_table(make_results(tmp_path, noisy)) is None

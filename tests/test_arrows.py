@@ -15,7 +15,8 @@ from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 # From below to above; `__init__` is what `import fastrm` offers.
-FOUNDATION = {"errors", "limits", "names", "yaml_files", "json_files", "storage", "resources", "ui", "stop", "config"}
+FOUNDATION = {"errors", "limits", "lines", "names", "yaml_files", "json_files", "storage", "resources", "tables", "ui"}
+FOUNDATION |= {"stop", "config"}
 TOP = {"cli_options", "cli", "__init__"}
 ORDER = [FOUNDATION, {"data"}, {"model"}, {"evaluate"}, {"train"}, {"forecast"}, {"ablate"}, TOP]
 

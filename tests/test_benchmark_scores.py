@@ -67,7 +67,7 @@ def test_lines_of_scores_end_at_line_breaks_alone(tmp_path, capsys):
     scores.write_bytes(("\ufeff" + "\r\n\r\n".join([line] * len(VL_IDS)) + "\r\n").encode())
     measure_scores(scores, "vl_rewardbench", str(tmp_path / "data.jsonl"), Outputs())
     # A file that is not whole stands beside published figures under its number of rows.
-    assert f"{len(VL_IDS)} rows │" in capsys.readouterr().out.split("beside published")[1]
+    assert f"  {len(VL_IDS)} rows\n" in capsys.readouterr().out.split("beside published")[1]
 
 
 def test_too_few_lines_of_scores_are_refused(tmp_path):

@@ -259,7 +259,7 @@ def test_table_of_sets_names_all_of_them():
     result = fastrm("data", "sets")
     assert result.returncode == 0, result.stderr
     for one in published.PUBLISHED.values():
-        (line,) = [line for line in result.stdout.splitlines() if f" {one.name} " in line]
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{one.name} ")]
         assert one.hub in line and one.licence in line and one.role in line
 
 
@@ -270,8 +270,8 @@ def test_table_of_sets_has_the_columns_that_fit(monkeypatch, capsys, width, show
     published.print_sets()
     text = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
     names = ("name", "in the paper", "pairs", "hub id", "layout", "images", "licence")
-    assert [name for name in names if f" {name} " in text.splitlines()[2]] == list(names[:shown])
-    (line,) = [line for line in text.splitlines() if " wildchat-ultrafeedback " in line]
+    assert [name for name in names if re.search(rf"\b{name}\b", text.splitlines()[2])] == list(names[:shown])
+    (line,) = [line for line in text.splitlines() if line.startswith("wildchat-ultrafeedback ")]
     assert "kept, in Others 63k [P]" in line and max(map(len, text.splitlines())) <= width
     said = " ".join(text.split())
     assert (f"A wider terminal also shows: {', '.join(names[shown:])}." in said) == (shown < len(names))

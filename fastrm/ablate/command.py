@@ -14,7 +14,7 @@ from fastrm.ablate.table import difference_table, main_table
 from fastrm.ablate.work import cell_task, ensemble_task
 from fastrm.errors import ConfigError, InterruptedRun
 from fastrm.train.guard import RunLock
-from fastrm.ui import Display, make_console, say, show
+from fastrm.ui import Display, is_live, make_console, print_table, say
 
 
 def dry_run(path: Path, overrides: list[str], num_gpus: int, gpu: str) -> None:
@@ -91,7 +91,7 @@ def _leave_report(results: Results, display: Display) -> None:
     draw_results(results).savefig(folder / "report.png", dpi=110)
     console = make_console()
     for table in tables:
-        show(console, table.title, table.as_rich())
+        print_table(console, table.as_table(styles=is_live(console)))
         say(console, "\n".join(table.notes))
     display.say(f"results.json, table.md and report.png are in {folder}")
 

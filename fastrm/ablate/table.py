@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
 from rich.text import Text
 
 from fastrm.ablate.grid import ColumnConfig
 from fastrm.ablate.results import Results
 from fastrm.ablate.statistics import Estimate
-from fastrm.ui import make_table
+from fastrm.tables import Table
 
 MISSING = "-"
 
@@ -34,11 +33,15 @@ class Layout:
         lines += [_line(row) for row in self.rows]
         return "\n".join([*lines, "", *self.notes]) + "\n"
 
-    def as_rich(self) -> Table:
-        """Return the table for the terminal, without title and notes."""
-        table = make_table(*self.header)
+    def as_table(self, styles: bool) -> Table:
+        """Return the table for the screen, without its notes.
+
+        Args:
+            styles: write in bold what is bold; else it keeps its asterisks.
+        """
+        table = Table(*self.header, title=self.title)
         for row in self.rows:
-            table.add_row(*(Text(text.strip("*"), "bold" if text.startswith("**") else "") for text in row))
+            table.add_row(*(_bold(entry) if styles else entry for entry in row))
         return table
 
 
@@ -140,6 +143,10 @@ def _notes(results: Results) -> list[str]:
         notes += ["", f"{len(results.failed)} cells failed:"]
         notes += [f"- {name}: {' '.join(reason.split())}" for name, reason in results.failed.items()]
     return notes
+
+
+def _bold(entry: str) -> Text:
+    return Text(entry.strip("*"), "bold" if entry.startswith("**") else "")
 
 
 def _line(entries: Sequence[str]) -> str:

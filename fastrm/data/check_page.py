@@ -3,10 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from fastrm.data.check import Refusals, SourceCheck, example_turns
@@ -16,6 +13,8 @@ from fastrm.data.sources.keys import ignore_setting, nearest
 from fastrm.data.sources.layouts import keys_read_by
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
+from fastrm.tables import Table
+from fastrm.ui import print_table, say
 
 _MAX_TEXT = 400  # the most characters of a turn that are shown
 _MAX_TURNS = 6
@@ -36,13 +35,19 @@ def print_page(console: Console, name: str, found: SourceCheck, encoder: Convers
         _by_reason("Parts of rows that are left out", found.left_out), _unread(found), _ignore(found), _contents(found),
     )  # fmt: skip
     for part in parts:
-        if part is not None:
+        if isinstance(part, Table):
+            print_table(console, part)
+        elif part is not None:
             console.print()
             console.print(part)
     console.print()
     if found.first is not None:
-        console.print(Text(f"The first row as it is read, {found.first.origin}", style="italic"))
-        console.print(Padding(_first_row(found.first, encoder), (0, 2)))
+        say(console, f"The first row as it is read, {found.first.origin}")
+        text = _first_row(found.first, encoder)
+        text.rstrip()
+        for line in text.wrap(console, console.width - 2):
+            line.rstrip()
+            console.print(Text("  ") + line if line else "")
         console.print()
 
 
@@ -55,36 +60,22 @@ def _summary(found: SourceCheck) -> Text:
     )
 
 
-def _table(title: str, *columns: str, number: int | None = None) -> Table:
-    table = Table(title=title, title_justify="left", title_style="italic", box=SIMPLE_HEAD, show_edge=False)
-    table.padding = (0, 2, 0, 0)
-    for place, column in enumerate(columns):
-        is_number = place == number
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
-    return table
-
-
-def _add(table: Table, *cells: str) -> None:
-    """Add a row of plain text: brackets in it are no markup."""
-    table.add_row(*map(Text, cells))
-
-
 def _layouts(found: SourceCheck) -> Table | None:
     keys = found.all_keys
     if not keys.layouts:
         return None
-    table = _table("Read as", "layout", "rows", "keys that are read", number=1)
+    table = Table("layout", "rows", "keys that are read", title="Read as", text=(0, 2))
     for name, number in keys.layouts.most_common():
-        _add(table, name, f"{number:,}", ", ".join(keys.read[name]))
+        table.add_row(name, f"{number:,}", ", ".join(keys.read[name]))
     return table
 
 
 def _by_reason(title: str, rows: dict[str, Refusals]) -> Table | None:
     if not rows:
         return None
-    table = _table(title, "reason", "rows", "the first of them", number=1)
+    table = Table("reason", "rows", "the first of them", title=title, text=(0, 2))
     for code, found in sorted(rows.items(), key=lambda item: -item[1].number):
-        _add(table, code, f"{found.number:,}", _examples(found))
+        table.add_row(code, f"{found.number:,}", _examples(found))
     return table
 
 
@@ -97,13 +88,13 @@ def _unread(found: SourceCheck) -> Table | None:
     tallies = {path: tally for path, tally in found.keys.items() if tally.unread}
     if not tallies:
         return None
-    table = _table("Keys that are not read", "key", "rows", "such as", "nearest key", number=1)
+    table = Table("key", "rows", "such as", "nearest key", title="Keys that are not read", text=(0, 2, 3))
     for path, tally in tallies.items():
         if len(found.files) > 1:
             table.add_row(Text(path, style="italic"))
         known = keys_read_by(tally.layouts)
         for name, number in tally.unread.most_common():
-            _add(table, name, f"{number:,}", tally.examples[name], nearest(name, known) or "")
+            table.add_row(name, f"{number:,}", tally.examples[name], nearest(name, known) or "")
     return table
 
 
@@ -116,19 +107,16 @@ def _ignore(found: SourceCheck) -> Text | None:
 def _contents(found: SourceCheck) -> Table | None:
     if not len(found.records):
         return None
-    table = Table(title="In the rows", title_justify="left", box=None, show_header=False, title_style="italic")
-    table.padding = (0, 2, 0, 0)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = Table("", "", title="In the rows", text=(0, 1))
     pairs = found.preferences
     ties = f", and {_count(found.num_ties, 'tie')}" if found.num_ties else ""
-    _add(table, "prompts", f"{found.num_prompts:,} different; rows of one prompt and source become one group")
-    _add(table, "preferences", f"{pairs.num_pairs:,}{ties}")
-    _add(table, "both ways", _contradictions(found, pairs))
-    _add(table, "copies", _copies(found))
+    table.add_row("prompts", f"{found.num_prompts:,} different; rows of one prompt and source become one group")
+    table.add_row("preferences", f"{pairs.num_pairs:,}{ties}")
+    table.add_row("both ways", _contradictions(found, pairs))
+    table.add_row("copies", _copies(found))
     if pairs.num_pairs:
-        _add(table, "length", _length(pairs))
-    _add(table, "media", _media(found))
+        table.add_row("length", _length(pairs))
+    table.add_row("media", _media(found))
     return table
 
 

@@ -6,9 +6,6 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from fastrm.data.record import Record
 from fastrm.data.sources import source_files, unread_lines
 from fastrm.data.sources.columns import understood
@@ -20,7 +17,8 @@ from fastrm.evaluate.output import check_output, complete_file, print_refused
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json
-from fastrm.ui import Display
+from fastrm.tables import Table
+from fastrm.ui import Display, make_console, message, print_table
 
 # The number of records that are read, scored and written at a time.
 CHUNK = 512
@@ -47,7 +45,7 @@ def score_file(choice: ModelChoice, data: str, out: Path, options: ScoringOption
             if isinstance(result, RecordError):
                 failed += 1
                 broken += [f"{record.origin}: {result.message}"] if result.code == NON_FINITE else []
-    Console(stderr=True).print(f"{done:,} groups scored, {failed:,} of them refused; {out}", markup=False)
+    message(make_console(stderr=True), f"{done:,} groups scored, {failed:,} of them refused; {out}")
     if broken:
         raise DataError(f"{len(broken):,} of {done:,} groups have a reward that is not finite; {broken[0]}")
 
@@ -63,7 +61,7 @@ def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options
     with complete_file(json_out) if json_out is not None else nullcontext() as write:
         with Display() as display:
             report = _evaluate(Scoring(choice, data, options, display, "evaluating"), data)
-        Console().print(_table(report))
+        print_table(make_console(), _table(report))
         print_refused([f"{row['message']} ({row['code']})" for row in report["refused"]], "--json lists them all")
         if write is not None:
             write(to_json(report, indent=2) + "\n")
@@ -154,13 +152,15 @@ def _score_row(record: Record | str | None, result: Rewards | RecordError) -> di
 def _table(report: dict) -> Table:
     members = report.get("members", [])
     reasons = Counter(row["code"] for row in report["refused"])
-    caption = ", ".join(f"{code} {number:,}" for code, number in reasons.most_common())
-    caption = caption and f"rows not counted: {caption}"
-    table = Table(title="Pair accuracy (equal rewards count as wrong)", caption=caption)
-    for name in ("source", "preferences", "ensemble" if members else "accuracy", "95 % interval"):
-        table.add_column(name, justify="left" if name == "source" else "right")
-    for member in members:
-        table.add_column(member["model"], justify="right", overflow="fold")
+    caption = [f"{number} {member['model']}" for number, member in enumerate(members, 1)]
+    if reasons:
+        caption.append(f"rows not counted: {', '.join(f'{code} {number:,}' for code, number in reasons.most_common())}")
+    # Names of models are long: numbers stand for them.
+    table = Table(
+        "source", "preferences", "ensemble" if members else "accuracy", "95 % interval",
+        *map(str, range(1, len(members) + 1)),
+        title="Pair accuracy (equal rewards count as wrong)", caption="\n".join(caption),
+    )  # fmt: skip
     sources = list(report["sources"])
     for source in [*sources, None] if len(sources) > 1 else [None]:
         rows = [part if source is None else part["sources"][source] for part in (report, *members)]

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rich.console import Console
-
 from fastrm.errors import StorageError
+from fastrm.ui import make_console, message
 
 # The most refused rows that are named on the screen; files name all.
 _NAMED = 10
@@ -57,11 +56,11 @@ def check_output(path: Path) -> None:
 
 def print_refused(messages: Sequence[str], where: str) -> None:
     """Name the first refused rows on standard error; `where` has all of them."""
-    console = Console(stderr=True)
-    for message in messages[:_NAMED]:
-        console.print(f"refused: {message}", markup=False, highlight=False, soft_wrap=True)
+    console = make_console(stderr=True)
+    for text in messages[:_NAMED]:
+        message(console, f"refused: {text}")
     if len(messages) > _NAMED:
-        console.print(f"... and {len(messages) - _NAMED} more; {where}", markup=False, highlight=False)
+        message(console, f"... and {len(messages) - _NAMED} more; {where}")
 
 
 @contextmanager

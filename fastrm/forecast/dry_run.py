@@ -7,7 +7,6 @@ dry run; it is listed. What a step costs depends on all of the data, so it is co
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from fastrm.config import Config, ModelConfig
 from fastrm.data.tokenizer import load_tokenizer
@@ -26,6 +25,7 @@ from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.export import check_vocabulary
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import locate
+from fastrm.tables import Table
 from fastrm.ui import gib, make_console, make_table, peta, say, show
 
 GPU_COUNTS = (1, 8, 64)
@@ -119,9 +119,7 @@ def _ways(config: Config, network: RewardNetwork, load: Workload) -> dict[str, d
 
 
 def _print_table(console: Console, title: str, rows: list[tuple[str, str, str]]) -> None:
-    table = Table()
-    for column in ("key", "state", "detail"):
-        table.add_column(column, overflow="fold")
+    table = Table("key", "state", "detail", text=range(3))
     for row in rows:
         table.add_row(*row, style="red" if row[1] in ("missing", "refused") else None)
     show(console, title, table)
@@ -161,8 +159,8 @@ def _print_step(console: Console, step: dict) -> None:
     say(
         console,
         f"  Assumed, whatever the data are: 1 pair per prompt, {load.image_tokens:,} image tokens ({load.image_key}), "
-        f"{load.prompt_text_tokens} prompt\n  tokens of text, {load.response_tokens} per response. "
-        "Operations per matrix parameter and row: 2 forward, 2 for the gradient of the\n  input where something "
-        "before it is trained, 2 for its own where it is trained; attention 4 Q forward, 8 Q backward\n"
-        "  per query-key pair; recomputed: full checkpointing repeats a layer but for its last product.",
+        f"{load.prompt_text_tokens} prompt tokens of text, {load.response_tokens} per response. Operations per matrix "
+        "parameter and row: 2 forward, 2 for the gradient of the input where something before it is trained, 2 for its "
+        "own where it is trained; attention 4 Q forward, 8 Q backward per query-key pair; recomputed: full "
+        "checkpointing repeats a layer but for its last product.",
     )

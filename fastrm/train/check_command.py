@@ -3,8 +3,6 @@
 import os
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from fastrm.config import Config, ModelConfig, SourceConfig, load_config
 from fastrm.data.check import SourceCheck, check_source
 from fastrm.data.check_page import print_page
@@ -14,7 +12,7 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError
 from fastrm.limits import MediaLimits
 from fastrm.train.encoder import find_backbone_config, make_data_encoder, make_tokenizer
-from fastrm.ui import Display
+from fastrm.ui import Display, make_console
 from fastrm.yaml_files import validate
 
 _CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -47,7 +45,7 @@ def check_data(
         ConfigError: an option cannot be what it is.
         DataError: a source cannot be read at all, or more of its rows are refused.
     """
-    limit, console = _share(max_refused), Console()
+    limit, console = _share(max_refused), make_console()
     checked, too_many = [], []
     for name, source, config in _sources(names, reading or {}):
         encoder = _encoder(config, model)

@@ -25,7 +25,7 @@ from fastrm.storage import locked_folder
 from fastrm.train.encoder import TOKENIZER, find_backbone_config, make_data_encoder, make_tokenizer, prepared_folder
 from fastrm.train.step_cost import make_cost_model
 from fastrm.train.template_date import fix_date
-from fastrm.ui import Display
+from fastrm.ui import Display, print_table
 
 
 class RunData:
@@ -183,5 +183,6 @@ def prepare_ahead(config: Config, num_workers: int | None = None) -> None:
             return
         folder = prepared_folder(config)
         draw_report(report, folder / "report.png")
-        display.console.print(*report_tables(report))
+        for table in report_tables(report):
+            print_table(display.console, table)
         display.say(f"report.json and report.png are in {folder}, refused rows in {folder / REFUSED}")

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
 from fastrm.evaluate.accuracy import Flips
 from fastrm.json_files import to_json
 from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.stock_classes import padding_note
+from fastrm.tables import Table
 from fastrm.train.metrics import read_rows
 from fastrm.train.run import Run
 from fastrm.train.setup import Job, export_model
-from fastrm.ui import new_figure
+from fastrm.ui import new_figure, print_table
 
 
 def announce(run: Run, start: Path | None) -> None:
@@ -80,7 +80,7 @@ def finish(run: Run, flips: Flips | None) -> dict:
     summary = _summary(run, flips)
     if run.ranks.is_first:
         write_report(run.folder, summary)
-        run.display.console.print(summary_table(summary, summary["eval_by_source"]))
+        print_table(run.display.console, summary_table(summary, summary["eval_by_source"]))
         for line in (*run.quarantine.reasons(), f"model, report.png and summary.json are in {run.folder}"):
             run.display.say(line)
     return summary
@@ -167,9 +167,7 @@ def _smooth(values: list[float], share: float = 0.05) -> list[float]:
 
 def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
     """Return the short table at the end of a run."""
-    table = Table(title="Training done", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    table = Table("", "", title="Training done")
     accuracy = summary["eval_accuracy"]
     table.add_row("held-out pair accuracy", "no data.eval" if accuracy is None else f"{accuracy:.4f}")
     if len(by_source) > 1:

@@ -24,6 +24,7 @@ from fastrm.data.prepared.table import RecordTable
 from fastrm.data.prepared.units import PAIRS, REFUSED
 from fastrm.json_files import to_json
 from fastrm.storage import replaced
+from fastrm.tables import Table
 from fastrm.ui import new_figure
 
 HISTOGRAMS = {
@@ -265,28 +266,17 @@ def _draw_histogram(axes, histogram: dict, label: str) -> None:
         axis.set_major_formatter("{x:,.0f}")
 
 
-def report_tables(report: dict) -> list:
-    """Return the rich tables at the end of a preparation: the training data, and the fate of the other rows.
-
-    Numbers are never cut; names of sources fold where the terminal is narrow.
-    """
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    kept = Table("source", title="Prepared data", box=SIMPLE, padding=(0, 1, 0, 0))
-    kept.columns[0].overflow = "fold"
-    for name in _table_row(report["sources"][0]):
-        kept.add_column(name, justify="right", no_wrap=True)
-    left = Table("source", "what", title="Rows and parts that are not trained on as they were", box=SIMPLE)
-    left.columns[0].overflow = left.columns[1].overflow = "fold"
-    left.add_column("number", justify="right", no_wrap=True)
+def report_tables(report: dict) -> list[Table]:
+    """Return the tables that a preparation ends with: what is trained on, and what became of the other rows."""
+    kept = Table("source", *_table_row(report["sources"][0]), title="Prepared data")
+    left = Table("source", "what", "number", title="Rows and parts that are not trained on as they were", text=(0, 1))
     for row in report["sources"]:
         label = ("eval: " if row["split"] == "eval" else "") + row["source"]
         kept.add_row(label, *(f"{number:,}" for number in _table_row(row).values()))
         for what, number in _losses(row).items():
             left.add_row(label, what, f"{number:,}")
             label = ""
-    return [kept, left] if left.row_count else [kept]
+    return [kept] if left.is_empty else [kept, left]
 
 
 def _table_row(row: dict) -> dict[str, int]:

@@ -7,7 +7,6 @@ marked [C] in docs/data_sources.md. `fastrm data sets` prints the table.
 import difflib
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 from fastrm.data.archives import archive_exists
@@ -16,6 +15,8 @@ from fastrm.data.sources.media import Resolve, in_archives, in_folder, path_reso
 from fastrm.data.sources.mmpr_meta import mmpr_files
 from fastrm.data.sources.reader import SourceFile
 from fastrm.errors import DataError, looked_for
+from fastrm.tables import Table
+from fastrm.ui import make_console, print_table, say
 
 # Values of PublishedSet.media; any other is the name of an archive in the set's folder.
 NONE, EMBEDDED, ARCHIVES, MMPR, ELSEWHERE = "none", "embedded", "archives", "mmpr", "elsewhere"
@@ -183,10 +184,6 @@ def _media_resolver(published: PublishedSet, root: Path, images: str | None) -> 
 
 def print_sets() -> None:
     """Print the table of all sets on standard output: on a terminal the columns that fit, everything elsewhere."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
     columns = {
         "name": [published.name for published in _SETS],
         "in the paper": [published.role for published in _SETS],
@@ -196,17 +193,20 @@ def print_sets() -> None:
         "images": [published.media for published in _SETS],
         "licence": [published.licence for published in _SETS],
     }
-    # A column has a space on each side and one to the next; the table begins with one.
-    ends = list(accumulate((3 + max(map(len, (name, *cells))) for name, cells in columns.items()), initial=1))[1:]
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=ends[-1])
-    num_columns = max(1, sum(end <= console.width for end in ends))
-    table = Table(title="Published sets, read with `set: NAME`", title_justify="left", box=SIMPLE)
-    for name in list(columns)[:num_columns]:
-        table.add_column(name, no_wrap=True)
-    for cells in zip(*list(columns.values())[:num_columns], strict=True):
-        table.add_row(*cells)
-    console.print(table)
+    console = make_console()
+    num_columns = len(columns)
+    while console.is_terminal and num_columns > 1 and _sets_table(columns, num_columns).width > console.width:
+        num_columns -= 1
+    table = _sets_table(columns, num_columns)
+    console.width = max(console.width, table.width)
+    print_table(console, table)
     if hidden := list(columns)[num_columns:]:
-        console.print(f"A wider terminal also shows: {', '.join(hidden)}. docs/data_sources.md has all.")
+        say(console, f"A wider terminal also shows: {', '.join(hidden)}. docs/data_sources.md has all.")
+
+
+def _sets_table(columns: dict[str, list[str]], number: int) -> Table:
+    """Return the table of the first columns."""
+    table = Table(*list(columns)[:number], title="Published sets, read with `set: NAME`", text=range(number))
+    for cells in zip(*list(columns.values())[:number], strict=True):
+        table.add_row(*cells)
+    return table

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from fastrm.data.record import Record
 from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.benchmarks.benchmark import Benchmark, load_benchmark
@@ -17,7 +15,7 @@ from fastrm.evaluate.merging import score_merged
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.evaluate.output import check_output, complete_file, print_refused
 from fastrm.json_files import to_json
-from fastrm.ui import Display
+from fastrm.ui import Display, make_console, print_table
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,9 @@ def measure_scores(scores: Path, name: str, data: str | None, outputs: Outputs) 
 
 
 def _finish(evaluation: Evaluation, outputs: Outputs) -> None:
-    console = Console()
-    console.print(figures_table(evaluation))
-    console.print(comparison_table(evaluation))
+    console = make_console()
+    for table in (figures_table(evaluation), comparison_table(evaluation)):
+        print_table(console, table)
     if outputs.json is not None:
         with complete_file(outputs.json) as write:
             write(to_json(evaluation.to_json(), indent=1) + "\n")

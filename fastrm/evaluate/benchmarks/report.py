@@ -5,15 +5,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from rich.table import Table
-
 from fastrm.evaluate.benchmarks.benchmark import Benchmark
 from fastrm.evaluate.benchmarks.metrics import NUM_RESAMPLES, Mean, Metrics, bootstrap, values_of
 from fastrm.evaluate.benchmarks.published import CAPTION, published_rows
+from fastrm.tables import Table
 from fastrm.ui import new_figure
 
 SEED = 0  # seed of the bootstrap
-_MODEL_WIDTH = 18  # width of the names, which may go on in the next line
 _COLOURS = ("#d1662a", "#2a9d62", "#8a5bb5", "#b5453c", "#2f9fb5", "#8c6d46", "#6b7280", "#c2a317", "#4d4dbb")
 
 
@@ -92,13 +90,12 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 def figures_table(evaluation: Evaluation) -> Table:
     """Return the table of all metrics in percent with their intervals, an ensemble's members beside them."""
-    caption = "; ".join(f"{number} {name}" for number, (name, _) in enumerate(evaluation.members, 1))
-    table = Table(title=f"{evaluation.benchmark.title} ({evaluation.coverage}), in percent", caption=caption or None)
-    table.add_column("metric", no_wrap=True)
-    for name in ("counted", "ensemble" if evaluation.members else "value", "95 % interval"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for number in range(1, len(evaluation.members) + 1):
-        table.add_column(str(number), justify="right", no_wrap=True)
+    caption = "\n".join(f"{number} {name}" for number, (name, _) in enumerate(evaluation.members, 1))
+    table = Table(
+        "metric", "counted", "ensemble" if evaluation.members else "value", "95 % interval",
+        *map(str, range(1, len(evaluation.members) + 1)),
+        title=f"{evaluation.benchmark.title} ({evaluation.coverage}), in percent", caption=caption,
+    )  # fmt: skip
     for name, metric in _distinct(evaluation.metrics).items():
         counted = f"{int(metric.members.sum()):,} {metric.unit}" if isinstance(metric, Mean) else "mean"
         interval = evaluation.intervals[name]
@@ -112,11 +109,9 @@ def comparison_table(evaluation: Evaluation) -> Table:
     """Return the headline metrics beside published figures; the caption has the sources."""
     headlines, published = evaluation.benchmark.headlines, published_rows(evaluation.benchmark.name)
     sources = list(dict.fromkeys(row.source for row in published if row.source))
-    caption = "; ".join([*(f"{number} {source}" for number, source in enumerate(sources, 1)), CAPTION])
-    table = Table(title=f"{evaluation.benchmark.title} beside published figures, in percent", caption=caption)
-    table.add_column("model", min_width=_MODEL_WIDTH, overflow="fold")
-    for name in (*headlines, "from"):
-        table.add_column(name, justify="right", no_wrap=True)
+    caption = "\n".join([*(f"{number} {source}" for number, source in enumerate(sources, 1)), CAPTION])
+    title = f"{evaluation.benchmark.title} beside published figures, in percent"
+    table = Table("model", *headlines, "from", title=title, caption=caption)
     num_rows = len(evaluation.benchmark.rows)
     here = "here" if evaluation.benchmark.is_whole else f"{num_rows:,} rows"
     here = here if len(evaluation.rewards) == num_rows else "PARTIAL"
