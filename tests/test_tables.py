@@ -10,6 +10,7 @@ from rich.text import Text
 from fastrm import ui
 from fastrm.lines import fit, text_width, wrap
 from fastrm.tables import Table
+from terminals import screen
 
 
 def shown(table, width, **options):
@@ -170,12 +171,14 @@ def test_the_line_of_progress_shows_whole_numbers_at_any_width(width):
     assert len(line) < width and (width < 80 or "─" in line)
 
 
-def test_what_is_done_leaves_one_plain_line():
+def test_what_is_done_leaves_one_plain_line_and_what_is_not_leaves_nothing():
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     with ui.Display(console) as display:
-        update = display.task("reading rows")
+        update, never_done = display.task("reading rows"), display.task("scoring")
         update(1, 2)
+        never_done(1, None)
         update(2, 2)
-    written = console.file.getvalue()
-    assert written.count("reading rows: 2/2") == 1
-    assert written.rstrip().endswith("\x1b[2K") or "reading rows" not in written.rpartition("reading rows: 2/2")[2]
+        while_working, _ = screen(console.file.getvalue(), 80)
+    lines, _ = screen(console.file.getvalue(), 80)
+    assert [line.split("  ")[0] for line in lines if line] == ["reading rows: 2/2"]
+    assert [line.split()[0] for line in while_working if line] == ["reading", "scoring"]
