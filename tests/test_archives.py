@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fastrm.data import archives
+from fastrm.data.archive_members import BadArchive
 from fastrm.data.archives import (
     ArchiveError,
-    BadArchive,
     archive_exists,
     archive_status,
     folder_members,
@@ -171,9 +171,9 @@ def test_folder_members_are_listed_once_for_all_folders(tmp_path, monkeypatch):
         for name in ("v/1", "v/1", "w/1"):
             archive.writestr(name, b"")
     path, listings = str(tmp_path / "a.zip"), []
-    members = archives._members
+    members = archives.members
     read_member(path, "v/1", any_size)
-    monkeypatch.setattr(archives, "_members", lambda *args: listings.append(args) or members(*args))
+    monkeypatch.setattr(archives, "members", lambda *args: listings.append(args) or members(*args))
     assert folder_members(path, "v") == ["v/1"] and folder_members(path, "w") == ["w/1"]
     assert len(listings) == 1
 

@@ -7,13 +7,10 @@ read with positioned reads, so forked workers and threads can share an open arch
 
 import functools
 import glob
-import hashlib
 import io
 import os
 import posixpath
-import stat
 import struct
-import tarfile
 import weakref
 import zipfile
 import zlib
@@ -22,16 +19,27 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import accumulate
 from posixpath import normpath
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
+
+from fastrm.data.archive_members import (
+    DEFLATED,
+    LINK,
+    LOCAL,
+    NOT_A_FILE,
+    OTHER_METHOD,
+    BadArchive,
+    Member,
+    decode_name,
+    members,
+    name_hash,
+)
 
 ARCHIVE_SUFFIXES = (".zip", ".tar")
 BLOCK_BYTES = 2**18  # the size of buffered reads while an archive is indexed
 
-# The kinds of members; only stored and deflated ones can be read.
-NOT_A_FILE, STORED, DEFLATED, OTHER_METHOD, LINK = range(5)
-# `place`: first byte of a tar member's data or of a zip member's local header; of a LINK the target's hash.
+# A row of the index: the hash of a member's name, and the rest of `Member`.
 _MEMBER = np.dtype(
     [("hash", "<u8"), ("place", "<u8"), ("num_stored", "<u8"), ("num_bytes", "<u8"), ("crc", "<u4"), ("kind", "u1")]
 )
@@ -44,19 +52,6 @@ class ArchiveError(Exception):
     def __init__(self, problem: str, text: str):
         super().__init__(text)
         self.problem, self.text = problem, text
-
-
-class BadArchive(Exception):
-    """An error for an archive that cannot be read as a whole."""
-
-
-class _Member(NamedTuple):
-    name: str
-    place: int
-    num_stored: int
-    num_bytes: int
-    crc: int
-    kind: int
 
 
 def archive_exists(path: str) -> bool:
@@ -124,7 +119,7 @@ def member_names(path: str) -> Iterator[str]:
         BadArchive, OSError: it cannot be read.
     """
     with _PartsFile.buffered(archive_status(path)) as file:
-        for member in _members(file, path.lower().endswith(".zip")):
+        for member in members(file, path.lower().endswith(".zip")):
             if member.kind != NOT_A_FILE:
                 yield normpath(member.name)
 
@@ -206,7 +201,7 @@ class _Archive:
         self._status, self._file, self._is_zip = status, _PartsFile(status), is_zip
         rows = bytearray()
         with _PartsFile.buffered(status) as file:
-            for member in _members(file, is_zip):
+            for member in members(file, is_zip):
                 rows += _packed(member)
         table = np.frombuffer(rows, _MEMBER)
         # A stable sort: of several members of one name the last counts, as for unpacking tools.
@@ -214,7 +209,7 @@ class _Archive:
         self._hashes = np.ascontiguousarray(self._members["hash"])
 
     def read(self, name: str, check_size: Callable[[int], None]) -> bytes:
-        member = self._find(_name_hash(name))
+        member = self._find(name_hash(name))
         if member is not None and member["kind"] == LINK:
             member = self._find(member["place"])
         if member is None:
@@ -231,10 +226,10 @@ class _Archive:
 
     def folder(self, name: str) -> list[str] | None:
         """Return the files of a folder, see `folder_members`."""
-        member = self._find(_name_hash(name))
+        member = self._find(name_hash(name))
         if member is not None and member["kind"] != NOT_A_FILE:
             return None
-        joined = self._folders.get(_name_hash(name))
+        joined = self._folders.get(name_hash(name))
         if joined is None:
             return None if member is None else []
         files = joined.decode("utf-8", "surrogateescape").split("\0")
@@ -245,16 +240,16 @@ class _Archive:
         """The names of the files in each folder, joined by NUL, by the hash of the folder's name."""
         folders: dict[int, bytearray] = {}
         with _PartsFile.buffered(self._status) as file:
-            for member in _members(file, self._is_zip):
+            for member in members(file, self._is_zip):
                 if member.kind != NOT_A_FILE:
                     folder, name = posixpath.split(normpath(member.name))
-                    names = folders.setdefault(_name_hash(folder), bytearray())
+                    names = folders.setdefault(name_hash(folder), bytearray())
                     names += b"\0" * bool(names) + name.encode("utf-8", "surrogateescape")
         return folders
 
-    def _find(self, name_hash) -> np.void | None:
-        place = int(np.searchsorted(self._hashes, np.uint64(name_hash), side="right")) - 1
-        return self._members[place] if place >= 0 and self._hashes[place] == name_hash else None
+    def _find(self, wanted) -> np.void | None:
+        place = int(np.searchsorted(self._hashes, np.uint64(wanted), side="right")) - 1
+        return self._members[place] if place >= 0 and self._hashes[place] == wanted else None
 
     def _read_exactly(self, num_bytes: int, place: int) -> bytes:
         data = self._file.pread(num_bytes, place)
@@ -264,15 +259,15 @@ class _Archive:
 
     def _read_zipped(self, member: np.void, name: str) -> bytes:
         place, num_bytes, num_stored = (int(member[key]) for key in ("place", "num_bytes", "num_stored"))
-        header = self._read_exactly(_LOCAL.size, place)
-        signature, flags, name_bytes, extra_bytes = _LOCAL.unpack(header)
-        written = self._read_exactly(name_bytes, place + _LOCAL.size)
+        header = self._read_exactly(LOCAL.size, place)
+        signature, flags, name_bytes, extra_bytes = LOCAL.unpack(header)
+        written = self._read_exactly(name_bytes, place + LOCAL.size)
         # Deflate never grows data by more than a few bytes for each 16 KiB block.
         if signature != b"PK\x03\x04" or num_stored > num_bytes + num_bytes // 1000 + 1024:
             raise ArchiveError("DAMAGED", "has no valid header in the archive; zip it again")
-        if normpath(_decode_name(written, flags)) != normpath(name):
+        if normpath(decode_name(written, flags)) != normpath(name):
             raise ArchiveError("DAMAGED", "has another name in the archive than in its directory; zip it again")
-        data = self._read_exactly(num_stored, place + _LOCAL.size + name_bytes + extra_bytes)
+        data = self._read_exactly(num_stored, place + LOCAL.size + name_bytes + extra_bytes)
         if member["kind"] == DEFLATED:
             data = _inflate(data, num_bytes)
         if len(data) != num_bytes or zlib.crc32(data) != member["crc"]:
@@ -280,9 +275,9 @@ class _Archive:
         return data
 
 
-def _packed(member: _Member) -> bytes:
+def _packed(member: Member) -> bytes:
     try:
-        return _ROW.pack(_name_hash(member.name), *member[1:])
+        return _ROW.pack(name_hash(member.name), *member[1:])
     except struct.error as error:  # a number beyond 64 bits
         raise BadArchive(f'the place or size of "{member.name}" is in no file') from error
 
@@ -293,118 +288,3 @@ def _inflate(data: bytes, num_bytes: int) -> bytes:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, num_bytes + 1)
     except zlib.error as error:
         raise ArchiveError("DAMAGED", f"cannot be unpacked: {error}; zip it again") from error
-
-
-def _name_hash(name: str) -> int:
-    digest = hashlib.blake2b(normpath(name).encode("utf-8", "surrogateescape"), digest_size=8)
-    return int.from_bytes(digest.digest(), "little")
-
-
-def _members(file: BinaryIO, is_zip: bool) -> Iterator[_Member]:
-    return _zip_members(file) if is_zip else _tar_members(file)
-
-
-def _tar_members(file: BinaryIO) -> Iterator[_Member]:
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep all of them in memory
-                if member.size < 0:  # a size in base 256 may be negative
-                    raise BadArchive(f'"{member.name}" has {member.size:,} bytes')
-                if member.islnk():
-                    yield _Member(member.name, _name_hash(member.linkname), 0, 0, 0, LINK)
-                else:
-                    # A sparse member is stored in pieces, which one place cannot name.
-                    is_file = member.isreg() and not member.issparse()
-                    kind = STORED if is_file else NOT_A_FILE
-                    yield _Member(member.name, member.offset_data, member.size, member.size, 0, kind)
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # OverflowError: a size that no file has
-        raise BadArchive(f"{error}") from error
-
-
-# PKWARE's APPNOTE.TXT, sections 4.3.7 (local header: here without what the directory repeats), 4.3.12 (central
-# directory), 4.3.14 to 4.3.16 (its ends).
-_LOCAL = struct.Struct("<4s2xH18xHH")
-_CENTRAL = struct.Struct("<4s4x2H4x3L3H4xLL")
-_END = struct.Struct("<4s4x2x2xLL2x")
-_END_64 = struct.Struct("<4s36xQQ")
-_LOCATOR_64 = struct.Struct("<4s4xQ4x")
-_MAX_COMMENT_BYTES = 65_535
-_IN_EXTRA = 0xFFFF_FFFF
-
-
-def _zip_members(file: BinaryIO) -> Iterator[_Member]:
-    """Yield the members that a zip file's central directory lists."""
-    try:
-        start, num_bytes, shift = _directory(file)
-        file.seek(start)
-        end = start + num_bytes
-        while file.tell() < end:
-            yield _central_member(file, shift)
-    except struct.error as error:
-        raise BadArchive("its directory is cut short") from error
-
-
-def _directory(file: BinaryIO) -> tuple[int, int, int]:
-    """Return first byte and size of the central directory, and the number of bytes in front of the archive."""
-    total = file.seek(0, io.SEEK_END)
-    tail_bytes = min(total, _END.size + _MAX_COMMENT_BYTES)
-    file.seek(total - tail_bytes)
-    tail = file.read(tail_bytes)
-    found = tail.rfind(b"PK\x05\x06")
-    if found < 0:
-        raise BadArchive("it has no zip directory")
-    end = total - tail_bytes + found
-    _, num_bytes, place = _END.unpack_from(tail, found)
-    if end >= _LOCATOR_64.size:
-        file.seek(end - _LOCATOR_64.size)
-        signature, _ = _LOCATOR_64.unpack(file.read(_LOCATOR_64.size))
-        if signature == b"PK\x06\x07":
-            # The zip64 end record stands right in front of its locator, wherever the file begins.
-            end -= _LOCATOR_64.size + _END_64.size
-            file.seek(end)
-            signature, num_bytes, place = _END_64.unpack(file.read(_END_64.size))
-            if signature != b"PK\x06\x06":
-                raise BadArchive("it has no zip64 directory where it says")
-    start = end - num_bytes
-    if start < 0 or start < place:
-        raise BadArchive("its directory does not fit into it")
-    return start, num_bytes, start - place
-
-
-def _central_member(file: BinaryIO, shift: int) -> _Member:
-    signature, flags, method, crc, num_stored, num_bytes, name_bytes, extra_bytes, comment_bytes, attributes, place = (
-        _CENTRAL.unpack(file.read(_CENTRAL.size))
-    )
-    if signature != b"PK\x01\x02":
-        raise BadArchive("its directory is damaged")
-    name = _decode_name(file.read(name_bytes), flags)
-    extra = file.read(extra_bytes)
-    file.seek(comment_bytes, io.SEEK_CUR)
-    if _IN_EXTRA in (num_stored, num_bytes, place):
-        num_bytes, num_stored, place = _zip64_values(extra, num_bytes, num_stored, place)
-    file_type = stat.S_IFMT(attributes >> 16)  # 0 when the archive was not made on Unix
-    kind = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}.get(method, OTHER_METHOD)
-    if name.endswith("/") or file_type not in (0, stat.S_IFREG):
-        kind = NOT_A_FILE
-    elif flags & 1:  # encrypted
-        kind = OTHER_METHOD
-    return _Member(name, place + shift, num_stored, num_bytes, crc, kind)
-
-
-def _zip64_values(extra: bytes, *values: int) -> Iterator[int]:
-    """Yield the values; those that do not fit 32 bits come from the zip64 field (id 1) of the extra data."""
-    field, place = b"", 0
-    while place + 4 <= len(extra):
-        tag, size = struct.unpack_from("<HH", extra, place)
-        if tag == 1:
-            field = extra[place + 4 : place + 4 + size]
-        place += 4 + size
-    for value in values:
-        if value == _IN_EXTRA:
-            (value,), field = struct.unpack_from("<Q", field), field[8:]
-        yield value
-
-
-def _decode_name(name: bytes, flags: int) -> str:
-    return name.decode("utf-8", "surrogateescape") if flags & 0x800 else name.decode("cp437")
