@@ -28,8 +28,8 @@ def print_page(console: Console, name: str, found: SourceCheck, encoder: Convers
         name: what the user calls the source.
         encoder: of the model that will read the rows: the first one is shown as it reads it.
     """
-    console.print(Text(name, style="bold"))
-    console.print(_summary(found))
+    console.print(Text(name, style="bold"), soft_wrap=True)
+    say(console, _summary(found))
     parts = (
         _layouts(found), _by_reason("Refused", found.refused),
         _by_reason("Parts of rows that are left out", found.left_out), _unread(found), _ignore(found), _contents(found),
@@ -39,7 +39,7 @@ def print_page(console: Console, name: str, found: SourceCheck, encoder: Convers
             print_table(console, part)
         elif part is not None:
             console.print()
-            console.print(part)
+            say(console, part)
     console.print()
     if found.first is not None:
         say(console, f"The first row as it is read, {found.first.origin}")
@@ -51,13 +51,11 @@ def print_page(console: Console, name: str, found: SourceCheck, encoder: Convers
         console.print()
 
 
-def _summary(found: SourceCheck) -> Text:
+def _summary(found: SourceCheck) -> str:
     files = "1 file" if len(found.files) == 1 else f"{len(found.files):,} files"
     good = len(found.records)
     share = f" ({_percent(found.num_refused / found.num_rows)})" if found.num_refused else ""
-    return Text(
-        f"{_count(found.num_rows, 'row')} in {files}: {good:,} can be used, {found.num_refused:,} refused{share}"
-    )
+    return f"{_count(found.num_rows, 'row')} in {files}: {good:,} can be used, {found.num_refused:,} refused{share}"
 
 
 def _layouts(found: SourceCheck) -> Table | None:
@@ -98,10 +96,10 @@ def _unread(found: SourceCheck) -> Table | None:
     return table
 
 
-def _ignore(found: SourceCheck) -> Text | None:
+def _ignore(found: SourceCheck) -> str | None:
     keys = found.all_keys
     names = keys.likely_metadata(keys_read_by(keys.layouts))
-    return Text(f"Where that is right, say so in the source: {ignore_setting(names)}") if names else None
+    return f"Where that is right, say so in the source: {ignore_setting(names)}" if names else None
 
 
 def _contents(found: SourceCheck) -> Table | None:
