@@ -5,6 +5,7 @@ plan's own reserve, is trained for two steps; peak memory is held against the pl
 """
 
 import argparse
+import bisect
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,14 +34,13 @@ CPU_BYTES = 2 << 30  # a device for rehearsals
 def largest(model: str, mode: str, variant: Variant, usable_bytes: float) -> tuple[TrainingShape, int] | None:
     """Return the largest shape whose planned peak is at most so many bytes, and that peak; None if no group fits."""
     config, shape = training_config(model, mode), training_shapes(model)[0]
-    found = None
-    for num_groups in range(1, MOST_GROUPS + 1):
-        candidate = replace(shape, num_groups=num_groups)
-        planned = planned_bytes(model, config, candidate, variant)
-        if planned > usable_bytes:
-            break
-        found = candidate, planned
-    return found
+    sizes = [replace(shape, num_groups=count) for count in range(1, MOST_GROUPS + 1)]
+
+    def planned(size: TrainingShape) -> int:
+        return planned_bytes(model, config, size, variant)
+
+    count = bisect.bisect_right(sizes, usable_bytes, key=planned)
+    return (sizes[count - 1], planned(sizes[count - 1])) if count else None
 
 
 def try_size(model: str, device: str, mode: str, variant: Variant, shape: TrainingShape) -> dict:

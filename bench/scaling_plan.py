@@ -9,12 +9,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from fastrm.config import load_config
+from fastrm.config import Config, load_config
 from fastrm.forecast.advice import with_settings
 from fastrm.forecast.hardware import GPUS
 from fastrm.forecast.memory import MODES
 from fastrm.forecast.picture import draw_plan
-from fastrm.forecast.plan import LARGEST, Assumptions, Plan, make_plan
+from fastrm.forecast.plan import LARGEST, Assumptions, Plan, make_plan, plan_time, steps_of
 from fastrm.forecast.report import days
 from fastrm.forecast.step_time import efficiency, first_dominated, gpu_counts, messages
 from fastrm.ui import gib, seconds
@@ -38,8 +38,8 @@ def imbalance_of(num_gpus: int, num_pairs: int) -> float | None:
     return found[0]["by_flops"] if found else None
 
 
-def plan(num_gpus: int, num_pairs: int, stage: int = 2, simulated: bool = True) -> Plan:
-    """Plan the recipe on this many H100s, with another batch and stage.
+def case_of(num_gpus: int, num_pairs: int, stage: int = 2, simulated: bool = True) -> tuple[Config, Assumptions]:
+    """Return the recipe on this many H100s, with another batch and stage, and what its plan assumes.
 
     Args:
         simulated: balance of the ranks as it was simulated for these numbers; else the plan's default, which does
@@ -51,12 +51,13 @@ def plan(num_gpus: int, num_pairs: int, stage: int = 2, simulated: bool = True) 
     imbalance = imbalance_of(num_gpus, num_pairs)
     if simulated and imbalance is not None:
         assumptions = replace(assumptions, imbalance=imbalance)
-    return make_plan(config, assumptions)
+    return config, assumptions
 
 
 def tables() -> list[str]:
     """Return the tables as lines of Markdown."""
-    plans = {case: plan(*case) for case in CASES}
+    steps = steps_of(case_of(*CASES[0])[0])
+    plans = {case: make_plan(*case_of(*case), steps) for case in CASES}
     first = plans[CASES[0]]
     usable = gib(first.assumptions.usable_bytes)
     return [
@@ -110,7 +111,7 @@ def _memory_table(plans: dict) -> list[str]:
 def _message_table() -> list[str]:
     lines = ["| ZeRO stage | messages | GB sent by each GPU | s |", "|---|---|---|---|"]
     for stage in (1, 2, 3):
-        made = plan(64, 128, stage)
+        made = plan_time(*case_of(64, 128, stage))
         for message in messages(made.work, 64, made.step.num_packs):
             sent, took = message.sent(64) / 1e9, seconds(message.seconds(64, made.network))
             lines.append(f"| {stage} | {message.name} | {sent:.1f} | {took} |")
@@ -127,6 +128,6 @@ if __name__ == "__main__":
     parser.add_argument("--write", action="store_true")
     if parser.parse_args().write:
         DOCUMENT.write_text(updated(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-        draw_plan(plan(64, 128, simulated=False), PICTURE)
+        draw_plan(plan_time(*case_of(64, 128, simulated=False)), PICTURE)
     else:
         print("\n".join(tables()))

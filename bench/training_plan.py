@@ -3,14 +3,15 @@
 import functools
 
 from fastrm.config import Config
-from fastrm.forecast.layers import Computation, Rows
+from fastrm.forecast.advice import with_settings
+from fastrm.forecast.fake_step import FakeSteps
+from fastrm.forecast.full_pack import PackShape
 from fastrm.forecast.memory import peak_memory
-from fastrm.model.network import RewardNetwork
 from training_models import make_network
 from training_shapes import TrainingShape, Variant
 
 # The attention backends, by the plan's names for how they hold keys; sdpa and auto on a CPU gather them.
-ATTENTION = {"triton": "triton", "flash": "varlen", "flash_attn": "varlen"}
+ATTENTION = {"triton": "triton", "flash": "varlen", "flash_attn": "flash_attn"}
 
 
 def planned_bytes(model: str, config: Config, shape: TrainingShape, variant: Variant) -> int | None:
@@ -25,26 +26,22 @@ def planned_bytes(model: str, config: Config, shape: TrainingShape, variant: Var
     """
     if variant.plain or not (variant.share and variant.image_once and variant.prune):
         return None
-    how = Computation(
-        bf16=config.precision.dtype == "bf16",
-        bf16_weights=config.precision.weights == "bf16",
-        fp8=variant.fp8 != "off",
-        attention=ATTENTION.get(variant.attention, "eager"),
-        liger=variant.kernels == "triton" and not variant.compile,
-        fused=variant.fuse,
-        accumulated=False,
+    settings = {"model.fuse_projections": variant.fuse, "precision.fp8": variant.fp8}
+    planned = with_settings(config, settings).model_copy(
+        update={"kernels": variant.kernels, "compile": "layers" if variant.compile else "off"}
     )
-    return peak_memory(_network(model), config, rows_of(shape), how).total
+    attention = ATTENTION.get(variant.attention, "eager")
+    return peak_memory(_steps(model), planned, pack_of(shape), attention, num_packs=1).total
 
 
-def rows_of(shape: TrainingShape) -> Rows:
-    """Return the rows of a shape's one pack."""
-    num_responses = shape.num_groups * shape.num_responses
-    keys = num_responses * (shape.prefix_tokens + shape.response_tokens)
+def pack_of(shape: TrainingShape) -> PackShape:
+    """Return the sizes of a shape's one pack."""
+    group = shape.prefix_tokens, (shape.response_tokens,) * shape.num_responses
     height, width = shape.grid
-    return Rows(shape.tree_tokens, keys, num_responses, keys, 4 * height * width * shape.num_groups)
+    return PackShape.of_groups([group] * shape.num_groups, (1, 2 * height, 2 * width), merge=2, share=True)
 
 
 @functools.cache
-def _network(model: str) -> RewardNetwork:
-    return make_network(model, "meta")
+def _steps(model: str) -> FakeSteps:
+    """Return steps of the model without its weights."""
+    return FakeSteps(make_network(model, "meta"))

@@ -8,6 +8,7 @@ model, and the segments of the pack. The environment is that of `measure`.
 
 import ctypes
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -110,32 +111,32 @@ def make_engine(case: dict, tiny: bool = False):
 
 
 def predict(case: dict, run: dict):
-    """The `PeakMemory` that the plan has for a case and the pack that `peak_of` measured."""
+    """Return the `PeakMemory` that the plan has for a case and the pack that `peak_of` measured."""
+    from fastrm.forecast.full_pack import PackShape
+    from fastrm.forecast.memory import peak_memory
+
+    steps = fake_steps(case)
+    ends = list(itertools.accumulate(run["lengths"]))
+    leaves = tuple(end - 1 for number, end in enumerate(ends) if number not in run["parents"])
+    grids = tuple(map(tuple, run["grids"]))
+    shape = PackShape(tuple(run["lengths"]), tuple(run["parents"]), leaves, grids, run["num_image_rows"])
+    return peak_memory(steps, settings_of(case), shape, "eager", num_packs=case.get("packs", 2))
+
+
+def fake_steps(case: dict, whole: bool = False):
+    """Return the `FakeSteps` of a case's network."""
     import torch
     from transformers import AutoModel
 
-    from fastrm.forecast.layers import Computation, Rows
-    from fastrm.forecast.memory import peak_memory
+    from fastrm.forecast.fake_step import FakeSteps
     from fastrm.model.network import RewardNetwork
-    from fastrm_kernels import TreeLayout
 
     config = settings_of(case)
     with torch.device("meta"):
         backbone = AutoModel.from_config(architecture_of(case), dtype=torch.float32)
         network = RewardNetwork(backbone, config.model.head, pooling=config.model.pooling)
     network.freeze(config.model.freeze)
-    tree = TreeLayout.build(run["lengths"], run["parents"])
-    ends = torch.tensor(run["lengths"]).cumsum(0) - 1
-    leaves = [int(end) for number, end in enumerate(ends) if number not in run["parents"]]
-    patches = sum(frames * rows * columns for frames, rows, columns in run["grids"])
-    rows = Rows(sum(run["lengths"]), sum(tree.key_lengths), len(leaves), sum(tree.at_rows(leaves).key_lengths), patches)
-    how = Computation(
-        bf16=config.precision.dtype == "bf16",
-        bf16_weights=config.precision.weights == "bf16",
-        fused=config.model.fuse_projections,
-        accumulated=case.get("packs", 2) > 1,
-    )
-    return peak_memory(network, config, rows, how)
+    return FakeSteps(network, whole=whole)
 
 
 def make_packs(case: dict):
@@ -163,7 +164,7 @@ def peak_of(case: dict) -> dict:
 
     Returns:
         state_bytes (weights, states and, with several packs, gradients), peak_bytes of a step, lengths and
-        parents of the pack's segments, and grids of its images.
+        parents of the pack's segments, grids of its images, and tokens in its row that stand for them.
     """
     small, large = make_packs(case)
     # Libraries are loaded at first use, and oneDNN makes and keeps a program for every shape of bfloat16 product.
@@ -187,6 +188,7 @@ def peak_of(case: dict) -> dict:
     return {
         "state_bytes": state, "peak_bytes": peak, "lengths": large.lengths, "parents": large.parents,
         "grids": [list(map(int, grid)) for grid in large.media_grids],
+        "num_image_rows": 0 if large.media_rows is None else len(large.media_rows),
     }  # fmt: skip
 
 

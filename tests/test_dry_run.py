@@ -17,7 +17,7 @@ from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.forecast.dry_run import dry_run
 from fastrm.forecast.hardware import find_gpu
-from fastrm.forecast.plan import Assumptions, make_plan
+from fastrm.forecast.plan import Assumptions, make_plan, steps_of
 from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[1]
@@ -169,9 +169,9 @@ def test_dry_run_asks_no_hub(small_config, tmp_path, monkeypatch):
 def test_dry_run_and_plan_agree_about_memory(overrides):
     config = load_config(ROOT / "configs/full.yaml", overrides)
     ours = dry_run(config, quiet())["memory"]
-    compared = set()
+    compared, steps = set(), steps_of(config)
     for count in (1, 8, 64):
-        for fit in make_plan(config, Assumptions(count, find_gpu("h100"), 1000, "--pairs", results=ROOT)).fits:
+        for fit in make_plan(config, Assumptions(count, find_gpu("h100"), 1000, "--pairs", results=ROOT), steps).fits:
             if fit.way.num_gpus == count:
                 assert ours[fit.way.label][fit.checkpointing].total == fit.peak.total, fit
                 compared.add(fit.way.label)

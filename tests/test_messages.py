@@ -199,6 +199,7 @@ def test_a_dry_run_finds_an_anchor_that_is_not_there(tmp_path):
     tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + m['content'] }}\n{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     text = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     model = {"init": text, "tokenizer": str(tmp_path / "tokenizer"), "anchor": "end_of_turn"}
     config = tiny_config(tmp_path, write_rows(tmp_path / "rows.jsonl", text_rows(8)), model=model)
     with pytest.raises(ConfigError, match=r"model\.anchor: end_of_turn comes before the end of the response"):

@@ -1,8 +1,10 @@
 """The plan: when memory is live, what is sent, how long it takes, what is said, and the command."""
 
 import dataclasses
+import functools
 import io
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,16 +15,17 @@ from fastrm.errors import ConfigError
 from fastrm.forecast.advice import advise, with_settings
 from fastrm.forecast.command import plan_run
 from fastrm.forecast.communication import Network, collectives
+from fastrm.forecast.flops import typical_workload
+from fastrm.forecast.full_pack import full_pack
 from fastrm.forecast.hardware import GPUS, find_gpu
 from fastrm.forecast.inputs import count_preferences
-from fastrm.forecast.memory import full_pack, training_state, zero_state
+from fastrm.forecast.memory import peak_of, training_state, zero_state
 from fastrm.forecast.parameters import Parameters
 from fastrm.forecast.picture import draw_plan
-from fastrm.forecast.plan import Assumptions, make_plan
+from fastrm.forecast.plan import Assumptions, make_plan, steps_of
 from fastrm.forecast.rates import find_rate
-from fastrm.forecast.report import advice, as_json, days, print_plan
-from fastrm.forecast.step_time import Work, efficiency, first_dominated, step_time
-from fastrm.forecast.tape import Operation, Part, Tape, moments
+from fastrm.forecast.report import advice, as_json, days, describe_replaced, print_plan
+from fastrm.forecast.step_time import Work, efficiency, first_dominated, packs_of_a_step, step_time
 from fastrm.model.architectures import find_architecture, meta_network
 from runs import fastrm
 from scaling_plan import DOCUMENT, updated
@@ -43,71 +46,20 @@ def recipe():
 
 
 def plan_of(config, num_gpus=64, gpu="h100", **changes):
-    return make_plan(config, Assumptions(num_gpus, GPUS[gpu], 2_850_000, "test", results=NOWHERE, **changes))
+    """The plan of the recipe's model with other settings."""
+    assumptions = Assumptions(num_gpus, GPUS[gpu], 2_850_000, "test", results=NOWHERE, **changes)
+    return make_plan(config, assumptions, recipe_steps())
 
 
-class TestTape:
-    """x (10) -> a = f(x), keeps x; b = g(a) (20), keeps b; c = h(b, a) (10), keeps a."""
+def memory_of(config, num_gpus=64):
+    """The peak of the plan alone."""
+    load = typical_workload(config, recipe_steps().network)
+    return peak_of(recipe_steps(), config, num_gpus, load, packs_of_a_step(config, load, num_gpus))
 
-    @pytest.fixture
-    def tape(self):
-        tape = Tape("x", 10)
-        tape.add(Operation("a", ("x",), ("x",), is_product=True, copy=3, backward_scratch=5), 10)
-        tape.add(Operation("b", ("a",), ("b",)), 20)
-        tape.add(Operation("c", ("b", "a"), ("a",), forward_scratch=7), 10)
-        return tape
 
-    def test_keeps_what_backward_reads(self, tape):
-        assert tape.kept("none") == 10 + 20 + 10
-        assert tape.kept("selective") == 10 + 10  # the input and the product
-        assert tape.kept("full") == 10
-        assert tape.copies == 3
-
-    def test_forward_frees_what_nobody_reads(self, tape):
-        # The last operation: a and b are read, c is made, x is gone.
-        assert tape.forward_peak(differentiable=False) == 10 + 20 + 10 + 7
-        assert tape.forward_peak(differentiable=True) == 10 + 10 + 20 + 10 + 7
-
-    def test_backward_holds_gradients_until_they_are_taken(self, tape):
-        # At the first operation: x, a, b are kept, the copy, gradients of c, and of b and a that it makes.
-        first = 40 + 3 + 10 + 20 + 10
-        # At the second: a is no longer kept; gradients of b and a, and another of a to add.
-        second = 30 + 3 + 20 + 10 + 10
-        # At the third: x is kept; gradients of a and x, and scratch.
-        third = 10 + 3 + 10 + 10 + 5
-        assert tape.backward_peak("none") == max(first, second, third) == 83
-
-    def test_a_gradient_that_is_passed_on_takes_no_memory(self):
-        tapes = []
-        for passes in ((), ("x", "y")):
-            tape = Tape("x", 10)
-            tape.add(Operation("y", ("x",)), 10)
-            tape.add(Operation("z", ("x", "y"), passes=passes), 10)
-            tapes.append(tape.backward_peak("none"))
-        assert tapes == [30, 20]
-
-    def test_a_name_stands_for_one_value(self, tape):
-        with pytest.raises(ValueError, match="a is made twice"):
-            tape.add(Operation("a", ("x",)), 1)
-
-    def test_moments_add_up_what_parts_keep(self, tape):
-        parts = [Part("first", tape, True, 100, "none", count=2), Part("second", tape, True, 50, "full")]
-        found = {moment.name: moment for moment in moments(parts, "growing")}
-        last = found["forward, second"]
-        assert (last.activations, last.copies, last.gradients) == (80, 9, 0)
-        back = found["backward, second"]
-        # The copies of the checkpointed part were let go after the forward pass; its own are in `working`.
-        assert (back.activations, back.copies, back.gradients, back.working) == (80, 6, 50, 83)
-        assert found["backward, first"].gradients == 250
-        assert all(moment.gradients == 250 for moment in moments(parts, "kept"))
-        assert not any(moment.gradients for moment in moments(parts, "divided"))
-
-    def test_parts_before_the_first_trained_one_have_no_backward_pass(self, tape):
-        parts = [Part("frozen", tape, False, 0, "none", held=1000), Part("trained", tape, True, 50, "none")]
-        found = {moment.name: moment for moment in moments(parts, "kept")}
-        assert "backward, frozen" not in found
-        assert found["forward, frozen"].working == tape.forward_peak(False) + 1000
-        assert found["forward, trained"].activations == 0
+@functools.cache
+def recipe_steps():
+    return steps_of(recipe_with())
 
 
 class TestState:
@@ -246,17 +198,17 @@ class TestPlan:
     def test_a_full_pack_has_the_rows_of_its_groups(self, recipe):
         plan = plan_of(recipe)
         network = meta_network(find_architecture(recipe.model)[0], recipe.model)
-        rows = full_pack(recipe, plan.load, network)
-        groups = 32768 / (740 + 2 * 300)
-        assert rows.tokens == 32768 and rows.anchors == round(2 * groups)
-        assert rows.keys == rows.anchor_keys == round(groups * 2 * 1040)
-        assert rows.patches == 4 * round(640 * groups)
+        shape = full_pack(recipe, plan.load, network)
+        groups = 32768 // (740 + 2 * 300)
+        assert sum(shape.lengths) == 32768 and len(shape.anchor_rows) == 2 * groups
+        assert shape.num_image_rows == 640 * groups and shape.num_patches == 4 * 640 * groups
+        assert shape.lengths.count(300) == 2 * groups and shape.lengths.count(740) == groups - 1
         assert training_state(network, recipe, 64).states == 8 * -(-7_128_045_825 // 64)
 
     def test_settings_change_memory_as_they_should(self, recipe):
         def total(**settings):
             changed = {key.replace("__", "."): value for key, value in settings.items()}
-            return plan_of(with_settings(recipe, changed), 1).memory
+            return memory_of(with_settings(recipe, changed), 1)
 
         base = total()
         assert total(precision__weights="bf16").copies == 0 < base.copies
@@ -320,7 +272,7 @@ class TestAdvice:
         assert plan.memory.total > plan.assumptions.usable_bytes
         for tokens, fits in ((plan.largest_pack, True), (plan.largest_pack + 1024, False)):
             sizes = {"optim.tokens_per_pack": tokens, "data.max_tokens_per_group": tokens}
-            assert (plan_of(with_settings(config, sizes)).memory.total <= plan.assumptions.usable_bytes) is fits
+            assert (memory_of(with_settings(config, sizes)).total <= plan.assumptions.usable_bytes) is fits
         assert f"optim.tokens_per_pack and data.max_tokens_per_group: {plan.largest_pack} would fit." in advice(plan)
 
     def test_names_less_recomputation_that_fits_too(self, recipe):
@@ -352,9 +304,22 @@ class TestReport:
             "a prediction, not a measurement", "ASSUMED: 40% of 989", "1.23 times the mean", "111 GB/s inside",
             "22 GB/s between", "7 us", "33% of the messages", "2,850,000 pairs (test)", "640 image tokens",
             "NVIDIA H100 SXM datasheet", "all-reduce of gradients", "bf16 copies of weights",
+            "running the network itself on tensors without data",
         ):  # fmt: skip
             assert expected in text, expected
         assert "GPU's own" not in text and "measured on" not in text
+
+    @pytest.mark.parametrize(
+        ("override", "said"),
+        [
+            ("compile=layers", "that of layers without it"),
+            ("kernels=triton", "Liger's RMSNorm and SwiGLU are replaced"),
+        ],
+    )
+    def test_what_is_not_run_as_it_is_is_said(self, override, said):
+        (line,) = describe_replaced(recipe_with(override))
+        assert said in line
+        assert describe_replaced(recipe_with()) == []
 
     def test_json_holds_the_plan(self, recipe):
         plan = plan_of(recipe)
@@ -371,11 +336,18 @@ class TestReport:
 
 def test_command_prints_and_writes(tmp_path):
     files = ("--json", tmp_path / "plan.json", "--png", tmp_path / "plan.png")
+    before = _seconds_of_children()
     run = fastrm("plan", ROOT / "configs/full.yaml", "engine.zero_stage=3", "--gpus", 64, "--gpu", "h200", *files)
     assert run.returncode == 0, run.stderr
+    assert _seconds_of_children() - before < 60  # of one core
     assert "Communication, ZeRO-3" in run.stdout
     assert json.loads((tmp_path / "plan.json").read_text())["assumptions"]["num_gpus"] == 64
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def _seconds_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_pairs_that_are_here_are_counted(capsys):

@@ -6,6 +6,8 @@
 A table of all predictions and measurements ends the output.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -13,9 +15,8 @@ import fastrm.model.attention
 import memory_runs
 import support
 from fastrm.config import Config, ModelConfig, PrecisionConfig
-from fastrm.forecast.layers import Computation, Rows
-from fastrm.forecast.model import network_parts
-from fastrm_kernels import TreeLayout
+from fastrm.forecast.fake_step import FakeSteps
+from fastrm.forecast.full_pack import PackShape
 from fastrm_kernels.tree_attention.gather import take_rows
 
 TOLERANCE = 0.10
@@ -167,17 +168,18 @@ def _kept_by_autograd(network, pack, bf16):
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_activations_are_what_autograd_keeps(family, bf16, fused, attention, monkeypatch):
     network = _wide_network(family, monkeypatch)
-    settings = ModelConfig(init={"model_type": family}, tokenizer="none")
+    settings = ModelConfig(init={"model_type": family}, tokenizer="none", fuse_projections=fused)
     config = Config(model=settings, precision=PrecisionConfig(dtype="bf16" if bf16 else "fp32"))
     images = () if family == "qwen2" else (support.make_image(200, 120),)
     pack = support.pack_of(network, [support.make_record(1, prompt_words=300, images=images)])
-    patches = sum(frames * rows * columns for frames, rows, columns in pack.media_grids)
-    tree = TreeLayout.build(pack.lengths, pack.parents)
-    anchor_keys = sum(tree.at_rows(pack.anchor_rows).key_lengths)
-    rows = Rows(pack.num_tokens, sum(tree.key_lengths), len(pack.anchor_rows), anchor_keys, patches)
-    how = Computation(bf16=bf16, fused=fused, attention=attention)
-    parts = network_parts(network, config, rows, how)
-    expected = sum(part.count * (part.tape.kept("none") + part.tape.copies) for part in parts)
+    num_image_rows = 0 if pack.media_rows is None else len(pack.media_rows)
+    shape = PackShape(
+        tuple(pack.lengths), tuple(pack.parents), tuple(pack.anchor_rows), tuple(pack.media_grids), num_image_rows
+    )
+    steps = FakeSteps(copy.deepcopy(network).to("meta"))
+    lives, _ = steps.lives(config, shape, attention, alone=True)
+    # Those of the pack's own tensors were there before any weight was read.
+    expected = sum(life.num_bytes for life in lives if life.part and outlives_forward(life))
     if fused:
         network.fuse_projections()
     if ATTENTIONS[attention] is not None:
@@ -185,8 +187,12 @@ def test_activations_are_what_autograd_keeps(family, bf16, fused, attention, mon
     assert _kept_by_autograd(network, pack, bf16) == pytest.approx(expected, rel=0.04)
 
 
+def outlives_forward(life):
+    return not life.born.backward and (life.died is None or life.died.backward)
+
+
 def _wide_network(family, monkeypatch):
-    """So wide that what the tapes leave out (tables, statistics of rows) is small."""
+    """So wide that tables and statistics of rows are small."""
     wide = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_key_value_heads": 2}
     rope = {"rope_parameters": {**support.MROPE, "mrope_section": [8, 12, 12]}}
     options = dict(support.FAMILIES[family])

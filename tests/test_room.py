@@ -19,6 +19,7 @@ from fastrm.errors import ConfigError, StorageError
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.forecast import room
 from fastrm.forecast.dry_run import dry_run
+from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.flops import typical_workload
 from fastrm.forecast.needs import LIBRARIES, needs_of, num_checkpoints
 from fastrm.forecast.room import check_room
@@ -45,7 +46,7 @@ def config_file(tmp_path):
 
 def needs(config, num_gpus=1, network=None):
     network = network or meta_network(find_architecture(config.model)[0], config.model)
-    return needs_of(config, network, typical_workload(config, network), num_gpus)
+    return needs_of(FakeSteps(network), config, typical_workload(config, network), num_gpus)
 
 
 def large(config_file, name: str, *overrides: str):

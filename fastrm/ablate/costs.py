@@ -12,7 +12,7 @@ from fastrm.ablate.grid import Cell, Grid
 from fastrm.errors import ConfigError
 from fastrm.forecast.hardware import Gpu, find_gpu
 from fastrm.forecast.inputs import count_preferences
-from fastrm.forecast.plan import Assumptions, make_plan
+from fastrm.forecast.plan import Assumptions, plan_time
 from fastrm.forecast.report import days
 from fastrm.ui import make_console, make_table, say, show
 
@@ -89,7 +89,7 @@ def _cost(grid: Grid, cell: Cell, num_gpus: int, gpu: Gpu) -> Cost:
     if pairs is None:
         return Cost(pairs, steps, None, f"{cell.row}: its data is not here to be counted; set pairs")
     try:
-        plan = make_plan(cell.config, Assumptions(num_gpus, gpu, pairs, str(grid.path)))
+        plan = plan_time(cell.config, Assumptions(num_gpus, gpu, pairs, str(grid.path)))
     except ConfigError as error:
         return Cost(pairs, steps, None, f"{cell.row}: {error}")
     return Cost(pairs, steps, 24 * days(plan, plan.step) * steps / plan.num_steps)

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from fastrm.config import Config
 from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB
+from fastrm.forecast.fake_step import PROGRESS
 from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.inputs import count_preferences
 from fastrm.forecast.picture import draw_plan
-from fastrm.forecast.plan import Assumptions, Plan, make_plan
+from fastrm.forecast.plan import Assumptions, Plan, make_plan, steps_of
 from fastrm.forecast.report import as_json, print_plan
 from fastrm.json_files import to_json
-from fastrm.ui import make_console, say
+from fastrm.ui import Display, make_console, say
 
 # Of configs/full.yaml (arXiv 2509.16127).
 RECIPE_PAIRS = 2_850_000
@@ -40,16 +41,15 @@ def plan_run(
     """
     found_gpu = find_gpu(gpu)
     num_pairs, origin = _pairs(config, num_pairs)
-    plan = make_plan(
-        config,
-        Assumptions(
-            num_gpus, found_gpu, num_pairs, origin, imbalance,
-            nvlink=None if nvlink_gbs is None else nvlink_gbs * 1e9,
-            network=None if network_gbs is None else network_gbs * 1e9,
-            latency_s=latency_us * 1e-6, overlap=overlap, rate_share=rate_share,
-            reserve_bytes=round(reserve_gb * 1e9), results=results,
-        ),
+    assumptions = Assumptions(
+        num_gpus, found_gpu, num_pairs, origin, imbalance,
+        nvlink=None if nvlink_gbs is None else nvlink_gbs * 1e9,
+        network=None if network_gbs is None else network_gbs * 1e9,
+        latency_s=latency_us * 1e-6, overlap=overlap, rate_share=rate_share,
+        reserve_bytes=round(reserve_gb * 1e9), results=results,
     )  # fmt: skip
+    with Display() as display:
+        plan = make_plan(config, assumptions, steps_of(config, display.task(PROGRESS)))
     console = make_console()
     print_plan(plan, console)
     if json_out is not None:

@@ -4,6 +4,7 @@ Nothing is downloaded or written, and of data that is here the first rows are re
 dry run; it is listed. What a step costs depends on all of the data, so it is computed for a stated, typical group.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from fastrm.config import Config, ModelConfig
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.forecast.advice import ways
+from fastrm.forecast.fake_step import PROGRESS, FakeSteps
 from fastrm.forecast.flops import Workload, step_flops, typical_workload
 from fastrm.forecast.inputs import check_inputs
 from fastrm.forecast.memory import MODES, peak_of
@@ -26,7 +28,7 @@ from fastrm.model.export import check_vocabulary
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import locate
 from fastrm.tables import Table
-from fastrm.ui import gib, make_console, make_table, peta, say, show
+from fastrm.ui import Display, gib, make_console, make_table, peta, say, show
 
 GPU_COUNTS = (1, 8, 64)
 
@@ -60,7 +62,8 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
     else:
         _check_tokenizer(config.model, architecture)
         network = meta_network(architecture, config.model)
-        report |= _size(config, network)
+        with Display() as display:
+            report |= _size(config, network, display.task(PROGRESS))
         print_parameters(console, report["parameters"], origin)
         if (line := describe_unknown_keys(architecture)) is not None:
             say(console, line)
@@ -85,17 +88,18 @@ def _check_tokenizer(settings: ModelConfig, architecture) -> None:
         check_vocabulary(architecture, load_tokenizer(folder))
 
 
-def _size(config: Config, network: RewardNetwork) -> dict:
+def _size(config: Config, network: RewardNetwork, progress: Callable[..., None]) -> dict:
+    steps = FakeSteps(network, progress)
     load = typical_workload(config, network)
     packs = {count: packs_of_a_step(config, load, count) for count in GPU_COUNTS}  # as `fastrm plan` has it
     return {
         "parameters": count_parameters(network),
         "memory": {
-            way.label: {mode: peak_of(way.config(config, mode), count, network, load, packs[count]) for mode in MODES}
+            way.label: {mode: peak_of(steps, way.config(config, mode), count, load, packs[count]) for mode in MODES}
             for count in GPU_COUNTS
             for way in ways(config, count)
         },
-        "needs": needs_of(config, network, load, num_packs=packs[1]),
+        "needs": needs_of(steps, config, load, num_packs=packs[1]),
         "step": {"workload": load, "ways": _ways(config, network, load)},
     }
 

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastrm.config import Config
-from fastrm.forecast.parameters import PARTS, count_parameters, language_of, part_of
-from fastrm.model.attention import AttentionShape
-from fastrm.model.families import has_windows
+from fastrm.forecast.parameters import PARTS, count_parameters, language_of, parts_of
 from fastrm.model.network import RewardNetwork
-from fastrm.model.vision_tiles import TileShape
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,8 @@ def step_flops(
     """
     num_images = load.num_pairs * (1 if images_once else 2) * (load.image_tokens > 0)
     num_rows = {
-        "patches": num_images * load.image_tokens * patches_per_token(network),
-        "tower rows": num_images * tower_rows(network, load.image_tokens),
+        "patches": num_images * load.image_tokens * _patches_per_token(network),
+        "tower rows": num_images * (network.tower.num_rows(load.image_tokens) if num_images else 0),
         "image tokens": num_images * load.image_tokens,
         "tokens": load.num_tokens(shared),
         "anchors": 2 * load.num_pairs,
@@ -129,31 +126,36 @@ class _Matrix:
 
 
 _ROWS = {"vision tower": "tower rows", "projector": "image tokens", "language model": "tokens", "head": "anchors"}
-# Of decoder layers and vision blocks, by the names of the stock classes.
-_LAYERS = (".layers.", ".blocks.", ".encoder.layer.")
-# What a decoder layer or vision block computes last, by the names of the stock classes.
-_LAST_PRODUCTS = ("mlp.down_proj", "mlp.fc2")
 
 
 def _matrices(network: RewardNetwork) -> Iterator[_Matrix]:
     """All matrices of a forward pass; embeddings are looked up, not multiplied."""
-    num_layers = len(language_of(network).layers)
-    reached = _gradient_reaches(network)
-    for name, module in network.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
-            continue
-        part = part_of(f"{name}.")
-        rows = "patches" if "patch_embed" in name else _ROWS[part]
-        is_pruned = f".layers.{num_layers - 1}." in name and not name.endswith(("k_proj", "v_proj"))
+    tower, layers = network.tower, language_of(network).layers
+    parts, reached = parts_of(network), _gradient_reaches(network)
+    of_pixels = set() if tower is None else set(_products(tower.embedding))
+    # A layer's last product stands last in it, and is not computed again.
+    repeated = {
+        product for layer in (*layers, *(tower.blocks if tower else ())) for product in list(_products(layer))[:-1]
+    }
+    last = layers[-1]
+    pruned = set(_products(last)) - {last.self_attn.k_proj, last.self_attn.v_proj}
+    for module in _products(network):
+        part = parts[module.weight]
+        rows = "patches" if module in of_pixels else _ROWS[part]
         yield _Matrix(
             num_parameters=module.weight.numel(),
             rows=rows,
-            rows_pruned="anchors" if is_pruned else rows,
+            rows_pruned="anchors" if module in pruned else rows,
             trainable=module.weight.requires_grad,
             # Pixels need no gradient.
-            input_gradient=reached[part] and "patch_embed" not in name,
-            repeatable=any(layers in name for layers in _LAYERS) and not name.endswith(_LAST_PRODUCTS),
+            input_gradient=reached[part] and module not in of_pixels,
+            repeatable=module in repeated,
         )
+
+
+def _products(module: nn.Module) -> Iterator[nn.Module]:
+    """Linear and convolution layers, in order."""
+    return (part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d))
 
 
 def _gradient_reaches(network: RewardNetwork) -> dict[str, bool]:
@@ -177,8 +179,8 @@ def _attention_flops(
     width = layers[0].self_attn.q_proj.out_features
     total = _pair_flops(width, pairs, reached["language model"], checkpointing)
     if num_images:
-        pairs = num_images * _vision_pairs(network, load.image_tokens)
-        shape = AttentionShape.of_vision(network.model.config.vision_config)
+        pairs = num_images * network.tower.num_attention_pairs(load.image_tokens)
+        shape = network.tower.kernels.attention.shape
         width = shape.heads * shape.head_dim
         total += _pair_flops(width, pairs, reached["vision tower"], checkpointing)
     return total
@@ -189,30 +191,8 @@ def _pair_flops(width: int, pairs: int, differentiable: bool, checkpointing: boo
     return Flops(once, 2 * once * differentiable, once * (differentiable and checkpointing))
 
 
-def _vision_pairs(network: RewardNetwork, image_tokens: int) -> int:
-    """Query-key pairs of one image over all blocks; windows at the image's edge count as full ones."""
-    vision, num_patches = network.model.config.vision_config, image_tokens * patches_per_token(network)
-    if isinstance(network.tower.shape, TileShape):
-        return vision.num_hidden_layers * tower_rows(network, image_tokens) * (network.tower.shape.side**2 + 1)
-    full = vision.depth
-    window = num_patches
-    if has_windows(vision):
-        full = len(vision.fullatt_block_indexes)
-        window = min(num_patches, (vision.window_size // vision.patch_size) ** 2)
-    return num_patches * (full * num_patches + (vision.depth - full) * window)
-
-
-def patches_per_token(network: RewardNetwork) -> int:
-    """Image patches that the projector merges into one token."""
+def _patches_per_token(network: RewardNetwork) -> int:
     return 1 if network.tower is None else network.tower.shape.merge**2
-
-
-def tower_rows(network: RewardNetwork, image_tokens: int) -> int:
-    """Rows of the vision tower's blocks for an image: its patches, and a class token for each of its tiles."""
-    patches = image_tokens * patches_per_token(network)
-    if network.tower is None or not isinstance(network.tower.shape, TileShape):
-        return patches
-    return patches + patches // network.tower.shape.side**2
 
 
 # The group that costs are computed for: one image at its largest, one question, two responses.
@@ -221,16 +201,6 @@ RESPONSE_TOKENS = 300
 
 
 def typical_workload(config: Config, network: RewardNetwork) -> Workload:
-    """A step of groups with two responses and, if the model sees, one image at its largest.
-
-    That is data.max_pixels for Qwen and data.max_tiles for InternVL.
-    """
-    image_tokens, key = 0, "data.max_pixels"
-    if network.tower is not None and isinstance(network.tower.shape, TileShape):
-        tiles = config.data.max_tiles + (config.data.max_tiles > 1)  # with the thumbnail
-        key = "data.max_tiles"
-        image_tokens = tiles * (network.tower.shape.side // network.tower.shape.merge) ** 2
-    elif network.tower is not None:
-        side = network.model.config.vision_config.patch_size * network.tower.shape.merge
-        image_tokens = config.data.max_pixels // side**2
+    """A step of groups with two responses and, if the model sees, one image at its largest."""
+    image_tokens, key = (0, "data.max_pixels") if network.tower is None else network.tower.largest_image(config.data)
     return Workload(config.optim.batch_pairs, image_tokens, PROMPT_TEXT_TOKENS, RESPONSE_TOKENS, key)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from fastrm.config import Config
 from fastrm.forecast.communication import ELEMENT, REDUCED_AT_ONCE
-from fastrm.forecast.flops import Workload, patches_per_token
-from fastrm.forecast.layers import Computation, Rows
-from fastrm.forecast.model import network_parts
+from fastrm.forecast.fake_step import FakeSteps
+from fastrm.forecast.flops import Workload
+from fastrm.forecast.full_pack import PackShape, full_pack
+from fastrm.forecast.lifetimes import Fullest
 from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
-from fastrm.forecast.tape import Moment, moments
+from fastrm.model.attention import BACKENDS
 from fastrm.model.network import RewardNetwork
 from fastrm.train.optim import training_bytes
 
@@ -46,7 +47,7 @@ class PeakMemory:
 
     Attributes:
         when: in words.
-        activations, working, copies: as in `Moment`.
+        activations, working, copies: as in `Fullest`.
     """
 
     when: str
@@ -98,80 +99,54 @@ def _share(num_elements: int, num_gpus: int) -> int:
     return -(-num_elements // num_gpus)
 
 
-def peak_memory(network: RewardNetwork, config: Config, rows: Rows, how: Computation, num_gpus: int = 1) -> PeakMemory:
-    """What one GPU holds at its fullest moment in a step of packs of these rows.
+def peak_memory(
+    steps: FakeSteps, config: Config, shape: PackShape, attention: str, num_gpus: int = 1, num_packs: int = 2
+) -> PeakMemory:
+    """Return what one GPU holds at its fullest moment in a step.
 
     Args:
-        network: not fused; may be on the meta device.
-        how: layers compute. `accumulated`: the step has more packs than one.
+        steps: of the network.
+        shape: of the step's packs.
+        attention: implementation of `tree_attention`.
+        num_packs: of a step on each rank; only whether it is more than one counts.
     """
-    state = training_state(network, config, num_gpus)
+    state = training_state(steps.network, config, num_gpus)
     divided = num_gpus > 1 and config.engine.zero_stage > 1
-    gradients = "divided" if divided else "kept" if how.accumulated else "growing"
-    found = moments(network_parts(network, config, rows, how), gradients)
-    fullest = max(found, key=lambda moment: moment.total)
-    during = _at(fullest, state, state.gradients if divided else fullest.gradients)
+    growing = not divided and num_packs == 1
+    found = steps.fullest(config, shape, attention, alone=num_gpus == 1, gradients_stay=growing)
+    if divided:
+        gradients = state.gradients
+    elif growing:
+        gradients = found.gradients
+    else:  # those of earlier packs
+        gradients = ELEMENT * sum_parameters(count_parameters(steps.network)).trainable
+    during = _at(found, state, gradients)
     # All gradients are there, and nothing of a pack is left.
-    update = _at(Moment("update", 0, 0, 0, 0), state, state.gradients)
+    update = _at(Fullest("update", 0, 0, 0, 0), state, state.gradients)
     return max(during, update, key=lambda peak: peak.total)
 
 
-def _at(moment: Moment, state: State, gradients: int) -> PeakMemory:
+def _at(moment: Fullest, state: State, gradients: int) -> PeakMemory:
     return PeakMemory(
-        moment.name, state.weights, gradients, state.states, state.gathered, state.buckets, moment.activations,
+        moment.when, state.weights, gradients, state.states, state.gathered, state.buckets, moment.activations,
         moment.working, moment.copies,
     )  # fmt: skip
 
 
-def full_pack(config: Config, load: Workload, network: RewardNetwork) -> Rows:
-    """Rows of a pack as large as it may be, of groups as in `load`."""
-    tokens, share = config.optim.tokens_per_pack, config.data.share_prefixes
-    num_groups = tokens * load.num_pairs / load.num_tokens(share)
-    keys = round(num_groups * 2 * (load.prompt_tokens + load.response_tokens))
-    patches = round(num_groups * load.image_tokens) * patches_per_token(network)
-    return Rows(tokens, keys if share else tokens, round(2 * num_groups), keys, patches)
-
-
-def peak_of(config: Config, num_gpus: int, network: RewardNetwork, load: Workload, num_packs: int = 2) -> PeakMemory:
-    """Peak of one GPU with packs as large as they may be, of groups as in `load`.
+def peak_of(steps: FakeSteps, config: Config, num_gpus: int, load: Workload, num_packs: int = 2) -> PeakMemory:
+    """Return the peak of one GPU with packs as large as they may be, of groups as in `load`.
 
     Args:
+        steps: of the network.
         num_packs: of a step on each rank; only whether it is more than one counts.
     """
-    rows = full_pack(config, load, network)
-    return peak_memory(network, config, rows, gpu_computation(config, num_packs), num_gpus)
+    shape = full_pack(config, load, steps.network)
+    return peak_memory(steps, config, shape, gpu_attention(config), num_gpus, num_packs)
 
 
-def cpu_computation(config: Config, num_packs: int) -> Computation:
-    """How the layers of a configuration compute on a CPU.
-
-    Args:
-        num_packs: of a step on each rank.
-    """
-    return Computation(
-        bf16=config.precision.dtype == "bf16",
-        bf16_weights=config.precision.weights == "bf16",
-        fp8=config.precision.fp8 != "off",
-        fused=config.model.fuse_projections,
-        accumulated=num_packs > 1,
-    )
-
-
-def gpu_computation(config: Config, num_packs: int) -> Computation:
-    """How the layers of a configuration compute on a GPU.
-
-    Args:
-        num_packs: of a step on each rank.
-    """
-    attention = config.model.attention
-    if attention == "auto":
-        attention = "triton" if config.kernels == "triton" else "flash"
-    return Computation(
-        bf16=config.precision.dtype == "bf16",
-        bf16_weights=config.precision.weights == "bf16",
-        fp8=config.precision.fp8 != "off",
-        attention={"sdpa": "eager", "flash": "varlen", "flash_attn": "varlen", "triton": "triton"}[attention],
-        liger=config.kernels == "triton" and config.compile == "off",
-        fused=config.model.fuse_projections,
-        accumulated=num_packs > 1,
-    )
+def gpu_attention(config: Config) -> str:
+    """Return the implementation of `tree_attention` that a configuration is taken to run on a GPU."""
+    backend = config.model.attention
+    if backend == "auto":
+        backend = "triton" if config.kernels == "triton" else "flash"
+    return BACKENDS[backend]

@@ -5,18 +5,17 @@ from dataclasses import dataclass
 
 from fastrm.config import Config
 from fastrm.data.loader import PREFETCH_PACKS
+from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.flops import Workload
+from fastrm.forecast.full_pack import FLOAT, PackShape, full_pack
 from fastrm.forecast.hardware import GPUS_PER_NODE
-from fastrm.forecast.memory import State, cpu_computation, full_pack, peak_memory, peak_of, training_state
-from fastrm.forecast.model import pixel_bytes
+from fastrm.forecast.memory import State, peak_memory, peak_of, training_state
 from fastrm.forecast.parameters import count_parameters, sum_parameters
 from fastrm.model.export import export_dtype
 from fastrm.model.network import RewardNetwork
-from fastrm.model.vision_tiles import TileShape
 from fastrm.model.weight_files import CHUNK_BYTES
 from fastrm.train.checkpoint import SHARD_BYTES
 
-FLOAT = 4  # bytes
 # Resident memory of a process that has imported PyTorch and transformers and has no model yet: 480 MB were measured
 # on a CPU with torch 2.13.
 LIBRARIES = 512 * 2**20
@@ -53,62 +52,90 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Needs:
+class Least:
+    """What a run cannot do without, whatever its data are.
+
+    Attributes:
+        least: host memory of a process that computes on the CPU: weights, gradients and AdamW's states.
+        least_on_gpu: the same of a process that computes on a GPU.
+        disk: of the whole run.
+    """
+
+    least: int
+    least_on_gpu: int
+    disk: Disk
+
+
+@dataclass(frozen=True)
+class Needs(Least):
     """What a run needs.
 
     Attributes:
         cpu: host memory of a process that computes on the CPU.
         host: host memory of a machine that computes on its GPUs, with a process for each.
         gpu: memory of each GPU.
-        least: host memory that a process cannot do without which computes on the CPU: weights, gradients and AdamW's
-            states. What depends on the data is left out.
-        least_on_gpu: the same of a process that computes on a GPU.
-        disk: of the whole run.
     """
 
     cpu: Phases
     host: Phases
     gpu: Phases
-    least: int
-    least_on_gpu: int
-    disk: Disk
 
 
-def needs_of(config: Config, network: RewardNetwork, load: Workload, num_gpus: int = 1, num_packs: int = 2) -> Needs:
-    """What a run needs, from shapes alone.
+def least_of(config: Config, network: RewardNetwork, num_gpus: int = 1) -> Least:
+    """Return what a run cannot do without, by arithmetic.
 
     Args:
         network: not fused; may be on the meta device.
+        num_gpus: processes, on all machines together.
+    """
+    state = training_state(network, config, num_gpus)
+    placed, made = _placed(config, network, state, num_gpus)
+    return Least(max(placed, state.weights + state.gradients + state.states), made, disk_of(config, network))
+
+
+def needs_of(steps: FakeSteps, config: Config, load: Workload, num_gpus: int = 1, num_packs: int = 2) -> Needs:
+    """Return what a run needs, from shapes alone.
+
+    Args:
+        steps: of its network.
         load: groups that packs are full of.
         num_gpus: processes, on all machines together.
         num_packs: of a step on each; only whether it is more than one counts.
     """
+    network = steps.network
     state = training_state(network, config, num_gpus)
-    everything = FLOAT * sum_parameters(count_parameters(network)).total
-    largest = FLOAT * max(parameter.numel() for parameter in network.parameters())
-    # Random weights are made whole, in float32; those of files are read into their place.
-    made = everything if config.model.path is None else 0
+    placed, made = _placed(config, network, state, num_gpus)
+    largest = _largest(network)
     kept = state.weights + state.states + (state.gradients if num_gpus > 1 else 0)
-    placed = max(made, _loaded(config, state, everything, largest, num_gpus))
     shard = min(SHARD_BYTES, kept)
-    waiting = _waiting_packs(config, network, load)
-    rows, how = full_pack(config, load, network), cpu_computation(config, num_packs)
-    on_cpu = peak_memory(network, config, rows, how, num_gpus)
+    shape = full_pack(config, load, network)
+    waiting = _waiting_packs(config, network, shape)
+    on_cpu = peak_memory(steps, config, shape, "eager", num_gpus, num_packs)
     # The parts of fused projections have no memory of their own, and are copied to be written.
     copied = shard if config.model.fuse_projections else 0
     cpu = (placed + CHUNK_BYTES, on_cpu.total + waiting, kept + copied, kept + largest)
     local = min(num_gpus, GPUS_PER_NODE)
     # One process of all writes checkpoints and the export.
     host = (local * (made + CHUNK_BYTES), local * waiting, shard, largest)
-    gpu = (placed, peak_of(config, num_gpus, network, load, num_packs).total, kept, kept)
+    gpu = (placed, peak_of(steps, config, num_gpus, load, num_packs).total, kept, kept)
     return Needs(
-        Phases(*(LIBRARIES + value for value in cpu)),
-        Phases(*(local * LIBRARIES + value for value in host)),
-        Phases(*gpu),
-        least=max(placed, state.weights + state.gradients + state.states),
-        least_on_gpu=made,
-        disk=disk_of(config, network),
+        **vars(least_of(config, network, num_gpus)),
+        cpu=Phases(*(LIBRARIES + value for value in cpu)),
+        host=Phases(*(local * LIBRARIES + value for value in host)),
+        gpu=Phases(*gpu),
     )
+
+
+def _placed(config: Config, network: RewardNetwork, state: State, num_gpus: int) -> tuple[int, int]:
+    """Weights where they are used when the last has come, and those that are made on the host before."""
+    everything = FLOAT * sum_parameters(count_parameters(network)).total
+    # Random weights are made whole, in float32; those of files are read into their place.
+    made = everything if config.model.path is None else 0
+    return max(made, _loaded(config, state, everything, _largest(network), num_gpus)), made
+
+
+def _largest(network: RewardNetwork) -> int:
+    return FLOAT * max(parameter.numel() for parameter in network.parameters())
 
 
 def _loaded(config: Config, state: State, everything: int, largest: int, num_gpus: int) -> int:
@@ -119,13 +146,13 @@ def _loaded(config: Config, state: State, everything: int, largest: int, num_gpu
     return -(-everything // num_gpus) + largest if config.engine.zero_stage == 3 else everything
 
 
-def _waiting_packs(config: Config, network: RewardNetwork, load: Workload) -> int:
+def _waiting_packs(config: Config, network: RewardNetwork, shape: PackShape) -> int:
     """Pixels, as bytes, of the packs that data workers have made ahead."""
-    if not network.is_vision:
+    if not shape.grids:
         return 0
-    # A still image of Qwen is kept as one of the two equal frames that its patches have.
-    share = 1 if isinstance(network.tower.shape, TileShape) else 2
-    pixels = pixel_bytes(network, full_pack(config, load, network)) // FLOAT // share
+    form = network.tower.plain_patches
+    # A still image is kept as one of the equal frames that its patches have.
+    pixels = shape.num_patches * network.tower.blank[1] // form.frames
     return (1 + PREFETCH_PACKS * config.data.num_workers) * pixels
 
 

@@ -21,8 +21,8 @@ class Parameters:
 def count_parameters(network: RewardNetwork) -> dict[str, Parameters]:
     """Count parameters by part (PARTS; those of the vision tower are 0 for a text model)."""
     counts = {part: [0, 0] for part in PARTS}
-    for name, parameter in network.named_parameters():
-        count = counts[part_of(name)]
+    for parameter, part in parts_of(network).items():
+        count = counts[part]
         count[0] += parameter.numel()
         count[1] += parameter.numel() * parameter.requires_grad
     return {part: Parameters(*count) for part, count in counts.items()}
@@ -33,15 +33,14 @@ def sum_parameters(parts: dict[str, Parameters]) -> Parameters:
     return Parameters(sum(p.total for p in parts.values()), sum(p.trainable for p in parts.values()))
 
 
-def part_of(name: str) -> str:
-    """Return the part of PARTS that a parameter belongs to, by its name in the network."""
-    if name.startswith("score."):
-        return "head"
-    if name.startswith(("model.visual.merger.", "model.multi_modal_projector.")):
-        return "projector"
-    if name.startswith(("model.visual.", "model.vision_tower.")):
-        return "vision tower"
-    return "embeddings" if ".embed_tokens." in name else "language model"
+def parts_of(network: RewardNetwork) -> dict[nn.Parameter, str]:
+    """Return the part of PARTS that each parameter belongs to, in the order of the network."""
+    found = dict.fromkeys(network.parameters(), "language model")
+    found |= dict.fromkeys(language_of(network).embed_tokens.parameters(), "embeddings")
+    if network.tower is not None:
+        found |= dict.fromkeys(network.tower.parameters(), "vision tower")
+        found |= dict.fromkeys(network.tower.projector.parameters(), "projector")
+    return found | dict.fromkeys(network.score.parameters(), "head")
 
 
 def language_of(network: RewardNetwork) -> nn.Module:

@@ -3,14 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
-from fastrm.forecast.plan import GROWING_PAIRS, Plan
+from fastrm.forecast.plan import GROWING_PAIRS, TimePlan
 from fastrm.forecast.step_time import efficiency
 from fastrm.ui import new_figure
 
 BLUE, ORANGE, GREY = "#2c6fbb", "#d9730d", "#9aa0a6"
 
 
-def draw_plan(plan: Plan, file: Path) -> None:
+def draw_plan(plan: TimePlan, file: Path) -> None:
     """Write a PNG: scaling efficiency over the number of GPUs, and the parts of a step's time.
 
     A point marks where communication begins to take longer than computing.
@@ -34,7 +34,7 @@ def draw_plan(plan: Plan, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _draw_efficiency(plan: Plan, axes) -> None:
+def _draw_efficiency(plan: TimePlan, axes) -> None:
     curves = [
         (f"{plan.work.num_pairs:,} pairs a step", BLUE, plan.steps, lambda step: plan.work, plan.dominated),
         (f"{GROWING_PAIRS} pairs a step for each GPU", ORANGE, plan.growing,
@@ -56,7 +56,7 @@ def _draw_efficiency(plan: Plan, axes) -> None:
     axes.legend(frameon=False, loc="lower left")
 
 
-def _draw_times(plan: Plan, axes) -> None:
+def _draw_times(plan: TimePlan, axes) -> None:
     counts = [step.num_gpus for step in plan.steps]
     axes.plot(counts, [step.total for step in plan.steps], color="black", label="step")
     axes.plot(counts, [step.compute for step in plan.steps], color=BLUE, label="computing")

@@ -1,6 +1,7 @@
 """`fastrm plan`: what a run needs on so many GPUs, before there is one."""
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from fastrm.errors import ConfigError
 from fastrm.forecast.advice import Fit, ways, with_settings
 from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB, RESULTS
 from fastrm.forecast.communication import Network
+from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.flops import Flops, Workload, step_flops, typical_workload
+from fastrm.forecast.full_pack import full_pack, pixel_bytes
 from fastrm.forecast.hardware import NETWORK, Gpu
-from fastrm.forecast.memory import MODES, PeakMemory, full_pack, peak_of
-from fastrm.forecast.model import pixel_bytes
+from fastrm.forecast.memory import MODES, PeakMemory, peak_of
 from fastrm.forecast.needs import Needs, needs_of
 from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.forecast.rates import ASSUMED_BANDWIDTH_SHARE, Rate, find_rate
@@ -76,8 +78,8 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that `fastrm plan` finds out; sizes in bytes, times in seconds.
+class TimePlan:
+    """How long a run takes; times in seconds.
 
     Attributes:
         origin: of the architecture, in words.
@@ -85,11 +87,7 @@ class Plan:
         load: that a step is taken to contain.
         flops: of a step, by part.
         notes: further assumptions.
-        memory: of the configured way; `fits` of all ways.
-        needs: of memory in each part of the run, and of disk.
         steps: on one GPU and on more, the configured number among them.
-        pixel_bytes: of a pack, as float32, while the vision tower runs.
-        largest_pack: tokens of the largest pack that fits; None if none does.
         dominated: least number of GPUs at which communication takes longer than computing; None: none.
         growing, growing_dominated: the same for steps of GROWING_PAIRS pairs for each GPU.
     """
@@ -104,11 +102,6 @@ class Plan:
     notes: list[str]
     work: Work
     network: Network
-    memory: PeakMemory
-    needs: Needs
-    pixel_bytes: int
-    fits: list[Fit]
-    largest_pack: int | None
     steps: list[StepTime]
     dominated: int | None
     growing: list[StepTime]
@@ -116,7 +109,7 @@ class Plan:
 
     @property
     def step(self) -> StepTime:
-        """On the configured number of GPUs."""
+        """The step on the configured number of GPUs."""
         return next(step for step in self.steps if step.num_gpus == self.assumptions.num_gpus)
 
     @property
@@ -125,33 +118,68 @@ class Plan:
         return self.assumptions.num_pairs / self.work.num_pairs
 
 
-def make_plan(config: Config, assumptions: Assumptions) -> Plan:
+@dataclass(frozen=True)
+class Plan(TimePlan):
+    """Everything that `fastrm plan` finds out: time, and sizes in bytes.
+
+    Attributes:
+        memory: of the configured way; `fits` of all ways.
+        needs: of memory in each part of the run, and of disk.
+        pixel_bytes: of a pack, as float32, while the vision tower runs.
+        largest_pack: tokens of the largest pack that fits; None if none does.
+    """
+
+    memory: PeakMemory
+    needs: Needs
+    pixel_bytes: int
+    fits: list[Fit]
+    largest_pack: int | None
+
+
+def make_plan(config: Config, assumptions: Assumptions, steps: FakeSteps | None = None) -> Plan:
     """Plan a run of one epoch.
+
+    Args:
+        steps: of the same model, which may have run for other plans; None for new ones.
+
+    Raises:
+        ConfigError: as `plan_time`.
+    """
+    timed, steps = plan_time(config, assumptions), steps or steps_of(config)
+    network = steps.network
+    load, num_gpus, num_packs = timed.load, assumptions.num_gpus, timed.step.num_packs
+    memory = peak_of(steps, config, num_gpus, load, num_packs)
+    return Plan(
+        **vars(timed),
+        memory=memory,
+        needs=needs_of(steps, config, load, num_gpus, num_packs),
+        pixel_bytes=pixel_bytes(network, full_pack(config, load, network)),
+        fits=_fits(steps, config, num_gpus, load, num_packs),
+        largest_pack=_largest_pack(steps, config, assumptions, load, num_packs),
+    )
+
+
+def plan_time(config: Config, assumptions: Assumptions) -> TimePlan:
+    """Find how long a run of one epoch takes, but not whether it fits.
 
     Raises:
         ConfigError: for settings that the number of GPUs does not allow, or an architecture that nothing here
             knows.
     """
     _check(config, assumptions)
-    try:
-        architecture, origin = find_architecture(config.model)
-    except LookupError as error:
-        raise ConfigError(f"the model cannot be sized: {error.args[0]}") from None
-    network = meta_network(architecture, config.model)
+    network, origin = _network_of(config)
     load = typical_workload(config, network)
     flops = step_flops(
         network, load, shared=config.data.share_prefixes, images_once=True, pruned=config.model.pooling == "anchor",
         checkpointing=config.model.activation_checkpointing == "full",
     )  # fmt: skip
     rate = _rate(config, assumptions)
-    compute, notes = _compute_seconds(config, assumptions, architecture, flops, rate)
+    compute, notes = _compute_seconds(config, assumptions, flops, rate)
     work = _work(config, assumptions, network, load, compute)
     connection = assumptions.network_of(config.engine.zero_stage)
     counts = gpu_counts(max(LARGEST, assumptions.num_gpus))
-    steps = [step_time(work, count, connection) for count in sorted({*counts, assumptions.num_gpus})]
     growing = [step_time(replace(work, num_pairs=GROWING_PAIRS * count), count, connection) for count in counts]
-    own = next(step for step in steps if step.num_gpus == assumptions.num_gpus)
-    return Plan(
+    return TimePlan(
         config=config,
         assumptions=assumptions,
         origin=origin,
@@ -162,16 +190,32 @@ def make_plan(config: Config, assumptions: Assumptions) -> Plan:
         notes=notes,
         work=work,
         network=connection,
-        memory=peak_of(config, assumptions.num_gpus, network, load, own.num_packs),
-        needs=needs_of(config, network, load, assumptions.num_gpus, own.num_packs),
-        pixel_bytes=pixel_bytes(network, full_pack(config, load, network)),
-        fits=_fits(config, assumptions.num_gpus, network, load, own.num_packs),
-        largest_pack=_largest_pack(config, assumptions, network, load, own.num_packs),
-        steps=steps,
+        steps=[step_time(work, count, connection) for count in sorted({*counts, assumptions.num_gpus})],
         dominated=first_dominated(work, connection, counts),
         growing=growing,
         growing_dominated=next((step.num_gpus for step in growing if step.dominated), None),
     )
+
+
+def steps_of(config: Config, *progress: Callable[..., None]) -> FakeSteps:
+    """Return steps without data of a configuration's model.
+
+    Args:
+        progress: as of `FakeSteps`.
+
+    Raises:
+        ConfigError: for an architecture that nothing here knows.
+    """
+    return FakeSteps(_network_of(config)[0], *progress)
+
+
+def _network_of(config: Config) -> tuple[RewardNetwork, str]:
+    """The network on the meta device, and where its architecture was found."""
+    try:
+        architecture, origin = find_architecture(config.model)
+    except LookupError as error:
+        raise ConfigError(f"the model cannot be sized: {error.args[0]}") from None
+    return meta_network(architecture, config.model), origin
 
 
 def _check(config: Config, assumptions: Assumptions) -> None:
@@ -198,13 +242,13 @@ def _rate(config: Config, assumptions: Assumptions) -> Rate:
 
 
 def _compute_seconds(
-    config: Config, assumptions: Assumptions, architecture, flops: dict[str, Flops], rate: Rate
+    config: Config, assumptions: Assumptions, flops: dict[str, Flops], rate: Rate
 ) -> tuple[float, list[str]]:
     """Seconds of a step's forward and backward passes on one GPU, and what is assumed for them besides the rate."""
     compute = sum(part.total for part in flops.values()) / rate.flops
     if config.precision.fp8 == "off" or rate.measured:
         return compute, []
-    share = _fp8_share(config, meta_network(architecture, config.model))
+    share = _fp8_share(config, _network_of(config)[0])
     faster = assumptions.gpu.fp8 / assumptions.gpu.bf16
     compute -= (1 - 1 / faster) * share * flops["language"].total / rate.flops
     note = (
@@ -239,27 +283,29 @@ def _work(config: Config, assumptions: Assumptions, network: RewardNetwork, load
     )
 
 
-def _fits(config: Config, num_gpus: int, network: RewardNetwork, load: Workload, num_packs: int) -> list[Fit]:
+def _fits(steps: FakeSteps, config: Config, num_gpus: int, load: Workload, num_packs: int) -> list[Fit]:
     """All ways to run on that number of GPUs, and on one alone."""
     found = [(way, packs_of_a_step(config, load, 1)) for way in ways(config, 1)]
     if num_gpus > 1:
         found += [(way, num_packs) for way in ways(config, num_gpus)]
     return [
-        Fit(way, mode, peak_of(way.config(config, mode), way.num_gpus, network, load, packs))
+        Fit(way, mode, peak_of(steps, way.config(config, mode), way.num_gpus, load, packs))
         for way, packs in found
         for mode in MODES
     ]
 
 
 def _largest_pack(
-    config: Config, assumptions: Assumptions, network: RewardNetwork, load: Workload, num_packs: int
+    steps: FakeSteps, config: Config, assumptions: Assumptions, load: Workload, num_packs: int
 ) -> int | None:
     """Tokens of the largest pack that fits, in whole thousands of 1,024; None if one thousand does not."""
 
     def fits(thousands: int) -> bool:
         tokens = 1024 * thousands
         small = with_settings(config, {"optim.tokens_per_pack": tokens, "data.max_tokens_per_group": tokens})
-        return peak_of(small, assumptions.num_gpus, network, load, num_packs).total <= assumptions.usable_bytes
+        return peak_of(steps, small, assumptions.num_gpus, load, num_packs).total <= assumptions.usable_bytes
 
-    found = bisect.bisect_left(range(1, config.optim.tokens_per_pack // 1024 + 1), True, key=lambda n: not fits(n))
-    return 1024 * found or None
+    most = config.optim.tokens_per_pack // 1024
+    if not most or fits(most):
+        return 1024 * most or None
+    return 1024 * bisect.bisect_left(range(1, most), True, key=lambda thousands: not fits(thousands)) or None

@@ -1,14 +1,16 @@
 """A plan as tables on standard output, and as JSON."""
 
+import importlib.util
 import math
 from dataclasses import asdict
 
 from rich.console import Console
 
+from fastrm.config import Config
 from fastrm.forecast.advice import advise
 from fastrm.forecast.dry_run import print_parameters
 from fastrm.forecast.memory import MODES
-from fastrm.forecast.plan import GROWING_PAIRS, Plan
+from fastrm.forecast.plan import GROWING_PAIRS, Plan, TimePlan
 from fastrm.forecast.rates import ASSUMED_BANDWIDTH_SHARE
 from fastrm.forecast.room import print_needs
 from fastrm.forecast.step_time import StepTime, efficiency, messages
@@ -79,9 +81,24 @@ def _print_assumptions(plan: Plan, console: Console) -> None:
         "beside computing (--overlap)",
         f"memory: {gib(gpu.memory_bytes)} GiB ({sure}), of which {gib(given.reserve_bytes)} GiB are kept for the CUDA "
         "context, the communication library and fragmentation (--reserve-gb)",
+        "what a step holds: found by running the network itself on tensors without data; what kernels allocate inside "
+        "themselves is not seen",
+        *describe_replaced(plan.config),
     ]
     for line in lines:
         say(console, f"  - {line}")
+
+
+def describe_replaced(config: Config) -> list[str]:
+    """Return sentences on what of a configuration a step without data does not run as it is."""
+    lines = []
+    if config.compile != "off":
+        lines.append("compile: memory is that of layers without it, which keep more for the backward pass")
+    elif config.kernels == "triton":
+        lines.append("kernels: Liger's RMSNorm and SwiGLU are replaced by functions that keep and make the same")
+    if config.precision.fp8 != "off" and importlib.util.find_spec("torchao") is None:
+        lines.append("FP8: torchao is not installed here; memory is that of bf16, which holds copies of weights")
+    return lines
 
 
 def _print_memory(plan: Plan, console: Console) -> None:
@@ -154,7 +171,7 @@ def _time_row(plan: Plan, step: StepTime) -> list[str]:
     ]  # fmt: skip
 
 
-def days(plan: Plan, step: StepTime) -> float:
+def days(plan: TimePlan, step: StepTime) -> float:
     """Of an epoch."""
     return math.ceil(plan.num_steps) * step.total / 86400
 

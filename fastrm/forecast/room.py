@@ -6,9 +6,8 @@ from rich.console import Console
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError, StorageError
-from fastrm.forecast.flops import typical_workload
 from fastrm.forecast.hardware import GPUS_PER_NODE
-from fastrm.forecast.needs import Disk, Needs, needs_of
+from fastrm.forecast.needs import Disk, Least, Needs, least_of
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.network import pick_device
 from fastrm.resources import available_memory, free_disk
@@ -40,8 +39,7 @@ def check_room(config: Config, num_ranks: int = 1, num_local: int = 1) -> None:
         architecture, _ = find_architecture(config.model)
     except LookupError:
         return
-    network = meta_network(architecture, config.model)
-    needs = needs_of(config, network, typical_workload(config, network), num_ranks)
+    needs = least_of(config, meta_network(architecture, config.model), num_ranks)
     on_gpu = pick_device(config.run.device).type != "cpu"
     if problem := memory_problem(config, needs, on_gpu, num_local):
         raise ConfigError(problem)
@@ -49,7 +47,7 @@ def check_room(config: Config, num_ranks: int = 1, num_local: int = 1) -> None:
         raise StorageError(problem)
 
 
-def memory_problem(config: Config, needs: Needs, on_gpu: bool, num_local: int) -> str | None:
+def memory_problem(config: Config, needs: Least, on_gpu: bool, num_local: int) -> str | None:
     """What is too little about the host's memory, and what to change; None if a run may fit."""
     least, there = num_local * (needs.least_on_gpu if on_gpu else needs.least), available_memory()
     if least <= there:

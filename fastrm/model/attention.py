@@ -43,7 +43,8 @@ class Attention:
         impl: of `tree_attention`.
         shape: of the layers.
         causal: False in the vision tower.
-        traced: attention is called inside torch.compile.
+        traced: attention is called with tensors and numbers instead of a layout, as inside torch.compile, and without
+            asking whether it can run on this device.
     """
 
     impl: str

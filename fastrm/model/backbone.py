@@ -40,6 +40,8 @@ class BackboneRunner:
             same modules: else ranks would wait for each other's parameters or gradients for ever.
         compiled: layers run as graphs of torch.compile.
         pooling: anchor or mean, which of `anchor_states` and `mean_states` layouts are made for.
+        watch: called for each whole decoder layer and each vision block in place of running it, as
+            watch(run, layer, hidden, arguments) -> hidden, where run() runs it; None: nobody watches.
     """
 
     def __init__(self, model: nn.Module, pooling: str = "anchor"):
@@ -51,20 +53,27 @@ class BackboneRunner:
         self.checkpointing = "none"
         self.always_run_tower = False
         self.compiled = False
+        self.watch: Callable | None = None
         self._blank: VisionLayout | TileLayout | None = None
         self._layer: Callable = decoder_layer
         self._shape = None if self.tower is None else self.tower.shape
         self._block: Callable | None = None if self.tower is None else self.tower.block
         self.set_kernels("eager")
 
-    def set_kernels(self, impl: str, norm: Callable = stock_norm, gate: Callable = stock_gate) -> None:
-        """Set the implementation of attention, RMSNorm and SwiGLU of all layers."""
-        text = self.model.config.get_text_config()
-        attention = Attention(impl, AttentionShape.of_language(text), True, self.compiled)
+    def set_kernels(
+        self, impl: str, norm: Callable = stock_norm, gate: Callable = stock_gate, traced: bool = False
+    ) -> None:
+        """Set the implementation of attention, RMSNorm and SwiGLU of all layers.
+
+        Args:
+            traced: as of `Attention`; compiled layers are traced in any case.
+        """
+        text, traced = self.model.config.get_text_config(), traced or self.compiled
+        attention = Attention(impl, AttentionShape.of_language(text), True, traced)
         rotate = rotation(self.language.layers[0].self_attn)
         self._kernels = LayerKernels(attention, rotate, norm, gate)
         if self.tower is not None:
-            self.tower.set_kernels(impl, self.compiled, norm, gate)
+            self.tower.set_kernels(impl, traced, norm, gate)
 
     def compile(self, backend) -> None:
         """Run decoder layers and vision blocks as graphs of torch.compile, each for any number of tokens.
@@ -168,7 +177,10 @@ class BackboneRunner:
     def _run(self, function: Callable, layer: nn.Module, hidden: torch.Tensor, *arguments) -> torch.Tensor:
         if self.compiled:
             mark_dynamic(hidden)
-        return call_checkpointed(self.checkpointing, self.compiled, function, layer, hidden, *arguments)
+        run = functools.partial(
+            call_checkpointed, self.checkpointing, self.compiled, function, layer, hidden, *arguments
+        )
+        return run() if self.watch is None else self.watch(run, layer, hidden, arguments)
 
     def _embed(self, pack: Pack, layouts: PackLayouts) -> torch.Tensor:
         embeddings = self.language.embed_tokens(pack.input_ids)  # (T, D)

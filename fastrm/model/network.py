@@ -126,6 +126,29 @@ class RewardNetwork(nn.Module):
         self._runner.set_kernels(BACKENDS[self.attention.name], norm, gate)
         self.lay_out = self._runner.layout_builder(dtype)
 
+    def set_kernels_on_paper(self, dtype: torch.dtype, impl: str, norm: Callable, gate: Callable) -> None:
+        """Set the implementations of another device, for passes over tensors without data.
+
+        Args:
+            dtype: of the backbone's matrix products.
+            impl: of `tree_attention`: eager, varlen, flash_attn or triton.
+            norm, gate: as of `LayerKernels`.
+        """
+        self._runner.set_kernels(impl, norm, gate, traced=impl != "eager")
+        self.lay_out = self._runner.layout_builder(dtype)
+
+    @contextmanager
+    def watched_layers(self, watch: Callable) -> Iterator[None]:
+        """Call `watch` in place of every whole decoder layer and vision block (`BackboneRunner.watch`), for the block.
+
+        A pruned last layer is not among them.
+        """
+        self._runner.watch = watch
+        try:
+            yield
+        finally:
+            self._runner.watch = None
+
     def compile_layers(self, backend: str | Callable = "inductor") -> CompiledGraphs:
         """Run decoder layers and vision blocks through torch.compile; return the count of graphs made.
 

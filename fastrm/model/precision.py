@@ -131,7 +131,7 @@ def convert_to_fp8(network: nn.Module, recipe: str, *, emulate: bool | None = No
     emulate = network.device.type != "cuda" if emulate is None else emulate
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(f'precision.fp8: {recipe} needs torchao, not installed here; pip install "fastrm[torchao]"')
-    if not emulate:
+    if not emulate and network.device.type != "meta":
         _check_device(network.device)
     report = Fp8Report(recipe, emulate, tuple(_choose(network)))
     if not report.converted:

@@ -5,13 +5,15 @@ function that evaluates one of its blocks (layers.py), and what to do before and
 blocks run (compiled, recomputed in the backward pass) is decided by the runner, which passes `run`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from fastrm.data.patches import Grid
+from fastrm.config import DataConfig
+from fastrm.data.patches import Grid, PatchFormat
 from fastrm.model.attention import Attention, AttentionShape
 from fastrm.model.compiled import mark_dynamic
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
@@ -29,6 +31,8 @@ class VisionTower(ABC):
     Attributes:
         module: the stock tower.
         projector: the stock module that makes image tokens of its states; inside the tower for Qwen.
+        embedding: the stock module that multiplies pixels.
+        blocks: the stock blocks, in order.
         shape: makes the layout of a pack's images from their grids: `shape.lay_out(grids)`.
         block: evaluates one block.
         kernels: how blocks compute; set by `set_kernels`.
@@ -36,6 +40,8 @@ class VisionTower(ABC):
 
     module: nn.Module
     projector: nn.Module
+    embedding: nn.Module
+    blocks: nn.ModuleList
     shape: VisionShape | TileShape
     block: Callable
     kernels: LayerKernels
@@ -65,6 +71,27 @@ class VisionTower(ABC):
     def blank(self) -> tuple[Grid, int]:
         """The grid of the smallest image, and the values of a patch."""
 
+    @property
+    @abstractmethod
+    def plain_patches(self) -> PatchFormat:
+        """The format of a still image's patches, with values as they are."""
+
+    @abstractmethod
+    def largest_image(self, data: DataConfig) -> tuple[int, str]:
+        """Return the tokens of the largest image that the data may hold, and the key that bounds it."""
+
+    @abstractmethod
+    def num_rows(self, num_tokens: int) -> int:
+        """Return the rows that go through the blocks for an image of so many tokens."""
+
+    @abstractmethod
+    def num_attention_pairs(self, num_tokens: int) -> int:
+        """Return the query-key pairs of such an image over all blocks; windows at its edge count as full ones."""
+
+    @abstractmethod
+    def grid_of(self, num_tokens: int) -> Grid:
+        """Return the grid of an image of at most so many tokens, or of the smallest one."""
+
     def _rotation(self) -> Callable | None:
         return None
 
@@ -76,6 +103,7 @@ class QwenTower(VisionTower):
 
     def __init__(self, model: nn.Module):
         self.module, self.projector = model.visual, model.visual.merger
+        self.embedding, self.blocks = model.visual.patch_embed, model.visual.blocks
         self._config = model.config.vision_config
         self.shape = VisionShape.from_config(self._config)
 
@@ -90,7 +118,7 @@ class QwenTower(VisionTower):
         windows = None if layout.windows is None else attention.arguments(layout.windows, product)
         if attention.traced:
             mark_dynamic(cos, sin, whole, windows)
-        for number, block in enumerate(visual.blocks):
+        for number, block in enumerate(self.blocks):
             arguments = whole if number in self.shape.whole else windows
             hidden = run(block, hidden, cos, sin, arguments, self.kernels)
         features = self.projector(hidden)
@@ -101,6 +129,29 @@ class QwenTower(VisionTower):
         vision = self._config
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return (1, vision.spatial_merge_size, vision.spatial_merge_size), values
+
+    @property
+    def plain_patches(self) -> PatchFormat:
+        vision = self._config
+        return _plain(vision.patch_size, self.shape.merge, vision.temporal_patch_size, vision.in_channels)
+
+    def largest_image(self, data: DataConfig) -> tuple[int, str]:
+        return data.max_pixels // (self._config.patch_size * self.shape.merge) ** 2, "data.max_pixels"
+
+    def num_rows(self, num_tokens: int) -> int:
+        return num_tokens * self.shape.merge**2
+
+    def num_attention_pairs(self, num_tokens: int) -> int:
+        rows, whole = self.num_rows(num_tokens), len(self.shape.whole)
+        window = min(rows, (self.shape.window * self.shape.merge) ** 2)
+        return rows * (whole * rows + (len(self.blocks) - whole) * window)
+
+    def grid_of(self, num_tokens: int) -> Grid:
+        # With all the tokens if some sides at most twice as long as the other have them; else as square as may be.
+        square = max(1, math.isqrt(num_tokens))
+        even = (rows for rows in range(square, 0, -1) if num_tokens % rows == 0 and num_tokens <= 2 * rows**2)
+        rows = next(even, square)
+        return 1, rows * self.shape.merge, max(1, num_tokens // rows) * self.shape.merge
 
     def _rotation(self) -> Callable:
         return rotation(self.module.blocks[0].attn)
@@ -113,6 +164,7 @@ class InternTower(VisionTower):
 
     def __init__(self, model: nn.Module):
         self.module, self.projector = model.vision_tower, model.multi_modal_projector
+        self.embedding, self.blocks = self.module.embeddings.patch_embeddings, self.module.encoder.layer
         self._config = model.config.vision_config
         self.shape = TileShape.from_config(model.config)
 
@@ -122,7 +174,7 @@ class InternTower(VisionTower):
         tiles = self.kernels.attention.arguments(layout.tiles, dtype(hidden))
         if self.kernels.attention.traced:
             mark_dynamic(tiles)
-        for block in self.module.encoder.layer:
+        for block in self.blocks:
             hidden = run(block, hidden, tiles, self.kernels)
         hidden = self.module.layernorm(hidden)
         patches = hidden.unflatten(0, (-1, num_patches + 1))[:, 1:]  # without the class token
@@ -145,6 +197,32 @@ class InternTower(VisionTower):
     def blank(self) -> tuple[Grid, int]:
         vision, side = self._config, self.shape.side
         return (1, side, side), vision.num_channels * vision.patch_size[0] * vision.patch_size[1]
+
+    @property
+    def plain_patches(self) -> PatchFormat:
+        return _plain(self._config.patch_size[0], self.shape.merge, 1, self._config.num_channels)
+
+    def largest_image(self, data: DataConfig) -> tuple[int, str]:
+        tiles = data.max_tiles + (data.max_tiles > 1)  # with the thumbnail
+        return tiles * self._tile_tokens, "data.max_tiles"
+
+    def num_rows(self, num_tokens: int) -> int:
+        patches = num_tokens * self.shape.merge**2
+        return patches + patches // self.shape.side**2  # with a class token for each tile
+
+    def num_attention_pairs(self, num_tokens: int) -> int:
+        return len(self.blocks) * self.num_rows(num_tokens) * (self.shape.side**2 + 1)
+
+    def grid_of(self, num_tokens: int) -> Grid:
+        return max(1, num_tokens // self._tile_tokens), self.shape.side, self.shape.side
+
+    @property
+    def _tile_tokens(self) -> int:
+        return (self.shape.side // self.shape.merge) ** 2
+
+
+def _plain(side: int, merge: int, frames: int, channels: int) -> PatchFormat:
+    return PatchFormat(side, merge, frames, 1.0, (0.0,) * channels, (1.0,) * channels)
 
 
 def make_tower(model: nn.Module) -> VisionTower | None:
