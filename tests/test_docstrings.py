@@ -8,7 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(file for folder in ("fastrm", "kernels", "bench") for file in (ROOT / folder).rglob("*.py"))
-FILES = [file for file in FILES if file.parent.name != "forecast"]
 
 
 def words(text: str) -> frozenset[str]:

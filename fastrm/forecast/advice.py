@@ -80,7 +80,7 @@ def advise(
     """
     needed = f"{gib(peak.total)} GiB of {gib(usable)} GiB"
     if peak.total <= usable:
-        return [f"fits: {needed}.", *_lighter(config, num_gpus, peak, fits, usable)]
+        return [f"fits: {needed}.", *_lighter(config, num_gpus, fits, usable)]
     lines = [f"does not fit: {needed}, at its fullest in: {peak.when}."]
     if largest_pack is not None:
         lines.append(f"optim.tokens_per_pack and data.max_tokens_per_group: {largest_pack} would fit.")
@@ -98,7 +98,7 @@ def advise(
     return lines
 
 
-def _lighter(config: Config, num_gpus: int, peak: PeakMemory, fits: Sequence[Fit], usable: int) -> list[str]:
+def _lighter(config: Config, num_gpus: int, fits: Sequence[Fit], usable: int) -> list[str]:
     """Return sentences on a mode of checkpointing that recomputes less and fits as well."""
     costs = {"none": 0, "selective": 1, "full": 2}
     mode = config.model.activation_checkpointing

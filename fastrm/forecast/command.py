@@ -1,4 +1,4 @@
-"""What `fastrm plan` does with its options."""
+"""The work of `fastrm plan`: make a plan, print it, and write its files."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from fastrm.forecast.report import as_json, print_plan
 from fastrm.json_files import to_json
 from fastrm.ui import Display, make_console, say
 
-# Of configs/full.yaml (arXiv 2509.16127).
+# The preferences of an epoch of configs/full.yaml (arXiv 2509.16127).
 RECIPE_PAIRS = 2_850_000
 
 
@@ -63,7 +63,7 @@ def plan_run(
 
 
 def _pairs(config: Config, given: int | None) -> tuple[int, str]:
-    """Pairs of an epoch, and where the number comes from."""
+    """Return the preferences of an epoch, and the origin of the number."""
     if given is not None:
         return given, "--pairs"
     counted = count_preferences(config)

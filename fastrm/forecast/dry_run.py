@@ -1,4 +1,4 @@
-"""`fastrm train --dry-run`: check what can be checked without weights, and size the run.
+"""The work of `fastrm train --dry-run`: check what can be checked without weights, and size the run.
 
 Nothing is downloaded or written, and of data that is here the first rows are read. A missing input does not end a
 dry run; it is listed. What a step costs depends on all of the data, so it is computed for a stated, typical group.
@@ -105,7 +105,7 @@ def _size(config: Config, network: RewardNetwork, progress: Callable[..., None])
 
 
 def _ways(config: Config, network: RewardNetwork, load: Workload) -> dict[str, dict]:
-    """Tokens, images and operations of a step, for a stock pairwise trainer and for this one."""
+    """Return tokens, images and operations of a step, for a stock pairwise trainer and for this one."""
     share = config.data.share_prefixes
     found = {"stock pairwise": {"shared": False, "images_once": False, "pruned": False}}
     if share:
@@ -130,7 +130,7 @@ def _print_table(console: Console, title: str, rows: list[tuple[str, str, str]])
 
 
 def print_parameters(console: Console, parts: dict[str, Parameters], origin: str) -> None:
-    """The table of parameters by part."""
+    """Print the table of parameters by part."""
     table = make_table("part", "all", "trained")
     for name, count in (*parts.items(), ("all", sum_parameters(parts))):
         table.add_row(name, f"{count.total:,}", f"{count.trainable:,}")

@@ -1,4 +1,4 @@
-"""A training step of the network as it is, on tensors without data: what its passes hold in memory, found on no GPU.
+"""A training step of the real network on tensors without data, to find what its passes hold in memory.
 
 Network, engine and loss run under torch's FakeTensorMode. Every tensor has a shape, a dtype and a storage with a size,
 and nothing is computed or allocated, so that a model of any size passes on a laptop. A `Meter` notes when each storage
@@ -40,7 +40,7 @@ PROGRESS = "memory: steps without data"
 
 
 class FakeSteps:
-    """Steps of one network, each run once for all questions about it.
+    """The steps of one network, each run once for all questions about it.
 
     Args:
         network: on the meta device, its parts frozen, its projections not fused.
@@ -61,7 +61,7 @@ class FakeSteps:
     def fullest(
         self, config: Config, shape: PackShape, attention: str, *, alone: bool, gradients_stay: bool
     ) -> Fullest:
-        """Find what forward and backward pass of a pack hold at most, weights left out.
+        """Find the most that forward and backward pass of a pack hold, without weights.
 
         Args:
             config: of the step.
@@ -75,7 +75,7 @@ class FakeSteps:
         return fullest(*self.lives(config, shape, attention, alone), gradients_stay)
 
     def lives(self, config: Config, shape: PackShape, attention: str, alone: bool) -> tuple[list[Life], int]:
-        """Return the lives of all storages of such a step, and the number of layers that they are told by."""
+        """Return the lives of all storages of such a step, and the number of layers that they stand for."""
         narrow = self._narrow(config, alone)
         if not narrow:
             precision = config.precision.model_copy(update={"weights": "fp32"})
@@ -92,7 +92,7 @@ class FakeSteps:
         return self._found[key]
 
     def _narrow(self, config: Config, alone: bool) -> frozenset[str]:
-        """Names of the weights that are stored in bfloat16."""
+        """Return the names of the weights that are stored in bfloat16."""
         if not alone:
             return frozenset()
         pick, stored = storage_dtype(self.network, config.precision, alone), stored_dtype(config.model.path)
@@ -132,7 +132,7 @@ class FakeSteps:
 
 
 def _pack_with_layouts(network: RewardNetwork, shape: PackShape, mode: FakeTensorMode) -> Pack:
-    """Layouts are made of numbers, some of which are read from tensors: these have data."""
+    """Make a pack with layouts. Some are made of numbers that are read from tensors: these have data."""
     if shape.grids:
         form = network.tower.plain_patches
         form.normalize(torch.zeros(1, len(form.mean) * form.side**2, dtype=torch.uint8))  # its table, for later
@@ -145,7 +145,7 @@ def _pack_with_layouts(network: RewardNetwork, shape: PackShape, mode: FakeTenso
 
 
 def _bodies(layouts: Sequence[TreeLayout]) -> dict[object, Callable]:
-    """Tree attention's operators on a CPU, by the operations that they are made of."""
+    """Return the functions that replace tree attention's CPU operators: the operations that they consist of."""
     by_handle = {storage_of(handle_of(layout)): layout for layout in layouts}
 
     def layout_of(query, handle, causal):
@@ -166,7 +166,7 @@ def _bodies(layouts: Sequence[TreeLayout]) -> dict[object, Callable]:
 
 
 def _kinds(engine: LocalEngine, pack: Pack) -> list[int]:
-    """A number for each layer, in the order of the forward pass; the same for layers that do the same."""
+    """Return a number for each layer, in the order of the forward pass, equal for layers that do the same."""
     numbers: dict[tuple, int] = {}
     seen = []  # kept, so that no two arguments have one address
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, from shapes alone.
+"""The floating-point operations of a training step, from shapes alone.
 
 Arithmetic on a network that may live on torch's meta device, with its projections as transformers has
 them. Norms, softmax, activations and the optimizer are left out.
@@ -16,7 +16,7 @@ from fastrm.model.network import RewardNetwork
 
 @dataclass(frozen=True)
 class Workload:
-    """What one optimizer step is taken to contain. Every prompt has one image and two responses.
+    """The assumed content of one optimizer step. Every prompt has one image and two responses.
 
     Attributes:
         num_pairs: preferences of the step.
@@ -35,11 +35,11 @@ class Workload:
         return self.image_tokens + self.prompt_text_tokens
 
     def num_tokens(self, shared: bool) -> int:
-        """Tokens of the step: with shared prompts, or each conversation whole."""
+        """Return the tokens of the step: with shared prompts, or each conversation whole."""
         return self.num_pairs * ((1 if shared else 2) * self.prompt_tokens + 2 * self.response_tokens)
 
     def attention_pairs(self, shared: bool) -> int:
-        """Query-key pairs of causal attention in one layer: n (n + 1) / 2 for a sequence of n tokens.
+        """Return query-key pairs of causal attention in one layer: n (n + 1) / 2 for a sequence of n tokens.
 
         A shared prompt attends to itself once; each response attends to the prompt and to itself.
         """
@@ -50,7 +50,7 @@ class Workload:
 
     @property
     def anchor_pairs(self) -> int:
-        """Query-key pairs of a layer with queries at the anchors only."""
+        """The query-key pairs of a layer with queries at the anchors only."""
         return self.num_pairs * 2 * (self.prompt_tokens + self.response_tokens)
 
 
@@ -60,7 +60,7 @@ def _causal(length: int) -> int:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one step: a multiplication and an addition are two."""
+    """The floating-point operations of one step: a multiplication and an addition are two."""
 
     forward: int = 0
     backward: int = 0
@@ -77,7 +77,7 @@ class Flops:
 def step_flops(
     network: RewardNetwork, load: Workload, *, shared: bool, images_once: bool, pruned: bool, checkpointing: bool
 ) -> dict[str, Flops]:
-    """Operations of one optimizer step by part: "vision", "language", "attention".
+    """Return the operations of one optimizer step by part: "vision", "language", "attention".
 
     A matrix of P parameters costs per row 2 P forward; backward 2 P for the gradient of its input, if
     anything before it is trained, and 2 P for its own, if it is. An attention with queries of width
@@ -129,7 +129,7 @@ _ROWS = {"vision tower": "tower rows", "projector": "image tokens", "language mo
 
 
 def _matrices(network: RewardNetwork) -> Iterator[_Matrix]:
-    """All matrices of a forward pass; embeddings are looked up, not multiplied."""
+    """Yield all matrices of a forward pass; embeddings are looked up, not multiplied."""
     tower, layers = network.tower, language_of(network).layers
     parts, reached = parts_of(network), _gradient_reaches(network)
     of_pixels = set() if tower is None else set(_products(tower.embedding))
@@ -154,12 +154,12 @@ def _matrices(network: RewardNetwork) -> Iterator[_Matrix]:
 
 
 def _products(module: nn.Module) -> Iterator[nn.Module]:
-    """Linear and convolution layers, in order."""
+    """Return the linear and convolution layers, in order."""
     return (part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d))
 
 
 def _gradient_reaches(network: RewardNetwork) -> dict[str, bool]:
-    """For each part: is anything in it or before it trained, so that gradients pass through it?"""
+    """Return for each part whether gradients pass through it: something in it or before it is trained."""
     trained = [count.trainable > 0 for count in count_parameters(network).values()]
     return {part: any(trained[: number + 1]) for number, part in enumerate(PARTS)}
 
@@ -195,12 +195,15 @@ def _patches_per_token(network: RewardNetwork) -> int:
     return 1 if network.tower is None else network.tower.shape.merge**2
 
 
-# The group that costs are computed for: one image at its largest, one question, two responses.
+# The group for which costs are computed: one image at its largest, one question, two responses.
 PROMPT_TEXT_TOKENS = 100  # question and chat template
 RESPONSE_TOKENS = 300
 
 
 def typical_workload(config: Config, network: RewardNetwork) -> Workload:
-    """A step of groups with two responses and, if the model sees, one image at its largest."""
+    """Return a step of groups with two responses and, for a vision model, one image at its largest.
+
+    The largest image has data.max_pixels for Qwen and data.max_tiles for InternVL.
+    """
     image_tokens, key = (0, "data.max_pixels") if network.tower is None else network.tower.largest_image(config.data)
     return Workload(config.optim.batch_pairs, image_tokens, PROMPT_TEXT_TOKENS, RESPONSE_TOKENS, key)

@@ -18,7 +18,7 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class PackShape:
-    """Sizes of a pack.
+    """The sizes of a pack.
 
     Attributes:
         lengths, parents: of its segments, in row order.
@@ -35,7 +35,7 @@ class PackShape:
 
     @property
     def num_patches(self) -> int:
-        """Patches of all images, before they are merged into tokens."""
+        """The number of patches of all images, before they are merged into tokens."""
         return sum(math.prod(grid) for grid in self.grids)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""When each storage of a pass comes and goes; and the same for a network with more layers than have run.
+"""The lifetimes of storages in a pass, also for a network with more layers than have run.
 
 A `Meter` notes the storages that operations make while a pass runs. Layers of one kind do the same, so that a few
 of them are enough: `repeated` copies what a layer's storages did to all layers that stand between the same neighbours.
@@ -35,7 +35,7 @@ class Moment(NamedTuple):
 
 @dataclass
 class Life:
-    """One storage.
+    """The life of one storage.
 
     Attributes:
         part: of the network whose weights were read last when it was made.
@@ -53,7 +53,7 @@ class Life:
 
 
 class Meter(TorchDispatchMode):
-    """Notes the lives of all storages that are made while it is entered.
+    """A mode that notes the lives of all storages that are made while it is entered.
 
     Args:
         parts: storages that are there before, such as weights, are not counted; the part that each belongs to.
@@ -101,17 +101,17 @@ class Meter(TorchDispatchMode):
         self._lives[number].died = self._now()
 
     def begin(self, layer: int | None, backward: bool) -> None:
-        """Say that the pass has come to a layer."""
+        """Note that the pass has come to a layer."""
         self._backward, self._layer, self._event = backward, layer, 0
 
     def take(self, parameter: torch.Tensor) -> None:
-        """Say that the gradient of a parameter has been added to `.grad`."""
+        """Note that the gradient of a parameter has been added to `.grad`."""
         if (found := self._alive.get(storage_of(parameter.grad))) is not None:
             _, number = found
             self._lives[number].taken = self._now()
 
     def lives(self) -> list[Life]:
-        """Return what has been noted; nothing is noted any more."""
+        """Return the noted lives, and stop noting."""
         self._alive.clear()
         return self._lives
 
@@ -127,7 +127,7 @@ def storage_of(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Fullest:
-    """What is alive when a pass holds the most, in bytes.
+    """The storages that are alive when a pass holds the most, in bytes.
 
     Attributes:
         when: the direction, and the part of the network whose weights were read last.
@@ -160,7 +160,7 @@ def fullest(lives: Sequence[Life], num_layers: int, gradients_stay: bool) -> Ful
     turn = num_layers + 1, 0  # where the backward pass begins
 
     def place(moment: Moment | None) -> tuple[int, int]:
-        """Where a moment stands: forward from the first layer to the last, then backward."""
+        """Return the place of a moment: forward from the first layer to the last, then backward."""
         if moment is None:
             return 2 * num_layers + 2, 0
         if not moment.backward:
@@ -223,7 +223,7 @@ def repeated(lives: Sequence[Life], kinds: Sequence, kept: Sequence[int]) -> lis
         layers_of.setdefault(around, []).append(number)
 
     def moved(moment: Moment | None, origin: int | None, number: int | None) -> Moment | None:
-        """A moment in the life of a storage that layer `number` makes, from that of one made in place `origin`."""
+        """Return a moment in the life of a storage of layer `number`, from that of one made in place `origin`."""
         if moment is None or moment.layer is None:
             return moment
         place = places[moment.layer]
@@ -245,6 +245,6 @@ def repeated(lives: Sequence[Life], kinds: Sequence, kept: Sequence[int]) -> lis
 
 
 def _surroundings(kinds: Sequence) -> list[tuple]:
-    """The kinds of each layer and of those around it; None where there is no layer."""
+    """Return the kinds of each layer and of those around it; None where there is no layer."""
     padded = [*[None] * _NEIGHBOURS, *kinds, *[None] * _NEIGHBOURS]
     return [tuple(padded[first : first + 2 * _NEIGHBOURS + 1]) for first in range(len(kinds))]

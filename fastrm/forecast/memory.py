@@ -1,4 +1,4 @@
-"""The memory of one GPU at its fullest: training state, and what a pack needs on top of it.
+"""The memory of one GPU at its fullest: training state, and the needs of a pack in addition.
 
 What is left out: the CUDA context, the communication library's own buffers, fragmentation, and on a CPU
 the libraries' workspaces. `fastrm plan` keeps a reserve for them.
@@ -18,13 +18,13 @@ from fastrm.model.network import RewardNetwork
 from fastrm.train.optim import training_bytes
 
 MODES = ("none", "selective", "full")
-# DeepSpeed's default of stage3_max_live_parameters: gathered weights that stay before some are let go.
+# DeepSpeed's default of stage3_max_live_parameters: gathered weights that stay before some are freed.
 LIVE_PARAMETERS = 10**9
 
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that one GPU holds from step to step, and while gradients are sent.
+    """The bytes that one GPU holds from step to step, and while gradients are sent.
 
     Attributes:
         weights: as the forward pass reads them, and DeepSpeed's own copy of this rank's share.
@@ -43,7 +43,7 @@ class State:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes of one GPU at the moment when it holds the most.
+    """The bytes of one GPU at the moment when it holds the most.
 
     Attributes:
         when: in words.
@@ -62,12 +62,12 @@ class PeakMemory:
 
     @property
     def total(self) -> int:
-        """Of all parts."""
+        """The sum of all parts."""
         return sum(value for name, value in vars(self).items() if name != "when")
 
 
 def training_state(network: RewardNetwork, config: Config, num_gpus: int) -> State:
-    """Exact sizes on one GPU; on several, those of float32 under ZeRO (Rajbhandari et al. 2020, section 3).
+    """Return exact sizes on one GPU; on several, those of float32 under ZeRO (Rajbhandari et al. 2020, section 3).
 
     There, DeepSpeed keeps a second float32 copy of the weights that a rank updates (Psi / N).
     """
@@ -78,7 +78,9 @@ def training_state(network: RewardNetwork, config: Config, num_gpus: int) -> Sta
 
 
 def zero_state(parameters: Parameters, stage: int, num_gpus: int) -> State:
-    """Float32 training state of one of `num_gpus` ranks: 4 bytes a weight, 4 a gradient, 4 + 8 that are divided.
+    """Return the float32 training state of one of `num_gpus` ranks.
+
+    A trained element has 4 bytes of weight and 4 of gradient, and 4 + 8 bytes that are divided over the ranks.
 
     Stage 1 keeps whole gradients until the update. Stages 2 and 3 reduce each bucket of gradients as it fills,
     and hold the bucket and its flat copy for that.
@@ -95,14 +97,14 @@ def zero_state(parameters: Parameters, stage: int, num_gpus: int) -> State:
 
 
 def _share(num_elements: int, num_gpus: int) -> int:
-    # Rounded up: the last share is padded.
+    # The division rounds up: the last share is padded.
     return -(-num_elements // num_gpus)
 
 
 def peak_memory(
     steps: FakeSteps, config: Config, shape: PackShape, attention: str, num_gpus: int = 1, num_packs: int = 2
 ) -> PeakMemory:
-    """Return what one GPU holds at its fullest moment in a step.
+    """Return the memory of one GPU at its fullest moment in a step.
 
     Args:
         steps: of the network.
@@ -118,10 +120,10 @@ def peak_memory(
         gradients = state.gradients
     elif growing:
         gradients = found.gradients
-    else:  # those of earlier packs
+    else:  # the gradients of earlier packs
         gradients = ELEMENT * sum_parameters(count_parameters(steps.network)).trainable
     during = _at(found, state, gradients)
-    # All gradients are there, and nothing of a pack is left.
+    # All gradients are there, and all memory of a pack is freed.
     update = _at(Fullest("update", 0, 0, 0, 0), state, state.gradients)
     return max(during, update, key=lambda peak: peak.total)
 
@@ -145,7 +147,7 @@ def peak_of(steps: FakeSteps, config: Config, num_gpus: int, load: Workload, num
 
 
 def gpu_attention(config: Config) -> str:
-    """Return the implementation of `tree_attention` that a configuration is taken to run on a GPU."""
+    """Return the implementation of `tree_attention` that a configuration is assumed to run on a GPU."""
     backend = config.model.attention
     if backend == "auto":
         backend = "triton" if config.kernels == "triton" else "flash"

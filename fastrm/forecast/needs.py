@@ -1,4 +1,4 @@
-"""What a run needs of a machine at its highest: memory while it loads, trains, saves and exports; and disk."""
+"""The highest needs of a run: memory while it loads, trains, saves and exports; and disk."""
 
 import sys
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ LIBRARIES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Phases:
-    """Bytes of memory at the highest moment of each part of a run; `saving` is of a checkpoint."""
+    """The bytes of memory at the highest moment of each part of a run; `saving` is of a checkpoint."""
 
     loading: int
     training: int
@@ -33,7 +33,7 @@ class Phases:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes below run.dir, the prepared data left out.
+    """The bytes below run.dir, without the prepared data.
 
     Attributes:
         checkpoint: bytes of one checkpoint.
@@ -53,7 +53,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Least:
-    """What a run cannot do without, whatever its data are.
+    """The least needs of a run, whatever its data are.
 
     Attributes:
         least: host memory of a process that computes on the CPU: weights, gradients and AdamW's states.
@@ -68,7 +68,7 @@ class Least:
 
 @dataclass(frozen=True)
 class Needs(Least):
-    """What a run needs.
+    """The needs of a run.
 
     Attributes:
         cpu: host memory of a process that computes on the CPU.
@@ -82,7 +82,7 @@ class Needs(Least):
 
 
 def least_of(config: Config, network: RewardNetwork, num_gpus: int = 1) -> Least:
-    """Return what a run cannot do without, by arithmetic.
+    """Compute the least needs of a run.
 
     Args:
         network: not fused; may be on the meta device.
@@ -94,7 +94,7 @@ def least_of(config: Config, network: RewardNetwork, num_gpus: int = 1) -> Least
 
 
 def needs_of(steps: FakeSteps, config: Config, load: Workload, num_gpus: int = 1, num_packs: int = 2) -> Needs:
-    """Return what a run needs, from shapes alone.
+    """Compute the needs of a run from shapes alone.
 
     Args:
         steps: of its network.
@@ -111,7 +111,7 @@ def needs_of(steps: FakeSteps, config: Config, load: Workload, num_gpus: int = 1
     shape = full_pack(config, load, network)
     waiting = _waiting_packs(config, network, shape)
     on_cpu = peak_memory(steps, config, shape, "eager", num_gpus, num_packs)
-    # The parts of fused projections have no memory of their own, and are copied to be written.
+    # The parts of fused projections have no memory of their own, so that writing copies them.
     copied = shard if config.model.fuse_projections else 0
     cpu = (placed + CHUNK_BYTES, on_cpu.total + waiting, kept + copied, kept + largest)
     local = min(num_gpus, GPUS_PER_NODE)
@@ -127,9 +127,9 @@ def needs_of(steps: FakeSteps, config: Config, load: Workload, num_gpus: int = 1
 
 
 def _placed(config: Config, network: RewardNetwork, state: State, num_gpus: int) -> tuple[int, int]:
-    """Weights where they are used when the last has come, and those that are made on the host before."""
+    """Return bytes of weights in their places, and of those that are made on the host before."""
     everything = FLOAT * sum_parameters(count_parameters(network)).total
-    # Random weights are made whole, in float32; those of files are read into their place.
+    # Random weights are made whole, in float32; weights of files are read into their places.
     made = everything if config.model.path is None else 0
     return max(made, _loaded(config, state, everything, _largest(network), num_gpus)), made
 
@@ -139,15 +139,15 @@ def _largest(network: RewardNetwork) -> int:
 
 
 def _loaded(config: Config, state: State, everything: int, largest: int, num_gpus: int) -> int:
-    """Weights where they are used, when all of a file's have come."""
+    """Return the most bytes while weights are loaded."""
     if num_gpus == 1:
         return state.weights
-    # DeepSpeed takes float32. Under ZeRO-3 a rank keeps its part of each weight and lets the rest go.
+    # DeepSpeed takes float32. Under ZeRO-3 a rank keeps its part of each weight and frees the rest.
     return -(-everything // num_gpus) + largest if config.engine.zero_stage == 3 else everything
 
 
 def _waiting_packs(config: Config, network: RewardNetwork, shape: PackShape) -> int:
-    """Pixels, as bytes, of the packs that data workers have made ahead."""
+    """Return bytes of the pixels of packs that data workers have made ahead."""
     if not shape.grids:
         return 0
     form = network.tower.plain_patches
@@ -157,7 +157,7 @@ def _waiting_packs(config: Config, network: RewardNetwork, shape: PackShape) -> 
 
 
 def disk_of(config: Config, network: RewardNetwork) -> Disk:
-    """What a run writes below run.dir. Checkpoints hold weights and states as one process has them in memory."""
+    """Compute the disk space of a run below run.dir. Checkpoints hold weights and states as one process does."""
     state = training_state(network, config, 1)
     backbone, head = (sum(p.numel() for p in part.parameters()) for part in (network.model, network.score))
     export = export_dtype(config).itemsize * backbone + FLOAT * head
@@ -165,7 +165,7 @@ def disk_of(config: Config, network: RewardNetwork) -> Disk:
 
 
 def num_checkpoints(config: Config) -> int:
-    """Checkpoints that are there at a time, at most: those that are kept, the best one, and one that is written."""
+    """Return the most checkpoints at a time: those that are kept, the best one, and the one that is written."""
     run, data, last = config.run, config.data, config.run.max_steps
     has_data = bool(data.eval) or any(source.held_out for source in data.train)
     eval_every = run.eval_every if has_data else 0

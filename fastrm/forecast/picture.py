@@ -1,4 +1,4 @@
-"""The picture of a plan: how well more GPUs pay, and what a step's time is spent on."""
+"""The picture of a plan: the efficiency of more GPUs, and the parts of a step's time."""
 
 from dataclasses import replace
 from pathlib import Path

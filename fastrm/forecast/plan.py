@@ -1,4 +1,4 @@
-"""`fastrm plan`: what a run needs on so many GPUs, before there is one."""
+"""The plan of a run on a number of GPUs, before there is one: the content of `fastrm plan`."""
 
 import bisect
 from collections.abc import Callable
@@ -27,14 +27,14 @@ from fastrm.train.optim import training_bytes
 # Share of the communication that runs beside the backward pass. DeepSpeed overlaps with ZeRO-3 alone unless told
 # otherwise; how much of it then hides is a guess.
 ASSUMED_OVERLAP = {1: 0.0, 2: 0.0, 3: 0.5}
-# Pairs for each GPU in the second curve of the picture, where the step grows with the number of GPUs.
+# Preferences per GPU in the second curve of the picture, where the step grows with the number of GPUs.
 GROWING_PAIRS = 16
 LARGEST = 1024
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan cannot know. Every one is printed.
+    """The facts that a plan cannot know. Every one is printed.
 
     Attributes:
         num_gpus, gpu: of the run.
@@ -63,7 +63,7 @@ class Assumptions:
     results: Path = RESULTS
 
     def network_of(self, stage: int) -> Network:
-        """What ranks are connected by: given values, or 80 % of the datasheets'."""
+        """Return the network between ranks: given values, or 80 % of the datasheets'."""
         return Network(
             self.nvlink or 0.8 * self.gpu.nvlink,
             self.network or 0.8 * NETWORK,
@@ -73,13 +73,13 @@ class Assumptions:
 
     @property
     def usable_bytes(self) -> int:
-        """GPU memory that a plan may fill."""
+        """GPU memory in bytes that a plan may fill."""
         return self.gpu.memory_bytes - self.reserve_bytes
 
 
 @dataclass(frozen=True)
 class TimePlan:
-    """How long a run takes; times in seconds.
+    """The time that a run takes; times in seconds.
 
     Attributes:
         origin: of the architecture, in words.
@@ -114,13 +114,13 @@ class TimePlan:
 
     @property
     def num_steps(self) -> float:
-        """Optimizer steps of an epoch."""
+        """The number of optimizer steps of an epoch."""
         return self.assumptions.num_pairs / self.work.num_pairs
 
 
 @dataclass(frozen=True)
 class Plan(TimePlan):
-    """Everything that `fastrm plan` finds out: time, and sizes in bytes.
+    """The results of `fastrm plan`: time, and sizes in bytes.
 
     Attributes:
         memory: of the configured way; `fits` of all ways.
@@ -210,7 +210,7 @@ def steps_of(config: Config, *progress: Callable[..., None]) -> FakeSteps:
 
 
 def _network_of(config: Config) -> tuple[RewardNetwork, str]:
-    """The network on the meta device, and where its architecture was found."""
+    """Return the network on the meta device, and the source of its architecture."""
     try:
         architecture, origin = find_architecture(config.model)
     except LookupError as error:
@@ -244,7 +244,7 @@ def _rate(config: Config, assumptions: Assumptions) -> Rate:
 def _compute_seconds(
     config: Config, assumptions: Assumptions, flops: dict[str, Flops], rate: Rate
 ) -> tuple[float, list[str]]:
-    """Seconds of a step's forward and backward passes on one GPU, and what is assumed for them besides the rate."""
+    """Return seconds of a step's forward and backward pass on one GPU, and the assumptions besides the rate."""
     compute = sum(part.total for part in flops.values()) / rate.flops
     if config.precision.fp8 == "off" or rate.measured:
         return compute, []
@@ -259,14 +259,18 @@ def _compute_seconds(
 
 
 def _fp8_share(config: Config, network: RewardNetwork) -> float:
-    """Share in FP8 of the operations of the language model's matrices. Converts the network."""
+    """Return the share in FP8 of the operations of the language model's matrices. It converts the network."""
     if config.model.fuse_projections:
         network.fuse_projections()
     return convert_to_fp8(network, config.precision.fp8, emulate=True).flops_share
 
 
 def _work(config: Config, assumptions: Assumptions, network: RewardNetwork, load: Workload, compute: float) -> Work:
-    """Args: compute: seconds of a step's forward and backward passes on one GPU."""
+    """Return the work of a step.
+
+    Args:
+        compute: seconds of a step's forward and backward passes on one GPU.
+    """
     state = training_bytes(network, config)
     total = sum_parameters(count_parameters(network))
     # Weights and moments are read and written, gradients read.
@@ -284,7 +288,7 @@ def _work(config: Config, assumptions: Assumptions, network: RewardNetwork, load
 
 
 def _fits(steps: FakeSteps, config: Config, num_gpus: int, load: Workload, num_packs: int) -> list[Fit]:
-    """All ways to run on that number of GPUs, and on one alone."""
+    """Return all ways to run on that number of GPUs, and on one alone."""
     found = [(way, packs_of_a_step(config, load, 1)) for way in ways(config, 1)]
     if num_gpus > 1:
         found += [(way, num_packs) for way in ways(config, num_gpus)]
@@ -298,7 +302,7 @@ def _fits(steps: FakeSteps, config: Config, num_gpus: int, load: Workload, num_p
 def _largest_pack(
     steps: FakeSteps, config: Config, assumptions: Assumptions, load: Workload, num_packs: int
 ) -> int | None:
-    """Tokens of the largest pack that fits, in whole thousands of 1,024; None if one thousand does not."""
+    """Return the tokens of the largest pack that fits, a multiple of 1,024; None if 1,024 do not."""
 
     def fits(thousands: int) -> bool:
         tokens = 1024 * thousands

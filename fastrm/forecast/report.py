@@ -30,7 +30,7 @@ PARTS = {
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Assumptions first, then memory, communication, time and what to do."""
+    """Print assumptions, then memory, communication, time and advice."""
     _print_assumptions(plan, console)
     print_parameters(console, plan.parameters, plan.origin)
     _print_memory(plan, console)
@@ -44,7 +44,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def advice(plan: Plan) -> list[str]:
-    """Sentences: does it fit, and what else is worth changing?"""
+    """Return sentences on whether the run fits, and on other changes that are worth making."""
     given = plan.assumptions
     lines = advise(plan.config, given.num_gpus, plan.memory, plan.fits, given.usable_bytes, plan.largest_pack)
     idle = given.num_gpus - plan.step.busy_gpus
@@ -172,12 +172,12 @@ def _time_row(plan: Plan, step: StepTime) -> list[str]:
 
 
 def days(plan: TimePlan, step: StepTime) -> float:
-    """Of an epoch."""
+    """Return the days of an epoch."""
     return math.ceil(plan.num_steps) * step.total / 86400
 
 
 def as_json(plan: Plan) -> dict:
-    """The whole plan in plain types; sizes in bytes, times in seconds."""
+    """Return the whole plan in plain types; sizes in bytes, times in seconds."""
     given = plan.assumptions
     steps = {"configured": plan.steps, f"{GROWING_PAIRS} pairs for each GPU": plan.growing}
     return {

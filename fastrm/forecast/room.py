@@ -1,4 +1,4 @@
-"""Whether this machine has what a run needs, before the run begins; and the table of what it needs."""
+"""A check that this machine has room for a run, before it begins, and the table of its needs."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def check_room(config: Config, num_ranks: int = 1, num_local: int = 1) -> None:
 
 
 def memory_problem(config: Config, needs: Least, on_gpu: bool, num_local: int) -> str | None:
-    """What is too little about the host's memory, and what to change; None if a run may fit."""
+    """Return a message if the host's memory is too small, with the change that helps; None if a run may fit."""
     least, there = num_local * (needs.least_on_gpu if on_gpu else needs.least), available_memory()
     if least <= there:
         return None
@@ -73,7 +73,7 @@ def memory_problem(config: Config, needs: Least, on_gpu: bool, num_local: int) -
 
 
 def disk_problem(config: Config, disk: Disk) -> str | None:
-    """What is too little about the disk of run.dir, and what to change; None if all fits."""
+    """Return a message if the disk of run.dir is too small, with the change that helps; None if all fits."""
     run_dir = Path(config.run.dir)
     try:
         there = free_disk(run_dir) + _written(run_dir)
@@ -91,19 +91,19 @@ def disk_problem(config: Config, disk: Disk) -> str | None:
 
 
 def disk_text(disk: Disk) -> str:
-    """What is on the disk at its fullest, in words."""
+    """Return the files on the disk at its fullest, in words."""
     one = f"checkpoint{'s' * (disk.num_checkpoints > 1)} of {gib(disk.checkpoint)} GiB"
     return f"{disk.num_checkpoints} {one} and the model of {gib(disk.export)} GiB"
 
 
 def _written(run_dir: Path) -> int:
-    """Bytes of checkpoints and model that an earlier part of the run has left there: they give way to new ones."""
+    """Return bytes of checkpoints and model of an earlier part of the run, which new ones replace."""
     files = (file for name in ("checkpoints", "model") for file in (run_dir / name).rglob("*"))
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def print_needs(console: Console, config: Config, needs: Needs, num_gpus: int) -> None:
-    """A table of memory at its highest, and a line on disk; of a run in one process, on a CPU too."""
+    """Print a table of memory at its highest, and a line on disk; for one process, also on a CPU."""
     columns = {f"host of {gpus(min(num_gpus, GPUS_PER_NODE))}": needs.host, "each GPU": needs.gpu}
     if num_gpus == 1:
         columns = {"host, on a CPU": needs.cpu} | columns
@@ -115,7 +115,7 @@ def print_needs(console: Console, config: Config, needs: Needs, num_gpus: int) -
 
 
 def print_problems(console: Console, config: Config, needs: Needs) -> None:
-    """Lines on what this machine has too little of for one process of the run."""
+    """Print lines on what this machine has too little of for one process of the run."""
     on_gpu = pick_device(config.run.device).type != "cpu"
     for problem in filter(None, (memory_problem(config, needs, on_gpu, 1), disk_problem(config, needs.disk))):
         say(console, f"  Not on this machine: {problem}.")

@@ -32,7 +32,7 @@ def _gate(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps its input and a float32 number for each row."""
+    """An RMSNorm that keeps its input and a float32 number for each row."""
 
     @staticmethod
     def forward(ctx, states, weight):
@@ -46,7 +46,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """Keeps its inputs and writes their gradients over them."""
+    """A SwiGLU that keeps its inputs and writes their gradients over them."""
 
     @staticmethod
     def forward(ctx, gate, up):
