@@ -9,7 +9,11 @@ import json
 import os
 import sys
 
+import matplotlib.figure  # noqa: F401
+import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+
 import fastrm.evaluate.files
+import fastrm.forecast.dry_run
 import fastrm.train.loop  # noqa: F401
 from fastrm import cli
 from fastrm.stop import end_with_parent

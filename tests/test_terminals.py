@@ -76,8 +76,8 @@ def assert_readable(shown, width):
 
 def words_of(shown):
     """Numbers and short words, which nothing breaks; without lines of times and speeds, and the JSON for programs."""
-    text = "\n".join(line for line in shown.raw.splitlines() if " s, " not in line)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.partition('{"exit_code"')[0])
+    text = str(shown).partition('{"exit_code"')[0]
+    text = "\n".join(line for line in text.splitlines() if not re.search(r"\[[\d,]+ s[,\]]", line))
     return Counter(word for word in DRAWN.sub(" ", re.sub("--+", " ", text)).split() if len(word) <= SHORT)
 
 
