@@ -26,6 +26,8 @@ def planned_bytes(model: str, config: Config, shape: TrainingShape, variant: Var
     """
     if variant.plain or not (variant.share and variant.image_once and variant.prune):
         return None
+    if variant.fp8 != "off" and config.precision.dtype != "bf16":
+        return None  # the small model's float32 products in FP8: no run is configured so
     settings = {"model.fuse_projections": variant.fuse, "precision.fp8": variant.fp8}
     planned = with_settings(config, settings).model_copy(
         update={"kernels": variant.kernels, "compile": "layers" if variant.compile else "off"}
