@@ -18,6 +18,7 @@ from ablation_grids import write_grid
 from fastrm.evaluate.benchmarks.benchmark import load_benchmark
 from runs import colour_rows, text_rows, tiny_config, write_rows
 from terminals import Terminals, screen
+from waiting import PATIENCE
 
 BENCHMARKS = {
     "multimodal_rewardbench": ("data/all_data.json", published.write_json, published.multimodal_rows),
@@ -145,7 +146,7 @@ def test_a_file_without_the_characters_gets_others(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Größe?", "chosen": "√2", "rejected": "no"}])
     command = [sys.executable, "-m", "fastrm.cli", "data", "check", str(rows)]
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode("ascii")
     assert "-----" in text and r"\u221a2" in text
