@@ -22,7 +22,7 @@ def _say() -> None:
 
 def _sleep(*_, **__) -> None:
     _say()
-    time.sleep(600)
+    time.sleep(3600)
 
 
 def _deadlock(*_, **__) -> None:
@@ -76,7 +76,7 @@ def swallowing() -> None:
         _say()
         while True:
             try:
-                time.sleep(600)
+                time.sleep(3600)
             except BaseException:
                 continue
 

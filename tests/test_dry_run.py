@@ -142,7 +142,8 @@ def test_dry_run_sizes_follow_the_configuration(small_config):
     assert plain[name]["none"].activations > memory[name]["none"].activations > memory[name]["full"].activations
 
 
-def test_dry_run_marks_the_configured_activations(small_config, capsys):
+def test_dry_run_marks_the_configured_activations(small_config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")  # at 80 the heading is broken
     dry_run(small_config("model.activation_checkpointing=full"))
     assert "full (as configured)" in capsys.readouterr().out
     dry_run(small_config())

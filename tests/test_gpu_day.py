@@ -106,7 +106,7 @@ def test_stages_of_a_group_run_side_by_side(run):
 def test_the_day_ends_in_time(run, monkeypatch):
     """A stage gets what is left, and one that cannot do with it is left out."""
     monkeypatch.setattr(gpu_runner, "END_SECONDS", 1)
-    sleep = "import time; time.sleep(600)"
+    sleep = "import time; time.sleep(3600)"
     start = time.monotonic()
     found, _ = run([[python("long", sleep, 500, least=1)], [python("late", WRITE, 500, least=1)]], seconds=3)
     assert time.monotonic() - start < 30
@@ -156,7 +156,7 @@ from pathlib import Path
 from gpu_day import run
 from gpu_runner import Stage
 def python(name, code): return [Stage(name, "a question", (sys.executable, "-c", code, "{{out}}"), 300)]
-slow = {write!r} + "; import time; time.sleep(600)"
+slow = {write!r} + "; import time; time.sleep(3600)"
 sys.exit(run([python("first", {write!r}), python("slow", slow), python("after", {write!r})], Path({out!r}), 900, True))
 """
 

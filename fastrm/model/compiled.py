@@ -1,5 +1,6 @@
 """The use of torch.compile for layers, with a count of its graphs: silent recompilation makes every step slow."""
 
+import itertools
 import types
 from collections.abc import Callable
 
@@ -37,13 +38,19 @@ class CompiledGraphs:
             return backend(graph, example_inputs)
 
 
-def own_copy(function: Callable) -> Callable:
-    """Return the same function with a code object of its own.
+_numbers = itertools.count()
 
-    torch.compile counts graphs by the code they are made of, and refuses more than a few: two networks of
-    one process would use up each other's.
+
+def own_copy(function: Callable) -> Callable:
+    """Return the same function with a code object and a code name of its own.
+
+    torch.compile counts graphs by the code object, and refuses more than a few. It remembers by file, line and name
+    which sizes have changed, and makes them inputs of the next graph. Two networks of one process would use up each
+    other's graphs, and the second would be compiled for the sizes of both.
     """
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    code = function.__code__
+    code = code.replace(co_name=f"{code.co_name}_{next(_numbers)}")
+    return types.FunctionType(code, function.__globals__, function.__name__)
 
 
 def mark_dynamic(*inputs) -> None:
