@@ -172,7 +172,8 @@ def test_dry_run_and_plan_agree_about_memory(overrides):
     ours = dry_run(config, quiet())["memory"]
     compared, steps = set(), steps_of(config)
     for count in (1, 8, 64):
-        for fit in make_plan(config, Assumptions(count, find_gpu("h100"), 1000, "--pairs", results=ROOT), steps).fits:
+        assumed = Assumptions(count, find_gpu("h100"), 1000, "--pairs", results=ROOT)
+        for fit in make_plan(config, assumed, steps).fits:
             if fit.way.num_gpus == count:
                 assert ours[fit.way.label][fit.checkpointing].total == fit.peak.total, fit
                 compared.add(fit.way.label)
