@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 from fastrm.config import Config  # noqa: E402
 from fastrm.data.group import GroupSize, encode_group  # noqa: E402
@@ -22,7 +22,7 @@ from fastrm.evaluate.reward_model import DTYPES  # noqa: E402
 from fastrm.model.exactness import ROUNDINGS, Agreement, check_network, describe  # noqa: E402
 from fastrm.model.samples import pick_samples  # noqa: E402
 from fastrm.train.setup import make_network  # noqa: E402
-from support import make_image, make_record  # noqa: E402
+from tests.helpers.support import make_image, make_record  # noqa: E402
 
 
 def measure(path: str, dtype: str) -> list[Agreement]:

@@ -43,8 +43,8 @@ def kernels(*arguments: str) -> tuple[str, ...]:
 
 def gpu_tests() -> list[str]:
     """Test files with tests that need a GPU."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [f"tests/{file.name}" for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
 def stages(wheels: Path | None) -> list[list[Stage]]:
@@ -137,7 +137,7 @@ def _small(stage: Stage) -> Stage:
     if stage.name == "unpack":
         return stage
     if stage.name == "tests":
-        files = ["tests/test_tree_attention.py"]
+        files = ["tests/kernels/test_tree_attention.py"]
         return replace(stage, command=bench("gpu_tests.py", "--out", "{out}", "-n", "2", "-m", "not gpu", *files))
     python, script, *arguments = stage.command
     if stage.name.startswith("train-"):

@@ -9,13 +9,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Their asserts show values, as those in test files do.
-pytest.register_assert_rewrite("drop_in_models", "head_cases", "precision", "runs", "source_rows", "stock", "support")
+# Asserts of helpers show values, as those in test files do.
+pytest.register_assert_rewrite("tests.helpers")
 
-from killed_runs import server  # noqa: E402, F401  (processes that tests of runs kill)
-from runs import colours  # noqa: E402, F401  (data of training runs)
-from smollm2 import smollm2_folder  # noqa: E402, F401  (fixture of the pretrained model's tests)
-from source_rows import read_json_rows, read_one, refusal  # noqa: E402, F401  (fixtures of the readers' tests)
+from tests.helpers.smollm2 import smollm2_folder  # noqa: E402, F401  (fixture of the pretrained model's tests)
 
 
 @pytest.fixture(scope="session", autouse=True)

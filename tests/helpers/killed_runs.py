@@ -1,0 +1,71 @@
+"""Training runs in processes that tests kill, and what must be the same in the end."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastrm.train.metrics import read_rows
+from tests.helpers.own_process import environment
+
+CLOCK = ("preferences_per_second", "tokens_per_second", "data_wait_share")
+
+
+class ForkServer:
+    """Starts training processes and kills them."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
+        )  # fmt: skip
+
+    def start(self, config: Path, resume: str = "auto", patch: str | None = None) -> int:
+        """`fastrm train`; its process id. What it says is in the configuration's name with .log."""
+        return self.command(["train", config, "--resume", resume], Path(f"{config}.log"), patch)
+
+    def command(
+        self, arguments: Sequence, log: Path, patch: str | None = None, environment: dict[str, str] | None = None
+    ) -> int:
+        """`fastrm ARGUMENTS` after the function `patch` of stuck_work, with further variables; its process id."""
+        request = {"arguments": list(map(str, arguments)), "log": str(log), "patch": patch}
+        line = json.dumps({**request, "environment": environment or {}})
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self) -> int:
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    found = ForkServer()
+    yield found
+    found.close()
+
+
+def rows_without_clock(run_dir: Path) -> list[dict]:
+    """Every logged number but those that depend on the speed of the machine."""
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+def outcome(run_dir: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """What must not differ: the logged numbers and the final weights."""
+    return rows_without_clock(run_dir), load_file(run_dir / "model" / "model.safetensors")
+
+
+def assert_same(run_dir: Path, unbroken: tuple[list[dict], dict[str, torch.Tensor]]) -> None:
+    rows, weights = outcome(run_dir)
+    assert rows == unbroken[0]
+    assert weights.keys() == unbroken[1].keys()
+    assert all(torch.equal(weights[name], unbroken[1][name]) for name in weights)

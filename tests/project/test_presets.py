@@ -1,0 +1,70 @@
+"""The shipped settings of other reward models: they load, are sized, and train on a tiny model."""
+
+import json
+
+import pytest
+import yaml
+from rich.console import Console
+
+from fastrm.config import load_config
+from fastrm.forecast.dry_run import dry_run
+from tests.helpers import runs
+from tests.helpers.project import PROJECT
+from tests.helpers.support import FAMILIES
+
+CONFIGS = PROJECT / "configs"
+PRESETS = ["ixc_2_5_reward", "mm_rlhf_reward"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_loads_and_is_sized(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    report = dry_run(config, Console(quiet=True))
+    trained = {part: count.trainable > 0 for part, count in report["parameters"].items()}
+    assert trained["language model"] and trained["head"] and not trained["vision tower"]
+    assert trained["projector"] == (name == "mm_rlhf_reward")
+    flops = report["step"]["ways"]["fastrm"]["flops"]["language"].total
+    unpruned = report["step"]["ways"]["shared prompts"]["flops"]["language"].total
+    # A mean needs the last layer for every token.
+    assert (flops == unpruned) == (config.model.pooling == "mean")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_says_where_every_value_comes_from(name):
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    values = [line for line in lines if ":" in line and not line.lstrip().startswith(("#", "-")) and line[-1] != ":"]
+    assert len(values) > 15
+    unmarked = [line for line in values if not any(mark in line for mark in ("[P]", "[C]", "[B]", "[ours]"))]
+    assert not unmarked
+
+
+def test_presets_set_what_their_models_are_known_for():
+    ixc, mm_rlhf = (load_config(CONFIGS / f"{name}.yaml").model for name in PRESETS)
+    assert (ixc.head.layers, ixc.pooling) == (1, "mean") and set(ixc.freeze) == {"vision", "projector"}
+    assert (mm_rlhf.head.layers, mm_rlhf.head.activation, mm_rlhf.pooling) == (2, "tanh", "anchor")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_trains_a_tiny_model(name, family, tmp_path):
+    from fastrm.train.loop import train
+
+    rows = runs.colour_rows(tmp_path, 8)
+    changed = {
+        "run.dir": str(tmp_path / "run"), "run.max_steps": 2, "run.save_every": 0, "run.device": "cpu",
+        "data.train": [{"path": str(rows)}], "data.max_tokens_per_group": 2048, "data.min_pixels": 784,
+        "data.max_pixels": 3136, "data.num_workers": 0, "data.max_tiles": 2,
+        "model.path": None, "model.init": FAMILIES[family], "model.tokenizer": {"train_vocab_size": 300},
+        "optim.batch_pairs": 6, "optim.tokens_per_pack": 2048,
+    }  # fmt: skip
+    config = load_config(CONFIGS / f"{name}.yaml", [f"{key}={json.dumps(value)}" for key, value in changed.items()])
+    train(config)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    section = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["fastrm"]
+    assert section["pooling"] == config.model.pooling and section["head"] == config.model.head.stored()
+    if family == "internvl":
+        processor = json.loads((tmp_path / "run" / "model" / "preprocessor_config.json").read_text())
+        assert processor["max_patches"] == 2  # data.max_tiles
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"]["pooling"] == config.model.pooling
