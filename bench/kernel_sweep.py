@@ -1,4 +1,4 @@
-"""Try other block sizes of the Triton kernels, for a session that has a GPU and little time.
+"""Try other block sizes of the Triton kernels, for a machine that is there for a short time.
 
 One kernel at a time: its blocks are independent of those of the others, so the number of trials is a sum
 and not a product. Workers compile ahead into Triton's disk cache, which takes most of the time; then each

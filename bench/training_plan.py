@@ -7,6 +7,7 @@ from fastrm.forecast.advice import with_settings
 from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.full_pack import PackShape
 from fastrm.forecast.memory import peak_memory
+from fastrm.model.precision import token_multiple
 from training_models import make_network
 from training_shapes import TrainingShape, Variant
 
@@ -33,14 +34,17 @@ def planned_bytes(model: str, config: Config, shape: TrainingShape, variant: Var
         update={"kernels": variant.kernels, "compile": "layers" if variant.compile else "off"}
     )
     attention = ATTENTION.get(variant.attention, "eager")
-    return peak_memory(_steps(model), planned, pack_of(shape), attention, num_packs=1).total
+    return peak_memory(_steps(model), planned, pack_of(shape, variant.fp8), attention, num_packs=1).total
 
 
-def pack_of(shape: TrainingShape) -> PackShape:
-    """Return the sizes of a shape's one pack."""
-    group = shape.prefix_tokens, (shape.response_tokens,) * shape.num_responses
+def pack_of(shape: TrainingShape, fp8: str = "off") -> PackShape:
+    """Return the sizes of a shape's one pack, whose first prompt is longer by what FP8 fills a pack up with."""
+    responses = (shape.response_tokens,) * shape.num_responses
+    prompts = [shape.prefix_tokens] * shape.num_groups
+    prompts[0] += -(sum(prompts) + shape.num_groups * sum(responses)) % token_multiple(fp8)
     height, width = shape.grid
-    return PackShape.of_groups([group] * shape.num_groups, (1, 2 * height, 2 * width), merge=2, share=True)
+    groups = [(prompt, responses) for prompt in prompts]
+    return PackShape.of_groups(groups, (1, 2 * height, 2 * width), merge=2, share=True)
 
 
 @functools.cache

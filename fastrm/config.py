@@ -102,7 +102,9 @@ class SourceConfig(_Section):
 
     @model_validator(mode="after")
     def _check_origin(self):
-        if not self.path and self.set is None:
+        if "" in (self.path, self.images):
+            raise ValueError("path and images of a source must not be empty: an empty path would be the working folder")
+        if self.path is None and self.set is None:
             raise ValueError("a source needs path, or set: one of the names that `fastrm data sets` lists")
         return self
 
@@ -119,7 +121,9 @@ class AgainstConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.name is None and not self.path:
+        if "" in (self.path, self.images):
+            raise ValueError("path and images must not be empty: an empty path would be the working folder")
+        if self.name is None and self.path is None:
             raise ValueError("data.decontaminate.against: an entry needs name, path, or both")
         return self
 

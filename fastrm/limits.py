@@ -1,4 +1,4 @@
-"""Limits on images and videos, and their defaults, which configurations and the command line share; imports nothing."""
+"""Limits on images and videos, and their defaults, for configurations and the command line; needs no other package."""
 
 from dataclasses import dataclass
 

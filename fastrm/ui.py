@@ -2,7 +2,8 @@
 
 The rules, wherever output goes:
 
-- No number is cut or broken, no row wraps, and no column is left out: a table makes itself fit (tables.py).
+- No number is cut or broken, and no row wraps: a table makes itself fit (tables.py). No column is left out, but for
+  the list of published sets, which names those that a wider terminal shows.
 - Sentences are broken at words. In a file, a message stays in one line, where programs look for it.
 - Progress is a line that is rewritten on a terminal and disappears when the work is done. What stays is what a file
   gets: a plain line at the end of the work, and every PLAIN_SECONDS where nothing can be rewritten.
@@ -164,11 +165,6 @@ def _rate(pieces_per_second: float) -> str:
     if not pieces_per_second:
         return ""
     return f"{pieces_per_second:,.0f}/s" if pieces_per_second >= 10 else f"{pieces_per_second:.2g}/s"
-
-
-def make_table(*columns: str) -> Table:
-    """Return an empty table whose first column is text and whose others are numbers."""
-    return Table(*columns)
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -99,7 +99,7 @@ def _demo() -> tuple[Iterator[Record], Iterator[Record]]:
 
 
 def _long_prompts() -> tuple[Iterator[Record], Iterator[Record]]:
-    """Return the records of the demo whose dialogue is twice as long, in characters, as its longer response."""
+    """Return the records of the demo whose dialogue has twice the characters of its longer response, or more."""
     return tuple(filter(_is_long, half) for half in _demo())
 
 
@@ -144,7 +144,7 @@ def _record(name: str, prompt: str, texts: Sequence[str]) -> Record:
 
 WORKLOADS = {
     "dialogues": Workload("dialogues of several turns, one pair each", _demo, 2, 12),
-    "long prompts": Workload("dialogues twice as long as their responses, one pair each", _long_prompts, 3, 6),
+    "long prompts": Workload("dialogues at least twice as long as their responses, one pair each", _long_prompts, 3, 6),
     "answers": Workload("instructions, answers of up to five models", _answers, 6, 64),
     "captions": Workload("short captions, pairs of one contest", _captions, 24, 160),
     "lists of 8": Workload("eight ranked captions, all 28 pairs", _rated_lists, 28, 224),

@@ -14,7 +14,8 @@ from fastrm.forecast.hardware import Gpu, find_gpu
 from fastrm.forecast.inputs import count_preferences
 from fastrm.forecast.plan import Assumptions, plan_time
 from fastrm.forecast.report import days
-from fastrm.ui import make_console, make_table, say, show
+from fastrm.tables import Table
+from fastrm.ui import make_console, say, show
 
 UNKNOWN = "unknown"
 
@@ -44,7 +45,7 @@ def print_costs(grid: Grid, num_gpus: int, gpu: str) -> None:
     """
     console, hardware = make_console(), find_gpu(gpu)
     costs = cell_costs(grid, num_gpus, hardware)
-    table = make_table("cell", "state", "pairs", "steps", "hours")
+    table = Table("cell", "state", "pairs", "steps", "hours")
     for cell in grid.cells:
         cost = costs[cell.name]
         counts = [UNKNOWN if value is None else f"{value:,}" for value in (cost.pairs, cost.steps)]

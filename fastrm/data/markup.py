@@ -87,7 +87,7 @@ def check_not_closed(messages: tuple[Message, ...], closing: tuple[str, ...]) ->
         words = text
         while words.endswith(closing):
             words = words.removesuffix(next(token for token in closing if words.endswith(token)))
-        if words and words != text and not words[-1].isspace():
+        if words != text and not words.endswith((" ", "\t")):
             raise RecordError(
                 "RENDERED_TEMPLATE",
                 f'message {number + 1}, of role "assistant", ends in {text[len(words) :]!r}, which the chat template '

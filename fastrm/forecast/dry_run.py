@@ -20,6 +20,7 @@ from fastrm.forecast.needs import needs_of
 from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.forecast.room import print_needs, print_problems
 from fastrm.forecast.rows import ROWS, check_rows
+from fastrm.forecast.stand_ins import describe_replaced
 from fastrm.forecast.step_time import packs_of_a_step
 from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.architectures import find_architecture, meta_network
@@ -28,7 +29,7 @@ from fastrm.model.export import check_vocabulary
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import locate
 from fastrm.tables import Table
-from fastrm.ui import Display, gib, make_console, make_table, peta, say, show
+from fastrm.ui import Display, gib, make_console, peta, say, show
 
 GPU_COUNTS = (1, 8, 64)
 
@@ -131,7 +132,7 @@ def _print_table(console: Console, title: str, rows: list[tuple[str, str, str]])
 
 def print_parameters(console: Console, parts: dict[str, Parameters], origin: str) -> None:
     """Print the table of parameters by part."""
-    table = make_table("part", "all", "trained")
+    table = Table("part", "all", "trained")
     for name, count in (*parts.items(), ("all", sum_parameters(parts))):
         table.add_row(name, f"{count.total:,}", f"{count.trainable:,}")
     show(console, f"Parameters (exact; {origin})", table)
@@ -139,17 +140,19 @@ def print_parameters(console: Console, parts: dict[str, Parameters], origin: str
 
 def _print_memory(console: Console, memory: dict, config: Config) -> None:
     configured = config.model.activation_checkpointing
-    table = make_table("way to run", *(f"{mode} (as configured)" if mode == configured else mode for mode in MODES))
+    table = Table("way to run", *(f"{mode} (as configured)" if mode == configured else mode for mode in MODES))
     for label, by_mode in memory.items():
         table.add_row(label, *(gib(by_mode[mode].total) for mode in MODES))
     title = f"Peak memory by activation checkpointing, packs of {config.optim.tokens_per_pack:,} tokens"
     show(console, f"{title}, GiB per GPU (estimate)", table)
+    for line in describe_replaced(config):
+        say(console, f"  - {line}")
     say(console, "  What it is made of, and what fits a GPU: fastrm plan.")
 
 
 def _print_step(console: Console, step: dict) -> None:
     load, found = step["workload"], step["ways"]
-    table = make_table("", *found)
+    table = Table("", *found)
     table.add_row("tokens", *(f"{way['tokens']:,}" for way in found.values()))
     table.add_row("images through the vision tower", *(f"{way['images']:,}" for way in found.values()))
     flops = [way["flops"] for way in found.values()]

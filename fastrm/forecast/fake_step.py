@@ -17,7 +17,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 
 from fastrm.config import Config
 from fastrm.data.packing import Pack
@@ -37,6 +42,10 @@ from fastrm_kernels.tree_attention.blocks import block_layout
 from fastrm_kernels.tree_attention.eager import attend, attend_backward, handle_of
 
 PROGRESS = "memory: steps without data"
+# Operations of which torch does not know what they give without data.
+_UNKNOWN_TO_FAKE_TENSORS = (
+    NotImplementedError, UnsupportedFakeTensorException, DynamicOutputShapeException, DataDependentOutputException,
+)  # fmt: skip
 
 
 class FakeSteps:
@@ -77,6 +86,8 @@ class FakeSteps:
     def lives(self, config: Config, shape: PackShape, attention: str, alone: bool) -> tuple[list[Life], int]:
         """Return the lives of all storages of such a step, and the number of layers that they stand for."""
         narrow = self._narrow(config, alone)
+        # No update is run: 8-bit states, and the package that they need, have no part in the passes.
+        config = config.model_copy(update={"optim": config.optim.model_copy(update={"states": "fp32"})})
         if not narrow:
             precision = config.precision.model_copy(update={"weights": "fp32"})
             config = config.model_copy(update={"precision": precision})
@@ -91,19 +102,22 @@ class FakeSteps:
             self._progress(len(self._found), None)
         return self._found[key]
 
-    def _narrow(self, config: Config, alone: bool) -> frozenset[str]:
-        """Return the names of the weights that are stored in bfloat16."""
+    def _narrow(self, config: Config, alone: bool) -> frozenset[tuple[str, torch.dtype]]:
+        """Return the names and dtypes of the weights that are not stored in float32."""
         if not alone:
             return frozenset()
         pick, stored = storage_dtype(self.network, config.precision, alone), stored_dtype(config.model.path)
         weights = self.network.model.named_parameters()
-        return frozenset(f"model.{name}" for name, weight in weights if pick(name, weight, stored) != torch.float32)
+        dtypes = {f"model.{name}": pick(name, weight, stored) for name, weight in weights}
+        return frozenset((name, dtype) for name, dtype in dtypes.items() if dtype != torch.float32)
 
-    def _fake_network(self, narrow: frozenset[str], fused: bool, recipe: str, emulate: bool) -> RewardNetwork:
-        network = copy.deepcopy(self.network)
+    def _fake_network(
+        self, narrow: frozenset[tuple[str, torch.dtype]], fused: bool, recipe: str, emulate: bool
+    ) -> RewardNetwork:
+        network, dtypes = copy.deepcopy(self.network), dict(narrow)
         for name, parameter in network.named_parameters():
-            if name in narrow:
-                parameter.data = parameter.data.to(torch.bfloat16)
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
         if fused:
             network.fuse_projections()
         # Without torchao no such run begins; its layers are then forecast in bfloat16, which holds more.
@@ -125,6 +139,8 @@ class FakeSteps:
                 kinds = _kinds(engine, pack)
                 kept = range(len(kinds)) if self._whole else enough(kinds)
                 lives = _run_layers(engine, pack, set(kept))
+        except _UNKNOWN_TO_FAKE_TENSORS:  # no fault of the model
+            raise
         except (RuntimeError, ValueError) as error:  # as a real step would, but before any weight is loaded
             where = "model.init" if config.model.path is None else f"model.path {config.model.path!r}"
             raise ConfigError(f"{where}: a step of this model fails: {error}") from error

@@ -1,20 +1,20 @@
 """A plan as tables on standard output, and as JSON."""
 
-import importlib.util
 import math
 from dataclasses import asdict
 
 from rich.console import Console
 
-from fastrm.config import Config
 from fastrm.forecast.advice import advise
 from fastrm.forecast.dry_run import print_parameters
 from fastrm.forecast.memory import MODES
 from fastrm.forecast.plan import GROWING_PAIRS, Plan, TimePlan
 from fastrm.forecast.rates import ASSUMED_BANDWIDTH_SHARE
 from fastrm.forecast.room import print_needs
+from fastrm.forecast.stand_ins import describe_replaced
 from fastrm.forecast.step_time import StepTime, efficiency, messages
-from fastrm.ui import gib, gpus, make_table, peta, say, seconds, show
+from fastrm.tables import Table
+from fastrm.ui import gib, gpus, peta, say, seconds, show
 
 SHOWN = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 PARTS = {
@@ -89,20 +89,8 @@ def _print_assumptions(plan: Plan, console: Console) -> None:
         say(console, f"  - {line}")
 
 
-def describe_replaced(config: Config) -> list[str]:
-    """Return sentences on what of a configuration a step without data does not run as it is."""
-    lines = []
-    if config.compile != "off":
-        lines.append("compile: memory is that of layers without it, which keep more for the backward pass")
-    elif config.kernels == "triton":
-        lines.append("kernels: Liger's RMSNorm and SwiGLU are replaced by functions that keep and make the same")
-    if config.precision.fp8 != "off" and importlib.util.find_spec("torchao") is None:
-        lines.append("FP8: torchao is not installed here; memory is that of bf16, which holds copies of weights")
-    return lines
-
-
 def _print_memory(plan: Plan, console: Console) -> None:
-    table = make_table("part", "GiB")
+    table = Table("part", "GiB")
     values = vars(plan.memory)
     for name, label in PARTS.items():
         if values[name]:
@@ -116,7 +104,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
 
 
 def _print_ways(plan: Plan, console: Console) -> None:
-    table = make_table("way to run", *MODES, "which fit")
+    table = Table("way to run", *MODES, "which fit")
     usable = plan.assumptions.usable_bytes
     by_way: dict[str, list] = {}
     for fit in plan.fits:
@@ -131,7 +119,7 @@ def _print_communication(plan: Plan, console: Console) -> None:
     count = plan.assumptions.num_gpus
     if count == 1:
         return
-    table = make_table("messages of a step", "times", "GB sent by each GPU", "GB of it through its network card", "s")
+    table = Table("messages of a step", "times", "GB sent by each GPU", "GB of it through its network card", "s")
     for message in messages(plan.work, count, plan.step.num_packs):
         sent = message.sent(count)
         table.add_row(
@@ -144,7 +132,7 @@ def _print_communication(plan: Plan, console: Console) -> None:
 
 def _print_time(plan: Plan, console: Console) -> None:
     columns = ("packs", "computing", "AdamW", "waiting for messages", "step", "pairs/s", "efficiency", "days an epoch")
-    table = make_table("GPUs", *columns)
+    table = Table("GPUs", *columns)
     shown = sorted({count for count in SHOWN if count <= plan.steps[-1].num_gpus} | {plan.assumptions.num_gpus})
     for step in (step for step in plan.steps if step.num_gpus in shown):
         table.add_row(*_time_row(plan, step), style="bold" if step.num_gpus == plan.assumptions.num_gpus else None)

@@ -11,7 +11,8 @@ from fastrm.forecast.needs import Disk, Least, Needs, least_of
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.network import pick_device
 from fastrm.resources import available_memory, free_disk
-from fastrm.ui import gib, gpus, make_table, say, show
+from fastrm.tables import Table
+from fastrm.ui import gib, gpus, say, show
 
 _PHASES = {
     "loading": "loading the weights",
@@ -107,7 +108,7 @@ def print_needs(console: Console, config: Config, needs: Needs, num_gpus: int) -
     columns = {f"host of {gpus(min(num_gpus, GPUS_PER_NODE))}": needs.host, "each GPU": needs.gpu}
     if num_gpus == 1:
         columns = {"host, on a CPU": needs.cpu} | columns
-    table = make_table("peak in GiB", *columns)
+    table = Table("peak in GiB", *columns)
     for name, label in _PHASES.items():
         table.add_row(label, *(gib(getattr(phases, name)) for phases in columns.values()))
     show(console, f"Memory of a run, packs of {config.optim.tokens_per_pack:,} tokens (estimate)", table)

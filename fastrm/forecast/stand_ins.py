@@ -4,6 +4,7 @@ Liger launches Triton kernels by itself, which no tensor without data goes throu
 the kernels; what each saves and makes was read in liger-kernel 0.8.5.
 """
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -56,3 +57,22 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         return ctx.saved_tensors
+
+
+def describe_replaced(config: Config) -> list[str]:
+    """Return sentences on what of a configuration a step without data does not run as it is."""
+    lines = []
+    if config.compile != "off":
+        lines.append("compile: memory is that of layers without it, which keep more for the backward pass")
+    elif config.kernels == "triton":
+        lines.append("kernels: Liger's RMSNorm and SwiGLU are replaced by functions that keep and make the same")
+    if config.precision.fp8 != "off" and importlib.util.find_spec("torchao") is None:
+        lines.append("FP8: torchao is not installed here; memory is that of bf16, which holds copies of weights")
+    if config.precision.dtype == "bf16":
+        lines.append(
+            "bf16: a LayerNorm, as in Qwen2-VL's tower, is taken to keep bf16 for the backward pass, as on a CPU; on a "
+            "GPU it keeps float32, so that such a tower needs more where it is trained"
+        )
+    if config.model.attention == "sdpa":
+        lines.append("attention: sdpa is taken to run as on a CPU; the scores that it holds on a GPU are not counted")
+    return lines

@@ -291,14 +291,14 @@ def test_many_packs_may_be_held_at_once():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.1])
-def test_a_run_logs_the_share_of_time_that_it_waits(tmp_path, monkeypatch, delay_s):
-    encode = loader.encode_group
+def test_a_run_logs_the_share_of_time_that_it_waits(tmp_path, monkeypatch):
+    """By seconds that were slept at least: other work on the machine makes waiting longer, and computing too."""
+    encode, delay_s = loader.encode_group, 0.1
     monkeypatch.setattr(loader, "encode_group", lambda *arguments: time.sleep(delay_s) or encode(*arguments))
-    train(load_config(tiny_config(tmp_path, "digits:train", run={"max_steps": 3, "log_every": 1})))
-    shares = [row["data_wait_share"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
-    assert len(shares) == 3 and all(0.0 < share < 1.0 for share in shares)
-    assert (min(shares) > 0.7) == (delay_s > 0.0), shares
+    summary = train(load_config(tiny_config(tmp_path, "digits:train", run={"max_steps": 3, "log_every": 3})))
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert 0.0 < row["data_wait_share"] < 1.0
+    assert row["data_wait_share"] * summary["train_seconds"] >= 3 * delay_s  # a group a step at least
 
 
 def test_a_worker_reports_everything_but_a_killed_training_process(capsys):

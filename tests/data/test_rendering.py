@@ -418,12 +418,12 @@ def test_a_response_of_rendered_turns_is_refused():
 def test_a_response_with_the_end_of_its_turn_is_refused(behind):
     """As a policy's tokens are decoded whole: stock would close the turn twice, and we would read the token as text."""
     encoder = encoder_of(QWEN2_5)
-    for words in ("This.", "It is `<b>`", "<|im_end|> or this"):
+    for words in ("This.", "It is `<b>`", "<|im_end|> or this", "```\ncode\n```\n", ""):
         said = scored({"prompt": "What?", "responses": [words + behind]})[0]
         code, message = refused(encoder.encode, said)
         assert code == "RENDERED_TEMPLATE"
         assert f"ends in {behind.strip()!r}" in message and "skip_special_tokens=True" in message
-        encoder.encode(scored({"prompt": words + behind, "responses": [words]})[0])
+        encoder.encode(scored({"prompt": words + behind, "responses": [words]})[0])  # of a user it is a text
     said = [("user", "a"), ("assistant", f"b{behind}"), ("user", "c")]
     earlier = [{"role": role, "content": text} for role, text in said]
     assert "message 2" in refused(encoder.encode, scored({"prompt": earlier, "responses": ["d"]})[0])[1]
@@ -437,7 +437,7 @@ def test_a_response_with_the_end_of_its_turn_is_refused(behind):
         "The turn ends with <|im_end|>",
         "[INSTALL] the <user> and </s>",
         "array[0] < [1]; user: hi\nassistant: ho",
-        "<|im_end|><|im_end|>",
+        "`<|im_end|><|im_end|>`",
     ],
 )
 def test_texts_that_speak_of_templates_stay_texts(text):

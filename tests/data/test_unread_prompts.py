@@ -66,6 +66,10 @@ def test_a_text_beside_the_prompt_is_refused_unless_the_prompt_holds_it(refusal,
         assert f'the key "{key}" holds a text that the prompt may be about' in message
         assert f"`ignore: [{key}]`" in message
         assert shape(read_one({**FLAT, key: value}, ignore=[key]), 0)[0] == ("user", "What?")
+    # What an answer quotes, or a file is called, the prompt does not show.
+    turns = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "yes"), ("rejected", sat))}
+    for row in ({"chosen": f"He said: {sat}"}, {"image": f"{sat}png"}, turns):
+        assert refusal({**FLAT, **row, key: sat})[0] == "UNKNOWN_KEY"
     for value in ("", [], None, f"{sat}\n"):
         assert shape(read_one({**FLAT, "prompt": f"{sat} Where?", key: value}), 0)[0] == ("user", f"{sat} Where?")
 

@@ -149,6 +149,13 @@ def test_dry_run_marks_the_configured_activations(small_config, capsys, monkeypa
     assert "none (as configured)" in capsys.readouterr().out
 
 
+def test_memory_of_8_bit_states_is_known_where_torchao_is_not_installed(small_config, monkeypatch):
+    settings = small_config("optim.states=8bit")
+    wanted = dry_run(settings, quiet())["memory"]
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert dry_run(settings, quiet())["memory"] == wanted
+
+
 def test_dry_run_prints_brackets_in_paths_as_they_are(small_config, capsys):
     dry_run(small_config("data.train=[{path: 'odd[red]name.jsonl'}]"))
     assert "odd[red]name.jsonl" in capsys.readouterr().out

@@ -24,7 +24,8 @@ from fastrm.forecast.parameters import Parameters
 from fastrm.forecast.picture import draw_plan
 from fastrm.forecast.plan import Assumptions, make_plan, steps_of
 from fastrm.forecast.rates import find_rate
-from fastrm.forecast.report import advice, as_json, days, describe_replaced, print_plan
+from fastrm.forecast.report import advice, as_json, days, print_plan
+from fastrm.forecast.stand_ins import describe_replaced
 from fastrm.forecast.step_time import Work, efficiency, first_dominated, packs_of_a_step, step_time
 from fastrm.model.architectures import find_architecture, meta_network
 from scaling_plan import DOCUMENT, updated
@@ -314,12 +315,14 @@ class TestReport:
         [
             ("compile=layers", "that of layers without it"),
             ("kernels=triton", "Liger's RMSNorm and SwiGLU are replaced"),
+            ("model.attention=sdpa", "sdpa is taken to run as on a CPU"),
+            ("precision.dtype=bf16", "a LayerNorm, as in Qwen2-VL's tower"),
         ],
     )
     def test_what_is_not_run_as_it_is_is_said(self, override, said):
-        (line,) = describe_replaced(recipe_with(override))
+        (line,) = describe_replaced(recipe_with("precision.dtype=fp32", override))
         assert said in line
-        assert describe_replaced(recipe_with()) == []
+        assert describe_replaced(recipe_with("precision.dtype=fp32")) == []
 
     def test_json_holds_the_plan(self, recipe):
         plan = plan_of(recipe)

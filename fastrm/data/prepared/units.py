@@ -47,7 +47,7 @@ from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 from fastrm.storage import put_folder
 
-FORMAT = 3  # format of a unit's files; with another number all units are read again
+FORMAT = 4  # format of a unit's files, and of the rules by which rows are read; with another all are read again
 # A unit is work of a second or two: a kill loses it, and one worker takes it at a time.
 ROWS_PER_UNIT = 8192
 COLUMNS, MEDIA, TEXTS, REFUSED = "columns.npy", "media.npy", "texts.npy", "refused.jsonl"

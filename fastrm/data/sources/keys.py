@@ -76,6 +76,8 @@ SYNONYMS = {word: key for key, words in _OTHER_WORDS.items() for word in words.s
 _CHANGE_THE_PROMPT = ("system", "tools", "images", "videos")
 # Keys of a text that a question is asked about: trainers write it in front of the question, or behind it.
 _BESIDE_THE_PROMPT = _words("context passage input")
+# Keys of texts that are the prompt or a part of it; of lists of turns all but a last answer are.
+_PROMPT_TEXTS = _words("prompt question instruction query message input") | frozenset(RENDERED_KEYS)
 _MAX_ITEMS = 1000  # the most items of a list or object that are searched for media
 _MAX_DEPTH = 6
 _NOT_PLAIN = frozenset("[]{},:#&*!|>'\"%@` ")  # characters for which YAML needs quotes around a key
@@ -188,11 +190,22 @@ def _changes_the_prompt(row: dict, name: str, value: object, keys: Keys) -> str 
 
 
 def _stands_in_the_prompt(row: dict, name: str, value: object, keys: Keys) -> bool:
-    """Return whether what a key holds is a part of the texts that are read, or belongs to no prompt beside it."""
+    """Return whether what a key holds is a part of the prompt that is read, or belongs to no prompt beside it."""
     if name in SYNONYMS and not any(key in row for key in _alternatives(SYNONYMS[name], keys)):
         return True  # of whole conversations it is the prompt once more
-    read = [text for key in read_keys(row, keys) for text in _texts(row[key])]
+    read = [text for key in read_keys(row, keys) for text in _prompt_texts(key, row[key])]
     return all(any(text.strip() in other for other in read) for text in _texts(value))
+
+
+def _prompt_texts(key: str, value: object) -> Iterator[str]:
+    """Yield the texts of the prompt that a key which is read holds; an answer that quotes a text does not show it."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(turn, dict) for turn in value):
+        roles = [turn.get("role", turn.get("from")) for turn in value]
+        if all(roles):
+            yield from _texts(value[:-1] if roles[-1] in ("assistant", "gpt") else value)
+            return
+    if key in _PROMPT_TEXTS:
+        yield from _texts(value)
 
 
 def _texts(value: object) -> Iterator[str]:

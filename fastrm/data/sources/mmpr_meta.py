@@ -14,7 +14,8 @@ from fastrm.data.archives import archive_exists
 from fastrm.data.sources.files import read_json
 from fastrm.data.sources.media import Resolve, in_archive_folder, in_folder, path_resolver
 from fastrm.data.sources.reader import SourceFile
-from fastrm.errors import DataError
+from fastrm.data.sources.values import unique_keys
+from fastrm.errors import DataError, RecordError
 
 _ANNOTATIONS, _IMAGES = "annotations", "images"
 
@@ -30,7 +31,10 @@ def mmpr_files(root: Path, images: str | None, open_file: Callable[..., SourceFi
         raise DataError(
             f'set "mmpr": "{meta_file}" is missing; wanted meta.json, annotations and images of the hub set'
         )
-    meta = read_json(str(meta_file))
+    try:
+        meta = read_json(str(meta_file), unique_keys)
+    except RecordError as error:
+        raise DataError(f'"{meta_file}": {error.message}') from None
     if not isinstance(meta, dict) or not meta:
         raise DataError(f'"{meta_file}" is not an object of subsets; download it again')
     return [_subset_file(root, name, subset, images, open_file) for name, subset in meta.items()]

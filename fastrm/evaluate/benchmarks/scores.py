@@ -1,11 +1,10 @@
 """Rewards from elsewhere: one line {"rewards": [...]} for each row of a benchmark's file, in its order."""
 
-import json
 import math
 from pathlib import Path
 
-from fastrm.data.sources.values import describe
-from fastrm.errors import DataError
+from fastrm.data.sources.values import decode_json, describe
+from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.benchmarks.benchmark import Benchmark
 
 
@@ -34,7 +33,9 @@ def read_scores(file: Path, benchmark: Benchmark) -> list[list[float]]:
 
 def _rewards(where: str, line: str, num_rewards: int) -> list[float]:
     try:
-        row = json.loads(line)
+        row = decode_json(line)
+    except RecordError as error:
+        raise DataError(f"{where}: {error.message}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f'{where}: is not JSON: {error}; wanted {{"rewards": [...]}}') from None
     if not isinstance(row, dict) or not isinstance(row.get("rewards"), list):
