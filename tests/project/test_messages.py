@@ -118,7 +118,7 @@ def test_what_is_no_path_is_refused_by_its_value(path, tmp_path):
 
 def test_an_empty_path_in_a_configuration_or_an_argument_is_refused(tmp_path, monkeypatch, capsys):
     config = tiny_config(tmp_path, write_rows(tmp_path / "rows.jsonl", text_rows(8)))
-    with pytest.raises(ConfigError, match="a source needs path, or set"):
+    with pytest.raises(ConfigError, match="path and images of a source must not be empty"):
         load_config(config, ['data.train=[{path: ""}]'])
     with pytest.raises(ConfigError, match="path of a model: got ''"):
         dry_run(load_config(config, ['model={path: ""}']))
