@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
 
 from fastrm.config import Config
@@ -44,7 +45,8 @@ from fastrm_kernels.tree_attention.eager import attend, attend_backward, handle_
 PROGRESS = "memory: steps without data"
 # Operations of which torch does not know what they give without data.
 _UNKNOWN_TO_FAKE_TENSORS = (
-    NotImplementedError, UnsupportedFakeTensorException, DynamicOutputShapeException, DataDependentOutputException,
+    UnsupportedOperatorException, UnsupportedFakeTensorException, DynamicOutputShapeException,
+    DataDependentOutputException,
 )  # fmt: skip
 
 

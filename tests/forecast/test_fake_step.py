@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 from fastrm.errors import ConfigError
-from fastrm.forecast import stand_ins
+from fastrm.forecast import fake_step, stand_ins
 from fastrm.forecast.full_pack import PackShape
 from fastrm.forecast.lifetimes import Life, Meter, Moment, enough, fullest, repeated
 from tests.helpers import memory_runs
@@ -225,3 +226,13 @@ def test_sizes_that_do_not_fit_one_another_are_a_configuration_error():
     shape = PackShape.of_groups([(30, (9, 9))], None, 1, share=True)
     with pytest.raises(ConfigError, match=r"model\.init: a step of this model fails: "):
         memory_runs.fake_steps(case).lives(memory_runs.settings_of(case), shape, "eager", alone=True)
+
+
+def test_an_operator_that_fake_tensors_do_not_know_is_no_fault_of_the_model(monkeypatch):
+    def unknown(*_):
+        raise UnsupportedOperatorException(torch.ops.aten.add.Tensor)
+
+    monkeypatch.setattr(fake_step, "_kinds", unknown)
+    shape = PackShape.of_groups([(30, (9, 9))], None, 1, share=True)
+    with pytest.raises(UnsupportedOperatorException):
+        memory_runs.fake_steps(MEDIUM).lives(memory_runs.settings_of(MEDIUM), shape, "eager", alone=True)
