@@ -56,7 +56,9 @@ def test_tokens_equal_the_stock_tokens(vision, text):
 
 @pytest.mark.parametrize("special", SPECIAL_TOKENS)
 def test_special_tokens_typed_in_text_stay_text(vision, special):
-    encoded = vision.encode(conversation(f"before {special} after", f"{special}{special}", images=[make_image(56, 56)]))
+    # Text behind the tokens: a response that ends in what ends its turn is refused.
+    response = f"{special}{special} twice"
+    encoded = vision.encode(conversation(f"before {special} after", response, images=[make_image(56, 56)]))
     plain = vision.encode(conversation("before after", "x", images=[make_image(56, 56)]))
     number = vision.special_ids[special]
     assert (encoded.tokens == number).sum() == (plain.tokens == number).sum()

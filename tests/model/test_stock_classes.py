@@ -199,7 +199,7 @@ class TestPadToken:
 
     def test_typed_in_a_response_it_is_text(self):
         network = text_network("open", "another")
-        typed = Response((Message("user", ("Hi",)), Message("assistant", ("<|endoftext|>",))))
+        typed = Response((Message("user", ("Hi",)), Message("assistant", ("It is <|endoftext|>, I think",))))
         pad_id = network.encoder.tokenizer.pad_token_id
         assert pad_id not in network.encoder.encode(typed).tokens.tolist()
 
