@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -60,10 +61,12 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    found = World(tmp_path_factory.mktemp("terminals"))
-    yield found
-    found.terminals.close()
+def world():
+    """A world in a folder with a short name: how tables break must not depend on how often pytest has run here."""
+    with tempfile.TemporaryDirectory(prefix="fastrm-") as folder:
+        found = World(Path(folder))
+        yield found
+        found.terminals.close()
 
 
 def assert_readable(shown, width):
