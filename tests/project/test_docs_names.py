@@ -123,12 +123,13 @@ def test_pictures_are_drawn_by_their_script(tmp_path, monkeypatch):
 def test_speed_in_readme_is_that_of_the_results():
     """The rows of README's table, from the files that the benchmarks wrote on that machine."""
     training, peers, pretrained = (results(name) for name in ("training", "peers-ms-swift", "pretrained"))
-    peers = {entry["workload"]: entry for entry in peers["entries"]}
+    by_name = {entry["workload"]: entry for entry in peers["entries"]}
+    swift = [by_name[name] for name in ("pairs", "pairs-mixed", "groups-of-4")]
     pairs = next(entry["variants"] for entry in training["entries"] if entry["name"] == "pairs, 1300/300")
     ratios = [
         (pairs["plain"]["seconds"]["median"] / pairs["fastrm"]["seconds"]["median"],
          pairs["fastrm"]["peak_mib"] / pairs["plain"]["peak_mib"]),
-        *((ratio(peers[name], "speed"), ratio(peers[name], "memory")) for name in ("pairs", "pairs-mixed", "groups-of-4")),
+        *((ratio(entry, "speed"), ratio(entry, "memory")) for entry in swift),
     ]  # fmt: skip
     for name in ("long prompts", "dialogues", "lists of 8"):
         ours, theirs = (pretrained["workloads"][name]["variants"][trainer] for trainer in ("fastrm", "trl"))
