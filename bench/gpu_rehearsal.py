@@ -85,8 +85,11 @@ def emulate_operators():
     import gpu_emulation
     import training_variants
     from fastrm_kernels.dispatch import Choice
+    from fastrm_kernels.tree_attention import api
 
     pick = network.pick_backend
+    # Triton's interpreter cannot multiply bfloat16. Its stand-in can, also where layers are not compiled.
+    api.triton_attention_obstacle = lambda query, *others: None
 
     @functools.wraps(pick)
     def picked(requested, kernels, device, dtype, head_dims):

@@ -46,7 +46,7 @@ POOL_ELEMENTS = 2**24 + 3  # odd, so that no row of a matrix begins where the on
 
 
 def write_model(
-    name: str, folder: Path, *, layers: int | None = None, vocabulary: int | None = None,
+    name: str, folder: Path, *, layers: int | None = None, vocabulary: int | None = None, tile: int | None = None,
     dtype: torch.dtype = torch.bfloat16, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Write a model folder.
@@ -55,13 +55,14 @@ def write_model(
         name: of a published model, a key of PUBLISHED.
         layers: of the language model, and as many of the vision tower; None: all of both.
         vocabulary: rows of the embedding; None: as published. The special tokens stay as far from its end.
+        tile: pixels of a side of InternVL's tiles; None: as published, 448, of which a tile is 256 tokens.
         dtype: of all weights.
         shard_bytes: a shard is closed before it would become larger.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder.mkdir(parents=True, exist_ok=True)
-    options, published = published_options(name, layers), PUBLISHED[name].options
+    options, published = published_options(name, layers, tile), PUBLISHED[name].options
     num_rows = published.get("text_config", published)["vocab_size"]
     vocabulary = vocabulary or num_rows
     tokenizer = padded_tokenizer(options["model_type"], vocabulary, num_rows - vocabulary)
@@ -80,9 +81,12 @@ def write_model(
         make_encoder(config, tokenizer, None, "last_token", MediaLimits()).vision.save(folder)
 
 
-def published_options(name: str, layers: int | None) -> dict:
-    """Return the keyword arguments of the transformers config, cut to so many layers."""
+def published_options(name: str, layers: int | None, tile: int | None = None) -> dict:
+    """Return the keyword arguments of the transformers config, cut to so many layers and to such tiles."""
     options = PUBLISHED[name].options
+    if tile is not None:
+        vision = {**options["vision_config"], "image_size": [tile, tile]}
+        options = {**options, "vision_config": vision, "image_seq_length": (tile // 28) ** 2}
     if layers is None:
         return options
     if "text_config" not in options:

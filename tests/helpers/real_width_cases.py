@@ -11,6 +11,8 @@ FULL = PROJECT / "configs" / "full.yaml"
 TOLERANCE = 1e-4
 # Rows of an embedding that are soon read; special tokens are as far from the end as in the published ones.
 FEW_ROWS = 16_384
+# Pixels of a side of InternVL's tiles that are soon read: 64 tokens in place of 256. No width changes with it.
+SMALL_TILE = 224
 # Of a process's resident memory, with all that it has loaded.
 MOST_BYTES = 8 * 10**9
 # As a classifier that others trained is given them.

@@ -21,7 +21,7 @@ from fastrm.train.setup import export_model, make_network
 from fastrm_kernels import preference_loss
 from random_model import POOL_ELEMENTS, make_config, padded_tokenizer, published_options, random_tensor, write_model
 from tests.helpers import stock
-from tests.helpers.real_width_cases import FEW_ROWS, FULL, GROUPS, record_of
+from tests.helpers.real_width_cases import FEW_ROWS, FULL, GROUPS, SMALL_TILE, record_of
 from tests.helpers.support import pack_of
 
 # Whole graphs as inductor gets them, without the minutes that it needs for them.
@@ -38,11 +38,12 @@ COMPARED = (
 def step_and_export(name: str, num_rows: int | None, folder: Path) -> dict:
     """Make two layers of a published model, take a step of the head and the projector, and export.
 
-    With as many rows of the embedding, or all.
+    With as many rows of the embedding, and InternVL with tiles of SMALL_TILE; or all rows and tiles as published.
 
     Moments of two whole layers would take longer than all the rest.
     """
-    write_model(name, folder / "model", layers=2, vocabulary=num_rows)
+    tile = SMALL_TILE if name.startswith("InternVL") and num_rows is not None else None
+    write_model(name, folder / "model", layers=2, vocabulary=num_rows, tile=tile)
     gc.collect()
     freeze = "[language]" if name == "Qwen3-8B" else "[vision, language]"
     config = load_config(FULL, [f"model.path={folder / 'model'}", f"model.freeze={freeze}", "precision.weights=bf16"])
