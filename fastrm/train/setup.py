@@ -179,9 +179,10 @@ def export_model(engine, folder: Path, ranks: Ranks = ALONE) -> None:
 def _finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield weights up to one that is not finite, which raises: no model without finite rewards is written."""
     for name, tensor in tensors:
-        # In pieces: `isfinite` of a whole embedding makes temporaries that are larger than the tensor.
-        count = sum(int((~part.isfinite()).sum()) for part in tensor.flatten().split(2**22))
-        if count:
+        # NaN passes through `aminmax`, which reads each weight once; on a CPU `isfinite` takes thirty times as long.
+        if tensor.numel() and not all(limit.isfinite() for limit in torch.aminmax(tensor)):
+            # In pieces: `isfinite` of a whole embedding makes temporaries that are larger than the tensor.
+            count = sum(int((~part.isfinite()).sum()) for part in tensor.flatten().split(2**22))
             raise DataError(
                 f"{name}: {count:,} of {tensor.numel():,} weights are not finite, so the model is not "
                 "exported; check the weights of model.path, or go on from an earlier checkpoint with a "
