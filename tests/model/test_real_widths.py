@@ -2,9 +2,8 @@
 
 Hidden sizes, heads and head dimensions are the published ones (bench/random_model.py). So are vocabularies and token
 ids, of Qwen2.5-VL by default and of all with `pytest -m slow`; else the others have few rows of the embedding, and
-InternVL small tiles. Each
-family loads, takes a step, is exported, and scores as stock transformers scores it, on one thread in less than 8 GB.
-Whole runs are in test_real_widths_runs.py.
+InternVL small tiles. Each family loads, takes a step, is exported, and scores as stock transformers scores it, on one
+thread in less than 8 GB. Whole runs are in test_real_widths_runs.py.
 """
 
 import pytest
@@ -50,7 +49,9 @@ def test_real_widths_load_step_export_and_score_exactly(name, num_rows, tmp_path
     assert max(step.peak_bytes, comparison.peak_bytes) < MOST_BYTES
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.fixture(
+    params=[torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float32", "bf16"]
+)
 def classifier(request, tmp_path):
     """The dtype of a stock Qwen3ForSequenceClassification of Qwen3-8B's widths, and its folder as stock saves it."""
     saved = run_alone(save_stock_classifier, tmp_path / "classifier", request.param).value
