@@ -3,6 +3,10 @@
 A checkpoint is written to `step-N.tmp-<pid>/`, every file is fsynced, `manifest.json` with the size
 and SHA-256 of each file comes last, then the folder is renamed into place and its parent fsynced.
 A folder without a manifest that verifies is not a checkpoint.
+
+A step may be saved twice, before and after its evaluation. Its first checkpoint is renamed to
+`step-N.replaced` before the second takes its name, and deleted after that; `clean` gives it back its
+name if the writer was killed in between.
 """
 
 import errno
@@ -12,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -28,6 +33,7 @@ from fastrm.train.ranks import ALONE, Ranks
 _NAME = re.compile(r"step-(\d{8,})")
 CHECKPOINTS = "checkpoints"  # folder in the run folder
 MODEL, OPTIMIZER, STATE, MANIFEST = "model", "optimizer", "state.json", "manifest.json"
+_REPLACED = ".replaced"  # behind the name of a checkpoint that makes room for a second one of its step
 # The most bytes of a safetensors file. model.safetensors is followed by model.2.safetensors and so on.
 SHARD_BYTES = 4 * 2**30
 # The most saves in a row that may fail, as on a full disk, before the run stops.
@@ -150,7 +156,8 @@ class _Writer:
         self._try(self._finish, state)
         if (error := self._failure) is None:
             return
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        with suppress(OSError):  # what cannot be removed now is removed at the next start
+            clean(self._folder)
         # safetensors reports a full disk by its own error type, with the errno only in the text.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         hint = "free some space, then resume" if full else "check the folder, then resume"
@@ -164,7 +171,7 @@ class _Writer:
                 self._failure, self._shard = error, {}
 
     def _begin(self) -> None:
-        _clean(self._folder)
+        clean(self._folder)
         self._temporary.mkdir(parents=True)
 
     def _add(self, stem: str, name: str, tensor: torch.Tensor) -> None:
@@ -193,10 +200,12 @@ class _Writer:
         (self._temporary / MANIFEST).write_text(to_json(manifest, indent=2) + "\n")
         sync_path(self._temporary / MANIFEST)
         sync_path(self._temporary)
+        replaced = self._target.with_name(self._target.name + _REPLACED)
         if self._target.exists():
-            shutil.rmtree(self._target)
+            os.rename(self._target, replaced)
         os.rename(self._temporary, self._target)
         sync_path(self._folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 class _Tensors(Mapping):
@@ -288,6 +297,25 @@ def newest_checkpoint(folder: Path, report) -> Path | None:
     return None
 
 
+def clean(folder: Path) -> None:
+    """Remove what a writer that was killed or failed has left, and give a replaced checkpoint back its name if needed.
+
+    The run's lock makes the caller's process the only writer.
+
+    Raises:
+        OSError: something cannot be removed or renamed.
+    """
+    for replaced in folder.glob(f"step-*{_REPLACED}"):
+        target = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        if verify(target) is None:
+            shutil.rmtree(replaced)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(replaced, target)
+    for temporary in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(temporary)
+
+
 def set_newer_aside(folder: Path, step: int) -> None:
     """Rename checkpoints after `step` to abandoned-*: they are damaged, or of steps that will run again."""
     for path in list_checkpoints(folder):
@@ -316,10 +344,3 @@ def _seal(path: Path) -> dict:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _clean(folder: Path) -> None:
-    """Remove temporary folders of writers that were killed. The run's lock makes this the only writer."""
-    if folder.is_dir():
-        for path in folder.glob("step-*.tmp-*"):
-            shutil.rmtree(path)

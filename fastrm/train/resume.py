@@ -9,6 +9,7 @@ from fastrm.errors import ConfigError, StorageError
 from fastrm.train.checkpoint import (
     CHECKPOINTS,
     STATE,
+    clean,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -33,6 +34,7 @@ MAY_CHANGE = (
 def find_start(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
     """Find the checkpoint to start from; None for a fresh start.
 
+    What a killed writer of checkpoints has left is removed, or put back in its place.
     Before a fresh start, what an earlier one has left that reached no checkpoint is removed: it would count in this
     run, or be taken for its own.
 
@@ -43,8 +45,15 @@ def find_start(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path |
     Raises:
         ConfigError: if the folder holds a run and resume is no, or resume is required and there is
             nothing to resume.
-        StorageError: if checkpoints exist but none is intact.
+        StorageError: if checkpoints exist but none is intact, or what a killed writer has left cannot be removed.
     """
+    try:
+        clean(run_dir / CHECKPOINTS)
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename}: is left of a checkpoint whose writing was interrupted, and cannot be removed: "
+            f"{error.strerror}; remove it, then resume"
+        ) from error
     start = _find_checkpoint(run_dir, resume, say)
     if start is None:
         for name in ("quarantine.jsonl", INCIDENTS):
