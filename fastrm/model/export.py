@@ -214,17 +214,18 @@ def make_encoder(
     """
     check_vocabulary(config, tokenizer)
     options = {"anchor": anchor, "limits": limits, "date": date, "pad_token_id": config.get_text_config().pad_token_id}
-    if config.model_type not in VISION_FAMILIES:
-        return ConversationEncoder(tokenizer, None, **options)
-    if config.model_type not in QWEN_VL_FAMILIES:
+    family, vision = config.model_type, None
+    if family in QWEN_VL_FAMILIES:
+        vision = load_qwen_format(
+            config.vision_config, tokenizer, processor_path, video,
+            min_pixels=min_pixels, max_pixels=max_pixels, image_mean=image_mean, image_std=image_std,
+        )  # fmt: skip
+    elif family == "internvl":
         vision = load_internvl_format(
             config, tokenizer, processor_path, max_tiles=max_tiles, image_mean=image_mean, image_std=image_std
         )
-        return ConversationEncoder(tokenizer, vision, **options)
-    vision = load_qwen_format(
-        config.vision_config, tokenizer, processor_path, video,
-        min_pixels=min_pixels, max_pixels=max_pixels, image_mean=image_mean, image_std=image_std,
-    )  # fmt: skip
+    elif family in VISION_FAMILIES:
+        raise NotImplementedError(f"{family} has no media format: add one to make_encoder")
     return ConversationEncoder(tokenizer, vision, **options)
 
 

@@ -225,8 +225,12 @@ def _plain(side: int, merge: int, frames: int, channels: int) -> PatchFormat:
     return PatchFormat(side, merge, frames, 1.0, (0.0,) * channels, (1.0,) * channels)
 
 
+TOWERS: dict[str, Callable[[nn.Module], VisionTower]] = {  # of every family of VISION_FAMILIES
+    **dict.fromkeys(QWEN_VL_FAMILIES, QwenTower), "internvl": InternTower,
+}  # fmt: skip
+
+
 def make_tower(model: nn.Module) -> VisionTower | None:
     """Make the tower of a stock base model; None for a text model."""
-    if model.config.model_type not in VISION_FAMILIES:
-        return None
-    return QwenTower(model) if model.config.model_type in QWEN_VL_FAMILIES else InternTower(model)
+    family = model.config.model_type
+    return TOWERS[family](model) if family in VISION_FAMILIES else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fastrm.config import ModelConfig
 from fastrm.data.balance import CostModel
-from fastrm.model.families import has_windows
+from fastrm.model.families import QWEN_VL_FAMILIES, has_windows
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def make_cost_model(config, settings: ModelConfig) -> CostModel:
     if vision is not None:
         tower = _Passes(trained["vision"], vision_reached, full and vision_reached)
         projector = _Passes(trained["projector"], projector_reached, False)
-        of_family = _tile_costs if config.model_type == "internvl" else _vision_costs
-        costs |= of_family(config, tower, projector)
+        costs |= MEDIA_COSTS[config.model_type](config, tower, projector)
     return CostModel(**costs)
 
 
@@ -103,3 +102,7 @@ def _vision_costs(config, tower: _Passes, projector: _Passes) -> dict:
         "per_window_pair": (vision.depth - full_blocks) * pair,
         "window": vision.window_size // vision.spatial_merge_size // vision.patch_size if windows else 0,
     }
+
+
+# The costs of media of every family of VISION_FAMILIES.
+MEDIA_COSTS = {**dict.fromkeys(QWEN_VL_FAMILIES, _vision_costs), "internvl": _tile_costs}
