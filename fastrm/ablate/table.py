@@ -14,7 +14,7 @@ MISSING = "-"
 
 
 @dataclass(frozen=True)
-class Layout:
+class TextTable:
     """A table, all of whose entries are texts.
 
     Attributes:
@@ -45,7 +45,7 @@ class Layout:
         return table
 
 
-def main_table(results: Results) -> Layout:
+def main_table(results: Results) -> TextTable:
     """Return mean and 95 % t-interval over seeds of every column, the best in bold, printed figures beside them."""
     settings = results.grid.settings
     rows, columns = [*settings.rows, *settings.ensembles], _columns(results)
@@ -63,10 +63,10 @@ def main_table(results: Results) -> Layout:
         for line in body:
             value = settings.published.rows.get(line[0], {}).get(heading)
             line.append(MISSING if value is None else _printed(value))
-    return Layout(settings.title, header, body, _notes(results))
+    return TextTable(settings.title, header, body, _notes(results))
 
 
-def difference_table(results: Results) -> Layout | None:
+def difference_table(results: Results) -> TextTable | None:
     """Return the differences of all rows from the reference row, paired by seed; None without one."""
     settings = results.grid.settings
     if settings.reference is None:
@@ -82,7 +82,7 @@ def difference_table(results: Results) -> Layout | None:
         f"Of {len(rows) * len(columns)} such intervals one in twenty would exclude 0 by chance alone."
     ]
     header = [next(iter(settings.axes)), *(heading for heading, _, _ in columns)]
-    return Layout(f"Difference to {settings.reference}", header, rows, notes)
+    return TextTable(f"Difference to {settings.reference}", header, rows, notes)
 
 
 def _columns(results: Results) -> list[tuple[str, str, ColumnConfig]]:

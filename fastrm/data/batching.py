@@ -1,4 +1,7 @@
-"""The groups of each pack: the packs of every step, on one rank or many, and of one pass over everything."""
+"""The plans of packs: which of a step's groups (order.py) make each pack, and those of one pass over all groups.
+
+A cluster is the groups of a step that begin with the same image or video: in one pack they share it.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,8 +57,7 @@ class StepDivision:
         return [tuple(group for bundle in pack for group in bundle.groups) for pack in packs]
 
     def _even_packs(self, rank: int) -> list[list[Bundle]]:
-        """Return packs of even cost: costliest bundle first, each to the cheapest pack; none if one has no room.
-        """
+        """Return packs of even cost: costliest bundle first, each to the cheapest pack; none if one has no room."""
         packs: list[list[Bundle]] = [[] for _ in range(self.num_packs)]
         costs, room = [0.0] * self.num_packs, [self.budget] * self.num_packs
         for bundle in sorted(self.bundles[rank], key=lambda bundle: -bundle.cost):
@@ -130,8 +132,8 @@ def plan_packs(members: Sequence[int], groups: Sequence[GroupSize], budget: int)
     nothing = dict.fromkeys(members, 0.0)
     bundles = [
         bundle
-        for family in _families(members, groups)
-        for bundle in _join([Bundle((number,), groups[number].num_tokens, 0.0) for number in family], nothing, budget)
+        for cluster in _clusters(members, groups)
+        for bundle in _join([Bundle((number,), groups[number].num_tokens, 0.0) for number in cluster], nothing, budget)
     ]
     return [[group for bundle in pack for group in bundle.groups] for pack in _first_fit(bundles, budget)]
 
@@ -153,25 +155,25 @@ def divide_step(
         cost: what ranks are balanced by; None: tokens.
     """
     cost = cost or CostModel()
-    numbers = _families(members, groups)
-    families = [
-        [Bundle((number,), groups[number].num_tokens, cost.of_group(groups[number])) for number in family]
-        for family in numbers
+    numbers = _clusters(members, groups)
+    clusters = [
+        [Bundle((number,), groups[number].num_tokens, cost.of_group(groups[number])) for number in cluster]
+        for cluster in numbers
     ]
-    saved = {number: cost.saved(groups[number]) for family in numbers if len(family) > 1 for number in family}
-    ranks = _divide_families(families, saved, budget, num_ranks)
+    saved = {number: cost.saved(groups[number]) for cluster in numbers if len(cluster) > 1 for number in cluster}
+    ranks = _divide_clusters(clusters, saved, budget, num_ranks)
     return StepDivision(ranks, max(_num_packs(bundles, budget) for bundles in ranks), budget)
 
 
-def _divide_families(
-    families: list[list[Bundle]], saved: Mapping[int, float], budget: int, num_ranks: int
+def _divide_clusters(
+    clusters: list[list[Bundle]], saved: Mapping[int, float], budget: int, num_ranks: int
 ) -> list[list[Bundle]]:
-    """Return the bundles of each rank. Families are whole at first, and split while that helps the costliest rank."""
+    """Return the bundles of each rank. Clusters are whole at first, and split while that helps the costliest rank."""
     best, least, tried = [], float("inf"), 0
-    total = sum(bundle.cost for family in families for bundle in _join(family, saved, budget))
+    total = sum(bundle.cost for cluster in clusters for bundle in _join(cluster, saved, budget))
     for share in _BUNDLE_SHARES:
         limit = share * total / num_ranks
-        bundles = [bundle for family in families for bundle in _join(family, saved, budget, limit)]
+        bundles = [bundle for cluster in clusters for bundle in _join(cluster, saved, budget, limit)]
         if len(bundles) == tried:
             continue
         tried = len(bundles)
@@ -185,26 +187,26 @@ def _divide_families(
     return best
 
 
-def _families(members: Iterable[int], groups: Sequence[GroupSize]) -> list[list[int]]:
-    """Return families: groups that begin with the same image, by first occurrence; those without one by themselves."""
-    families: dict[object, list[int]] = {}
+def _clusters(members: Iterable[int], groups: Sequence[GroupSize]) -> list[list[int]]:
+    """Return clusters: groups that begin with the same image, by first occurrence; those without one by themselves."""
+    clusters: dict[object, list[int]] = {}
     for number in members:
         medium = groups[number].first_medium
-        families.setdefault(("group", number) if medium is None else medium, []).append(number)
-    return list(families.values())
+        clusters.setdefault(("group", number) if medium is None else medium, []).append(number)
+    return list(clusters.values())
 
 
-def _join(family: list[Bundle], saved: Mapping[int, float], budget: int, limit: float = float("inf")) -> list[Bundle]:
-    """Join a family's groups, one a bundle each, in order, as far as budget and limit allow.
+def _join(cluster: list[Bundle], saved: Mapping[int, float], budget: int, limit: float = float("inf")) -> list[Bundle]:
+    """Join a cluster's groups, one a bundle each, in order, as far as budget and limit allow.
 
     Args:
         saved: what a group costs less when it is not the first of its bundle, by group number.
         limit: of a bundle's cost, what its groups share left out.
     """
-    if len(family) == 1:
-        return family
+    if len(cluster) == 1:
+        return cluster
     joined: list[Bundle] = []
-    for single in family:
+    for single in cluster:
         if joined:
             groups, num_tokens, cost = joined[-1]
             num_tokens += single.num_tokens

@@ -1,4 +1,4 @@
-"""The order of the data as a pure function of (seed, epoch, position).
+"""The groups of each step: a pure function of seed, epoch, position, batch_pairs and the groups' preferences.
 
 `position` counts groups since the start of the run: epoch = position // G. Nothing else is needed to
 resume, and the number of ranks does not matter.

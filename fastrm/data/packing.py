@@ -4,7 +4,7 @@
     row:     [ P1 | C | R | P2 | A | B ]       segments; parents: P1 of C and R, P2 of A and B
     anchors:        ^   ^        ^   ^         last token of each response -> reward
 
-Groups of one pack that begin with the same image or video share it (image -> question -> response).
+Groups of one pack that begin with the same image or video, a cluster, share it (image -> question -> response).
 """
 
 import itertools
@@ -168,7 +168,7 @@ def build_pack(
     numbers = {key: number for number, key in enumerate(dict.fromkeys(k for g in groups for k in g.media))}
     owner = [number for number, group in enumerate(groups) for _ in group.responses]
     row = _Row(responses, numbers)
-    for members in _families(groups, owner, share):
+    for members in _clusters(groups, owner, share):
         row.add_tree(members, share)
     edges, margin, weight, is_tie, placed = _edges(groups)
     vision = _vision_tensors(row, responses, pixels, patch_format)
@@ -239,14 +239,14 @@ def _content_keys(response: EncodedResponse, media_numbers: dict[str, int]) -> n
     return keys
 
 
-def _families(groups, owner, share) -> list[list[int]]:
+def _clusters(groups, owner, share) -> list[list[int]]:
     """Return responses that may share a prefix: those of one group, and of groups with the same first medium."""
-    families: dict[object, list[int]] = {}
+    clusters: dict[object, list[int]] = {}
     for number, group in enumerate(owner):
         # The group's first medium counts, not the response's: the responses of one group always share a tree.
         first = next(iter(groups[group].media), None) if share else None
-        families.setdefault(group if first is None else first, []).append(number)
-    return list(families.values())
+        clusters.setdefault(group if first is None else first, []).append(number)
+    return list(clusters.values())
 
 
 def _edges(groups):

@@ -46,8 +46,8 @@ class LocalEngine:
         if config.precision.weights == "bf16":
             store_matrices_in_bf16(network)
         self.optimizers = make_optimizers(network, config)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self._parameters = [p for group in groups for p in group["params"]]
+        parts = [part for optimizer in self.optimizers for part in optimizer.param_groups]
+        self._parameters = [parameter for part in parts for parameter in part["params"]]
         self.discard()
 
     def rewards(self, pack: Pack) -> torch.Tensor:

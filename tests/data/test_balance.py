@@ -213,7 +213,7 @@ def test_slowest_rank_is_within_five_percent_of_the_mean_with_many_groups():
         assert max(loads) <= 1.05 * sum(loads) / num_ranks
 
 
-def test_families_stay_together_while_that_costs_nothing():
+def test_clusters_stay_together_while_that_costs_nothing():
     groups = [_size(100, image) for image in "abcdabcd"]
     model = CostModel(1.0, per_media_token=50.0)
     division = divide_step(range(8), groups, 1000, 2, model)
@@ -223,7 +223,7 @@ def test_families_stay_together_while_that_costs_nothing():
     assert {bundle.cost for rank in division.bundles for bundle in rank} == {1000.0}
 
 
-def test_a_family_that_would_hold_up_a_rank_is_cut():
+def test_a_cluster_that_would_hold_up_a_rank_is_cut():
     """Eight groups of one image on four ranks: whole, three ranks would wait for the fourth."""
     groups = [_size(100, "a") for _ in range(8)]
     division = divide_step(range(8), groups, 1000, 4, CostModel(1.0, per_media_token=1.0))
