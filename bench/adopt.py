@@ -153,7 +153,8 @@ def figures(training: Sequence[dict], days: Sequence[dict]) -> list[str]:
         return [
             f"**GPU figures: {NOT_MEASURED}.** Nothing has run on a GPU yet: its paths are built and tested on CPUs, "
             "and every figure here is of a CPU.",
-            "`make gpu-day` prepares the measurement, one command of nine minutes.",
+            "`make gpu-day` gathers what a GPU machine needs and prints the command that measures there, "
+            "in nine minutes.",
         ]
     rows = []
     for title, workload, name, over in (
