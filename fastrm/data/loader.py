@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import thread as pool_threads
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import active_children
@@ -239,6 +240,8 @@ def _start_worker(parent: int, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     end_with_parent(parent)
+    # Begun in a thread of a pool, a worker would wait for the pool's threads at its end, and so for itself: an error.
+    pool_threads._threads_queues.clear()
     # A pack that cannot be sent, as for lack of shared memory, would be left out and waited for, for ever.
     Queue._on_queue_feeder_error = staticmethod(_end_unsent)
     sys.excepthook = _report_but_lost_connections

@@ -57,7 +57,8 @@ def test_full_recipe_at_the_widths_of_the_7b_resumes_to_the_bit(freeze, override
     assert not (tmp_path / "run" / "model").exists(), "killed too late"
     killed = without_clock(read_rows(metrics))
 
-    second = run_alone(run_recipe, overrides, "required")
+    # Before its first step the killed run was compared with stock transformers, which takes a tenth of this test.
+    second = run_alone(run_recipe, [*overrides, "check_exactness=false"], "required")
     resumed = without_clock(read_rows(metrics))
     assert [row["step"] for row in resumed] == [1, 2, 3, 3]
     assert resumed == killed
