@@ -100,6 +100,7 @@ def _by_worth() -> list[list[Stage]]:
     return [[stage] for stage in found]
 
 
+_PATIENCE = 600  # the limit in seconds of a rehearsed stage: a CPU may be slow, and busy with other work
 # Stages that fail, each in another way, between the others of a rehearsal.
 HANG = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); time.sleep(600)"
 MEMORY = (
@@ -138,7 +139,8 @@ def _small(stage: Stage) -> Stage:
         return stage
     if stage.name == "tests":
         files = ["tests/kernels/test_tree_attention.py"]
-        return replace(stage, command=bench("gpu_tests.py", "--out", "{out}", "-n", "2", "-m", "not gpu", *files))
+        command = bench("gpu_tests.py", "--out", "{out}", "-n", "2", "-m", "not gpu", *files)
+        return replace(stage, command=command, limit=_PATIENCE)
     python, script, *arguments = stage.command
     if stage.name.startswith("train-"):
         # The last of two settings counts. Small packs, for dense attention.
@@ -147,6 +149,6 @@ def _small(stage: Stage) -> Stage:
         arguments.append("--cpu")
     environment = {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu"}
     return replace(
-        stage, command=(python, "bench/gpu_rehearsal.py", script, *arguments), environment=environment, limit=600,
-        least=20,
+        stage, command=(python, "bench/gpu_rehearsal.py", script, *arguments), environment=environment,
+        limit=_PATIENCE, least=20,
     )  # fmt: skip
