@@ -246,7 +246,7 @@ class Ensemble:
             (models, places, numbers)
             for models, numbers in parts
             if numbers
-            for places in sharing(models, [records[number] for number in numbers])
+            for places in sharing(models, _have_videos(records[number] for number in numbers))
         ]
         total, before = sum(len(numbers) for _, _, numbers in jobs), 0
         by_model: dict[int, dict[int, list[float] | RecordError]] = {}
@@ -320,9 +320,12 @@ def validation_weights(how: str, margins: np.ndarray, names: Sequence[str]) -> l
     return (values / values.sum()).tolist()
 
 
-def sharing(models: Sequence[RewardModel], records: Sequence[Record]) -> list[list[int]]:
-    """Return the places of the models in groups, each of models that read the records alike."""
-    has_videos = any(isinstance(ref, VideoRef) for record in records for ref in record.media)
+def _have_videos(records: Iterable[Record]) -> bool:
+    return any(isinstance(ref, VideoRef) for record in records for ref in record.media)
+
+
+def sharing(models: Sequence[RewardModel], has_videos: bool) -> list[list[int]]:
+    """Return the places of the models in groups, each of models that read inputs with, or without, videos alike."""
     alike: dict[str, list[int]] = {}
     for place, model in enumerate(models):
         key = f"{model.network.device} {_reading(model.network.encoder, has_videos)}"

@@ -124,38 +124,66 @@ def score_with_each(
     results: list[list[list[float]] | RecordError | None] = [None] * len(records)
     # A file may have been replaced since the last call.
     encoder = networks[0].encoder.looking_anew()
-    lay_out, device = networks[0].lay_out, networks[0].device
-    ready: list[_Ready] = []
+    ready: list[Ready] = []
     for number, record in enumerate(records):
         try:
-            ready.append(_make_ready(number, record, encoder, networks, tokens_per_pack))
+            ready.append(make_ready(number, record, encoder, networks, tokens_per_pack))
         except RecordError as error:
             results[number] = error
+    done = len(records) - len(ready)
     groups, encoded = [one.counted for one in ready], [one.group for one in ready]
+    for pack in score_encoded(networks, encoded, groups, encoder, tokens_per_pack, num_workers):
+        for place, result in pack:
+            one = ready[place]
+            results[one.number] = result if isinstance(result, RecordError) else result[:, one.places].tolist()
+        done += len(pack)
+        progress(done)
+    return results
+
+
+def score_encoded(
+    networks: Sequence[RewardNetwork],
+    encoded: Sequence[EncodedGroup],
+    groups: Sequence[GroupSize],
+    encoder: ConversationEncoder,
+    tokens_per_pack: int,
+    num_workers: int = 0,
+) -> Iterator[list[tuple[int, torch.Tensor | RecordError]]]:
+    """Run tokenised groups through every network; yield the results of each pack when it ends.
+
+    Args:
+        networks: M on one device, whose encoders read records alike.
+        encoded: N groups whose responses are distinct.
+        groups: their sizes.
+        encoder: decodes their images.
+
+    Yields:
+        for each group of the pack its place in `encoded`, and rewards (M, R) on the CPU or why it has none.
+
+    Raises:
+        ExactnessError: as `RewardModel.score`.
+    """
+    lay_out, device = networks[0].lay_out, networks[0].device
     for network in networks:
         if network.first_use is not None:
             network.first_use(groups, encoded.__getitem__)
-    builder = PackBuilder([records[one.number] for one in ready], encoder, share=True, encoded=encoded, lay_out=lay_out)
+    builder = PackBuilder(encoded, encoder, share=True, encoded=encoded, lay_out=lay_out)
 
     def forward(pack: Pack) -> torch.Tensor:
         pack = pack.to(device)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # each thread has its own
             return torch.stack([network(_laid_out(pack, network, lay_out)) for network in networks])  # (M, R)
 
-    done = len(records) - len(ready)
     for loaded, rewards in run_packs(
         forward, builder, groups, tokens_per_pack, num_workers, pin_memory=device.type != "cpu"
     ):
-        for group, placed in zip(loaded.packed, loaded.pack.groups if loaded.pack is not None else (), strict=True):
-            results[ready[group].number] = rewards[:, placed.responses][:, ready[group].places].tolist()
-        for refusal in loaded.refused:
-            results[ready[refusal.group].number] = RecordError(refusal.code, refusal.message)
-        done += len(loaded.plan.groups)
-        progress(done)
-    return results
+        placed = loaded.pack.groups if loaded.pack is not None else ()
+        found = {number: rewards[:, one.responses] for number, one in zip(loaded.packed, placed, strict=True)}
+        found |= {refusal.group: RecordError(refusal.code, refusal.message) for refusal in loaded.refused}
+        yield list(found.items())
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """A record that can be packed.
 
     Attributes:
@@ -169,9 +197,9 @@ class _Ready(NamedTuple):
     places: list[int]
 
 
-def _make_ready(
+def make_ready(
     number: int, record: Record, encoder: ConversationEncoder, networks: Sequence[RewardNetwork], tokens_per_pack: int
-) -> _Ready:
+) -> Ready:
     """Tokenise a record and refuse it if the networks cannot take it.
 
     Raises:
@@ -195,7 +223,7 @@ def _make_ready(
     if counted.num_tokens > tokens_per_pack:
         limit = f"limit {tokens_per_pack:,}; raise {option('tokens_per_pack')}"
         raise RecordError("TOO_LONG", f"the group has {counted.num_tokens:,} tokens, {limit}")
-    return _Ready(number, group, counted, places)
+    return Ready(number, group, counted, places)
 
 
 def _laid_out(pack: Pack, network: RewardNetwork, lay_out) -> Pack:
@@ -237,7 +265,7 @@ def score_dicts(
             records.append(group_record(group, number, require_preferences=False))
             results.append([])
         except RecordError as error:
-            results.append(_group_error(number, group, error))
+            results.append(group_error(number, group, error))
             if on_error == "raise":
                 raise results[-1] from None
     scored = iter(score(records))
@@ -245,7 +273,7 @@ def score_dicts(
         if isinstance(results[number], GroupError):
             continue
         result = next(scored)
-        results[number] = _group_error(number, group, result) if isinstance(result, RecordError) else result
+        results[number] = group_error(number, group, result) if isinstance(result, RecordError) else result
     if on_error == "raise":
         for result in results:
             if isinstance(result, GroupError):
@@ -253,6 +281,7 @@ def score_dicts(
     return results
 
 
-def _group_error(index: int, group: object, error: RecordError) -> GroupError:
+def group_error(index: int, group: object, error: RecordError) -> GroupError:
+    """Return the reason why a group of a call has no rewards, with its place in the call and its `id`."""
     name = group.get("id") if isinstance(group, dict) else None
     return GroupError(index, None if name is None else str(name), error.code, error.message)

@@ -69,12 +69,15 @@ def read_response(value: dict, resolve: Resolve, name: str) -> Turn:
     return read_turn(role | value, resolve, name)
 
 
-def group_record(group: dict, index: int, *, require_preferences: bool = False) -> Record:
+def group_record(
+    group: dict, index: int, *, require_preferences: bool = False, resolve: Resolve = any_path
+) -> Record:
     """Convert one group of the Python API, in this module's layout, to a record.
 
     Args:
         group: images are paths, bytes, data URIs or Pillow images.
         index: the group's position in the call; names it in errors and, without `id`, in the record.
+        resolve: opens the paths of its images and videos; default: every file that this process can read.
 
     Raises:
         RecordError: the group cannot be used.
@@ -90,7 +93,7 @@ def group_record(group: dict, index: int, *, require_preferences: bool = False) 
     if unread:
         names, wanted = ", ".join(f'"{name}"' for name in unread), ", ".join(key_names(layout_keys))
         raise RecordError("UNKNOWN_KEY", f"the group has {names}, which is not read; remove it, or use one of {wanted}")
-    draft = read_draft(read, group, any_path, is_scored=not require_preferences)
+    draft = read_draft(read, group, resolve, is_scored=not require_preferences)
     return to_record(
         draft,
         record_id=str(group.get("id", index)),

@@ -1,0 +1,155 @@
+"""The HTTP application: what every kind of request shares.
+
+A protocol is a module of fastrm/serve/protocols with `routes(service) -> APIRouter`, named in `PROTOCOLS`. Its
+handlers read a body by `Service.read`, ask by `Service.score` or `Service.rewards`, and return plain data. They raise
+`RequestError` for what is wrong; here it becomes ``{"error": {"code", "message"}}`` with its status:
+
+    400 a body that is no JSON object, or not of the form       404 MODEL_UNKNOWN, NOT_FOUND
+    401 UNAUTHORIZED                                            405 METHOD_NOT_ALLOWED
+    413 REQUEST_TOO_LARGE                                       422 a group that cannot be scored: its own code
+    503 QUEUE_FULL, CLOSING, with Retry-After                   500 INTERNAL
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib import import_module
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from fastrm.data.sources.values import decode_json
+from fastrm.errors import GroupError, RecordError
+from fastrm.serve.problems import BadRequest, RequestError, TooLarge, refused_group
+from fastrm.serve.scheduler import Scheduler, Scored
+from fastrm.serve.settings import ServeSettings
+
+# Modules of fastrm/serve/protocols, each with routes(service) -> APIRouter.
+PROTOCOLS = ("native", "status")
+
+
+class Service:
+    """The server as a protocol's handlers see it: bodies as JSON, rewards of groups, and the settings.
+
+    Attributes:
+        scheduler: the models and their queue.
+        settings: of the server.
+    """
+
+    def __init__(self, scheduler: Scheduler, settings: ServeSettings):
+        self.scheduler, self.settings = scheduler, settings
+
+    async def read(self, request: Request) -> dict:
+        """Return the body of a request, which must be a JSON object.
+
+        Raises:
+            TooLarge: over `max_body_bytes`; the rest is not read.
+            BadRequest: BAD_JSON, DUPLICATE_KEY or BAD_REQUEST.
+        """
+        try:
+            body = decode_json((await self._read_bytes(request)).decode())
+        except RecordError as error:
+            raise BadRequest(error.code, error.message) from None
+        except (ValueError, RecursionError) as error:
+            raise BadRequest("BAD_JSON", f"the body is no JSON: {error}; send a JSON object") from None
+        if not isinstance(body, dict):
+            raise BadRequest("BAD_REQUEST", f"the body is a {type(body).__name__}; send a JSON object")
+        return body
+
+    async def _read_bytes(self, request: Request) -> bytes:
+        limit, body = self.settings.max_body_bytes, bytearray()
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > limit:
+            raise TooLarge(f"the body has {int(declared):,} bytes, limit {limit:,}; send fewer groups a request")
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise TooLarge(f"the body has more than {limit:,} bytes; send fewer groups a request")
+        return bytes(body)
+
+    async def score(self, request: Request, groups: Sequence[dict], model: object = None) -> Scored:
+        """Return the rewards of groups, or the reason in the place of each that has none.
+
+        If the client goes away meanwhile, its groups leave the queue.
+
+        Args:
+            request: whose body has been read.
+            groups: as `Scheduler.score` takes them; of paths and URLs only what the settings allow is opened.
+            model: the name that the request gives; None: the first model.
+
+        Raises:
+            RequestError: TooLarge for more than `max_groups`; UnknownModel; Unavailable.
+        """
+        if len(groups) > self.settings.max_groups:
+            raise TooLarge(
+                f"the request has {len(groups):,} groups, limit {self.settings.max_groups:,}; send fewer a request"
+            )
+        work = asyncio.ensure_future(self.scheduler.submit(groups, model))
+        leaving = asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise RequestError(499, "CLIENT_LEFT", "the client closed the connection before its answer")
+            return work.result()
+        finally:
+            for task in (work, leaving):
+                task.cancel()
+            await asyncio.gather(work, leaving, return_exceptions=True)
+
+    async def rewards(self, request: Request, groups: Sequence[dict], model: object = None) -> Scored:
+        """Return the rewards of groups, for answers that have no place for errors.
+
+        Raises:
+            RequestError: as `score`; status 422 for the first group that has no rewards.
+        """
+        scored = await self.score(request, groups, model)
+        for result in scored.results:
+            if isinstance(result, GroupError):
+                raise refused_group(result)
+        return scored
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def make_app(scheduler: Scheduler, settings: ServeSettings) -> FastAPI:
+    """Return the application. It starts the scheduler and, at its end, waits for what was accepted."""
+
+    @asynccontextmanager
+    async def run(_: FastAPI) -> AsyncIterator[None]:
+        async with scheduler:
+            yield
+
+    app = FastAPI(title="fastrm", lifespan=run, docs_url=None, redoc_url=None, openapi_url=None)
+    service = Service(scheduler, settings)
+    for name in PROTOCOLS:
+        app.include_router(import_module(f"fastrm.serve.protocols.{name}").routes(service))
+    app.add_exception_handler(RequestError, _answer_problem)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_internal)
+    return app
+
+
+def error_body(code: str, message: str) -> dict:
+    """Return the JSON of an error."""
+    return {"error": {"code": code, "message": message}}
+
+
+async def _answer_problem(_: Request, error: RequestError) -> JSONResponse:
+    return JSONResponse(error_body(error.code, error.message), error.status, error.headers)
+
+
+async def _answer_http(request: Request, error: HTTPException) -> JSONResponse:
+    codes = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(
+        error_body(codes.get(error.status_code, "HTTP_ERROR"), message), error.status_code, error.headers
+    )
+
+
+async def _answer_internal(_: Request, error: Exception) -> JSONResponse:
+    message = "the server failed at this request; its log says why, and other requests are not affected"
+    return JSONResponse(error_body("INTERNAL", message), 500)

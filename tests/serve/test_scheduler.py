@@ -1,0 +1,180 @@
+"""The scheduler: rewards of `RewardModel.score`, whoever asks at the same time; order, bounds, cancelling, failures."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from fastrm.errors import ConfigError, GroupError
+from fastrm.evaluate.ensemble import Ensemble
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.serve.problems import Unavailable, UnknownModel
+from fastrm.serve.scheduler import Scheduler
+from fastrm.serve.scorer import Scorer
+from tests.helpers.support import make_image, make_model, words
+
+BAND = 1e-6  # of rewards near 1 in float32: what another cut of the same work into matrix products may change
+
+
+@pytest.fixture(scope="module")
+def model():
+    return RewardModel(make_model("qwen2_5_vl"))
+
+
+@pytest.fixture(scope="module")
+def scorer(model):
+    return Scorer("tiny", Ensemble([model]), 8192)
+
+
+def make_groups(count, seed=0, num_responses=4):
+    rng = np.random.default_rng(seed)
+    groups = []
+    for number in range(count):
+        group = {
+            "prompt": words(rng, int(rng.integers(2, 80))),
+            "responses": [f"{words(rng, int(rng.integers(1, 40)))} {n}" for n in range(num_responses)],
+        }
+        if number % 2:
+            group["images"] = [make_image(56 + 28 * (number % 3), 84, seed=number).data]
+        groups.append(group)
+    return groups
+
+
+def singles(groups):
+    return [{**group, "responses": [response]} for group in groups for response in group["responses"]]
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 300))
+
+
+def counted(monkeypatch, scorer):
+    """The number of groups of each pack that the scorer computes from now on."""
+    packs, compute = [], scorer.run
+    monkeypatch.setattr(scorer, "run", lambda groups: (packs.append(len(groups)), compute(groups))[1])
+    return packs
+
+
+def test_a_call_gives_the_rewards_of_the_model_to_the_bit(model, scorer):
+    groups = make_groups(6)
+
+    async def ask():
+        async with Scheduler([scorer]) as scheduler:
+            return await scheduler.score(groups)
+
+    assert run(ask()) == model.score(groups)
+
+
+def test_singles_of_one_prompt_that_come_together_are_one_group(model, scorer, monkeypatch):
+    groups = make_groups(4)
+    packs = counted(monkeypatch, scorer)
+
+    async def ask():
+        async with Scheduler([scorer], window_ms=200) as scheduler:
+            return await asyncio.gather(*(scheduler.score([single]) for single in singles(groups)))
+
+    found = [reward for [[reward]] in run(ask())]
+    assert packs == [4]
+    wanted = [reward for rewards in model.score(groups) for reward in rewards]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=BAND)
+
+
+def test_a_group_that_cannot_be_scored_has_its_reason_in_its_place(model, scorer):
+    groups = make_groups(2)
+    bad = [{"prompt": "a", "images": [b"no image"], "responses": ["b"]}, {"responses": ["b"]}]
+
+    async def ask():
+        async with Scheduler([scorer]) as scheduler:
+            return await scheduler.score([groups[0], *bad, groups[1]])
+
+    first, no_image, no_prompt, last = run(ask())
+    assert [first, last] == model.score(groups)
+    assert isinstance(no_image, GroupError) and (no_image.index, no_image.code) == (1, "IMAGE_FORMAT")
+    assert isinstance(no_prompt, GroupError) and (no_prompt.index, no_prompt.code) == (2, "BAD_ROW")
+
+
+def test_a_full_queue_refuses_and_accepts_again_when_there_is_room(model, scorer):
+    groups = make_groups(3)
+
+    async def ask():
+        async with Scheduler([scorer], max_queue=2, window_ms=50) as scheduler:
+            first = asyncio.create_task(scheduler.score(groups[:2]))
+            await asyncio.sleep(0)
+            with pytest.raises(Unavailable, match="2 groups wait, 1 more"):
+                await scheduler.score(groups[2:])
+            return await first, await scheduler.score(groups[2:])
+
+    first, second = run(ask())
+    assert [*first, *second] == model.score(groups)
+
+
+def test_what_is_cancelled_leaves_the_queue_and_is_not_computed(scorer, monkeypatch):
+    groups = make_groups(2)
+    packs = counted(monkeypatch, scorer)
+
+    async def ask():
+        async with Scheduler([scorer], window_ms=300) as scheduler:
+            kept, left = (asyncio.create_task(scheduler.score([group])) for group in groups)
+            while len(scheduler._waiting) < 2:
+                await asyncio.sleep(0.001)
+            left.cancel()
+            await kept
+            return scheduler.queue_length
+
+    assert run(ask()) == 0 and packs == [1]
+
+
+def test_a_pack_that_fails_is_computed_group_by_group(model, scorer, monkeypatch):
+    groups = make_groups(3)
+    compute = scorer.run
+
+    def fails(found):
+        if any(len(group.record.responses) == 3 for group in found):
+            raise RuntimeError("out of memory")
+        return compute(found)
+
+    monkeypatch.setattr(scorer, "run", fails)
+    bad = {"prompt": "a", "responses": ["b", "c", "d"]}
+
+    async def ask():
+        async with Scheduler([scorer], window_ms=50) as scheduler:
+            return await scheduler.score([*groups[:2], bad, groups[2]])
+
+    *good, failed, last = run(ask())
+    assert [*good, last] == model.score(groups)
+    assert isinstance(failed, GroupError) and failed.code == "INTERNAL"
+
+
+def test_a_long_group_does_not_hold_back_short_ones_and_is_not_put_off_for_ever(scorer):
+    long = {"prompt": "the cat " * 900, "responses": ["yes", "no"]}
+    short = [{"prompt": f"Is this {number}?", "responses": ["yes", "no"]} for number in range(4)]
+    done = []
+
+    async def one(scheduler, name, group):
+        await scheduler.score([group])
+        done.append(name)
+
+    async def ask(patience_ms):
+        done.clear()
+        async with Scheduler([scorer], window_ms=100, patience_ms=patience_ms) as scheduler:
+            await asyncio.gather(one(scheduler, "long", long), *(one(scheduler, "short", group) for group in short))
+
+    run(ask(60_000))
+    assert done == ["short"] * 4 + ["long"]
+    run(ask(0))
+    assert done.index("long") == 0
+
+
+def test_models_are_known_by_name(model, scorer):
+    other = Scorer("other", Ensemble([RewardModel(make_model("qwen2_5_vl", seed=1))]), 8192)
+    groups = make_groups(2)
+
+    async def ask():
+        async with Scheduler([scorer, other]) as scheduler:
+            with pytest.raises(UnknownModel, match="'third' is not served here; name one of tiny, other"):
+                await scheduler.score(groups, "third")
+            return await asyncio.gather(scheduler.score(groups, "other"), scheduler.score(groups))
+
+    assert run(ask()) == [other.ensemble.score(groups), model.score(groups)]
+    with pytest.raises(ConfigError, match="two models"):
+        Scheduler([scorer, Scorer("tiny", other.ensemble, 8192)])
