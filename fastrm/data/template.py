@@ -140,6 +140,21 @@ class ConversationEncoder:
         num_response_tokens = self._num_response_tokens(response, rendered) if self.counts_responses else 0
         return EncodedResponse(tokens, tuple(spans), num_response_tokens, positions)
 
+    def rendered_text(self, response: Response) -> str:
+        """Return a conversation as the chat template renders it, one placeholder for each image and video.
+
+        Raises:
+            RecordError: TEMPLATE if the template refuses it.
+        """
+        rendered = self._renderer.render(response)
+        return rendered.mend(rendered.text)
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        """The special tokens that end an assistant's turn, as the template writes them or policies do, longest first.
+        """
+        return self._closing
+
     def looking_anew(self) -> "ConversationEncoder":
         """Return an encoder of the same tokens without remembered sizes: files may have been replaced."""
         fresh = copy.copy(self)

@@ -22,11 +22,12 @@ from starlette.exceptions import HTTPException
 from fastrm.data.sources.values import decode_json
 from fastrm.errors import GroupError, RecordError
 from fastrm.serve.problems import BadRequest, RequestError, TooLarge, refused_group
+from fastrm.serve.rendered_text import RenderedTextReader
 from fastrm.serve.scheduler import Scheduler, Scored
 from fastrm.serve.settings import ServeSettings
 
 # Modules of fastrm/serve/protocols, each with routes(service) -> APIRouter.
-PROTOCOLS = ("native", "status")
+PROTOCOLS = ("native", "status", "openrlhf", "vllm", "sglang", "slime", "r1_reward")
 
 
 class Service:
@@ -96,6 +97,14 @@ class Service:
             for task in (work, leaving):
                 task.cancel()
             await asyncio.gather(work, leaving, return_exceptions=True)
+
+    def reader(self, model: object = None) -> RenderedTextReader:
+        """Return the reader of texts that a trainer has rendered with a model's chat template.
+
+        Raises:
+            UnknownModel: for a name that is not served.
+        """
+        return self.scheduler.find(model).reader
 
     async def rewards(self, request: Request, groups: Sequence[dict], model: object = None) -> Scored:
         """Return the rewards of groups, for answers that have no place for errors.

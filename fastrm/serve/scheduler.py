@@ -182,7 +182,7 @@ class Scheduler:
         Raises:
             UnknownModel, Unavailable: as `score`.
         """
-        scorer = self._find(model)
+        scorer = self.find(model)
         self._admit(len(groups))
         try:
             found = await asyncio.gather(*(self._score_group(scorer, index, one) for index, one in enumerate(groups)))
@@ -201,7 +201,12 @@ class Scheduler:
         self._preparing.shutdown(wait=False)
         self._computing.shutdown(wait=False)
 
-    def _find(self, model: str | None) -> Scorer:
+    def find(self, model: str | None) -> Scorer:
+        """Return the model of a name, or the first for None.
+
+        Raises:
+            UnknownModel: for another name.
+        """
         if model is None:
             return next(iter(self.scorers.values()))
         if not isinstance(model, str) or model not in self.scorers:

@@ -6,6 +6,7 @@ tokenisation and one pack. A group that a route takes has the reading of the rou
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from fastrm.evaluate.ensemble import Ensemble, combine, sharing
 from fastrm.evaluate.merging import PromptGroup
 from fastrm.evaluate.scoring import Ready, make_ready, score_encoded
 from fastrm.model.network import RewardNetwork
+from fastrm.serve.rendered_text import RenderedTextReader
 
 
 class Reading(NamedTuple):
@@ -96,6 +98,11 @@ class Scorer:
         self.name, self.ensemble, self.tokens_per_pack = name, ensemble, tokens_per_pack
         self._members = _readings(ensemble.members)
         self._route = _readings([ensemble.text] if ensemble.text is not None else [])
+
+    @cached_property
+    def reader(self) -> RenderedTextReader:
+        """The reader of texts that were rendered with the first member's chat template."""
+        return RenderedTextReader(self.ensemble.members[0].network.encoder)
 
     def prepare(self, record: Record) -> Prepared:
         """Tokenise a group; may be called from any thread.

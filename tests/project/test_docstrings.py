@@ -21,14 +21,14 @@ FRAGMENTS = words("""
 """)
 # Imperatives that functions begin with. A new one is added here; a noun, as in "Rewards of a pack", is not.
 VERBS = words("""
-    Accept Add Advance Allow Announce Append Apply Ask Assert Attach Attend Begin Block Build Call Capture Carry
-    Cast Change Check Choose Clear Clone Close Collect Combine Compare Compile Complete Compute Concatenate
+    Accept Add Advance Allow Announce Answer Append Apply Ask Assert Attach Attend Begin Block Build Call Capture
+    Carry Cast Change Check Choose Clear Clone Close Collect Combine Compare Compile Complete Compute Concatenate
     Configure Convert Copy Count Create Cut Decode Delete Derive Describe Detect Discard Divide Download Draw Drop
-    Emit Encode End Escape Estimate Evaluate Exchange Expand Export Extract Fill Find Flush Forget Format Free Fuse
-    Gate Gather Generate Give Group Guard Guess Handle Hash Hold Improve Initialise Insert Integrate Invert Join
+    Emit Encode End Escape Estimate Evaluate Exchange Expand Explain Export Extract Fill Find Flush Forget Format Free
+    Fuse Gate Gather Generate Give Group Guard Guess Handle Hash Hold Improve Initialise Insert Integrate Invert Join
     Keep Kill Launch Lay Leave Let Limit List Load Locate Make Mark Measure Merge Move Multiply Name Normalise Note
     Notify Open Pack Pad Parse Pass Permute Pick Plan Predict Prepare Print Profile Propose Protect Prune Push Put
-    Quote Raise Read Record Reduce Refuse Register Reject Remember Remove Rename Render Reorder Repeat Replace
+    Quote Raise Read Record Recover Reduce Refuse Register Reject Remember Remove Rename Render Reorder Repeat Replace
     Report Require Reset Resize Resolve Restore Resume Retry Return Round Run Save Say Scale Scan Score Search
     Select Send Serve Set Shorten Show Sort Split Start Stop Store Strip Subtract Sum Swap Switch Take Tell Test
     Time Tokenise Trace Train Translate Trim Turn Undo Unpack Update Use Validate Verify Wait Walk Warn Watch Widen

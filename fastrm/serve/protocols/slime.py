@@ -1,0 +1,60 @@
+"""slime's remote reward model: ``POST /slime``, whose answer is a bare number.
+
+The prompt is a list of messages, a rendered text that ends where the response begins, or a plain question. Images,
+which slime does not send, may come in the label as for OpenRLHF.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from fastrm.errors import RecordError
+from fastrm.serve.app import Service
+from fastrm.serve.protocols.bodies import Body, flat, parsed, reading
+from fastrm.serve.protocols.openrlhf import label_images
+from fastrm.serve.rendered_text import RenderedTextReader, group_of
+
+
+class Sample(Body):
+    """The body of ``/slime``.
+
+    Attributes:
+        label: of any kind; if it is an object, it may hold `images` for a rendered prompt.
+    """
+
+    prompt: str | list[dict]
+    response: str
+    label: Any = None
+
+
+def group(body: Sample, reader: RenderedTextReader) -> dict:
+    """Return the group of a sample.
+
+    Raises:
+        RecordError: BAD_REQUEST, IMAGE_COUNT, or as `RenderedTextReader.read`.
+    """
+    images = label_images(body.label, "label")
+    if isinstance(body.prompt, str) and reader.is_rendered(body.prompt):
+        return reader.read(body.prompt + body.response, images, "prompt and response").group
+    messages = [{"role": "user", "content": body.prompt}] if isinstance(body.prompt, str) else body.prompt
+    if images:
+        raise RecordError(
+            "IMAGE_COUNT",
+            'the label has images, and "prompt" is no rendered text with a placeholder for each; put them into the '
+            "content of messages",
+        )
+    return group_of(messages, [reader.response_text(body.response)[0]])
+
+
+def routes(service: Service) -> APIRouter:
+    """Return the router of /slime."""
+    router = APIRouter()
+
+    @router.post("/slime")
+    async def slime(request: Request) -> float:
+        body = parsed(Sample, await service.read(request))
+        asked = await reading(group, body, service.reader())
+        scored = await service.rewards(request, [asked])
+        return flat(scored.results)[0]
+
+    return router
