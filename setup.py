@@ -31,6 +31,7 @@ setup(
         "fastrm_kernels.tree_attention",
     ],
     package_dir={"fastrm": "fastrm", "fastrm_kernels": "kernels/fastrm_kernels"},
+    package_data={"fastrm.serve": ["page/*"]},
     install_requires=[
         "torch>=2.11",
         # From 5.18 on its own times of Qwen2.5-VL's videos are fastrm's; from 5.23 on it renames the weights of

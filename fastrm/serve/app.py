@@ -21,13 +21,14 @@ from starlette.exceptions import HTTPException
 
 from fastrm.data.sources.values import decode_json
 from fastrm.errors import GroupError, RecordError
+from fastrm.serve.activity import Activity, ActivityMiddleware
 from fastrm.serve.problems import BadRequest, RequestError, TooLarge, refused_group
 from fastrm.serve.rendered_text import RenderedTextReader
 from fastrm.serve.scheduler import Scheduler, Scored
 from fastrm.serve.settings import ServeSettings
 
 # Modules of fastrm/serve/protocols, each with routes(service) -> APIRouter.
-PROTOCOLS = ("native", "status", "openrlhf", "vllm", "sglang", "slime", "r1_reward")
+PROTOCOLS = ("native", "status", "page", "openrlhf", "vllm", "sglang", "slime", "r1_reward")
 
 
 class Service:
@@ -36,10 +37,12 @@ class Service:
     Attributes:
         scheduler: the models and their queue.
         settings: of the server.
+        activity: the latest requests.
     """
 
     def __init__(self, scheduler: Scheduler, settings: ServeSettings):
         self.scheduler, self.settings = scheduler, settings
+        self.activity = Activity()
 
     async def read(self, request: Request) -> dict:
         """Return the body of a request, which must be a JSON object.
@@ -92,7 +95,9 @@ class Service:
             await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise RequestError(499, "CLIENT_LEFT", "the client closed the connection before its answer")
-            return work.result()
+            scored = work.result()
+            request.state.rewards = sum(len(one) for one in scored.results if not isinstance(one, GroupError))
+            return scored
         finally:
             for task in (work, leaving):
                 task.cancel()
@@ -136,6 +141,7 @@ def make_app(scheduler: Scheduler, settings: ServeSettings) -> FastAPI:
     service = Service(scheduler, settings)
     for name in PROTOCOLS:
         app.include_router(import_module(f"fastrm.serve.protocols.{name}").routes(service))
+    app.add_middleware(ActivityMiddleware, activity=service.activity)
     app.add_exception_handler(RequestError, _answer_problem)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_internal)

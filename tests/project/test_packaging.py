@@ -19,6 +19,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
     assert {name.split("/")[0] for name in names} == {"fastrm", "fastrm_kernels"}
     sources = [(PROJECT / "fastrm", PROJECT), (PROJECT / "kernels" / "fastrm_kernels", PROJECT / "kernels")]
     wanted = {str(path.relative_to(base)) for top, base in sources for path in top.rglob("*.py")}
+    wanted |= {f"fastrm/serve/page/{path.name}" for path in (PROJECT / "fastrm" / "serve" / "page").iterdir()}
     assert names == wanted
 
 

@@ -1,0 +1,43 @@
+"""The page at `/`, files without a build step that ask nobody but their own server, and what it shows of the server.
+
+GET /activity answers with the figures of `Activity.report`.
+"""
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
+
+from fastrm.serve.app import Service
+
+_FOLDER = Path(__file__).parents[1] / "page"
+_PATHS = {"/": "index.html"} | {f"/page/{name}": name for name in ("page.css", "page.js", "examples.js")}
+# Scripts, styles and requests of this server alone, pictures also from the page's own memory; no other site frames it.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+# The paths that need no token: a browser asks for them before it has one, and they hold nothing of the model.
+OPEN_PATHS = frozenset(_PATHS)
+
+
+def routes(service: Service) -> APIRouter:
+    """Return the router of /, /page and /activity."""
+    router = APIRouter()
+    for path, name in _PATHS.items():
+        _add_file(router, path, _FOLDER / name)
+
+    @router.get("/activity")
+    async def activity() -> dict:
+        return service.activity.report(service.scheduler.queue_length)
+
+    return router
+
+
+def _add_file(router: APIRouter, path: str, file: Path) -> None:
+    @router.get(path)
+    async def answer() -> FileResponse:
+        return FileResponse(file, headers=_HEADERS)
