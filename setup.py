@@ -23,6 +23,7 @@ setup(
         "fastrm.model",
         "fastrm.rl",
         "fastrm.serve",
+        "fastrm.serve.check",
         "fastrm.serve.protocols",
         "fastrm.train",
         "fastrm_kernels",
@@ -61,7 +62,7 @@ setup(
         "liger": ["liger-kernel>=0.8.5"],
         # Builds against the torch that is installed: pip install --no-build-isolation "fastrm[flash-attn]".
         "flash-attn": ["flash-attn>=2.8"],
-        "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.30"],
+        "serve": ["fastapi>=0.115", "httpx>=0.27", "prometheus-client>=0.20", "uvicorn>=0.30"],
         "report": ["tensorboard", "wandb"],
         "rl": ["httpx>=0.27", "math-verify>=0.8"],
         "video": ["av>=15"],

@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 data_app = typer.Typer(
-    help="Check and prepare preference data, and list the published sets.",
+    help="Check and prepare preference data, and list known sets.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -267,6 +267,49 @@ def evaluate(
     *models, data = models_and_data
     choice = ModelChoice(tuple(map(Path, models)), ensemble and ensemble.value, validation, route, save_ensemble)
     run(choice, data, options, bench_data=bench_data, scores=scores, json_out=json_out, png_out=png_out)
+
+
+@app.command("check-serving")
+def check_serving(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Reward model that the server is said to serve: its folder."),
+    ],
+    url: Annotated[str, typer.Option(metavar="URL", help="Address of the server, as http://127.0.0.1:8000.")],
+    api: Annotated[
+        str, typer.Option(metavar="NAME", help="Requests that the server takes: fastrm, vllm, sglang or openrlhf.")
+    ] = "fastrm",
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="FASTRM_TOKEN", show_envvar=False, metavar="TOKEN", help="Token that the server wants."),
+    ] = None,
+    band: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="REWARD",
+            help="Largest difference of a reward that is none; without it, 0.001 for a model that computes here in "
+            "fp32, 0.05 for bf16, 0.01 for fp16.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Longest time for one answer, in seconds.")
+    ] = 120.0,
+    device: opts.DeviceChoice = "auto",
+    dtype: opts.DtypeChoice = "auto",
+) -> None:
+    """Compare a server's rewards with those of its model.
+
+    A fixed set of prompts, texts and images made in code, is scored by the server and in this process. Printed are
+    the worst difference, the preferences that flip, and the likely cause: template, anchor, activation, image
+    resizing, dtype. The exit code is 65 if a reward is beyond the band or a prompt is refused.
+
+    \b
+    Example: fastrm check-serving runs/my/model --url http://host:8000 --api vllm
+    """
+    from fastrm.serve.check.command import check_serving as run
+
+    run(model, url, api, token=token, timeout=timeout, band=band, device=device, dtype=dtype)
 
 
 @data_app.command("prepare")

@@ -1,8 +1,8 @@
 """Errors that a user can act on, each with the exit code of the command that meets it.
 
 A message says what went wrong, where, what was found, what was wanted and what to do next. The
-codes follow sysexits.h where it has one: 64 usage or configuration, 65 data, 70 internal, 71 a
-process was lost, 74 input/output; 75 interrupted (resume) and 76 diverged are ours.
+codes follow sysexits.h where it has one: 64 usage or configuration, 65 data, 69 a server is away,
+70 internal, 71 a process was lost, 74 input/output; 75 interrupted (resume) and 76 diverged are ours.
 """
 
 import os
@@ -60,6 +60,12 @@ class GroupError(DataError):
         raise self
 
     __len__ = __iter__ = __getitem__ = __float__ = __array__ = _refuse
+
+
+class ServerError(FastrmError):
+    """An error of a server that is away, refuses a request, or answers with something else than was asked for."""
+
+    exit_code = 69
 
 
 class StorageError(FastrmError):

@@ -9,7 +9,7 @@ from typing import Literal
 
 import httpx
 
-from fastrm.errors import ConfigError, FastrmError, GroupError
+from fastrm.errors import ConfigError, GroupError, ServerError
 from fastrm.rl.wire import Request, Result, make_requests, read_answer
 
 MAX_WAIT = 30.0  # seconds between two tries
@@ -20,12 +20,6 @@ _JSON = {"Content-Type": "application/json"}
 
 # What came of one try: an answer, or the error of the connection.
 Outcome = httpx.Response | Exception
-
-
-class ServerError(FastrmError):
-    """An error of a reward server that is away, refuses a request, or answers with what are no rewards."""
-
-    exit_code = 74
 
 
 class Client:

@@ -1,0 +1,226 @@
+"""fastrm check-serving: right servers agree by every API; each wrong one is found out, and its fault named."""
+
+import base64
+import copy
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from fastrm.data.images import image_size
+from fastrm.data.record import ImageRef
+from fastrm.data.template import ConversationEncoder
+from fastrm.errors import ConfigError, ServerError
+from fastrm.evaluate.ensemble import Ensemble
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.limits import MediaLimits
+from fastrm.serve.app import make_app
+from fastrm.serve.check import prompts
+from fastrm.serve.check.clients import APIS
+from fastrm.serve.check.command import check_serving, compare, comparison_table, summary, verdict
+from fastrm.serve.check.prompts import KEPT, RESIZED, checked_prompts
+from fastrm.serve.protocols import vllm
+from fastrm.serve.protocols.bodies import sigmoid
+from fastrm.serve.rendered_text import group_of
+from fastrm.serve.scheduler import Scheduler
+from fastrm.serve.scorer import Scorer
+from fastrm.serve.settings import ServeSettings
+from fastrm.ui import Display
+from tests.helpers.support import make_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(dtype="fp32", family="qwen2_5_vl"):
+    return RewardModel(make_model(family, dtype=DTYPES[dtype]), f"{dtype} in memory")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load()
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Long prompts that are short: their length is no fault that any test here is about."""
+    monkeypatch.setattr(prompts, "LONG", 60)
+
+
+def server(model):
+    return TestClient(make_app(Scheduler([Scorer("tiny", Ensemble([model]), 32768)]), ServeSettings()))
+
+
+def check(model, served, api="vllm"):
+    with server(served) as client:
+        return compare(model, client, api, None, Display(silent=True))
+
+
+def cause(model, found):
+    assert not found.agrees and "differ by more than 0.001" in summary(found)
+    (line,) = [line for line in verdict(found, model, load) if line.startswith("likely cause: ")]
+    return line.removeprefix("likely cause: ")
+
+
+def with_template(model, template):
+    network = copy.copy(model.network)
+    tokenizer = copy.deepcopy(network.encoder.tokenizer)
+    tokenizer.chat_template = template
+    network.encoder = ConversationEncoder(tokenizer, network.encoder.vision)
+    return RewardModel(network, model.weights)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_our_own_server_agrees_by_every_api(model, api):
+    found = check(model, model, api)
+    assert found.agrees and not found.left_out
+    assert found.worst.difference < 1e-5
+    assert {cell.prompt.kind for cell in found.cells} == {
+        prompt.kind for prompt in checked_prompts(model.network.encoder)
+    }
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ("{% set add_generation_prompt = true %}@", "template: the server opens another turn behind the response"),
+        ("{% set whole %}@{% endset %}{{ whole.rstrip() }}", "anchor: the server's text lacks the white space"),
+        ("{% set whole %}@{% endset %}{{ whole.replace(system, '') }}", "server leaves the default system turn out"),
+        ("{% set whole %}@{% endset %}{{ whole.replace(system, 'You judge.') }}", "has another default system turn"),
+        ("{% for m in messages %}<|im_start|>{{ m.role[0] }} {% if m.content is string %}{{ m.content }}{% else %}"
+         "{% for p in m.content %}{{ p.text or '<|image_pad|>' }}{% endfor %}{% endif %}\n{% endfor %}",
+         "template or tokenizer: a conversation has"),
+    ],
+    ids=["generation prompt", "no last line break", "no default system", "other default system", "other marks"],
+)  # fmt: skip
+def test_a_server_of_another_template_is_named(model, change, named):
+    encoder = model.network.encoder
+    turn = "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n"
+    text = change.replace("@", encoder.tokenizer.chat_template)
+    if "You judge" in text:
+        turn = "You are a helpful assistant."
+    served = with_template(model, f"{{% set system = '{turn}' %}}" + text)
+    assert named in cause(model, check(model, served))
+
+
+@pytest.mark.parametrize(
+    "function, named",
+    [
+        (sigmoid, "activation: the server's rewards are the sigmoid of ours"),
+        (lambda reward: 0.5 * reward + 1.0, "scale: the server's rewards are 0.5 of ours and 1 more"),
+        (lambda reward: 1.0, "activation: every reward is 1, as a softmax"),
+    ],
+    ids=["sigmoid", "scale", "softmax"],
+)
+def test_a_server_that_gives_a_function_of_the_reward_is_named(model, monkeypatch, function, named):
+    monkeypatch.setattr(vllm, "activated", lambda rewards, use_activation: list(map(function, rewards)))
+    assert named in cause(model, check(model, model))
+
+
+def with_processor(**settings):
+    served = load()
+    for name, value in settings.items():
+        setattr(served.network.encoder.vision.processor, name, value)
+    return served
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"size": {"shortest_edge": 784, "longest_edge": 784 * 12}}, "image resizing: a conversation has"),
+        ({"resample": Image.Resampling.NEAREST}, "image resizing: images that need none agree"),
+        ({"image_mean": [0.1, 0.2, 0.3]}, "images: even those that are kept as they are disagree"),
+    ],
+    ids=["pixel limits", "resampling", "normalisation"],
+)
+def test_a_server_that_reads_images_in_another_way_is_named(model, settings, named):
+    found = check(model, with_processor(**settings))
+    assert max(cell.difference for cell in found.cells if not cell.prompt.images) < 1e-5
+    assert named in cause(model, found)
+
+
+def test_a_server_that_does_not_read_images_is_named(model, monkeypatch):
+    def without_images(messages, responses):
+        for message in messages:
+            if isinstance(message["content"], list):
+                message["content"] = "".join(part.get("text", "") for part in message["content"])
+        return group_of(messages, responses)
+
+    monkeypatch.setattr(vllm, "group_of", without_images)
+    assert "images: the server does not read them" in cause(model, check(model, model))
+
+
+@pytest.mark.parametrize("dtype", ["bf16"])
+def test_a_server_of_lower_precision_is_named(model, dtype):
+    assert f"are of the size that {dtype} makes" in cause(model, check(model, load(dtype)))
+
+
+def test_a_server_of_other_weights_has_no_named_fault(model):
+    other = RewardModel(make_model("qwen2_5_vl", seed=1), "fp32")
+    assert "unknown: none of the faults that are tried" in cause(model, check(model, other))
+
+
+def test_the_table_fits_80_columns_and_counts_flips(model):
+    found = check(model, RewardModel(make_model("qwen2_5_vl", seed=1), "fp32"))
+    lines = comparison_table(found).as_lines(80)
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("prompts") for line in lines) == 1, "the table is in one piece"
+    pairs, flipped = map(int, lines[-1].split()[-2:])
+    assert pairs > 20 and 0 < flipped < pairs
+    assert f"{flipped} preferences flip" in summary(found)
+
+
+def test_images_of_whole_patches_are_kept_and_others_are_not(model):
+    encoder = model.network.encoder
+    for prompt in checked_prompts(encoder):
+        for image in prompt.images:
+            ref = ImageRef(data=base64.b64decode(image.partition(",")[2]))
+            size, side = encoder.measure(ref), 28
+            is_kept = image_size(ref, MediaLimits()) == (size.width * side, size.height * side)
+            assert is_kept == (prompt.kind == KEPT)
+            assert prompt.kind in (KEPT, RESIZED)
+
+
+def test_prompts_that_the_server_refuses_are_counted(model, monkeypatch):
+    monkeypatch.setattr(prompts, "LONG", 600)
+    scheduler = Scheduler([Scorer("tiny", Ensemble([model]), 1000)])
+    with TestClient(make_app(scheduler, ServeSettings())) as client:
+        found = compare(model, client, "vllm", None, Display(silent=True))
+    assert not found.agrees and {prompt.kind for prompt, _ in found.refused} == {"long texts"}
+    assert "2 prompts are refused" in summary(found)
+    assert "TOO_LONG" in verdict(found, model, load)[0]
+
+
+@pytest.mark.parametrize(
+    "url, api, kind, said",
+    [
+        ("http://127.0.0.1:1", "vllm", ServerError, "no answer .ConnectError"),
+        ("127.0.0.1", "vllm", ConfigError, "--url: got '127.0.0.1', wanted one such as"),
+        ("http://127.0.0.1:1", "tgi", ConfigError, "--api: got 'tgi', wanted one of"),
+    ],
+)
+def test_a_server_that_is_away_and_bad_options_are_named(model, monkeypatch, url, api, kind, said):
+    monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_, **__: model)
+    with pytest.raises(kind, match=said):
+        check_serving(Path("model"), url, api, token=None, timeout=5, band=None, device="cpu", dtype="auto")
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        (httpx.Response(401, text="no"), "HTTP 401: no; give --token"),
+        (httpx.Response(404, text="lost"), "HTTP 404: lost; is --api right"),
+        (httpx.Response(500, text="broken"), "HTTP 500: broken; see the server's log"),
+        (httpx.Response(200, json={"data": []}), "has another form than --api says"),
+        (httpx.Response(200, text="<html>"), "has another form than --api says"),
+        (httpx.Response(200, content='{"data": [{"probs": [NaN]}]}'), "is no finite number"),
+    ],
+    ids=["401", "404", "500", "form", "html", "nan"],
+)
+def test_answers_that_are_no_rewards_are_named(model, answer, said):
+    client = httpx.Client(base_url="http://server", transport=httpx.MockTransport(lambda request: answer))
+    with client, pytest.raises(ServerError) as caught:
+        compare(model, client, "vllm", None, Display(silent=True))
+    assert said in str(caught.value) and str(caught.value).startswith("http://server/classify: ")
