@@ -312,6 +312,60 @@ def check_serving(
     run(model, url, api, token=token, timeout=timeout, band=band, device=device, dtype=dtype)
 
 
+@app.command()
+def serve(
+    models: opts.ServedModels,
+    host: opts.Host = "127.0.0.1",
+    port: opts.Port = 8000,
+    token: opts.Token = None,
+    max_queue: opts.MaxQueue = 1024,
+    window_ms: opts.WindowMs = 3.0,
+    deterministic: opts.Deterministic = False,
+    max_body_bytes: opts.MaxBodyBytes = 32 * 2**20,
+    max_groups: opts.MaxGroups = 64,
+    image_root: opts.ImageRoot = None,
+    allow_image_urls: opts.AllowImageUrls = False,
+    ensemble: opts.EnsembleChoice = None,
+    validation: opts.Validation = None,
+    route: opts.RouteChoice = None,
+    tokens_per_pack: opts.TokensPerPack = 32768,
+    device: opts.DeviceChoice = "auto",
+    dtype: opts.DtypeChoice = "auto",
+    template_date: opts.TemplateDate = None,
+    max_image_pixels: opts.MaxImagePixels = MediaLimits.max_pixels,
+    max_image_bytes: opts.MaxImageBytes = MediaLimits.max_bytes,
+    max_video_bytes: opts.MaxVideoBytes = MediaLimits.max_video_bytes,
+    max_video_seconds: opts.MaxVideoSeconds = MediaLimits.max_video_seconds,
+    check_exactness: opts.CheckExactness = True,
+) -> None:
+    """Answer requests for rewards by HTTP.
+
+    One or several reward models wait for requests, each with prompts, images and responses. What comes at the same
+    time is computed together, a prompt once for all its responses. A line says when the server is ready, and where.
+    SIGTERM or Ctrl-C ends it after the answers to what it has accepted.
+
+    \b
+    Example: fastrm serve runs/quickstart/model --port 8000
+    """
+    from fastrm.serve.settings import ServeSettings, check_installed
+
+    check_installed()
+    from fastrm.evaluate.models import ModelChoice, ScoringOptions
+    from fastrm.serve.command import serve as run
+
+    options = ScoringOptions(
+        images=None, data_format="auto", tokens_per_pack=tokens_per_pack, num_workers=0,
+        device=device, dtype=dtype, template_date=template_date,
+        max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
+        max_video_seconds=max_video_seconds, check_exactness=check_exactness,
+    )  # fmt: skip
+    settings = ServeSettings(
+        host=host, port=port, token=token, max_queue=max_queue, window_ms=window_ms, deterministic=deterministic,
+        max_body_bytes=max_body_bytes, max_groups=max_groups, image_root=image_root, allow_image_urls=allow_image_urls,
+    )  # fmt: skip
+    run(models, ModelChoice((), ensemble and ensemble.value, validation, route), options, settings)
+
+
 @data_app.command("prepare")
 def prepare_data(config: opts.RunFile, overrides: opts.Overrides = None, workers: opts.Workers = None) -> None:
     """Read, check, group and count a run's data ahead of time.

@@ -163,6 +163,56 @@ CheckExactness = Annotated[
         "more than rounding.",
     ),
 ]
+ServedModels = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL",
+        help="Reward models as for fastrm score; requests choose one by its name, which is the path as written "
+        "here, or NAME for NAME=MODEL.",
+    ),
+]
+Host = Annotated[
+    str,
+    typer.Option(metavar="ADDRESS", help="Address to listen at; one that others can reach needs a --token."),
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="Port to listen at; 0 takes a free one.")]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TOKEN",
+        envvar="FASTRM_TOKEN",
+        show_envvar=False,
+        help="Secret that requests have to send as Authorization: Bearer TOKEN; without it, FASTRM_TOKEN of the "
+        "environment, where other users of the machine do not see it.",
+    ),
+]
+MaxQueue = Annotated[
+    int, typer.Option(min=1, metavar="GROUPS", help="Largest number of groups that wait; more are refused with 503.")
+]
+WindowMs = Annotated[
+    float,
+    typer.Option(min=0.0, metavar="MILLISECONDS", help="Time that the first group waits for others of its prompt."),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", help="Compute every group by itself, so that no other request changes a bit of its rewards."
+    ),
+]
+MaxBodyBytes = Annotated[
+    int, typer.Option(min=1, metavar="BYTES", help="Largest body of a request; a larger one is refused unread.")
+]
+MaxGroups = Annotated[int, typer.Option(min=1, metavar="GROUPS", help="Largest number of groups in one request.")]
+ImageRoot = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Folder of images that requests may name by path; without it, none is opened."),
+]
+AllowImageUrls = Annotated[
+    bool,
+    typer.Option(
+        "--allow-image-urls", help="Fetch the images that requests name by URL, from public addresses, no redirects."
+    ),
+]
 Resume = Annotated[
     str,
     typer.Option(

@@ -6,6 +6,7 @@ handlers read a body by `Service.read`, ask by `Service.score` or `Service.rewar
 
     400 a body that is no JSON object, or not of the form       404 MODEL_UNKNOWN, NOT_FOUND
     401 UNAUTHORIZED                                            405 METHOD_NOT_ALLOWED
+    408 BODY_TIMEOUT
     413 REQUEST_TOO_LARGE                                       422 a group that cannot be scored: its own code
     503 QUEUE_FULL, CLOSING, with Retry-After                   500 INTERNAL
 """
@@ -18,10 +19,13 @@ from importlib import import_module
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from fastrm.data.sources.values import decode_json
 from fastrm.errors import GroupError, RecordError
 from fastrm.serve.activity import Activity, ActivityMiddleware
+from fastrm.serve.gate import Gate
+from fastrm.serve.metrics import Metrics
 from fastrm.serve.problems import BadRequest, RequestError, TooLarge, refused_group
 from fastrm.serve.rendered_text import RenderedTextReader
 from fastrm.serve.scheduler import Scheduler, Scored
@@ -38,11 +42,13 @@ class Service:
         scheduler: the models and their queue.
         settings: of the server.
         activity: the latest requests.
+        metrics: the figures of /metrics.
     """
 
     def __init__(self, scheduler: Scheduler, settings: ServeSettings):
         self.scheduler, self.settings = scheduler, settings
         self.activity = Activity()
+        self.metrics = Metrics(scheduler)
 
     async def read(self, request: Request) -> dict:
         """Return the body of a request, which must be a JSON object.
@@ -62,6 +68,16 @@ class Service:
         return body
 
     async def _read_bytes(self, request: Request) -> bytes:
+        try:
+            async with asyncio.timeout(self.settings.body_seconds):
+                return await self._read_bounded(request)
+        except TimeoutError:
+            seconds = self.settings.body_seconds
+            raise RequestError(408, "BODY_TIMEOUT", f"the body took more than {seconds:g} s; send it at once") from None
+        except ClientDisconnect:
+            raise RequestError(499, "CLIENT_LEFT", "the client closed the connection inside its body") from None
+
+    async def _read_bounded(self, request: Request) -> bytes:
         limit, body = self.settings.max_body_bytes, bytearray()
         declared = request.headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > limit:
@@ -145,6 +161,7 @@ def make_app(scheduler: Scheduler, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(RequestError, _answer_problem)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_internal)
+    app.add_middleware(Gate, token=settings.token, observe=service.metrics.observe)
     return app
 
 

@@ -7,11 +7,15 @@
 - Requests with equal prompt and images join one group as long as it waits, so that its prompt is computed once.
 - The first group that comes to an idle server waits `window_ms` for company; a busy server gathers while it computes.
 - A pack is filled with the shortest groups first, and takes no group that would more than double the pack
-  (`_SMALL_PACK` tokens are always allowed), so that a long group does not hold back short ones. A group that has
+  (`SMALL_PACK` tokens are always allowed), so that a long group does not hold back short ones. A group that has
   waited for `patience_ms` is taken before all others, oldest first, so that it is not put off for ever.
 - Each group is answered when its pack ends. If a pack fails as a whole, its groups are computed one by one, so that
   one that cannot be computed harms no other.
 - A request that is cancelled leaves the queue, unless its pack is already computed.
+
+A reward does not depend on the other groups of its pack. Responses that join a group of other requests are computed in
+other matrix products than alone, which may change the last bits (docs/serving.md has the band). With `deterministic`
+nothing is joined, packed or remembered: every group is computed by itself, to the bit as `RewardModel.score` does.
 
 All state belongs to the event loop's thread; other threads get what they need and return results.
 """
@@ -19,22 +23,22 @@ All state belongs to the event loop's thread; other threads get what they need a
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.media import Resolve, any_path
+from fastrm.data.vision_format import Patches
 from fastrm.errors import ConfigError, ExactnessError, GroupError, RecordError
 from fastrm.evaluate.scoring import group_error
+from fastrm.serve.caches import BoundedCache, is_known_by_content, response_digest
 from fastrm.serve.problems import Unavailable, UnknownModel
-from fastrm.serve.scorer import Prepared, Scorer, join
+from fastrm.serve.scorer import Prepared, Scorer
+from fastrm.serve.waiting import Ask, Waiting, choose, compute
 
 _LOG = logging.getLogger(__name__)
-# A pack up to this many tokens may take any group that fits: a smaller one would be no faster on a GPU.
-_SMALL_PACK = 2048
 _PREPARING_THREADS = 4
 
 
@@ -53,48 +57,41 @@ class Scored:
     num_tokens: int
 
 
-@dataclass(eq=False)
-class _Ask:
-    """A group of a request: what was prepared, and who waits for it."""
+@dataclass
+class Counts:
+    """The sums of what a scheduler has done since its start.
 
-    prepared: Prepared
-    answer: asyncio.Future
-    came_at: float
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """The asks with one prompt that will be computed as one group.
-
-    `num_tokens` is at least what the joined group has: what a later ask shares with the first one is counted by the
-    common beginning of their first responses.
+    Attributes:
+        groups, responses, tokens: that were computed, after merging and without what the cache knew.
+        packs, pack_seconds: that were computed, and the time they took.
+        merged_groups: that joined a group of another request.
+        image_hits, image_misses, reward_hits, reward_misses: of the caches.
     """
 
-    scorer: Scorer
-    asks: list[_Ask] = field(default_factory=list)
-    num_tokens: int = 0
-
-    @property
-    def came_at(self) -> float:
-        return self.asks[0].came_at
-
-    def room_for(self, prepared: Prepared) -> bool:
-        return self.num_tokens + self._added(prepared) <= self.scorer.tokens_per_pack
-
-    def add(self, ask: _Ask) -> None:
-        self.num_tokens += self._added(ask.prepared)
-        self.asks.append(ask)
-
-    def _added(self, prepared: Prepared) -> int:
-        return prepared.num_tokens - (num_common(self.asks[0].prepared, prepared) if self.asks else 0)
+    groups: int = 0
+    responses: int = 0
+    tokens: int = 0
+    packs: int = 0
+    pack_seconds: float = 0.0
+    merged_groups: int = 0
+    image_hits: int = 0
+    image_misses: int = 0
+    reward_hits: int = 0
+    reward_misses: int = 0
 
 
-def num_common(one: Prepared, other: Prepared) -> int:
-    """Return the number of tokens with which the first conversations of two groups of one prompt begin alike."""
-    first, second = (part.ready[0].group.responses[0].tokens for part in (one, other))
-    length = min(len(first), len(second))
-    differs = np.flatnonzero(first[:length] != second[:length])
-    return int(differs[0]) if len(differs) else length
+class _Read(NamedTuple):
+    """A group whose responses were looked up.
+
+    Attributes:
+        known: the rewards that are known, by the digests of `keys`.
+        prepared: the other responses; None if there are none.
+        keys: of all responses, in order; empty where rewards must not be kept.
+    """
+
+    known: dict[bytes, float]
+    prepared: Prepared | None
+    keys: list[bytes]
 
 
 class Scheduler:
@@ -108,7 +105,14 @@ class Scheduler:
         max_queue: the number of groups that may wait or be computed; more are refused with `Unavailable`.
         window_ms: milliseconds that the first group waits for others, if nothing is being computed.
         patience_ms: milliseconds after which a group is taken before shorter ones.
-        resolve: opens the paths of images and videos; default: every file that this process can read.
+        resolver: makes for each group the function that opens its images and videos; default: every file that this
+            process can read.
+        deterministic: compute every group by itself, as it was sent, one after another.
+        rewards: keeps the rewards of responses; None, or with `deterministic`: each is computed again.
+        images: that the scorers keep decoded images in, for the counts.
+
+    Attributes:
+        num_lost: the number of groups whose requests were cancelled while the scheduler was ending.
 
     Raises:
         ConfigError: for two models of one name.
@@ -121,17 +125,23 @@ class Scheduler:
         max_queue: int = 1024,
         window_ms: float = 3.0,
         patience_ms: float = 2000.0,
-        resolve: Resolve = any_path,
+        deterministic: bool = False,
+        resolver: Callable[[], Resolve] = lambda: any_path,
+        rewards: BoundedCache[float] | None = None,
+        images: BoundedCache[Patches] | None = None,
     ):
         self.scorers = {scorer.name: scorer for scorer in scorers}
         for name in self.scorers:
             if sum(scorer.name == name for scorer in scorers) > 1:
                 raise ConfigError(f"model {name}: stands for two models; name them, as a=runs/a/model b=runs/b/model")
         self.max_queue, self.window, self.patience = max_queue, window_ms / 1e3, patience_ms / 1e3
-        self._resolve = resolve
-        self._num_accepted = 0
-        self._waiting: list[_Waiting] = []
-        self._open: dict[tuple, _Waiting] = {}
+        self._resolver, self._is_deterministic = resolver, deterministic
+        self._rewards: BoundedCache[float] = BoundedCache(0) if rewards is None or deterministic else rewards
+        self._images: BoundedCache[Patches] = BoundedCache(0) if images is None else images
+        self._counts = Counts()
+        self._num_accepted = self.num_lost = 0
+        self._waiting: list[Waiting] = []
+        self._open: dict[tuple, Waiting] = {}
         self._came = asyncio.Event()
         self._preparing = ThreadPoolExecutor(_PREPARING_THREADS, "fastrm-prepare")
         self._computing = ThreadPoolExecutor(1, "fastrm-compute")
@@ -154,6 +164,17 @@ class Scheduler:
     def queue_length(self) -> int:
         """The number of groups that were accepted and have no answer yet."""
         return self._num_accepted
+
+    @property
+    def counts(self) -> Counts:
+        """The sums since the start."""
+        return replace(
+            self._counts,
+            image_hits=self._images.hits,
+            image_misses=self._images.misses,
+            reward_hits=self._rewards.hits,
+            reward_misses=self._rewards.misses,
+        )
 
     @property
     def is_ready(self) -> bool:
@@ -186,13 +207,16 @@ class Scheduler:
         self._admit(len(groups))
         try:
             found = await asyncio.gather(*(self._score_group(scorer, index, one) for index, one in enumerate(groups)))
+        except asyncio.CancelledError:
+            self.num_lost += len(groups) if self._is_closing else 0
+            raise
         finally:
             self._num_accepted -= len(groups)
         return Scored([result for result, _ in found], scorer.name, sum(num_tokens for _, num_tokens in found))
 
     async def close(self) -> None:
         """Refuse what comes from now on, and return when all that was accepted has its answer."""
-        self._is_closing = True
+        self.stop_accepting()
         while self._num_accepted:
             await asyncio.sleep(0.01)
         if self._loop is not None:
@@ -200,6 +224,10 @@ class Scheduler:
             await asyncio.gather(self._loop, return_exceptions=True)
         self._preparing.shutdown(wait=False)
         self._computing.shutdown(wait=False)
+
+    def stop_accepting(self) -> None:
+        """Refuse what comes from now on; what was accepted is answered."""
+        self._is_closing = True
 
     def find(self, model: str | None) -> Scorer:
         """Return the model of a name, or the first for None.
@@ -214,7 +242,7 @@ class Scheduler:
         return self.scorers[model]
 
     def _admit(self, num_groups: int) -> None:
-        if self._is_closing:
+        if not self.is_ready:
             raise Unavailable("CLOSING", "the server is ending; ask another one")
         if self._num_accepted + num_groups > self.max_queue:
             raise Unavailable(
@@ -227,10 +255,13 @@ class Scheduler:
     async def _score_group(self, scorer: Scorer, index: int, group: dict) -> tuple[list[float] | GroupError, int]:
         loop = asyncio.get_running_loop()
         try:
-            prepared = await loop.run_in_executor(self._preparing, self._prepare, scorer, group, index)
-            ask = _Ask(prepared, loop.create_future(), time.monotonic())
+            read = await loop.run_in_executor(self._preparing, self._read, scorer, group, index)
+            if read.prepared is None:
+                return [read.known[key] for key in read.keys], 0
+            ask = Ask(read.prepared, loop.create_future(), time.monotonic())
             self._enqueue(scorer, ask)
-            return await ask.answer, prepared.num_tokens
+            rewards = await ask.answer
+            return self._complete(read, rewards), read.prepared.num_tokens
         except RecordError as error:
             return group_error(index, group, error), 0
         except Exception as error:
@@ -239,15 +270,34 @@ class Scheduler:
             problem = RecordError(code, f"the server failed at this group ({type(error).__name__}); its log says why")
             return group_error(index, group, problem), 0
 
-    def _prepare(self, scorer: Scorer, group: dict, index: int) -> Prepared:
-        return scorer.prepare(group_record(group, index, resolve=self._resolve))
+    def _read(self, scorer: Scorer, group: dict, index: int) -> _Read:
+        record = group_record(group, index, resolve=self._resolver())
+        if record.preferences or not self._rewards.capacity or not is_known_by_content(record):
+            return _Read({}, scorer.prepare(record), [])
+        keys = [response_digest(scorer.name, response) for response in record.responses]
+        known = {key: reward for key in set(keys) if (reward := self._rewards.get(key)) is not None}
+        missing = [response for key, response in zip(keys, record.responses, strict=True) if key not in known]
+        prepared = scorer.prepare(replace(record, responses=tuple(missing))) if missing else None
+        return _Read(known, prepared, keys)
 
-    def _enqueue(self, scorer: Scorer, ask: _Ask) -> None:
+    def _complete(self, read: _Read, rewards: list[float]) -> list[float]:
+        """Return the rewards of all responses of a group, and keep those that were computed."""
+        if not read.keys:
+            return rewards
+        computed = zip((key for key in read.keys if key not in read.known), rewards, strict=True)
+        found = read.known | dict(computed)
+        for key, reward in found.items():
+            self._rewards.store(key, reward)
+        return [found[key] for key in read.keys]
+
+    def _enqueue(self, scorer: Scorer, ask: Ask) -> None:
         key = (scorer.name, ask.prepared.key)
         waiting = self._open.get(key)
-        if waiting is None or not waiting.room_for(ask.prepared):
-            waiting = self._open[key] = _Waiting(scorer)
+        if waiting is None or self._is_deterministic or not waiting.room_for(ask.prepared):
+            waiting = self._open[key] = Waiting(scorer)
             self._waiting.append(waiting)
+        else:
+            self._counts.merged_groups += 1
         waiting.add(ask)
         self._came.set()
 
@@ -261,6 +311,7 @@ class Scheduler:
                 await asyncio.sleep(self.window)
             self._drop_cancelled()
             if pack := choose(self._waiting, time.monotonic() - self.patience):
+                pack = pack[:1] if self._is_deterministic else pack
                 self._take(pack)
                 await self._compute(pack)
 
@@ -269,16 +320,16 @@ class Scheduler:
             waiting.asks = [ask for ask in waiting.asks if not ask.answer.done()]
         self._take([waiting for waiting in self._waiting if not waiting.asks])
 
-    def _take(self, pack: Iterable[_Waiting]) -> None:
+    def _take(self, pack: Iterable[Waiting]) -> None:
         """Remove groups from those that wait: later asks of their prompts begin new ones."""
         taken = set(map(id, pack))
         self._waiting = [waiting for waiting in self._waiting if id(waiting) not in taken]
         self._open = {key: waiting for key, waiting in self._open.items() if id(waiting) not in taken}
 
-    async def _compute(self, pack: list[_Waiting]) -> None:
-        loop = asyncio.get_running_loop()
+    async def _compute(self, pack: list[Waiting]) -> None:
+        loop, started = asyncio.get_running_loop(), time.monotonic()
         try:
-            results = await loop.run_in_executor(self._computing, _compute, pack)
+            results = await loop.run_in_executor(self._computing, compute, pack)
         except Exception as error:
             if len(pack) > 1:
                 for waiting in pack:
@@ -286,10 +337,19 @@ class Scheduler:
             else:
                 self._answer(pack[0], [error] * len(pack[0].asks))
             return
+        self._count(pack, time.monotonic() - started)
         for waiting, answers in zip(pack, results, strict=True):
             self._answer(waiting, answers)
 
-    def _answer(self, waiting: _Waiting, answers: Sequence[list[float] | Exception]) -> None:
+    def _count(self, pack: Sequence[Waiting], seconds: float) -> None:
+        counts = self._counts
+        counts.packs += 1
+        counts.pack_seconds += seconds
+        counts.groups += len(pack)
+        counts.tokens += sum(waiting.num_tokens for waiting in pack)
+        counts.responses += sum(len(ask.prepared.places) for waiting in pack for ask in waiting.asks)
+
+    def _answer(self, waiting: Waiting, answers: Sequence[list[float] | Exception]) -> None:
         for ask, answer in zip(waiting.asks, answers, strict=True):
             if ask.answer.done():
                 continue
@@ -297,34 +357,3 @@ class Scheduler:
                 ask.answer.set_exception(answer)
             else:
                 ask.answer.set_result(answer)
-
-
-def choose(waiting: Sequence[_Waiting], overdue_before: float) -> list[_Waiting]:
-    """Return the groups of the next pack, all of one model.
-
-    Args:
-        waiting: in the order of coming.
-        overdue_before: groups that came before this time go first.
-    """
-    overdue = [one for one in waiting if one.came_at < overdue_before]
-    others = sorted((one for one in waiting if one.came_at >= overdue_before), key=lambda one: one.num_tokens)
-    pack: list[_Waiting] = []
-    total = 0
-    for one in [*overdue, *others]:
-        if pack and one.scorer is not pack[0].scorer:
-            continue
-        fits = total + one.num_tokens <= one.scorer.tokens_per_pack
-        if not pack or (fits and one.num_tokens <= max(total, _SMALL_PACK - total)):
-            pack.append(one)
-            total += one.num_tokens
-    return pack
-
-
-def _compute(pack: Sequence[_Waiting]) -> list[list[list[float] | RecordError]]:
-    """Return for each group the answers to its asks."""
-    joined = [join([ask.prepared for ask in waiting.asks]) for waiting in pack]
-    results = pack[0].scorer.run([group for group, _ in joined])
-    return [
-        [result if isinstance(result, RecordError) else [result[place] for place in places] for places in parts]
-        for result, (_, parts) in zip(results, joined, strict=True)
-    ]

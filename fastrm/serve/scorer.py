@@ -14,11 +14,14 @@ import torch
 from fastrm.data.group import GroupSize
 from fastrm.data.record import Record
 from fastrm.data.template import ConversationEncoder
+from fastrm.data.vision_format import Patches
 from fastrm.errors import RecordError
 from fastrm.evaluate.ensemble import Ensemble, combine, sharing
 from fastrm.evaluate.merging import PromptGroup
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.evaluate.scoring import Ready, make_ready, score_encoded
 from fastrm.model.network import RewardNetwork
+from fastrm.serve.caches import BoundedCache, remembering_images
 from fastrm.serve.rendered_text import RenderedTextReader
 
 
@@ -92,12 +95,16 @@ class Scorer:
         name: of the model.
         ensemble: the model, or several that answer as one.
         tokens_per_pack: token budget of a pack; a group with more is refused.
+        images: keeps decoded images; None: each is decoded when its pack is built.
     """
 
-    def __init__(self, name: str, ensemble: Ensemble, tokens_per_pack: int):
+    def __init__(
+        self, name: str, ensemble: Ensemble, tokens_per_pack: int, images: BoundedCache[Patches] | None = None
+    ):
         self.name, self.ensemble, self.tokens_per_pack = name, ensemble, tokens_per_pack
-        self._members = _readings(ensemble.members)
-        self._route = _readings([ensemble.text] if ensemble.text is not None else [])
+        self.keeps_images = images is not None
+        self._members = _readings(ensemble.members, images)
+        self._route = _readings([ensemble.text] if ensemble.text is not None else [], images)
 
     @cached_property
     def reader(self) -> RenderedTextReader:
@@ -105,17 +112,24 @@ class Scorer:
         return RenderedTextReader(self.ensemble.members[0].network.encoder)
 
     def prepare(self, record: Record) -> Prepared:
-        """Tokenise a group; may be called from any thread.
+        """Tokenise a group and decode its images into the cache; may be called from any thread.
 
         Raises:
             RecordError: the codes of `RewardModel.score`.
         """
         is_routed = self.ensemble.text is not None and not record.media
-        ready = [
-            make_ready(0, record, reading.encoder.looking_anew(), reading.networks, self.tokens_per_pack)
-            for reading in self._readings_of(is_routed)
-        ]
+        ready = [self._prepare(record, reading) for reading in self._readings_of(is_routed)]
         return Prepared(record, is_routed, tuple(ready))
+
+    def _prepare(self, record: Record, reading: Reading) -> Ready:
+        encoder = reading.encoder.looking_anew()
+        ready = make_ready(0, record, encoder, reading.networks, self.tokens_per_pack)
+        if self.keeps_images:
+            # In this thread, so that the one that computes finds them decoded.
+            sizes = {span.ref.key: span for response in ready.group.responses for span in response.media}
+            for span in sizes.values():
+                encoder.vision.cut(span.ref, span.size, encoder.limits)
+        return ready
 
     def run(self, groups: Sequence[Prepared]) -> list[list[float] | RecordError]:
         """Compute the rewards of the groups' distinct responses, in order, in as few packs as can be.
@@ -159,10 +173,11 @@ def _with(
     return row | dict(zip(places, result.tolist(), strict=True))
 
 
-def _readings(models: list) -> list[Reading]:
-    if not models:
-        return []
-    return [
-        Reading(places, [models[place].network for place in places], models[places[0]].network.encoder)
-        for places in sharing(models, has_videos=True)
-    ]
+def _readings(models: list[RewardModel], images: BoundedCache[Patches] | None) -> list[Reading]:
+    readings = []
+    for places in sharing(models, has_videos=True) if models else []:
+        encoder = models[places[0]].network.encoder
+        if images is not None:
+            encoder = remembering_images(encoder, images)
+        readings.append(Reading(places, [models[place].network for place in places], encoder))
+    return readings

@@ -1,7 +1,10 @@
 """The settings of a server, and their defaults; needs no other package."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+
+from fastrm.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,11 +14,14 @@ class ServeSettings:
     Attributes:
         host, port: to listen at; port 0: a free one.
         token: that requests have to give as ``Authorization: Bearer TOKEN``; None: none.
-        max_queue, window_ms: of `Scheduler`.
+        max_queue, window_ms, deterministic: of `Scheduler`.
         max_body_bytes: of a request, counted while it is read.
+        body_seconds: that a body may take to arrive.
         max_groups: in one request.
         image_root: the folder whose images and videos requests may name by path; None: no path is opened.
         allow_image_urls: fetch images that requests name by http or https URL.
+        image_cache_bytes: of decoded images that are kept.
+        reward_cache: the number of responses whose rewards are kept.
     """
 
     host: str = "127.0.0.1"
@@ -23,7 +29,22 @@ class ServeSettings:
     token: str | None = None
     max_queue: int = 1024
     window_ms: float = 3.0
+    deterministic: bool = False
     max_body_bytes: int = 32 * 2**20
+    body_seconds: float = 60.0
     max_groups: int = 64
     image_root: Path | None = None
     allow_image_urls: bool = False
+    image_cache_bytes: int = 256 * 2**20
+    reward_cache: int = 100_000
+
+
+def check_installed() -> None:
+    """Refuse to serve without the packages of the extra `serve`.
+
+    Raises:
+        ConfigError: naming those that are missing.
+    """
+    missing = [name for name in ("fastapi", "prometheus_client", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'the server needs {", ".join(missing)}; pip install "fastrm[serve]"')

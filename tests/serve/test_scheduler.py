@@ -11,6 +11,7 @@ from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.problems import Unavailable, UnknownModel
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
+from fastrm.serve.waiting import choose
 from tests.helpers.support import make_image, make_model, words
 
 BAND = 1e-6  # of rewards near 1 in float32: what another cut of the same work into matrix products may change
@@ -145,7 +146,7 @@ def test_a_pack_that_fails_is_computed_group_by_group(model, scorer, monkeypatch
     assert isinstance(failed, GroupError) and failed.code == "INTERNAL"
 
 
-def test_a_long_group_does_not_hold_back_short_ones_and_is_not_put_off_for_ever(scorer):
+def test_short_groups_are_answered_before_a_long_one(scorer):
     long = {"prompt": "the cat " * 900, "responses": ["yes", "no"]}
     short = [{"prompt": f"Is this {number}?", "responses": ["yes", "no"]} for number in range(4)]
     done = []
@@ -154,15 +155,34 @@ def test_a_long_group_does_not_hold_back_short_ones_and_is_not_put_off_for_ever(
         await scheduler.score([group])
         done.append(name)
 
-    async def ask(patience_ms):
-        done.clear()
-        async with Scheduler([scorer], window_ms=100, patience_ms=patience_ms) as scheduler:
+    async def ask():
+        async with Scheduler([scorer], window_ms=300, patience_ms=600_000) as scheduler:
             await asyncio.gather(one(scheduler, "long", long), *(one(scheduler, "short", group) for group in short))
 
-    run(ask(60_000))
+    run(ask())
     assert done == ["short"] * 4 + ["long"]
-    run(ask(0))
-    assert done.index("long") == 0
+
+
+class Waits:
+    """A group that waits, as `choose` sees it."""
+
+    def __init__(self, num_tokens, came_at, scorer):
+        self.num_tokens, self.came_at, self.scorer = num_tokens, came_at, scorer
+
+
+def test_a_pack_is_filled_from_short_groups_up_and_takes_none_that_would_more_than_double_it(scorer):
+    waiting = [Waits(num_tokens, 1.0, scorer) for num_tokens in (5000, 700, 300, 1300, 2100, 6000)]
+    assert [one.num_tokens for one in choose(waiting, 0.0)] == [300, 700]
+    assert [one.num_tokens for one in choose([Waits(900, 1.0, scorer)] * 12, 0.0)] == [900] * 9  # 8,192 tokens a pack
+
+
+def test_a_group_that_has_waited_for_long_goes_first_and_the_oldest_of_them_before_the_others(scorer):
+    short = [Waits(10, 5.0, scorer) for _ in range(3)]
+    old, older = Waits(6000, 2.0, scorer), Waits(5000, 1.0, scorer)
+    assert choose([*short, older, old], 0.5)[0] is short[0]
+    assert choose([*short, older, old], 3.0)[0] is older
+    assert old not in choose([*short, older, old], 3.0)  # 11,000 tokens are over the budget
+    assert choose([*short, old], 3.0)[0] is old
 
 
 def test_models_are_known_by_name(model, scorer):
@@ -178,3 +198,47 @@ def test_models_are_known_by_name(model, scorer):
     assert run(ask()) == [other.ensemble.score(groups), model.score(groups)]
     with pytest.raises(ConfigError, match="two models"):
         Scheduler([scorer, Scorer("tiny", other.ensemble, 8192)])
+
+
+def shuffled(items, seed):
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [items[place] for place in order], order
+
+
+def ask_each(scorer, groups, **settings):
+    """The rewards of groups that are asked for at once, each by a request of its own."""
+
+    async def ask():
+        async with Scheduler([scorer], window_ms=50, **settings) as scheduler:
+            return await asyncio.gather(*(scheduler.score([group]) for group in groups))
+
+    return [rewards for [rewards] in run(ask())]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_order_and_company_do_not_change_a_reward_to_the_bit_in_float32(model, scorer, seed):
+    groups = make_groups(10, seed)
+    sent, order = shuffled(groups, seed)
+    alone = [model.score([group])[0] for group in groups]
+    assert ask_each(scorer, sent) == [alone[place] for place in order]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_responses_that_join_a_group_keep_their_rewards_within_the_band(model, scorer, seed):
+    groups = make_groups(6, seed)
+    sent, order = shuffled(singles(groups), seed)
+    whole = [reward for group in groups for reward in model.score([group])[0]]
+    found = [reward for [reward] in ask_each(scorer, sent)]
+    np.testing.assert_allclose(found, [whole[place] for place in order], rtol=0, atol=BAND)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_deterministic_gives_singles_too_to_the_bit(model, scorer, seed):
+    sent, _ = shuffled(singles(make_groups(6, seed)), seed)
+    assert ask_each(scorer, sent, deterministic=True) == [model.score([group])[0] for group in sent]
+
+
+def test_equal_responses_of_one_group_and_of_several_get_equal_rewards(model, scorer):
+    group = {"prompt": "the cat", "responses": ["yes", "no", "yes"]}
+    (first, second) = ask_each(scorer, [group, {"prompt": "the cat", "responses": ["no", "so"]}])
+    assert first[0] == first[2] and first[1] == second[0]

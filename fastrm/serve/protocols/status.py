@@ -1,13 +1,14 @@
-"""The answers about the server itself, for clients and routers: GET /health and GET /v1/models."""
+"""The answers about the server itself, for clients, routers and monitoring: /health, /v1/models and /metrics."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from fastrm.serve.app import Service
 from fastrm.serve.problems import Unavailable
 
 
 def routes(service: Service) -> APIRouter:
-    """Return the router of /health and /v1/models."""
+    """Return the router of /health, /v1/models and /metrics."""
     router = APIRouter()
 
     @router.get("/health")
@@ -20,5 +21,9 @@ def routes(service: Service) -> APIRouter:
     async def models() -> dict:
         entries = [{"id": name, "object": "model", "owned_by": "fastrm"} for name in service.scheduler.models]
         return {"object": "list", "data": entries}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router

@@ -1,0 +1,183 @@
+"""The command `fastrm serve`: loads the models, opens the port, and ends in order on a signal."""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import uvicorn
+
+from fastrm.errors import ConfigError, InterruptedRun
+from fastrm.evaluate.ensemble import Ensemble
+from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
+from fastrm.limits import MediaLimits
+from fastrm.serve.app import make_app
+from fastrm.serve.caches import BoundedCache
+from fastrm.serve.media import MediaPolicy
+from fastrm.serve.scheduler import Scheduler
+from fastrm.serve.scorer import Scorer
+from fastrm.serve.settings import ServeSettings
+from fastrm.stop import StopFlag
+from fastrm.ui import Display, make_console, message
+
+# Seconds after a signal for the answers to requests that were accepted; StopFlag ends the process at 9.
+_DRAIN_SECONDS = 8
+
+
+def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, settings: ServeSettings) -> None:
+    """Serve models until a signal comes.
+
+    Args:
+        models: each a folder or an ensemble file, or ``name=`` in front of one.
+        choice: how to combine them: with a rule, all are one model; else each is one by itself, with the route.
+        options: of the models; those of data files are not used.
+
+    Raises:
+        ConfigError: for a port that cannot be opened, another host than loopback without a token, two models of one
+            name, and as `open_models`.
+        InterruptedRun: if requests that were accepted had no answer in time.
+    """
+    check_host(settings)
+    choices = name_models(models, choice)
+    with contextlib.closing(open_port(settings)) as listener, Display() as display:
+        loaded = {name: open_models(one, options, display) for name, one in choices.items()}
+        app_settings = replace(settings, port=listener.getsockname()[1])
+        scheduler = make_scheduler(loaded, options, app_settings)
+        server = _Quiet(
+            uvicorn.Config(
+                make_app(scheduler, app_settings),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_DRAIN_SECONDS,
+            )
+        )
+        asyncio.run(_serve(server, scheduler, listener, app_settings))
+
+
+def check_host(settings: ServeSettings) -> None:
+    """Refuse a host that others can reach without a token, and a token that no header can hold.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    token = settings.token
+    if token is not None and not (token and token.isascii() and token.isprintable()):
+        raise ConfigError("--token: is empty or holds what a header cannot; take letters, digits and signs of ASCII")
+    if token is None and not _is_loopback(settings.host):
+        raise ConfigError(
+            f"--host {settings.host}: others can reach it, and there is no token; set FASTRM_TOKEN or --token, or use "
+            "127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def name_models(models: Sequence[str], choice: ModelChoice) -> dict[str, ModelChoice]:
+    """Return the models by the names that requests give; the name is the path as written if there is none.
+
+    Raises:
+        ConfigError: for two models of one name, and as `ModelChoice.check`.
+    """
+    places = [_named(model) for model in models]
+    if choice.combine is not None:
+        name = next((name for name, place in places if name != place), None) or places[0][0]
+        choices = {name: replace(choice, models=tuple(Path(place) for _, place in places))}
+    else:
+        choices = {}
+        for name, place in places:
+            if name in choices:
+                raise ConfigError(
+                    f"two models are called {name}; name them: fastrm serve a={place} b=..., or make them one model "
+                    "by --ensemble mean"
+                )
+            choices[name] = replace(choice, models=(Path(place),))
+    for one in choices.values():
+        one.check()
+    return choices
+
+
+def _named(model: str) -> tuple[str, str]:
+    name, equals, place = model.partition("=")
+    return (name, place) if equals and name and "/" not in name and place else (model, model)
+
+
+def open_port(settings: ServeSettings) -> socket.socket:
+    """Return a socket at the host and port, which is not listening yet.
+
+    Raises:
+        ConfigError: if it cannot be opened, as where another program has it.
+    """
+    place = f"--host {settings.host} --port {settings.port}"
+    listener = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[
+            0
+        ]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise ConfigError(f"{place}: {error.strerror}; take another port, or 0 for a free one") from None
+    return listener
+
+
+def make_scheduler(models: dict[str, Ensemble], options: ScoringOptions, settings: ServeSettings) -> Scheduler:
+    """Return the scheduler of loaded models, with the caches and the rules for media that the settings name."""
+    limits = MediaLimits(
+        options.max_image_bytes, options.max_image_pixels, options.max_video_bytes, options.max_video_seconds
+    )
+    policy = MediaPolicy(settings.image_root, settings.allow_image_urls, limits)
+    images = BoundedCache(settings.image_cache_bytes)
+    return Scheduler(
+        [Scorer(name, model, options.tokens_per_pack, images) for name, model in models.items()],
+        max_queue=settings.max_queue,
+        window_ms=settings.window_ms,
+        deterministic=settings.deterministic,
+        resolver=policy.resolver,
+        rewards=BoundedCache(settings.reward_cache),
+        images=images,
+    )
+
+
+class _Quiet(uvicorn.Server):
+    """A server that leaves signals to `StopFlag`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+
+async def _serve(
+    server: uvicorn.Server, scheduler: Scheduler, listener: socket.socket, settings: ServeSettings
+) -> None:
+    with StopFlag() as stop:
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        while not (server.started or running.done()):
+            await asyncio.sleep(0.01)
+        if server.started and not running.done():
+            message(make_console(), describe(scheduler, settings))
+        while not (running.done() or stop.signal):
+            await asyncio.sleep(0.1)
+        scheduler.stop_accepting()
+        server.should_exit = True
+        await running
+        stopped_by = stop.signal
+    if scheduler.num_lost:
+        raise InterruptedRun(f"stopped by {stopped_by}; {scheduler.num_lost:,} groups had no answer in time")
+
+
+def describe(scheduler: Scheduler, settings: ServeSettings) -> str:
+    """Return the line that says where which models are served."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"serving {', '.join(scheduler.models)} at http://{host}:{settings.port}"

@@ -1,0 +1,139 @@
+"""The images and videos that a request may name: bytes always, files and URLs only where the server allows them.
+
+A data URI carries its bytes and opens nothing. A path is opened only below `image_root`, symbolic links resolved
+first. A URL is fetched only with `allow_urls`, only from public addresses, and redirects are not followed. Each
+medium is read as a whole here, below its limit of bytes, so that it is known by its content from here on.
+"""
+
+import http.client
+import ipaddress
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fastrm.data.images import read_bytes
+from fastrm.data.record import ImageRef, MediaRef
+from fastrm.data.sources.media import Resolve
+from fastrm.errors import RecordError
+from fastrm.limits import MediaLimits
+
+_FETCH_SECONDS = 10.0
+_CHUNK = 1 << 16
+
+
+# Addresses of IPv6 that stand for one of IPv4, in their last four bytes (RFC 6052).
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """Return whether an address is one of the public internet, also where it stands for one of IPv4."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    meant = [found]
+    if found.version == 6:
+        meant += [inner for inner in (found.ipv4_mapped, found.sixtofour, *(found.teredo or ())) if inner is not None]
+        meant += [ipaddress.ip_address(found.packed[-4:])] if found in _NAT64 else []
+    return all(one.is_global and not one.is_multicast for one in meant)
+
+
+@dataclass(frozen=True)
+class MediaPolicy:
+    """The media that requests may name.
+
+    Attributes:
+        image_root: the folder of files; None: no path is opened.
+        allow_urls: fetch http and https URLs.
+        limits: of a medium's bytes.
+        max_media: the number of files and URLs that one group may name.
+        is_public: whether an address may be asked; the tests allow their own.
+    """
+
+    image_root: Path | None = None
+    allow_urls: bool = False
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    max_media: int = 64
+    is_public: Callable[[str], bool] = is_public
+
+    def resolver(self) -> Resolve:
+        """Return the function that opens what one group names, for one use."""
+        opened = 0
+
+        def resolve(place: str, kind: type[MediaRef] = ImageRef) -> MediaRef:
+            nonlocal opened
+            opened += 1
+            if opened > self.max_media:
+                raise RecordError("TOO_MANY_MEDIA", f"the group names more than {self.max_media} files or URLs")
+            return kind(data=self._read(place, kind))
+
+        return resolve
+
+    def _read(self, place: str, kind: type[MediaRef]) -> bytes:
+        if place[:8].lower().startswith(("http://", "https://")):
+            if not self.allow_urls:
+                raise _refused(kind, "is a URL, which this server does not fetch (--allow-image-urls); send a data URI")
+            return self._fetch(place, kind)
+        if self.image_root is None:
+            raise _refused(kind, "is a path, and this server opens none (--image-root); send a data URI")
+        return self._read_file(place, kind)
+
+    def _read_file(self, place: str, kind: type[MediaRef]) -> bytes:
+        root = os.path.realpath(self.image_root)
+        try:
+            path = os.path.realpath(os.path.join(root, place))
+        except (OSError, ValueError):  # a NUL, a surrogate, a circle of links
+            raise _refused(kind, "is no path; correct it") from None
+        if os.path.commonpath([root, path]) != root:
+            raise _refused(kind, "leaves the folder of --image-root")
+        try:
+            return read_bytes(kind(path=path), self.limits)
+        except RecordError as error:  # its text has the server's folder, which is no client's business
+            raise RecordError(error.code, error.message.replace(os.path.join(root, ""), "")) from None
+
+    def _fetch(self, url: str, kind: type[MediaRef]) -> bytes:
+        limit = self.limits.max_bytes if kind is ImageRef else self.limits.max_video_bytes
+        deadline = time.monotonic() + _FETCH_SECONDS
+        try:
+            connection = self._connect(url, kind)
+            with connection.sock:
+                parts = urlsplit(url)
+                connection.request("GET", f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}")
+                answer = connection.getresponse()
+                if answer.status != 200:
+                    text = "redirects are not followed" if 300 <= answer.status < 400 else "wanted 200"
+                    raise _refused(kind, f"is a URL that answers with status {answer.status}; {text}", "FETCH")
+                data = bytearray()
+                while chunk := answer.read(_CHUNK):
+                    data += chunk
+                    if len(data) > limit:
+                        raise _refused(kind, f"has more than {limit:,} bytes", "TOO_LARGE")
+                    if time.monotonic() > deadline:
+                        raise TimeoutError("it takes too long")
+                return bytes(data)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise _refused(kind, f"is a URL that cannot be fetched: {error}", "FETCH") from None
+
+    def _connect(self, url: str, kind: type[MediaRef]) -> http.client.HTTPConnection:
+        """Open a connection to an address that was checked: a name that is asked again could have another."""
+        parts = urlsplit(url)
+        is_https = parts.scheme.lower() == "https"
+        port = parts.port or (443 if is_https else 80)
+        if not parts.hostname or parts.username is not None:
+            raise _refused(kind, "is a URL without a host, or with a password")
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        addresses = [address[4][0] for address in found]
+        if not all(map(self.is_public, addresses)):
+            raise _refused(kind, "is a URL of an address that is not public")
+        sock = socket.create_connection((addresses[0], port), _FETCH_SECONDS)
+        if is_https:
+            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
+        connection = http.client.HTTPConnection(parts.hostname, port)
+        connection.sock = sock
+        return connection
+
+
+def _refused(kind: type[MediaRef], text: str, problem: str = "PATH") -> RecordError:
+    return RecordError(f"{kind.noun.upper()}_{problem}", f"the {kind.noun} {text}")

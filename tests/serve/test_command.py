@@ -1,0 +1,125 @@
+"""`fastrm serve` as a process of its own: ready, asked, and ended by a signal; what it refuses to start with."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from fastrm.evaluate.ensemble import Ensemble
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.model.export import save_model
+from tests.helpers.runs import fastrm_here
+from tests.helpers.support import make_model
+from tests.helpers.waiting import PATIENCE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of two models, a and b."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate("ab"):
+        save_model(make_model("qwen2", seed=seed), folder / name)
+    return folder
+
+
+@contextmanager
+def served(*arguments, token=None):
+    """The command in a process, and a client of it when it is ready."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTRM_TOKEN": token or ""}
+    if token is None:
+        del environment["FASTRM_TOKEN"]
+    command = [sys.executable, "-m", "fastrm.cli", "serve", *map(str, arguments), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    watchdog = threading.Timer(PATIENCE, process.kill)
+    watchdog.start()
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"at (http://\S+)$", line)
+        assert found, line + process.stderr.read()
+        with httpx.Client(base_url=found[1], timeout=PATIENCE) as client:
+            yield process, client, line
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
+
+
+GROUPS = [{"prompt": "the cat", "responses": ["yes", "no"]}, {"prompt": "a dog", "responses": ["so"]}]
+
+
+def test_two_models_answer_by_their_names_and_a_signal_ends_the_server(folder):
+    with served(f"first={folder / 'a'}", folder / "b") as (process, client, line):
+        assert line.startswith(f"serving first, {folder / 'b'} at http://127.0.0.1:")
+        for name, place in ((None, "a"), ("first", "a"), (str(folder / "b"), "b")):
+            body = {"groups": GROUPS} | ({"model": name} if name else {})
+            rewards = client.post("/v1/rewards", json=body).json()["rewards"]
+            assert rewards == RewardModel.from_pretrained(folder / place).score(GROUPS)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        assert process.stderr.read().count("error") == 0
+
+
+def test_an_ensemble_and_a_route_are_one_model(folder):
+    with served(folder / "a", folder / "b", "--ensemble", "mean") as (_, client, _):
+        rewards = client.post("/v1/rewards", json={"groups": GROUPS}).json()["rewards"]
+    assert rewards == Ensemble.from_pretrained([folder / "a", folder / "b"]).score(GROUPS)
+    with served(folder / "a", "--route", f"text={folder / 'b'}") as (_, client, _):
+        rewards = client.post("/v1/rewards", json={"groups": GROUPS}).json()["rewards"]
+    assert rewards == RewardModel.from_pretrained(folder / "b").score(GROUPS)
+
+
+def test_a_token_of_the_environment_is_asked_for(folder):
+    with served(folder / "a", token="secret") as (_, client, _):
+        assert client.post("/v1/rewards", json={"groups": GROUPS}).status_code == 401
+        answer = client.post("/v1/rewards", json={"groups": GROUPS}, headers={"Authorization": "Bearer secret"})
+        assert answer.status_code == 200
+
+
+def test_what_was_accepted_is_answered_after_sigterm_and_what_comes_later_is_refused(folder):
+    with served(folder / "a", "--window-ms", "1500") as (process, client, _):
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(client.post("/v1/rewards", json={"groups": GROUPS})))
+        asking.start()
+        with httpx.Client(base_url=client.base_url, timeout=PATIENCE) as other:
+            while not other.get("/health").json()["queue"]:
+                time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.wait(PATIENCE) == 0
+        asking.join(PATIENCE)
+        assert answers[0].status_code == 200 and len(answers[0].json()["rewards"]) == 2
+        assert time.monotonic() - started < 10
+        with pytest.raises(httpx.ConnectError):
+            client.get("/health")
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["{a}", "{a}"], "two models are called"),
+        (["x={a}", "x={b}"], "two models are called x"),
+        (["{a}", "--host", "0.0.0.0"], "FASTRM_TOKEN"),
+        (["{a}", "{b}", "--ensemble", "accuracy"], "--validation"),
+        (["{a}/missing"], "missing"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_reason(folder, capfd, arguments, text):
+    words = [word.format(a=folder / "a", b=folder / "b") for word in arguments]
+    code, said = fastrm_here(capfd, "serve", *words, "--port", "0")
+    assert code == 64 and text in said
+    assert json.loads(said.splitlines()[-1])["exit_code"] == 64
+
+
+def test_a_port_in_use_is_named(folder, capfd):
+    with served(folder / "a") as (_, client, _):
+        port = client.base_url.port
+        code, said = fastrm_here(capfd, "serve", folder / "a", "--port", port)
+    assert code == 64 and f"--port {port}" in said and "in use" in said

@@ -1,0 +1,128 @@
+"""The token on every route, bounds of the body's time, and the figures of /metrics."""
+
+import base64
+
+import pytest
+from fastapi.testclient import TestClient
+from starlette.routing import Route
+
+from fastrm.errors import ConfigError
+from fastrm.evaluate.ensemble import Ensemble
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.serve.app import make_app
+from fastrm.serve.caches import BoundedCache
+from fastrm.serve.command import check_host
+from fastrm.serve.gate import OPEN_PATHS
+from fastrm.serve.scheduler import Scheduler
+from fastrm.serve.scorer import Scorer
+from fastrm.serve.settings import ServeSettings
+from tests.helpers.support import make_image, make_model
+
+TOKEN = "a-secret"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return RewardModel(make_model("qwen2_5_vl"))
+
+
+def make_client(model, **settings):
+    images = BoundedCache(1 << 20)
+    scheduler = Scheduler([Scorer("tiny", Ensemble([model]), 8192, images)], rewards=BoundedCache(100), images=images)
+    return TestClient(make_app(scheduler, ServeSettings(**settings)), raise_server_exceptions=False)
+
+
+BAD_HEADERS = [
+    [], [("Authorization", "")], [("Authorization", "Bearer")], [("Authorization", "Bearer a-secre")],
+    [("Authorization", "Bearer a-secrets")], [("Authorization", TOKEN)], [("Authorization", f"Token {TOKEN}")],
+    [("Authorization", f"Bearer {TOKEN} {TOKEN}")], [("Authorization", "Bearer \xe4".encode("latin-1"))],
+    [("Authorization", "Basic !")], [("Authorization", "Basic YTph")], [("Authorization", "Bearer " + "a" * 60_000)],
+    [("Authorization", f"Bearer {TOKEN}"), ("Authorization", "Bearer other")], [("X-Token", TOKEN)],
+]  # fmt: skip
+
+
+def routes_of(app):
+    return sorted((path, method) for path, methods in _paths(app.routes) for method in methods)
+
+
+def _paths(routes):
+    for route in routes:
+        if isinstance(route, Route) or hasattr(route, "methods"):
+            yield route.path, route.methods
+        else:
+            yield from _paths(route.original_router.routes if hasattr(route, "original_router") else route.routes)
+
+
+def test_every_route_and_method_needs_the_token_but_health(model):
+    with make_client(model, token=TOKEN) as client:
+        found = routes_of(client.app)
+        assert ("/v1/rewards", "POST") in found and ("/metrics", "GET") in found
+        paths = {path for path, _ in found}
+        assert paths & OPEN_PATHS == {"/health"} == OPEN_PATHS
+        for path in [*sorted(paths - OPEN_PATHS), "/nowhere"]:
+            for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
+                for headers in BAD_HEADERS:
+                    answer = client.request(method, path, headers=headers)
+                    assert answer.status_code == 401, (method, path, headers)
+        assert client.get("/health").status_code == 200
+
+
+def test_the_token_opens_as_bearer_and_as_a_password(model):
+    body = {"groups": [{"prompt": "a", "responses": ["b"]}]}
+    with make_client(model, token=TOKEN) as client:
+        for options in ({"headers": {"Authorization": f"bearer  {TOKEN}"}}, {"auth": ("anybody", TOKEN)}):
+            assert client.post("/v1/rewards", json=body, **options).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org"])
+def test_a_host_that_others_reach_needs_a_token(host):
+    with pytest.raises(ConfigError, match="FASTRM_TOKEN"):
+        check_host(ServeSettings(host=host))
+    check_host(ServeSettings(host=host, token=TOKEN))
+
+
+@pytest.mark.parametrize("token", ["", "a\nb", "ä"])
+def test_a_token_that_no_header_holds_is_refused(token):
+    with pytest.raises(ConfigError, match="--token"):
+        check_host(ServeSettings(token=token))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_none(host):
+    check_host(ServeSettings(host=host))
+
+
+def figures(client):
+    lines = client.get("/metrics").text.splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+def test_metrics_count_groups_packs_answers_and_what_the_caches_knew(model):
+    image = make_image(56, 56).data
+    uri = "data:image/png;base64," + base64.b64encode(image).decode()
+    body = {"groups": [{"prompt": "a", "images": [uri], "responses": ["b", "c"]}]}
+    with make_client(model) as client:
+        first = client.post("/v1/rewards", json=body).json()
+        assert client.post("/v1/rewards", json=body).json()["rewards"] == first["rewards"]
+        body["groups"][0]["responses"].append("d")
+        assert client.post("/v1/rewards", json=body).json()["rewards"][0][:2] == first["rewards"][0]
+        client.get("/nowhere/at/all")
+        found = figures(client)
+    assert found["fastrm_groups_total"] == 2 and found["fastrm_responses_total"] == 3
+    assert found["fastrm_reward_hits_total"] == 4 and found["fastrm_reward_misses_total"] == 3
+    # Decoded once, found when its pack was built and in the second request.
+    assert found["fastrm_image_misses_total"] == 1 and found["fastrm_image_hits_total"] == 3
+    assert found["fastrm_queue_groups"] == 0
+    assert found['fastrm_request_seconds_count{path="/v1/rewards",status="200"}'] == 3
+    assert found['fastrm_request_seconds_count{path="other",status="404"}'] == 1
+    assert found["fastrm_packs_total"] == 2
+
+
+def test_a_cache_keeps_what_was_used_last_within_its_capacity():
+    cache = BoundedCache(10)
+    for number in range(4):
+        cache.store(bytes([number]), number, 3)
+        cache.get(b"\0")
+    assert [cache.get(bytes([number])) for number in range(4)] == [0, None, 2, 3] and cache.size == 9
+    cache.store(b"large", 9, 11)
+    assert cache.get(b"large") is None and len(cache) == 3
