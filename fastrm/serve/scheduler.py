@@ -15,7 +15,7 @@
 
 A reward does not depend on the other groups of its pack. Responses that join a group of other requests are computed in
 other matrix products than alone, which may change the last bits (docs/serving.md has the band). With `deterministic`
-nothing is joined, packed or remembered: every group is computed by itself, to the bit as `RewardModel.score` does.
+nothing is joined, packed or remembered: every group is computed by itself, as it was sent.
 
 All state belongs to the event loop's thread; other threads get what they need and return results.
 """

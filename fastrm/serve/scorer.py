@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from fastrm.data.group import GroupSize
-from fastrm.data.record import Record
+from fastrm.data.packing import EncodedGroup
+from fastrm.data.record import Message, Record, Response
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.vision_format import Patches
 from fastrm.errors import RecordError
@@ -23,6 +24,10 @@ from fastrm.evaluate.scoring import Ready, make_ready, score_encoded
 from fastrm.model.network import RewardNetwork
 from fastrm.serve.caches import BoundedCache, remembering_images
 from fastrm.serve.rendered_text import RenderedTextReader
+
+# From this number of rows on, each row of a CPU's matrix product is the same to the bit whatever their number
+# (MKL 2024.2 in float32: tests/serve/test_scheduler.py).
+LEAST_RESPONSES = 4
 
 
 class Reading(NamedTuple):
@@ -154,14 +159,33 @@ class Scorer:
         for number, reading in enumerate(self._readings_of(is_routed)):
             ready = [group.ready[number] for group in groups]
             encoded, sizes = [one.group for one in ready], [one.counted for one in ready]
+            if padding := self._padding(reading, encoded):
+                encoded.append(padding.group)
+                sizes.append(padding.counted)
             for pack in score_encoded(reading.networks, encoded, sizes, reading.encoder, self.tokens_per_pack):
                 for place, result in pack:
+                    if place == len(groups):  # the padding
+                        continue
                     rows[place] = _with(rows[place], reading.places, result)
         weights = None if is_routed else self.ensemble.weights
         return [
             row if isinstance(row, RecordError) else combine([row[place] for place in sorted(row)], weights)
             for row in rows
         ]
+
+    def _padding(self, reading: Reading, encoded: Sequence[EncodedGroup]) -> Ready | None:
+        """Return a group that makes up for missing responses, or None if there are enough.
+
+        On a CPU a matrix product of fewer than LEAST_RESPONSES rows is computed by other code than one of more, whose
+        rows are all computed alike. With this group no pack has fewer, and no bit depends on a pack's other groups.
+        """
+        missing = LEAST_RESPONSES - sum(len(group.responses) for group in encoded)
+        if missing <= 0 or reading.networks[0].device.type != "cpu":
+            return None
+        messages = (Message("user", ("a",)), Message("assistant", ("b",)))
+        response = reading.encoder.encode(Response(messages))
+        group = replace(encoded[0], responses=(response,) * missing)
+        return Ready(0, group, GroupSize.of(group), [])
 
 
 def _with(

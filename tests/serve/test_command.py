@@ -52,7 +52,7 @@ def served(*arguments, token=None):
         process.communicate()
 
 
-GROUPS = [{"prompt": "the cat", "responses": ["yes", "no"]}, {"prompt": "a dog", "responses": ["so"]}]
+GROUPS = [{"prompt": "the cat", "responses": ["yes", "no", "so", "a"]}, {"prompt": "a dog", "responses": ["so"]}]
 
 
 def test_two_models_answer_by_their_names_and_a_signal_ends_the_server(folder):

@@ -50,7 +50,7 @@ def test_rewards_are_those_of_the_model(model, client):
 
 
 def test_an_error_stands_in_the_place_of_its_group(model, client):
-    good = {"prompt": "the cat", "responses": ["yes"]}
+    good = {"prompt": "the cat", "responses": ["yes", "no", "so", "a"]}
     body = client.post("/v1/rewards", json={"groups": [{"prompt": "a"}, good]}).json()
     assert body["rewards"][0]["error"]["code"] == "BAD_ROW"
     assert body["rewards"][1:] == model.score([good])

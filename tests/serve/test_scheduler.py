@@ -232,10 +232,19 @@ def test_responses_that_join_a_group_keep_their_rewards_within_the_band(model, s
     np.testing.assert_allclose(found, [whole[place] for place in order], rtol=0, atol=BAND)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_deterministic_gives_singles_too_to_the_bit(model, scorer, seed):
-    sent, _ = shuffled(singles(make_groups(6, seed)), seed)
-    assert ask_each(scorer, sent, deterministic=True) == [model.score([group])[0] for group in sent]
+def test_groups_of_one_response_do_not_depend_on_the_company_of_their_pack(scorer):
+    """A product of one, two or three rows is computed by other code than a larger one."""
+    groups = [{**group, "responses": group["responses"][:1]} for group in make_groups(6, seed=3)]
+    assert ask_each(scorer, groups) == [ask_each(scorer, [group])[0] for group in groups]
+
+
+def test_deterministic_gives_joined_responses_too_to_the_bit(scorer):
+    alone = singles(make_groups(4, seed=4))
+    sent, order = shuffled(alone, 4)
+    found = ask_each(scorer, sent, deterministic=True)
+    first = ask_each(scorer, alone[:1], deterministic=True) + ask_each(scorer, alone[1:2], deterministic=True)
+    wanted = first + ask_each(scorer, alone[2:], deterministic=True)
+    assert found == [wanted[place] for place in order]
 
 
 def test_equal_responses_of_one_group_and_of_several_get_equal_rewards(model, scorer):
