@@ -33,6 +33,8 @@ from tests.helpers.waiting import PATIENCE
 # Console lines that another test runs, or compares with what it computes.
 RUN_ELSEWHERE = {
     "fastrm plan configs/full.yaml": "tests/forecast/test_room.py makes the table that docs/memory.md shows",
+    "fastrm serve runs/quickstart/model": "tests/serve/test_command.py runs the page's commands",
+    "curl -s http://127.0.0.1:8000/v1/rewards": "tests/serve/test_command.py runs the page's commands",
     "python bench/random_model.py": "tests/train/test_real_widths_runs.py, whole with -m slow",
     "fastrm train configs/full.yaml model.path=runs/two-layers": "tests/train/test_real_widths_runs.py",
 }
@@ -172,6 +174,8 @@ def check(line, page):
         assert paths and all(list(PROJECT.glob(path)) for path in paths), where
     elif program == "pip":
         check_packages(rest[1:], where)
+    elif program == "curl":
+        assert is_run_elsewhere(line), where
     else:
         pytest.fail(f"{where}: how is {program} to be tested?")
 

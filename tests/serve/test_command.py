@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.model.export import save_model
+from tests.helpers.documents import blocks, words_of
 from tests.helpers.runs import fastrm_here
 from tests.helpers.support import make_model
 from tests.helpers.waiting import PATIENCE
@@ -31,13 +33,14 @@ def folder(tmp_path_factory):
 
 
 @contextmanager
-def served(*arguments, token=None):
-    """The command in a process, and a client of it when it is ready."""
+def served(*arguments, token=None, cwd=None):
+    """The command in a process, a client of it when it is ready, and the line that says so."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTRM_TOKEN": token or ""}
     if token is None:
         del environment["FASTRM_TOKEN"]
     command = [sys.executable, "-m", "fastrm.cli", "serve", *map(str, arguments), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=cwd)
     watchdog = threading.Timer(PATIENCE, process.kill)
     watchdog.start()
     try:
@@ -123,3 +126,20 @@ def test_a_port_in_use_is_named(folder, capfd):
         port = client.base_url.port
         code, said = fastrm_here(capfd, "serve", folder / "a", "--port", port)
     assert code == 64 and f"--port {port}" in said and "in use" in said
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_commands_of_the_page_do_what_it_shows(folder, tmp_path):
+    block = next(block for block in blocks("docs/serving.md", "console") if "fastrm serve" in block)
+    serve, ready, ask, answer = block.splitlines()
+    (model,) = words_of(serve.removeprefix("$ fastrm serve "))
+    shutil.copytree(folder / "a", tmp_path / model)
+    with served(model, cwd=tmp_path) as (_, client, line):
+        address = f"127.0.0.1:{client.base_url.port}"
+        assert line.strip() == ready.replace("127.0.0.1:8000", address)
+        command = ask.removeprefix("$ ").replace("127.0.0.1:8000", address)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
+    found, shown = json.loads(done.stdout), json.loads(answer)
+    assert list(found) == list(shown) and found["model"] == shown["model"]
+    assert list(map(len, found["rewards"])) == list(map(len, shown["rewards"]))
+    assert list(found["usage"]) == list(shown["usage"]) and found["usage"]["responses"] == shown["usage"]["responses"]

@@ -1,0 +1,106 @@
+"""Served rewards of rows that others wrote equal those of the model: real weights on text, and real photos."""
+
+import base64
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from fastrm.config import HeadConfig
+from fastrm.evaluate.ensemble import Ensemble
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.limits import MediaLimits
+from fastrm.model.export import make_encoder
+from fastrm.model.loading import load_backbone
+from fastrm.model.network import RewardNetwork
+from fastrm.serve.app import make_app
+from fastrm.serve.scheduler import Scheduler
+from fastrm.serve.scorer import Scorer
+from fastrm.serve.settings import ServeSettings
+from tests.helpers.project import PROJECT
+from tests.helpers.servers import running
+from tests.helpers.smollm2 import needs_smollm2
+from tests.helpers.support import make_model
+from tests.helpers.waiting import PATIENCE
+
+DATA = PROJECT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder shared/data beside the project")
+
+
+def pandalm(count):
+    """Instructions with the answers of two language models."""
+    rows = json.loads((DATA / "pandalm" / "testset-v1.json").read_text())[:count]
+    return [
+        {
+            "prompt": f"{row['instruction']}\n{row['input']}",
+            "responses": [row["response1"], row["response2"], row["instruction"], ""],
+        }
+        for row in rows
+    ]
+
+
+def captions(count):
+    """Cartoons with captions that people wrote, and the same with the images as data URIs."""
+    lines = (DATA / "caption_contest" / "rated_lists.jsonl").read_text().splitlines()
+    groups, sent = [], []
+    for row in map(json.loads, lines[:count]):
+        path = DATA / "caption_contest" / row["image"]
+        group = {"prompt": row["prompt"], "responses": [response["caption"] for response in row["responses"][:6]]}
+        groups.append({**group, "images": [str(path)]})
+        uri = "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
+        sent.append({**group, "images": [uri]})
+    return groups, sent
+
+
+def ask(url, group):
+    answer = httpx.post(f"{url}/v1/rewards", json={"groups": [group]}, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["rewards"][0]
+
+
+def served(model, groups, **settings):
+    """The rewards of groups, which twelve clients ask for at once."""
+    scheduler = Scheduler([Scorer("model", Ensemble([model]), 16384)], **settings)
+    with running(make_app(scheduler, ServeSettings())) as url, ThreadPoolExecutor(12) as clients:
+        return list(clients.map(lambda group: ask(url, group), groups))
+
+
+def singles(groups):
+    return [{**group, "responses": [response]} for group in groups for response in group["responses"]]
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_folder):
+    """A reward model with the pretrained weights, and a new head."""
+    torch.manual_seed(0)
+    backbone = load_backbone(str(smollm2_folder))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    encoder = make_encoder(backbone.config, tokenizer, None, "last_token", MediaLimits())
+    network = RewardNetwork(backbone, HeadConfig(), encoder)
+    network.set_kernels(torch.float32, attention="sdpa")
+    return RewardModel(network)
+
+
+@needs_data
+@needs_smollm2
+def test_pretrained_weights_give_served_rewards_of_somebody_elses_rows(smollm2):
+    groups = pandalm(6)
+    wanted = smollm2.score(groups)
+    assert served(smollm2, groups) == wanted  # four responses a group: to the bit
+    found = [reward for [reward] in served(smollm2, singles(groups[:3]))]
+    # Joined or alone: other matrix products of 576 to 1,536 terms.
+    np.testing.assert_allclose(found, [reward for rewards in wanted[:3] for reward in rewards], rtol=0, atol=2e-5)
+
+
+@needs_data
+def test_real_cartoons_and_captions_give_the_rewards_of_the_model():
+    model = RewardModel(make_model("qwen2_5_vl"))
+    groups, sent = captions(6)
+    wanted = model.score(groups)
+    assert served(model, sent) == wanted
+    found = [reward for [reward] in served(model, singles(sent), window_ms=100)]
+    np.testing.assert_allclose(found, [reward for rewards in wanted for reward in rewards], rtol=0, atol=1e-6)
