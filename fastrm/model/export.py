@@ -30,7 +30,15 @@ from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import locate
-from fastrm.model.stock_classes import GUARD, StockReading, file_entries, file_name, read_by_stock, with_padding
+from fastrm.model.stock_classes import (
+    GUARD,
+    StockReading,
+    anchor_token_id,
+    file_entries,
+    file_name,
+    read_by_stock,
+    with_padding,
+)
 from fastrm.model.stored_head import OPENRLHF_KEYS, find_head, missing_head
 from fastrm.model.weight_files import CONFIG, finder
 from fastrm.model.weight_writer import WeightWriter, replace_folder
@@ -122,6 +130,8 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockRe
         "format": FORMAT, "head": model.head_settings.stored(), "anchor": model.encoder.anchor,
         "pooling": model.pooling,
     }  # fmt: skip
+    if (anchor_id := anchor_token_id(model.encoder)) is not None:
+        config["fastrm"]["anchor_token_id"] = anchor_id
     if model.encoder.date is not None:
         config["fastrm"]["template_date"] = str(model.encoder.date)
     return config

@@ -68,6 +68,13 @@ def read_by_stock(network: RewardNetwork) -> StockReading:
     return StockReading(True, _classifier(network.model.config), pad_token)
 
 
+def anchor_token_id(encoder: ConversationEncoder) -> int | None:
+    """Return the token that `end_of_turn` reads, for readers without the chat template; None for other anchors."""
+    if encoder.anchor != "end_of_turn":
+        return None
+    return int(encoder.encode(_samples()[0]).tokens[-1])
+
+
 def padding_note(network: RewardNetwork) -> str | None:
     """Return a line that says that an export pads with another token than the network's tokenizer, or None."""
     reading, own = read_by_stock(network), network.encoder.tokenizer.pad_token
@@ -110,9 +117,10 @@ def with_padding(tokenizer, pad_token: str | None):
 
 
 def _classifier(config) -> str | None:
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as classes
+    """Return the name of transformers' own class, whatever `fastrm.hf` or others have registered in this process."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as classes
 
-    return classes[type(config)].__name__ if type(config) in classes else None
+    return classes.get(config.model_type)
 
 
 def _pad_token(encoder: ConversationEncoder, vocab_size: int) -> str | None:

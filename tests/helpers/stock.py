@@ -20,16 +20,7 @@ CENTER = 0.1
 
 def stock_inputs(encoder, response) -> dict:
     """Keyword arguments of the stock model for one conversation (batch of one)."""
-    messages = [
-        {
-            "role": message.role,
-            "content": [
-                {"type": part.noun} if isinstance(part, MediaRef) else {"type": "text", "text": part}
-                for part in message.parts
-            ],
-        }
-        for message in response.messages
-    ]
+    messages = [{"role": message.role, "content": _content(encoder, message)} for message in response.messages]
     text = encoder.tokenizer.apply_chat_template(messages, tokenize=False)
     inputs = {}
     images = [Image.open(io.BytesIO(ref.data)) for ref in response.media if isinstance(ref, ImageRef)]
@@ -47,6 +38,15 @@ def stock_inputs(encoder, response) -> dict:
         ids, pads = inputs["input_ids"], encoder.vision.placeholders
         inputs["mm_token_type_ids"] = (ids == pads[ImageRef]).int() + 2 * (ids == pads[VideoRef]).int()
     return inputs
+
+
+def _content(encoder, message) -> str | list[dict]:
+    """A message's content as its model's template takes it: those of text models take a string."""
+    if encoder.vision is None:
+        return message.text
+    return [
+        {"type": part.noun} if isinstance(part, MediaRef) else {"type": "text", "text": part} for part in message.parts
+    ]
 
 
 def _stock_tiles(encoder, images, text: str) -> tuple[dict, str]:

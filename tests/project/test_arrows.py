@@ -18,7 +18,8 @@ from tests.helpers.waiting import PATIENCE
 FOUNDATION = {"errors", "limits", "lines", "names", "yaml_files", "json_files", "storage", "resources", "tables", "ui"}
 FOUNDATION |= {"stop", "config"}
 TOP = {"cli_options", "cli", "__init__"}
-ORDER = [FOUNDATION, {"data"}, {"model"}, {"evaluate"}, {"rl"}, {"serve"}, {"train"}, {"forecast"}, {"ablate"}, TOP]
+LOWER = [FOUNDATION, {"data"}, {"model"}, {"hf"}, {"evaluate"}, {"rl"}, {"serve"}]
+ORDER = [*LOWER, {"train"}, {"forecast"}, {"ablate"}, TOP]
 
 
 def _module(file: Path, parent: Path) -> str:

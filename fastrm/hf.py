@@ -1,0 +1,259 @@
+"""Reward models in transformers: `import fastrm.hf` makes its Auto classes load fastrm's exports, every head included.
+
+    import fastrm.hf
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained("runs/my/model", dtype="float32")
+    rewards = model(**batch).logits[:, 0]
+
+The classes are registered for the configurations of the stock families, and nothing of an export is run as code. They
+read the `fastrm` section of config.json; a folder without one is left to the stock class, if there is any. A
+conversation may be padded on either side, since the reward is read by `attention_mask`, not by the pad token.
+"""
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.internvl import InternVLConfig
+from transformers.models.internvl.modeling_internvl import InternVLPreTrainedModel
+from transformers.models.llama import LlamaConfig, LlamaForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForSequenceClassification
+from transformers.models.qwen2.modeling_qwen2 import Qwen2PreTrainedModel
+from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
+from transformers.models.qwen2_vl import Qwen2VLConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLPreTrainedModel
+from transformers.models.qwen3 import Qwen3Config, Qwen3ForSequenceClassification
+from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from fastrm.errors import ConfigError, StorageError
+from fastrm.model.families import QWEN_VL_FAMILIES, check_family, longest_path
+from fastrm.model.head import make_head
+from fastrm.model.loading import shortened
+from fastrm.model.stored_head import read_section
+
+# From the names of weights in exports of Qwen's vision models to those in the stock base model under `model.`.
+_QWEN_VL_NAMES = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}
+
+
+class RewardModelForSequenceClassification:
+    """Base of the classes for each family: a stock base model and fastrm's head, which reads what an export says.
+
+    Attributes:
+        stock: the class of transformers that loads a folder without a `fastrm` section; None: there is none.
+    """
+
+    base_model_prefix = "model"
+    # The reward is what everything else is measured by: the head computes in float32, whatever the backbone does.
+    _keep_in_fp32_modules_strict = ("score",)
+    # Beside a head that stock classes misread, exports hold an empty tensor of this name (stock_classes.py).
+    _keys_to_ignore_on_load_unexpected = (r"^score\.weight$",)
+    stock: type | None = None
+
+    def __init__(self, config):
+        check_family(config)
+        head, self.anchor, self.pooling = read_section(config.name_or_path or "the model", _section(config))
+        config.num_labels = 1
+        super().__init__(config)
+        self.num_labels = 1
+        self.model = AutoModel.from_config(config)
+        score = make_head(config.get_text_config().hidden_size, head)
+        # A single layer is score.weight where the stock classifier may read it, else score.0.* (stock_classes.py).
+        is_stock = config.problem_type == "regression" and head.layers == 1 and not head.bias
+        self.score = score if is_stock or head.layers > 1 else nn.Sequential(score)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, config=None, output_loading_info=False, **kwargs
+    ):
+        """Load an export of fastrm; other folders go to the stock class. Arguments are those of transformers.
+
+        Raises:
+            ConfigError: if there is neither a `fastrm` section in config.json nor a stock class, or it is malformed.
+            StorageError: if weights are missing, which transformers would draw at random.
+        """
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
+        if _section(config) is None:
+            if cls.stock is None:
+                raise ConfigError(
+                    f"{pretrained_model_name_or_path}/config.json: has no `fastrm` section, and transformers has no "
+                    f"class of its own for sequence classification with {config.model_type}; to convert the reward "
+                    f"model of another trainer: fastrm export MODEL --out FOLDER --for transformers"
+                )
+            options = {"config": config, "output_loading_info": output_loading_info}
+            return cls.stock.from_pretrained(pretrained_model_name_or_path, *model_args, **options, **kwargs)
+        if config.model_type in QWEN_VL_FAMILIES:
+            kwargs.setdefault("key_mapping", _QWEN_VL_NAMES)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise StorageError(
+                f"{pretrained_model_name_or_path}: {len(missing):,} weights are in no file and would be random: "
+                f"{shortened(missing)}; copy the whole folder again, or write it anew with fastrm export"
+            )
+        return (model, report) if output_loading_info else model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Return rewards (B, 1) float32 as `logits`, of B conversations as the chat template renders them.
+
+        Args:
+            input_ids: (B, n) int64.
+            attention_mask: (B, n), 0 for padding on either side; may be left out for one conversation.
+            labels: (B,) rewards that are wanted; `loss` is then the mean of the squared differences.
+            kwargs: of the stock base model: pixel_values, image_grid_thw, mm_token_type_ids, use_cache ...
+
+        Raises:
+            ValueError: for several conversations without a mask, or a conversation without a token to read.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        mask = _checked_mask(given, attention_mask)
+        limit = longest_path(self.config)
+        if limit is not None and int(mask.sum(-1).max()) > limit:
+            raise ValueError(f"a conversation of more than {limit} tokens would change the rewards of the others")
+        if position_ids is None and self.config.model_type not in QWEN_VL_FAMILIES:
+            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # Qwen's vision models count their own
+        kwargs.setdefault("use_cache", False)
+        if self.config.model_type in QWEN_VL_FAMILIES and kwargs.get("mm_token_type_ids") is None:
+            kwargs["mm_token_type_ids"] = self._media_kinds(input_ids)
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
+        states = self._states(outputs.last_hidden_state, self._last_read(input_ids, mask), mask)
+        with torch.autocast(states.device.type, enabled=False):
+            rewards = self.score(states.to(next(self.score.parameters()).dtype)).float()
+        loss = None if labels is None else nn.functional.mse_loss(rewards.squeeze(-1), labels.float().view(-1))
+        return SequenceClassifierOutput(
+            loss=loss, logits=rewards, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _media_kinds(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the kinds of tokens (B, n): 1 for images, 2 for videos; stock models refuse images without them."""
+        if input_ids is None:
+            return None
+        return (input_ids == self.config.image_token_id).int() + 2 * (input_ids == self.config.video_token_id).int()
+
+    def _last_read(self, input_ids: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+        """Return the place (B,) of the token that each conversation ends with, its anchor."""
+        readable = mask
+        if self.anchor != "last_token":
+            if input_ids is None:
+                raise ValueError(f"the anchor {self.anchor} is found by input_ids; got inputs_embeds")
+            if self.anchor == "before_padding":
+                readable = mask & (input_ids != self.config.get_text_config().pad_token_id)
+            else:
+                readable = mask & (input_ids == self._anchor_token_id())
+        if not bool(readable.any(-1).all()):
+            raise ValueError(f"a conversation of the batch has no token that the anchor {self.anchor} could be")
+        places = torch.arange(mask.shape[-1], device=mask.device)
+        return torch.where(readable, places, -1).amax(-1)
+
+    def _anchor_token_id(self) -> int:
+        number = _section(self.config).get("anchor_token_id")
+        if number is None:
+            raise ConfigError(
+                "config.json: its `fastrm` section does not say which token ends a turn, as exports of before do not; "
+                "write it anew: fastrm export MODEL --out FOLDER --for transformers"
+            )
+        return number
+
+    def _states(self, hidden: torch.Tensor, last: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads (B, D), from the last states (B, n, D)."""
+        if self.pooling == "anchor":
+            return hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
+        places = torch.arange(mask.shape[-1], device=mask.device)
+        counted = (mask & (places <= last[:, None])).unsqueeze(-1).to(hidden.device)
+        return (hidden.float() * counted).sum(1) / counted.sum(1)
+
+
+def _section(config) -> dict | None:
+    return getattr(config, "fastrm", None)
+
+
+def _checked_mask(given: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return which tokens (B, n) are no padding, bool."""
+    if mask is None:
+        if given.shape[0] > 1:
+            raise ValueError(
+                f"got {given.shape[0]} conversations without attention_mask; pass the tokenizer's, which tells padding "
+                "from tokens"
+            )
+        return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+    if mask.ndim != 2:
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}, wanted (conversations, tokens)")
+    return mask.bool()
+
+
+class FastrmLlamaForSequenceClassification(RewardModelForSequenceClassification, LlamaPreTrainedModel):
+    """A reward model of fastrm on a Llama."""
+
+    config: LlamaConfig
+    stock = LlamaForSequenceClassification
+
+
+class FastrmQwen2ForSequenceClassification(RewardModelForSequenceClassification, Qwen2PreTrainedModel):
+    """A reward model of fastrm on a Qwen2 or Qwen2.5."""
+
+    config: Qwen2Config
+    stock = Qwen2ForSequenceClassification
+
+
+class FastrmQwen3ForSequenceClassification(RewardModelForSequenceClassification, Qwen3PreTrainedModel):
+    """A reward model of fastrm on a Qwen3."""
+
+    config: Qwen3Config
+    stock = Qwen3ForSequenceClassification
+
+
+class FastrmQwen2VLForSequenceClassification(RewardModelForSequenceClassification, Qwen2VLPreTrainedModel):
+    """A reward model of fastrm on a Qwen2-VL."""
+
+    config: Qwen2VLConfig
+
+
+class FastrmQwen2_5_VLForSequenceClassification(RewardModelForSequenceClassification, Qwen2_5_VLPreTrainedModel):
+    """A reward model of fastrm on a Qwen2.5-VL."""
+
+    config: Qwen2_5_VLConfig
+
+
+class FastrmInternVLForSequenceClassification(RewardModelForSequenceClassification, InternVLPreTrainedModel):
+    """A reward model of fastrm on an InternVL2.5 or InternVL3."""
+
+    config: InternVLConfig
+
+
+# The class for each configuration of transformers.
+CLASSES = {
+    LlamaConfig: FastrmLlamaForSequenceClassification,
+    Qwen2Config: FastrmQwen2ForSequenceClassification,
+    Qwen3Config: FastrmQwen3ForSequenceClassification,
+    Qwen2VLConfig: FastrmQwen2VLForSequenceClassification,
+    Qwen2_5_VLConfig: FastrmQwen2_5_VLForSequenceClassification,
+    InternVLConfig: FastrmInternVLForSequenceClassification,
+}
+
+
+def register() -> None:
+    """Make `AutoModelForSequenceClassification` use the classes; importing this module has done so."""
+    for config, kind in CLASSES.items():
+        # Without exist_ok a class for one of transformers' own configurations is ignored in silence.
+        AutoModelForSequenceClassification.register(config, kind, exist_ok=True)
+
+
+register()
