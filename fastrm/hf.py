@@ -248,12 +248,6 @@ CLASSES = {
     InternVLConfig: FastrmInternVLForSequenceClassification,
 }
 
-
-def register() -> None:
-    """Make `AutoModelForSequenceClassification` use the classes; importing this module has done so."""
-    for config, kind in CLASSES.items():
-        # Without exist_ok a class for one of transformers' own configurations is ignored in silence.
-        AutoModelForSequenceClassification.register(config, kind, exist_ok=True)
-
-
-register()
+for _config, _class in CLASSES.items():
+    # Without exist_ok a class for one of transformers' own configurations is ignored in silence.
+    AutoModelForSequenceClassification.register(_config, _class, exist_ok=True)

@@ -1,6 +1,7 @@
 """Without a GPU, Triton's kernels run in its interpreter; it must be chosen before Triton is imported."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,14 @@ def own_cache(tmp_path_factory):
             patch.setenv(name, os.environ.get(name, str(usual / folder)))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def stock_auto_classes():
+    """`import fastrm.hf` changes transformers' Auto classes for the rest of its test, and for no other."""
+    yield
+    if (hf := sys.modules.pop("fastrm.hf", None)) is not None:
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as classes
+
+        for config in hf.CLASSES:
+            classes._extra_content.pop(config, None)

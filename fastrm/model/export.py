@@ -34,8 +34,6 @@ from fastrm.model.stock_classes import (
     GUARD,
     StockReading,
     anchor_token_id,
-    file_entries,
-    file_name,
     read_by_stock,
     with_padding,
 )
@@ -54,6 +52,7 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
+    reading: StockReading | None = None,
 ) -> None:
     """Write a network with its processor; `folder` appears, or is replaced, when it is complete and on the disk.
 
@@ -63,22 +62,23 @@ def save_model(
         dtype: of the backbone's weights in the files; None: each as it is. The head's are written as they are, in
             float32: they are few, and would round the reward itself.
         tensors: (stock name, whole tensor) of all weights in any order, where the network has only parts of them.
+        reading: how its readers read it; default: as stock transformers does.
 
     Raises:
         StorageError: if it cannot be written; `folder` is then as it was.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    reading, model_type = read_by_stock(model), model.model.config.model_type
+    reading, model_type = reading or read_by_stock(model), model.model.config.model_type
     tensors = model.state_dict().items() if tensors is None else tensors
     writer = None
     try:
         part.mkdir(parents=True)
         entries = ((name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model))
-        writer = WeightWriter(part, file_entries(entries, model_type, reading.classifies))
+        writer = WeightWriter(part, reading.file_entries(entries, model_type))
         for name, tensor in tensors:
-            writer.write(file_name(name, model_type, reading.classifies), tensor)
-        if not reading.classifies:
+            writer.write(reading.file_name(name, model_type), tensor)
+        if reading.is_guarded:
             writer.write(GUARD, torch.empty(0))
         writer.close()
         tokenizer = with_padding(model.encoder.tokenizer, reading.pad_token)
@@ -119,10 +119,8 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockRe
     # The normalisation of an OpenRLHF head is in the weights now; these keys would apply it once more.
     for name in ("num_labels", "id2label", "label2id", "problem_type", *OPENRLHF_KEYS):
         config.pop(name, None)
-    if reading.classifies:
-        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        config["problem_type"] = "regression"
-    config["architectures"] = [reading.architecture or type(model.model).__name__]
+    config["architectures"] = [type(model.model).__name__]
+    reading.complete(config)
     text = config.get("text_config", config)
     if pad_id is not None and pad_id < text["vocab_size"]:
         text["pad_token_id"] = pad_id

@@ -196,7 +196,9 @@ def _check_all_there(path: str, tensors: Mapping[str, StoredTensor], wanted: Map
 def _check_all_used(path: str, rest: Mapping[str, StoredTensor], full: nn.Module, model: nn.Module) -> None:
     """Refuse weights that lie inside the backbone and have no place there: without them it is another model."""
     parts = _part_names(full, model)
-    lost = [name for name in rest if parts & set(name.removeprefix(_WRAPPER).split(".")[:3])]
+    # vLLM's name of a vision model's head begins like a weight of its language model.
+    inside = [name for name in rest if not name.startswith("language_model.score.")]
+    lost = [name for name in inside if parts & set(name.removeprefix(_WRAPPER).split(".")[:3])]
     if lost:
         raise StorageError(
             f"model.path {path!r}: {len(lost):,} weights of the files have no place in the {model.config.model_type} "

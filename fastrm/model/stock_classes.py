@@ -44,6 +44,37 @@ class StockReading:
     pad_token: str | None
     why: str = ""
 
+    @property
+    def is_guarded(self) -> bool:
+        """True if the files hold the empty tensor that stock classifiers refuse."""
+        return not self.classifies
+
+    def file_name(self, name: str, model_type: str) -> str:
+        """Return the name of a weight in the export's files, from that in the network.
+
+        Qwen's vision models have those of the published checkpoints, `visual.*` and `model.*`: they are the ones that
+        every stock class of every version knows, since AutoModel does not know `model.visual.*`.
+        """
+        if name.startswith("score."):
+            kind = name.removeprefix("score.")
+            return f"score.0.{kind}" if self.is_guarded and "." not in kind else name
+        if model_type in QWEN_VL_FAMILIES:
+            return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
+        return name
+
+    def file_entries(self, entries: Iterable[Entry], model_type: str) -> list[Entry]:
+        """Return (name, shape, dtype) of all tensors in the export's files, from those of the network."""
+        found = [(self.file_name(name, model_type), shape, dtype) for name, shape, dtype in entries]
+        return [*found, (GUARD, (0,), torch.float32)] if self.is_guarded else found
+
+    def complete(self, config: dict) -> None:
+        """Add to the content of config.json what its readers need to know."""
+        if self.classifies:
+            config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+            config["problem_type"] = "regression"
+        if self.architecture is not None:
+            config["architectures"] = [self.architecture]
+
 
 def read_by_stock(network: RewardNetwork) -> StockReading:
     """Find out how stock classes read a network with its tokenizer, by rendering short conversations."""
@@ -59,7 +90,7 @@ def read_by_stock(network: RewardNetwork) -> StockReading:
         why = f"the head has {head.layers} layers"
     elif head.bias:
         why = "the head has a bias"
-    elif not before_padding and not _anchors_end(encoder):
+    elif not before_padding and not anchors_end(encoder):
         why = f"model.anchor is {encoder.anchor}, and the chat template goes on after it"
     elif pad_token is None:
         why = "every special token of the tokenizer ends conversations or stands in them, so none can pad"
@@ -85,26 +116,6 @@ def padding_note(network: RewardNetwork) -> str | None:
         f"export: its tokenizer and config.json pad with {reading.pad_token}, so that stock classifiers find the last "
         f"token; the tokenizer {why}"
     )
-
-
-def file_entries(entries: Iterable[Entry], model_type: str, classifies: bool) -> list[Entry]:
-    """Return (name, shape, dtype) of all tensors in the files of an export, from those of the network."""
-    found = [(file_name(name, model_type, classifies), shape, dtype) for name, shape, dtype in entries]
-    return found if classifies else [*found, (GUARD, (0,), torch.float32)]
-
-
-def file_name(name: str, model_type: str, classifies: bool) -> str:
-    """Return the name of a weight in an export's files, from that in the network.
-
-    Qwen's vision models have those of the published checkpoints, `visual.*` and `model.*`: they are the ones that
-    every stock class of every version knows, since AutoModel does not know `model.visual.*`.
-    """
-    if name.startswith("score."):
-        kind = name.removeprefix("score.")
-        return name if classifies or "." in kind else f"score.0.{kind}"
-    if model_type in QWEN_VL_FAMILIES:
-        return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
-    return name
 
 
 def with_padding(tokenizer, pad_token: str | None):
@@ -148,7 +159,7 @@ def _likelihood(token: str) -> int:
     return _PADDING_NAMES.index(letters) if letters in _PADDING_NAMES else len(_PADDING_NAMES)
 
 
-def _anchors_end(encoder: ConversationEncoder) -> bool:
+def anchors_end(encoder: ConversationEncoder) -> bool:
     """Return whether the anchor is the last token of a conversation as the template renders it."""
     to_the_end = _to_the_last_token(encoder)
     return all(len(encoder.encode(sample).tokens) == len(to_the_end.encode(sample).tokens) for sample in _samples())

@@ -16,7 +16,7 @@ from fastrm.config import Config, HeadConfig
 from fastrm.errors import StorageError
 from fastrm.model import weight_writer
 from fastrm.model.export import export_dtype, load_model, save_model
-from fastrm.model.stock_classes import GUARD, file_name
+from fastrm.model.stock_classes import GUARD, read_by_stock
 from fastrm.model.weight_files import INDEX, WeightFiles
 from fastrm.model.weight_writer import WeightWriter
 from fastrm.train.setup import export_model
@@ -42,7 +42,7 @@ def test_shards_with_the_stock_index_load_here_and_in_transformers(network, tmp_
     assert max(sizes) <= 160_000 and sum(sizes) == index["metadata"]["total_size"]
     state = network.state_dict()
     found = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-    names = {name: file_name(name, "qwen2_5_vl", False) for name in state}
+    names = {name: read_by_stock(network).file_name(name, "qwen2_5_vl") for name in state}
     assert found.keys() == {*names.values(), GUARD} == index["weight_map"].keys()
     assert all(torch.equal(found[names[name]], tensor) for name, tensor in state.items())
     again = load_model(tmp_path / "model").state_dict()
@@ -56,7 +56,7 @@ def test_bf16_rounds_the_backbone_and_not_the_head(network, tmp_path):
     save_model(network, tmp_path / "model", dtype=torch.bfloat16)
     state = load_file(tmp_path / "model" / "model.safetensors")
     for name, tensor in network.state_dict().items():
-        stored = state[file_name(name, "qwen2_5_vl", False)]
+        stored = state[read_by_stock(network).file_name(name, "qwen2_5_vl")]
         assert torch.equal(stored, tensor if name.startswith("score.") else tensor.bfloat16()), name
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"

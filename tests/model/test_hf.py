@@ -1,5 +1,6 @@
 """Exports in the classes of `fastrm.hf`, by transformers' Auto classes: their rewards are ours in padded batches."""
 
+import importlib
 import io
 import json
 
@@ -7,13 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoModelForSequenceClassification,
-    Qwen2ForSequenceClassification,
-)
+from transformers import AutoModelForSequenceClassification, Qwen2ForSequenceClassification
 
-from fastrm import RewardModel, hf
+from fastrm import RewardModel
 from fastrm.config import HeadConfig
 from fastrm.data.record import ImageRef
 from fastrm.data.template import ConversationEncoder
@@ -38,12 +35,9 @@ IMAGES = ((make_image(90, 120), make_image(60, 60, seed=1)), (), (make_image(84,
 
 
 @pytest.fixture(autouse=True)
-def registered():
-    """The classes are known to the Auto classes in these tests alone; those of other files see stock transformers."""
-    hf.register()
-    yield
-    for config in hf.CLASSES:
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING._extra_content.pop(config)
+def hf():
+    """The module, imported for each test anew (`stock_auto_classes` of conftest.py)."""
+    return importlib.import_module("fastrm.hf")
 
 
 def records_of(family):
@@ -99,7 +93,7 @@ def check(network, folder, records):
 @pytest.mark.parametrize("pooling", ["anchor", "mean"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_padded_batch_gets_our_rewards(family, head, pooling, tmp_path):
+def test_a_padded_batch_gets_our_rewards(family, head, pooling, tmp_path, hf):
     network = make_model(family, head=HEADS[head], pooling=pooling)
     model = check(network, tmp_path / "model", records_of(family))
     assert type(model) is hf.CLASSES[type(network.model.config)]

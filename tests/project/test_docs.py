@@ -41,7 +41,7 @@ RUN_ELSEWHERE = {
 # Words in place of what a reader has, in commands that are only read.
 READERS = {"MODEL", "FOLDER", "FILE", "my.yaml", "folder-or-file", "folder-or-archive"}
 # Pages whose Python blocks do not run as they stand.
-PYTHON_PAGES = ["docs/evaluation.md", "docs/exports.md", "kernels/README.md"]
+PYTHON_PAGES = ["docs/evaluation.md", "docs/exports.md", "docs/serving_engines.md", "kernels/README.md"]
 
 
 def is_run_elsewhere(line):
@@ -176,6 +176,9 @@ def check(line, page):
         check_packages(rest[1:], where)
     elif program == "curl":
         assert is_run_elsewhere(line), where
+    elif program == "vllm":  # tests/kernels/test_vllm_serving.py starts it with these options
+        helper = (PROJECT / "tests" / "kernels" / "test_vllm_serving.py").read_text()
+        assert rest[0] == "serve" and all(word in helper for word in rest[4:]), where
     else:
         pytest.fail(f"{where}: how is {program} to be tested?")
 

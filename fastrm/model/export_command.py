@@ -1,0 +1,52 @@
+"""`fastrm export`: a reward model of any trainer as a folder that transformers or vLLM reads."""
+
+from pathlib import Path
+
+from fastrm.errors import ConfigError
+from fastrm.model.export import load_model, save_model
+from fastrm.model.places import locate
+from fastrm.model.stock_classes import StockReading, read_by_stock
+from fastrm.model.vllm_classes import VllmReading, read_by_vllm
+from fastrm.ui import Display
+
+READERS = ("transformers", "vllm")
+
+
+def export_model(model: str | Path, out: Path, reader: str, display: Display) -> None:
+    """Write a reward model for a reader, and say how it is loaded there.
+
+    Args:
+        model: a folder or hub id, as `RewardModel.from_pretrained` takes it.
+        out: the folder to write; it must not exist, or be empty.
+        reader: one of READERS.
+
+    Raises:
+        ConfigError: if the folder is in use, the model is no reward model, or the reader would misread it.
+        StorageError: if files cannot be read or written.
+    """
+    if reader not in READERS:
+        raise ConfigError(f"--for: got {reader!r}, wanted one of {', '.join(READERS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out}: exists already; name a new folder, or remove it first")
+    locate(model)
+    network = load_model(Path(model), dtype=None)
+    if network.adopted:
+        display.say(network.adopted)
+    reading = read_by_vllm(network) if reader == "vllm" else read_by_stock(network)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(network, out, reading=reading)
+    for line in how_to_load(reading, out):
+        display.say(line)
+
+
+def how_to_load(reading: StockReading, folder: Path) -> list[str]:
+    """Return the lines that tell a user how a written export is loaded."""
+    if not isinstance(reading, VllmReading):
+        if reading.architecture is not None:
+            return [f"{folder}: transformers' {reading.architecture} gives its rewards"]
+        why = f" (the stock class would not: {reading.why})" if reading.why else ""
+        return [f"{folder}: AutoModelForSequenceClassification gives its rewards after import fastrm.hf{why}"]
+    lines = [f"{folder}: vLLM serves it as {reading.architecture}"]
+    if reading.needs_plugin:
+        lines += [f"since {reading.why}, vLLM needs the plugin: pip install kernels/vllm_plugin"]
+    return [*lines, f'vllm serve {folder} --runner pooling; ask /classify with "use_activation": false']

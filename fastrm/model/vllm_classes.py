@@ -1,0 +1,96 @@
+"""An export in the eyes of vLLM: the class that serves it, the name of its head, and what would be read wrongly.
+
+vLLM knows a classifier of one linear layer on the last token of a conversation; of a vision model, the head lies in the
+language model and is named so (vllm/model_executor/models/adapters.py, `as_seq_cls_model`). Every other head is served
+by the plugin in kernels/vllm_plugin, whose classes begin with Fastrm. Names and behaviour are those of vLLM 0.32.
+"""
+
+from dataclasses import dataclass
+
+from fastrm.errors import ConfigError
+from fastrm.model.families import VISION_FAMILIES
+from fastrm.model.network import RewardNetwork
+from fastrm.model.stock_classes import StockReading, anchors_end, read_by_stock
+
+# By model type, the name of the family in vLLM's names of classes.
+_FAMILIES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "internvl": "InternVL",
+}
+
+
+@dataclass(frozen=True)
+class VllmReading(StockReading):
+    """The way in which vLLM reads an export.
+
+    Attributes:
+        needs_plugin: `architecture` is a class of the plugin.
+    """
+
+    needs_plugin: bool = False
+
+    @property
+    def is_guarded(self) -> bool:
+        """True if the files hold the empty tensor that stock classifiers of transformers refuse."""
+        return self.needs_plugin
+
+    def file_name(self, name: str, model_type: str) -> str:
+        """Return the name of a weight in the export's files, from that in the network."""
+        if name.startswith("score.") and not self.needs_plugin and model_type in VISION_FAMILIES:
+            return f"language_model.{name}"
+        return super().file_name(name, model_type)
+
+    def complete(self, config: dict) -> None:
+        """Add to the content of config.json what vLLM needs to know.
+
+        Rotary frequencies of the kind `dynamic` are the plain ones up to max_position_embeddings, beyond which rewards
+        would depend on others in the batch. vLLM would accept such lengths, so that config.json names the plain kind.
+        """
+        super().complete(config)
+        rope = config.get("text_config", config).get("rope_parameters") or {}
+        if rope.get("rope_type") == "dynamic":
+            rope["rope_type"] = "default"
+            rope.pop("factor", None)
+
+
+def read_by_vllm(network: RewardNetwork) -> VllmReading:
+    """Find out which class of vLLM or of the plugin serves a network with its tokenizer.
+
+    Raises:
+        ConfigError: naming the value of config.json that vLLM does not read, so that its rewards would be others.
+    """
+    config, head = network.model.config, network.head_settings
+    _check_is_read(config)
+    name = f"{_FAMILIES[config.model_type]}ForSequenceClassification"
+    stock = read_by_stock(network)
+    why, kind = "", ""
+    if head.layers > 1:
+        why, kind = f"the head has {head.layers} layers", "Fastrm"
+    # These need the whole conversation at once, which the plugin's classes tell vLLM by their name.
+    if network.pooling != "anchor":
+        why, kind = f"model.pooling is {network.pooling}", "FastrmWhole"
+    elif not anchors_end(network.encoder):
+        why, kind = f"model.anchor is {network.encoder.anchor}, and the chat template goes on after it", "FastrmWhole"
+    return VllmReading(True, kind + name, stock.pad_token, why, needs_plugin=bool(kind))
+
+
+def _check_is_read(config) -> None:
+    """Refuse values that vLLM 0.32 passes over, or for which it has no layer."""
+    text, family = config.get_text_config(), config.model_type
+    found = {"hidden_act": (text.hidden_act, "silu")}
+    if family in ("qwen2_vl", "qwen2_5_vl"):
+        vision = config.vision_config
+        rope = getattr(vision, "rope_parameters", None) or {}
+        found["vision_config's rope_theta"] = (rope.get("rope_theta", 10000.0), 10000.0)
+        if family == "qwen2_vl":
+            found["vision_config.hidden_act"] = (vision.hidden_act, "quick_gelu")
+    for name, (value, wanted) in found.items():
+        if value != wanted:
+            raise ConfigError(
+                f"{family}: {name} is {value!r}, and vLLM computes {wanted!r} whatever config.json says: its rewards "
+                "would be others. Serve it with transformers: fastrm export MODEL --out FOLDER --for transformers"
+            )
