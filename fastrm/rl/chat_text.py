@@ -8,8 +8,10 @@ import re
 
 # The mark of a turn's start, what parts its role from its text, and the mark of its end.
 _TEMPLATES = (("<|im_start|>", "\n", "<|im_end|>"), ("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"))
+# The tokens of an image. InternVL's template puts a line end behind them.
 _IMAGE = re.compile(
-    r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|(?:<\|image_pad\|>)+|<img>(?:<IMG_CONTEXT>)+</img>"
+    r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|(?:<\|image_pad\|>)+"
+    r"|<img>(?:<IMG_CONTEXT>)+</img>\n?|(?:<IMG_CONTEXT>)+\n?"
 )
 _ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 

@@ -1,6 +1,7 @@
 """The client of a fastrm server: the call of `fastrm.RewardModel.score` by URL, and the rules for trying again."""
 
 import asyncio
+import os
 import random
 import time
 import weakref
@@ -51,7 +52,7 @@ class Client:
 
         Args:
             model: its name at the server; default: the first there.
-            token: the server's, if it wants one.
+            token: the server's, if it wants one; default: FASTRM_TOKEN of the environment.
             timeout: seconds for one try.
             tries: of one request, the first included.
             max_groups: of one request; the server refuses more than 64.
@@ -64,7 +65,8 @@ class Client:
         if timeout <= 0 or tries < 1 or max_groups < 1:
             raise ConfigError(f"timeout {timeout:g}, tries {tries}, max_groups {max_groups}: all must be positive")
         self.url, self.model, self.num_retries = url.rstrip("/"), model, 0
-        self.timeout, self.tries, self.max_groups, self._token = timeout, tries, max_groups, token
+        self.timeout, self.tries, self.max_groups = timeout, tries, max_groups
+        self._token = token or os.environ.get("FASTRM_TOKEN")
         self._client = httpx.Client(**self._settings())
         self._async_clients: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 

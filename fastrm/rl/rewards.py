@@ -153,13 +153,18 @@ def open_scorer(model: object, *, token: str | None = None, **options) -> object
         if not hasattr(model, "score"):
             raise ConfigError(f"model: got {type(model).__name__}, wanted a URL, a folder, or what has a method score")
         return model
-    if str(model).lower().startswith(("http://", "https://")):
+    if is_url(model):
         from fastrm.rl.client import Client
 
         return Client(str(model), token=token, **options)
     from fastrm.evaluate.reward_model import RewardModel
 
     return RewardModel.from_pretrained(model, **options)
+
+
+def is_url(model: str | Path) -> bool:
+    """Return whether a model is named by the URL of its server."""
+    return str(model).lower().startswith(("http://", "https://"))
 
 
 def sigmoid(value: float) -> float:

@@ -19,7 +19,7 @@ FOUNDATION = {"errors", "limits", "lines", "names", "yaml_files", "json_files", 
 FOUNDATION |= {"stop", "config"}
 TOP = {"cli_options", "cli", "__init__"}
 LOWER = [FOUNDATION, {"data"}, {"model"}, {"hf"}, {"evaluate"}, {"rl"}, {"serve"}]
-ORDER = [*LOWER, {"train"}, {"forecast"}, {"ablate"}, TOP]
+ORDER = [*LOWER, {"train"}, {"forecast"}, {"ablate"}, {"grpo"}, TOP]
 
 
 def _module(file: Path, parent: Path) -> str:

@@ -187,8 +187,11 @@ def test_settings_that_cannot_be_are_named():
         Client(url).score(GROUPS, on_error="ignore")
 
 
-def test_token_is_sent_and_a_client_can_go_to_another_process():
+def test_token_is_sent_and_a_client_can_go_to_another_process(monkeypatch):
+    monkeypatch.delenv("FASTRM_TOKEN", raising=False)
     with reward_server(CountingScorer()) as (url, bodies):
         client = pickle.loads(pickle.dumps(Client(url + "/", token="secret", tries=3)))
         assert client.tries == 3 and client.score(GROUPS[:1]) == Client(url).score(GROUPS[:1])
-    assert [body["token"] for body in bodies] == ["Bearer secret", None]
+        monkeypatch.setenv("FASTRM_TOKEN", "of the environment")
+        Client(url).score(GROUPS[:1])
+    assert [body["token"] for body in bodies] == ["Bearer secret", None, "Bearer of the environment"]

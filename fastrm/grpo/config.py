@@ -1,0 +1,197 @@
+"""The settings of `fastrm grpo`: one YAML file plus `a.b=c` overrides, read as those of `fastrm train`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fastrm.config import TrainedTokenizer
+from fastrm.yaml_files import apply_override, read_yaml, validate
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, frozen=True
+    )
+
+
+class RunSection(_Section):
+    """The run: its folder, length and seed."""
+
+    dir: str | None = None
+    """The folder of the run: metrics, report, policy. Default: runs/<name of the YAML file>."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """The seed of initial weights, of the order of the questions, and of the rollouts."""
+    epochs: Positive = 1
+    """Passes over the questions; ignored if max_steps is set."""
+    max_steps: Positive | None = None
+    """Optimizer steps of the whole run."""
+    device: Literal["auto", "cpu"] = "auto"
+    """The device: auto (all GPUs that the launcher gives, else the CPU), or cpu."""
+
+
+class QuestionsSection(_Section):
+    """Questions with true answers."""
+
+    path: str
+    """A .jsonl, .json or .parquet file with a prompt (prompt, question or messages), images, and the true answer; or
+    digits:train / digits:eval."""
+    images: str | None = None
+    """The folder that paths of images are relative to. Default: the file's."""
+    truth: str = "solution"
+    """The column of the true answers."""
+    rows: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = None
+    """The first row, counted from 0, and the row after the last. Default: all."""
+
+
+class DataSection(_Section):
+    """The questions that the policy learns from, and those that it is measured on."""
+
+    train: QuestionsSection
+    """The questions that rollouts answer."""
+    eval: QuestionsSection
+    """The questions of the evaluation before and after."""
+
+
+class FitSection(_Section):
+    """Supervised steps on true answers, before the first evaluation."""
+
+    data: QuestionsSection
+    """The questions that are answered."""
+    steps: Positive
+    """Optimizer steps."""
+    batch: Positive = 32
+    """Questions of one step."""
+    lr: PositiveFloat = 1e-3
+    """The learning rate of AdamW, constant."""
+
+
+class PolicySection(_Section):
+    """The model that learns."""
+
+    path: str | None = None
+    """The folder or hub id of a policy."""
+    init: dict[str, Any] | None = None
+    """A transformers config (with model_type) to initialise at random instead of `path`."""
+    tokenizer: TrainedTokenizer | None = None
+    """The tokenizer of a policy of `init`: {train_vocab_size: n}, trained on the questions."""
+    min_pixels: Positive | None = None
+    """Images are enlarged to this many pixels. Default: the processor's setting."""
+    max_pixels: Positive | None = None
+    """Images are reduced to this many pixels. Default: the processor's setting."""
+    fit: FitSection | None = None
+    """Supervised steps before; default: none."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.path is None) == (self.init is None):
+            raise ValueError("set exactly one of policy.path and policy.init")
+        if (self.init is None) != (self.tokenizer is None):
+            raise ValueError("policy.tokenizer {train_vocab_size: n} belongs to policy.init, and only there")
+        return self
+
+
+class RewardSection(_Section):
+    """One reward; the weighted sum of all is what the policy learns from."""
+
+    scheme: Literal["rule", "model", "hybrid"]
+    """rule: 1 if the answer is right, else 0; model: the model's reward r; hybrid: 1 if right, else sigmoid(r)."""
+    model: str | None = None
+    """The URL of a `fastrm serve`, or the folder of a reward model, which is loaded into this process."""
+    answers: Literal["auto", "text", "choice", "math"] = "auto"
+    """The way to compare answers (docs/rl.md)."""
+    weight: float = 1.0
+    """The factor of this reward in the sum."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.model is None) != (self.scheme == "rule"):
+            raise ValueError(f"scheme {self.scheme}: {'leave out' if self.model else 'name'} its model")
+        return self
+
+
+class RolloutSection(_Section):
+    """The rollouts of a question."""
+
+    num: Annotated[int, Field(ge=2)] = 8
+    """Rollouts of one question; their rewards are compared with each other."""
+    max_tokens: Positive = 1024
+    """The longest rollout in tokens."""
+    temperature: PositiveFloat = 1.0
+    """The temperature of sampling."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """The generator: transformers, or vLLM in the trainer's processes (TRL's extra vllm)."""
+
+
+class OptimSection(_Section):
+    """The updates of the policy."""
+
+    lr: PositiveFloat = 1e-6
+    """The learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The course of the learning rate after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises."""
+    batch_prompts: Positive = 32
+    """Questions of one step, over all processes."""
+    micro_batch: Positive = 8
+    """Rollouts of one backward pass of a process."""
+    kl: Annotated[float, Field(ge=0.0)] = 0.0
+    """The weight of the KL divergence from the first policy (beta); 0 keeps no copy of it. TRL loads that copy from
+    policy.path, so that it needs one, and no policy.fit."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """The precision of products; weights and optimizer are those of transformers' Trainer."""
+
+
+class GrpoConfig(_Section):
+    """The settings of a run."""
+
+    run: RunSection = RunSection()
+    """The run."""
+    policy: PolicySection
+    """The policy."""
+    data: DataSection
+    """The questions."""
+    rewards: Annotated[list[RewardSection], Field(min_length=1)]
+    """The rewards."""
+    judge: str | None = None
+    """A reward model, by URL or folder, that measures the policy before and after; it need not be one of the rewards.
+    A policy that its reward likes better and that is right less often has learned to please it."""
+    rollouts: RolloutSection = RolloutSection()
+    """The rollouts."""
+    optim: OptimSection = OptimSection()
+    """The updates."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        step = self.optim.batch_prompts * self.rollouts.num
+        if step % self.optim.micro_batch:
+            raise ValueError(
+                f"optim.micro_batch {self.optim.micro_batch} does not divide the {step} rollouts of a step "
+                "(optim.batch_prompts * rollouts.num)"
+            )
+        if self.optim.kl and (self.policy.path is None or self.policy.fit is not None):
+            raise ValueError("optim.kl needs policy.path without policy.fit: TRL loads the first policy from there")
+        return self
+
+
+def load_grpo_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> GrpoConfig:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), and validate.
+
+    Raises:
+        ConfigError: naming the file and line, or the override, of every problem found.
+    """
+    path = Path(path)
+    tree, places = read_yaml(path)
+    for override in overrides:
+        apply_override(tree, places, override)
+    if isinstance(tree.get("run", {}), dict):
+        run = tree.setdefault("run", {})
+        if run.get("dir") is None:
+            run["dir"] = f"runs/{path.stem}"
+    return validate(GrpoConfig, tree, places, str(path))

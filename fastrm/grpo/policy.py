@@ -1,0 +1,135 @@
+"""Policies: loaded, or made at random; their supervised start; and what they answer."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastrm.config import ModelConfig
+from fastrm.data.images import decode_image
+from fastrm.data.record import Message
+from fastrm.data.tokenizer import train_tokenizer
+from fastrm.errors import ConfigError
+from fastrm.grpo.config import FitSection, PolicySection
+from fastrm.grpo.questions import Question
+from fastrm.limits import MediaLimits
+from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES, chat_layout
+from fastrm.model.network import init_backbone
+
+
+def load_policy(settings: PolicySection, questions: Sequence[Question], seed: int):
+    """Return a policy and its processor; of a text model, its tokenizer.
+
+    Args:
+        questions: what the tokenizer of a random policy is trained on.
+
+    Raises:
+        ConfigError: for a folder or a family that cannot be used.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if settings.init is not None:
+        torch.manual_seed(seed)
+        texts = [(*question.messages, Message("assistant", (question.truth,))) for question in questions]
+        layout = chat_layout(settings.init["model_type"])
+        tokenizer = train_tokenizer(texts, settings.tokenizer.train_vocab_size, layout)
+        config = init_backbone(ModelConfig(init=settings.init, tokenizer="trained"), tokenizer).config
+        kind = AutoModelForImageTextToText if config.model_type in VISION_FAMILIES else AutoModelForCausalLM
+        return kind.from_config(config), _processor(settings, tokenizer, config.model_type)
+    try:
+        config = AutoConfig.from_pretrained(settings.path)
+        kind = AutoModelForImageTextToText if config.model_type in VISION_FAMILIES else AutoModelForCausalLM
+        policy = kind.from_pretrained(settings.path, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.path: {settings.path!r} cannot be loaded: {error}") from error
+    return policy, _processor(settings, tokenizer, config.model_type)
+
+
+def _processor(settings: PolicySection, tokenizer, model_type: str):
+    """Return the processor of a policy: its tokenizer alone for text, for Qwen-VL images too.
+
+    Without torchvision there is no stock processor of Qwen-VL, as its part for videos needs it; pictures do not.
+    """
+    from transformers import AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    tokenizer.padding_side = "left"
+    if model_type not in VISION_FAMILIES:
+        return tokenizer
+    limits = {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(settings, name)) is not None}
+    if settings.path is not None and is_torchvision_available():
+        return AutoProcessor.from_pretrained(settings.path, padding_side="left", **limits)
+    if model_type not in QWEN_VL_FAMILIES:
+        raise ConfigError(f"policy: {model_type} needs torchvision for its processor; install that of your torch")
+    from fastrm.grpo.image_processor import make_processor
+
+    return make_processor(tokenizer, settings.path, limits)
+
+
+def is_visual(processor) -> bool:
+    """Return whether a processor reads images too, or is a tokenizer alone."""
+    return hasattr(processor, "image_processor")
+
+
+def fit(
+    policy, processor, questions: Sequence[Question], settings: FitSection, seed: int, update: Callable[[int], None]
+) -> None:
+    """Train a policy on true answers: cross entropy of the answer's tokens, AdamW, batches drawn without order.
+
+    Args:
+        update: called with the number of steps done.
+    """
+    policy.train()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, weight_decay=0.0)
+    random = np.random.default_rng(seed)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for step in range(settings.steps):
+        batch = [questions[n] for n in random.choice(len(questions), settings.batch)]
+        answers = [question.truth + tokenizer.eos_token for question in batch]
+        inputs = encode(processor, batch, answers).to(policy.device)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        for row, answer in enumerate(answers):
+            count = len(tokenizer(answer, add_special_tokens=False)["input_ids"])  # at the end: padding is on the left
+            labels[row, -count:] = inputs["input_ids"][row, -count:]
+        loss = policy(**inputs, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update(step + 1)
+
+
+def encode(processor, questions: Sequence[Question], answers: Sequence[str] | None = None):
+    """Return the inputs of a batch of prompts, padded on the left, with answers behind them if there are any."""
+    prompts = [question.prompt(is_visual(processor)) for question in questions]
+    texts = [processor.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in prompts]
+    texts = [text + answer for text, answer in zip(texts, answers or [""] * len(texts), strict=True)]
+    options = {"text": texts, "padding": True, "return_tensors": "pt", "padding_side": "left"}
+    if not is_visual(processor):
+        return processor(**options, add_special_tokens=False)
+    images = [[decode_image(ref, MediaLimits()) for ref in question.images] for question in questions]
+    return processor(**options, **({"images": images} if any(images) else {}))
+
+
+@torch.no_grad()
+def answer(policy, processor, questions: Sequence[Question], max_tokens: int, batch: int = 64) -> list[str]:
+    """Return what a policy answers when it always takes the likeliest token."""
+    policy.eval()
+    tokenizer, found = getattr(processor, "tokenizer", processor), []
+    for first in range(0, len(questions), batch):
+        inputs = encode(processor, questions[first : first + batch]).to(policy.device)
+        tokens = policy.generate(
+            **inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        found += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return found
+
+
+def save_policy(policy, processor, folder: Path) -> None:
+    """Save a policy with its processor, as `from_pretrained` reads them."""
+    policy.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,104 @@
+"""Questions with true answers, from files or the digits, and as the data set that TRL takes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from fastrm.data.record import ImageRef, MediaRef, Message
+from fastrm.data.sources.digits import PREFIX, digit_records
+from fastrm.data.sources.files import data_files, read_rows
+from fastrm.data.sources.groups import row_prompt
+from fastrm.data.sources.media import path_resolver
+from fastrm.errors import DataError, RecordError
+from fastrm.grpo.config import QuestionsSection
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with images and its true answer.
+
+    Attributes:
+        origin: `file:row`, for messages.
+    """
+
+    messages: tuple[Message, ...]
+    truth: str
+    origin: str
+
+    @property
+    def images(self) -> list[ImageRef]:
+        return [part for message in self.messages for part in message.parts if isinstance(part, MediaRef)]
+
+    def prompt(self, in_parts: bool) -> list[dict]:
+        """Return the messages as chat templates take them: contents in parts, as with images, or as texts."""
+        return [
+            {"role": message.role, "content": [_part(p) for p in message.parts] if in_parts else message.text}
+            for message in self.messages
+        ]
+
+
+def _part(part: str | MediaRef) -> dict:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+
+
+def read_questions(source: QuestionsSection) -> list[Question]:
+    """Read all questions of a source; none may be missing, since accuracies are counted on all of them.
+
+    Raises:
+        DataError: for a row that is no question, a video, or no rows at all.
+    """
+    start, stop = source.rows or (0, None)
+    found = list(islice(_read(source), start, stop))
+    if not found:
+        raise DataError(f"{source.path}: no questions in rows {start} to {stop or 'the end'}")
+    return found
+
+
+def _read(source: QuestionsSection) -> Iterator[Question]:
+    if source.path.startswith(PREFIX):
+        split = source.path.removeprefix(PREFIX)
+        if split not in ("train", "eval"):
+            raise DataError(f"{source.path} does not exist; wanted {PREFIX}train or {PREFIX}eval")
+        for record in digit_records(split):
+            right = record.responses[record.preferences[0].winner]
+            yield Question(right.messages[:-1], right.text, record.origin)
+        return
+    for file in data_files(source.path):
+        resolve = path_resolver(source.images if source.images is not None else _folder(file))
+        for number, row in read_rows(file):
+            yield _question(row, resolve, source.truth, f"{file}:{number}")
+
+
+def _folder(file: str) -> str:
+    return file.rpartition("/")[0] or "."
+
+
+def _question(row: object, resolve, column: str, origin: str) -> Question:
+    try:
+        if isinstance(row, RecordError):
+            raise row
+        if not isinstance(row, dict) or row.get(column) in (None, ""):
+            raise RecordError("NO_TRUTH", f'"{column}" is missing; name the column of the true answers in data.*.truth')
+        messages = row_prompt({key: value for key, value in row.items() if value is not None}, resolve)
+    except RecordError as error:
+        raise DataError(f"{origin}: {error.message} ({error.code})") from None
+    question = Question(messages, str(row[column]), origin)
+    if not all(isinstance(ref, ImageRef) for ref in question.images):
+        raise DataError(f"{origin}: the prompt has a video; only images are supported here")
+    return question
+
+
+def as_dataset(questions: Sequence[Question]):
+    """Return the data set that TRL trains on: prompt, images, solution. Image files are read when their turn comes."""
+    from datasets import Dataset, Features, Image, List, Value
+
+    has_images = any(question.images for question in questions)
+    prompts = [question.prompt(has_images) for question in questions]
+    rows = {"prompt": prompts, "solution": [question.truth for question in questions]}
+    if not has_images:
+        return Dataset.from_dict(rows)
+    part = {"type": Value("string"), "text": Value("string")}
+    prompt = List({"role": Value("string"), "content": List(part)})
+    images = [[{"bytes": ref.data, "path": ref.path} for ref in question.images] for question in questions]
+    features = Features({"prompt": prompt, "solution": Value("string"), "images": List(Image())})
+    return Dataset.from_dict(rows | {"images": images}, features=features)

@@ -1,0 +1,75 @@
+"""The report of a run of `fastrm grpo`: report.json, report.png, and tables."""
+
+from pathlib import Path
+
+from fastrm.grpo.config import GrpoConfig
+from fastrm.json_files import to_json
+from fastrm.tables import Table
+from fastrm.ui import make_console, new_figure, show
+
+# Columns of a row of metrics.jsonl, by their names in TRL, and their titles in the picture.
+PANELS = {
+    "reward": "mean reward",
+    "accuracy": "share of right rollouts",
+    "completions/mean_length": "mean length in tokens",
+    "frac_reward_zero_std": "share of questions with equal rewards",
+}
+
+
+def make_report(config: GrpoConfig, before: dict, after: dict, rows: list[dict], seconds: float, folder: Path) -> dict:
+    """Write report.json and report.png, and return the report.
+
+    Returns:
+        before and after: as `evaluate_policy`; training: means over the first and last fifth of the steps, and the
+        time, in all and waiting for rewards; settings: the configuration.
+    """
+    waited = sum(value for row in rows for name, value in row.items() if name.startswith("reward_seconds/"))
+    fifth = max(1, len(rows) // 5)
+    training = {
+        "steps": len(rows),
+        "seconds": seconds,
+        "reward_seconds": waited,
+        "reward_share": waited / seconds,
+        "first": _means(rows[:fifth]),
+        "last": _means(rows[-fifth:]),
+    }
+    report = {"before": before, "after": after, "training": training, "settings": config.model_dump(mode="json")}
+    (folder / "report.json").write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
+    _draw(rows, before, after, folder / "report.png")
+    return report
+
+
+def _means(rows: list[dict]) -> dict[str, float]:
+    found = {name: [row[name] for row in rows if row.get(name) is not None] for name in PANELS}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
+def show_report(report: dict) -> None:
+    """Print what changed: on held-out questions, then in the rollouts."""
+    console, before, after = make_console(), report["before"], report["after"]
+    held_out = Table("held-out questions", "before", "after")
+    for title, key in (("accuracy", "accuracy"), ("mean characters", "mean_characters"), ("judge", "judge_reward")):
+        if key in before:
+            held_out.add_row(title, f"{before[key]:.4f}", f"{after[key]:.4f}")
+    intervals = ["{:.3f} to {:.3f}".format(*found["interval"]) for found in (before, after)]
+    held_out.add_row("95 % interval of accuracy", *intervals)
+    show(console, "What the policy answers", held_out)
+    training = report["training"]
+    rollouts = Table("rollouts", "first fifth", "last fifth")
+    for name, title in PANELS.items():
+        values = [training[part].get(name) for part in ("first", "last")]
+        rollouts.add_row(title, *("" if value is None else f"{value:.4f}" for value in values))
+    share = f"{training['reward_share']:.1%} of {training['seconds']:,.0f} s went into waiting for rewards."
+    rollouts.caption = share
+    show(console, f"{training['steps']:,} steps", rollouts)
+
+
+def _draw(rows: list[dict], before: dict, after: dict, file: Path) -> None:
+    figure = new_figure(10, 6)
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        axes.plot([row["step"] for row in rows], [row.get(name) for row in rows], color="tab:blue", linewidth=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"held-out accuracy {before['accuracy']:.3f} before, {after['accuracy']:.3f} after")
+    figure.savefig(file, dpi=110)

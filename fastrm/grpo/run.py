@@ -1,0 +1,170 @@
+"""A run of `fastrm grpo`: evaluate, train with TRL's GRPOTrainer, evaluate again, report."""
+
+import json
+import time
+from pathlib import Path
+
+from fastrm.errors import ConfigError, DivergedError
+from fastrm.grpo.config import GrpoConfig
+from fastrm.grpo.evaluation import evaluate_policy
+from fastrm.grpo.policy import fit, is_visual, load_policy, save_policy
+from fastrm.grpo.questions import Question, as_dataset, read_questions
+from fastrm.grpo.report import make_report, show_report
+from fastrm.grpo.rewarding import RewardFunction
+from fastrm.json_files import to_json
+from fastrm.rl.rewards import Rewards, is_url, open_scorer
+from fastrm.ui import Display
+
+
+def run_grpo(config: GrpoConfig) -> dict:
+    """Run what a configuration says; write metrics.jsonl, report.json, report.png and policy/, and return the report.
+
+    Of several processes the first one measures and writes; the report of the others is empty.
+
+    Raises:
+        ConfigError: if TRL is missing, or something named cannot be used.
+        DataError: for questions that cannot be used.
+        ServerError: if a reward server is away or refuses.
+        DivergedError: if the policy's loss is not finite.
+    """
+    _check_trl()
+    process = _process(config)
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    train, held_out = read_questions(config.data.train), read_questions(config.data.eval)
+    taught = read_questions(config.policy.fit.data) if config.policy.fit else []
+    scorers = _open_scorers(config, str(process.device))
+    functions = [RewardFunction(one, number, scorers.get(one.model)) for number, one in enumerate(config.rewards)]
+    policy, processor = load_policy(config.policy, [*taught, *train], config.run.seed)
+    policy.to(process.device)
+    if any(question.images for question in (*taught, *train, *held_out)) and not is_visual(processor):
+        raise ConfigError(f"policy: a text model, but questions of {config.data.train.path} have images")
+    with Display(silent=not process.is_main_process) as display:
+
+        def measure(what: str) -> dict | None:
+            if not process.is_main_process:
+                return None
+            answers, limit = config.rewards[0].answers, config.rollouts.max_tokens
+            judge = None if config.judge is None else Rewards(scorers[config.judge])
+            found = evaluate_policy(policy, processor, held_out, limit, answers, judge)
+            display.say(f"{what}: accuracy {found['accuracy']:.4f} on {found['questions']:,} questions")
+            return found
+
+        if config.policy.fit is not None:
+            update, steps = display.task("supervised steps"), config.policy.fit.steps
+            fit(policy, processor, taught, config.policy.fit, config.run.seed, lambda done: update(done, steps))
+        before = measure("before")
+        started = time.monotonic()
+        rows = train_policy(config, policy, processor, train, functions, display, folder)
+        seconds = time.monotonic() - started
+        after = measure("after")
+    if not process.is_main_process:
+        return {}
+    save_policy(policy, processor, folder / "policy")
+    report = make_report(config, before, after, rows, seconds, folder)
+    show_report(report)
+    return report
+
+
+def _process(config: GrpoConfig):
+    """Return accelerate's state of this process: one of several under its launcher, alone otherwise."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=config.run.device == "cpu" or not torch.cuda.is_available())
+
+
+def _open_scorers(config: GrpoConfig, device: str) -> dict[str, object]:
+    """Return what scores, by its URL or folder; a folder that is named twice is loaded once."""
+    names = {config.judge, *(one.model for one in config.rewards)} - {None}
+    return {name: open_scorer(name, **({} if is_url(name) else {"device": device})) for name in sorted(names)}
+
+
+def train_policy(
+    config: GrpoConfig,
+    policy,
+    processor,
+    questions: list[Question],
+    functions: list[RewardFunction],
+    display: Display,
+    folder: Path,
+) -> list[dict]:
+    """Train a policy in place; return the rows of metrics.jsonl, one for each step.
+
+    Raises:
+        as `run_grpo`.
+    """
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import GRPOTrainer
+
+    rows: list[dict] = []
+    update = display.task("GRPO")
+
+    class Metrics(TrainerCallback):
+        def on_log(self, arguments, state, control, logs=None, **_):
+            if not state.is_world_process_zero or "reward" not in (logs or {}):
+                return
+            rows.append({"step": state.global_step, **logs})
+            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(to_json(rows[-1]) + "\n")
+            update(state.global_step, state.max_steps, f"reward {logs['reward']:.3f}")
+            if not _is_finite(logs.get("loss", 0.0)) or not _is_finite(logs.get("grad_norm", 0.0)):
+                raise DivergedError(f"step {state.global_step}: the loss is {logs['loss']}; lower optim.lr")
+
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    trainer = GRPOTrainer(
+        model=policy, args=trl_arguments(config, folder), train_dataset=as_dataset(questions),
+        processing_class=processor, reward_funcs=functions, callbacks=[Metrics()],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return rows
+
+
+def trl_arguments(config: GrpoConfig, folder: Path):
+    """Return TRL's arguments for a configuration.
+
+    Raises:
+        ConfigError: if the processes do not divide a step.
+    """
+    from trl import GRPOConfig
+
+    optim, rollouts, process = config.optim, config.rollouts, _process(config)
+    processes, on_cpu = process.num_processes, process.device.type == "cpu"
+    parts, rest = divmod(optim.batch_prompts * rollouts.num, optim.micro_batch * processes)
+    if rest or not parts:
+        raise ConfigError(
+            f"optim.micro_batch {optim.micro_batch} on {processes} processes does not divide the "
+            f"{optim.batch_prompts * rollouts.num} rollouts of a step; change it or optim.batch_prompts"
+        )
+    length = {"max_steps": config.run.max_steps} if config.run.max_steps else {"num_train_epochs": config.run.epochs}
+    schedules = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+    return GRPOConfig(
+        output_dir=str(folder / "trl"), seed=config.run.seed, use_cpu=on_cpu, bf16=optim.precision == "bf16",
+        gradient_checkpointing=not on_cpu, per_device_train_batch_size=optim.micro_batch,
+        gradient_accumulation_steps=parts, num_generations=rollouts.num, max_completion_length=rollouts.max_tokens,
+        temperature=rollouts.temperature, use_vllm=rollouts.backend == "vllm", vllm_mode="colocate",
+        learning_rate=optim.lr, lr_scheduler_type=schedules[optim.schedule], warmup_steps=optim.warmup_steps,
+        max_grad_norm=optim.max_grad_norm, beta=optim.kl, reward_weights=[one.weight for one in config.rewards],
+        logging_steps=1, logging_nan_inf_filter=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        **length,
+    )  # fmt: skip
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _check_trl() -> None:
+    try:
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f'fastrm grpo needs TRL: {error}; pip install "fastrm[grpo]"') from error
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of the files that are written
+
+
+def read_report(folder: Path) -> dict:
+    """Return the report of a run that has ended."""
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))

@@ -1,0 +1,229 @@
+"""`fastrm grpo`: questions in, a trained policy and an honest report out, on TRL's trainer and a CPU."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fastrm.config import load_config
+from fastrm.errors import ConfigError, DataError
+from fastrm.grpo.config import FitSection, QuestionsSection, load_grpo_config
+from fastrm.grpo.questions import as_dataset, read_questions
+from fastrm.rl.client import ServerError
+from fastrm.train.loop import train
+from tests.helpers.project import PROJECT
+from tests.helpers.reward_server import CountingScorer, Reply, reward_server
+from tests.helpers.runs import TINY, fastrm_here, tiny_config, write_rows
+
+pytest.importorskip("trl")
+SETTINGS = {
+    "run": {"max_steps": 2, "device": "cpu"},
+    "policy": {
+        "init": TINY["model"]["init"], "tokenizer": {"train_vocab_size": 300}, "min_pixels": 784, "max_pixels": 3136,
+        "fit": {"data": {"path": "digits:train", "rows": [0, 40]}, "steps": 2, "batch": 4, "lr": 1e-3},
+    },
+    "data": {
+        "train": {"path": "digits:eval", "rows": [0, 8]},
+        "eval": {"path": "digits:eval", "rows": [8, 20]},
+    },
+    "rewards": [{"scheme": "rule", "answers": "text"}],
+    "rollouts": {"num": 2, "max_tokens": 4},
+    "optim": {"lr": 1e-3, "batch_prompts": 2, "micro_batch": 4, "precision": "fp32"},
+}  # fmt: skip
+TEXT = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}  # fmt: skip
+
+
+def write(folder, **sections):
+    tree = json.loads(json.dumps(SETTINGS)) | sections
+    tree["run"] = {**SETTINGS["run"], "dir": str(folder / "run"), **sections.get("run", {})}
+    path = folder / "grpo.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(tree))))  # without YAML's aliases
+    return path
+
+
+def run(folder, **sections):
+    from fastrm.grpo.run import run_grpo
+
+    return run_grpo(load_grpo_config(write(folder, **sections)))
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward")
+    train(load_config(tiny_config(folder, "digits:eval", run={"max_steps": 1})))
+    return str(folder / "run" / "model")
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr("fastrm.rl.client.random.uniform", lambda low, high: 0.01)
+
+
+def test_a_run_leaves_what_it_says(tmp_path, reward_model, capfd):
+    rewards = [{"scheme": "rule", "answers": "text"}, {"scheme": "hybrid", "model": reward_model, "answers": "text"}]
+    code, said = fastrm_here(capfd, "grpo", write(tmp_path, rewards=rewards, judge=reward_model))
+    assert not code, said
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and report["training"]["steps"] == 2
+    for row in rows:
+        # Accuracy and the rule are counted apart, and mean the same.
+        assert row["accuracy"] == pytest.approx(row["rewards/rule_0/mean"], abs=1e-6)
+        assert row["reward"] == pytest.approx(row["rewards/rule_0/mean"] + row["rewards/hybrid_1/mean"], abs=1e-5)
+    waited = sum(row["reward_seconds/rule_0"] + row["reward_seconds/hybrid_1"] for row in rows)
+    assert report["training"]["reward_seconds"] == pytest.approx(waited) and 0 < report["training"]["reward_share"] < 1
+    for part in ("before", "after"):
+        found = report[part]
+        assert found["questions"] == 12 and found["interval"][0] <= found["accuracy"] <= found["interval"][1]
+        assert math.isfinite(found["judge_reward"])
+    assert (tmp_path / "run/report.png").stat().st_size > 10_000
+
+
+def test_the_saved_policy_answers_as_the_evaluation_after_says(tmp_path):
+    from fastrm.grpo.config import PolicySection
+    from fastrm.grpo.evaluation import evaluate_policy
+    from fastrm.grpo.policy import load_policy
+
+    report = run(tmp_path)
+    section = PolicySection(path=str(tmp_path / "run/policy"), min_pixels=784, max_pixels=3136)
+    policy, processor = load_policy(section, [], 0)
+    held_out = read_questions(QuestionsSection(**SETTINGS["data"]["eval"]))
+    assert evaluate_policy(policy, processor, held_out, 4, "text", None) == report["after"]
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, run={"seed": seed})
+        rows = [json.loads(line) for line in (tmp_path / name / "run/metrics.jsonl").read_text().splitlines()]
+        found.append([(row["loss"], row["reward"], row["entropy"]) for row in rows])
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_text_policy_learns_by_url(tmp_path):
+    rows = [{"prompt": f"Is {n} even?", "answer": "yes" if n % 2 == 0 else "no"} for n in range(8)]
+    source = {"path": str(write_rows(tmp_path / "questions.jsonl", rows)), "truth": "answer"}
+    policy = {"init": TEXT, "tokenizer": {"train_vocab_size": 300}}
+    with reward_server(CountingScorer()) as (url, bodies):
+        report = run(
+            tmp_path, policy=policy, data={"train": source, "eval": source}, judge=url,
+            rewards=[{"scheme": "model", "model": url, "weight": 0.5}],
+        )  # fmt: skip
+    assert report["before"]["questions"] == 8 and report["training"]["steps"] == 2
+    assert [len(body["groups"]) for body in bodies] == [8, 2, 2, 8]  # before, two steps of two questions, after
+
+
+def test_a_server_that_goes_away_during_training_is_named(tmp_path):
+    from fastrm.grpo.run import run_grpo
+
+    with reward_server(CountingScorer(), [Reply(401, b"no token")]) as (url, _):
+        config = load_grpo_config(write(tmp_path, rewards=[{"scheme": "model", "model": url}]))
+        with pytest.raises(ServerError, match="HTTP 401: no token"):
+            run_grpo(config)
+
+
+def test_the_supervised_start_teaches(tmp_path):
+    from fastrm.grpo.config import PolicySection
+    from fastrm.grpo.evaluation import evaluate_policy
+    from fastrm.grpo.policy import fit, load_policy
+
+    rows = [{"prompt": f"Which letter is number {n}?", "solution": "ABCD"[n]} for n in range(4)]
+    source = QuestionsSection(path=str(write_rows(tmp_path / "questions.jsonl", rows)))
+    questions = read_questions(source)
+    policy, processor = load_policy(PolicySection(init=TEXT, tokenizer={"train_vocab_size": 300}), questions, 0)
+    before = evaluate_policy(policy, processor, questions, 4, "auto", None)["accuracy"]
+    fit(policy, processor, questions, FitSection(data=source, steps=60, batch=8, lr=5e-3), 0, lambda done: None)
+    assert before < 1 and evaluate_policy(policy, processor, questions, 4, "auto", None)["accuracy"] == 1
+
+
+def test_questions_keep_their_images_on_the_way_to_trl(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    rows = [
+        {"prompt": "So <image> or so?", "images": ["a.png"], "solution": "yes"},
+        {"messages": [{"role": "system", "content": "Short."}, {"role": "user", "content": "So?"}], "solution": "no"},
+    ]
+    questions = read_questions(QuestionsSection(path=str(write_rows(tmp_path / "questions.jsonl", rows))))
+    first, second = as_dataset(questions)
+    parts = [{k: v for k, v in part.items() if v is not None} for part in first["prompt"][0]["content"]]
+    assert parts == [{"type": "text", "text": "So "}, {"type": "image"}, {"type": "text", "text": " or so?"}]
+    assert [image.size for image in first["images"]] == [(30, 20)] and second["images"] == []
+    assert [message["role"] for message in second["prompt"]] == ["system", "user"] and second["solution"] == "no"
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"prompt": "So?"}, r'questions.jsonl:1: "solution" is missing'),
+        ({"solution": "yes"}, r'questions.jsonl:1: "prompt" is missing'),
+        ("{", r"questions.jsonl:1: .*BAD_JSON"),
+        ({"prompt": "So?", "videos": ["a.mp4"], "solution": "yes"}, "the prompt has a video"),
+    ],
+)
+def test_rows_that_are_no_questions_are_named(tmp_path, row, said):
+    source = QuestionsSection(path=str(write_rows(tmp_path / "questions.jsonl", [row])))
+    with pytest.raises(DataError, match=said):
+        read_questions(source)
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["rewards.0.scheme=hybrid"], "scheme hybrid: name its model"),
+        (["rewards.0.model=http://x"], "scheme rule: leave out its model"),
+        (["optim.micro_batch=3"], "micro_batch 3 does not divide the 4 rollouts of a step"),
+        (["rollouts.number=4"], r"unknown key rollouts.number; did you mean rollouts.num\?"),
+        (["policy.path=somewhere"], "set exactly one of policy.path and policy.init"),
+        (["rewards=[]"], "rewards"),
+        (["optim.kl=0.1"], "optim.kl needs policy.path without policy.fit"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(tmp_path, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        load_grpo_config(write(tmp_path), overrides)
+
+
+def test_things_that_are_not_there_are_named(tmp_path):
+    text = {"init": TEXT, "tokenizer": {"train_vocab_size": 300}}
+    with pytest.raises(ConfigError, match="a text model, but questions of digits:eval have images"):
+        run(tmp_path, policy=text)
+    with pytest.raises(ConfigError, match=r"policy.path: '.*none' cannot be loaded"):
+        run(tmp_path, policy={"path": str(tmp_path / "none")})
+    with pytest.raises(DataError, match="no questions in rows 5000 to 6000"):
+        run(tmp_path, data=SETTINGS["data"] | {"eval": {"path": "digits:eval", "rows": [5000, 6000]}})
+
+
+def test_full_configuration_says_where_every_value_comes_from():
+    config = load_grpo_config(PROJECT / "configs/grpo/full.yaml")
+    assert (config.rollouts.num, config.optim.batch_prompts, config.run.epochs) == (8, 256, 1)
+    assert config.rewards[0].scheme == "hybrid"
+    lines = (PROJECT / "configs/grpo/full.yaml").read_text().splitlines()
+    values = [line for line in lines if ":" in line and not line.lstrip().startswith("#") and line[-1] != ":"]
+    assert len(values) > 20 and all(any(mark in line for mark in ("[P]", "[T]", "[ours]")) for line in values)
+
+
+def test_digits_configuration_measures_on_images_that_nothing_was_trained_on():
+    config = load_grpo_config(PROJECT / "configs/grpo/digits.yaml")
+    taught, asked, held_out = (
+        {ref.key for question in read_questions(source) for ref in question.images}
+        for source in (config.policy.fit.data, config.data.train, config.data.eval)
+    )
+    assert not taught & asked and not taught & held_out and not asked & held_out
+    assert config.policy.fit.data.path == load_config(PROJECT / "configs/quickstart.yaml").data.train[0].path
+
+
+def test_losses_that_are_no_numbers_stop_the_run(tmp_path, monkeypatch):
+    from trl import GRPOTrainer
+
+    from fastrm.errors import DivergedError
+
+    def compute(self, model, inputs):
+        return sum(parameter.sum() for parameter in model.parameters()) * torch.nan
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute)
+    with pytest.raises(DivergedError, match="step 1: the loss is"):
+        run(tmp_path)
