@@ -101,10 +101,9 @@ class Service:
         Raises:
             RequestError: TooLarge for more than `max_groups`; UnknownModel; Unavailable.
         """
-        if len(groups) > self.settings.max_groups:
-            raise TooLarge(
-                f"the request has {len(groups):,} groups, limit {self.settings.max_groups:,}; send fewer a request"
-            )
+        limit = min(self.settings.max_groups, self.scheduler.max_queue)
+        if len(groups) > limit:
+            raise TooLarge(f"the request has {len(groups):,} groups, limit {limit:,}; send fewer a request")
         work = asyncio.ensure_future(self.scheduler.submit(groups, model))
         leaving = asyncio.ensure_future(_left(request))
         try:

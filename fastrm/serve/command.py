@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
+from PIL import Image
 
 from fastrm.errors import ConfigError, InterruptedRun
 from fastrm.evaluate.ensemble import Ensemble
@@ -38,24 +39,40 @@ def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, s
     Raises:
         ConfigError: for a port that cannot be opened, another host than loopback without a token, two models of one
             name, and as `open_models`.
+        ExactnessError: as `warm_up`.
         InterruptedRun: if requests that were accepted had no answer in time.
     """
     check_host(settings)
     choices = name_models(models, choice)
-    with contextlib.closing(open_port(settings)) as listener, Display() as display:
-        loaded = {name: open_models(one, options, display) for name, one in choices.items()}
-        app_settings = replace(settings, port=listener.getsockname()[1])
-        scheduler = make_scheduler(loaded, options, app_settings)
+    with contextlib.closing(open_port(settings)) as listener:
+        with Display() as display:
+            loaded = {name: open_models(one, options, display) for name, one in choices.items()}
+            for model in loaded.values():
+                warm_up(model)
+        settings = replace(settings, port=listener.getsockname()[1])
+        scheduler = make_scheduler(loaded, options, settings)
         server = _Quiet(
             uvicorn.Config(
-                make_app(scheduler, app_settings),
+                make_app(scheduler, settings),
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=_DRAIN_SECONDS,
             )
         )
-        asyncio.run(_serve(server, scheduler, listener, app_settings))
+        asyncio.run(_serve(server, scheduler, listener, settings))
+
+
+def warm_up(model: Ensemble) -> None:
+    """Score a text, and an image where the model reads them: what is checked or compiled at first use is done then.
+
+    Raises:
+        ExactnessError: as `RewardModel.score`.
+    """
+    groups = [{"prompt": "a", "responses": ["b", "c"]}]
+    if all(member.network.encoder.vision is not None for member in model.members):
+        groups.append({"prompt": "a", "images": [Image.new("RGB", (64, 64))], "responses": ["b", "c"]})
+    model.score(groups, on_error="return")
 
 
 def check_host(settings: ServeSettings) -> None:

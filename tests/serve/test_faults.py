@@ -1,0 +1,263 @@
+"""Everything that a stranger can send: fuzz, bombs, half requests, overload; -m slow has the campaigns' full counts."""
+
+import base64
+import io
+import json
+import random
+import socket
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from fastrm.evaluate.ensemble import Ensemble
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.serve.app import make_app
+from fastrm.serve.scheduler import Scheduler
+from fastrm.serve.scorer import Scorer
+from fastrm.serve.settings import ServeSettings
+from tests.helpers.servers import running
+from tests.helpers.support import make_image, make_model, words
+from tests.helpers.waiting import PATIENCE
+
+BAND = 1e-6
+GOOD = {"prompt": "the cat", "responses": ["yes", "no", "so", "a"]}
+URI = "data:image/png;base64," + base64.b64encode(make_image(56, 56).data).decode()
+USER = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": URI}}, {"type": "text", "text": "Is"}]}
+TURNS = [USER, {"role": "assistant", "content": "yes"}]
+# A body that each path answers.
+BODIES = {
+    "/v1/rewards": {"groups": [GOOD, {"messages": [USER], "responses": ["no"]}]},
+    "/classify": {"messages": TURNS},
+    "/pooling": {"messages": TURNS},
+    "/score": {"queries": "the cat", "documents": ["yes", "no"]},
+    "/slime": {"prompt": "the cat", "response": "yes", "label": None},
+}
+STRANGE = [
+    None, True, 0, -1, 1e308, 10**400, "", " ", "\0", "\ud800", "<|image_pad|>", "<|im_end|>", "a" * 10_000, [], {},
+    [[]], "../../etc/passwd", "http://127.0.0.1/", URI, "data:image/png;base64,!!", {"role": "user"}, ["a"] * 100,
+]  # fmt: skip
+
+
+def counts(few, many):
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return RewardModel(make_model("qwen2_5_vl"))
+
+
+def serve(model, settings=None, **options):
+    scheduler = Scheduler([Scorer("tiny", Ensemble([model]), 8192)], **options)
+    return running(make_app(scheduler, settings or ServeSettings()))
+
+
+@pytest.fixture(scope="module")
+def url(model):
+    with serve(model) as url:
+        yield url
+
+
+def check_works(model, url):
+    answer = httpx.post(f"{url}/v1/rewards", json={"groups": [GOOD]}, timeout=PATIENCE)
+    assert answer.json()["rewards"] == model.score([GOOD])
+    assert httpx.get(f"{url}/health", timeout=PATIENCE).json()["queue"] == 0
+
+
+def places(value, path=()):
+    """The places of a JSON value and of all values in it."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def changed(value, path, new):
+    """A copy of a JSON value with another at a place."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(copy[path[0]], path[1:], new)
+    return copy
+
+
+def mutated(rng):
+    """A path, and a body that is a good one with one to three changes, or its text with bytes replaced."""
+    path = rng.choice(list(BODIES))
+    body = BODIES[path]
+    for _ in range(rng.randint(1, 3)):
+        place = rng.choice(list(places(body)))
+        body = changed(body, place, rng.choice(STRANGE))
+    text = json.dumps(body).encode()
+    if rng.random() < 0.3:
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.randbytes(rng.randint(0, 8)) + text[at + rng.randint(0, 8) :]
+    return path, text
+
+
+@counts(300, 100_000)
+def test_no_body_breaks_the_server_and_every_error_has_a_code(model, url, count):
+    rng, seen, memory = random.Random(count), set(), 0
+    process = psutil.Process()
+    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        for number in range(count):
+            path, text = mutated(rng)
+            answer = client.post(path, content=text)
+            seen.add(answer.status_code)
+            assert answer.status_code in (200, 400, 404, 413, 422), (path, text, answer.text)
+            if answer.status_code != 200:
+                assert answer.json()["error"]["code"].isupper()
+            if number == count // 10:
+                memory = process.memory_info().rss
+    assert {200, 400, 422} <= seen
+    if count > 1000:
+        assert process.memory_info().rss <= 1.05 * memory
+    check_works(model, url)
+
+
+@counts(300, 1000)
+def test_no_text_of_a_request_opens_a_file_or_an_address(url, count):
+    payloads = ["/etc/hostname", "file:///etc/hostname", "http://169.254.169.254/a.png", "http://localhost:9/a.png",
+                "../../../../etc/hostname", "https://example.org/a.png", "/proc/self/environ"]  # fmt: skip
+    found = []
+
+    def watch(event, arguments):
+        if found and event in ("open", "socket.getaddrinfo", "socket.connect"):
+            found.append((event, str(arguments)))
+
+    sys.addaudithook(watch)
+    rng = random.Random(0)
+    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        client.get("/health")  # the connection is open
+        found.append("begin")
+        for _ in range(count):
+            path = rng.choice(list(BODIES))
+            text_places = [place for place in places(BODIES[path]) if isinstance(at(BODIES[path], place), str)]
+            client.post(path, json=changed(BODIES[path], rng.choice(text_places), rng.choice(payloads)))
+    events = [event for event in found[1:] if any(part in event[1] for part in ("etc", "proc", "169.254", "example"))]
+    found.clear()
+    assert not events
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+RAW = {
+    "two lengths": b"POST /v1/rewards HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    "length and chunks": b"POST /v1/rewards HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked"
+    b"\r\n\r\n0\r\n\r\nGET /metrics HTTP/1.1\r\nHost: a\r\n\r\n",
+    "no request": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+    "negative length": b"POST /v1/rewards HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n{}",
+    "bad chunk": b"POST /v1/rewards HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+    "pipelined": b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 20,
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_malformed_requests_give_nothing_without_the_token(model, kind):
+    with serve(model, ServeSettings(token="secret")) as url:
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port), PATIENCE) as sock:
+            sock.sendall(RAW[kind])
+            sock.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        statuses = [line.split()[1] for line in answer.splitlines() if line.startswith(b"HTTP/1.1")]
+        assert set(statuses) <= {b"400", b"401"} and b"fastrm_" not in answer
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_given_up(model):
+    with serve(model, ServeSettings(body_seconds=0.2)) as url:
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port), PATIENCE) as sock:
+            sock.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in sock.recv(65536)
+        check_works(model, url)
+
+
+@counts(100, 1000)
+def test_overload_is_answered_with_503_and_hang_ups_leave_nothing_behind(model, count):
+    num_clients, bound = 20, 8
+    with serve(model, max_queue=bound) as url:
+        lengths, ended = [], threading.Event()
+
+        def watch():
+            while not ended.wait(0.01):
+                lengths.append(httpx.get(f"{url}/health", timeout=PATIENCE).json()["queue"])
+
+        def ask(number):
+            body = {"groups": [{"prompt": f"the cat {number}", "responses": ["yes", "no"]}]}
+            if number % 10 == 0:  # leaves before its answer
+                address = httpx.URL(url)
+                text = json.dumps(body).encode()
+                head = b"POST /v1/rewards HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(text)
+                with socket.create_connection((address.host, address.port), PATIENCE) as sock:
+                    sock.sendall(head + text)
+                return None
+            return httpx.post(f"{url}/v1/rewards", json=body, timeout=PATIENCE)
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        with ThreadPoolExecutor(num_clients) as clients:
+            answers = [answer for answer in clients.map(ask, range(count)) if answer is not None]
+        ended.set()
+        watching.join(PATIENCE)
+        assert {answer.status_code for answer in answers} <= {200, 503} and max(lengths, default=0) <= bound
+        for answer in answers:
+            if answer.status_code == 503:
+                assert answer.headers["Retry-After"] and answer.json()["error"]["code"] == "QUEUE_FULL"
+        check_works(model, url)
+
+
+def png_of(width, height):
+    """A PNG that declares a size and holds next to nothing."""
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data", [png_of(50_000, 50_000), png_of(10**6, 60), b"", b"GIF89a", make_image(56, 56).data[:200]]
+)
+def test_image_bombs_are_refused_and_others_have_their_rewards(model, url, data):
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    bomb = {"prompt": "a", "images": [uri], "responses": ["b"]}
+    rewards = httpx.post(f"{url}/v1/rewards", json={"groups": [bomb, GOOD]}, timeout=PATIENCE).json()["rewards"]
+    assert rewards[0]["error"]["code"].startswith(("IMAGE_", "BAD_"))
+    assert rewards[1:] == model.score([GOOD])
+
+
+@counts(40, 1000)
+def test_pairs_asked_in_any_order_and_company_prefer_the_same_response(model, count):
+    rng = np.random.default_rng(count)
+    pairs = [{"prompt": words(rng, int(rng.integers(2, 60))), "responses": [words(rng, int(rng.integers(1, 40)))
+              for _ in range(2)]} for _ in range(count)]  # fmt: skip
+    wanted = np.array(model.score(pairs))
+    asked = [(number, side) for number in range(count) for side in (0, 1)]
+    rng.shuffle(asked)
+
+    with serve(model, window_ms=20) as url, ThreadPoolExecutor(24) as clients:
+
+        def ask(place):
+            number, side = place
+            group = {"prompt": pairs[number]["prompt"], "responses": [pairs[number]["responses"][side]]}
+            answer = httpx.post(f"{url}/v1/rewards", json={"groups": [group]}, timeout=PATIENCE)
+            return answer.json()["rewards"][0][0]
+
+        found = np.zeros_like(wanted)
+        for (number, side), reward in zip(asked, clients.map(ask, asked), strict=True):
+            found[number, side] = reward
+    assert np.abs(found - wanted).max() <= BAND
+    flipped = (np.diff(found) > 0) != (np.diff(wanted) > 0)
+    assert not (flipped & (np.abs(np.diff(wanted)) > 2 * BAND)).any()
