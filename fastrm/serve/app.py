@@ -25,6 +25,7 @@ from fastrm.data.sources.values import decode_json
 from fastrm.errors import GroupError, RecordError
 from fastrm.serve.activity import Activity, ActivityMiddleware
 from fastrm.serve.gate import Gate
+from fastrm.serve.media import MediaPolicy
 from fastrm.serve.metrics import Metrics
 from fastrm.serve.problems import BadRequest, RequestError, TooLarge, refused_group
 from fastrm.serve.rendered_text import RenderedTextReader
@@ -49,6 +50,7 @@ class Service:
         self.scheduler, self.settings = scheduler, settings
         self.activity = Activity()
         self.metrics = Metrics(scheduler)
+        self._media = MediaPolicy(settings.image_root, settings.allow_image_urls, settings.media)
 
     async def read(self, request: Request) -> dict:
         """Return the body of a request, which must be a JSON object.
@@ -104,7 +106,7 @@ class Service:
         limit = min(self.settings.max_groups, self.scheduler.max_queue)
         if len(groups) > limit:
             raise TooLarge(f"the request has {len(groups):,} groups, limit {limit:,}; send fewer a request")
-        work = asyncio.ensure_future(self.scheduler.submit(groups, model))
+        work = asyncio.ensure_future(self.scheduler.submit(groups, model, self._media.resolver))
         leaving = asyncio.ensure_future(_left(request))
         try:
             await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)

@@ -17,7 +17,6 @@ from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.limits import MediaLimits
 from fastrm.serve.app import make_app
 from fastrm.serve.caches import BoundedCache
-from fastrm.serve.media import MediaPolicy
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
@@ -43,13 +42,16 @@ def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, s
         InterruptedRun: if requests that were accepted had no answer in time.
     """
     check_host(settings)
+    limits = MediaLimits(
+        options.max_image_bytes, options.max_image_pixels, options.max_video_bytes, options.max_video_seconds
+    )
     choices = name_models(models, choice)
     with contextlib.closing(open_port(settings)) as listener:
         with Display() as display:
             loaded = {name: open_models(one, options, display) for name, one in choices.items()}
             for model in loaded.values():
                 warm_up(model)
-        settings = replace(settings, port=listener.getsockname()[1])
+        settings = replace(settings, port=listener.getsockname()[1], media=limits)
         scheduler = make_scheduler(loaded, options, settings)
         server = _Quiet(
             uvicorn.Config(
@@ -150,18 +152,13 @@ def open_port(settings: ServeSettings) -> socket.socket:
 
 
 def make_scheduler(models: dict[str, Ensemble], options: ScoringOptions, settings: ServeSettings) -> Scheduler:
-    """Return the scheduler of loaded models, with the caches and the rules for media that the settings name."""
-    limits = MediaLimits(
-        options.max_image_bytes, options.max_image_pixels, options.max_video_bytes, options.max_video_seconds
-    )
-    policy = MediaPolicy(settings.image_root, settings.allow_image_urls, limits)
+    """Return the scheduler of loaded models, with the caches that the settings name."""
     images = BoundedCache(settings.image_cache_bytes)
     return Scheduler(
         [Scorer(name, model, options.tokens_per_pack, images) for name, model in models.items()],
         max_queue=settings.max_queue,
         window_ms=settings.window_ms,
         deterministic=settings.deterministic,
-        resolver=policy.resolver,
         rewards=BoundedCache(settings.reward_cache),
         images=images,
     )

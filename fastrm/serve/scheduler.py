@@ -105,8 +105,6 @@ class Scheduler:
         max_queue: the number of groups that may wait or be computed; more are refused with `Unavailable`.
         window_ms: milliseconds that the first group waits for others, if nothing is being computed.
         patience_ms: milliseconds after which a group is taken before shorter ones.
-        resolver: makes for each group the function that opens its images and videos; default: every file that this
-            process can read.
         deterministic: compute every group by itself, as it was sent, one after another.
         rewards: keeps the rewards of responses; None, or with `deterministic`: each is computed again.
         images: that the scorers keep decoded images in, for the counts.
@@ -126,7 +124,6 @@ class Scheduler:
         window_ms: float = 3.0,
         patience_ms: float = 2000.0,
         deterministic: bool = False,
-        resolver: Callable[[], Resolve] = lambda: any_path,
         rewards: BoundedCache[float] | None = None,
         images: BoundedCache[Patches] | None = None,
     ):
@@ -135,7 +132,7 @@ class Scheduler:
             if sum(scorer.name == name for scorer in scorers) > 1:
                 raise ConfigError(f"model {name}: stands for two models; name them, as a=runs/a/model b=runs/b/model")
         self.max_queue, self.window, self.patience = max_queue, window_ms / 1e3, patience_ms / 1e3
-        self._resolver, self._is_deterministic = resolver, deterministic
+        self._is_deterministic = deterministic
         self._rewards: BoundedCache[float] = BoundedCache(0) if rewards is None or deterministic else rewards
         self._images: BoundedCache[Patches] = BoundedCache(0) if images is None else images
         self._counts = Counts()
@@ -197,8 +194,17 @@ class Scheduler:
         """
         return (await self.submit(groups, model)).results
 
-    async def submit(self, groups: Sequence[dict], model: str | None = None) -> Scored:
+    async def submit(
+        self,
+        groups: Sequence[dict],
+        model: str | None = None,
+        resolver: Callable[[], Resolve] = lambda: any_path,
+    ) -> Scored:
         """Return what `score` does, with the name of the model and counts.
+
+        Args:
+            resolver: makes for each group the function that opens its images and videos; default: every file that
+                this process can read.
 
         Raises:
             UnknownModel, Unavailable: as `score`.
@@ -206,7 +212,9 @@ class Scheduler:
         scorer = self.find(model)
         self._admit(len(groups))
         try:
-            found = await asyncio.gather(*(self._score_group(scorer, index, one) for index, one in enumerate(groups)))
+            found = await asyncio.gather(
+                *(self._score_group(scorer, index, one, resolver()) for index, one in enumerate(groups))
+            )
         except asyncio.CancelledError:
             self.num_lost += len(groups) if self._is_closing else 0
             raise
@@ -252,10 +260,12 @@ class Scheduler:
             )
         self._num_accepted += num_groups
 
-    async def _score_group(self, scorer: Scorer, index: int, group: dict) -> tuple[list[float] | GroupError, int]:
+    async def _score_group(
+        self, scorer: Scorer, index: int, group: dict, resolve: Resolve
+    ) -> tuple[list[float] | GroupError, int]:
         loop = asyncio.get_running_loop()
         try:
-            read = await loop.run_in_executor(self._preparing, self._read, scorer, group, index)
+            read = await loop.run_in_executor(self._preparing, self._read, scorer, group, index, resolve)
             if read.prepared is None:
                 return [read.known[key] for key in read.keys], 0
             ask = Ask(read.prepared, loop.create_future(), time.monotonic())
@@ -270,8 +280,8 @@ class Scheduler:
             problem = RecordError(code, f"the server failed at this group ({type(error).__name__}); its log says why")
             return group_error(index, group, problem), 0
 
-    def _read(self, scorer: Scorer, group: dict, index: int) -> _Read:
-        record = group_record(group, index, resolve=self._resolver())
+    def _read(self, scorer: Scorer, group: dict, index: int, resolve: Resolve) -> _Read:
+        record = group_record(group, index, resolve=resolve)
         if record.preferences or not self._rewards.capacity or not is_known_by_content(record):
             return _Read({}, scorer.prepare(record), [])
         keys = [response_digest(scorer.name, response) for response in record.responses]

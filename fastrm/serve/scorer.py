@@ -25,9 +25,9 @@ from fastrm.model.network import RewardNetwork
 from fastrm.serve.caches import BoundedCache, remembering_images
 from fastrm.serve.rendered_text import RenderedTextReader
 
-# From this number of rows on, each row of a CPU's matrix product is the same to the bit whatever their number
-# (MKL 2024.2 in float32: tests/serve/test_scheduler.py).
-LEAST_RESPONSES = 4
+# On a CPU a product with the head's one output computes rows in fours and the rest by other code: with a multiple of
+# four, each row is the same to the bit wherever it stands (MKL 2024.2 in float32: tests/serve/test_scheduler.py).
+RESPONSE_MULTIPLE = 4
 
 
 class Reading(NamedTuple):
@@ -174,13 +174,12 @@ class Scorer:
         ]
 
     def _padding(self, reading: Reading, encoded: Sequence[EncodedGroup]) -> Ready | None:
-        """Return a group that makes up for missing responses, or None if there are enough.
+        """Return a group that makes the responses a multiple of RESPONSE_MULTIPLE, or None if they are one.
 
-        On a CPU a matrix product of fewer than LEAST_RESPONSES rows is computed by other code than one of more, whose
-        rows are all computed alike. With this group no pack has fewer, and no bit depends on a pack's other groups.
+        With it no bit of a reward depends on the other groups of the pack.
         """
-        missing = LEAST_RESPONSES - sum(len(group.responses) for group in encoded)
-        if missing <= 0 or reading.networks[0].device.type != "cpu":
+        missing = -sum(len(group.responses) for group in encoded) % RESPONSE_MULTIPLE
+        if not missing or reading.networks[0].device.type != "cpu":
             return None
         messages = (Message("user", ("a",)), Message("assistant", ("b",)))
         response = reading.encoder.encode(Response(messages))

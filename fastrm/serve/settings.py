@@ -1,10 +1,11 @@
 """The settings of a server, and their defaults; needs no other package."""
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastrm.errors import ConfigError
+from fastrm.limits import MediaLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class ServeSettings:
         body_seconds: that a body may take to arrive.
         max_groups: in one request.
         image_root: the folder whose images and videos requests may name by path; None: no path is opened.
+        media: limits of an image's and a video's bytes and pixels.
         allow_image_urls: fetch images that requests name by http or https URL.
         image_cache_bytes: of decoded images that are kept.
         reward_cache: the number of responses whose rewards are kept.
@@ -35,6 +37,7 @@ class ServeSettings:
     max_groups: int = 64
     image_root: Path | None = None
     allow_image_urls: bool = False
+    media: MediaLimits = field(default_factory=MediaLimits)
     image_cache_bytes: int = 256 * 2**20
     reward_cache: int = 100_000
 

@@ -55,7 +55,8 @@ def served(*arguments, token=None, cwd=None):
         process.communicate()
 
 
-GROUPS = [{"prompt": "the cat", "responses": ["yes", "no", "so", "a"]}, {"prompt": "a dog", "responses": ["so"]}]
+RESPONSES = ["yes", "no", "so", "a"]  # in fours, rewards are those of `RewardModel.score` to the bit
+GROUPS = [{"prompt": "the cat", "responses": RESPONSES}, {"prompt": "a dog", "responses": RESPONSES}]
 
 
 def test_two_models_answer_by_their_names_and_a_signal_ends_the_server(folder):

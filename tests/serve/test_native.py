@@ -35,10 +35,10 @@ def test_rewards_are_those_of_the_model(model, client):
     image = make_image(84, 56).data
     groups = [
         {"prompt": "the cat", "responses": ["yes", "no", ""]},
-        {"prompt": "Is this red?", "images": [image], "responses": ["yes", "so"]},
+        {"prompt": "Is this red?", "images": [image], "responses": ["yes", "so", "no"]},
         {
             "messages": [{"role": "system", "content": "the"}, {"role": "user", "content": "Is this?"}],
-            "responses": ["a dog"],
+            "responses": ["a dog", "so"],
         },
     ]
     sent = [groups[0], {**groups[1], "images": [data_uri(image)]}, groups[2]]
@@ -46,7 +46,7 @@ def test_rewards_are_those_of_the_model(model, client):
     assert answer.status_code == 200
     body = answer.json()
     assert body["rewards"] == model.score(groups) and body["model"] == "tiny"
-    assert body["usage"]["groups"] == 3 and body["usage"]["responses"] == 6
+    assert body["usage"]["groups"] == 3 and body["usage"]["responses"] == 8
 
 
 def test_an_error_stands_in_the_place_of_its_group(model, client):

@@ -49,7 +49,7 @@ def captions(count):
     groups, sent = [], []
     for row in map(json.loads, lines[:count]):
         path = DATA / "caption_contest" / row["image"]
-        group = {"prompt": row["prompt"], "responses": [response["caption"] for response in row["responses"][:6]]}
+        group = {"prompt": row["prompt"], "responses": [response["caption"] for response in row["responses"][:8]]}
         groups.append({**group, "images": [str(path)]})
         uri = "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
         sent.append({**group, "images": [uri]})
