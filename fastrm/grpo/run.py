@@ -33,7 +33,7 @@ def run_grpo(config: GrpoConfig) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     train, held_out = read_questions(config.data.train), read_questions(config.data.eval)
     taught = read_questions(config.policy.fit.data) if config.policy.fit else []
-    scorers = _open_scorers(config, str(process.device))
+    scorers = _open_scorers(config, process.device)
     functions = [RewardFunction(one, number, scorers.get(one.model)) for number, one in enumerate(config.rewards)]
     policy, processor = load_policy(config.policy, [*taught, *train], config.run.seed)
     policy.to(process.device)
@@ -74,8 +74,9 @@ def _process(config: GrpoConfig):
     return PartialState(cpu=config.run.device == "cpu" or not torch.cuda.is_available())
 
 
-def _open_scorers(config: GrpoConfig, device: str) -> dict[str, object]:
+def _open_scorers(config: GrpoConfig, device) -> dict[str, object]:
     """Return what scores, by its URL or folder; a folder that is named twice is loaded once."""
+    device = "cpu" if device.type == "cpu" else str(device)  # accelerate numbers CPUs too
     names = {config.judge, *(one.model for one in config.rewards)} - {None}
     return {name: open_scorer(name, **({} if is_url(name) else {"device": device})) for name in sorted(names)}
 

@@ -127,6 +127,15 @@ def test_a_server_that_goes_away_during_training_is_named(tmp_path):
             run_grpo(config)
 
 
+def test_a_model_that_is_named_twice_is_loaded_once_on_the_process_s_device(tmp_path, reward_model):
+    from fastrm.grpo.run import _open_scorers
+
+    rewards = [{"scheme": scheme, "model": reward_model} for scheme in ("model", "hybrid")]
+    config = load_grpo_config(write(tmp_path, rewards=rewards, judge=reward_model))
+    scorers = _open_scorers(config, torch.device("cpu", 0))  # as accelerate names it under a launcher
+    assert list(scorers) == [reward_model] and scorers[reward_model].network.device.type == "cpu"
+
+
 def test_the_supervised_start_teaches(tmp_path):
     from fastrm.grpo.config import PolicySection
     from fastrm.grpo.evaluation import evaluate_policy
