@@ -21,7 +21,7 @@ _PROBES = (
     ("user", "assistant"), ("user", "assistant", "user", "assistant"),
     ("system", "user", "assistant"), ("system", "user", "assistant", "user", "assistant"),
 )  # fmt: skip
-_START = _END = ""  # in place of the role before the first turn and after the last
+_START = ""  # in place of the role before the first turn
 _SHOWN = 24  # characters of a text on each side of a difference in messages
 
 
@@ -54,20 +54,13 @@ class RenderedTextReader:
         self._encoder = encoder
         self._tokenizer = _own_tokenizer(encoder.tokenizer)
         self._joins: dict[str, dict[str, str]] = {}  # role -> text between its turn and the next -> the next role
+        self._closing = ""
         for roles in _PROBES:
-            for (before, after), join in zip(pairwise((_START, *roles, _END)), self._probe(roles), strict=False):
-                self._joins.setdefault(before, {})[join] = after
-        self._closing = next((join for join, role in self._joins["assistant"].items() if role == _END), "")
+            self._learn(roles)
         self._image = self._image_markup()
-        opening = {
-            role: [join for join, after in joins.items() if after != _END] for role, joins in self._joins.items()
-        }
-        self._openings = {role: _any_of(joins) for role, joins in opening.items()}
-        joins = [join for found in opening.values() for join in found]
-        self._is_marked = all(map(self._special_in, joins))
-        self._marks = _any_of(
-            {mark for join in (*joins, self._closing, self._image) for mark in self._special_in(join)}
-        )
+        self._openings = {role: _any_of(joins) for role, joins in self._joins.items()}
+        written = [*(join for joins in self._joins.values() for join in joins), self._closing, self._image]
+        self._marks = _any_of({mark for text in written for mark in self._special_in(text)})
         self._ends = _any_of(encoder.closing)
 
     def is_rendered(self, text: str) -> bool:
@@ -86,7 +79,7 @@ class RenderedTextReader:
             RecordError: RENDERED_TEXT if rendering the messages again does not give the text, IMAGE_COUNT if it has
                 other than `len(images)` placeholders.
         """
-        if not self._is_marked:
+        if not self._joins:
             raise RecordError(
                 "RENDERED_TEXT",
                 f"{name}: the model's chat template parts turns by plain text, so that a rendered conversation could "
@@ -135,11 +128,17 @@ class RenderedTextReader:
     def _only_ends(self, text: str) -> bool:
         return re.fullmatch(f"(?:{self._ends.pattern})*", text) is not None
 
-    def _probe(self, roles: tuple[str, ...]) -> list[str]:
-        """Return the texts before, between and after turns with one word each; none if the template lacks a role."""
+    def _learn(self, roles: tuple[str, ...]) -> None:
+        """Learn what stands between turns of these roles, unless the template lacks one or has no token there."""
         words = [f"zq{number}qz" for number in range(len(roles))]
         messages = (Message(role, (word,)) for role, word in zip(roles, words, strict=True))
-        return self._around(words, Response(tuple(messages)))
+        *joins, closing = self._around(words, Response(tuple(messages))) or [""]
+        if not joins or not all(map(self._special_in, joins)):
+            return
+        self._closing = closing
+        for (before, after), join in zip(pairwise((_START, *roles)), joins, strict=True):
+            # A join that stands for two roles gives the same text for both.
+            self._joins.setdefault(before, {}).setdefault(join, after)
 
     def _around(self, words: list[str], response: Response) -> list[str]:
         try:
@@ -188,7 +187,7 @@ class RenderedTextReader:
         turns, role = [], _START
         while match is not None:
             role, start = self._joins[role][match.group()], match.end()
-            match = self._openings[role].search(text, start)
+            match = self._openings[role].search(text, start) if role in self._openings else None
             turns.append(_Turn(role, start, text[start : match.start() if match else len(text)]))
             if match is not None:
                 self._check_no_marks(name, text, turns[-1])

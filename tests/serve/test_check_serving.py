@@ -2,6 +2,7 @@
 
 import base64
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
@@ -13,10 +14,11 @@ from PIL import Image
 from fastrm.data.images import image_size
 from fastrm.data.record import ImageRef
 from fastrm.data.template import ConversationEncoder
-from fastrm.errors import ConfigError, ServerError
+from fastrm.errors import ConfigError, ExactnessError, ServerError
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.limits import MediaLimits
+from fastrm.model.export import save_model
 from fastrm.serve.app import make_app
 from fastrm.serve.check import prompts
 from fastrm.serve.check.clients import APIS
@@ -29,7 +31,9 @@ from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
 from fastrm.ui import Display
+from tests.helpers.servers import running
 from tests.helpers.support import make_model
+from tests.helpers.waiting import PATIENCE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -224,3 +228,18 @@ def test_answers_that_are_no_rewards_are_named(model, answer, said):
     with client, pytest.raises(ServerError) as caught:
         compare(model, client, "vllm", None, Display(silent=True))
     assert said in str(caught.value) and str(caught.value).startswith("http://server/classify: ")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_command_compares_a_folder_with_a_url(model, tmp_path, capsys, monkeypatch, precision):
+    save_model(model.network, tmp_path / "model")
+    monkeypatch.setenv("COLUMNS", "80")
+    app = make_app(Scheduler([Scorer("tiny", Ensemble([model]), 32768)]), ServeSettings())
+    options = {"token": None, "timeout": PATIENCE, "band": 1e-3, "device": "cpu", "dtype": precision}
+    with running(app) as url, nullcontext() if precision == "fp32" else pytest.raises(ExactnessError, match="differ"):
+        check_serving(tmp_path / "model", url, "fastrm", **options)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    said = " ".join(said.split())
+    wanted = "the server agrees" if precision == "fp32" else "of the size that fp32 makes here"
+    assert wanted in said and "odd characters 12 0 " in said

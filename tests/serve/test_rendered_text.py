@@ -103,6 +103,20 @@ def test_white_space_that_the_template_trims_is_no_difference():
     )
 
 
+def test_a_system_text_inside_the_turn_of_the_user_stays_there():
+    merged = (
+        "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.system = m.content + '\n\n' %}{% else %}<|im_start|>{{ m.role }}\n{{ ns.system }}{{ m.content }}"
+        "<|im_end|>\n{% set ns.system = '' %}{% endif %}{% endfor %}"
+    )
+    encoder = ConversationEncoder(tokenizer_with(merged))
+    turns = plain([("system", "Be short."), ("user", "Why?"), ("assistant", "no")])
+    text = encoder.tokenizer.apply_chat_template(turns, tokenize=False)
+    group = RenderedTextReader(encoder).read(text).group
+    assert group["messages"] == plain([("user", "Be short.\n\nWhy?")])
+    assert encoder.rendered_text(group_record(group, 0).responses[0]) == text
+
+
 def test_the_token_that_begins_texts_may_be_missing(encoders):
     encoder = encoders["llama3.1"]
     text = encoder.tokenizer.apply_chat_template(plain([("user", "a"), ("assistant", "b")]), tokenize=False)

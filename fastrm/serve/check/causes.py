@@ -18,7 +18,10 @@ from fastrm.evaluate.reward_model import RewardModel
 from fastrm.evaluate.scoring import score_records
 from fastrm.serve.check.prompts import KEPT, SYSTEM, CheckedPrompt
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 _ROUNDINGS = 4  # a difference up to this many times what a precision does is of that precision's size
+_EXACT = 100  # texts that differ by less than this part of the band are computed in the same precision
+_NEARER = 4  # an explanation leaves at most this part of the difference
 _CONCATENATED = """\
 {%- for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text or '' }}
 {%- endfor %}{% endif %}{% endfor %}"""
@@ -43,9 +46,6 @@ class Cell:
         return abs(self.served - self.ours)
 
 
-Predict = Callable[[Sequence[Cell]], list[float] | None]
-
-
 class Explainer:
     """A search for the explanation of a difference.
 
@@ -65,19 +65,19 @@ class Explainer:
             cells: of which at least one differs by more than the band.
         """
         texts = [cell for cell in cells if not cell.prompt.images]
-        return (
-            self._function_of_ours(cells)
-            or (self._images(cells) if self._agree(texts) else None)
-            or self._template(texts)
-            or self._precision(cells)
-            or self._unknown(cells)
-        )
+        if (cause := self._function_of_ours(cells)) is not None:
+            return cause
+        if self._agree(texts):
+            return self._precision(cells, texts) or self._images(cells)
+        return self._template(texts) or self._precision(cells, texts) or self._unknown(cells)
 
     def _agree(self, cells: Sequence[Cell]) -> bool:
         return all(cell.difference <= self._band for cell in cells)
 
     def _is_near(self, cells: Sequence[Cell], predicted: Sequence[float]) -> bool:
-        return all(abs(cell.served - value) <= self._band for cell, value in zip(cells, predicted, strict=True))
+        """Return whether predictions are within the band, and much nearer than our rewards: noise fits any of them."""
+        most = min(self._band, max(cell.difference for cell in cells) / _NEARER)
+        return all(abs(cell.served - value) <= most for cell, value in zip(cells, predicted, strict=True))
 
     def _function_of_ours(self, cells: Sequence[Cell]) -> str | None:
         ours, served = (np.array([getattr(cell, name) for cell in cells]) for name in ("ours", "served"))
@@ -118,7 +118,7 @@ class Explainer:
         if any(cell.difference <= self._band for cell in kept):
             return (
                 "image resizing: images that need none agree, others do not; serve with min_pixels, max_pixels and the "
-                "resampling of training (vLLM: --mm-processor-kwargs)"
+                "resampling of training (vLLM: --mm-processor-kwargs '{\"use_fast\": false}')"
             )
         return (
             "images: even those that are kept as they are disagree; compare preprocessor_config.json (pixel limits, "
@@ -171,23 +171,26 @@ class Explainer:
             if text and (other := _other_encoder(encoder, text)) is not None:
                 yield name, other
 
-    def _precision(self, cells: Sequence[Cell]) -> str | None:
-        """Explain small differences everywhere by the precision of the server."""
-        used = next((name for name in ("fp32", "bf16", "fp16") if self._model.weights.startswith(name)), "")
+    def _precision(self, cells: Sequence[Cell], texts: Sequence[Cell]) -> str | None:
+        """Explain small differences everywhere, in texts too, by the precision of the server."""
+        if _rms([cell.difference for cell in texts]) < self._band / _EXACT:
+            return None
+        used = next((name for name in PRECISIONS if self._model.weights.startswith(name)), "")
+        found = []
+        for name in PRECISIONS:
+            values = None if name == used else self._scored(self._reload(name), [c.prompt.group for c in cells], cells)
+            if values is not None:
+                size = _rms([value - cell.ours for value, cell in zip(values, cells, strict=True)])
+                left = _rms([value - cell.served for value, cell in zip(values, cells, strict=True)])
+                found.append((left, size, name))
         away = _rms([cell.difference for cell in cells])
-        for name in ("fp16", "bf16", "fp32"):
-            if name == used:
-                continue
-            values = self._scored(self._reload(name), [cell.prompt.group for cell in cells], cells)
-            if values is None:
-                continue
-            size = _rms([value - cell.ours for value, cell in zip(values, cells, strict=True)])
-            if away <= _ROUNDINGS * size:
-                return (
-                    f"dtype: the differences (root mean square {away:.2g}) are of the size that {name} makes here "
-                    f"({size:.2g} against {used}); serve with --dtype of the model, or compare with --dtype {name}"
-                )
-        return None
+        left, size, name = min(found, default=(0.0, 0.0, ""))
+        if away > _ROUNDINGS * size:
+            return None
+        return (
+            f"dtype: the differences (root mean square {away:.2g}) are of the size that {name} makes here "
+            f"({size:.2g} against {used}); serve with --dtype of the model, or compare with --dtype {name}"
+        )
 
     def _unknown(self, cells: Sequence[Cell]) -> str:
         ours, served = (np.array([getattr(cell, name) for cell in cells]) for name in ("ours", "served"))
