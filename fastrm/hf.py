@@ -99,6 +99,12 @@ class RewardModelForSequenceClassification:
             )
         return (model, report) if output_loading_info else model
 
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        if _section(config) is None and cls.stock is not None:
+            return cls.stock._from_config(config, **kwargs)
+        return super()._from_config(config, **kwargs)
+
     @can_return_tuple
     def forward(
         self,

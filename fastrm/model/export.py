@@ -87,6 +87,7 @@ def save_model(
         tokenizer.save_pretrained(part)
         if model.encoder.vision is not None:
             model.encoder.vision.save(part)
+        reading.add_files(part, model)
         replace_folder(part, folder)
     except OSError as error:
         hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"

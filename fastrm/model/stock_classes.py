@@ -11,6 +11,7 @@ random head.
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -74,6 +75,9 @@ class StockReading:
             config["problem_type"] = "regression"
         if self.architecture is not None:
             config["architectures"] = [self.architecture]
+
+    def add_files(self, folder: Path, network: RewardNetwork) -> None:
+        """Write what else the reader needs into the folder of an export, whose other files are there; here nothing."""
 
 
 def read_by_stock(network: RewardNetwork) -> StockReading:

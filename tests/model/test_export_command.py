@@ -108,6 +108,17 @@ def test_rotary_frequencies_that_follow_the_longest_are_written_as_those_up_to_t
     assert config_of(tmp_path)["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
 
 
+def test_what_the_stock_processor_asks_of_an_internvl_tokenizer_is_written(tmp_path):
+    from transformers import AutoTokenizer
+
+    export(make_model("internvl"), tmp_path, "vllm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.start_image_token == "<img>" and tokenizer.context_image_token == "<IMG_CONTEXT>"
+    assert tokenizer.video_token == "<IMG_CONTEXT>" and len(tokenizer) == len(make_model("internvl").encoder.tokenizer)
+    # A tile of 4 x 4 patches is four tokens.
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["image_seq_length"] == 4
+
+
 MISREAD = {
     "tower's activation": ("qwen2_vl", lambda c: setattr(c.vision_config, "hidden_act", "gelu"), "vision_config.hid"),
     "activation": ("llama", lambda c: setattr(c, "hidden_act", "gelu"), "hidden_act is 'gelu'"),

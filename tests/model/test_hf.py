@@ -178,6 +178,7 @@ class TestOtherFolders:
         config.num_labels = 3
         Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
         assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is Qwen2ForSequenceClassification
+        assert type(AutoModelForSequenceClassification.from_config(config)) is Qwen2ForSequenceClassification
 
     def test_a_vision_model_without_our_head_is_refused(self, tmp_path):
         make_model("qwen2_5_vl").model.save_pretrained(tmp_path)
