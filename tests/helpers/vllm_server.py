@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -84,9 +84,7 @@ def vllm_server(folder: Path, log: Path, *options: str) -> Iterator[Server]:
     }  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment | settings, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment | settings)
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
             yield Server(f"http://127.0.0.1:{port}")
@@ -107,10 +105,9 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log: Path) -> None:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """End the server, and with it the processes that it has started, which are a session of their own."""
+    """End the server, which ends the processes that it has started."""
     process.terminate()
     try:
         process.wait(PATIENCE)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+        process.kill()
