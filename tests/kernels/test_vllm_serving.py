@@ -30,8 +30,6 @@ MODELS = {
     "Qwen2-VL, two layers": ("qwen2_vl", HeadConfig(), "anchor", "last_token"),
     "Qwen2.5-VL, one layer": ("qwen2_5_vl", ONE, "anchor", "last_token"),
     "Qwen2.5-VL, two layers": ("qwen2_5_vl", HeadConfig(), "anchor", "last_token"),
-    "InternVL, one layer": ("internvl", ONE, "anchor", "last_token"),
-    "InternVL, two layers": ("internvl", HeadConfig(), "anchor", "last_token"),
 }
 RESPONSES = ["yes, a red cat", "no", "so the dog sits on 2"]
 # vLLM has attention on a CPU for heads of 32 and more.
@@ -39,7 +37,6 @@ WIDE = {**TEXT, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_head
 VISION = {
     "qwen2_vl": {"embed_dim": 64, "hidden_size": 64},
     "qwen2_5_vl": {"hidden_size": 64, "out_hidden_size": 64},
-    "internvl": {"hidden_size": 64},
 }
 IMAGE_OPTIONS = ("--mm-processor-kwargs", '{"use_fast": false}', "--limit-mm-per-prompt", '{"image": 3, "video": 0}')
 
@@ -49,7 +46,7 @@ def wide(family: str) -> dict:
     if family not in VISION:
         return {**spec, **WIDE, **({"head_dim": 32} if family == "qwen3" else {})}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
-    text = {**spec["text_config"], **WIDE, **({} if family == "internvl" else {"rope_parameters": rope})}
+    text = {**spec["text_config"], **WIDE, "rope_parameters": rope}
     return {**spec, "text_config": text, "vision_config": {**spec["vision_config"], **VISION[family]}}
 
 
