@@ -6,12 +6,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 WINDOW = 60.0  # seconds that rate and latency are of
 _KEPT = 10_000  # requests; of more in a minute the latest count
 _SHOWN = 20  # requests in a report
-_MAX_PATH = 60  # characters of a path that are kept, which may be anything that a stranger asks for
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,8 @@ class Request:
     """An answered request.
 
     Attributes:
-        ended: when its answer began, in seconds of the log's clock.
+        ended: when its answer ended, in seconds of the log's clock.
+        path: of its route.
         seconds: from its arrival until then.
         rewards: the number of rewards in the answer.
     """
@@ -43,7 +41,7 @@ class Activity:
         self._requests: deque[Request] = deque(maxlen=_KEPT)
 
     def add(self, path: str, status: int, seconds: float, rewards: int) -> None:
-        """Keep a request whose answer begins now."""
+        """Keep a request whose answer has just ended."""
         self._requests.append(Request(self._clock(), path, status, seconds, rewards))
 
     def report(self, waiting: int) -> dict:
@@ -73,32 +71,3 @@ class Activity:
 def _quantile(ordered: list[float], share: float) -> float | None:
     """Return the smallest value that so large a share of the values do not exceed; None of no values."""
     return ordered[math.ceil(share * len(ordered)) - 1] if ordered else None
-
-
-class ActivityMiddleware:
-    """An ASGI application in front of another, which keeps every POST in a log.
-
-    A handler says how many rewards it answers with in ``request.state.rewards``.
-    """
-
-    def __init__(self, app: ASGIApp, activity: Activity):
-        self._app, self._activity = app, activity
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        started, state = time.perf_counter(), scope.setdefault("state", {})
-
-        async def noted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                seconds = time.perf_counter() - started
-                self._activity.add(scope["path"][:_MAX_PATH], message["status"], seconds, state.get("rewards", 0))
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noted)
-        except Exception:  # which becomes status 500 outside
-            self._activity.add(scope["path"][:_MAX_PATH], 500, time.perf_counter() - started, 0)
-            raise

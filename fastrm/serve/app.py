@@ -20,10 +20,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from fastrm.data.sources.values import decode_json
 from fastrm.errors import GroupError, RecordError
-from fastrm.serve.activity import Activity, ActivityMiddleware
+from fastrm.serve.activity import Activity
 from fastrm.serve.gate import Gate
 from fastrm.serve.media import MediaPolicy
 from fastrm.serve.metrics import Metrics
@@ -51,6 +52,13 @@ class Service:
         self.activity = Activity()
         self.metrics = Metrics(scheduler)
         self._media = MediaPolicy(settings.image_root, settings.allow_image_urls, settings.media)
+
+    def observe(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count an answer; requests for rewards, which are POST, are also kept for the page."""
+        path = getattr(scope.get("route"), "path", "other")
+        self.metrics.observe(path, status, seconds)
+        if scope["method"] == "POST":
+            self.activity.add(path, status, seconds, scope.get("state", {}).get("rewards", 0))
 
     async def read(self, request: Request) -> dict:
         """Return the body of a request, which must be a JSON object.
@@ -158,11 +166,10 @@ def make_app(scheduler: Scheduler, settings: ServeSettings) -> FastAPI:
     service = Service(scheduler, settings)
     for name in PROTOCOLS:
         app.include_router(import_module(f"fastrm.serve.protocols.{name}").routes(service))
-    app.add_middleware(ActivityMiddleware, activity=service.activity)
     app.add_exception_handler(RequestError, _answer_problem)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_internal)
-    app.add_middleware(Gate, token=settings.token, observe=service.metrics.observe)
+    app.add_middleware(Gate, token=settings.token, observe=service.observe)
     return app
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Paths that answer without the token, since routers and load balancers that ask them have none.
-OPEN_PATHS = frozenset({"/health"})
+# Paths that answer without the token, since who asks them has none: routers and load balancers, and a browser for the
+# files of the page, which hold nothing of the models.
+OPEN_PATHS = frozenset({"/health", "/", "/page/page.css", "/page/page.js", "/page/examples.js"})
 
 
 class Gate:
@@ -22,10 +23,11 @@ class Gate:
     Args:
         app: that answers.
         token: None: every request passes.
-        observe: called with path, status and seconds of each answer; the path is "other" if no route has it.
+        observe: called with each request and the status and seconds of its answer, when that has ended; status 0
+            stands for a connection that was lost before.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, observe: Callable[[str, int, float], None]):
+    def __init__(self, app: ASGIApp, token: str | None, observe: Callable[[Scope, int, float], None]):
         self._app, self._observe = app, observe
         self._token = None if token is None else token.encode()
 
@@ -47,8 +49,7 @@ class Gate:
             else:
                 await _UNAUTHORIZED(scope, receive, watch)
         finally:
-            route = scope.get("route")
-            self._observe(getattr(route, "path", "other"), status, time.perf_counter() - started)
+            self._observe(scope, status, time.perf_counter() - started)
 
     def _may_pass(self, scope: Scope) -> bool:
         if self._token is None or scope["path"] in OPEN_PATHS:

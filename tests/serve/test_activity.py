@@ -1,10 +1,16 @@
 """What the page shows of the server's last minute."""
 
-import asyncio
-
 import pytest
+from fastapi.testclient import TestClient
 
-from fastrm.serve.activity import WINDOW, Activity, ActivityMiddleware
+from fastrm.evaluate.ensemble import Ensemble
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.serve.activity import WINDOW, Activity
+from fastrm.serve.app import make_app
+from fastrm.serve.scheduler import Scheduler
+from fastrm.serve.scorer import Scorer
+from fastrm.serve.settings import ServeSettings
+from tests.helpers.support import make_model
 
 
 class Clock:
@@ -15,6 +21,11 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+
+@pytest.fixture(scope="module")
+def model():
+    return RewardModel(make_model("qwen2_5_vl"))
 
 
 @pytest.fixture
@@ -61,32 +72,17 @@ def test_where_more_requests_come_than_are_kept_the_rate_is_of_their_time(clock,
     assert activity.report(0)["rewards_per_second"] == pytest.approx(3 * 10 / 4.5)
 
 
-@pytest.mark.parametrize("method, path", [("POST", "/v1/rewards"), ("GET", "/metrics"), ("POST", "/" + "x" * 10_000)])
-def test_the_middleware_keeps_posts_with_their_status_and_rewards(clock, method, path):
-    async def app(scope, receive, send):
-        scope["state"]["rewards"] = 4
-        await send({"type": "http.response.start", "status": 418})
-        await send({"type": "http.response.body", "body": b"tea"})
-
-    async def send(message):
-        sent.append(message["type"])
-
-    sent, activity = [], Activity(clock)
-    scope = {"type": "http", "method": method, "path": path, "state": {}}
-    asyncio.run(ActivityMiddleware(app, activity)(scope, None, send))
-    assert sent == ["http.response.start", "http.response.body"]
-    kept = activity.report(0)["recent"]
-    if method == "GET":
-        assert kept == []
-    else:
-        assert [(one["status"], one["rewards"]) for one in kept] == [(418, 4)] and len(kept[0]["path"]) < 100
-
-
-def test_the_middleware_keeps_what_fails(clock):
-    async def app(scope, receive, send):
-        raise ZeroDivisionError
-
-    activity = Activity(clock)
-    with pytest.raises(ZeroDivisionError):
-        asyncio.run(ActivityMiddleware(app, activity)({"type": "http", "method": "POST", "path": "/p"}, None, None))
-    assert [one["status"] for one in activity.report(0)["recent"]] == [500]
+def test_the_application_keeps_what_was_asked_for_rewards(model):
+    scheduler = Scheduler([Scorer("tiny", Ensemble([model]), 8192)])
+    with TestClient(make_app(scheduler, ServeSettings(token="secret"))) as client:
+        client.post("/v1/rewards", json={})
+        client.headers["Authorization"] = "Bearer secret"
+        client.get("/metrics")
+        client.post("/" + "x" * 10_000)
+        client.post("/v1/rewards", content=b"{")
+        good, bad = {"prompt": "the", "responses": ["a", "b", "c"]}, {"prompt": "the"}
+        client.post("/v1/rewards", json={"groups": [good, bad, good]})
+        kept = client.get("/activity").json()["recent"]
+    assert [(one["path"], one["status"], one["rewards"]) for one in kept] == [
+        ("/v1/rewards", 200, 6), ("/v1/rewards", 400, 0), ("other", 404, 0), ("other", 401, 0),
+    ]  # fmt: skip

@@ -53,12 +53,13 @@ def _paths(routes):
             yield from _paths(route.original_router.routes if hasattr(route, "original_router") else route.routes)
 
 
-def test_every_route_and_method_needs_the_token_but_health(model):
+def test_every_route_and_method_needs_the_token_but_health_and_the_pages_files(model):
     with make_client(model, token=TOKEN) as client:
         found = routes_of(client.app)
         assert ("/v1/rewards", "POST") in found and ("/metrics", "GET") in found
         paths = {path for path, _ in found}
-        assert paths & OPEN_PATHS == {"/health"} == OPEN_PATHS
+        page = {"/", "/page/page.css", "/page/page.js", "/page/examples.js"}
+        assert paths & OPEN_PATHS == {"/health"} | page == OPEN_PATHS
         for path in [*sorted(paths - OPEN_PATHS), "/nowhere"]:
             for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
                 for headers in BAD_HEADERS:

@@ -20,8 +20,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-# The paths that need no token: a browser asks for them before it has one, and they hold nothing of the model.
-OPEN_PATHS = frozenset(_PATHS)
 
 
 def routes(service: Service) -> APIRouter:
