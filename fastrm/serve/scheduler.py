@@ -13,8 +13,8 @@
   one that cannot be computed harms no other.
 - A request that is cancelled leaves the queue, unless its pack is already computed.
 
-A reward does not depend on the other groups of its pack. Responses that join a group of other requests are computed in
-other matrix products than alone, which may change the last bits (docs/serving.md has the band). With `deterministic`
+A reward depends on the other groups of its pack, and on the responses that its group joins, by the last bits at most:
+they are computed in other matrix products than alone (docs/serving.md says what was measured). With `deterministic`
 nothing is joined, packed or remembered: every group is computed by itself, as it was sent.
 
 All state belongs to the event loop's thread; other threads get what they need and return results.

@@ -176,7 +176,7 @@ class Scorer:
     def _padding(self, reading: Reading, encoded: Sequence[EncodedGroup]) -> Ready | None:
         """Return a group that makes the responses a multiple of RESPONSE_MULTIPLE, or None if they are one.
 
-        With it no bit of a reward depends on the other groups of the pack.
+        With it no bit of a small model's reward depends on the other groups of the pack.
         """
         missing = -sum(len(group.responses) for group in encoded) % RESPONSE_MULTIPLE
         if not missing or reading.networks[0].device.type != "cpu":

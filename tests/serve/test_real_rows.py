@@ -90,9 +90,9 @@ def smollm2(smollm2_folder):
 def test_pretrained_weights_give_served_rewards_of_somebody_elses_rows(smollm2):
     groups = pandalm(3)
     wanted = smollm2.score(groups)
-    assert served(smollm2, groups) == wanted  # four responses a group: to the bit
+    # Products of 576 to 1,536 terms over hundreds of rows: another pack changes the last bits.
+    np.testing.assert_allclose(served(smollm2, groups), wanted, rtol=0, atol=2e-5)
     found = [reward for [reward] in served(smollm2, singles(groups[:2]))]
-    # Joined or alone: other matrix products of 576 to 1,536 terms.
     np.testing.assert_allclose(found, [reward for rewards in wanted[:2] for reward in rewards], rtol=0, atol=2e-5)
 
 
