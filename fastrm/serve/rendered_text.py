@@ -56,7 +56,7 @@ class RenderedTextReader:
         self._joins: dict[str, dict[str, str]] = {}  # role -> text between its turn and the next -> the next role
         self._closing = ""
         for roles in _PROBES:
-            self._learn(roles)
+            self._note_joins(roles)
         self._image = self._image_markup()
         self._openings = {role: _any_of(joins) for role, joins in self._joins.items()}
         written = [*(join for joins in self._joins.values() for join in joins), self._closing, self._image]
@@ -128,8 +128,8 @@ class RenderedTextReader:
     def _only_ends(self, text: str) -> bool:
         return re.fullmatch(f"(?:{self._ends.pattern})*", text) is not None
 
-    def _learn(self, roles: tuple[str, ...]) -> None:
-        """Learn what stands between turns of these roles, unless the template lacks one or has no token there."""
+    def _note_joins(self, roles: tuple[str, ...]) -> None:
+        """Note what stands between turns of these roles, unless the template lacks one or has no token there."""
         words = [f"zq{number}qz" for number in range(len(roles))]
         messages = (Message(role, (word,)) for role, word in zip(roles, words, strict=True))
         *joins, closing = self._around(words, Response(tuple(messages))) or [""]
