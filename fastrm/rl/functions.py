@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fastrm.errors import DataError
 from fastrm.rl.chat_text import read_chat, read_response
@@ -13,17 +14,25 @@ def areal_function(rewards: Rewards, *, truth: str = "answer") -> Callable[..., 
     """Return `reward_fn(prompt, completions, prompt_ids, completion_ids, **columns)` for AReaL: one rollout a call.
 
     The columns `messages` and `images` of the data go to the reward model; without messages, the rendered prompt does.
-    AReaL stops a call after 15 s and gives the rollout 0.
+    A rollout that cannot be scored raises DataError.
     """
+    return _ArealFunction(rewards, truth)
 
-    def reward_fn(prompt: str, completions: str, prompt_ids=None, completion_ids=None, **columns) -> float:
+
+@dataclass(frozen=True)
+class _ArealFunction:
+    """A function that can be pickled: AReaL sends it to processes of its own."""
+
+    rewards: Rewards
+    truth: str
+
+    def __call__(self, prompt: str, completions: str, prompt_ids=None, completion_ids=None, **columns) -> float:
         messages = columns.get("messages") or read_chat(prompt)
-        (found,) = rewards([Sample(messages, read_response(completions), columns.get("images"), columns.get(truth))])
+        sample = Sample(messages, read_response(completions), columns.get("images"), columns.get(self.truth))
+        (found,) = self.rewards([sample])
         if found is None:
-            raise DataError(f"the rollout has no reward: {dict(rewards.num_failed)}")
+            raise DataError(f"the rollout has no reward: {dict(self.rewards.num_failed)}")
         return float(found)
-
-    return reward_fn
 
 
 def easyr1_function(rewards: Rewards) -> Callable[[Sequence[Mapping]], list[dict]]:

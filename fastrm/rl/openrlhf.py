@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from fastrm.errors import DataError
-from fastrm.rl.chat_text import read_chat, read_response
+from fastrm.rl.chat_text import read_chat, read_response, split_response
 from fastrm.rl.rewards import Rewards, sigmoid
 from fastrm.rl.samples import Sample
 
@@ -21,7 +21,7 @@ def reward_function(rewards: Rewards) -> Callable[..., dict]:
 
         if not len(queries) == len(prompts) == len(labels):
             raise DataError(f"got {len(queries)} queries, {len(prompts)} prompts, {len(labels)} labels; wanted equal")
-        texts = [query.removeprefix(prompt) for query, prompt in zip(queries, prompts, strict=True)]
+        texts = [split_response(*one, f"query {n}") for n, one in enumerate(zip(queries, prompts, strict=True))]
         found = rewards([_sample(*one) for one in zip(prompts, texts, labels, strict=True)])
         if None in found:  # it would stop the step; raised, OpenRLHF logs it and leaves the rollout without a reward
             raise DataError(f"rollouts without a reward: {dict(rewards.num_failed)}")

@@ -13,18 +13,29 @@ class ScoredRollouts:
 
     The class that takes it has the attribute `rewards`. verl gives `run_single` one rollout at a time and runs many at
     once; the server joins those of one prompt.
+
+    Attributes:
+        rewards: what scores.
+        unscored: the reward of a rollout that cannot be scored; None: it raises, since verl cannot leave it out.
     """
 
     rewards: Rewards
+    unscored: float | None = None
+
+    def __init__(self, config, tokenizer, compute_score, reward_router_address=None, reward_model_tokenizer=None):
+        # verl gives every manager the last two; its base class takes three, and its own managers drop them like this.
+        super().__init__(config, tokenizer, compute_score)
 
     async def run_single(self, data) -> dict:
         """Return {"reward_score", "reward_extra_info"} of a rollout (a `DataProto` of one row).
 
-        A rollout without a reward gets 0, and 1 under "unscored": verl has no way to leave it out.
+        Raises:
+            DataError: if the rollout has no reward and `unscored` is None.
         """
         item = data[-1:][0]
         sample = await asyncio.to_thread(self._read, item)
-        return _answer((await self.rewards.compute_async([sample]))[0], "reward_score")
+        score, is_unscored = await _score(self.rewards, sample, self.unscored)
+        return {"reward_score": score, "reward_extra_info": {"unscored": is_unscored}}
 
     def _read(self, item) -> Sample:
         columns, tokens = item.non_tensor_batch, item.batch["responses"]
@@ -34,11 +45,14 @@ class ScoredRollouts:
         return Sample(list(columns["raw_prompt"]), response, columns.get("images"), truth)
 
 
-def score_function(rewards: Rewards) -> Callable:
+def score_function(rewards: Rewards, *, unscored: float | None = None) -> Callable:
     """Return an `async compute_score` for `reward.custom_reward_function`.
 
     verl gives it no prompt and no images: `extra_info` must hold them, ``{"prompt": text or messages, "images":
     [path]}``.
+
+    Args:
+        unscored: as that of `ScoredRollouts`.
     """
 
     async def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_) -> dict:
@@ -46,12 +60,25 @@ def score_function(rewards: Rewards) -> Callable:
         if rewards.scheme != "rule" and extra.get("prompt") is None:
             raise DataError('extra_info has no "prompt", which the reward model needs; verl passes no other')
         sample = Sample(extra.get("prompt") or "", solution_str, extra.get("images"), ground_truth)
-        return _answer((await rewards.compute_async([sample]))[0], "score")
+        score, is_unscored = await _score(rewards, sample, unscored)
+        return {"score": score, "unscored": is_unscored}
 
     return compute_score
 
 
-def _answer(reward: float | None, key: str) -> dict:
-    # The extra keys must be the same for all rollouts.
-    value, extra = (0.0 if reward is None else reward), {"unscored": float(reward is None)}
-    return {key: value, "reward_extra_info": extra} if key == "reward_score" else {key: value, **extra}
+async def _score(rewards: Rewards, sample: Sample, unscored: float | None) -> tuple[float, float]:
+    """Return a rollout's reward and 0; of one that cannot be scored, `unscored` and 1.
+
+    Raises:
+        DataError: if it cannot be scored and `unscored` is None.
+    """
+    (reward,) = await rewards.compute_async([sample])
+    if reward is not None:
+        return reward, 0.0
+    if unscored is None:
+        # No number is neutral: where all rewards are negative, 0 would be the best of the group.
+        raise DataError(
+            f"a rollout has no reward: {dict(rewards.num_failed)}; verl cannot leave it out: mend the data, or set "
+            "`unscored` to the reward that such rollouts are to get"
+        )
+    return unscored, 1.0

@@ -7,8 +7,10 @@ classes that the recipes name, called as the trainers' sources call them (versio
 import asyncio
 import inspect
 import json
+import pickle
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ import torch
 from PIL import Image
 
 from fastrm.errors import DataError
-from fastrm.rl.rewards import sigmoid
+from fastrm.rl.openrlhf import reward_function
+from fastrm.rl.rewards import Rewards, sigmoid
+from fastrm.rl.verl import score_function
 from tests.helpers.documents import blocks
 from tests.helpers.reward_server import CountingScorer, reward_of, reward_server
 from tests.helpers.support import make_tokenizer
@@ -139,9 +143,11 @@ def test_verl_reward_manager(server, stand_in):
     stand_in("verl.experimental.reward_loop.reward_manager.base", RewardManagerBase=ManagerBase)
     names = run_recipe(["ScoredRollouts"], server[0])
     tokenizer = make_tokenizer()
-    # As verl's load_reward_manager and RewardLoopWorker make it.
-    manager = names["FastrmRewards"](config={}, tokenizer=tokenizer, compute_score=print)
-    assert isinstance(manager, ManagerBase)
+    # As verl's RewardLoopWorker makes it through load_reward_manager. The base class takes three of them.
+    manager = names["FastrmRewards"](
+        config={}, tokenizer=tokenizer, compute_score=print, reward_router_address=None, reward_model_tokenizer=None
+    )
+    assert isinstance(manager, ManagerBase) and manager.tokenizer is tokenizer
     parts = [{"type": "image", "image": png()}, {"type": "text", "text": "So?"}]
     prompt, truth = [{"role": "user", "content": parts}], {"ground_truth": "red"}
     rows = [verl_row(tokenizer, text, prompt, reward_model=truth, extra_info={}) for text in ("blue", "red", "a \0")]
@@ -149,11 +155,14 @@ def test_verl_reward_manager(server, stand_in):
     async def score():
         return await asyncio.gather(*(manager.run_single(Protocol([row])) for row in rows))
 
+    with pytest.raises(DataError, match=r"BAD_TEXT.*set `unscored`"):
+        asyncio.run(score())
+    manager.unscored = -3.5
     blue, red, bad = asyncio.run(score())
     read = [{"role": "user", "content": [{"type": "image"}, parts[1]]}]
     assert blue["reward_score"] == sigmoid(reward_of(read, [encoded()], "blue"))
     assert red == {"reward_score": 1.0, "reward_extra_info": {"unscored": 0.0}}
-    assert bad == {"reward_score": 0.0, "reward_extra_info": {"unscored": 1.0}}
+    assert bad == {"reward_score": -3.5, "reward_extra_info": {"unscored": 1.0}}
 
 
 def test_verl_compute_score(server):
@@ -164,6 +173,11 @@ def test_verl_compute_score(server):
     assert found == {"score": sigmoid(reward_of(QUESTION, (), "5")), "unscored": 0.0}
     with pytest.raises(DataError, match='extra_info has no "prompt"'):
         asyncio.run(compute(solution_str="5", extra_info={}, **common))
+    bad = {"solution_str": "a \0", "extra_info": {"prompt": QUESTION}}
+    with pytest.raises(DataError, match=r"BAD_TEXT.*set `unscored`"):
+        asyncio.run(compute(**bad, **common))
+    compute = score_function(Rewards(server[0]), unscored=-3.5)
+    assert asyncio.run(compute(**bad, **common)) == {"score": -3.5, "unscored": 1.0}
 
 
 # ---- OpenRLHF
@@ -206,6 +220,30 @@ def test_openrlhf_reward_func(server):
     assert torch.equal(found["extra_logs"]["reward"], found["rewards"])
     with pytest.raises(DataError, match="1 prompts"):
         reward_func(queries, [RENDERED], labels)
+
+
+PADS = "<|vision_start|>{}<|vision_end|>"
+# Prompts, and what the decoded tokens of prompt and response begin with.
+QUERIES = {
+    "qwen": (RENDERED + PADS.format("<|image_pad|>"), RENDERED + PADS.format("<|image_pad|>" * 9)),
+    "internvl": (f"<IMG_CONTEXT>\n{RENDERED}", f"<img>{'<IMG_CONTEXT>' * 9}</img>\n{RENDERED}"),
+    "bos": ("2 + 2?", "<s>2 + 2?"),
+    "no-bos": ("<bos>2 + 2?", "2 + 2?"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "query"), QUERIES.values(), ids=QUERIES)
+def test_openrlhf_response_is_what_follows_the_prompt(prompt, query):
+    """The query is decoded tokens: with a run of tokens for each image, and with the token that begins texts."""
+    scorer = CountingScorer()
+    label = {"answer": "4", "messages": QUESTION}
+    found = reward_function(Rewards(scorer))([query + "red"], [prompt], [label])
+    assert found["rewards"].tolist() == pytest.approx([reward_of(QUESTION, (), "red")])
+
+
+def test_openrlhf_query_of_another_prompt_is_refused():
+    with pytest.raises(DataError, match="query 1 does not begin with its prompt"):
+        reward_function(Rewards(CountingScorer()))(["2 + 2? 4", "2+2? 4"], ["2 + 2?"] * 2, ["4", "4"])
 
 
 # ---- ms-swift, slime, AReaL, EasyR1
@@ -260,6 +298,9 @@ def test_areal(server):
     assert reward_fn(completions="5", **call) == sigmoid(reward_of(READ, (), "5"))
     found = reward_fn(completions="5", messages=QUESTION, images=[png()], **call)
     assert found == sigmoid(reward_of(QUESTION, [encoded()], "5"))
+    # AReaL's AsyncRewardWrapper submits this to a ProcessPoolExecutor, which pickles it.
+    one = partial(reward_fn, completions="5", messages=QUESTION, images=[png()], **call)
+    assert pickle.loads(pickle.dumps(one))() == found
 
 
 def test_easyr1(server, tmp_path):
