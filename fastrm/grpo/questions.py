@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from fastrm.data.images import read_bytes
 from fastrm.data.record import ImageRef, MediaRef, Message
 from fastrm.data.sources.digits import PREFIX, digit_records
 from fastrm.data.sources.files import data_files, read_rows
@@ -11,6 +12,7 @@ from fastrm.data.sources.groups import row_prompt
 from fastrm.data.sources.media import path_resolver
 from fastrm.errors import DataError, RecordError
 from fastrm.grpo.config import QuestionsSection
+from fastrm.limits import MediaLimits
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,17 @@ class Question:
     def images(self) -> list[ImageRef]:
         return [part for message in self.messages for part in message.parts if isinstance(part, MediaRef)]
 
+    def encoded_images(self) -> list[bytes | str]:
+        """Return the images as bytes; one that is a file of its own as its path, to be read when its turn comes.
+
+        Raises:
+            DataError: for an image of an archive that cannot be read.
+        """
+        try:
+            return [ref.path if _is_file(ref) else read_bytes(ref, MediaLimits()) for ref in self.images]
+        except RecordError as error:
+            raise DataError(f"{self.origin}: {error.message} ({error.code})") from None
+
     def prompt(self, in_parts: bool) -> list[dict]:
         """Return the messages as chat templates take them: contents in parts, as with images, or as texts."""
         return [
@@ -39,6 +52,10 @@ class Question:
 
 def _part(part: str | MediaRef) -> dict:
     return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+
+
+def _is_file(ref: ImageRef) -> bool:
+    return ref.data is None and ref.member is None and ref.span is None
 
 
 def read_questions(source: QuestionsSection) -> list[Question]:
@@ -89,7 +106,13 @@ def _question(row: object, resolve, column: str, origin: str) -> Question:
 
 
 def as_dataset(questions: Sequence[Question]):
-    """Return the data set that TRL trains on: prompt, images, solution. Image files are read when their turn comes."""
+    """Return the data set that TRL trains on: prompt, images, solution.
+
+    Image files are read when their turn comes, images of archives now.
+
+    Raises:
+        DataError: for an image of an archive that cannot be read.
+    """
     from datasets import Dataset, Features, Image, List, Value
 
     has_images = any(question.images for question in questions)
@@ -99,6 +122,10 @@ def as_dataset(questions: Sequence[Question]):
         return Dataset.from_dict(rows)
     part = {"type": Value("string"), "text": Value("string")}
     prompt = List({"role": Value("string"), "content": List(part)})
-    images = [[{"bytes": ref.data, "path": ref.path} for ref in question.images] for question in questions]
+    images = [[_stored(image) for image in question.encoded_images()] for question in questions]
     features = Features({"prompt": prompt, "solution": Value("string"), "images": List(Image())})
     return Dataset.from_dict(rows | {"images": images}, features=features)
+
+
+def _stored(image: bytes | str) -> dict:
+    return {"bytes": None, "path": image} if isinstance(image, str) else {"bytes": image, "path": None}

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 
 from fastrm.grpo.config import RewardSection
-from fastrm.rl.answers import is_match
 from fastrm.rl.rewards import Rewards
 from fastrm.rl.trl import read_rollouts
 
@@ -19,7 +18,7 @@ class RewardFunction:
     def __init__(self, settings: RewardSection, number: int, scorer: object):
         self.__name__ = f"{settings.scheme}_{number}"
         self._rewards = Rewards(scorer, scheme=settings.scheme, answers=settings.answers)
-        self._settings, self._is_first = settings, number == 0
+        self._is_first = number == 0
 
     def __call__(
         self, prompts: Sequence, completions: Sequence, solution: Sequence[str], log_metric, images=None, **_
@@ -27,10 +26,10 @@ class RewardFunction:
         """Compute the rewards of a batch of rollouts."""
         started = time.perf_counter()
         samples = read_rollouts(prompts, completions, images, solution)
-        found = self._rewards(samples)
-        log_metric(f"reward_seconds/{self.__name__}", time.perf_counter() - started)
+        matched = self._rewards.match(samples) if self._is_first else None
+        found = self._rewards(samples, matched)
+        if matched is not None:
+            log_metric("accuracy", matched.count(True) / len(matched))
         log_metric(f"unscored/{self.__name__}", found.count(None) / len(found))
-        if self._is_first:
-            right = [is_match(one.response, one.truth, self._settings.answers) for one in samples]
-            log_metric("accuracy", sum(right) / len(right))
+        log_metric(f"reward_seconds/{self.__name__}", time.perf_counter() - started)
         return found

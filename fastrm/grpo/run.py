@@ -19,7 +19,7 @@ from fastrm.ui import Display
 def run_grpo(config: GrpoConfig) -> dict:
     """Run what a configuration says; write metrics.jsonl, report.json, report.png and policy/, and return the report.
 
-    Of several processes the first one measures and writes; the report of the others is empty.
+    Of several processes all measure, a share each, and the first one writes; the report of the others is empty.
 
     Raises:
         ConfigError: if TRL is missing, or something named cannot be used.
@@ -41,12 +41,10 @@ def run_grpo(config: GrpoConfig) -> dict:
         raise ConfigError(f"policy: a text model, but questions of {config.data.train.path} have images")
     with Display(silent=not process.is_main_process) as display:
 
-        def measure(what: str) -> dict | None:
-            if not process.is_main_process:
-                return None
+        def measure(what: str) -> dict:
             answers, limit = config.rewards[0].answers, config.rollouts.max_tokens
             judge = None if config.judge is None else Rewards(scorers[config.judge])
-            found = evaluate_policy(policy, processor, held_out, limit, answers, judge)
+            found = evaluate_policy(policy, processor, held_out, limit, answers, judge, process)
             display.say(f"{what}: accuracy {found['accuracy']:.4f} on {found['questions']:,} questions")
             return found
 

@@ -62,13 +62,16 @@ class Rewards:
         self.scheme, self.answers, self.num_failed = scheme, check_kind(answers), Counter()
         self.scorer = None if scheme == "rule" else open_scorer(model, token=token, **options)
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+    def __call__(self, samples: Sequence[Sample], matched: list[bool | None] | None = None) -> list[float | None]:
         """Compute a reward for each rollout, in order; None where it has none.
+
+        Args:
+            matched: what `match` returned for these samples, if it was asked before.
 
         Raises:
             ServerError: as `Client.score`.
         """
-        steps = self._steps(samples, self._match(samples))
+        steps = self._steps(samples, self._match(samples) if matched is None else matched)
         groups = next(steps)
         while True:
             try:
@@ -87,15 +90,16 @@ class Rewards:
             except StopIteration as done:
                 return done.value
 
+    def _match(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [None] * len(samples) if self.scheme == "model" else self.match(samples)
+
     async def _score_async(self, groups: list[dict]) -> list:
         if hasattr(self.scorer, "score_async"):
             return await self.scorer.score_async(groups, on_error="return")
         return await asyncio.to_thread(self.scorer.score, groups, on_error="return")
 
-    def _match(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """Return whether each answer is right, None without a true answer; all None if the scheme asks for none."""
-        if self.scheme == "model":
-            return [None] * len(samples)
+    def match(self, samples: Sequence[Sample]) -> list[bool | None]:
+        """Return whether each answer is right, whatever the scheme; None without a true answer."""
         return [is_match(s.response, s.truth, self.answers) if _has_truth(s.truth) else None for s in samples]
 
     def _steps(
@@ -112,8 +116,9 @@ class Rewards:
                 if right is None:
                     self._fail("NO_TRUTH", "it has no true answer", number)
             return [None if right is None else float(right) for right in matched]
-        rewards: list[float | None] = [1.0 if right else None for right in matched]
-        asked = [number for number, right in enumerate(matched) if not right]
+        is_known = [right is True and self.scheme == "hybrid" for right in matched]
+        rewards: list[float | None] = [1.0 if known else None for known in is_known]
+        asked = [number for number, known in enumerate(is_known) if not known]
         grouped = group_samples(samples[number] for number in asked)
         for place, error in grouped.errors.items():
             self._fail(error.code, error.message, asked[place])

@@ -2,6 +2,9 @@
 
 import json
 import math
+import tarfile
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +12,17 @@ import yaml
 from PIL import Image
 
 from fastrm.config import load_config
+from fastrm.data.record import Message
 from fastrm.errors import ConfigError, DataError
-from fastrm.grpo.config import FitSection, QuestionsSection, load_grpo_config
-from fastrm.grpo.questions import as_dataset, read_questions
+from fastrm.grpo.config import FitSection, QuestionsSection, RewardSection, load_grpo_config
+from fastrm.grpo.evaluation import as_samples, evaluate_policy
+from fastrm.grpo.questions import Question, as_dataset, read_questions
+from fastrm.grpo.rewarding import RewardFunction
 from fastrm.rl.client import ServerError
+from fastrm.rl.rewards import Rewards, sigmoid
 from fastrm.train.loop import train
 from tests.helpers.project import PROJECT
-from tests.helpers.reward_server import CountingScorer, Reply, reward_server
+from tests.helpers.reward_server import CountingScorer, Reply, reward_of, reward_server
 from tests.helpers.runs import TINY, fastrm_here, tiny_config, write_rows
 
 pytest.importorskip("trl")
@@ -85,7 +92,6 @@ def test_a_run_leaves_what_it_says(tmp_path, reward_model, capfd):
 
 def test_the_saved_policy_answers_as_the_evaluation_after_says(tmp_path):
     from fastrm.grpo.config import PolicySection
-    from fastrm.grpo.evaluation import evaluate_policy
     from fastrm.grpo.policy import load_policy
 
     report = run(tmp_path)
@@ -138,7 +144,6 @@ def test_a_model_that_is_named_twice_is_loaded_once_on_the_process_s_device(tmp_
 
 def test_the_supervised_start_teaches(tmp_path):
     from fastrm.grpo.config import PolicySection
-    from fastrm.grpo.evaluation import evaluate_policy
     from fastrm.grpo.policy import fit, load_policy
 
     rows = [{"prompt": f"Which letter is number {n}?", "solution": "ABCD"[n]} for n in range(4)]
@@ -162,6 +167,64 @@ def test_questions_keep_their_images_on_the_way_to_trl(tmp_path):
     assert parts == [{"type": "text", "text": "So "}, {"type": "image"}, {"type": "text", "text": " or so?"}]
     assert [image.size for image in first["images"]] == [(30, 20)] and second["images"] == []
     assert [message["role"] for message in second["prompt"]] == ["system", "user"] and second["solution"] == "no"
+
+
+def test_images_of_an_archive_reach_the_policy_and_the_judge(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", "a.png")
+    rows = write_rows(tmp_path / "questions.jsonl", [{"prompt": "So?", "images": ["a.png"], "solution": "yes"}])
+    questions = read_questions(QuestionsSection(path=str(rows), images=str(tmp_path / "images.tar")))
+    (asked,) = as_dataset(questions)
+    assert [image.size for image in asked["images"]] == [(30, 20)]
+    assert as_samples(questions, ["yes"])[0].images == [(tmp_path / "a.png").read_bytes()]
+    (tmp_path / "images.tar").unlink()
+    with pytest.raises(DataError, match=r"questions.jsonl:1: .*IMAGE_MISSING"):
+        as_dataset(questions)
+
+
+def test_answers_are_matched_once_and_within_the_logged_time(monkeypatch):
+    matched, logged = [], {}
+
+    def match(response, truth, kind):
+        matched.append(response)
+        time.sleep(0.05)
+        return response == truth
+
+    for place in ("fastrm.rl.rewards.is_match", "fastrm.grpo.rewarding.is_match"):
+        monkeypatch.setattr(place, match, raising=False)
+    for scheme in ("rule", "model", "hybrid"):
+        settings = RewardSection(scheme=scheme, model=None if scheme == "rule" else "http://x", answers="text")
+        function = RewardFunction(settings, 0, CountingScorer())
+        found = function(["2 + 2?"] * 2, ["4", "5"], ["4", "4"], log_metric=logged.__setitem__)
+        assert matched == ["4", "5"] and logged["accuracy"] == 0.5
+        assert logged[f"reward_seconds/{scheme}_0"] >= 0.1
+        rewards = [reward_of([{"role": "user", "content": "2 + 2?"}], (), text) for text in "45"]
+        assert found == {"rule": [1, 0], "model": rewards, "hybrid": [1, sigmoid(rewards[1])]}[scheme]
+        matched.clear()
+
+
+def test_processes_share_the_questions_of_an_evaluation(monkeypatch):
+    """All ranks work: while one evaluated alone, the others waited in a collective that NCCL ends after 10 minutes."""
+    questions = [Question((Message("user", (f"{n}?",)),), str(n % 2), f"file:{n}") for n in range(5)]
+    shares, gathered = [], []
+
+    def answer(policy, processor, share, max_tokens):
+        shares.append([question.origin for question in share])
+        return ["1" * (1 + int(question.origin[5:]) % 3) for question in share]
+
+    def gather(rows):
+        gathered.extend(rows)
+        return list(gathered)
+
+    monkeypatch.setattr("fastrm.grpo.evaluation.answer", answer)
+    monkeypatch.setattr("accelerate.utils.gather_object", gather)
+    judge = Rewards(CountingScorer())
+    alone = evaluate_policy(None, None, questions, 4, "text", judge)
+    processes = [SimpleNamespace(process_index=n, num_processes=2) for n in (1, 0)]
+    found = [evaluate_policy(None, None, questions, 4, "text", judge, process) for process in processes]
+    assert found[-1] == alone and alone["questions"] == 5 and 0 < alone["accuracy"] < 1
+    assert sorted(shares[1] + shares[2]) == shares[0] and abs(len(shares[1]) - len(shares[2])) == 1
 
 
 @pytest.mark.parametrize(
