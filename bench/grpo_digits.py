@@ -3,7 +3,7 @@
     fastrm train configs/quickstart.yaml       the reward model, first
     python bench/grpo_digits.py --run          train what is not there yet, in runs/grpo-digits; --seed N: of one seed
     python bench/grpo_digits.py --save         write bench/results/amd-epyc-2-cores-grpo-digits.json
-    python bench/grpo_digits.py --table        print the table of docs/rl.md from that file
+    python bench/grpo_digits.py --table        print the table of docs/grpo.md from that file
 
 The policy without GRPO, `none`, is that of the evaluation before: the same for all schemes of a seed.
 """
@@ -39,16 +39,19 @@ def run_all(seeds: tuple[int, ...]) -> None:
 
 
 def collect() -> dict:
-    """Return the figures of all reports that are there, by scheme and seed."""
+    """Return the figures of all reports that are there, by scheme and seed, and name those that are not."""
+    files = {(scheme, seed): FOLDER / f"{scheme}-{seed}" / "report.json" for scheme in SCHEMES for seed in SEEDS}
+    missing = [str(file) for file in files.values() if not file.exists()]
+    if missing:
+        print(f"saved without {', '.join(missing)}, which --run would make")
     found = {}
-    for scheme in SCHEMES:
-        for seed in SEEDS:
-            file = FOLDER / f"{scheme}-{seed}" / "report.json"
-            if file.exists():
-                report = json.loads(file.read_text())
-                parts = {part: {key: report[part][key] for key in KEYS} for part in ("before", "after")}
-                training = {key: report["training"][key] for key in ("steps", "reward_share", "first", "last")}
-                found.setdefault(scheme, {})[str(seed)] = {**parts, "training": training}
+    for (scheme, seed), file in files.items():
+        if str(file) in missing:
+            continue
+        report = json.loads(file.read_text())
+        parts = {part: {key: report[part][key] for key in KEYS} for part in ("before", "after")}
+        training = {key: report["training"][key] for key in ("steps", "reward_share", "first", "last")}
+        found.setdefault(scheme, {})[str(seed)] = {**parts, "training": training}
     return found
 
 

@@ -1,5 +1,6 @@
 """What gets installed: exactly two top-level packages, and everything in them."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -29,6 +30,19 @@ def test_version_is_the_same_everywhere():
     import fastrm
 
     assert fastrm.__version__ == version("fastrm")
+
+
+def test_a_package_has_the_same_bound_in_every_extra():
+    """Else an extra would install a version that the code of another one does not work with."""
+    from packaging.requirements import Requirement
+
+    call = next(n for n in ast.walk(ast.parse((PROJECT / "setup.py").read_text())) if isinstance(n, ast.Call)
+                and getattr(n.func, "id", "") == "setup")  # fmt: skip
+    extras = next(ast.literal_eval(k.value) for k in call.keywords if k.arg == "extras_require")
+    bounds = {}
+    for requirement in map(Requirement, (one for extra in extras.values() for one in extra)):
+        bounds.setdefault(requirement.name, set()).add(str(requirement.specifier))
+    assert "trl" in bounds and not {name: found for name, found in bounds.items() if len(found) > 1}
 
 
 # Packages of the extras; a GPU machine that nobody prepared has none of them. None in sys.modules hides a package
