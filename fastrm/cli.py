@@ -1,7 +1,6 @@
 """The `fastrm` command. Heavy imports happen inside the commands, so that --help is instant."""
 
 import io
-import logging
 import os
 import signal
 import sys
@@ -335,6 +334,7 @@ def serve(
     host: opts.Host = "127.0.0.1",
     port: opts.Port = 8000,
     token: opts.Token = None,
+    workers: opts.ServeWorkers = 1,
     max_queue: opts.MaxQueue = 1024,
     window_ms: opts.WindowMs = 3.0,
     deterministic: opts.Deterministic = False,
@@ -377,8 +377,9 @@ def serve(
         max_video_seconds=max_video_seconds, check_exactness=check_exactness,
     )  # fmt: skip
     settings = ServeSettings(
-        host=host, port=port, token=token, max_queue=max_queue, window_ms=window_ms, deterministic=deterministic,
-        max_body_bytes=max_body_bytes, max_groups=max_groups, image_root=image_root, allow_image_urls=allow_image_urls,
+        host=host, port=port, token=token, workers=workers, max_queue=max_queue, window_ms=window_ms,
+        deterministic=deterministic, max_body_bytes=max_body_bytes, max_groups=max_groups, image_root=image_root,
+        allow_image_urls=allow_image_urls,
     )  # fmt: skip
     run(models, ModelChoice((), ensemble and ensemble.value, validation, route), options, settings)
 
@@ -483,10 +484,7 @@ def main() -> None:
     # imported, and the older name where the newer is not set.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # transformers imports torchao where it is installed, and that warns, with paths, of extensions for other
-    # devices and formats that nothing here uses.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    errors.quiet_libraries()
     # A file in an encoding that lacks a character gets it as an escape, not an error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -192,6 +192,14 @@ Token = Annotated[
 MaxQueue = Annotated[
     int, typer.Option(min=1, metavar="GROUPS", help="Largest number of groups that wait; more are refused with 503.")
 ]
+ServeWorkers = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="COUNT",
+        help="Number of processes with the models, one for each GPU; requests about one prompt go to the same.",
+    ),
+]
 WindowMs = Annotated[
     float,
     typer.Option(min=0.0, metavar="MILLISECONDS", help="Time that the first group waits for others of its prompt."),

@@ -5,6 +5,7 @@ codes follow sysexits.h where it has one: 64 usage or configuration, 65 data, 69
 70 internal, 71 a process was lost, 74 input/output; 75 interrupted (resume) and 76 diverged are ours.
 """
 
+import logging
 import os
 
 
@@ -131,3 +132,13 @@ class RecordError(Exception):
 
     def __reduce__(self):
         return type(self), (self.code, self.message)
+
+
+def quiet_libraries() -> None:
+    """Leave out warnings that concern nothing here; to be called before torch is imported.
+
+    transformers imports torchao where it is installed, and that warns, with paths, of extensions for other devices and
+    formats.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,11 +6,14 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
 import uvicorn
 from PIL import Image
 
+from fastrm import errors
 from fastrm.errors import ConfigError, InterruptedRun
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
@@ -20,6 +23,7 @@ from fastrm.serve.caches import BoundedCache
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
+from fastrm.serve.workers import Workers
 from fastrm.stop import StopFlag
 from fastrm.ui import Display, make_console, message
 
@@ -47,12 +51,12 @@ def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, s
     )
     choices = name_models(models, choice)
     with contextlib.closing(open_port(settings)) as listener:
-        with Display() as display:
-            loaded = {name: open_models(one, options, display) for name, one in choices.items()}
-            for model in loaded.values():
-                warm_up(model)
         settings = replace(settings, port=listener.getsockname()[1], media=limits)
-        scheduler = make_scheduler(loaded, options, settings)
+        if settings.workers == 1:
+            scheduler = load_scheduler(choices, options, settings)
+        else:
+            make, say = partial(load_worker, choices, options, settings), partial(message, make_console(stderr=True))
+            scheduler = Workers(make, settings.workers, max_queue=settings.max_queue, say=say)
         server = _Quiet(
             uvicorn.Config(
                 make_app(scheduler, settings),
@@ -151,6 +155,40 @@ def open_port(settings: ServeSettings) -> socket.socket:
     return listener
 
 
+def load_scheduler(
+    choices: dict[str, ModelChoice], options: ScoringOptions, settings: ServeSettings, *, silent: bool = False
+) -> Scheduler:
+    """Load and check models, and return the scheduler before them.
+
+    Args:
+        choices: by the names that requests give.
+        silent: say nothing of it.
+
+    Raises:
+        ConfigError, StorageError, ExactnessError: as `open_models` and `warm_up`.
+    """
+    with Display(silent=silent) as display:
+        loaded = {name: open_models(one, options, display) for name, one in choices.items()}
+        for model in loaded.values():
+            warm_up(model)
+    return make_scheduler(loaded, options, settings)
+
+
+def load_worker(
+    choices: dict[str, ModelChoice], options: ScoringOptions, settings: ServeSettings, number: int
+) -> Scheduler:
+    """Return the scheduler of a worker, on a GPU of its own or with its share of the cores; the first one reports.
+
+    Args:
+        number: of the worker, from 0 on; with more workers than GPUs they share them.
+    """
+    errors.is_command_line = True  # messages name the options of the command that started this process
+    torch.set_num_threads(max(1, torch.get_num_threads() // settings.workers))
+    if options.device in ("auto", "cuda") and torch.cuda.is_available():
+        options = replace(options, device=f"cuda:{number % torch.cuda.device_count()}")
+    return load_scheduler(choices, options, settings, silent=number > 0)
+
+
 def make_scheduler(models: dict[str, Ensemble], options: ScoringOptions, settings: ServeSettings) -> Scheduler:
     """Return the scheduler of loaded models, with the caches that the settings name."""
     images = BoundedCache(settings.image_cache_bytes)
@@ -173,9 +211,11 @@ class _Quiet(uvicorn.Server):
 
 
 async def _serve(
-    server: uvicorn.Server, scheduler: Scheduler, listener: socket.socket, settings: ServeSettings
+    server: uvicorn.Server, scheduler: Scheduler | Workers, listener: socket.socket, settings: ServeSettings
 ) -> None:
     with StopFlag() as stop:
+        if isinstance(scheduler, Workers):
+            await _start(scheduler, stop)
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not (server.started or running.done()):
             await asyncio.sleep(0.01)
@@ -191,7 +231,20 @@ async def _serve(
         raise InterruptedRun(f"stopped by {stopped_by}; {scheduler.num_lost:,} groups had no answer in time")
 
 
-def describe(scheduler: Scheduler, settings: ServeSettings) -> str:
+async def _start(workers: Workers, stop: StopFlag) -> None:
+    """Start workers before the application does, which would have no way to pass their errors on."""
+    starting = asyncio.create_task(workers.start())
+    while not (starting.done() or stop.signal):
+        await asyncio.sleep(0.05)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        raise InterruptedRun(f"stopped by {stop.signal} while the workers loaded their models")
+    await starting
+
+
+def describe(scheduler: Scheduler | Workers, settings: ServeSettings) -> str:
     """Return the line that says where which models are served."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"serving {', '.join(scheduler.models)} at http://{host}:{settings.port}"
+    by = f" by {settings.workers} workers" if settings.workers > 1 else ""
+    return f"serving {', '.join(scheduler.models)}{by} at http://{host}:{settings.port}"

@@ -15,6 +15,7 @@ class ServeSettings:
     Attributes:
         host, port: to listen at; port 0: a free one.
         token: that requests have to give as ``Authorization: Bearer TOKEN``; None: none.
+        workers: the number of processes with the models.
         max_queue, window_ms, deterministic: of `Scheduler`.
         max_body_bytes: of a request, counted while it is read.
         body_seconds: that a body may take to arrive.
@@ -29,6 +30,7 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     token: str | None = None
+    workers: int = 1
     max_queue: int = 1024
     window_ms: float = 3.0
     deterministic: bool = False

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 
 import httpx
+import psutil
 import pytest
 
 from fastrm.evaluate.ensemble import Ensemble
@@ -80,6 +81,30 @@ def test_an_ensemble_and_a_route_are_one_model(folder):
     assert rewards == RewardModel.from_pretrained(folder / "b").score(GROUPS)
 
 
+def test_two_workers_give_the_same_rewards_by_every_protocol_and_end_with_the_server(folder):
+    model = RewardModel.from_pretrained(folder / "a")
+    groups = [{"prompt": f"the cat {n}", "responses": ["yes", "no"]} for n in range(12)]
+    with served(folder / "a", "--workers", "2") as (process, client, line):
+        assert " by 2 workers at http://" in line
+        found = client.post("/v1/rewards", json={"groups": groups}).json()["rewards"]
+        for rewards, wanted in zip(found, model.score(groups), strict=True):
+            assert rewards == pytest.approx(wanted, abs=1e-6)
+        turns = [{"role": "user", "content": "the cat 1"}, {"role": "assistant", "content": "no"}]
+        text = model.network.encoder.tokenizer.apply_chat_template(turns, tokenize=False)
+        assert client.post("/classify", json={"input": text}).json()["data"][0]["probs"] == [found[1][1]]
+        named = {"prompt": "a", "images": ["/etc/hostname"], "responses": ["b"]}  # the rules for media go along
+        (refused,) = client.post("/v1/rewards", json={"groups": [named]}).json()["rewards"]
+        assert refused["error"]["code"] == "IMAGE_PATH"
+        counted = client.get("/metrics").text
+        assert "fastrm_groups_total 12.0" in counted and "fastrm_reward_hits_total 1.0" in counted
+        workers = psutil.Process(process.pid).children(recursive=True)
+        named = [worker for worker in workers if "multiprocessing" in " ".join(worker.cmdline())]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        assert psutil.wait_procs(workers, PATIENCE)[1] == [] and len(named) >= 2
+        assert process.stderr.read().count("error") == 0
+
+
 def test_a_token_of_the_environment_is_asked_for(folder):
     with served(folder / "a", token="secret") as (_, client, _):
         assert client.post("/v1/rewards", json={"groups": GROUPS}).status_code == 401
@@ -113,6 +138,7 @@ def test_what_was_accepted_is_answered_after_sigterm_and_what_comes_later_is_ref
         (["{a}", "--host", "0.0.0.0"], "FASTRM_TOKEN"),
         (["{a}", "{b}", "--ensemble", "accuracy"], "--validation"),
         (["{a}/missing"], "missing"),
+        (["{a}/missing", "--workers", "2"], "missing"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_reason(folder, capfd, arguments, text):

@@ -1,0 +1,156 @@
+"""Schedulers in other processes behind the interface of one: rewards are asked where a group's prompt belongs."""
+
+import asyncio
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import astuple
+from typing import NamedTuple
+
+from fastrm.data.sources.media import Resolve, any_path
+from fastrm.errors import GroupError
+from fastrm.serve.problems import Unavailable, UnknownModel
+from fastrm.serve.rendered_text import RenderedTextReader
+from fastrm.serve.scheduler import Counts, Scored
+
+# The keys of a group that say nothing of its prompt.
+_NOT_OF_PROMPT = ("responses", "id", "source", "preferences", "scores")
+
+
+# Makes for each group the function that opens its images and videos.
+MakeResolve = Callable[[], Resolve]
+
+
+def every_file() -> Resolve:
+    """Return a function that opens every file which the process can read."""
+    return any_path
+
+
+class Served(NamedTuple):
+    """A model that is served elsewhere: its name, and its reader of rendered text."""
+
+    name: str
+    reader: RenderedTextReader
+
+
+class Dispatcher(ABC):
+    """The interface of one scheduler before several places that score groups.
+
+    Args:
+        max_queue: the number of groups that may be under way; more are refused with `Unavailable`.
+
+    Attributes:
+        served: the models by their names, the default first.
+        is_closing: True from the moment on that nothing more is accepted.
+        num_lost: as of `Scheduler`.
+    """
+
+    def __init__(self, max_queue: int):
+        self.max_queue, self._num_accepted = max_queue, 0
+        self.served: dict[str, Served] = {}
+        self.is_closing, self.num_lost = False, 0
+
+    @property
+    @abstractmethod
+    def counts(self) -> Counts:
+        """The sums over all places since the start."""
+
+    @abstractmethod
+    def place_of(self, group: object) -> Hashable:
+        """Return the place of a group; equal ones for groups with equal prompts and images."""
+
+    @abstractmethod
+    async def ask(self, place: Hashable, groups: list[dict], model: str, resolver: MakeResolve) -> Scored:
+        """Return the answer of a place to groups of its own."""
+
+    @property
+    def queue_length(self) -> int:
+        """The number of groups that were accepted and have no answer yet."""
+        return self._num_accepted
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models, the default first."""
+        return list(self.served)
+
+    def find(self, model: str | None) -> Served:
+        """Return the model of a name, or the first for None.
+
+        Raises:
+            UnknownModel: for another name.
+        """
+        if model is None:
+            return next(iter(self.served.values()))
+        if not isinstance(model, str) or model not in self.served:
+            raise UnknownModel(model, self.models)
+        return self.served[model]
+
+    async def submit(
+        self, groups: Sequence[dict], model: str | None = None, resolver: MakeResolve = every_file
+    ) -> Scored:
+        """Return rewards as `Scheduler.submit` does; the resolver goes to another process with the groups.
+
+        Raises:
+            UnknownModel, Unavailable: as there; Unavailable also if a place is lost before its answer.
+        """
+        name = self.find(model).name
+        self._admit(len(groups))
+        try:
+            return await self._spread(groups, name, resolver)
+        except asyncio.CancelledError:
+            self.num_lost += len(groups) if self.is_closing else 0
+            raise
+        finally:
+            self._num_accepted -= len(groups)
+
+    def stop_accepting(self) -> None:
+        """Refuse what comes from now on; what was accepted is answered."""
+        self.is_closing = True
+
+    async def drain(self) -> None:
+        """Refuse what comes from now on, and return when all that was accepted has its answer."""
+        self.stop_accepting()
+        while self._num_accepted:
+            await asyncio.sleep(0.01)
+
+    def _admit(self, num_groups: int) -> None:
+        if self.is_closing:
+            raise Unavailable("CLOSING", "the server is ending; ask another one")
+        if self._num_accepted + num_groups > self.max_queue:
+            raise Unavailable(
+                "QUEUE_FULL",
+                f"{self._num_accepted:,} groups wait, {num_groups:,} more would be over the limit of "
+                f"{self.max_queue:,}; try again later",
+            )
+        self._num_accepted += num_groups
+
+    async def _spread(self, groups: Sequence[dict], model: str, resolver: MakeResolve) -> Scored:
+        """Ask each place for its groups, and put the answers into the order of the groups."""
+        parts: dict[Hashable, list[int]] = {}
+        for number, group in enumerate(groups):
+            parts.setdefault(self.place_of(group), []).append(number)
+        asked = [self.ask(place, [groups[n] for n in numbers], model, resolver) for place, numbers in parts.items()]
+        found = await asyncio.gather(*asked)
+        results: list[list[float] | GroupError | None] = [None] * len(groups)
+        for numbers, scored in zip(parts.values(), found, strict=True):
+            for number, result in zip(numbers, scored.results, strict=True):
+                results[number] = _numbered(number, result)
+        return Scored(results, model, sum(scored.num_tokens for scored in found))
+
+
+def _numbered(number: int, result: list[float] | GroupError) -> list[float] | GroupError:
+    return GroupError(number, result.id, result.code, result.message) if isinstance(result, GroupError) else result
+
+
+def prompt_hash(group: object) -> bytes:
+    """Return a hash that is equal for groups with equal prompts and images, as they were sent."""
+    if isinstance(group, dict):
+        group = {key: value for key, value in group.items() if key not in _NOT_OF_PROMPT}
+    return hashlib.blake2b(json.dumps(group, sort_keys=True, default=repr).encode()).digest()
+
+
+def summed(parts: Iterable[Counts]) -> Counts:
+    """Return the sums of counts."""
+    columns = zip(*map(astuple, [Counts(), *parts]), strict=True)
+    return Counts(*map(sum, columns))
