@@ -62,9 +62,14 @@ def is_known_by_content(record: Record) -> bool:
     return all(ref.data is not None or ref.digest is not None for ref in record.media)
 
 
-def response_digest(model: str, response: Response) -> bytes:
-    """Return a digest of a model's name and a conversation: equal digests mean equal rewards."""
-    return hashlib.sha256(repr((model, response.key)).encode("utf-8", "surrogatepass")).digest()
+def response_digest(model: str, is_routed: bool, response: Response) -> bytes:
+    """Return a digest of a conversation and who scores it: equal digests mean equal rewards.
+
+    Args:
+        model: its name.
+        is_routed: the model's route scores the group of the response.
+    """
+    return hashlib.sha256(repr((model, is_routed, response.key)).encode("utf-8", "surrogatepass")).digest()
 
 
 def remembering_images(encoder: ConversationEncoder, cache: BoundedCache[Patches]) -> ConversationEncoder:

@@ -9,8 +9,8 @@
 - A pack is filled with the shortest groups first, and takes no group that would more than double the pack
   (`SMALL_PACK` tokens are always allowed), so that a long group does not hold back short ones. A group that has
   waited for `patience_ms` is taken before all others, oldest first, so that it is not put off for ever.
-- Each group is answered when its pack ends. If a pack fails as a whole, its groups are computed one by one, so that
-  one that cannot be computed harms no other.
+- Each group is answered when its pack ends. If a pack fails as a whole, its groups are computed one by one, and if a
+  group of several requests fails or is refused, each request by itself: what cannot be computed harms no other.
 - A request that is cancelled leaves the queue, unless its pack is already computed.
 
 A reward depends on the other groups of its pack, and on the responses that its group joins, by the last bits at most:
@@ -282,12 +282,13 @@ class Scheduler:
 
     def _read(self, scorer: Scorer, group: dict, index: int, resolve: Resolve) -> _Read:
         record = group_record(group, index, resolve=resolve)
+        is_routed = scorer.is_routed(record)
         if record.preferences or not self._rewards.capacity or not is_known_by_content(record):
-            return _Read({}, scorer.prepare(record), [])
-        keys = [response_digest(scorer.name, response) for response in record.responses]
+            return _Read({}, scorer.prepare(record, is_routed), [])
+        keys = [response_digest(scorer.name, is_routed, response) for response in record.responses]
         known = {key: reward for key in set(keys) if (reward := self._rewards.get(key)) is not None}
         missing = [response for key, response in zip(keys, record.responses, strict=True) if key not in known]
-        prepared = scorer.prepare(replace(record, responses=tuple(missing))) if missing else None
+        prepared = scorer.prepare(replace(record, responses=tuple(missing)), is_routed) if missing else None
         return _Read(known, prepared, keys)
 
     def _complete(self, read: _Read, rewards: list[float]) -> list[float]:
@@ -341,15 +342,20 @@ class Scheduler:
         try:
             results = await loop.run_in_executor(self._computing, compute, pack)
         except Exception as error:
-            if len(pack) > 1:
-                for waiting in pack:
+            parts = pack if len(pack) > 1 else pack[0].apart()
+            if len(parts) > 1:
+                for waiting in parts:
                     await self._compute([waiting])
             else:
                 self._answer(pack[0], [error] * len(pack[0].asks))
             return
         self._count(pack, time.monotonic() - started)
         for waiting, answers in zip(pack, results, strict=True):
-            self._answer(waiting, answers)
+            if len(waiting.asks) > 1 and isinstance(answers[0], RecordError):
+                for alone in waiting.apart():
+                    await self._compute([alone])
+            else:
+                self._answer(waiting, answers)
 
     def _count(self, pack: Sequence[Waiting], seconds: float) -> None:
         counts = self._counts

@@ -64,8 +64,8 @@ class Prepared:
 
     @property
     def key(self) -> tuple:
-        """The key of the prompt with its images: prepared groups of equal keys can be joined."""
-        return self.record.prompt_key
+        """The key of the prompt with its images and of who scores it: groups of equal keys can be joined."""
+        return self.is_routed, self.record.prompt_key
 
 
 def join(parts: Sequence[Prepared]) -> tuple[Prepared, list[list[int]]]:
@@ -116,13 +116,20 @@ class Scorer:
         """The reader of texts that were rendered with the first member's chat template."""
         return RenderedTextReader(self.ensemble.members[0].network.encoder)
 
-    def prepare(self, record: Record) -> Prepared:
+    def is_routed(self, record: Record) -> bool:
+        """Return whether the route's model scores a group, which depends on all of its responses."""
+        return self.ensemble.text is not None and not record.media
+
+    def prepare(self, record: Record, is_routed: bool) -> Prepared:
         """Tokenise a group and decode its images into the cache; may be called from any thread.
+
+        Args:
+            record: the group, or a part of its responses.
+            is_routed: of the whole group.
 
         Raises:
             RecordError: the codes of `RewardModel.score`.
         """
-        is_routed = self.ensemble.text is not None and not record.media
         ready = [self._prepare(record, reading) for reading in self._readings_of(is_routed)]
         return Prepared(record, is_routed, tuple(ready))
 

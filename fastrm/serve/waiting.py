@@ -45,6 +45,10 @@ class Waiting:
         self.num_tokens += self._added(ask.prepared)
         self.asks.append(ask)
 
+    def apart(self) -> list["Waiting"]:
+        """Return a group for each ask that is still waited for."""
+        return [Waiting(self.scorer, [ask], ask.prepared.num_tokens) for ask in self.asks if not ask.answer.done()]
+
     def _added(self, prepared: Prepared) -> int:
         return prepared.num_tokens - (num_common(self.asks[0].prepared, prepared) if self.asks else 0)
 

@@ -1,18 +1,21 @@
 """The scheduler: rewards of `RewardModel.score`, whoever asks at the same time; order, bounds, cancelling, failures."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
 
-from fastrm.errors import ConfigError, GroupError
+from fastrm.errors import ConfigError, GroupError, RecordError
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
+from fastrm.serve.caches import BoundedCache
 from fastrm.serve.problems import Unavailable, UnknownModel
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.waiting import choose
 from tests.helpers.support import make_image, make_model, words
+from tests.helpers.waiting import PATIENCE
 
 BAND = 1e-6  # of rewards near 1 in float32: what another cut of the same work into matrix products may change
 
@@ -254,3 +257,87 @@ def test_equal_responses_of_one_group_and_of_several_get_equal_rewards(model, sc
     group = {"prompt": "the cat", "responses": ["yes", "no", "yes"]}
     (first, second) = ask_each(scorer, [group, {"prompt": "the cat", "responses": ["no", "so"]}])
     assert first[0] == first[2] and first[1] == second[0]
+
+
+def check_close(found, wanted):
+    for rewards, others in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(rewards, others, rtol=0, atol=BAND)
+
+
+def routed():
+    """A model of images with a route for texts, and two groups of one prompt: the route takes the first alone."""
+    ensemble = Ensemble([RewardModel(make_model("qwen2_5_vl"))], text=RewardModel(make_model("qwen2", seed=1)))
+    seen = {"type": "image", "image": make_image(56, 56).data}
+    turns = [
+        {"role": "assistant", "content": "hm"},
+        {"role": "user", "content": [seen, {"type": "text", "text": "and this"}]},
+        {"role": "assistant", "content": "no"},
+    ]
+    groups = [{"prompt": "the cat", "responses": ["yes", "no"]}, {"prompt": "the cat", "responses": ["yes", turns]}]
+    return ensemble, groups
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_kept_reward_is_of_the_model_that_the_route_chose_for_its_group(order):
+    ensemble, groups = routed()
+
+    async def ask():
+        async with Scheduler([Scorer("tiny", ensemble, 8192)], rewards=BoundedCache(100)) as scheduler:
+            return [await scheduler.score([groups[place]]) for place in order]
+
+    check_close([rewards for [rewards] in run(ask())], [ensemble.score([groups[place]])[0] for place in order])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_groups_of_one_prompt_that_different_models_score_are_not_joined(order):
+    ensemble, groups = routed()
+    found, _ = ask_in_company(Scorer("tiny", ensemble, 8192), [groups[place] for place in order])
+    check_close(found, [ensemble.score([groups[place]])[0] for place in order])
+
+
+def ask_in_company(scorer, groups):
+    """The rewards of groups that are asked for by requests of their own and certainly wait together, and the counts."""
+    is_busy, may_go_on, compute = threading.Event(), threading.Event(), scorer.run
+
+    def held(found):
+        is_busy.set()
+        assert may_go_on.wait(PATIENCE)
+        return compute(found)
+
+    async def ask():
+        scorer.run = held
+        async with Scheduler([scorer]) as scheduler:
+            first = asyncio.create_task(scheduler.score([{"prompt": "first", "responses": ["a"]}]))
+            await asyncio.to_thread(is_busy.wait, PATIENCE)
+            scorer.run = compute
+            asked = [asyncio.create_task(scheduler.score([group])) for group in groups]
+            while sum(len(waiting.asks) for waiting in scheduler._waiting) < len(groups):
+                await asyncio.sleep(0.001)
+            may_go_on.set()
+            await first
+            return [rewards for [rewards] in await asyncio.gather(*asked)], scheduler.counts
+
+    try:
+        return run(ask())
+    finally:
+        may_go_on.set()
+        scorer.run = compute
+
+
+@pytest.mark.parametrize("is_refused", [True, False], ids=["refused", "failed"])
+def test_what_cannot_be_computed_harms_no_request_that_it_was_joined_with(model, scorer, monkeypatch, is_refused):
+    good = [{"prompt": "the cat", "responses": ["yes"]}, {"prompt": "the cat", "responses": ["no", "so"]}]
+    compute = scorer.run
+
+    def fails(found):
+        is_bad = ["bad" in [response.text for response in group.record.responses] for group in found]
+        if any(is_bad) and not is_refused:
+            raise RuntimeError("out of memory")
+        refused = RecordError("NON_FINITE_REWARD", "an infinity")
+        return [refused if bad else result for bad, result in zip(is_bad, compute(found), strict=True)]
+
+    monkeypatch.setattr(scorer, "run", fails)
+    (first, bad, last), counts = ask_in_company(scorer, [good[0], {"prompt": "the cat", "responses": ["bad"]}, good[1]])
+    assert counts.merged_groups == 2
+    check_close([first, last], [model.score([group])[0] for group in good])
+    assert isinstance(bad, GroupError) and bad.code == ("NON_FINITE_REWARD" if is_refused else "INTERNAL")
