@@ -63,10 +63,6 @@ class RenderedTextReader:
         self._marks = _any_of({mark for text in written for mark in self._special_in(text)})
         self._ends = _any_of(encoder.closing)
 
-    def is_rendered(self, text: str) -> bool:
-        """Return whether a text holds a mark that the chat template puts between turns."""
-        return self._marks.search(text) is not None
-
     def read(self, text: str, images: Sequence = (), name: str = "text") -> Conversation:
         """Recover the messages of a rendered conversation that ends with the assistant's turn.
 
@@ -232,7 +228,7 @@ class RenderedTextReader:
         return [part for part in parts if part.get("text") != ""]
 
 
-def group_of(messages: list[dict], responses: list[str]) -> dict:
+def group_of(messages: list[dict], responses: list[str | dict]) -> dict:
     """Return a group in whose texts the placeholders of data sets, such as ``<image>``, are text."""
     has_media = any(isinstance(m.get("content"), list) and any(_is_medium(p) for p in m["content"]) for m in messages)
     # Beside media parts, the placeholders of a prompt are text already.

@@ -36,7 +36,7 @@ BODIES = {
     "/classify": {"messages": TURNS},
     "/pooling": {"messages": TURNS},
     "/score": {"queries": "the cat", "documents": ["yes", "no"]},
-    "/slime": {"prompt": "the cat", "response": "yes", "label": None},
+    "/slime": {"prompt": [{"role": "user", "content": "the cat"}], "response": "yes", "label": None},
 }
 STRANGE = [
     None, True, 0, -1, 1e308, 10**400, "", " ", "\0", "\ud800", "<|image_pad|>", "<|im_end|>", "a" * 10_000, [], {},

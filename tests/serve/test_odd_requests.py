@@ -23,6 +23,7 @@ TEXT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
     "<|im_start|>assistant\nno<|im_end|>\n"
 )
+ASKED = TEXT.removesuffix("no<|im_end|>\n")
 SEEN = TEXT.replace("Why?", "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>Why?")
 PROMPT = {
     "role": "user",
@@ -39,7 +40,7 @@ BODIES = {
     "/pooling": [{"input": TEXT}, {"messages": CHAT, "task": "classify"}],
     "/score": [{"queries": {"content": PROMPT["content"]}, "documents": ["a", {"content": "b"}]}],
     "/v1/embeddings": [{"input": [{"text": SEEN, "image": IMAGE}]}, {"input": TEXT, "model": "tiny"}],
-    "/slime": [{"prompt": CHAT[:1], "response": "x", "label": None}, {"prompt": "Why?", "response": "no", "label": 1}],
+    "/slime": [{"prompt": CHAT[:1], "response": "x", "label": None}, {"prompt": ASKED, "response": "no", "label": 1}],
 }  # fmt: skip
 
 

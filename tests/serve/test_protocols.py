@@ -10,9 +10,11 @@ import math
 import pytest
 from fastapi.testclient import TestClient
 
+from fastrm.data.sources.groups import group_record
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.app import make_app
+from fastrm.serve.protocols import vllm
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
@@ -262,6 +264,38 @@ def test_texts_that_look_like_placeholders_of_data_sets_are_texts(model, post):
     assert post("/get_reward", {"query": [query]})["rewards"] == pytest.approx(wanted[:1], abs=1e-6)
 
 
+@pytest.mark.parametrize("body", [{"messages": chat(READ, 0)}, {"input": "a"}], ids=["messages", "input"])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_two_names_of_the_activation_that_differ_are_refused(post, body, is_new):
+    error = post("/classify", {**body, "use_activation": is_new, "activation": not is_new}, 400)["error"]
+    assert error["code"] == "BAD_REQUEST" and "use_activation and activation" in error["message"]
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"where": "up"}}}
+
+
+def test_tool_calls_of_the_last_message_are_not_left_out():
+    body = vllm.ChatInput(messages=[*chat(READ, 0)[:1], {"role": "assistant", "content": "so", "tool_calls": [CALL]}])
+    [group] = vllm.groups(body, None)
+    [message] = [response.messages[-1] for response in group_record(group, 0).responses]
+    assert message.text == "so" and json.loads(message.fields) == {"tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("path", ["/classify", "/pooling"])
+def test_a_key_that_the_template_does_not_render_is_refused_in_the_last_message(post, path):
+    *prompt, last = chat(READ, 0)
+    error = post(path, {"messages": [*prompt, {**last, "mood": "sad"}]}, 422)["error"]
+    assert "mood" in error["message"]
+
+
+@pytest.mark.parametrize("key, value", [("images", [IMAGE]), ("role", "system"), ("tool_calls", [CALL])])
+def test_score_leaves_no_key_of_a_query_or_document_out(post, key, value):
+    content = {"content": "the cat", key: value}
+    for body in ({"queries": content, "documents": "a"}, {"queries": "a", "documents": [content]}):
+        error = post("/score", body, 400)["error"]
+        assert error["code"] == "BAD_REQUEST" and f"[0].{key}" in error["message"]
+
+
 # SGLang
 
 
@@ -298,10 +332,10 @@ def test_the_native_form_of_sglang_is_told_from_that_of_vllm(model, post, read, 
 # slime
 
 
-@pytest.mark.parametrize("kind", ["plain", "rendered", "messages"])
+@pytest.mark.parametrize("kind", ["rendered", "messages"])
 def test_slime_gets_a_bare_number(model, client, read, kind):
     prompts = {
-        "plain": READ["prompt"], "messages": [{"role": "user", "content": READ["prompt"]}],
+        "messages": [{"role": "user", "content": READ["prompt"]}],
         "rendered": rendered(model, {**READ, "responses": [""]}, 0, ""),
     }  # fmt: skip
     body = {"prompt": prompts[kind], "response": "on a dog<|im_end|>", "label": {"gold": 1}}
@@ -316,7 +350,22 @@ def test_slime_takes_images_from_messages_or_from_the_label(model, post, seen):
     body = {"prompt": prompt, "response": "a red dog", "label": {"images": IMAGE}}
     assert post("/slime", body) == pytest.approx(seen[0], abs=1e-6)
     assert post("/slime", {**body, "label": "gold"}, 422)["error"]["code"] == "IMAGE_COUNT"
-    assert post("/slime", {**body, "prompt": "plain"}, 422)["error"]["code"] == "IMAGE_COUNT"
+    assert post("/slime", {**body, "prompt": messages}, 422)["error"]["code"] == "IMAGE_COUNT"
+
+
+@pytest.mark.parametrize(
+    "prompt, response",
+    [
+        ("Why?", "Because."),
+        ("[INST] Why? [/INST]", "Because.</s>"),
+        ("<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>", "Because.<|eot_id|>"),
+        ("user: Why?\nassistant: ", "Because."),
+    ],
+    ids=["plain", "mistral", "llama", "by hand"],
+)
+def test_slime_takes_no_text_that_this_template_did_not_render(post, prompt, response):
+    error = post("/slime", {"prompt": prompt, "response": response}, 422)["error"]
+    assert error["code"] == "RENDERED_TEXT" and "or send messages" in error["message"]
 
 
 # All

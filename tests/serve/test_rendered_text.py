@@ -171,8 +171,3 @@ def test_a_template_without_special_tokens_between_turns_is_refused():
     words = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(RecordError, match="parts turns by plain text"):
         RenderedTextReader(ConversationEncoder(tokenizer_with(words))).read("user: a\nassistant: b\n")
-
-
-def test_plain_questions_are_told_from_rendered_text(encoders):
-    reader = RenderedTextReader(encoders["qwen2_5_vl"])
-    assert reader.is_rendered(GOOD) and not reader.is_rendered("What is <b>bold</b>?")

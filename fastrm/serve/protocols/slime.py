@@ -1,6 +1,7 @@
 """slime's remote reward model: ``POST /slime``, whose answer is a bare number.
 
-The prompt is a list of messages, a rendered text that ends where the response begins, or a plain question. Images,
+The prompt is a list of messages, or a text that was rendered with the model's chat template and ends where the response
+begins. Any other text is refused: a plain question cannot be told from one that another template rendered. Images,
 which slime does not send, may come in the label as for OpenRLHF.
 """
 
@@ -34,16 +35,15 @@ def group(body: Sample, reader: RenderedTextReader) -> dict:
         RecordError: BAD_REQUEST, IMAGE_COUNT, or as `RenderedTextReader.read`.
     """
     images = label_images(body.label, "label")
-    if isinstance(body.prompt, str) and reader.is_rendered(body.prompt):
+    if isinstance(body.prompt, str):
         return reader.read(body.prompt + body.response, images, "prompt and response").group
-    messages = [{"role": "user", "content": body.prompt}] if isinstance(body.prompt, str) else body.prompt
     if images:
         raise RecordError(
             "IMAGE_COUNT",
             'the label has images, and "prompt" is no rendered text with a placeholder for each; put them into the '
             "content of messages",
         )
-    return group_of(messages, [reader.response_text(body.response)[0]])
+    return group_of(body.prompt, [reader.response_text(body.response)[0]])
 
 
 def routes(service: Service) -> APIRouter:

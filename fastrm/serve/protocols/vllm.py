@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from fastapi import APIRouter, Request
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 
 from fastrm.errors import RecordError
 from fastrm.serve.app import Service
@@ -33,7 +33,13 @@ class _Options(Body):
     @property
     def is_activated(self) -> bool:
         """True if the request asks for the sigmoid; `activation` is the older name of the key."""
-        return bool(self.use_activation or self.activation)
+        return bool(self.activation if self.use_activation is None else self.use_activation)
+
+    @model_validator(mode="after")
+    def _check_activation(self) -> "_Options":
+        if None not in (self.use_activation, self.activation) and self.use_activation != self.activation:
+            raise ValueError("use_activation and activation, its older name, differ; leave one of them out")
+        return self
 
 
 class _Pooled(_Options):
@@ -99,18 +105,27 @@ def _chat_group(body: ChatInput) -> dict:
     *prompt, last = body.messages or [{}]
     if last.get("role") != "assistant":
         raise bad_request("messages", last.get("role"), "a conversation whose last message is the assistant's")
-    group = group_of(prompt, [_text(last.get("content"), "messages[-1].content")])
+    # Other keys, such as tool_calls, are a part of the turn, which the chat template may render.
+    said = last if last.keys() - {"role", "content"} else _text(last.get("content"), "messages[-1].content")
+    group = group_of(prompt, [said])
     return group | ({"chat_template_kwargs": body.chat_template_kwargs} if body.chat_template_kwargs else {})
 
 
 def _text(content: object, name: str) -> str:
     """Return a content of text alone, given as text or as parts."""
     if isinstance(content, dict):
-        content = content.get("content")
+        content = _only_content(content, name)
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(_is_text(part) for part in parts):
         raise bad_request(name, content, "a text, or content parts of type text")
     return "".join(part["text"] for part in parts)
+
+
+def _only_content(value: dict, name: str) -> object:
+    """Return the content of an object that has nothing else."""
+    if others := value.keys() - {"content"}:
+        raise bad_request(f"{name}.{min(others, key=str)}", value[min(others, key=str)], 'an object of "content" alone')
+    return value.get("content")
 
 
 def _is_text(part: object) -> bool:
@@ -157,7 +172,7 @@ def score_groups(body: Score) -> list[dict]:
 
 
 def _question(query: str | dict, name: str) -> dict:
-    content = query.get("content") if isinstance(query, dict) else query
+    content = _only_content(query, name) if isinstance(query, dict) else query
     if not isinstance(content, (str, list)):
         raise bad_request(name, query, 'a text or {"content": [parts]}')
     return {"role": "user", "content": content}
