@@ -7,7 +7,7 @@ is refused: its marks would be scored as words of the user.
 
 import re
 
-from fastrm.errors import DataError
+from fastrm.errors import DataError, RecordError
 
 # The mark of a turn's start, what parts its role from its text, and the mark of its end.
 _TEMPLATES = (("<|im_start|>", "\n", "<|im_end|>"), ("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"))
@@ -40,7 +40,7 @@ def read_chat(text: str) -> list[dict]:
     A text without marks of a template is one turn of the user. A run of image tokens is one image part.
 
     Raises:
-        DataError: for marks that are not known, or not where the known templates write them.
+        RecordError: RENDERED_TEXT for marks that are not known, or not where the known templates write them.
     """
     for start, middle, end in _TEMPLATES:
         if start in text:
@@ -116,8 +116,9 @@ def _check_no_marks(text: str, marks: re.Pattern) -> None:
         raise _refusal(f"holds {found.group()!r}, a mark of no chat template that is known here", text)
 
 
-def _refusal(what: str, near: str) -> DataError:
-    return DataError(f"a rendered prompt {what}, near {near[:80]!r}; give the prompt as messages (docs/rl.md)")
+def _refusal(what: str, near: str) -> RecordError:
+    said = f"its prompt is rendered text that {what}, near {near[:80]!r}; give the prompt as messages (docs/rl.md)"
+    return RecordError("RENDERED_TEXT", said)
 
 
 def _message(role: str, said: str) -> dict:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastrm.errors import DataError
-from fastrm.rl.chat_text import read_chat, read_response
+from fastrm.rl.chat_text import read_response
 from fastrm.rl.rewards import Rewards
 from fastrm.rl.samples import Sample
 
@@ -27,9 +27,8 @@ class _ArealFunction:
     truth: str
 
     def __call__(self, prompt: str, completions: str, prompt_ids=None, completion_ids=None, **columns) -> float:
-        messages = columns.get("messages") or read_chat(prompt)
-        sample = Sample(messages, read_response(completions), columns.get("images"), columns.get(self.truth))
-        (found,) = self.rewards([sample])
+        messages, images = columns.get("messages") or prompt, columns.get("images")
+        (found,) = self.rewards([Sample(messages, read_response(completions), images, columns.get(self.truth))])
         if found is None:
             raise DataError(f"the rollout has no reward: {dict(self.rewards.num_failed)}")
         return float(found)

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from fastrm.errors import DataError
-from fastrm.rl.chat_text import read_chat, read_response, split_response
+from fastrm.rl.chat_text import read_response, split_response
 from fastrm.rl.rewards import Rewards, sigmoid
 from fastrm.rl.samples import Sample
 
@@ -56,8 +56,9 @@ class RewardedAgent:
 
 def _sample(prompt: str, text: str, label: object, images: Sequence | None = None) -> Sample:
     known = label if isinstance(label, dict) else {"answer": label}
-    messages = known.get("messages") or read_chat(prompt)
-    return Sample(messages, read_response(text), images or known.get("images"), known.get("answer"))
+    return Sample(
+        known.get("messages") or prompt, read_response(text), images or known.get("images"), known.get("answer")
+    )
 
 
 def _score(reward: float, scheme: str) -> float:

@@ -15,6 +15,7 @@ from fastrm.data.record import ImageRef
 from fastrm.data.sources.conversation import PLACEHOLDERS, escaped
 from fastrm.data.sources.media import any_path, media_ref
 from fastrm.errors import RecordError
+from fastrm.rl.chat_text import read_chat
 
 _IMAGE_PARTS = ("image", "image_url")
 _PLACES = ("image", "image_url", "path", "url", "bytes")
@@ -25,7 +26,7 @@ class Sample:
     """One rollout.
 
     Attributes:
-        prompt: text, or messages ``{"role", "content": text or parts}``.
+        prompt: messages ``{"role", "content": text or parts}``; or text, which `chat_text.read_chat` reads.
         response: the text of the rollout alone.
         images: those of the prompt, in order: path, bytes, data URI, Pillow image, ``{"bytes", "path"}`` or URL. They
             are not needed where the parts of the prompt hold them, as ``{"type": "image", "image": ...}``.
@@ -121,9 +122,9 @@ def read_prompt(
     """Return the keys of a prompt's images, its messages with bare image parts, and its images in order.
 
     Raises:
-        RecordError: for messages or an image that are none.
+        RecordError: for messages or an image that are none, or RENDERED_TEXT as `read_chat`.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [_plain(m) for m in prompt]
+    messages = read_chat(prompt) if isinstance(prompt, str) else [_plain(m) for m in prompt]
     inside = [
         value
         for message in messages

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from fastrm.errors import DataError
-from fastrm.rl.chat_text import read_chat, read_response
+from fastrm.rl.chat_text import read_response
 from fastrm.rl.rewards import Rewards
 from fastrm.rl.samples import Sample
 
@@ -27,9 +27,8 @@ def batched_custom_rm(rewards: Rewards) -> Callable:
 
 
 def _read(sample) -> Sample:
-    prompt = read_chat(sample.prompt) if isinstance(sample.prompt, str) else sample.prompt
     images = (sample.multimodal_inputs or {}).get("images")
-    return Sample(prompt, read_response(sample.response), images, sample.label)
+    return Sample(sample.prompt, read_response(sample.response), images, sample.label)
 
 
 def _certain(found: list[float | None], rewards: Rewards) -> list[float]:

@@ -2,8 +2,10 @@
 
 import pytest
 
-from fastrm.errors import DataError
+from fastrm.errors import RecordError
 from fastrm.rl.chat_text import read_chat, read_response
+from fastrm.rl.rewards import Rewards
+from fastrm.rl.samples import Sample, group_samples
 from tests.helpers.support import make_tokenizer
 
 LLAMA = (
@@ -72,8 +74,18 @@ CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     ids=["gemma", "mistral", "vicuna", "deepseek", "phi", "gemma4", "video", "head", "between", "cut", "begun"],
 )
 def test_marks_that_are_not_known_are_refused(text, said):
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(RecordError, match=said) as refused:
         read_chat(text)
+    assert refused.value.code == "RENDERED_TEXT"
+
+
+def test_a_prompt_in_text_is_read_whatever_trainer_it_comes_from():
+    unknown = "<s>[INST] So? [/INST]"
+    messages = [{"role": "user", "content": "So?"}]
+    found = group_samples([Sample(CHATML.format("So?"), "a"), Sample(messages, "b"), Sample(unknown, "c")])
+    assert found.groups == [{"messages": messages, "responses": ["a", "b"]}]
+    assert [(number, error.code) for number, error in found.errors.items()] == [(2, "RENDERED_TEXT")]
+    assert Rewards(scheme="rule")([Sample(unknown, "4", truth="4")]) == [1.0]  # which needs no prompt
 
 
 def test_what_is_no_mark_is_read():
