@@ -15,8 +15,8 @@ from fastrm.rl.wire import Request, Result, make_requests, read_answer
 
 MAX_WAIT = 30.0  # seconds between two tries
 PATH = "/v1/rewards"
-# Overload, and what a balancer says while the server behind it is away.
-_BUSY = (502, 503, 504)
+_OVERLOADED = 503
+_AWAY = (502, 504)  # what a balancer says while the server behind it is away
 _JSON = {"Content-Type": "application/json"}
 
 # What came of one try: an answer, or the error of the connection.
@@ -29,9 +29,10 @@ class Client:
         client = Client("http://127.0.0.1:8000")
         client.score([{"prompt": "Which digit?", "images": ["7.png"], "responses": ["seven", "two"]}])
 
-    Overload and lost connections are tried again, after the time that the server names, else after a time that doubles
-    with each try. A request that the server refuses is not tried again: it would be refused again. Threads and event
-    loops may share a client.
+    Overload and lost connections are tried again, after a time that doubles with each try and is no shorter than the
+    server names. Lost connections are counted by tries, overload by time: a server that says so is at work. A request
+    that the server refuses is not tried again: it would be refused again. Threads, event loops and forked processes may
+    share a client.
 
     Attributes:
         url: of the server, without a path.
@@ -46,6 +47,7 @@ class Client:
         token: str | None = None,
         timeout: float = 180.0,
         tries: int = 8,
+        patience: float = 600.0,
         max_groups: int = 64,
     ):
         """Choose a server; nothing is sent yet.
@@ -54,7 +56,8 @@ class Client:
             model: its name at the server; default: the first there.
             token: the server's, if it wants one; default: FASTRM_TOKEN of the environment.
             timeout: seconds for one try.
-            tries: of one request, the first included.
+            tries: of one request, the first included, overload not counted.
+            patience: seconds for which the server may answer one request with overload.
             max_groups: of one request; the server refuses more than 64.
 
         Raises:
@@ -62,16 +65,16 @@ class Client:
         """
         if not url.lower().startswith(("http://", "https://")):
             raise ConfigError(f"url: got {url!r}, wanted one such as http://127.0.0.1:8000")
-        if timeout <= 0 or tries < 1 or max_groups < 1:
-            raise ConfigError(f"timeout {timeout:g}, tries {tries}, max_groups {max_groups}: all must be positive")
+        if min(timeout, tries, patience, max_groups) <= 0:
+            numbers = f"timeout {timeout:g}, tries {tries}, patience {patience:g}, max_groups {max_groups}"
+            raise ConfigError(f"{numbers}: all must be positive")
         self.url, self.model, self.num_retries = url.rstrip("/"), model, 0
-        self.timeout, self.tries, self.max_groups = timeout, tries, max_groups
+        self.timeout, self.tries, self.patience, self.max_groups = timeout, tries, patience, max_groups
         self._token = token or os.environ.get("FASTRM_TOKEN")
-        self._client = httpx.Client(**self._settings())
-        self._async_clients: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._open()
 
     def __reduce__(self):
-        kept = {name: getattr(self, name) for name in ("model", "timeout", "tries", "max_groups")}
+        kept = {name: getattr(self, name) for name in ("model", "timeout", "tries", "patience", "max_groups")}
         return _rebuild, (self.url, {"token": self._token, **kept})
 
     def score(self, groups: Sequence[dict], *, on_error: Literal["raise", "return"] = "raise") -> list[Result]:
@@ -82,15 +85,15 @@ class Client:
 
         Raises:
             GroupError: for the first group that cannot be scored, unless `on_error` is return.
-            ServerError: if the server is away for all tries, refuses the request, or answers with no rewards.
+            ServerError: if the server is away for all tries, overloaded for longer than `patience`, refuses the
+                request, or answers with no rewards.
         """
         results: dict[int, Result] = {}
         for request in make_requests(groups, self.max_groups, self.model):
             if isinstance(request, Request):
-                body, attempt = request.body, 0
-                while (wait := self._take(request, self._post(body), attempt)) is not None:
+                body, tried = request.body, _Tried()
+                while (wait := self._take(request, self._post(body), tried)) is not None:
                     time.sleep(wait)
-                    attempt += 1
             results.update(_by_number(request))
         return _in_order(results, on_error)
 
@@ -101,12 +104,21 @@ class Client:
         results: dict[int, Result] = {}
         for request in await asyncio.to_thread(lambda: list(make_requests(groups, self.max_groups, self.model))):
             if isinstance(request, Request):
-                body, attempt = request.body, 0
-                while (wait := self._take(request, await self._post_async(body), attempt)) is not None:
+                body, tried = request.body, _Tried()
+                while (wait := self._take(request, await self._post_async(body), tried)) is not None:
                     await asyncio.sleep(wait)
-                    attempt += 1
             results.update(_by_number(request))
         return _in_order(results, on_error)
+
+    def _open(self) -> None:
+        self._owner = os.getpid()
+        self._client = httpx.Client(**self._settings())
+        self._async_clients: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def _reopen_if_forked(self) -> None:
+        # Connections that were inherited are the parent's: each process would read answers to the other.
+        if self._owner != os.getpid():
+            self._open()
 
     def _settings(self) -> dict:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
@@ -114,6 +126,7 @@ class Client:
 
     def _post(self, body: bytes) -> Outcome:
         # The limit of httpx is for each part of an exchange; an answer that trickles would never end.
+        self._reopen_if_forked()
         end = time.monotonic() + self.timeout
         try:
             with self._client.stream("POST", self.url + PATH, content=body, headers=_JSON) as response:
@@ -127,6 +140,7 @@ class Client:
             return error
 
     async def _post_async(self, body: bytes) -> Outcome:
+        self._reopen_if_forked()
         loop = asyncio.get_running_loop()
         if loop not in self._async_clients:  # a connection belongs to the event loop that opened it
             self._async_clients[loop] = httpx.AsyncClient(**self._settings())
@@ -136,7 +150,7 @@ class Client:
         except (httpx.TransportError, TimeoutError) as error:
             return error
 
-    def _take(self, request: Request, outcome: Outcome, attempt: int) -> float | None:
+    def _take(self, request: Request, outcome: Outcome, tried: "_Tried") -> float | None:
         """Take the outcome of a try: fill the results and return None, or return seconds to wait before the next.
 
         Raises:
@@ -153,25 +167,46 @@ class Client:
             return None
         else:
             said = f"HTTP {outcome.status_code}: {outcome.text.strip()[:500] or outcome.reason_phrase}"
-            if outcome.status_code not in _BUSY:
+            if outcome.status_code == _OVERLOADED:
+                return self._wait_for_room(place, said, outcome, tried)
+            if outcome.status_code not in _AWAY:
                 raise ServerError(f"{place}: {said}; it is not asked again, correct what was sent")
-        if attempt + 1 == self.tries:
+        tried.lost += 1
+        if tried.lost == self.tries:
             raise ServerError(f"{place}: no rewards in {self.tries} tries, at last {said}; is `fastrm serve` running?")
         self.num_retries += 1
-        return _wait(outcome, attempt)
+        return _wait(outcome, tried)
+
+    def _wait_for_room(self, place: str, said: str, outcome: httpx.Response, tried: "_Tried") -> float:
+        tried.overloaded += 1
+        wait, taken = _wait(outcome, tried), time.monotonic() - tried.started
+        if taken + wait > self.patience:
+            raise ServerError(
+                f"{place}: overloaded for {taken:.1f} s, at last {said}; raise patience ({self.patience:g} s), "
+                "send less at a time, or serve more replicas"
+            )
+        self.num_retries += 1
+        return wait
+
+
+class _Tried:
+    """The tries of one request so far."""
+
+    def __init__(self):
+        self.started, self.lost, self.overloaded = time.monotonic(), 0, 0
 
 
 def _rebuild(url: str, arguments: dict) -> Client:
     return Client(url, **arguments)
 
 
-def _wait(outcome: Outcome, attempt: int) -> float:
-    """Return the seconds until the next try: those that the server asks for, at most `MAX_WAIT`."""
+def _wait(outcome: Outcome, tried: _Tried) -> float:
+    """Return the seconds until the next try: no less than the server asks for, up to `MAX_WAIT`, and a random part."""
     asked = outcome.headers.get("Retry-After", "") if isinstance(outcome, httpx.Response) else ""
-    if asked.isascii() and asked.isdigit():
-        return min(float(asked), MAX_WAIT)
-    # Clients that failed together must not come back together.
-    return min(0.5 * 2.0**attempt, MAX_WAIT) * random.uniform(0.75, 1.25)
+    named = float(asked) if asked.isascii() and asked.isdigit() else 0.0
+    # An exponent over 9 is past the largest wait. Clients that failed together must not come back together.
+    grown = 0.5 * 2.0 ** min(tried.lost + tried.overloaded - 1, 9)
+    return min(max(named, grown), MAX_WAIT) * random.uniform(1.0, 1.5)
 
 
 def _by_number(request: Request | tuple[int, GroupError]) -> dict[int, Result]:

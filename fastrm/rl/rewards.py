@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from fastrm.errors import ConfigError, GroupError
-from fastrm.rl.answers import check_kind, is_match
+from fastrm.rl.answers import check_kind, is_match, read_truth
 from fastrm.rl.samples import Sample, group_samples
 
 SCHEMES = ("rule", "model", "hybrid")
@@ -69,6 +69,7 @@ class Rewards:
             matched: what `match` returned for these samples, if it was asked before.
 
         Raises:
+            DataError: for a true answer that is no text, number, or list of them, if the scheme asks for it.
             ServerError: as `Client.score`.
         """
         steps = self._steps(samples, self._match(samples) if matched is None else matched)
@@ -100,7 +101,7 @@ class Rewards:
 
     def match(self, samples: Sequence[Sample]) -> list[bool | None]:
         """Return whether each answer is right, whatever the scheme; None without a true answer."""
-        return [is_match(s.response, s.truth, self.answers) if _has_truth(s.truth) else None for s in samples]
+        return [is_match(s.response, s.truth, self.answers) if read_truth(s.truth) else None for s in samples]
 
     def _steps(
         self, samples: Sequence[Sample], matched: list[bool | None]
@@ -175,9 +176,3 @@ def is_url(model: str | Path) -> bool:
 def sigmoid(value: float) -> float:
     """Return 1 / (1 + exp(-value)), without overflow."""
     return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
-
-
-def _has_truth(truth: object) -> bool:
-    if isinstance(truth, (list, tuple)):
-        return bool(truth) and all(map(_has_truth, truth))
-    return truth is not None and bool(str(truth).strip())

@@ -56,7 +56,8 @@ def reward_server(scorer, replies=()):
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            bodies.append({**json.loads(body), "path": self.path, "token": self.headers.get("Authorization")})
+            sender = {"token": self.headers.get("Authorization"), "peer": self.client_address}
+            bodies.append({**json.loads(body), "path": self.path, **sender})
             reply = waiting.pop(0) if waiting else Reply(body=json.dumps(answer(scorer, bodies[-1])).encode())
             if reply.hang_up:
                 self.close_connection = True

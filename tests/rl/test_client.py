@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import pickle
 import socket
 import threading
@@ -100,13 +101,51 @@ def test_overload_and_lost_connections_are_tried_again(reply, is_async):
         assert client.num_retries == 2 and len(bodies) == 4
 
 
-def test_the_server_says_when_to_come_back(monkeypatch):
+def test_waits_grow_and_are_never_shorter_than_the_server_says(monkeypatch):
+    """A server that is overloaded says one second to all; clients that believe it alone come back together for ever."""
     waits = []
     monkeypatch.setattr("fastrm.rl.client.time.sleep", waits.append)
-    replies = [Reply(503, headers={"Retry-After": value}) for value in ("7", "86400", "soon", "-3")]
-    with reward_server(CountingScorer(), replies) as (url, _):
+    monkeypatch.setattr("fastrm.rl.client.random.uniform", lambda low, high: low)
+    named = ("1", "1", "1", "1", "7", "86400", "soon", "-3")
+    with reward_server(CountingScorer(), [Reply(503, headers={"Retry-After": value}) for value in named]) as (url, _):
         Client(url).score(GROUPS)
-    assert waits[:2] == [7.0, 30.0] and all(0 < wait < 1 for wait in waits[2:])
+    assert waits == [1.0, 1.0, 2.0, 4.0, 8.0, 30.0, 30.0, 30.0]
+    waits.clear()
+    monkeypatch.setattr("fastrm.rl.client.random.uniform", lambda low, high: high)
+    with reward_server(CountingScorer(), [Reply(503, headers={"Retry-After": "1"})]) as (url, _):
+        Client(url).score(GROUPS)
+    assert waits[0] > 1, "clients that were refused together come back at different times"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_overload_is_waited_for_by_time_and_not_by_tries(is_async):
+    replies = [Reply(503, headers={"Retry-After": "1"})] * 20
+    with reward_server(CountingScorer(), replies) as (url, bodies):
+        client = Client(url, tries=2)
+        found = asyncio.run(client.score_async(GROUPS)) if is_async else client.score(GROUPS)
+        assert found == Client(url).score(GROUPS) and len(bodies) == 22
+    with reward_server(CountingScorer(), replies) as (url, bodies):
+        with pytest.raises(ServerError, match=r"overloaded for [0-9.]+ s, at last HTTP 503.*; raise patience"):
+            client = Client(url, patience=1e-9)
+            asyncio.run(client.score_async(GROUPS)) if is_async else client.score(GROUPS)
+        assert len(bodies) == 1
+
+
+def test_a_forked_process_opens_a_connection_of_its_own():
+    """Two processes on one connection would read each other's answers, and the server parts of two requests."""
+    with reward_server(CountingScorer()) as (url, bodies):
+        client = Client(url, tries=1)
+        whole = client.score(GROUPS)
+        child = os.fork()
+        if child == 0:
+            right = False
+            try:
+                right = client.score(GROUPS) == whole
+            finally:
+                os._exit(0 if right else 1)
+        assert os.waitpid(child, 0)[1] == 0 and client.score(GROUPS) == whole
+        parent, forked, parent_again = (body["peer"] for body in bodies)
+        assert parent == parent_again != forked
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 429, 500])
@@ -183,6 +222,8 @@ def test_settings_that_cannot_be_are_named():
             Client(url)
     with pytest.raises(ConfigError, match="all must be positive"):
         Client("http://x", tries=0)
+    with pytest.raises(ConfigError, match="all must be positive"):
+        Client("http://x", patience=0)
     with reward_server(CountingScorer()) as (url, _), pytest.raises(ConfigError, match="on_error"):
         Client(url).score(GROUPS, on_error="ignore")
 
@@ -190,8 +231,8 @@ def test_settings_that_cannot_be_are_named():
 def test_token_is_sent_and_a_client_can_go_to_another_process(monkeypatch):
     monkeypatch.delenv("FASTRM_TOKEN", raising=False)
     with reward_server(CountingScorer()) as (url, bodies):
-        client = pickle.loads(pickle.dumps(Client(url + "/", token="secret", tries=3)))
-        assert client.tries == 3 and client.score(GROUPS[:1]) == Client(url).score(GROUPS[:1])
+        client = pickle.loads(pickle.dumps(Client(url + "/", token="secret", tries=3, patience=7)))
+        assert (client.tries, client.patience) == (3, 7) and client.score(GROUPS[:1]) == Client(url).score(GROUPS[:1])
         monkeypatch.setenv("FASTRM_TOKEN", "of the environment")
         Client(url).score(GROUPS[:1])
     assert [body["token"] for body in bodies] == ["Bearer secret", None, "Bearer of the environment"]

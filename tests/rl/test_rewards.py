@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.rl import Client, Rewards, Sample
 from fastrm.rl.client import ServerError
@@ -100,10 +100,13 @@ def test_one_bad_response_does_not_cost_its_group_the_rewards(caplog):
 
 
 def test_without_a_true_answer_only_the_model_can_tell():
-    samples = [Sample("2 + 2?", "4", truth=truth) for truth in (None, " ", [], "4")]
+    missing = (None, " ", [], [None], np.array([]), float("nan"))
+    samples = [Sample("2 + 2?", "4", truth=truth) for truth in (*missing, "4", np.array(["4", "four"], dtype=object))]
     reward = reward_of(MESSAGES, (), "4")
-    assert by_both(Rewards(scheme="rule"), samples) == [None, None, None, 1.0]
-    assert by_both(Rewards(CountingScorer(), scheme="hybrid"), samples) == [sigmoid(reward)] * 3 + [1.0]
+    assert by_both(Rewards(scheme="rule"), samples) == [None] * len(missing) + [1.0] * 2
+    assert by_both(Rewards(CountingScorer(), scheme="hybrid"), samples) == [sigmoid(reward)] * len(missing) + [1.0] * 2
+    with pytest.raises(DataError, match=r"true answer: got dict \{'target': '4'\}, wanted text"):
+        Rewards(scheme="rule")([Sample("2 + 2?", "4", truth={"target": "4"})])
 
 
 def test_by_url_and_in_process_give_the_same():
@@ -117,7 +120,7 @@ def test_by_url_and_in_process_give_the_same():
 
 def test_a_server_that_is_gone_stops_the_trainer():
     """With no reward for anything, training would go on with nothing to learn from."""
-    with reward_server(CountingScorer(), [Reply(503)] * 2) as (url, _), pytest.raises(ServerError, match="in 2 tries"):
+    with reward_server(CountingScorer(), [Reply(502)] * 2) as (url, _), pytest.raises(ServerError, match="in 2 tries"):
         Rewards(Client(url, tries=2))(SAMPLES)
 
 
