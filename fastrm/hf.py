@@ -30,13 +30,16 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from fastrm.errors import ConfigError, StorageError
-from fastrm.model.families import QWEN_VL_FAMILIES, check_family, longest_path
+from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES, check_family, longest_path
 from fastrm.model.head import make_head
 from fastrm.model.loading import shortened
 from fastrm.model.stored_head import read_section
+from fastrm.model.vllm_classes import WHOLE
 
 # From the names of weights in exports of Qwen's vision models to those in the stock base model under `model.`.
 _QWEN_VL_NAMES = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}
+# The head of a vision model in a folder for stock vLLM (fastrm/model/vllm_classes.py).
+_VISION_NAMES = {r"^language_model\.score\.": "score."}
 
 
 class RewardModelForSequenceClassification:
@@ -61,9 +64,9 @@ class RewardModelForSequenceClassification:
         self.num_labels = 1
         self.model = AutoModel.from_config(config)
         score = make_head(config.get_text_config().hidden_size, head)
-        # A single layer is score.weight where the stock classifier may read it, else score.0.* (stock_classes.py).
-        is_stock = config.problem_type == "regression" and head.layers == 1 and not head.bias
-        self.score = score if is_stock or head.layers > 1 else nn.Sequential(score)
+        if not _has_bare_head(config, head.layers):
+            config.problem_type = None  # what is saved again says how its head is named
+        self.score = score if head.layers > 1 or config.problem_type == "regression" else nn.Sequential(score)
         self.post_init()
 
     @classmethod
@@ -87,8 +90,9 @@ class RewardModelForSequenceClassification:
                 )
             options = {"config": config, "output_loading_info": output_loading_info}
             return cls.stock.from_pretrained(pretrained_model_name_or_path, *model_args, **options, **kwargs)
-        if config.model_type in QWEN_VL_FAMILIES:
-            kwargs.setdefault("key_mapping", _QWEN_VL_NAMES)
+        if config.model_type in VISION_FAMILIES:
+            names = _QWEN_VL_NAMES if config.model_type in QWEN_VL_FAMILIES else {}
+            kwargs.setdefault("key_mapping", names | _VISION_NAMES)
         model, report = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
@@ -189,6 +193,15 @@ class RewardModelForSequenceClassification:
 
 def _section(config) -> dict | None:
     return getattr(config, "fastrm", None)
+
+
+def _has_bare_head(config, layers: int) -> bool:
+    """Return whether the files name the head `score.weight`, as stock classifiers of transformers and vLLM do.
+
+    A single layer that they would misread is `score.0.*` (fastrm/model/stock_classes.py, fastrm/model/vllm_classes.py).
+    """
+    is_for_plugin = any(name.startswith(WHOLE) for name in config.architectures or ())
+    return layers == 1 and config.problem_type == "regression" and not is_for_plugin
 
 
 def _checked_mask(given: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -49,4 +49,10 @@ def how_to_load(reading: StockReading, folder: Path) -> list[str]:
     lines = [f"{folder}: vLLM serves it as {reading.architecture}"]
     if reading.needs_plugin:
         lines += [f"since {reading.why}, vLLM needs the plugin: pip install kernels/vllm_plugin"]
-    return [*lines, f'vllm serve {folder} --runner pooling; ask /classify with "use_activation": false']
+    if reading.loses_bias:
+        lines += [
+            f"for vLLM only: transformers' own {reading.architecture} would leave the bias of the head out; "
+            "import fastrm.hf first there, or export --for transformers"
+        ]
+    images = " --mm-processor-kwargs '{\"use_fast\": false}'" if reading.has_images else ""
+    return [*lines, f'vllm serve {folder} --runner pooling{images}; ask /classify with "use_activation": false']

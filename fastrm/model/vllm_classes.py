@@ -24,8 +24,8 @@ _FAMILIES = {
     "qwen2_5_vl": "Qwen2_5_VL",
     "internvl": "InternVL",
 }
-
-
+# Names of the plugin's classes begin with it; those that need a whole conversation at once, with WHOLE.
+_PLUGIN, WHOLE = "Fastrm", "FastrmWhole"
 _IMAGE_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -39,9 +39,14 @@ class VllmReading(StockReading):
 
     Attributes:
         needs_plugin: `architecture` is a class of the plugin.
+        has_images: of the model's inputs, some are images.
+        loses_bias: transformers has a class of the name `architecture` too, which would load the head and leave its
+            bias out. It takes any folder with `score.weight`, which vLLM's class needs.
     """
 
     needs_plugin: bool = False
+    has_images: bool = False
+    loses_bias: bool = False
 
     @property
     def is_guarded(self) -> bool:
@@ -102,13 +107,15 @@ def read_by_vllm(network: RewardNetwork) -> VllmReading:
     stock = read_by_stock(network)
     why, kind = "", ""
     if head.layers > 1:
-        why, kind = f"the head has {head.layers} layers", "Fastrm"
+        why, kind = f"the head has {head.layers} layers", _PLUGIN
     # These need the whole conversation at once, which the plugin's classes tell vLLM by their name.
     if network.pooling != "anchor":
-        why, kind = f"model.pooling is {network.pooling}", "FastrmWhole"
+        why, kind = f"model.pooling is {network.pooling}", WHOLE
     elif not anchors_end(network.encoder):
-        why, kind = f"model.anchor is {network.encoder.anchor}, and the chat template goes on after it", "FastrmWhole"
-    return VllmReading(True, kind + name, stock.pad_token, why, needs_plugin=bool(kind))
+        why, kind = f"model.anchor is {network.encoder.anchor}, and the chat template goes on after it", WHOLE
+    has_images = config.model_type in VISION_FAMILIES
+    loses_bias = head.bias and not kind and not has_images
+    return VllmReading(True, kind + name, stock.pad_token, why, bool(kind), has_images, loses_bias)
 
 
 def _check_is_read(config) -> None:

@@ -68,6 +68,10 @@ def test_one_layer_is_for_stock_vllm(family, bias, tmp_path):
     head = "language_model.score" if family in VISION_FAMILIES else "score"
     assert {name for name in keys if "score" in name} == {f"{head}.weight", *([f"{head}.bias"] if bias else [])}
     assert "vllm serve" in said and "plugin" not in said
+    is_vision = family in VISION_FAMILIES
+    assert ("--mm-processor-kwargs '{\"use_fast\": false}'" in said) == is_vision, "training resizes with PIL"
+    # transformers has no classifier of its own for vision models, that could read the head without its bias.
+    assert (f"transformers' own {NAMES[family]} would leave the bias" in said) == (bias and not is_vision)
     assert_same_weights(tmp_path / "out", network)
 
 

@@ -20,6 +20,7 @@ from fastrm.model.export import load_model, make_encoder, save_model
 from fastrm.model.families import VISION_FAMILIES
 from fastrm.model.loading import load_backbone
 from fastrm.model.network import RewardNetwork
+from fastrm.model.vllm_classes import read_by_vllm
 from tests.helpers.smollm2 import needs_smollm2
 from tests.helpers.stock import stock_inputs
 from tests.helpers.support import FAMILIES, make_image, make_model, make_record
@@ -74,10 +75,10 @@ def batch_of(network, records, side, pad_id=0) -> dict:
     return batch
 
 
-def check(network, folder, records):
+def check(network, folder, records, reading=None):
     wanted = our_rewards(network, records)
     assert wanted.max() - wanted.min() > 0.01, "rewards that are all alike prove nothing"
-    save_model(network, folder)
+    save_model(network, folder, reading=reading)
     model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     for side in ("left", "right"):
@@ -97,6 +98,17 @@ def test_a_padded_batch_gets_our_rewards(family, head, pooling, tmp_path, hf):
     network = make_model(family, head=HEADS[head], pooling=pooling)
     model = check(network, tmp_path / "model", records_of(family))
     assert type(model) is hf.CLASSES[type(network.model.config)]
+
+
+@pytest.mark.parametrize("pooling", ["anchor", "mean"])
+@pytest.mark.parametrize("head", ["one layer", "one layer with bias", "two layers"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "internvl"])
+def test_a_folder_for_vllm_gets_our_rewards_too_and_can_be_saved_again(family, head, pooling, tmp_path):
+    network = make_model(family, head=HEADS[head], pooling=pooling)
+    model = check(network, tmp_path / "model", records_of(family), read_by_vllm(network))
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again").score.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.score.state_dict().items())
 
 
 @pytest.mark.parametrize("pooling", ["anchor", "mean"])
