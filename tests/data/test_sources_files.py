@@ -12,7 +12,8 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef
 from fastrm.data.sources import files, read_source, source_files
 from fastrm.data.sources.files import count_rows, read_rows
-from fastrm.errors import DataError
+from fastrm.data.sources.values import unique_keys
+from fastrm.errors import DataError, RecordError
 from tests.helpers.source_rows import FLAT, png, read, shape, turns
 
 
@@ -305,3 +306,18 @@ def test_digits_have_ranges_like_files():
     assert file.count_rows() == len(whole) == 605
     assert list(file.read(600)) + list(file.read(0, 600)) == whole[600:] + whole[:600]
     assert {record.source for record in whole} == {"mine"}
+
+
+def test_a_key_that_stands_twice_is_found_in_one_pass():
+    class Key(str):
+        num_compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Key.num_compared += 1
+            return str.__eq__(self, other)
+
+    pairs = [(Key(number), 0) for number in range(300)]
+    with pytest.raises(RecordError, match='"299" stands twice'):
+        unique_keys([*pairs, (Key(299), 0)])
+    assert Key.num_compared < 3 * len(pairs)

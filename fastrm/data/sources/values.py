@@ -64,8 +64,8 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     """
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        key = next(key for key in found if keys.count(key) > 1)
+        seen: set[str] = set()
+        key = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise RecordError(DUPLICATE_KEY, f"the key {json.dumps(key)} stands twice in one object; keep one of them")
     return found
 
