@@ -61,7 +61,7 @@ class RenderedTextReader:
         self._openings = {role: _any_of(joins) for role, joins in self._joins.items()}
         written = [*(join for joins in self._joins.values() for join in joins), self._closing, self._image]
         self._marks = _any_of({mark for text in written for mark in self._special_in(text)})
-        self._ends = _any_of(encoder.closing)
+        self._ends = tuple(sorted(filter(None, encoder.closing), key=len, reverse=True))
 
     def read(self, text: str, images: Sequence = (), name: str = "text") -> Conversation:
         """Recover the messages of a rendered conversation that ends with the assistant's turn.
@@ -115,14 +115,17 @@ class RenderedTextReader:
         """Return a response without the tokens that end its turn, and whether it had them."""
         if self._closing and text.endswith(self._closing):
             return text.removesuffix(self._closing), True
-        for match in self._ends.finditer(text):
-            rest = text[match.start() :]
-            if self._closing.startswith(rest) or self._only_ends(rest.removeprefix(self._closing)):
-                return text[: match.start()], True
-        return text, False
-
-    def _only_ends(self, text: str) -> bool:
-        return re.fullmatch(f"(?:{self._ends.pattern})*", text) is not None
+        # From the end, so that a text of many such tokens takes no longer than another.
+        end = len(text)
+        while size := next((len(token) for token in self._ends if text.endswith(token, 0, end)), 0):
+            end -= size
+        if self._closing.startswith(self._ends):
+            if text.endswith(self._closing, 0, end):
+                end -= len(self._closing)
+            begun = (n for n in range(len(self._closing), 0, -1) if text.endswith(self._closing[:n]))
+            starts = (len(text) - n for n in begun if self._closing[:n].startswith(self._ends))
+            end = min(end, next(starts, end))
+        return text[:end], end < len(text)
 
     def _note_joins(self, roles: tuple[str, ...]) -> None:
         """Note what stands between turns of these roles, unless the template lacks one or has no token there."""

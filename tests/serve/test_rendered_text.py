@@ -171,3 +171,20 @@ def test_a_template_without_special_tokens_between_turns_is_refused():
     words = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(RecordError, match="parts turns by plain text"):
         RenderedTextReader(ConversationEncoder(tokenizer_with(words))).read("user: a\nassistant: b\n")
+
+
+def test_a_response_of_very_many_end_tokens_is_read_at_once(encoders):
+    """A search from every one of them to the end would take hours."""
+    reader, marks = RenderedTextReader(encoders["qwen2_5_vl"]), "<|im_end|>" * 200_000
+    assert reader.response_text(marks + "x") == (marks + "x", False)
+    assert reader.response_text("yes" + marks) == ("yes", True)
+    assert reader.response_text(marks + "\n") == ("<|im_end|>" * 199_999, True)
+
+
+@pytest.mark.parametrize(
+    "end", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|>\n<|endoftext|>", "<|im_end|><|endoftext|><|endoftext|>"]
+)
+def test_the_tokens_that_end_a_turn_are_no_part_of_the_response(encoders, end):
+    reader = RenderedTextReader(encoders["qwen2_5_vl"])
+    for said in ("yes", "", "so\n", "a <|im_end|> b"):
+        assert reader.response_text(said + end) == (said, end != "")
