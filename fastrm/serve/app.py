@@ -8,7 +8,7 @@ handlers read a body by `Service.read`, ask by `Service.score` or `Service.rewar
     401 UNAUTHORIZED                                            405 METHOD_NOT_ALLOWED
     408 BODY_TIMEOUT
     413 REQUEST_TOO_LARGE                                       422 a group that cannot be scored: its own code
-    503 QUEUE_FULL, CLOSING, with Retry-After                   500 INTERNAL
+    503 QUEUE_FULL, CLOSING, NOT_READY, with Retry-After                   500 INTERNAL
 """
 
 import asyncio
@@ -123,6 +123,9 @@ class Service:
             scored = work.result()
             request.state.rewards = sum(len(one) for one in scored.results if not isinstance(one, GroupError))
             return scored
+        except asyncio.CancelledError:  # by the end of the server: a client that leaves cancels no handler
+            self.scheduler.num_lost += len(groups)
+            raise
         finally:
             for task in (work, leaving):
                 task.cancel()
@@ -162,7 +165,7 @@ def make_app(scheduler: Scheduler, settings: ServeSettings) -> FastAPI:
         async with scheduler:
             yield
 
-    app = FastAPI(title="fastrm", lifespan=run, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="fastrm", lifespan=run, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     service = Service(scheduler, settings)
     for name in PROTOCOLS:
         app.include_router(import_module(f"fastrm.serve.protocols.{name}").routes(service))
@@ -184,7 +187,7 @@ async def _answer_problem(_: Request, error: RequestError) -> JSONResponse:
 
 async def _answer_http(request: Request, error: HTTPException) -> JSONResponse:
     codes = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
     return JSONResponse(
         error_body(codes.get(error.status_code, "HTTP_ERROR"), message), error.status_code, error.headers
     )

@@ -14,7 +14,7 @@ import uvicorn
 from PIL import Image
 
 from fastrm import errors
-from fastrm.errors import ConfigError, InterruptedRun
+from fastrm.errors import ConfigError, DataError, GroupError, InterruptedRun
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.limits import MediaLimits
@@ -42,7 +42,7 @@ def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, s
     Raises:
         ConfigError: for a port that cannot be opened, another host than loopback without a token, two models of one
             name, and as `open_models`.
-        ExactnessError: as `warm_up`.
+        ExactnessError, DataError: as `warm_up`.
         InterruptedRun: if requests that were accepted had no answer in time.
     """
     check_host(settings)
@@ -74,11 +74,15 @@ def warm_up(model: Ensemble) -> None:
 
     Raises:
         ExactnessError: as `RewardModel.score`.
+        DataError: if one of them has no reward, as by a model whose weights are not finite.
     """
     groups = [{"prompt": "a", "responses": ["b", "c"]}]
     if all(member.network.encoder.vision is not None for member in model.members):
         groups.append({"prompt": "a", "images": [Image.new("RGB", (64, 64))], "responses": ["b", "c"]})
-    model.score(groups, on_error="return")
+    for result in model.score(groups, on_error="return"):
+        if isinstance(result, GroupError):
+            names = ", ".join(model.names)
+            raise DataError(f"{names}: cannot score even a short text or image: {result.message} ({result.code})")
 
 
 def check_host(settings: ServeSettings) -> None:
@@ -134,7 +138,10 @@ def _named(model: str) -> tuple[str, str]:
 
 
 def open_port(settings: ServeSettings) -> socket.socket:
-    """Return a socket at the host and port, which is not listening yet.
+    """Return a socket that listens at the host and port: connections wait until the server takes them.
+
+    It listens at once, since two sockets may have one port until then, and the second server would fail only after it
+    has loaded its models.
 
     Raises:
         ConfigError: if it cannot be opened, as where another program has it.
@@ -148,6 +155,7 @@ def open_port(settings: ServeSettings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()
     except OSError as error:
         if listener is not None:
             listener.close()

@@ -98,9 +98,6 @@ class Dispatcher(ABC):
         self._admit(len(groups))
         try:
             return await self._spread(groups, name, resolver)
-        except asyncio.CancelledError:
-            self.num_lost += len(groups) if self.is_closing else 0
-            raise
         finally:
             self._num_accepted -= len(groups)
 

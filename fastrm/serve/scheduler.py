@@ -40,6 +40,7 @@ from fastrm.serve.waiting import Ask, Waiting, choose, compute
 
 _LOG = logging.getLogger(__name__)
 _PREPARING_THREADS = 4
+_MAX_FAILURES = 8  # groups that fail one after another until the scheduler says that it is not ready
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Scheduler:
         images: that the scorers keep decoded images in, for the counts.
 
     Attributes:
-        num_lost: the number of groups whose requests were cancelled while the scheduler was ending.
+        num_lost: the number of groups without an answer when the server ended; the application counts them.
 
     Raises:
         ConfigError: for two models of one name.
@@ -144,9 +145,12 @@ class Scheduler:
         self._computing = ThreadPoolExecutor(1, "fastrm-compute")
         self._loop: asyncio.Task | None = None
         self._is_closing = False
+        self._unanswered: set[asyncio.Future] = set()
+        self._num_failures = 0  # since the last success
 
     async def __aenter__(self) -> "Scheduler":
         self._loop = asyncio.create_task(self._run())
+        self._loop.add_done_callback(self._fail_all)
         return self
 
     async def __aexit__(self, *_) -> None:
@@ -175,7 +179,11 @@ class Scheduler:
 
     @property
     def is_ready(self) -> bool:
-        """True while requests are accepted and packs are computed."""
+        """True while requests are accepted and packs are computed, and not all of the latest groups have failed."""
+        return self._accepts and self._num_failures < _MAX_FAILURES
+
+    @property
+    def _accepts(self) -> bool:
         return not self._is_closing and self._loop is not None and not self._loop.done()
 
     async def score(self, groups: Sequence[dict], model: str | None = None) -> list[list[float] | GroupError]:
@@ -215,9 +223,6 @@ class Scheduler:
             found = await asyncio.gather(
                 *(self._score_group(scorer, index, one, resolver()) for index, one in enumerate(groups))
             )
-        except asyncio.CancelledError:
-            self.num_lost += len(groups) if self._is_closing else 0
-            raise
         finally:
             self._num_accepted -= len(groups)
         return Scored([result for result, _ in found], scorer.name, sum(num_tokens for _, num_tokens in found))
@@ -250,7 +255,7 @@ class Scheduler:
         return self.scorers[model]
 
     def _admit(self, num_groups: int) -> None:
-        if not self.is_ready:
+        if not self._accepts:
             raise Unavailable("CLOSING", "the server is ending; ask another one")
         if self._num_accepted + num_groups > self.max_queue:
             raise Unavailable(
@@ -302,6 +307,10 @@ class Scheduler:
         return [found[key] for key in read.keys]
 
     def _enqueue(self, scorer: Scorer, ask: Ask) -> None:
+        if self._loop.done():
+            raise RuntimeError("the scheduler has ended")
+        self._unanswered.add(ask.answer)
+        ask.answer.add_done_callback(self._unanswered.discard)
         key = (scorer.name, ask.prepared.key)
         waiting = self._open.get(key)
         if waiting is None or self._is_deterministic or not waiting.room_for(ask.prepared):
@@ -311,6 +320,14 @@ class Scheduler:
             self._counts.merged_groups += 1
         waiting.add(ask)
         self._came.set()
+
+    def _fail_all(self, loop: asyncio.Task) -> None:
+        """Leave nobody waiting when the loop has ended, which happens before `close` only by an error in it."""
+        if not loop.cancelled():
+            _LOG.error("the scheduler has failed, and the server must be started again", exc_info=loop.exception())
+        for answer in list(self._unanswered):
+            if not answer.done():
+                answer.set_exception(RuntimeError("the scheduler has ended"))
 
     async def _run(self) -> None:
         while True:
@@ -347,8 +364,10 @@ class Scheduler:
                 for waiting in parts:
                     await self._compute([waiting])
             else:
+                self._num_failures += 1
                 self._answer(pack[0], [error] * len(pack[0].asks))
             return
+        self._num_failures = 0
         self._count(pack, time.monotonic() - started)
         for waiting, answers in zip(pack, results, strict=True):
             if len(waiting.asks) > 1 and isinstance(answers[0], RecordError):

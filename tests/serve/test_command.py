@@ -9,15 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import httpx
 import psutil
 import pytest
+import torch
 
+from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.model.export import save_model
+from fastrm.serve.command import open_port, warm_up
+from fastrm.serve.settings import ServeSettings
 from tests.helpers.documents import blocks, words_of
 from tests.helpers.runs import fastrm_here
 from tests.helpers.support import make_model
@@ -153,6 +157,21 @@ def test_a_port_in_use_is_named(folder, capfd):
         port = client.base_url.port
         code, said = fastrm_here(capfd, "serve", folder / "a", "--port", port)
     assert code == 64 and f"--port {port}" in said and "in use" in said
+
+
+def test_a_port_is_taken_before_the_models_are_loaded():
+    with closing(open_port(ServeSettings(port=0))) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port {port}: Address already in use"):
+            open_port(ServeSettings(port=port))
+
+
+def test_a_model_that_gives_no_rewards_is_not_served():
+    model = RewardModel(make_model("qwen2"))
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(torch.nan)
+    with pytest.raises(DataError, match=r"member 1: cannot score even a short text or image: .*NON_FINITE_REWARD"):
+        warm_up(Ensemble([model]))
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")

@@ -14,7 +14,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/health")
     async def health() -> dict:
         if not service.scheduler.is_ready:
-            raise Unavailable("CLOSING", "the server is ending; ask another one")
+            raise Unavailable("NOT_READY", "the server is ending, or the latest groups all failed; ask another one")
         return {"status": "ok", "queue": service.scheduler.queue_length}
 
     @router.get("/v1/models")
