@@ -1,7 +1,8 @@
 """Comparison of two answers by math-verify, in a process of its own that is killed when it takes too long.
 
 math-verify bounds its own time by a signal, which works in the main thread only and not inside a long call into C.
-Here a program (`math_worker.py`) compares, and its answer is waited for with a limit: no response can hang a trainer.
+Here a program (`math_worker.py`) compares, each time for a limited time of the processor: no response can hang a
+trainer. What comparisons that were stopped take together is limited too: no batch of them can.
 """
 
 import json
@@ -12,11 +13,17 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from fastrm.errors import ConfigError
 
-LIMIT = 5.0  # seconds for one comparison, after which the answers count as different
+LIMIT = 5.0  # seconds of the processor for one comparison, after which the answers count as different
+SHORT_LIMIT = 0.25  # what remains of it when stopped comparisons have used up their allowance; most take 0.01 s
+ALLOWANCE = 60.0  # seconds for stopped comparisons together
+REGAINED = 0.1  # seconds of the allowance that come back in each second
+MAX_KNOWN = 4096  # results that are kept
+WAIT_LIMIT = 600.0  # seconds by the clock for an answer of the program, which says "stopped" itself: for one that hangs
 START_LIMIT = 300.0  # seconds for the program to import sympy, on a machine that is busy
 _log = logging.getLogger(__name__)
 
@@ -24,7 +31,11 @@ _log = logging.getLogger(__name__)
 class MathChecker:
     """A process that compares answers one after another, started when it is first needed.
 
-    Threads take turns. A forked process starts its own.
+    Threads take turns. A forked process starts its own. Results are kept: the rollouts of a prompt repeat answers.
+
+    Args:
+        limit: seconds of the processor for one comparison. Those that are stopped there use up an allowance, of which a
+            tenth of the time that passes is regained; with none left, the limit is `SHORT_LIMIT`.
 
     Attributes:
         num_stopped: comparisons that were stopped at the limit.
@@ -32,6 +43,8 @@ class MathChecker:
 
     def __init__(self, limit: float = LIMIT):
         self.limit, self.num_stopped = limit, 0
+        self._known: dict[tuple[str, str], bool] = {}
+        self._allowance, self._seen = ALLOWANCE, time.monotonic()
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
         self._owner = 0
@@ -43,13 +56,30 @@ class MathChecker:
             ConfigError: if math-verify is not installed.
         """
         with self._lock:
-            answer = _ask(self._running(), json.dumps([got, wanted]).encode() + b"\n", self.limit)
-            if answer:
-                return answer == b"true\n"
-            self.num_stopped += 1
+            if (got, wanted) not in self._known:
+                limit = self._limit_now()
+                answer = _ask(self._running(), json.dumps([got, wanted, limit]).encode() + b"\n")
+                if answer not in (b"true\n", b"false\n"):
+                    self._note_stopped(got, limit, has_ended=not answer)
+                    if not answer or limit < self.limit:  # no verdict: asked again, it may be found equal
+                        return False
+                if len(self._known) >= MAX_KNOWN:
+                    self._known.clear()
+                self._known[got, wanted] = answer == b"true\n"
+            return self._known[got, wanted]
+
+    def _limit_now(self) -> float:
+        now = time.monotonic()
+        self._allowance = min(ALLOWANCE, self._allowance + REGAINED * (now - self._seen))
+        self._seen = now
+        return min(self.limit, max(SHORT_LIMIT, self._allowance))
+
+    def _note_stopped(self, got: str, limit: float, has_ended: bool) -> None:
+        self.num_stopped += 1
+        self._allowance = max(0.0, self._allowance - limit)
+        if has_ended:
             self._stop()
-        _log.warning("math-verify took more than %g s, or ended, over %.80r; it counts as wrong", self.limit, got)
-        return False
+        _log.warning("math-verify took more than %g s, or ended, over %.80r; it counts as wrong", limit, got)
 
     def close(self) -> None:
         """End the process; the next comparison starts another."""
@@ -86,12 +116,12 @@ class MathChecker:
         self._process = None
 
 
-def _ask(process: subprocess.Popen, question: bytes, limit: float) -> bytes:
+def _ask(process: subprocess.Popen, question: bytes) -> bytes:
     try:
         process.stdin.write(question)
     except OSError:  # it ended since it was looked at
         return b""
-    return _read_line(process, limit)
+    return _read_line(process, WAIT_LIMIT)
 
 
 def _read_line(process: subprocess.Popen, limit: float) -> bytes:

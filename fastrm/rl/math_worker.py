@@ -1,11 +1,16 @@
-"""The program that compares answers for `math_check.py`: a JSON list [got, wanted] a line in, true or false a line out.
+"""The program that compares answers for `math_check.py`: JSON [got, wanted, seconds] a line in, a word a line out.
 
-Its time is bounded by whoever started it, so that math-verify's own limits, which need signals, are off.
+The word is true, false, or stopped if the comparison took more than that many seconds of the processor. Each is made
+by a fork, which the kernel ends at its limit, whatever it is in; the imports, which take seconds, are made once. The
+time of the processor does not grow with what else a machine does, so that load makes no answer wrong. math-verify's
+own limits, which are times of a clock and need Python to run, are off.
 """
 
 import json
 import logging
+import os
 import re
+import signal
 import sys
 
 _PROSE = re.compile(r"\n|(?<!\\)\b[A-Za-z]{4,}")
@@ -26,18 +31,35 @@ def _marked(text: str) -> str:
     return text if "$" in text or _PROSE.search(text) else f"\\boxed{{{text}}}"
 
 
-def main() -> None:
-    """Serve comparisons until the input ends."""
-    import math_verify  # noqa: F401  (seconds: before the first question)
+def compare_in_fork(got: str, wanted: str, limit: float) -> str:
+    """Compare two answers in a process of its own, for at most `limit` seconds of the processor.
 
-    logging.disable(logging.WARNING)
-    print("ready", flush=True)
-    for line in sys.stdin:
+    Returns:
+        true, false, or stopped.
+    """
+    child = os.fork()
+    if child == 0:
+        signal.setitimer(signal.ITIMER_PROF, limit)  # its signal ends a process, even inside a long call into C
+        same = False
         try:
-            same = compare(*json.loads(line))
+            same = compare(got, wanted)
         except Exception:  # sympy raises anything for what is no formula
             same = False
-        print("true" if same else "false", flush=True)
+        finally:
+            os._exit(0 if same else 1)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return "stopped"
+    return "true" if os.WEXITSTATUS(status) == 0 else "false"
+
+
+def main() -> None:
+    """Serve comparisons until the input ends."""
+    logging.disable(logging.WARNING)
+    compare("\\frac{1}{2}", "0.5")  # loads what is needed, before the first question
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(compare_in_fork(*json.loads(line)), flush=True)
 
 
 if __name__ == "__main__":

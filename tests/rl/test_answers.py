@@ -1,10 +1,13 @@
 """How answers are compared: the rules of docs/rl.md, and texts over which math-verify would never end."""
 
+import json
 import math
 import os
+import signal
 import threading
 import time
 from decimal import Decimal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,17 +132,49 @@ def timed(text, kind):
 
 def test_a_formula_that_never_ends_is_stopped_and_the_next_is_compared():
     """math-verify's own limit is a signal: here it would not be allowed, in a thread that is not the main one."""
-    checker, found = MathChecker(limit=1.0), []
+    checker, found, processes = MathChecker(limit=1.0), [], set()
     try:
         for question in ((r"(10^{10})!", "3"), (r"\frac{1}{2}", "0.5")):
             thread = threading.Thread(target=lambda q=question: found.append(checker(*q)))
             thread.start()
             thread.join(PATIENCE)
-        assert checker.num_stopped >= 1 and found[0] is False
-        checker.limit = PATIENCE
-        assert checker(r"\frac{1}{2}", "0.5") is True
+            processes.add(checker._process)
+        assert found == [False, True] and checker.num_stopped == 1
+        assert len(processes) == 1, "a formula that is stopped costs no new start"
     finally:
         checker.close()
+
+
+def test_a_comparison_is_stopped_by_its_own_time_and_not_by_the_clock():
+    """A machine that is busy makes no right answer wrong: here the comparison is held up, as by other processes."""
+    checker = MathChecker(limit=1.0)
+    try:
+        assert checker("1/2", "0.5")
+        os.kill(checker._process.pid, signal.SIGSTOP)
+        threading.Timer(2.5, os.kill, (checker._process.pid, signal.SIGCONT)).start()
+        assert checker("1/4", "0.25") and checker.num_stopped == 0
+    finally:
+        checker.close()
+
+
+def test_formulas_that_never_end_take_no_more_than_an_allowance_together(monkeypatch):
+    """A policy that writes them in every rollout must not stop its trainer for hours."""
+    clock, limits = [0.0], []
+    monkeypatch.setattr("fastrm.rl.math_check.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def ask(process, question):
+        limits.append(json.loads(question)[2])
+        return b"stopped\n"
+
+    monkeypatch.setattr("fastrm.rl.math_check._ask", ask)
+    checker = MathChecker()
+    monkeypatch.setattr(checker, "_running", lambda: None)
+    assert not any(checker(f"{number}!", "3") for number in range(1000))
+    assert limits[:12] == [5.0] * 12 and limits[12:] == [0.25] * 988 and checker.num_stopped == 1000
+    limits.clear()
+    assert not checker("0!", "3") and not limits, "the first was stopped at the whole limit: it is known"
+    clock[0] = 50.0
+    assert not checker("999!", "3") and limits == [5.0], "a short limit is no verdict, and time brings the whole back"
 
 
 def test_a_process_that_was_killed_is_started_again():
@@ -148,7 +183,7 @@ def test_a_process_that_was_killed_is_started_again():
         assert checker("1/2", "0.5")
         checker._process.kill()
         checker._process.wait()
-        assert checker("1/2", "0.5")
+        assert checker("1/4", "0.25")
     finally:
         checker.close()
 
