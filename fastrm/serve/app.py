@@ -5,10 +5,10 @@ handlers read a body by `Service.read`, ask by `Service.score` or `Service.rewar
 `RequestError` for what is wrong; here it becomes ``{"error": {"code", "message"}}`` with its status:
 
     400 a body that is no JSON object, or not of the form       404 MODEL_UNKNOWN, NOT_FOUND
-    401 UNAUTHORIZED                                            405 METHOD_NOT_ALLOWED
+    401 UNAUTHORIZED; 403 FOREIGN_SITE                          405 METHOD_NOT_ALLOWED
     408 BODY_TIMEOUT
     413 REQUEST_TOO_LARGE                                       422 a group that cannot be scored: its own code
-    503 QUEUE_FULL, CLOSING, NOT_READY, with Retry-After                   500 INTERNAL
+    503 QUEUE_FULL, CLOSING, NOT_READY, with Retry-After        500 INTERNAL
 """
 
 import asyncio
@@ -172,7 +172,7 @@ def make_app(scheduler: Scheduler, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(RequestError, _answer_problem)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_internal)
-    app.add_middleware(Gate, token=settings.token, observe=service.observe)
+    app.add_middleware(Gate, token=settings.token, observe=service.observe, host=settings.host)
     return app
 
 

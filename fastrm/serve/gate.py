@@ -1,10 +1,12 @@
-"""The layer before all routes: the token, and a count of every answer with its time."""
+"""The layer before all routes: the token, pages of other sites, and a count of every answer with its time."""
 
 import base64
 import binascii
 import hmac
+import ipaddress
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +17,11 @@ OPEN_PATHS = frozenset({"/health", "/", "/page/page.css", "/page/page.js", "/pag
 
 
 class Gate:
-    """An ASGI application that passes on what carries the token.
+    """An ASGI application that passes on what carries the token, and nothing that a page of another site asks.
+
+    A browser sends what any page asks of a loopback address, and names the page in ``Origin``. A page may also give
+    its own name the server's address, and then read the answers: where no token is asked for, and the server is thus
+    on loopback alone, ``Host`` has to be an address, localhost, or `host`.
 
     The token comes as ``Authorization: Bearer TOKEN``, or as the password of ``Authorization: Basic``, which clients
     send by themselves for a URL of the form http://user:TOKEN@host/: trainers have no setting for headers.
@@ -25,10 +31,13 @@ class Gate:
         token: None: every request passes.
         observe: called with each request and the status and seconds of its answer, when that has ended; status 0
             stands for a connection that was lost before.
+        host: a name that the server has besides.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, observe: Callable[[Scope, int, float], None]):
-        self._app, self._observe = app, observe
+    def __init__(
+        self, app: ASGIApp, token: str | None, observe: Callable[[Scope, int, float], None], host: str = "localhost"
+    ):
+        self._app, self._observe, self._host = app, observe, host
         self._token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,12 +53,33 @@ class Gate:
             await send(message)
 
         try:
-            if self._may_pass(scope):
+            if self._is_foreign(scope):
+                await _FOREIGN(scope, receive, watch)
+            elif self._may_pass(scope):
                 await self._app(scope, receive, watch)
             else:
                 await _UNAUTHORIZED(scope, receive, watch)
         finally:
             self._observe(scope, status, time.perf_counter() - started)
+
+    def _is_foreign(self, scope: Scope) -> bool:
+        hosts, origins = (
+            [value.decode("latin-1").lower() for name, value in scope["headers"] if name == wanted]
+            for wanted in (b"host", b"origin")
+        )
+        if any(origin.partition("://")[2] not in hosts for origin in origins):
+            return True
+        return self._token is None and not all(map(self._is_own, hosts))
+
+    def _is_own(self, place: str) -> bool:
+        try:
+            name = urlsplit(f"//{place}").hostname
+            if name is None or name in ("localhost", self._host.lower()):
+                return name is not None
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
 
     def _may_pass(self, scope: Scope) -> bool:
         if self._token is None or scope["path"] in OPEN_PATHS:
@@ -73,3 +103,8 @@ _UNAUTHORIZED = JSONResponse(
     401,
     {"WWW-Authenticate": 'Basic realm="fastrm: any name, the token as password", Bearer'},
 )
+_FOREIGN = JSONResponse(
+    {"error": {"code": "FOREIGN_SITE", "message": "asked by a page of another site, or by a name that is not this "
+               "server's; ask by its address, or serve with a token"}},
+    403,
+)  # fmt: skip

@@ -54,7 +54,7 @@ def short(monkeypatch):
 
 
 def server(model):
-    return TestClient(make_app(Scheduler([Scorer("tiny", Ensemble([model]), 32768)]), ServeSettings()))
+    return TestClient(make_app(Scheduler([Scorer("tiny", Ensemble([model]), 32768)]), ServeSettings()), "http://localhost")
 
 
 def check(model, served, api="vllm"):
@@ -190,7 +190,7 @@ def test_images_of_whole_patches_are_kept_and_others_are_not(model):
 def test_prompts_that_the_server_refuses_are_counted(model, monkeypatch):
     monkeypatch.setattr(prompts, "LONG", 600)
     scheduler = Scheduler([Scorer("tiny", Ensemble([model]), 1000)])
-    with TestClient(make_app(scheduler, ServeSettings())) as client:
+    with TestClient(make_app(scheduler, ServeSettings()), "http://localhost") as client:
         found = compare(model, client, "vllm", None, Display(silent=True))
     assert not found.agrees and {prompt.kind for prompt, _ in found.refused} == {"long texts"}
     assert "2 prompts are refused" in summary(found)

@@ -179,7 +179,7 @@ def test_a_body_that_does_not_come_is_given_up(model):
     with serve(model, ServeSettings(body_seconds=0.2)) as url:
         address = httpx.URL(url)
         with socket.create_connection((address.host, address.port), PATIENCE) as sock:
-            sock.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+            sock.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             assert b" 408 " in sock.recv(65536)
         check_works(model, url)
 
@@ -199,7 +199,7 @@ def test_overload_is_answered_with_503_and_hang_ups_leave_nothing_behind(model, 
             if number % 10 == 0:  # leaves before its answer
                 address = httpx.URL(url)
                 text = json.dumps(body).encode()
-                head = b"POST /v1/rewards HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(text)
+                head = b"POST /v1/rewards HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(text)
                 with socket.create_connection((address.host, address.port), PATIENCE) as sock:
                     sock.sendall(head + text)
                 return None

@@ -19,6 +19,7 @@ from fastrm.serve.settings import ServeSettings
 from tests.helpers.support import make_image, make_model
 
 TOKEN = "a-secret"
+BODY = '{"groups": [{"prompt": "a", "responses": ["b"]}]}'
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def model():
 def make_client(model, **settings):
     images = BoundedCache(1 << 20)
     scheduler = Scheduler([Scorer("tiny", Ensemble([model]), 8192, images)], rewards=BoundedCache(100), images=images)
-    return TestClient(make_app(scheduler, ServeSettings(**settings)), raise_server_exceptions=False)
+    return TestClient(make_app(scheduler, ServeSettings(**settings)), "http://localhost", raise_server_exceptions=False)
 
 
 BAD_HEADERS = [
@@ -73,6 +74,45 @@ def test_the_token_opens_as_bearer_and_as_a_password(model):
     with make_client(model, token=TOKEN) as client:
         for options in ({"headers": {"Authorization": f"bearer  {TOKEN}"}}, {"auth": ("anybody", TOKEN)}):
             assert client.post("/v1/rewards", json=body, **options).status_code == 200
+
+
+FOREIGN = [
+    {"Host": "evil.example"}, {"Host": "evil.example:8000"}, {"Host": "127.0.0.1.evil.example"}, {"Host": "["},
+    {"Host": ""}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"},
+    {"Host": "evil.example", "Origin": "http://evil.example"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_pages_of_other_sites_get_nothing(model, headers):
+    with make_client(model) as client:
+        for method, path in [("POST", "/v1/rewards"), ("GET", "/metrics"), ("GET", "/activity"), ("GET", "/health")]:
+            answer = client.request(method, path, headers={"Content-Type": "text/plain"} | headers, content=BODY)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "FOREIGN_SITE"), path
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "10.0.0.1"])
+def test_the_servers_own_page_and_programs_are_answered(model, host):
+    with make_client(model) as client:
+        for headers in ({"Host": host}, {"Host": host, "Origin": f"http://{host}".lower()}):
+            assert client.post("/v1/rewards", headers=headers, content=BODY).status_code == 200
+    with make_client(model, host="reward.local") as client:
+        assert client.get("/health", headers={"Host": "reward.local:80"}).status_code == 200
+
+
+def test_with_the_token_any_name_is_the_servers_but_no_other_page(model):
+    headers = {"Authorization": f"Bearer {TOKEN}", "Host": "reward.example"}
+    with make_client(model, token=TOKEN) as client:
+        assert client.post("/v1/rewards", headers=headers, content=BODY).status_code == 200
+        foreign = headers | {"Origin": "http://evil.example"}
+        assert client.post("/v1/rewards", headers=foreign, content=BODY).status_code == 403
+
+
+def test_a_path_with_a_slash_more_is_not_found(model):
+    with make_client(model) as client:
+        for path in ("/health/", "/v1/rewards/"):
+            answer = client.get(path, follow_redirects=False)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "NOT_FOUND")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org"])

@@ -23,7 +23,7 @@ def model():
 def client(model):
     settings = ServeSettings(max_body_bytes=100_000, max_groups=4)
     scheduler = Scheduler([Scorer("tiny", Ensemble([model]), 8192)])
-    with TestClient(make_app(scheduler, settings), raise_server_exceptions=False) as client:
+    with TestClient(make_app(scheduler, settings), "http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 

@@ -75,7 +75,7 @@ def changed(chance, value, leaf):
 @pytest.fixture(scope="module")
 def client():
     scheduler = Scheduler([Scorer("tiny", Ensemble([RewardModel(make_model("qwen2_5_vl"))]), 8192)])
-    with TestClient(make_app(scheduler, ServeSettings()), raise_server_exceptions=False) as client:
+    with TestClient(make_app(scheduler, ServeSettings()), "http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 

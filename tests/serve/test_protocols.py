@@ -36,7 +36,7 @@ def model():
 @pytest.fixture(scope="module")
 def client(model):
     scheduler = Scheduler([Scorer("tiny", Ensemble([model]), 8192)])
-    with TestClient(make_app(scheduler, ServeSettings()), raise_server_exceptions=False) as client:
+    with TestClient(make_app(scheduler, ServeSettings()), "http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 
