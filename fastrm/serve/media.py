@@ -5,7 +5,9 @@ first. A URL is fetched only with `allow_urls`, only from public addresses, and 
 medium is read as a whole here, below its limit of bytes, so that it is known by its content from here on.
 """
 
+import functools
 import http.client
+import io
 import ipaddress
 import os
 import socket
@@ -22,7 +24,7 @@ from fastrm.data.sources.media import Resolve
 from fastrm.errors import RecordError
 from fastrm.limits import MediaLimits
 
-_FETCH_SECONDS = 10.0
+_FETCH_SECONDS = 10.0  # for all URLs of a group
 _CHUNK = 1 << 16
 
 
@@ -60,22 +62,25 @@ class MediaPolicy:
 
     def resolver(self) -> Resolve:
         """Return the function that opens what one group names, for one use."""
-        opened = 0
+        opened, seconds = 0, 0.0
 
         def resolve(place: str, kind: type[MediaRef] = ImageRef) -> MediaRef:
-            nonlocal opened
+            nonlocal opened, seconds
             opened += 1
             if opened > self.max_media:
                 raise RecordError("TOO_MANY_MEDIA", f"the group names more than {self.max_media} files or URLs")
-            return kind(data=self._read(place, kind))
+            started = time.monotonic()
+            data = self._read(place, kind, started + _FETCH_SECONDS - seconds)
+            seconds += time.monotonic() - started
+            return kind(data=data)
 
         return resolve
 
-    def _read(self, place: str, kind: type[MediaRef]) -> bytes:
+    def _read(self, place: str, kind: type[MediaRef], deadline: float) -> bytes:
         if place[:8].lower().startswith(("http://", "https://")):
             if not self.allow_urls:
                 raise _refused(kind, "is a URL, which this server does not fetch (--allow-image-urls); send a data URI")
-            return self._fetch(place, kind)
+            return self._fetch(place, kind, deadline)
         if self.image_root is None:
             raise _refused(kind, "is a path, and this server opens none (--image-root); send a data URI")
         return self._read_file(place, kind)
@@ -93,11 +98,10 @@ class MediaPolicy:
         except RecordError as error:  # its text has the server's folder, which is no client's business
             raise RecordError(error.code, error.message.replace(os.path.join(root, ""), "")) from None
 
-    def _fetch(self, url: str, kind: type[MediaRef]) -> bytes:
+    def _fetch(self, url: str, kind: type[MediaRef], deadline: float) -> bytes:
         limit = self.limits.max_bytes if kind is ImageRef else self.limits.max_video_bytes
-        deadline = time.monotonic() + _FETCH_SECONDS
         try:
-            connection = self._connect(url, kind)
+            connection = self._connect(url, kind, deadline)
             with connection.sock:
                 parts = urlsplit(url)
                 connection.request("GET", f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}")
@@ -110,13 +114,11 @@ class MediaPolicy:
                     data += chunk
                     if len(data) > limit:
                         raise _refused(kind, f"has more than {limit:,} bytes", "TOO_LARGE")
-                    if time.monotonic() > deadline:
-                        raise TimeoutError("it takes too long")
                 return bytes(data)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise _refused(kind, f"is a URL that cannot be fetched: {error}", "FETCH") from None
 
-    def _connect(self, url: str, kind: type[MediaRef]) -> http.client.HTTPConnection:
+    def _connect(self, url: str, kind: type[MediaRef], deadline: float) -> http.client.HTTPConnection:
         """Open a connection to an address that was checked: a name that is asked again could have another."""
         parts = urlsplit(url)
         is_https = parts.scheme.lower() == "https"
@@ -127,12 +129,51 @@ class MediaPolicy:
         addresses = [address[4][0] for address in found]
         if not all(map(self.is_public, addresses)):
             raise _refused(kind, "is a URL of an address that is not public")
-        sock = socket.create_connection((addresses[0], port), _FETCH_SECONDS)
+        sock = socket.create_connection((addresses[0], port), _left(deadline))
         if is_https:
+            sock.settimeout(_left(deadline))
             sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
         connection = http.client.HTTPConnection(parts.hostname, port)
         connection.sock = sock
+        connection.response_class = functools.partial(_TimedResponse, deadline=deadline)
         return connection
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    """An answer that must be read by a deadline: a socket's own timeout begins again with every byte."""
+
+    def __init__(self, sock: socket.socket, *arguments, deadline: float, **options):
+        super().__init__(sock, *arguments, **options)
+        self.fp = io.BufferedReader(_TimedReader(sock, self.fp, deadline))
+
+
+class _TimedReader(io.RawIOBase):
+    def __init__(self, sock: socket.socket, file: io.BufferedReader, deadline: float):
+        # The file keeps the socket open, which http.client closes once it has the headers.
+        self._sock, self._file, self._deadline = sock, file, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self._sock.settimeout(_left(self._deadline))
+        return self._sock.recv_into(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _left(deadline: float) -> float:
+    """Return the seconds until a deadline.
+
+    Raises:
+        TimeoutError: if it has passed.
+    """
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("it takes too long")
+    return seconds
 
 
 def _refused(kind: type[MediaRef], text: str, problem: str = "PATH") -> RecordError:

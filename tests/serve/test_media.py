@@ -1,6 +1,7 @@
 """The files and URLs that requests may name: none by default, and never one outside what was allowed."""
 
 import base64
+import contextlib
 import functools
 import http.server
 import socket
@@ -13,8 +14,10 @@ from fastrm.data.record import ImageRef, VideoRef
 from fastrm.data.sources.groups import group_record
 from fastrm.errors import RecordError
 from fastrm.limits import MediaLimits
+from fastrm.serve import media
 from fastrm.serve.media import MediaPolicy
 from tests.helpers.support import make_image
+from tests.helpers.waiting import PATIENCE
 
 DATA = make_image(56, 56).data
 # Where a request may name a medium: every form that groups are read in.
@@ -191,6 +194,60 @@ def test_redirects_errors_and_large_answers_are_refused(site, path, limits, text
     policy = MediaPolicy(allow_urls=True, limits=limits, is_public=lambda address: True)
     with pytest.raises(RecordError, match=text):
         read(FORMS["images"](site + path), policy)
+
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+
+
+@pytest.mark.parametrize("head", [ANSWER, ANSWER[:9], b""], ids=["body", "header", "nothing"])
+def test_a_url_that_drips_is_given_up_at_the_deadline(monkeypatch, head):
+    """The site never ends its answer, and waits for the client's end of it."""
+    monkeypatch.setattr(media, "_FETCH_SECONDS", 0.3)
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip():
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(head)
+                while not ended.wait(0.02):
+                    connection.sendall(b"1")
+
+        site = threading.Thread(target=drip)
+        site.start()
+        policy = MediaPolicy(allow_urls=True, is_public=lambda address: True)
+        fetching = threading.Thread(target=fetched, args=(listening.getsockname()[1], policy, found := []))
+        fetching.start()
+        fetching.join(PATIENCE)
+        was_given_up = not fetching.is_alive()
+        ended.set()
+        for thread in (site, fetching):
+            thread.join(PATIENCE)
+    assert was_given_up and "cannot be fetched" in found[0].message and found[0].code == "IMAGE_FETCH"
+
+
+def fetched(port, policy, found):
+    try:
+        read(FORMS["images"](f"http://127.0.0.1:{port}/a.png"), policy)
+    except RecordError as error:
+        found.append(error)
+
+
+def test_the_urls_of_a_group_share_one_deadline(site, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(media.time, "monotonic", lambda: now[0])
+    resolve = MediaPolicy(allow_urls=True, is_public=lambda address: True).resolver()
+    fetch = MediaPolicy._fetch
+
+    def slow(*arguments):
+        data = fetch(*arguments)
+        now[0] += 6.0
+        return data
+
+    monkeypatch.setattr(MediaPolicy, "_fetch", slow)
+    assert [resolve(f"{site}/a.png").data for _ in range(2)] == [DATA] * 2
+    with pytest.raises(RecordError, match="takes too long"):
+        resolve(f"{site}/a.png")
 
 
 def test_data_uris_are_always_read():
