@@ -163,7 +163,7 @@ def _is_equal(got: str, wanted: str, kind: str) -> bool:
     if len(got) > len(wanted) + MAX_ANSWER_CHARS:
         return False
     if kind == "math" and (any(c.isdigit() for c in wanted) or not _has_word(wanted)):
-        return _equal_formulas(_bare(got), _bare(wanted))
+        return _equal_formulas(got, wanted)
     return normalised(got) == normalised(wanted) != ""
 
 
@@ -177,6 +177,8 @@ def _letter(text: str) -> str | None:
 
 
 def _equal_formulas(got: str, wanted: str) -> bool:
+    said, meant = _without_raised(got), _without_raised(wanted)
+    got, wanted = _bare(said), _bare(meant)
     if not got or not wanted:
         return False
     if got == wanted:
@@ -189,14 +191,17 @@ def _equal_formulas(got: str, wanted: str) -> bool:
         # math-verify reads 3,5 as 35. Items are compared here, and a list equals nothing but a list.
         items = [[item.strip() for item in text.split(",")] for text in (got, wanted)]
         return lists == [True, True] and items[0] == items[1]
-    return equal_as_math(got, wanted)
+    return equal_as_math(said, meant)
+
+
+def _without_raised(text: str) -> str:
+    """Return a text with raised digits as exponents and the sign of minus as a hyphen, which parsers read."""
+    return _RAISED_RUN.sub(lambda run: f"^{{{run[0].translate(_RAISED)}}}", text).replace("\u2212", "-")
 
 
 def _bare(text: str) -> str:
     """Return a formula without what sentences and Markdown put around it; no sign that changes its value is lost."""
-    text = " ".join(
-        _RAISED_RUN.sub(lambda run: f"^{{{run[0].translate(_RAISED)}}}", text).replace("\u2212", "-").split()
-    )
+    text = " ".join(text.split())
     while True:
         before = text
         text = text.removesuffix(".").removesuffix("**").removeprefix("**").strip()

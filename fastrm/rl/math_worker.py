@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 
-_PROSE = re.compile(r"\n|(?<!\\)\b[A-Za-z]{4,}")
+_PROSE = re.compile(r"\n|(?<!\\)\b(?:[A-Za-z]{4,}|[A-Za-z]{2,}\s+[A-Za-z]{2,}\b)")  # a long word, or two
 
 
 def compare(got: str, wanted: str) -> bool:

@@ -84,7 +84,7 @@ def test_kinds(kind, response, truth, right):
         ("2\u00b2", "4", True), ("10\u2075", "100,000", True), ("\u22125", "-5", True), ("5!", "120", True),
         ("$5$.", "5", True), ("**5**", "5", True), ("**5.**", "5", True), (r"\(5\)", "5", True), ("$50", "50", True),
         ("The answer is 5.", "5", True), ("-1,234,567.50", "-1234567.5", True), ("1,2", "1, 2", True),
-        ("`5`", "5", True),
+        ("`5`", "5", True), ("It is 4.", "4", True), ("It is 4", "4", True), ("It is 5.", "4", False),
         (r"\boxed{(1,2)}", "(2, 1)", False), ("}{", "5", False), ("\ud800", "5", False), ("x" * 10_000, "5", False),
     ],
 )  # fmt: skip
