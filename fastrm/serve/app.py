@@ -98,6 +98,16 @@ class Service:
                 raise TooLarge(f"the body has more than {limit:,} bytes; send fewer groups a request")
         return bytes(body)
 
+    def check_count(self, num_groups: int) -> None:
+        """Refuse more groups than a request may have, before any work for them.
+
+        Raises:
+            TooLarge: for more than `max_groups`, or than the queue holds.
+        """
+        limit = min(self.settings.max_groups, self.scheduler.max_queue)
+        if num_groups > limit:
+            raise TooLarge(f"the request has {num_groups:,} groups, limit {limit:,}; send fewer a request")
+
     async def score(self, request: Request, groups: Sequence[dict], model: object = None) -> Scored:
         """Return the rewards of groups, or the reason in the place of each that has none.
 
@@ -111,9 +121,7 @@ class Service:
         Raises:
             RequestError: TooLarge for more than `max_groups`; UnknownModel; Unavailable.
         """
-        limit = min(self.settings.max_groups, self.scheduler.max_queue)
-        if len(groups) > limit:
-            raise TooLarge(f"the request has {len(groups):,} groups, limit {limit:,}; send fewer a request")
+        self.check_count(len(groups))
         work = asyncio.ensure_future(self.scheduler.submit(groups, model, self._media.resolver))
         leaving = asyncio.ensure_future(_left(request))
         try:

@@ -9,12 +9,13 @@ import math
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
 from fastrm.data.sources.groups import group_record
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.app import make_app
-from fastrm.serve.protocols import vllm
+from fastrm.serve.protocols import openrlhf, r1_reward, sglang, slime, vllm
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
@@ -383,3 +384,31 @@ def test_a_model_that_is_not_served_is_named(post, path, body):
 def test_a_group_that_the_model_cannot_read_is_refused_with_its_code(post):
     broken = {**SEEN, "images": ["data:image/png;base64,aaaa"]}
     assert post("/classify", {"messages": chat(broken, 0)}, 422)["error"]["code"].startswith("IMAGE_")
+
+
+@pytest.mark.parametrize(
+    "kind, key",
+    [(openrlhf.GetReward, "query"), (r1_reward.GetRewardMllm, "query"), (vllm.TextInput, "input"),
+     (sglang.NativeInput, "text"), (sglang.NativeInput, "input_ids"), (sglang.Embeddings, "input"),
+     (vllm.ChatInput, "messages"), (slime.Sample, "prompt")],
+)  # fmt: skip
+def test_a_list_of_wrong_entries_is_left_at_the_first(kind, key):
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({key: [1.5] * 1000})
+    assert caught.value.error_count() < 12
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [("/get_reward", {"query": ["a"] * 65}), ("/get_reward_mllm", {"query": ["a"] * 65}),
+     ("/classify", {"input": ["a"] * 65}), ("/pooling", {"input": [[1]] * 65}), ("/classify", {"text": ["a"] * 65}),
+     ("/v1/embeddings", {"input": ["a"] * 65})],
+)  # fmt: skip
+def test_too_many_conversations_are_refused_before_they_are_read(post, path, body):
+    assert post(path, body, 413)["error"]["code"] == "REQUEST_TOO_LARGE"
+
+
+@pytest.mark.parametrize("path", ["/health/", "/v1/models/"])
+def test_a_path_with_a_slash_at_its_end_is_not_found(client, path):
+    answer = client.get(path, follow_redirects=False, headers={"Host": "other.example"})
+    assert answer.status_code == 404 and answer.json()["error"]["message"] == f"GET {path}: Not Found"

@@ -5,9 +5,9 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastrm.errors import RecordError
 from fastrm.serve.problems import BadRequest, RequestError
@@ -18,6 +18,11 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+
+# Lists whose first wrong entry is enough: pydantic would describe each of a million.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+ManyTokens = Annotated[list[Tokens], Field(fail_fast=True)]
 
 _Body = TypeVar("_Body", bound=Body)
 _Read = TypeVar("_Read")

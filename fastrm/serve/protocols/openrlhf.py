@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from fastrm.serve.app import Service
-from fastrm.serve.protocols.bodies import Body, bad_request, check_as_many, flat, parsed, reading, sigmoid
+from fastrm.serve.protocols.bodies import Body, Texts, bad_request, check_as_many, flat, parsed, reading, sigmoid
 from fastrm.serve.rendered_text import Conversation, RenderedTextReader
 
 
@@ -25,8 +25,8 @@ class GetReward(Body):
         labels: of any kind; those that are objects may hold `images`.
     """
 
-    query: list[str]
-    prompts: list[str] = Field(default_factory=list)
+    query: Texts
+    prompts: Texts = Field(default_factory=list)
     labels: list[Any] = Field(default_factory=list)
 
 
@@ -77,6 +77,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/get_reward")
     async def get_reward(request: Request) -> dict:
         body = parsed(GetReward, await service.read(request))
+        service.check_count(len(body.query))
         asked = await reading(conversations, body, service.reader())
         scored = await service.rewards(request, [one.group for one in asked])
         return answer(flat(scored.results), asked)

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from fastrm.serve.app import Service
-from fastrm.serve.protocols.bodies import Body, bad_request, check_as_many, flat, parsed, reading
+from fastrm.serve.protocols.bodies import Body, Texts, bad_request, check_as_many, flat, parsed, reading
 from fastrm.serve.rendered_text import Conversation, RenderedTextReader
 
 
@@ -23,8 +23,8 @@ class GetRewardMllm(Body):
         prompts: of the data set.
     """
 
-    query: list[str]
-    prompts: list[str] = Field(default_factory=list)
+    query: Texts
+    prompts: Texts = Field(default_factory=list)
 
 
 def conversations(body: GetRewardMllm, reader: RenderedTextReader) -> list[Conversation]:
@@ -70,6 +70,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/get_reward_mllm")
     async def get_reward_mllm(request: Request) -> dict:
         body = parsed(GetRewardMllm, await service.read(request))
+        service.check_count(len(body.query))
         asked = await reading(conversations, body, service.reader())
         scored = await service.rewards(request, [one.group for one in asked])
         return answer(flat(scored.results))

@@ -1,12 +1,23 @@
 """SGLang's own forms: ``POST /classify`` with `text` or `input_ids`, and ``POST /v1/embeddings``, which verl uses."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 
 from fastrm.serve.app import Service
-from fastrm.serve.protocols.bodies import Body, bad_request, check_as_many, flat, parsed, reading
+from fastrm.serve.protocols.bodies import (
+    Body,
+    ManyTokens,
+    Texts,
+    Tokens,
+    bad_request,
+    check_as_many,
+    flat,
+    parsed,
+    reading,
+)
 from fastrm.serve.rendered_text import RenderedTextReader
 
 Images = str | list[str] | None
@@ -21,8 +32,8 @@ class NativeInput(Body):
         image_data: for one conversation an image or a list of them; for several, that for each.
     """
 
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    text: str | Texts | None = None
+    input_ids: Tokens | ManyTokens | None = None
     image_data: str | list[str | list[str] | None] | None = None
     video_data: None = None
     rid: str | list[str] | None = None
@@ -40,7 +51,7 @@ class EmbeddedInput(Body):
 class Embeddings(Body):
     """The body of ``/v1/embeddings``."""
 
-    input: str | list[str] | list[EmbeddedInput] | list[int] | list[list[int]]
+    input: str | Texts | Annotated[list[EmbeddedInput], Field(fail_fast=True)] | Tokens | ManyTokens
     model: str | None = None
     encoding_format: Literal["float"] = "float"
     dimensions: None = None
@@ -101,6 +112,11 @@ def is_many(value: str | list) -> bool:
     return isinstance(value, list) and not (value and isinstance(value[0], int))
 
 
+def num_inputs(value: str | list) -> int:
+    """Return the number of conversations of an input."""
+    return len(value) if is_many(value) else 1
+
+
 def read_one(value: str | list[int], images: list, reader: RenderedTextReader, name: str) -> dict:
     """Return the group of a conversation given as rendered text or as its tokens.
 
@@ -122,6 +138,7 @@ async def classify(service: Service, request: Request, content: dict) -> dict | 
         RequestError: as `Service.rewards`, or for a body that cannot be read.
     """
     body = parsed(NativeInput, content)
+    service.check_count(num_inputs(body.text if body.text is not None else body.input_ids or []))
     groups = await reading(native_groups, body, service.reader(body.model))
     scored = await service.rewards(request, groups, body.model)
     return native_answer(body, flat(scored.results))
@@ -134,6 +151,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/embeddings")
     async def embeddings(request: Request) -> dict:
         body = parsed(Embeddings, await service.read(request))
+        service.check_count(num_inputs(body.input))
         groups = await reading(embedding_groups, body, service.reader(body.model))
         scored = await service.rewards(request, groups, body.model)
         return embedding_answer(scored.model, flat(scored.results), scored.num_tokens)

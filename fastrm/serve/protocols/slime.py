@@ -5,9 +5,10 @@ begins. Any other text is refused: a plain question cannot be told from one that
 which slime does not send, may come in the label as for OpenRLHF.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 
 from fastrm.errors import RecordError
 from fastrm.serve.app import Service
@@ -23,7 +24,7 @@ class Sample(Body):
         label: of any kind; if it is an object, it may hold `images` for a rendered prompt.
     """
 
-    prompt: str | list[dict]
+    prompt: str | Annotated[list[dict], Field(fail_fast=True)]
     response: str
     label: Any = None
 

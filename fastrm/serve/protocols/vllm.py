@@ -5,7 +5,7 @@ stock vLLM with an export of fastrm does the same by the model's `problem_type`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import AliasChoices, Field, model_validator
@@ -13,7 +13,18 @@ from pydantic import AliasChoices, Field, model_validator
 from fastrm.errors import RecordError
 from fastrm.serve.app import Service
 from fastrm.serve.protocols import sglang
-from fastrm.serve.protocols.bodies import Body, activated, bad_request, flat, listing, parsed, reading
+from fastrm.serve.protocols.bodies import (
+    Body,
+    ManyTokens,
+    Texts,
+    Tokens,
+    activated,
+    bad_request,
+    flat,
+    listing,
+    parsed,
+    reading,
+)
 from fastrm.serve.rendered_text import RenderedTextReader, group_of
 
 
@@ -53,7 +64,7 @@ class _Pooled(_Options):
 class TextInput(_Pooled):
     """The body of ``/classify`` and ``/pooling`` in the form with `input`: rendered conversations, or their tokens."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Texts | Tokens | ManyTokens
     add_special_tokens: bool = True
 
 
@@ -64,7 +75,7 @@ class ChatInput(_Pooled):
         chat_template_kwargs: further arguments of the chat template.
     """
 
-    messages: list[dict]
+    messages: Annotated[list[dict], Field(fail_fast=True)]
     add_generation_prompt: Literal[False] = False
     continue_final_message: Literal[False] = False
     add_special_tokens: Literal[False] = False
@@ -72,7 +83,7 @@ class ChatInput(_Pooled):
     chat_template_kwargs: dict | None = None
 
 
-Content = str | dict | list[str | dict]
+Content = str | dict | Annotated[list[str | dict], Field(fail_fast=True)]
 
 
 class Score(_Options):
@@ -193,6 +204,7 @@ def routes(service: Service) -> APIRouter:
 
     async def pooled(request: Request, content: dict, answer: Callable[..., dict]) -> dict:
         body = parsed(ChatInput if "messages" in content else TextInput, content)
+        service.check_count(sglang.num_inputs(body.input) if isinstance(body, TextInput) else 1)
         asked = await reading(groups, body, service.reader(body.model))
         scored = await service.rewards(request, asked, body.model)
         return answer(scored.model, flat(scored.results), body.is_activated, scored.num_tokens)
