@@ -55,11 +55,41 @@ def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 300))
 
 
-def counted(monkeypatch, scorer):
-    """The number of groups of each pack that the scorer computes from now on."""
-    packs, compute = [], scorer.run
-    monkeypatch.setattr(scorer, "run", lambda groups: (packs.append(len(groups)), compute(groups))[1])
-    return packs
+class Company:
+    """A scorer's packs, of which the first is held until a given number of others waits: then all have company.
+
+    Attributes:
+        packs: the number of groups of each pack after the first.
+    """
+
+    def __init__(self, monkeypatch, scorer):
+        self.packs = []
+        self._busy, self._free, compute = threading.Event(), threading.Event(), scorer.run
+
+        def run(groups):
+            if self._busy.is_set():
+                self.packs.append(len(groups))
+            self._busy.set()
+            assert self._free.wait(PATIENCE)
+            return compute(groups)
+
+        monkeypatch.setattr(scorer, "run", run)
+
+    async def gather(self, scheduler, calls, leaving=()):
+        """Begin calls of `Scheduler.score` with one group each, in order; return what those give that do not leave."""
+        try:
+            first = asyncio.create_task(scheduler.score([{"prompt": "first", "responses": ["a"]}]))
+            while not self._busy.is_set():
+                await asyncio.sleep(0.001)
+            tasks = [asyncio.create_task(call) for call in calls]
+            while sum(len(waiting.asks) for waiting in scheduler._waiting) < len(tasks):
+                await asyncio.sleep(0.001)
+            for place in leaving:
+                tasks[place].cancel()
+        finally:
+            self._free.set()
+        await first
+        return await asyncio.gather(*(task for place, task in enumerate(tasks) if place not in leaving))
 
 
 def test_a_call_gives_the_rewards_of_the_model_to_the_bit(model, scorer):
@@ -74,14 +104,14 @@ def test_a_call_gives_the_rewards_of_the_model_to_the_bit(model, scorer):
 
 def test_singles_of_one_prompt_that_come_together_are_one_group(model, scorer, monkeypatch):
     groups = make_groups(4)
-    packs = counted(monkeypatch, scorer)
+    company = Company(monkeypatch, scorer)
 
     async def ask():
-        async with Scheduler([scorer], window_ms=200) as scheduler:
-            return await asyncio.gather(*(scheduler.score([single]) for single in singles(groups)))
+        async with Scheduler([scorer]) as scheduler:
+            return await company.gather(scheduler, [scheduler.score([single]) for single in singles(groups)])
 
     found = [reward for [[reward]] in run(ask())]
-    assert packs == [4]
+    assert company.packs == [4]
     wanted = [reward for rewards in model.score(groups) for reward in rewards]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=BAND)
 
@@ -116,19 +146,14 @@ def test_a_full_queue_refuses_and_accepts_again_when_there_is_room(model, scorer
 
 
 def test_what_is_cancelled_leaves_the_queue_and_is_not_computed(scorer, monkeypatch):
-    groups = make_groups(2)
-    packs = counted(monkeypatch, scorer)
+    company = Company(monkeypatch, scorer)
 
     async def ask():
-        async with Scheduler([scorer], window_ms=300) as scheduler:
-            kept, left = (asyncio.create_task(scheduler.score([group])) for group in groups)
-            while len(scheduler._waiting) < 2:
-                await asyncio.sleep(0.001)
-            left.cancel()
-            await kept
+        async with Scheduler([scorer]) as scheduler:
+            await company.gather(scheduler, [scheduler.score([group]) for group in make_groups(2)], leaving=[1])
             return scheduler.queue_length
 
-    assert run(ask()) == 0 and packs == [1]
+    assert run(ask()) == 0 and company.packs == [1]
 
 
 def test_a_pack_that_fails_is_computed_group_by_group(model, scorer, monkeypatch):
@@ -152,18 +177,19 @@ def test_a_pack_that_fails_is_computed_group_by_group(model, scorer, monkeypatch
     assert isinstance(failed, GroupError) and failed.code == "INTERNAL"
 
 
-def test_short_groups_are_answered_before_a_long_one(scorer):
+def test_short_groups_are_answered_before_a_long_one(scorer, monkeypatch):
     long = {"prompt": "the cat " * 900, "responses": ["yes", "no"]}
     short = [{"prompt": f"Is this {number}?", "responses": ["yes", "no"]} for number in range(4)]
-    done = []
+    company, done = Company(monkeypatch, scorer), []
 
     async def one(scheduler, name, group):
         await scheduler.score([group])
         done.append(name)
 
     async def ask():
-        async with Scheduler([scorer], window_ms=300, patience_ms=600_000) as scheduler:
-            await asyncio.gather(one(scheduler, "long", long), *(one(scheduler, "short", group) for group in short))
+        async with Scheduler([scorer], patience_ms=PATIENCE * 1000) as scheduler:
+            shorts = [one(scheduler, "short", group) for group in short]
+            await company.gather(scheduler, [one(scheduler, "long", long), *shorts])
 
     run(ask())
     assert done == ["short"] * 4 + ["long"]
@@ -212,21 +238,32 @@ def shuffled(items, seed):
 
 
 def ask_each(scorer, groups, **settings):
-    """The rewards of groups that are asked for at once, each by a request of its own."""
+    """The rewards of groups that wait together, each asked for by a request of its own; packs' sizes; joined groups."""
 
     async def ask():
-        async with Scheduler([scorer], window_ms=50, **settings) as scheduler:
-            return await asyncio.gather(*(scheduler.score([group]) for group in groups))
+        async with Scheduler([scorer], **settings) as scheduler:
+            results = await company.gather(scheduler, [scheduler.score([group]) for group in groups])
+            return [rewards for [rewards] in results], company.packs, scheduler.counts.merged_groups
 
-    return [rewards for [rewards] in run(ask())]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        company = Company(monkeypatch, scorer)
+        return run(ask())
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_order_and_company_do_not_change_a_reward_to_the_bit_in_float32(model, scorer, seed):
     groups = make_groups(10, seed)
     sent, order = shuffled(groups, seed)
-    alone = [model.score([group])[0] for group in groups]
-    assert ask_each(scorer, sent) == [alone[place] for place in order]
+    wanted = [model.score([groups[place]])[0] for place in order]
+    rewards = BoundedCache(1000)  # as `fastrm serve` has one
+
+    async def again():
+        async with Scheduler([scorer], rewards=rewards) as scheduler:
+            return await scheduler.score(sent)
+
+    found, packs, num_joined = ask_each(scorer, sent, rewards=rewards)
+    assert found == wanted and run(again()) == wanted and rewards.hits == 40
+    assert max(packs) > 1 and sum(packs) == 10 and num_joined == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -234,8 +271,9 @@ def test_responses_that_join_a_group_keep_their_rewards_within_the_band(model, s
     groups = make_groups(6, seed)
     sent, order = shuffled(singles(groups), seed)
     whole = [reward for group in groups for reward in model.score([group])[0]]
-    found = [reward for [reward] in ask_each(scorer, sent)]
-    np.testing.assert_allclose(found, [whole[place] for place in order], rtol=0, atol=BAND)
+    found, packs, num_joined = ask_each(scorer, sent)
+    assert num_joined == len(sent) - len(groups) and max(packs) > 1
+    np.testing.assert_allclose([reward for [reward] in found], [whole[place] for place in order], rtol=0, atol=BAND)
 
 
 def test_groups_of_any_number_of_responses_do_not_depend_on_the_company_of_their_pack(scorer):
@@ -244,21 +282,24 @@ def test_groups_of_any_number_of_responses_do_not_depend_on_the_company_of_their
         {**group, "responses": group["responses"][: 1 + number % 7]}
         for number, group in enumerate(make_groups(9, seed=3, num_responses=7))
     ]
-    assert ask_each(scorer, groups) == [ask_each(scorer, [group])[0] for group in groups]
+    found, packs, _ = ask_each(scorer, groups)
+    assert max(packs) > 1
+    assert found == [ask_each(scorer, [group])[0][0] for group in groups]
 
 
 def test_deterministic_gives_joined_responses_too_to_the_bit(scorer):
     alone = singles(make_groups(4, seed=4))
     sent, order = shuffled(alone, 4)
-    found = ask_each(scorer, sent, deterministic=True)
-    first = ask_each(scorer, alone[:1], deterministic=True) + ask_each(scorer, alone[1:2], deterministic=True)
-    wanted = first + ask_each(scorer, alone[2:], deterministic=True)
+    found, packs, num_joined = ask_each(scorer, sent, deterministic=True)
+    assert packs == [1] * len(sent) and num_joined == 0
+    wanted = [ask_each(scorer, [single], deterministic=True)[0][0] for single in alone]
     assert found == [wanted[place] for place in order]
 
 
-def test_equal_responses_of_one_group_and_of_several_get_equal_rewards(model, scorer):
+def test_equal_responses_of_one_group_and_of_several_get_equal_rewards(scorer):
     group = {"prompt": "the cat", "responses": ["yes", "no", "yes"]}
-    (first, second) = ask_each(scorer, [group, {"prompt": "the cat", "responses": ["no", "so"]}])
+    (first, second), packs, num_joined = ask_each(scorer, [group, {"prompt": "the cat", "responses": ["no", "so"]}])
+    assert packs == [1] and num_joined == 1
     assert first[0] == first[2] and first[1] == second[0]
 
 
