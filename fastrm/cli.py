@@ -318,7 +318,8 @@ def check_serving(
 
     A fixed set of prompts, texts and images made in code, is scored by the server and in this process. Printed are
     the worst difference, the preferences that flip, and the likely cause: template, anchor, activation, image
-    resizing, dtype. The exit code is 65 if a reward is beyond the band or a prompt is refused.
+    resizing, dtype. The exit code is 65 if a reward is beyond the band, a prompt is refused, or the model's
+    rewards are too alike to tell.
 
     \b
     Example: fastrm check-serving runs/my/model --url http://host:8000 --api vllm

@@ -21,8 +21,9 @@ from fastrm.limits import MediaLimits
 from fastrm.model.export import save_model
 from fastrm.serve.app import make_app
 from fastrm.serve.check import prompts
+from fastrm.serve.check.causes import Cell, Explainer
 from fastrm.serve.check.clients import APIS
-from fastrm.serve.check.command import check_serving, compare, comparison_table, summary, verdict
+from fastrm.serve.check.command import Comparison, check_serving, compare, comparison_table, summary, verdict
 from fastrm.serve.check.prompts import KEPT, RESIZED, checked_prompts
 from fastrm.serve.protocols import vllm
 from fastrm.serve.protocols.bodies import sigmoid
@@ -174,6 +175,33 @@ def test_the_table_fits_80_columns_and_counts_flips(model):
     pairs, flipped = map(int, lines[-1].split()[-2:])
     assert pairs > 20 and 0 < flipped < pairs
     assert f"{flipped} preferences flip" in summary(found)
+
+
+def compared(model, ours, served, band=1e-3):
+    """Rewards of one prompt's responses, here and there."""
+    prompt = checked_prompts(model.network.encoder)[0]
+    pairs = enumerate(zip(ours, served, strict=True))
+    return Comparison([Cell(prompt, place, one, other, (1, None)) for place, (one, other) in pairs], [], [], band)
+
+
+@pytest.mark.parametrize("served, flips", [((2, 1), "1"), ((1, 1), "1"), ((1, 2), "0")], ids=["turned", "tie", "kept"])
+def test_a_preference_that_a_server_turns_or_loses_is_counted_whichever_response_is_first(model, served, flips):
+    for ours, theirs in (((1.0, 2.0), served), ((2.0, 1.0), served[::-1])):
+        assert comparison_table(compared(model, ours, theirs)).as_lines(80)[-1].split()[-1] == flips
+
+
+def test_a_reward_that_is_always_the_same_is_a_softmax_only_if_it_is_one(model):
+    found = compared(model, (0.1, 0.5, 0.2, 0.9), (0.3,) * 4)
+    said = Explainer(model, load, found.band).explain(found.cells)
+    assert said.startswith("constant: every reward is 0.3, whatever is asked") and "softmax" not in said
+
+
+def test_a_band_as_wide_as_the_rewards_themselves_proves_nothing(model):
+    turned = compared(model, (0.1, 0.1004, 0.1002), (0.1004, 0.1, 0.1002))
+    assert turned.worst.difference < turned.band and not turned.agrees
+    said = summary(turned)
+    assert "cannot tell" in said and "0.0004" in said and "--band 4e-05 or less" in said
+    assert compared(model, (0.1, 0.9), (0.1004, 0.9)).agrees
 
 
 def test_images_of_whole_patches_are_kept_and_others_are_not(model):

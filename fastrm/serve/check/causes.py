@@ -82,9 +82,14 @@ class Explainer:
     def _function_of_ours(self, cells: Sequence[Cell]) -> str | None:
         ours, served = (np.array([getattr(cell, name) for cell in cells]) for name in ("ours", "served"))
         if len(cells) > 1 and np.ptp(served) == 0:
+            if served[0] == 1:
+                return (
+                    "activation: every reward is 1, as a softmax over one label gives; ask the server for raw values, "
+                    "or serve with another endpoint"
+                )
             return (
-                f"activation: every reward is {served[0]:g}, as a softmax over one label gives; ask the server for raw "
-                "values, or serve with another endpoint"
+                f"constant: every reward is {served[0]:g}, whatever is asked; look at the head's weights there, and "
+                "whether the server reads the conversation"
             )
         if self._is_near(cells, 1 / (1 + np.exp(-ours))):
             return (

@@ -19,6 +19,8 @@ from fastrm.ui import Display, make_console, print_table, say
 # Largest difference of rewards by dtype of the model here. Two implementations in float32 differ by 1e-6, and by 2e-4
 # where another library resizes images (measured with vLLM 0.32 on a CPU); a mistake makes 1e-2 and more.
 BANDS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+# A band tells a right server from a wrong one only where the rewards spread over this many of it.
+_BANDS_APART = 10
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,21 @@ class Comparison:
         return max(self.cells, key=lambda cell: cell.difference, default=None)
 
     @property
+    def spread(self) -> float:
+        """The largest of the rewards computed here less the smallest."""
+        ours = [cell.ours for cell in self.cells]
+        return max(ours, default=0.0) - min(ours, default=0.0)
+
+    @property
+    def can_tell(self) -> bool:
+        """True if the rewards differ by so much more than the band that a server of wrong ones would be outside it."""
+        return self.spread >= _BANDS_APART * self.band
+
+    @property
     def agrees(self) -> bool:
-        """True if every prompt was answered, and every reward is within the band."""
-        return bool(self.cells) and not self.refused and self.worst.difference <= self.band
+        """True if every prompt was answered, and every reward is within a band that can tell."""
+        is_within = bool(self.cells) and self.worst.difference <= self.band
+        return is_within and not self.refused and self.can_tell
 
 
 def check_serving(
@@ -64,7 +78,8 @@ def check_serving(
     Raises:
         ConfigError, StorageError: for a model that cannot be loaded, or options that are none.
         ServerError: if the server does not answer as its API says.
-        ExactnessError: if a reward differs by more than the band, or the server refuses a prompt.
+        ExactnessError: if a reward differs by more than the band, the server refuses a prompt, or the model's rewards
+            spread too little for the band to tell a wrong server.
     """
     if api not in APIS:
         raise ConfigError(f"--api: got {api!r}, wanted one of {', '.join(APIS)}")
@@ -137,11 +152,14 @@ def _add_row(table: Table, found: Comparison, name: str, cells: Sequence[Cell], 
 
 
 def _count_flips(cells: Sequence[Cell]) -> tuple[int, int]:
-    """Return the number of pairs of responses to one prompt with a preference here, and of those the server turns."""
+    """Return the number of pairs of responses to one prompt with a preference here, and of those the server turns.
+
+    A preference that is a tie there counts as turned.
+    """
     pairs = [
         (one, other) for one, other in combinations(cells, 2) if one.prompt is other.prompt and one.ours != other.ours
     ]
-    return len(pairs), sum((a.ours > b.ours) != (a.served > b.served) for a, b in pairs)
+    return len(pairs), sum((a.ours > b.ours) != (a.served > b.served) or a.served == b.served for a, b in pairs)
 
 
 def verdict(found: Comparison, model: RewardModel, reload) -> list[str]:
@@ -167,4 +185,10 @@ def summary(found: Comparison) -> str:
     _, flipped = _count_flips(found.cells)
     parts = [f"{beyond} of {len(found.cells)} rewards differ by more than {found.band:g}, {flipped} preferences flip"]
     parts += [f"{len(found.refused)} prompts are refused"] if found.refused else []
+    if not found.can_tell and not beyond:
+        advice = f"; give --band {found.spread / _BANDS_APART:.2g} or less" if found.spread else ""
+        parts.append(
+            f"cannot tell: the model's rewards spread over {found.spread:.2g} only, so a wrong server may be within "
+            f"{found.band:g} too{advice}"
+        )
     return "; ".join(parts)
