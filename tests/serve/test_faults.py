@@ -30,11 +30,21 @@ GOOD = {"prompt": "the cat", "responses": ["yes", "no", "so", "a"]}
 URI = "data:image/png;base64," + base64.b64encode(make_image(56, 56).data).decode()
 USER = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": URI}}, {"type": "text", "text": "Is"}]}
 TURNS = [USER, {"role": "assistant", "content": "yes"}]
-# A body that each path answers.
+TEXT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+    "<|im_start|>assistant\nno<|im_end|>\n"
+)
+# A body that each path answers, by path and form.
 BODIES = {
     "/v1/rewards": {"groups": [GOOD, {"messages": [USER], "responses": ["no"]}]},
+    "/get_reward": {"query": [TEXT], "prompts": ["a"], "labels": ["b"]},
+    "/get_reward_mllm": {"query": [TEXT], "prompts": [json.dumps([USER])]},
+    "/v1/embeddings": {"input": TEXT, "model": "tiny"},
     "/classify": {"messages": TURNS},
+    "/classify?input": {"input": [TEXT]},
+    "/classify?text": {"text": [TEXT]},
     "/pooling": {"messages": TURNS},
+    "/pooling?input": {"input": TEXT},
     "/score": {"queries": "the cat", "documents": ["yes", "no"]},
     "/slime": {"prompt": [{"role": "user", "content": "the cat"}], "response": "yes", "label": None},
 }
@@ -53,8 +63,8 @@ def model():
     return RewardModel(make_model("qwen2_5_vl"))
 
 
-def serve(model, settings=None, **options):
-    scheduler = Scheduler([Scorer("tiny", Ensemble([model]), 8192)], **options)
+def serve(model, settings=None, scorer=None, **options):
+    scheduler = Scheduler([scorer or Scorer("tiny", Ensemble([model]), 8192)], **options)
     return running(make_app(scheduler, settings or ServeSettings()))
 
 
@@ -99,6 +109,12 @@ def mutated(rng):
         at = rng.randrange(len(text))
         text = text[:at] + rng.randbytes(rng.randint(0, 8)) + text[at + rng.randint(0, 8) :]
     return path, text
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_the_bodies_that_are_changed_are_answered_as_they_are(url, path):
+    answer = httpx.post(url + path, json=BODIES[path], timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
 
 
 @counts(300, 100_000)
@@ -185,9 +201,13 @@ def test_a_body_that_does_not_come_is_given_up(model):
 
 
 @counts(100, 1000)
-def test_overload_is_answered_with_503_and_hang_ups_leave_nothing_behind(model, count):
+def test_overload_is_answered_with_503_and_hang_ups_leave_nothing_behind(model, count, monkeypatch):
     num_clients, bound = 20, 8
-    with serve(model, max_queue=bound) as url:
+    scorer, refused = Scorer("tiny", Ensemble([model]), 8192), threading.Event()
+    compute = scorer.run
+    # Nothing is computed before a request was refused: there are more clients than places in the queue.
+    monkeypatch.setattr(scorer, "run", lambda groups: compute(groups) if refused.wait(PATIENCE) else None)
+    with serve(model, scorer=scorer, max_queue=bound) as url:
         lengths, ended = [], threading.Event()
 
         def watch():
@@ -203,7 +223,10 @@ def test_overload_is_answered_with_503_and_hang_ups_leave_nothing_behind(model, 
                 with socket.create_connection((address.host, address.port), PATIENCE) as sock:
                     sock.sendall(head + text)
                 return None
-            return httpx.post(f"{url}/v1/rewards", json=body, timeout=PATIENCE)
+            answer = httpx.post(f"{url}/v1/rewards", json=body, timeout=PATIENCE)
+            if answer.status_code == 503:
+                refused.set()
+            return answer
 
         watching = threading.Thread(target=watch)
         watching.start()
@@ -211,7 +234,7 @@ def test_overload_is_answered_with_503_and_hang_ups_leave_nothing_behind(model, 
             answers = [answer for answer in clients.map(ask, range(count)) if answer is not None]
         ended.set()
         watching.join(PATIENCE)
-        assert {answer.status_code for answer in answers} <= {200, 503} and max(lengths, default=0) <= bound
+        assert {answer.status_code for answer in answers} == {200, 503} and max(lengths) <= bound
         for answer in answers:
             if answer.status_code == 503:
                 assert answer.headers["Retry-After"] and answer.json()["error"]["code"] == "QUEUE_FULL"
