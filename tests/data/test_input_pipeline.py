@@ -1,12 +1,10 @@
 """From image files to pixel values: uint8 patches from the workers, the rest on the training device."""
 
 import io
-import multiprocessing
 import os
 import resource
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -29,6 +27,8 @@ from fastrm.model.pack_layouts import PackLayouts
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
 from fastrm_kernels import preference_loss
+from tests.helpers.own_process import run_alone
+from tests.helpers.pool_jobs import exit_codes_of_workers
 from tests.helpers.runs import tiny_config
 from tests.helpers.support import make_image, make_model, make_record, pack_of
 
@@ -277,18 +277,8 @@ def test_page_locked_memory_is_not_asked_for_without_an_accelerator():
 
 def test_a_worker_that_a_thread_of_a_pool_has_begun_ends_without_an_error():
     """A program that scores in such threads hears of every worker that fails, in its main thread."""
-    builder = PackBuilder([make_record(1)], make_model("qwen2").encoder, True)
-
-    def exit_codes():
-        packs = load_packs(builder, [PackPlan((0,), 0, True)] * 3, 2)
-        next(packs)
-        workers = multiprocessing.active_children()
-        assert len(list(packs)) == 2
-        return [worker.exitcode for worker in workers]
-
-    with ThreadPoolExecutor(1) as pool:
-        codes = pool.submit(exit_codes).result()
-    assert codes and {0, -signal.SIGTERM} >= set(codes)  # SIGTERM: on a busy machine, to one that took long to end
+    codes = run_alone(exit_codes_of_workers).value
+    assert len(codes) == 2 and {0, -signal.SIGTERM} >= set(codes)  # SIGTERM: on a busy machine, to one slow to end
 
 
 def test_many_packs_may_be_held_at_once():

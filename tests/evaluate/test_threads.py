@@ -13,6 +13,8 @@ from fastrm.data.latest import Latest
 from fastrm.data.record import Message, Response
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
+from tests.helpers.own_process import run_alone
+from tests.helpers.pool_jobs import score_in_threads
 from tests.helpers.support import make_image, make_model
 
 NUM_THREADS = 8
@@ -69,10 +71,9 @@ def test_eight_threads_score_with_an_ensemble_as_one_does(model, tmp_path):
     assert in_threads(ensemble.score, calls * 3) == wanted * 3
 
 
-def test_threads_with_data_workers_score_as_one_does(model, tmp_path):
-    calls = make_calls(tmp_path)[:4]
-    wanted = [model.score(call) for call in calls]
-    assert in_threads(lambda call: model.score(call, num_workers=1), calls) == wanted
+def test_threads_with_data_workers_score_as_one_does(tmp_path):
+    wanted, found = run_alone(score_in_threads, make_calls(tmp_path)[:4]).value
+    assert found == wanted
 
 
 def test_threads_may_share_a_picture_that_pillow_has_not_read_yet(model):
