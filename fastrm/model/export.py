@@ -234,7 +234,7 @@ def make_encoder(
             config, tokenizer, processor_path, max_tiles=max_tiles, image_mean=image_mean, image_std=image_std
         )
     elif family in VISION_FAMILIES:
-        raise NotImplementedError(f"{family} has no media format: add one to make_encoder")
+        raise KeyError(f"{family} has no media format: add one to make_encoder")
     return ConversationEncoder(tokenizer, vision, **options)
 
 

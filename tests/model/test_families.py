@@ -35,7 +35,7 @@ def test_a_vision_family_without_a_tower_is_an_error(config, monkeypatch):
 def test_a_vision_family_without_a_media_format_is_an_error(config, monkeypatch):
     monkeypatch.setattr(export, "VISION_FAMILIES", (*VISION_FAMILIES, OTHER))
     tokenizer = make_model("internvl").encoder.tokenizer
-    with pytest.raises(NotImplementedError, match=f"{OTHER} has no media format"):
+    with pytest.raises(KeyError, match=f"{OTHER} has no media format"):
         export.make_encoder(config, tokenizer, None, "last_token", MediaLimits())
 
 
