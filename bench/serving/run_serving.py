@@ -76,12 +76,21 @@ def check(model: str, groups: list[Group], ours: str, stock: str) -> dict[str, f
     flat = [(group.prompt, group.image, response) for group in groups for response in group.responses]
     half = len(groups) // 2  # the server would not compute a response again that it knows
     sides = {
-        "fastrm, groups and singles": _served(ours, whole(groups[:half])) + _served(ours, singles(groups[half:])),
-        "transformers, one at a time": _served(stock, singles(groups)),
+        "fastrm, groups and singles": served(ours, whole(groups[:half])) + served(ours, singles(groups[half:])),
+        "transformers, one at a time": served(stock, singles(groups)),
         "transformers, batches of 8": [
             reward for start in range(0, len(flat), 8) for reward in batched.rewards(flat[start : start + 8])
         ],
     }
+    return compare(sides, wanted)
+
+
+def compare(sides: dict[str, list[float]], wanted: list[float]) -> dict[str, float]:
+    """Return the largest difference of each side's rewards from those that are wanted.
+
+    Raises:
+        RedGate: if a reward differs by more than rounding.
+    """
     differences = {
         name: max(abs(one - other) for one, other in zip(found, wanted, strict=True)) for name, found in sides.items()
     }
@@ -91,7 +100,7 @@ def check(model: str, groups: list[Group], ours: str, stock: str) -> dict[str, f
     return differences
 
 
-def _served(url: str, bodies: Iterator[bytes]) -> list[float]:
+def served(url: str, bodies: Iterator[bytes]) -> list[float]:
     """Return the rewards by a server, each body sent once, one after another."""
     found = []
     for body in bodies:

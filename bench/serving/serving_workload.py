@@ -30,10 +30,19 @@ class Group:
 
     def request(self, responses: tuple[str, ...]) -> bytes:
         """Return the body of a request for the rewards of some responses."""
-        uri = "data:image/png;base64," + base64.b64encode(self.image).decode()
         return json.dumps(
-            {"groups": [{"prompt": self.prompt, "images": [uri], "responses": list(responses)}]}
+            {"groups": [{"prompt": self.prompt, "images": [self._uri], "responses": list(responses)}]}
         ).encode()
+
+    def classification(self, response: str) -> bytes:
+        """Return the body of a request to vLLM's `/classify` for the reward of one response."""
+        question = [{"type": "image_url", "image_url": {"url": self._uri}}, {"type": "text", "text": self.prompt}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+        return json.dumps({"messages": messages, "add_generation_prompt": False, "use_activation": False}).encode()
+
+    @property
+    def _uri(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.image).decode()
 
 
 def make_groups(side: int, start: int = 0) -> Iterator[Group]:
@@ -65,3 +74,8 @@ def whole(groups: Iterable[Group]) -> Iterator[bytes]:
 def singles(groups: Iterable[Group]) -> Iterator[bytes]:
     """Yield one request for each response, those of a group one after another, as trainers send rollouts."""
     return (group.request((response,)) for group in groups for response in group.responses)
+
+
+def classify(groups: Iterable[Group]) -> Iterator[bytes]:
+    """Yield one request to vLLM's `/classify` for each response, those of a group one after another."""
+    return (group.classification(response) for group in groups for response in group.responses)

@@ -133,6 +133,6 @@ def test_a_wrong_reward_is_a_red_gate(folder, monkeypatch):
     right = RewardModel.from_pretrained(folder).score([group.as_dict() for group in groups])
     flat = [reward for group in right for reward in group]
     answers = {"ours": iter([flat[:8], [*flat[8:15], flat[15] + 1e-3]]), "stock": iter([flat])}
-    monkeypatch.setattr(run_serving, "_served", lambda url, bodies: next(answers[url]))
+    monkeypatch.setattr(run_serving, "served", lambda url, bodies: next(answers[url]))
     with pytest.raises(run_serving.RedGate, match=r"fastrm, groups and singles: a reward differs by 1\.0e-03"):
         run_serving.check(str(folder), groups, "ours", "stock")

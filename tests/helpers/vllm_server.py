@@ -4,9 +4,6 @@ import base64
 import io
 import json
 import os
-import socket
-import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,15 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from fastrm import RewardModel
 from tests.helpers.project import PROJECT
 from tests.helpers.waiting import PATIENCE
+from vllm_process import start, stop, vllm_serving
 
 ENVIRONMENT = Path(os.environ.get("FASTRM_VLLM", PROJECT / ".venv-vllm"))
 MISSING = None if (ENVIRONMENT / "bin" / "vllm").is_file() else f"no vLLM in {ENVIRONMENT}: make test-vllm installs it"
-# The log's last lines in the message of a server that has ended.
-_SHOWN = 3000
 
 
 class Server:
@@ -70,44 +68,31 @@ def data_uri(image: Image.Image) -> str:
 
 @contextmanager
 def vllm_server(folder: Path, log: Path, *options: str) -> Iterator[Server]:
-    """Serve a model folder on a free port of this machine until the block ends; nothing is asked of a network."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        ENVIRONMENT / "bin" / "vllm", "serve", folder, "--runner", "pooling", "--dtype", "float32",
-        "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager", *options,
-    ]  # fmt: skip
-    settings = {
-        "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(log.parent / "cache"),
-    }  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment | settings)
-        try:
-            _wait_until_ready(process, f"http://127.0.0.1:{port}", log)
-            yield Server(f"http://127.0.0.1:{port}")
-        finally:
-            _stop(process)
+    """Serve a model folder on a free port of this machine until the block ends."""
+    with vllm_serving(ENVIRONMENT, folder, log, "--enforce-eager", *options) as url:
+        yield Server(url)
 
 
-def _wait_until_ready(process: subprocess.Popen, url: str, log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        assert process.poll() is None, f"vLLM has ended:\n{log.read_text()[-_SHOWN:]}"
-        assert time.monotonic() < deadline, f"vLLM was not ready:\n{log.read_text()[-_SHOWN:]}"
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=PATIENCE).close()
-            return
-        except OSError:
-            time.sleep(0.5)
+def check_rewards(server: Server, model: RewardModel, *groups: dict, at_once: int = 1) -> None:
+    """Assert that a server's rewards of groups are those of a model, and print the worst difference for the docs."""
+    for group, wanted in zip(groups, model.score(groups), strict=True):
+        assert max(wanted) - min(wanted) > 1e-4, "rewards that are all alike prove nothing"
+        worst = np.abs(np.array(server.rewards(group, at_once=at_once)) - wanted).max()
+        kind = f"{len(wanted)} responses, {len(group.get('images', ()))} images, {len(group['prompt'])} characters"
+        print(f"{kind}: worst difference {worst:.1e} of rewards up to {np.abs(wanted).max():.1e}")  # pytest -rP
+        assert worst <= 1e-5, kind
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """End the server, which ends the processes that it has started."""
-    process.terminate()
+def refusal(folder: Path, log: Path, *options: str, **settings: str) -> str:
+    """Return what `vllm serve` writes until it ends, which it must by itself and with an error.
+
+    Args:
+        settings: further variables of its environment.
+    """
+    _, process = start(ENVIRONMENT, folder, log, ["--enforce-eager", *options], settings)
     try:
-        process.wait(PATIENCE)
+        code = process.wait(PATIENCE)
     finally:
-        process.kill()
+        stop(process)
+    assert code > 0, log.read_text()
+    return log.read_text()

@@ -14,7 +14,7 @@ from fastrm.model.export import save_model
 from fastrm.model.export_command import export_model
 from fastrm.ui import Display
 from tests.helpers.support import FAMILIES, TEXT, make_model
-from tests.helpers.vllm_server import MISSING, Server, conversation, vllm_server
+from tests.helpers.vllm_server import MISSING, check_rewards, conversation, vllm_server
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
@@ -30,6 +30,10 @@ MODELS = {
     "Qwen2-VL, two layers": ("qwen2_vl", HeadConfig(), "anchor", "last_token"),
     "Qwen2.5-VL, one layer": ("qwen2_5_vl", ONE, "anchor", "last_token"),
     "Qwen2.5-VL, two layers": ("qwen2_5_vl", HeadConfig(), "anchor", "last_token"),
+    "Qwen2.5-VL, mean": ("qwen2_5_vl", HeadConfig(), "mean", "last_token"),
+    "InternVL, one layer": ("internvl", BIASED, "anchor", "last_token"),
+    "InternVL, two layers": ("internvl", HeadConfig(), "anchor", "last_token"),
+    "InternVL, end of turn": ("internvl", ONE, "anchor", "end_of_turn"),
 }
 RESPONSES = ["yes, a red cat", "no", "so the dog sits on 2"]
 # vLLM has attention on a CPU for heads of 32 and more.
@@ -37,6 +41,7 @@ WIDE = {**TEXT, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_head
 VISION = {
     "qwen2_vl": {"embed_dim": 64, "hidden_size": 64},
     "qwen2_5_vl": {"hidden_size": 64, "out_hidden_size": 64},
+    "internvl": {"hidden_size": 64},
 }
 IMAGE_OPTIONS = ("--mm-processor-kwargs", '{"use_fast": false}', "--limit-mm-per-prompt", '{"image": 3, "video": 0}')
 
@@ -45,8 +50,9 @@ def wide(family: str) -> dict:
     spec = FAMILIES[family]
     if family not in VISION:
         return {**spec, **WIDE, **({"head_dim": 32} if family == "qwen3" else {})}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
-    text = {**spec["text_config"], **WIDE, "rope_parameters": rope}
+    text = {**spec["text_config"], **WIDE}
+    if family != "internvl":
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
     return {**spec, "text_config": text, "vision_config": {**spec["vision_config"], **VISION[family]}}
 
 
@@ -71,27 +77,18 @@ def image(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def check(server: Server, model: RewardModel, *groups: dict, at_once: int = 1) -> None:
-    for group, wanted in zip(groups, model.score(groups), strict=True):
-        assert max(wanted) - min(wanted) > 1e-4, "rewards that are all alike prove nothing"
-        worst = np.abs(np.array(server.rewards(group, at_once=at_once)) - wanted).max()
-        kind = f"{len(wanted)} responses, {len(group.get('images', ()))} images, {len(group['prompt'])} characters"
-        print(f"{kind}: worst difference {worst:.1e}")  # for docs/serving_engines.md: pytest -rP
-        assert worst <= 1e-5, kind
-
-
 def test_one_by_one(served):
     prompts = ["Is this a cat?", "1 2\n\n so  \t ?!", "a"]
-    check(*served, *({"prompt": prompt, "responses": RESPONSES} for prompt in prompts))
+    check_rewards(*served, *({"prompt": prompt, "responses": RESPONSES} for prompt in prompts))
 
 
 def test_a_long_prompt(served):
-    check(*served, {"prompt": "the red dog sits on " * 120, "responses": RESPONSES})
+    check_rewards(*served, {"prompt": "the red dog sits on " * 120, "responses": RESPONSES})
 
 
 def test_sixty_four_at_once_that_share_a_prompt(served):
     responses = [f"answer {number} the red " * (1 + number % 7) for number in range(64)]
-    check(*served, {"prompt": "Is this a cat?", "responses": responses}, at_once=64)
+    check_rewards(*served, {"prompt": "Is this a cat?", "responses": responses}, at_once=64)
 
 
 def test_images_kept_and_resized_one_and_several(served):
@@ -100,7 +97,9 @@ def test_images_kept_and_resized_one_and_several(served):
         pytest.skip("a text model")
     kept, resized = image(84, 56, 1), image(90, 125, 2)
     groups = [[kept], [resized], [image(640, 480, 3)], [kept, resized], [resized, kept, image(56, 112, 4)]]
-    check(server, model, *({"prompt": "which one?", "images": images, "responses": RESPONSES} for images in groups))
+    check_rewards(
+        server, model, *({"prompt": "which one?", "images": images, "responses": RESPONSES} for images in groups)
+    )
 
 
 def test_sixty_four_at_once_that_share_an_image(served):
@@ -108,7 +107,7 @@ def test_sixty_four_at_once_that_share_an_image(served):
     if not model.network.is_vision:
         pytest.skip("a text model")
     responses = [f"answer {number} the red " * (1 + number % 7) for number in range(64)]
-    check(server, model, {"prompt": "so?", "images": [image(90, 125, 5)], "responses": responses}, at_once=64)
+    check_rewards(server, model, {"prompt": "so?", "images": [image(90, 125, 5)], "responses": responses}, at_once=64)
 
 
 def test_pooling_gives_the_same_and_the_raw_reward_is_the_default(served):
