@@ -268,5 +268,7 @@ CLASSES = {
 }
 
 for _config, _class in CLASSES.items():
-    # Without exist_ok a class for one of transformers' own configurations is ignored in silence.
+    # Without exist_ok a class for one of transformers' own configurations is ignored in silence. transformers 5.17 has
+    # no such exception, so that there its table is written directly.
     AutoModelForSequenceClassification.register(_config, _class, exist_ok=True)
+    AutoModelForSequenceClassification._model_mapping._extra_content[_config] = _class
