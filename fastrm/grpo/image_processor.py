@@ -3,6 +3,9 @@
 from transformers import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+# Settings that a video's frames share with images.
+_SHARED = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+
 
 class ImageProcessor(Qwen2_5_VLProcessor):
     """The stock processor without its part for videos, the only one that needs torchvision."""
@@ -13,6 +16,15 @@ class ImageProcessor(Qwen2_5_VLProcessor):
     @classmethod
     def get_attributes(cls):
         return ["image_processor", "tokenizer"]
+
+    def to_dict(self) -> dict:
+        """Return what a folder of the stock processor says, which transformers reads where torchvision is installed.
+
+        Of a class that it does not know, `AutoProcessor` would return the tokenizer alone, without a word.
+        """
+        images = self.image_processor
+        video = {"video_processor_type": "Qwen2VLVideoProcessor"} | {name: getattr(images, name) for name in _SHARED}
+        return super().to_dict() | {"processor_class": Qwen2_5_VLProcessor.__name__, "video_processor": video}
 
 
 def make_processor(tokenizer, path: str | None, limits: dict[str, int]) -> ImageProcessor:

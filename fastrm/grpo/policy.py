@@ -43,9 +43,9 @@ def load_policy(settings: PolicySection, questions: Sequence[Question], seed: in
         kind = AutoModelForImageTextToText if config.model_type in VISION_FAMILIES else AutoModelForCausalLM
         policy = kind.from_pretrained(settings.path, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(settings.path)
+        return policy, _processor(settings, tokenizer, config.model_type)
     except (OSError, ValueError) as error:
         raise ConfigError(f"policy.path: {settings.path!r} cannot be loaded: {error}") from error
-    return policy, _processor(settings, tokenizer, config.model_type)
 
 
 def _processor(settings: PolicySection, tokenizer, model_type: str):
@@ -61,7 +61,13 @@ def _processor(settings: PolicySection, tokenizer, model_type: str):
         return tokenizer
     limits = {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(settings, name)) is not None}
     if settings.path is not None and is_torchvision_available():
-        return AutoProcessor.from_pretrained(settings.path, padding_side="left", **limits)
+        processor = AutoProcessor.from_pretrained(settings.path, padding_side="left", **limits)
+        if not is_visual(processor):
+            raise ConfigError(
+                f"policy.path: {settings.path!r} is a {model_type}, and transformers finds no image processor in it; "
+                "copy processor_config.json or preprocessor_config.json from the model that it was made of"
+            )
+        return processor
     if model_type not in QWEN_VL_FAMILIES:
         raise ConfigError(f"policy: {model_type} needs torchvision for its processor; install that of your torch")
     from fastrm.grpo.image_processor import make_processor

@@ -101,6 +101,24 @@ def test_the_saved_policy_answers_as_the_evaluation_after_says(tmp_path):
     assert evaluate_policy(policy, processor, held_out, 4, "text", None) == report["after"]
 
 
+@pytest.mark.parametrize("has_torchvision", [False, True])
+def test_a_folder_without_its_image_processor_is_refused(has_torchvision, tmp_path, monkeypatch):
+    """Of such a folder transformers returns the tokenizer alone, and questions would be asked without their images."""
+    from fastrm.grpo.config import PolicySection
+    from fastrm.grpo.policy import load_policy, save_policy
+
+    monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: has_torchvision)
+    policy = SETTINGS["policy"]
+    questions = read_questions(QuestionsSection(**policy["fit"]["data"]))
+    made = PolicySection(init=policy["init"], tokenizer=policy["tokenizer"])
+    save_policy(*load_policy(made, questions, 0), tmp_path)
+    stored = json.loads((tmp_path / "processor_config.json").read_text())
+    assert stored["processor_class"] == "Qwen2_5_VLProcessor", "one that transformers knows"
+    (tmp_path / "processor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"policy\.path.*processor"):
+        load_policy(PolicySection(path=str(tmp_path)), [], 0)
+
+
 def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
     found = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
