@@ -15,6 +15,8 @@ from fastrm.rl.wire import Request, Result, make_requests, read_answer
 
 MAX_WAIT = 30.0  # seconds between two tries
 PATH = "/v1/rewards"
+# Paths of the server that trainers' own clients are given.
+_ROUTES = (PATH, "/get_reward", "/get_reward_mllm", "/classify", "/pooling", "/score", "/v1/embeddings", "/slime")
 _OVERLOADED = 503
 _AWAY = (502, 504)  # what a balancer says while the server behind it is away
 _JSON = {"Content-Type": "application/json"}
@@ -65,6 +67,8 @@ class Client:
         """
         if not url.lower().startswith(("http://", "https://")):
             raise ConfigError(f"url: got {url!r}, wanted one such as http://127.0.0.1:8000")
+        if route := next((route for route in _ROUTES if url.rstrip("/").endswith(route)), None):
+            raise ConfigError(f"url: got {url!r}, wanted it without {route}: this client asks {PATH} of the server")
         if min(timeout, tries, patience, max_groups) <= 0:
             numbers = f"timeout {timeout:g}, tries {tries}, patience {patience:g}, max_groups {max_groups}"
             raise ConfigError(f"{numbers}: all must be positive")

@@ -27,8 +27,9 @@ class _ArealFunction:
     truth: str
 
     def __call__(self, prompt: str, completions: str, prompt_ids=None, completion_ids=None, **columns) -> float:
-        messages, images = columns.get("messages") or prompt, columns.get("images")
-        (found,) = self.rewards([Sample(messages, read_response(completions), images, columns.get(self.truth))])
+        messages = prompt if columns.get("messages") is None else columns["messages"]
+        truth = self.rewards.find_truths(columns, self.truth)
+        (found,) = self.rewards([Sample(messages, read_response(completions), columns.get("images"), truth)])
         if found is None:
             raise DataError(f"the rollout has no reward: {dict(self.rewards.num_failed)}")
         return float(found)

@@ -7,17 +7,19 @@ answer is right, else 0; ``model`` is the model's reward r; ``hybrid`` is 1 if t
 import asyncio
 import logging
 import math
+import re
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
-from fastrm.errors import ConfigError, GroupError
+from fastrm.errors import ConfigError, DataError, GroupError
 from fastrm.rl.answers import check_kind, is_match, read_truth
 from fastrm.rl.samples import Sample, group_samples
 
 SCHEMES = ("rule", "model", "hybrid")
 # Reasons that one response of a group may have alone: the others get their rewards.
 _ONE_RESPONSE = ("TOO_LONG", "BAD_TEXT", "NON_FINITE_REWARD")
+_HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/|$)")
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +101,20 @@ class Rewards:
             return await self.scorer.score_async(groups, on_error="return")
         return await asyncio.to_thread(self.scorer.score, groups, on_error="return")
 
+    def find_truths(self, columns: Mapping[str, object], name: str) -> object:
+        """Return the column of the true answers, or None without one.
+
+        Raises:
+            DataError: if the scheme needs the column and it is missing. No rollout of the whole training would have a
+                true answer: ``rule`` would give none a reward, and ``hybrid`` all of them that of the model alone.
+        """
+        if self.scheme != "model" and name not in columns:
+            raise DataError(
+                f"scheme {self.scheme!r} needs a column of true answers: got no {name!r} among "
+                f"{', '.join(map(repr, sorted(columns))) or 'no columns'}; name it by `truth`, or take scheme 'model'"
+            )
+        return columns.get(name)
+
     def match(self, samples: Sequence[Sample]) -> list[bool | None]:
         """Return whether each answer is right, whatever the scheme; None without a true answer."""
         return [is_match(s.response, s.truth, self.answers) if read_truth(s.truth) else None for s in samples]
@@ -163,6 +179,8 @@ def open_scorer(model: object, *, token: str | None = None, **options) -> object
         from fastrm.rl.client import Client
 
         return Client(str(model), token=token, **options)
+    if _HOST_AND_PORT.match(str(model)) and not Path(model).exists():
+        raise ConfigError(f"model: got {str(model)!r}, no folder here; a server's URL begins with http:// or https://")
     from fastrm.evaluate.reward_model import RewardModel
 
     return RewardModel.from_pretrained(model, **options)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image
 
@@ -28,14 +29,14 @@ class Sample:
     Attributes:
         prompt: messages ``{"role", "content": text or parts}``; or text, which `chat_text.read_chat` reads.
         response: the text of the rollout alone.
-        images: those of the prompt, in order: path, bytes, data URI, Pillow image, ``{"bytes", "path"}`` or URL. They
-            are not needed where the parts of the prompt hold them, as ``{"type": "image", "image": ...}``.
+        images: those of the prompt, one or a list in order: path, bytes, data URI, Pillow image, ``{"bytes", "path"}``
+            or URL. They are not needed where the parts of the prompt hold them, as ``{"type": "image", "image": ...}``.
         truth: the true answer, or several; None if there is none.
     """
 
     prompt: str | Sequence[Mapping]
     response: str
-    images: Sequence | None = None
+    images: object = None
     truth: object = None
 
 
@@ -117,13 +118,15 @@ def group_samples(samples: Iterable[Sample]) -> Grouped:
 
 
 def read_prompt(
-    prompt: str | Sequence[Mapping], images: Sequence | None, reader: ImageReader
+    prompt: str | Sequence[Mapping], images: object, reader: ImageReader
 ) -> tuple[list[str], list[dict], list]:
     """Return the keys of a prompt's images, its messages with bare image parts, and its images in order.
 
     Raises:
         RecordError: for messages or an image that are none, or RENDERED_TEXT as `read_chat`.
     """
+    if not isinstance(prompt, str) and (isinstance(prompt, Mapping) or not isinstance(prompt, Iterable)):
+        raise RecordError("BAD_ROW", f"the prompt is a {type(prompt).__name__}, wanted text or a list of messages")
     messages = read_chat(prompt) if isinstance(prompt, str) else [_plain(m) for m in prompt]
     inside = [
         value
@@ -133,9 +136,20 @@ def read_prompt(
         if _is_image(part)
         and (value := next((part[key] for key in _PLACES if part.get(key) is not None), None)) is not None
     ]
-    given = [] if images is None else list(images)
+    given = _as_list(images)
+    if inside and given and len(inside) != len(given):
+        raise RecordError(
+            "IMAGE_COUNT",
+            f"the parts of the prompt hold {len(inside)} images, the row {len(given)}; give the same, or those of one",
+        )
     read = [reader.read(value, f"images[{i}]") for i, value in enumerate(inside or given)]
     return [key for key, _ in read], list(map(_without_images, messages)), [image for _, image in read]
+
+
+def _as_list(images: object) -> list:
+    """Return the images of a row: one may stand there without a list, as in data sets with one image a row."""
+    is_one = isinstance(images, (str, bytes, Path, Mapping, Image.Image)) or getattr(images, "ndim", 1) > 1
+    return [] if images is None else [images] if is_one else list(images)
 
 
 def _is_image(part: object) -> bool:

@@ -18,7 +18,7 @@ class RewardFunction:
 
     async def __call__(self, completions: Sequence[str], **columns) -> list[float | None]:
         """Compute a reward for each completion; `messages` ends with it, and `images` is the row's."""
-        return await self.rewards.compute_async(_read(completions, columns, self.truth))
+        return await self.rewards.compute_async(_read(completions, columns, self.rewards, self.truth))
 
 
 class RewardPlugin:
@@ -36,16 +36,21 @@ class RewardPlugin:
 
     def __call__(self, inputs: Sequence[dict], **_) -> list[float | None]:
         """Compute a reward for each row, whose `messages` end with the completion."""
-        columns = {key: [row.get(key) for row in inputs] for key in ("messages", "images", self.truth)}
-        return self.rewards(_read([row[-1]["content"] for row in columns["messages"]], columns, self.truth))
+        turns = [row["messages"] for row in inputs]
+        if any(row[-1]["role"] != "assistant" for row in turns):
+            raise DataError("messages: got a row that does not end with the assistant's turn, which is what is scored")
+        columns = {key: [row.get(key) for row in inputs] for key in {key for row in inputs for key in row}}
+        return self.rewards(_read([row[-1]["content"] for row in turns], columns, self.rewards, self.truth))
 
 
-def _read(completions: Sequence[str], columns: dict, truth: str) -> list[Sample]:
+def _read(completions: Sequence[str], columns: dict, rewards: Rewards, truth: str) -> list[Sample]:
     messages = columns.get("messages")
     if messages is None or len(messages) != len(completions):
         got = "no column" if messages is None else f"{len(messages)} rows"
         raise DataError(f"messages: got {got}, wanted {len(completions)} rows, one for each completion")
-    images, truths = (columns.get(name) or [None] * len(completions) for name in ("images", truth))
+    images, truths = (
+        values or [None] * len(completions) for values in (columns.get("images"), rewards.find_truths(columns, truth))
+    )
     return [
         Sample(row[:-1] if row[-1]["role"] == "assistant" else row, completion, pictures or None, answer)
         for completion, row, pictures, answer in zip(completions, messages, images, truths, strict=True)

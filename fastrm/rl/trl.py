@@ -16,7 +16,8 @@ def reward_function(rewards: Rewards, *, truth: str = "solution", name: str = "f
     """
 
     def compute(prompts: Sequence, completions: Sequence, images: Sequence | None = None, **columns) -> list:
-        return rewards(read_rollouts(prompts, completions, images, columns.get(truth), columns.get("image")))
+        truths = rewards.find_truths(columns, truth)
+        return rewards(read_rollouts(prompts, completions, images, truths, columns.get("image")))
 
     compute.__name__ = compute.__qualname__ = name
     return compute
@@ -26,7 +27,8 @@ def async_reward_function(rewards: Rewards, *, truth: str = "solution", name: st
     """Return a coroutine function for `reward_funcs`; TRL runs all of them at the same time, after the others."""
 
     async def compute(prompts: Sequence, completions: Sequence, images: Sequence | None = None, **columns) -> list:
-        samples = read_rollouts(prompts, completions, images, columns.get(truth), columns.get("image"))
+        truths = rewards.find_truths(columns, truth)
+        samples = read_rollouts(prompts, completions, images, truths, columns.get("image"))
         return await rewards.compute_async(samples)
 
     compute.__name__ = compute.__qualname__ = name
@@ -57,10 +59,14 @@ def read_rollouts(
 
 
 def _text(completion: str | Sequence[dict]) -> str:
-    """Return the text of a completion; of several messages, as with tools, the last is the answer."""
+    """Return the text of a completion; of several messages, as with tools, the last is the answer.
+
+    Where the last is a tool's, the rollout ended before the policy answered: what a tool said is not its answer.
+    """
     if isinstance(completion, str):
         return completion
-    content = completion[-1]["content"] if completion else ""
+    last = completion[-1] if completion else {}
+    content = last.get("content") if last.get("role", "assistant") == "assistant" else ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or ())
 
 

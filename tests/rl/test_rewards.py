@@ -11,8 +11,10 @@ from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.rl import Client, Rewards, Sample
 from fastrm.rl.client import ServerError
+from fastrm.rl.functions import areal_function
 from fastrm.rl.rewards import sigmoid
 from fastrm.rl.samples import group_samples
+from fastrm.rl.trl import read_rollouts, reward_function
 from tests.helpers.reward_server import CountingScorer, Reply, reward_of, reward_server
 from tests.helpers.support import make_image, make_model
 
@@ -136,8 +138,62 @@ def test_no_rollouts_get_no_rewards():
         ({"scheme": "rule", "answers": "maths"}, "answers: got 'maths'"),
         ({"model": 7}, "model: got int, wanted a URL, a folder"),
         ({"model": "no/such/folder"}, "no/such/folder"),
+        ({"model": "localhost:8000"}, "'localhost:8000', no folder here; a server's URL begins with http:// or https://"),
+        ({"model": "http://localhost:8000/get_reward"}, "wanted it without /get_reward: this client asks /v1/rewards"),
     ],
 )
 def test_settings_that_cannot_be_are_named(arguments, said):
     with pytest.raises(ConfigError, match=said):
         Rewards(**arguments)
+
+
+@pytest.mark.parametrize("form", ["picture", "path", "bytes", "object"])
+def test_one_image_needs_no_list(form, tmp_path):
+    """Data sets with one image a row hold it without a list. Text is no list of letters, and an object none of keys."""
+    red, path = Image.new("RGB", (8, 8), "red"), tmp_path / "a.png"
+    red.save(path)
+    data = path.read_bytes()
+    one = {"picture": red, "path": str(path), "bytes": data, "object": {"bytes": data, "path": None}}[form]
+    asked = group_samples([Sample("So?", "a", images=one), Sample("So?", "b", images=[one])])
+    assert not asked.errors and len(asked.groups) == 1 and len(asked.groups[0]["images"]) == 1
+    assert asked.groups[0]["responses"] == ["a", "b"]
+
+
+def test_an_image_that_the_parts_lack_is_not_left_out():
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    prompt = [{"role": "user", "content": [{"type": "image", "image": red}, {"type": "text", "text": "So?"}]}]
+    asked = group_samples([Sample(prompt, "a", images=[red, blue]), Sample(prompt, "a", images=[red])])
+    assert {number: error.code for number, error in asked.errors.items()} == {0: "IMAGE_COUNT"}
+
+
+@pytest.mark.parametrize("prompt", [None, {"role": "user", "content": "So?"}, 5])
+def test_a_prompt_that_is_none_costs_its_own_rollout_the_reward(prompt):
+    asked = group_samples([Sample(prompt, "a"), Sample("So?", "b")])
+    assert asked.errors[0].code == "BAD_ROW" and "the prompt is a" in asked.errors[0].message
+    assert [group["responses"] for group in asked.groups] == [["b"]]
+
+
+@pytest.mark.parametrize("scheme", ["rule", "hybrid"])
+def test_a_column_of_true_answers_that_is_missing_is_no_reward_of_the_model_alone(scheme):
+    rewards = Rewards(CountingScorer(), scheme=scheme)
+    calls = [
+        lambda: reward_function(rewards, truth="answr")(prompts=["So?"], completions=["a"], answer=["a"]),
+        lambda: areal_function(rewards, truth="answr")("So?", "a", answer="a"),
+    ]
+    for call in calls:
+        with pytest.raises(DataError, match=r"needs a column of true answers: got no 'answr' among 'answer'"):
+            call()
+
+
+def test_a_tools_message_is_not_the_answer_of_the_policy():
+    tool = {"role": "tool", "content": "42", "name": "add"}
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    answer = {"role": "assistant", "content": "4"}
+    found = read_rollouts(["So?"] * 3, [[called, tool], [called], [called, tool, answer]])
+    assert [one.response for one in found] == ["", "", "4"]
+
+
+def test_messages_in_an_array_reach_areal():
+    prompt = np.array([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], dtype=object)
+    found = areal_function(Rewards(CountingScorer()))("rendered", "c", messages=prompt)
+    assert found == reward_of(list(prompt), (), "c")
