@@ -84,6 +84,7 @@ def locate(path: str | Path) -> ModelPlace:
         return ModelPlace(given, _model_folder(folder))
     find = finder(given)
     if find(ADAPTER_CONFIG) is None:
+        find(CONFIG)  # names a folder that is not there where the hub cannot be reached
         return ModelPlace(given, given)
     if find(SINGLE) is not None or (folder / INDEX).is_file():
         return ModelPlace(given, given, given)

@@ -9,6 +9,7 @@ Weights are read by offset and not mapped: pages of a mapping count as memory of
 would double the peak, and here any run of elements can be read by itself.
 """
 
+import functools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fastrm.errors import ConfigError, StorageError
+from fastrm.errors import ConfigError, StorageError, looked_for
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 VALUE_HEAD = "value_head.safetensors"  # LLaMA-Factory's file beside a model or an adapter
@@ -278,23 +279,36 @@ def _hub_finder(repository: str):
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def find(name: str) -> Path | None:
+        problem = _hub_problem()
         try:
-            return Path(hf_hub_download(repository, name))
+            return Path(hf_hub_download(repository, name, local_files_only=problem is not None))
         except LocalEntryNotFoundError as error:
             # Offline: what is not in the cache may still be on the hub; only what every model has must be there.
             if name not in (INDEX, CONFIG):
                 return None
-            reason = str(error).strip().splitlines()[0]
+            reason = problem or str(error).strip().splitlines()[0]
         except EntryNotFoundError:
             return None
         except Exception as error:  # the hub client raises many types; all mean the same to the user
             reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{repository!r}: no such folder here, and {name} does not come from the hub ({reason}); wanted a folder "
-            "with config.json and safetensors, or a reachable hub id"
+            f"{repository!r}: no such folder here{looked_for(repository)}, and {name} does not come from the hub "
+            f"({reason}); wanted a folder with config.json and safetensors, or a reachable hub id"
         )
 
     return find
+
+
+@functools.cache
+def _hub_problem() -> str | None:
+    """Return why the hub cannot be reached, or None. It is asked once: its client would try for 23 s at each file."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of whichever library the hub's client sends requests with
+        return f"{constants.ENDPOINT} cannot be reached: {error}"
+    return None
 
 
 def _no_weights(path: Path) -> StorageError:

@@ -15,6 +15,7 @@ from fastrm.config import ModelConfig, load_config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.forecast.dry_run import dry_run
+from fastrm.model import weight_files
 from fastrm.model.adopt import adopt
 from fastrm.model.export import save_model
 from fastrm.train.loop import train
@@ -354,6 +355,22 @@ def test_a_path_that_does_not_exist_is_said_with_where_it_was_looked_for(tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=rf"runs/my/model: no such folder \(looked for {tmp_path}/runs/my/model\)"):
         rewards_of(Path("runs/my/model"))
+
+
+def test_a_name_without_a_folder_is_an_error_at_once_where_the_hub_cannot_be_reached(tmp_path, monkeypatch):
+    """The hub's client would wait 23 s, and say so in eleven lines, at each of three files."""
+    waits = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    weight_files._hub_problem.cache_clear()
+    said = rf"'runs/model': no such folder here in {tmp_path}, and config.json does not come from the hub \(http://127"
+    try:
+        with pytest.raises(ConfigError, match=said):
+            rewards_of("runs/model")
+    finally:
+        weight_files._hub_problem.cache_clear()
+    assert waits == []
 
 
 def test_a_run_that_has_exported_nothing_says_so(tmp_path):
