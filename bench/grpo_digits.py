@@ -2,7 +2,7 @@
 
     fastrm train configs/quickstart.yaml       the reward model, first
     python bench/grpo_digits.py --run          train what is not there yet, in runs/grpo-digits; --seed N: of one seed
-    python bench/grpo_digits.py --save         write bench/results/amd-epyc-2-cores-grpo-digits.json
+    python bench/grpo_digits.py --save         write bench/results/DEVICE-grpo-digits.json, of this machine
     python bench/grpo_digits.py --table        print the table of docs/grpo.md from that file
 
 The policy without GRPO, `none`, is that of the evaluation before: the same for all schemes of a seed.
@@ -14,11 +14,13 @@ from pathlib import Path
 
 from fastrm.ablate.statistics import Estimate, estimate
 from fastrm.json_files import to_json
+from kernel_results import RESULTS, device_name, environment, file_stem, package_versions
 
 SCHEMES, SEEDS = ("rule", "model", "hybrid"), (0, 1, 2)
 PROJECT = Path(__file__).parents[1]
 CONFIG = PROJECT / "configs/grpo/digits.yaml"
-RESULTS = PROJECT / "bench/results/amd-epyc-2-cores-grpo-digits.json"
+SUFFIX = "-grpo-digits.json"
+PAGE_FILE = RESULTS / f"amd-epyc-2-cores{SUFFIX}"  # what docs/grpo.md shows
 FOLDER = Path("runs/grpo-digits")
 KEYS = ("accuracy", "judge_reward", "mean_characters")
 
@@ -53,6 +55,15 @@ def collect() -> dict:
         training = {key: report["training"][key] for key in ("steps", "reward_share", "first", "last")}
         found.setdefault(scheme, {})[str(seed)] = {**parts, "training": training}
     return found
+
+
+def save() -> Path:
+    """Write what the runs left, with the device and the versions, and return the file: of this device."""
+    device, facts = device_name(), environment()
+    facts["versions"] |= package_versions("transformers", "trl")
+    file = RESULTS / f"{file_stem(device)}{SUFFIX}"
+    file.write_text(to_json({"device": device, **facts, "schemes": collect()}, indent=1) + "\n")
+    return file
 
 
 def table(results: dict) -> list[str]:
@@ -91,9 +102,9 @@ def main() -> None:
     if chosen.run:
         run_all(SEEDS if chosen.seed is None else (chosen.seed,))
     if chosen.save:
-        RESULTS.write_text(to_json(collect(), indent=1) + "\n")
+        print(f"wrote {save()}")
     if chosen.table:
-        print("\n".join(table(json.loads(RESULTS.read_text()))))
+        print("\n".join(table(json.loads(PAGE_FILE.read_text())["schemes"])))
 
 
 if __name__ == "__main__":

@@ -16,18 +16,32 @@ PANELS = {
 }
 
 
-def make_report(config: GrpoConfig, before: dict, after: dict, rows: list[dict], seconds: float, folder: Path) -> dict:
+def make_report(
+    config: GrpoConfig,
+    before: dict,
+    after: dict,
+    rows: list[dict],
+    seconds: float,
+    generation_seconds: float | None,
+    folder: Path,
+) -> dict:
     """Write report.json and report.png, and return the report.
+
+    Args:
+        rows: of metrics.jsonl.
+        seconds: of the whole training.
+        generation_seconds: of the rollouts' generation by the policy; None where vLLM generated.
 
     Returns:
         before and after: as `evaluate_policy`; training: means over the first and last fifth of the steps, and the
-        time, in all and waiting for rewards; settings: the configuration.
+        time, in all, generating, and waiting for rewards; settings: the configuration.
     """
     waited = sum(value for row in rows for name, value in row.items() if name.startswith("reward_seconds/"))
     fifth = max(1, len(rows) // 5)
     training = {
         "steps": len(rows),
         "seconds": seconds,
+        "generation_seconds": generation_seconds,
         "reward_seconds": waited,
         "reward_share": waited / seconds,
         "first": _means(rows[:fifth]),
@@ -59,8 +73,10 @@ def show_report(report: dict) -> None:
     for name, title in PANELS.items():
         values = [training[part].get(name) for part in ("first", "last")]
         rollouts.add_row(title, *("" if value is None else f"{value:.4f}" for value in values))
-    share = f"{training['reward_share']:.1%} of {training['seconds']:,.0f} s went into waiting for rewards."
-    rollouts.caption = share
+    share = f"{training['reward_share']:.1%} of {training['seconds']:,.0f} s went into waiting for rewards"
+    generated = training["generation_seconds"]
+    generation = "" if generated is None else f", {generated / training['seconds']:.1%} into generating rollouts"
+    rollouts.caption = f"{share}{generation}."
     show(console, f"{training['steps']:,} steps", rollouts)
 
 

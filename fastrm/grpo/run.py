@@ -1,5 +1,6 @@
 """A run of `fastrm grpo`: evaluate, train with TRL's GRPOTrainer, evaluate again, report."""
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -52,16 +53,36 @@ def run_grpo(config: GrpoConfig) -> dict:
             update, steps = display.task("supervised steps"), config.policy.fit.steps
             fit(policy, processor, taught, config.policy.fit, config.run.seed, lambda done: update(done, steps))
         before = measure("before")
+        spent = timed_calls(policy, "generate")
         started = time.monotonic()
         rows = train_policy(config, policy, processor, train, functions, display, folder)
         seconds = time.monotonic() - started
+        del policy.generate  # the class's again
+        generation = None if config.rollouts.backend == "vllm" else sum(spent)
         after = measure("after")
     if not process.is_main_process:
         return {}
     save_policy(policy, processor, folder / "policy")
-    report = make_report(config, before, after, rows, seconds, folder)
+    report = make_report(config, before, after, rows, seconds, generation, folder)
     show_report(report)
     return report
+
+
+def timed_calls(owner: object, name: str) -> list[float]:
+    """Return a list that takes the seconds of every call of an object's method from now on, until `del owner.name`."""
+    spent: list[float] = []
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def timed(*arguments, **named):
+        started = time.monotonic()
+        try:
+            return method(*arguments, **named)
+        finally:
+            spent.append(time.monotonic() - started)
+
+    setattr(owner, name, timed)
+    return spent
 
 
 def _process(config: GrpoConfig):

@@ -17,7 +17,9 @@ from fastrm.errors import ConfigError, DataError
 from fastrm.grpo.config import FitSection, QuestionsSection, RewardSection, load_grpo_config
 from fastrm.grpo.evaluation import as_samples, evaluate_policy
 from fastrm.grpo.questions import Question, as_dataset, read_questions
+from fastrm.grpo.report import show_report
 from fastrm.grpo.rewarding import RewardFunction
+from fastrm.grpo.run import timed_calls
 from fastrm.rl.client import ServerError
 from fastrm.rl.rewards import Rewards, sigmoid
 from fastrm.train.loop import train
@@ -83,6 +85,9 @@ def test_a_run_leaves_what_it_says(tmp_path, reward_model, capfd):
         assert row["reward"] == pytest.approx(row["rewards/rule_0/mean"] + row["rewards/hybrid_1/mean"], abs=1e-5)
     waited = sum(row["reward_seconds/rule_0"] + row["reward_seconds/hybrid_1"] for row in rows)
     assert report["training"]["reward_seconds"] == pytest.approx(waited) and 0 < report["training"]["reward_share"] < 1
+    assert 0 < report["training"]["generation_seconds"] + waited < report["training"]["seconds"]
+    show_report(report)
+    assert "% into generating rollouts." in capfd.readouterr().out
     for part in ("before", "after"):
         found = report[part]
         assert found["questions"] == 12 and found["interval"][0] <= found["accuracy"] <= found["interval"][1]
@@ -158,6 +163,17 @@ def test_a_model_that_is_named_twice_is_loaded_once_on_the_process_s_device(tmp_
     config = load_grpo_config(write(tmp_path, rewards=rewards, judge=reward_model))
     scorers = _open_scorers(config, torch.device("cpu", 0))  # as accelerate names it under a launcher
     assert list(scorers) == [reward_model] and scorers[reward_model].network.device.type == "cpu"
+
+
+def test_the_rollouts_generation_is_timed_and_the_policy_as_it_was():
+    owner = type("Policy", (), {"generate": staticmethod(lambda seconds: time.sleep(seconds) or "answer")})()
+    spent = timed_calls(owner, "generate")
+    assert owner.generate(0.05) == "answer" and owner.generate(seconds=0.1) == "answer"
+    with pytest.raises(TypeError):
+        owner.generate("a word")
+    assert len(spent) == 3 and spent[0] >= 0.05 and spent[1] >= 0.1
+    del owner.generate
+    assert owner.generate(0) == "answer" and len(spent) == 3
 
 
 def test_the_supervised_start_teaches(tmp_path):
