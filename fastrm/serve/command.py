@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import ipaddress
+import os
 import socket
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,11 +27,13 @@ from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
 from fastrm.serve.workers import Workers
-from fastrm.stop import StopFlag
+from fastrm.stop import StopFlag, fail
 from fastrm.ui import Display, make_console, message
 
-# Seconds after a signal for the answers to requests that were accepted; StopFlag ends the process at 9.
+# Seconds after a signal for the answers to requests that were accepted, and then for the threads that gave them;
+# StopFlag ends the process at 9.
 _DRAIN_SECONDS = 8
+_THREAD_SECONDS = 0.3
 
 
 def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, settings: ServeSettings) -> None:
@@ -66,7 +71,10 @@ def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, s
                 timeout_graceful_shutdown=_DRAIN_SECONDS,
             )
         )
-        asyncio.run(_serve(server, scheduler, listener, settings))
+        with StopFlag() as stop:
+            asyncio.run(_serve(server, scheduler, listener, settings, stop))
+            if stop.signal:
+                _leave(stop.signal, scheduler.num_lost)
 
 
 def warm_up(model: Ensemble) -> None:
@@ -219,24 +227,46 @@ class _Quiet(uvicorn.Server):
 
 
 async def _serve(
-    server: uvicorn.Server, scheduler: Scheduler | Workers, listener: socket.socket, settings: ServeSettings
+    server: uvicorn.Server,
+    scheduler: Scheduler | Workers,
+    listener: socket.socket,
+    settings: ServeSettings,
+    stop: StopFlag,
 ) -> None:
-    with StopFlag() as stop:
-        if isinstance(scheduler, Workers):
-            await _start(scheduler, stop)
-        running = asyncio.create_task(server.serve(sockets=[listener]))
-        while not (server.started or running.done()):
-            await asyncio.sleep(0.01)
-        if server.started and not running.done():
-            message(make_console(), describe(scheduler, settings))
-        while not (running.done() or stop.signal):
-            await asyncio.sleep(0.1)
-        scheduler.stop_accepting()
-        server.should_exit = True
-        await running
-        stopped_by = stop.signal
-    if scheduler.num_lost:
-        raise InterruptedRun(f"stopped by {stopped_by}; {scheduler.num_lost:,} groups had no answer in time")
+    if isinstance(scheduler, Workers):
+        await _start(scheduler, stop)
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    while not (server.started or running.done()):
+        await asyncio.sleep(0.01)
+    if server.started and not running.done():
+        message(make_console(), describe(scheduler, settings))
+    while not (running.done() or stop.signal):
+        await asyncio.sleep(0.1)
+    scheduler.stop_accepting()
+    server.should_exit = True
+    await running
+
+
+def _leave(stopped_by: str, num_lost: int) -> None:
+    """End the command after a signal; the process too if a thread is stuck, for which Python would wait at its exit.
+
+    Raises:
+        InterruptedRun: if requests that were accepted had no answer in time.
+    """
+    lost = f"stopped by {stopped_by}; {num_lost:,} groups had no answer in time"
+    if stuck := _stuck_threads():
+        os._exit(fail(InterruptedRun.exit_code, "InterruptedRun", f"{lost}; at work still: {', '.join(stuck)}"))
+    if num_lost:
+        raise InterruptedRun(lost)
+
+
+def _stuck_threads() -> list[str]:
+    """Return the names of the threads that Python waits for at its exit and that do not end by themselves."""
+    waited_for = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    deadline = time.monotonic() + _THREAD_SECONDS
+    for one in waited_for:
+        one.join(max(0.0, deadline - time.monotonic()))
+    return [one.name for one in waited_for if one.is_alive()]
 
 
 async def _start(workers: Workers, stop: StopFlag) -> None:

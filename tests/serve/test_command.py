@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -38,12 +39,17 @@ def folder(tmp_path_factory):
 
 
 @contextmanager
-def served(*arguments, token=None, cwd=None):
-    """The command in a process, a client of it when it is ready, and the line that says so."""
+def served(*arguments, token=None, cwd=None, before=""):
+    """The command in a process, a client of it when it is ready, and the line that says so.
+
+    Args:
+        before: Python that the process runs first.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FASTRM_TOKEN": token or ""}
     if token is None:
         del environment["FASTRM_TOKEN"]
-    command = [sys.executable, "-m", "fastrm.cli", "serve", *map(str, arguments), "--port", "0"]
+    program = f"{before}\nfrom fastrm.cli import main\nmain()"
+    command = [sys.executable, "-c", program, "serve", *map(str, arguments), "--port", "0"]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=cwd)
     watchdog = threading.Timer(PATIENCE, process.kill)
@@ -132,6 +138,38 @@ def test_what_was_accepted_is_answered_after_sigterm_and_what_comes_later_is_ref
         assert time.monotonic() - started < 10
         with pytest.raises(httpx.ConnectError):
             client.get("/health")
+
+
+STUCK = """
+import os, time
+from fastrm.serve import command
+from fastrm.serve.rendered_text import RenderedTextReader
+from fastrm.serve.scorer import Scorer
+command._DRAIN_SECONDS = 1
+
+def stuck(*_, **__):
+    os.write(1, b"stuck\\n")
+    time.sleep(3600)
+
+"""
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["waits", "leaves"])
+@pytest.mark.parametrize("name, path", [("Scorer.run", "/v1/rewards"), ("Scorer.prepare", "/v1/rewards"),
+                                        ("RenderedTextReader.read", "/get_reward")])  # fmt: skip
+def test_a_thread_that_is_stuck_does_not_keep_the_server_from_its_end(folder, name, path, leaves):
+    body = {"query": ["a"]} if path == "/get_reward" else {"groups": GROUPS}
+    with served(folder / "a", before=f"{STUCK}\n{name} = stuck") as (process, client, _):
+        with closing(socket.create_connection(("127.0.0.1", client.base_url.port))) as asking:
+            sent = json.dumps(body).encode()
+            asking.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
+                           % (path.encode(), len(sent), sent))  # fmt: skip
+            assert process.stdout.readline() == "stuck\n"
+            if leaves:
+                asking.close()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 75
+        assert json.loads(process.stderr.read().splitlines()[-1])["exit_code"] == 75
 
 
 @pytest.mark.parametrize(
