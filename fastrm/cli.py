@@ -341,6 +341,7 @@ def serve(
     deterministic: opts.Deterministic = False,
     max_body_bytes: opts.MaxBodyBytes = 32 * 2**20,
     max_groups: opts.MaxGroups = 64,
+    max_responses: opts.MaxResponses = 1024,
     image_root: opts.ImageRoot = None,
     allow_image_urls: opts.AllowImageUrls = False,
     ensemble: opts.EnsembleChoice = None,
@@ -379,8 +380,8 @@ def serve(
     )  # fmt: skip
     settings = ServeSettings(
         host=host, port=port, token=token, workers=workers, max_queue=max_queue, window_ms=window_ms,
-        deterministic=deterministic, max_body_bytes=max_body_bytes, max_groups=max_groups, image_root=image_root,
-        allow_image_urls=allow_image_urls,
+        deterministic=deterministic, max_body_bytes=max_body_bytes, max_groups=max_groups, max_responses=max_responses,
+        image_root=image_root, allow_image_urls=allow_image_urls,
     )  # fmt: skip
     run(models, ModelChoice((), ensemble and ensemble.value, validation, route), options, settings)
 

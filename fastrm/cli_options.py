@@ -214,6 +214,7 @@ MaxBodyBytes = Annotated[
     int, typer.Option(min=1, metavar="BYTES", help="Largest body of a request; a larger one is refused unread.")
 ]
 MaxGroups = Annotated[int, typer.Option(min=1, metavar="GROUPS", help="Largest number of groups in one request.")]
+MaxResponses = Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of responses of one group.")]
 ImageRoot = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Folder of images that requests may name by path; without it, none is opened."),

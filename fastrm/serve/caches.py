@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from typing import Generic, TypeVar
 
-from fastrm.data.record import MediaRef, Record, Response
+from fastrm.data.record import MediaRef, Record
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.vision_format import MediaSize, Patches, VisionFormat
 from fastrm.limits import MediaLimits
@@ -62,14 +62,26 @@ def is_known_by_content(record: Record) -> bool:
     return all(ref.data is not None or ref.digest is not None for ref in record.media)
 
 
-def response_digest(model: str, is_routed: bool, response: Response) -> bytes:
-    """Return a digest of a conversation and who scores it: equal digests mean equal rewards.
+def response_digests(model: str, is_routed: bool, record: Record) -> list[bytes]:
+    """Return a digest of each conversation and of who scores it: equal digests mean equal rewards.
+
+    A prompt that responses share is hashed once, however long it is.
 
     Args:
         model: its name.
-        is_routed: the model's route scores the group of the response.
+        is_routed: the model's route scores the group.
     """
-    return hashlib.sha256(repr((model, is_routed, response.key)).encode("utf-8", "surrogatepass")).digest()
+    digests, prompt, of_prompt = [], None, b""
+    for response in record.responses:
+        before = (response.arguments, response.messages[:-1])
+        if before != prompt:  # shared messages are the same objects, which takes no time to see
+            prompt, of_prompt = before, _digest((model, is_routed, response.prompt_key))
+        digests.append(_digest((of_prompt, response.messages[-1].key)))
+    return digests
+
+
+def _digest(key: tuple) -> bytes:
+    return hashlib.sha256(repr(key).encode("utf-8", "surrogatepass")).digest()
 
 
 def remembering_images(encoder: ConversationEncoder, cache: BoundedCache[Patches]) -> ConversationEncoder:

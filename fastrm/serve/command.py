@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import math
 import os
 import socket
 import threading
@@ -30,10 +31,9 @@ from fastrm.serve.workers import Workers
 from fastrm.stop import StopFlag, fail
 from fastrm.ui import Display, make_console, message
 
-# Seconds after a signal for the answers to requests that were accepted, and then for the threads that gave them;
-# StopFlag ends the process at 9.
+# Seconds after a signal for the answers to requests that were accepted; StopFlag ends the process at 9.
 _DRAIN_SECONDS = 8
-_THREAD_SECONDS = 0.3
+_THREAD_SECONDS = 0.3  # for the threads, where answers are lost already
 
 
 def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, settings: ServeSettings) -> None:
@@ -215,6 +215,7 @@ def make_scheduler(models: dict[str, Ensemble], options: ScoringOptions, setting
         deterministic=settings.deterministic,
         rewards=BoundedCache(settings.reward_cache),
         images=images,
+        max_responses=settings.max_responses,
     )
 
 
@@ -250,22 +251,24 @@ async def _serve(
 def _leave(stopped_by: str, num_lost: int) -> None:
     """End the command after a signal; the process too if a thread is stuck, for which Python would wait at its exit.
 
+    Where no answer is lost, threads have the time until `StopFlag` ends the process.
+
     Raises:
         InterruptedRun: if requests that were accepted had no answer in time.
     """
     lost = f"stopped by {stopped_by}; {num_lost:,} groups had no answer in time"
-    if stuck := _stuck_threads():
+    if stuck := _stuck_threads(_THREAD_SECONDS if num_lost else math.inf):
         os._exit(fail(InterruptedRun.exit_code, "InterruptedRun", f"{lost}; at work still: {', '.join(stuck)}"))
     if num_lost:
         raise InterruptedRun(lost)
 
 
-def _stuck_threads() -> list[str]:
-    """Return the names of the threads that Python waits for at its exit and that do not end by themselves."""
+def _stuck_threads(seconds: float) -> list[str]:
+    """Return the names of the threads that Python waits for at its exit and that do not end within some seconds."""
     waited_for = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
-    deadline = time.monotonic() + _THREAD_SECONDS
-    for one in waited_for:
-        one.join(max(0.0, deadline - time.monotonic()))
+    deadline = time.monotonic() + seconds
+    while any(one.is_alive() for one in waited_for) and time.monotonic() < deadline:
+        time.sleep(0.01)
     return [one.name for one in waited_for if one.is_alive()]
 
 

@@ -21,21 +21,21 @@ All state belongs to the event loop's thread; other threads get what they need a
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.media import Resolve, any_path
 from fastrm.data.vision_format import Patches
 from fastrm.errors import ConfigError, ExactnessError, GroupError, RecordError
 from fastrm.evaluate.scoring import group_error
-from fastrm.serve.caches import BoundedCache, is_known_by_content, response_digest
+from fastrm.serve.caches import BoundedCache
 from fastrm.serve.problems import Unavailable, UnknownModel
-from fastrm.serve.scorer import Prepared, Scorer
+from fastrm.serve.reading import GroupReader, Read
+from fastrm.serve.scorer import Scorer
 from fastrm.serve.waiting import Ask, Waiting, choose, compute
 
 _LOG = logging.getLogger(__name__)
@@ -81,20 +81,6 @@ class Counts:
     reward_misses: int = 0
 
 
-class _Read(NamedTuple):
-    """A group whose responses were looked up.
-
-    Attributes:
-        known: the rewards that are known, by the digests of `keys`.
-        prepared: the other responses; None if there are none.
-        keys: of all responses, in order; empty where rewards must not be kept.
-    """
-
-    known: dict[bytes, float]
-    prepared: Prepared | None
-    keys: list[bytes]
-
-
 class Scheduler:
     """A queue before one or more models, for any number of concurrent callers in one event loop.
 
@@ -109,6 +95,7 @@ class Scheduler:
         deterministic: compute every group by itself, as it was sent, one after another.
         rewards: keeps the rewards of responses; None, or with `deterministic`: each is computed again.
         images: that the scorers keep decoded images in, for the counts.
+        max_responses: of a group; one with more is refused with TOO_MANY_RESPONSES.
 
     Attributes:
         num_lost: the number of groups without an answer when the server ended; the application counts them.
@@ -127,6 +114,7 @@ class Scheduler:
         deterministic: bool = False,
         rewards: BoundedCache[float] | None = None,
         images: BoundedCache[Patches] | None = None,
+        max_responses: int = 1024,
     ):
         self.scorers = {scorer.name: scorer for scorer in scorers}
         for name in self.scorers:
@@ -135,9 +123,11 @@ class Scheduler:
         self.max_queue, self.window, self.patience = max_queue, window_ms / 1e3, patience_ms / 1e3
         self._is_deterministic = deterministic
         self._rewards: BoundedCache[float] = BoundedCache(0) if rewards is None or deterministic else rewards
+        self._reader = GroupReader(self._rewards, max_responses)
         self._images: BoundedCache[Patches] = BoundedCache(0) if images is None else images
         self._counts = Counts()
         self._num_accepted = self.num_lost = 0
+        self._num_left = 0  # groups that a thread prepares although their request has left
         self._waiting: list[Waiting] = []
         self._open: dict[tuple, Waiting] = {}
         self._came = asyncio.Event()
@@ -163,8 +153,8 @@ class Scheduler:
 
     @property
     def queue_length(self) -> int:
-        """The number of groups that were accepted and have no answer yet."""
-        return self._num_accepted
+        """The number of groups that were accepted and have no answer yet, or are still prepared for nobody."""
+        return self._num_accepted + self._num_left
 
     @property
     def counts(self) -> Counts:
@@ -257,10 +247,10 @@ class Scheduler:
     def _admit(self, num_groups: int) -> None:
         if not self._accepts:
             raise Unavailable("CLOSING", "the server is ending; ask another one")
-        if self._num_accepted + num_groups > self.max_queue:
+        if self.queue_length + num_groups > self.max_queue:
             raise Unavailable(
                 "QUEUE_FULL",
-                f"{self._num_accepted:,} groups wait, {num_groups:,} more would be over the limit of "
+                f"{self.queue_length:,} groups wait, {num_groups:,} more would be over the limit of "
                 f"{self.max_queue:,}; try again later",
             )
         self._num_accepted += num_groups
@@ -270,13 +260,13 @@ class Scheduler:
     ) -> tuple[list[float] | GroupError, int]:
         loop = asyncio.get_running_loop()
         try:
-            read = await loop.run_in_executor(self._preparing, self._read, scorer, group, index, resolve)
+            read = await self._read(scorer, group, index, resolve)
             if read.prepared is None:
                 return [read.known[key] for key in read.keys], 0
             ask = Ask(read.prepared, loop.create_future(), time.monotonic())
             self._enqueue(scorer, ask)
             rewards = await ask.answer
-            return self._complete(read, rewards), read.prepared.num_tokens
+            return self._reader.complete(read, rewards), read.prepared.num_tokens
         except RecordError as error:
             return group_error(index, group, error), 0
         except Exception as error:
@@ -285,26 +275,20 @@ class Scheduler:
             problem = RecordError(code, f"the server failed at this group ({type(error).__name__}); its log says why")
             return group_error(index, group, problem), 0
 
-    def _read(self, scorer: Scorer, group: dict, index: int, resolve: Resolve) -> _Read:
-        record = group_record(group, index, resolve=resolve)
-        is_routed = scorer.is_routed(record)
-        if record.preferences or not self._rewards.capacity or not is_known_by_content(record):
-            return _Read({}, scorer.prepare(record, is_routed), [])
-        keys = [response_digest(scorer.name, is_routed, response) for response in record.responses]
-        known = {key: reward for key in set(keys) if (reward := self._rewards.get(key)) is not None}
-        missing = [response for key, response in zip(keys, record.responses, strict=True) if key not in known]
-        prepared = scorer.prepare(replace(record, responses=tuple(missing)), is_routed) if missing else None
-        return _Read(known, prepared, keys)
+    async def _read(self, *arguments) -> Read:
+        """Return what `GroupReader.read` does, in a thread; if that cannot be cancelled, its place stays taken."""
+        reading = self._preparing.submit(self._reader.read, *arguments)
+        try:
+            return await asyncio.wrap_future(reading)
+        except asyncio.CancelledError:
+            if not reading.cancel():
+                self._num_left += 1
+                loop = asyncio.get_running_loop()
+                reading.add_done_callback(lambda _: _call(loop, self._forget_one))
+            raise
 
-    def _complete(self, read: _Read, rewards: list[float]) -> list[float]:
-        """Return the rewards of all responses of a group, and keep those that were computed."""
-        if not read.keys:
-            return rewards
-        computed = zip((key for key in read.keys if key not in read.known), rewards, strict=True)
-        found = read.known | dict(computed)
-        for key, reward in found.items():
-            self._rewards.store(key, reward)
-        return [found[key] for key in read.keys]
+    def _forget_one(self) -> None:
+        self._num_left -= 1
 
     def _enqueue(self, scorer: Scorer, ask: Ask) -> None:
         if self._loop.done():
@@ -392,3 +376,9 @@ class Scheduler:
                 ask.answer.set_exception(answer)
             else:
                 ask.answer.set_result(answer)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    """Call a function in the loop's thread, unless the loop has ended."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)

@@ -20,6 +20,7 @@ class ServeSettings:
         max_body_bytes: of a request, counted while it is read.
         body_seconds: that a body may take to arrive.
         max_groups: in one request.
+        max_responses: of one group.
         image_root: the folder whose images and videos requests may name by path; None: no path is opened.
         media: limits of an image's and a video's bytes and pixels.
         allow_image_urls: fetch images that requests name by http or https URL.
@@ -37,6 +38,7 @@ class ServeSettings:
     max_body_bytes: int = 32 * 2**20
     body_seconds: float = 60.0
     max_groups: int = 64
+    max_responses: int = 1024
     image_root: Path | None = None
     allow_image_urls: bool = False
     media: MediaLimits = field(default_factory=MediaLimits)

@@ -154,9 +154,14 @@ def stuck(*_, **__):
 """
 
 
-@pytest.mark.parametrize("leaves", [False, True], ids=["waits", "leaves"])
-@pytest.mark.parametrize("name, path", [("Scorer.run", "/v1/rewards"), ("Scorer.prepare", "/v1/rewards"),
-                                        ("RenderedTextReader.read", "/get_reward")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, path, leaves",
+    [
+        ("Scorer.run", "/v1/rewards", False),
+        ("Scorer.prepare", "/v1/rewards", True),
+        ("RenderedTextReader.read", "/get_reward", False),
+    ],
+)
 def test_a_thread_that_is_stuck_does_not_keep_the_server_from_its_end(folder, name, path, leaves):
     body = {"query": ["a"]} if path == "/get_reward" else {"groups": GROUPS}
     with served(folder / "a", before=f"{STUCK}\n{name} = stuck") as (process, client, _):
