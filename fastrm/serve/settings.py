@@ -45,6 +45,11 @@ class ServeSettings:
     image_cache_bytes: int = 256 * 2**20
     reward_cache: int = 100_000
 
+    @property
+    def max_bytes_in_flight(self) -> int:
+        """The bytes that the bodies of all requests without an answer may have together: eight of the largest."""
+        return 8 * self.max_body_bytes
+
 
 def check_installed() -> None:
     """Refuse to serve without the packages of the extra `serve`.

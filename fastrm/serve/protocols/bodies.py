@@ -5,6 +5,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +27,11 @@ ManyTokens = Annotated[list[Tokens], Field(fail_fast=True)]
 
 _Body = TypeVar("_Body", bound=Body)
 _Read = TypeVar("_Read")
+
+
+def form_of(kind: type[_Body]) -> Callable[[dict], _Body]:
+    """Return the function that gives a request's JSON the form of a kind of body, as `Service.read` takes it."""
+    return partial(parsed, kind)
 
 
 def parsed(kind: type[_Body], body: dict) -> _Body:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from fastrm.serve.app import Service
-from fastrm.serve.protocols.bodies import Body, Texts, bad_request, check_as_many, flat, parsed, reading, sigmoid
+from fastrm.serve.protocols.bodies import Body, Texts, bad_request, check_as_many, flat, form_of, reading, sigmoid
 from fastrm.serve.rendered_text import Conversation, RenderedTextReader
 
 
@@ -76,7 +76,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/get_reward")
     async def get_reward(request: Request) -> dict:
-        body = parsed(GetReward, await service.read(request))
+        body = await service.read(request, form_of(GetReward))
         service.check_count(len(body.query))
         asked = await reading(conversations, body, service.reader())
         scored = await service.rewards(request, [one.group for one in asked])

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from fastrm.serve.app import Service
-from fastrm.serve.protocols.bodies import Body, Texts, bad_request, check_as_many, flat, parsed, reading
+from fastrm.serve.protocols.bodies import Body, Texts, bad_request, check_as_many, flat, form_of, reading
 from fastrm.serve.rendered_text import Conversation, RenderedTextReader
 
 
@@ -69,7 +69,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/get_reward_mllm")
     async def get_reward_mllm(request: Request) -> dict:
-        body = parsed(GetRewardMllm, await service.read(request))
+        body = await service.read(request, form_of(GetRewardMllm))
         service.check_count(len(body.query))
         asked = await reading(conversations, body, service.reader())
         scored = await service.rewards(request, [one.group for one in asked])

@@ -15,12 +15,13 @@ from fastrm.serve.protocols.bodies import (
     bad_request,
     check_as_many,
     flat,
-    parsed,
+    form_of,
     reading,
 )
 from fastrm.serve.rendered_text import RenderedTextReader
 
-Images = str | list[str] | None
+Images = str | Texts | None
+ManyImages = Annotated[list[Images], Field(fail_fast=True)]
 
 
 class NativeInput(Body):
@@ -34,9 +35,9 @@ class NativeInput(Body):
 
     text: str | Texts | None = None
     input_ids: Tokens | ManyTokens | None = None
-    image_data: str | list[str | list[str] | None] | None = None
+    image_data: str | ManyImages | None = None
     video_data: None = None
-    rid: str | list[str] | None = None
+    rid: str | Texts | None = None
     model: str | None = None
 
 
@@ -44,7 +45,7 @@ class EmbeddedInput(Body):
     """A conversation with its images, as SGLang's ``/v1/embeddings`` takes it."""
 
     text: str
-    image: str | list[str] | None = None
+    image: Images = None
     video: None = None
 
 
@@ -131,13 +132,12 @@ def _as_list(images: Images) -> list:
     return [] if images is None else images if isinstance(images, list) else [images]
 
 
-async def classify(service: Service, request: Request, content: dict) -> dict | list[dict]:
+async def classify(service: Service, request: Request, body: NativeInput) -> dict | list[dict]:
     """Answer a request to ``/classify`` in SGLang's form.
 
     Raises:
         RequestError: as `Service.rewards`, or for a body that cannot be read.
     """
-    body = parsed(NativeInput, content)
     service.check_count(num_inputs(body.text if body.text is not None else body.input_ids or []))
     groups = await reading(native_groups, body, service.reader(body.model))
     scored = await service.rewards(request, groups, body.model)
@@ -150,7 +150,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/embeddings")
     async def embeddings(request: Request) -> dict:
-        body = parsed(Embeddings, await service.read(request))
+        body = await service.read(request, form_of(Embeddings))
         service.check_count(num_inputs(body.input))
         groups = await reading(embedding_groups, body, service.reader(body.model))
         scored = await service.rewards(request, groups, body.model)

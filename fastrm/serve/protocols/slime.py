@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fastrm.errors import RecordError
 from fastrm.serve.app import Service
-from fastrm.serve.protocols.bodies import Body, flat, parsed, reading
+from fastrm.serve.protocols.bodies import Body, flat, form_of, reading
 from fastrm.serve.protocols.openrlhf import label_images
 from fastrm.serve.rendered_text import RenderedTextReader, group_of
 
@@ -53,7 +53,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/slime")
     async def slime(request: Request) -> float:
-        body = parsed(Sample, await service.read(request))
+        body = await service.read(request, form_of(Sample))
         asked = await reading(group, body, service.reader())
         scored = await service.rewards(request, [asked])
         return flat(scored.results)[0]

@@ -21,6 +21,7 @@ from fastrm.serve.protocols.bodies import (
     activated,
     bad_request,
     flat,
+    form_of,
     listing,
     parsed,
     reading,
@@ -198,12 +199,19 @@ def score_answer(model: str, rewards: Sequence[float], is_activated: bool, num_t
     return listing("score", model, data, num_tokens)
 
 
+def _pooling_form(content: dict) -> TextInput | ChatInput:
+    return parsed(ChatInput if "messages" in content else TextInput, content)
+
+
+def _classify_form(content: dict) -> TextInput | ChatInput | sglang.NativeInput:
+    return parsed(sglang.NativeInput, content) if content.keys() & {"text", "input_ids"} else _pooling_form(content)
+
+
 def routes(service: Service) -> APIRouter:
     """Return the router of /classify, /pooling, /score and /v1/score."""
     router = APIRouter()
 
-    async def pooled(request: Request, content: dict, answer: Callable[..., dict]) -> dict:
-        body = parsed(ChatInput if "messages" in content else TextInput, content)
+    async def pooled(request: Request, body: TextInput | ChatInput, answer: Callable[..., dict]) -> dict:
         service.check_count(sglang.num_inputs(body.input) if isinstance(body, TextInput) else 1)
         asked = await reading(groups, body, service.reader(body.model))
         scored = await service.rewards(request, asked, body.model)
@@ -211,19 +219,19 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/classify")
     async def classify(request: Request):
-        content = await service.read(request)
-        if content.keys() & {"text", "input_ids"}:
-            return await sglang.classify(service, request, content)
-        return await pooled(request, content, classify_answer)
+        body = await service.read(request, _classify_form)
+        if isinstance(body, sglang.NativeInput):
+            return await sglang.classify(service, request, body)
+        return await pooled(request, body, classify_answer)
 
     @router.post("/pooling")
     async def pooling(request: Request) -> dict:
-        return await pooled(request, await service.read(request), pooling_answer)
+        return await pooled(request, await service.read(request, _pooling_form), pooling_answer)
 
     @router.post("/score")
     @router.post("/v1/score")
     async def score(request: Request) -> dict:
-        body = parsed(Score, await service.read(request))
+        body = await service.read(request, form_of(Score))
         scored = await service.rewards(request, await reading(score_groups, body), body.model)
         return score_answer(scored.model, flat(scored.results), body.is_activated, scored.num_tokens)
 
