@@ -38,8 +38,8 @@ from fastrm.serve.settings import ServeSettings
 # Modules of fastrm/serve/protocols, each with routes(service) -> APIRouter.
 PROTOCOLS = ("native", "status", "page", "openrlhf", "vllm", "sglang", "slime", "r1_reward")
 
-# Bodies up to so many bytes are decoded by the event loop's thread: the hop to another thread takes longer than most of
-# them, and the slowest that we found, of as many small objects as there is room for, takes 5 ms.
+# Bodies up to so many bytes are decoded by the event loop's thread, which a hop to another would not relieve: of those
+# that we tried the slowest, as many objects as there is room for, took 0.6 ms (the median of 30 on a CPU).
 _SMALL_BODY = 16 * 1024
 
 _Body = TypeVar("_Body")
