@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import uvicorn
 from PIL import Image
+from starlette.types import ASGIApp
 
 from fastrm import errors
 from fastrm.errors import ConfigError, DataError, GroupError, InterruptedRun
@@ -34,6 +35,9 @@ from fastrm.ui import Display, make_console, message
 # Seconds after a signal for the answers to requests that were accepted; StopFlag ends the process at 9.
 _DRAIN_SECONDS = 8
 _THREAD_SECONDS = 0.3  # for the threads, where answers are lost already
+# Seconds that a connection may be idle. A client that keeps it for longer than the server sends requests into one that
+# is being closed: aiohttp keeps connections for 15 s, requests for ever, and uvicorn's default is 5 s.
+_KEEP_ALIVE_SECONDS = 75
 
 
 def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, settings: ServeSettings) -> None:
@@ -62,15 +66,7 @@ def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, s
         else:
             make, say = partial(load_worker, choices, options, settings), partial(message, make_console(stderr=True))
             scheduler = Workers(make, settings.workers, max_queue=settings.max_queue, say=say)
-        server = _Quiet(
-            uvicorn.Config(
-                make_app(scheduler, settings),
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=_DRAIN_SECONDS,
-            )
-        )
+        server = make_server(make_app(scheduler, settings))
         with StopFlag() as stop:
             asyncio.run(_serve(server, scheduler, listener, settings, stop))
             if stop.signal:
@@ -225,6 +221,20 @@ class _Quiet(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self):
         yield
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """Return the HTTP server of an application, which leaves signals to its caller."""
+    return _Quiet(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_DRAIN_SECONDS,
+        )
+    )
 
 
 async def _serve(
