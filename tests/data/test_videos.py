@@ -105,6 +105,13 @@ def test_frames_are_those_of_decoding_everything(options):
             assert np.array_equal(ours, expected[number]), (count, number)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no scheduling policies")
+def test_encoding_leaves_the_priority_of_the_tests_alone():
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    make_video(9, 64, 48, codec="libsvtav1")
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
+
+
 def test_frames_between_key_frames_are_skipped(monkeypatch):
     ref, seen = make_video(400, 32, 32, g="10", bf="0"), 0
     decode = av.container.InputContainer.decode

@@ -1,6 +1,8 @@
 """Small videos for the tests: encoded by PyAV, without which a test that asks for one is skipped, or as folders."""
 
 import io
+import os
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,7 +29,7 @@ def encode_video(
     """A video file of frames (T, H, W, 3) uint8; sides must be even."""
     av = pytest.importorskip("av")
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as file:
+    with ordinary_priority(), av.open(buffer, "w", format=container) as file:
         if title:
             file.metadata["title"] = title
         stream = file.add_stream(codec, rate=rate, options={name.replace("_", "-"): v for name, v in options.items()})
@@ -37,6 +39,19 @@ def encode_video(
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         file.mux(stream.encode())
     return buffer.getvalue()
+
+
+@contextmanager
+def ordinary_priority():
+    """Undo what SVT-AV1 does to the thread that encodes, where it runs as root: real-time priority, 99 of 99.
+
+    All later work of this test process, and of what it starts, would come before everything else on the machine.
+    """
+    tells = hasattr(os, "sched_getscheduler")  # of Linux
+    before = tells and (os.sched_getscheduler(0), os.sched_getparam(0))
+    yield
+    if tells:
+        os.sched_setscheduler(0, *before)
 
 
 def make_video(num_frames: int, width: int, height: int, seed: int = 0, **options) -> VideoRef:
