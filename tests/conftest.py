@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,30 @@ if not torch.cuda.is_available():
 pytest.register_assert_rewrite("tests.helpers")
 
 from tests.helpers.smollm2 import smollm2_folder  # noqa: E402, F401  (fixture of the pretrained model's tests)
+
+# Files that take about half a minute or more, whatever the number of their tests, the longest first.
+LONG = [
+    f"tests/{name}.py" for name in (
+        "model/test_real_widths", "train/test_real_widths_runs", "forecast/test_plan", "forecast/test_dry_run",
+        "train/test_pretrained_rooms", "model/test_hf", "project/test_docs", "serve/test_command", "ablate/test_ablate",
+        "bench/test_training_bench", "serve/test_faults", "forecast/test_fake_step", "train/test_launch",
+        "kernels/test_preference_head_triton_values", "forecast/test_plan_memory", "bench/test_pretrained_conversion",
+        "bench/test_pretrained_bench", "serve/test_real_rows", "rl/test_trl",
+    )
+]  # fmt: skip
+
+
+def pytest_configure(config):
+    """Let pytest-xdist give out files in the order below: by its own, a long test that is alone in its file is last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take long, then those of many tests, so that no process waits at the end."""
+    files = [item.nodeid.partition("::")[0] for item in items]
+    num_tests, places = Counter(files), {file: place for place, file in enumerate(LONG)}
+    items.sort(key=lambda item: (places.get(f := item.nodeid.partition("::")[0], len(LONG)), -num_tests[f], f))
 
 
 @pytest.fixture(scope="session", autouse=True)

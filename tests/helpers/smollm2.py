@@ -1,6 +1,8 @@
-"""The pretrained model of the tests: converted once for each module that asks for it."""
+"""The pretrained model of the tests: converted once, by the first of the processes that asks for it."""
 
+import fcntl
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,16 @@ needs_smollm2 = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder, float32."""
-    folder = tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct"
-    convert(find_gguf(), folder)
+    """SmolLM2-135M-Instruct as a Hugging Face folder, float32, to be read only: all test processes share it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "smollm2" / "SmolLM2-135M-Instruct"
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            convert(find_gguf(), folder)
     return folder
