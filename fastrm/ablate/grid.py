@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fastrm.config import Config, load_config
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
+from fastrm.sections import NonNegative, Positive, Section
 from fastrm.yaml_files import apply_override, read_yaml, validate
 
 HELD_OUT = "held_out"
@@ -23,13 +24,7 @@ Overrides = dict[str, Any]
 _OF_THE_GRID = ("run.dir", "run.seed")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, frozen=True
-    )
-
-
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """One entry of `evaluate`. The text held_out or bench:NAME stands for an evaluation of that name."""
 
     name: str
@@ -49,7 +44,7 @@ class EvaluationConfig(_Section):
         return {"name": value.removeprefix("bench:"), "target": value} if isinstance(value, str) else value
 
 
-class ColumnConfig(_Section):
+class ColumnConfig(Section):
     """One column of the table. A text alone is its metric."""
 
     metric: str
@@ -65,7 +60,7 @@ class ColumnConfig(_Section):
         return {"metric": value} if isinstance(value, str) else value
 
 
-class EnsembleConfig(_Section):
+class EnsembleConfig(Section):
     members: Annotated[list[str], Field(min_length=2)]
     """The members, by name on the first axis; those of one ensemble share the seed and the second axis's setting."""
     combine: Literal["mean", "accuracy", "margin"] = "mean"
@@ -74,14 +69,14 @@ class EnsembleConfig(_Section):
     """The preferences that the weights are computed from, as `fastrm eval --validation`."""
 
 
-class PublishedConfig(_Section):
+class PublishedConfig(Section):
     source: str
     """The publication that printed the figures."""
     rows: dict[str, dict[str, float]]
     """Printed figures, row of the table -> column heading -> figure, shown beside our own."""
 
 
-class GridConfig(_Section):
+class GridConfig(Section):
     title: str
     """The heading of the table and the picture."""
     base: str
@@ -91,7 +86,7 @@ class GridConfig(_Section):
     axes: Annotated[dict[str, dict[str, Overrides]], Field(min_length=1, max_length=2)]
     """One or two axes: axis -> name of a setting -> its overrides. Every combination of settings is a cell. The first
     axis makes the table's rows, the second one its groups of columns."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    seeds: Annotated[list[NonNegative], Field(min_length=1)] = [0]
     """Values of run.seed, each for one cell of each combination: they set initial weights and order of the data."""
     ensembles: dict[str, EnsembleConfig] = {}
     """Further rows of the table, for combined scores of other rows' models."""
@@ -109,7 +104,7 @@ class GridConfig(_Section):
     """The folder of results and runs. The default is runs/ablations/<name of the YAML file>."""
     reuse: list[str] = []
     """Folders of other grids, whose finished cells of the same configuration are used and not run again."""
-    num_parallel: Annotated[int, Field(gt=0)] = 1
+    num_parallel: Positive = 1
     """The number of cells that run at a time, on a CPU; they share its cores."""
 
     @model_validator(mode="after")

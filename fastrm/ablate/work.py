@@ -6,7 +6,8 @@ from pathlib import Path
 from fastrm.ablate.folders import is_finished
 from fastrm.ablate.grid import HELD_OUT, Cell, EnsembleCell, EvaluationConfig
 from fastrm.ablate.runner import Command, Task
-from fastrm.config import Config, SourceConfig
+from fastrm.config import Config
+from fastrm.data_config import SourceConfig
 from fastrm.errors import ConfigError
 
 

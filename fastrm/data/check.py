@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fastrm.config import SourceConfig
 from fastrm.data.group import check_distinct, encode_group
 from fastrm.data.prepared.content import prompt_hash, record_hash, response_hash, with_digests
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pair_rows
@@ -20,6 +19,7 @@ from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.record import MediaRef, Message, Record
 from fastrm.data.sources import KeyTally, RefusedRow, SourceFile
 from fastrm.data.template import ConversationEncoder
+from fastrm.data_config import SourceConfig
 from fastrm.errors import RecordError
 from fastrm.limits import MediaLimits
 

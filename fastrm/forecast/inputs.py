@@ -3,11 +3,12 @@
 import importlib.util
 from pathlib import Path
 
-from fastrm.config import Config, ModelConfig, SourceConfig
+from fastrm.config import Config, ModelConfig
 from fastrm.data.prepared.stored import read_manifest
 from fastrm.data.prepared.units import open_source
 from fastrm.data.sources import RefusedRow, SourceFile, hub_name, is_on_hub
 from fastrm.data.sources.files import stored_in
+from fastrm.data_config import SourceConfig
 from fastrm.errors import DataError, looked_for
 from fastrm.model.places import locate
 

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from fastrm.config import Config, SourceConfig, TrainedTokenizer
+from fastrm.config import Config, TrainedTokenizer
 from fastrm.data.group import GroupSize, check_length, encode_group
 from fastrm.data.prepared.units import open_source
 from fastrm.data.record import Record
@@ -16,6 +16,7 @@ from fastrm.data.sources import KeyTally, RefusedRow, is_on_hub, unread_lines
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
+from fastrm.data_config import SourceConfig
 from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.model.architectures import find_architecture
 from fastrm.model.families import chat_layout

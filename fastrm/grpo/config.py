@@ -3,22 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fastrm.config import TrainedTokenizer
+from fastrm.sections import Positive, Section
 from fastrm.yaml_files import apply_override, read_yaml, validate
 
-Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, frozen=True
-    )
-
-
-class RunSection(_Section):
+class RunSection(Section):
     """The run: its folder, length and seed."""
 
     dir: str | None = None
@@ -33,7 +27,7 @@ class RunSection(_Section):
     """The device: auto (all GPUs that the launcher gives, else the CPU), or cpu."""
 
 
-class QuestionsSection(_Section):
+class QuestionsSection(Section):
     """Questions with true answers."""
 
     path: str
@@ -47,7 +41,7 @@ class QuestionsSection(_Section):
     """The first row, counted from 0, and the row after the last. Default: all."""
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The questions that the policy learns from, and those that it is measured on."""
 
     train: QuestionsSection
@@ -56,7 +50,7 @@ class DataSection(_Section):
     """The questions of the evaluation before and after."""
 
 
-class FitSection(_Section):
+class FitSection(Section):
     """Supervised steps on true answers, before the first evaluation."""
 
     data: QuestionsSection
@@ -69,7 +63,7 @@ class FitSection(_Section):
     """The learning rate of AdamW, constant."""
 
 
-class PolicySection(_Section):
+class PolicySection(Section):
     """The model that learns."""
 
     path: str | None = None
@@ -94,7 +88,7 @@ class PolicySection(_Section):
         return self
 
 
-class RewardSection(_Section):
+class RewardSection(Section):
     """One reward; the weighted sum of all is what the policy learns from."""
 
     scheme: Literal["rule", "model", "hybrid"]
@@ -113,7 +107,7 @@ class RewardSection(_Section):
         return self
 
 
-class RolloutSection(_Section):
+class RolloutSection(Section):
     """The rollouts of a question."""
 
     num: Annotated[int, Field(ge=2)] = 8
@@ -126,7 +120,7 @@ class RolloutSection(_Section):
     """The generator: transformers, or vLLM in the trainer's processes (TRL's extra vllm)."""
 
 
-class OptimSection(_Section):
+class OptimSection(Section):
     """The updates of the policy."""
 
     lr: PositiveFloat = 1e-6
@@ -148,7 +142,7 @@ class OptimSection(_Section):
     """The precision of products; weights and optimizer are those of transformers' Trainer."""
 
 
-class GrpoConfig(_Section):
+class GrpoConfig(Section):
     """The settings of a run."""
 
     run: RunSection = RunSection()

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fastrm.config import DataConfig
 from fastrm.data.patches import Grid, PatchFormat
+from fastrm.data_config import DataConfig
 from fastrm.model.attention import Attention, AttentionShape
 from fastrm.model.compiled import mark_dynamic
 from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Sequence
 
-from fastrm.config import Config, ModelConfig, SourceConfig, load_config
+from fastrm.config import Config, ModelConfig, load_config
 from fastrm.data.check import SourceCheck, check_source
 from fastrm.data.check_page import print_page
 from fastrm.data.prepared.units import open_source
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
+from fastrm.data_config import SourceConfig
 from fastrm.errors import ConfigError, DataError
 from fastrm.limits import MediaLimits
 from fastrm.train.encoder import find_backbone_config, make_data_encoder, make_tokenizer

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from fastrm.config import AgainstConfig, Config, TrainedTokenizer
+from fastrm.config import Config, TrainedTokenizer
 from fastrm.data.prepared.build import Preparation
 from fastrm.data.prepared.refusals import read_refusals
 from fastrm.data.prepared.report import draw_report, pair_lines, report_tables, sharing_line
@@ -16,6 +16,7 @@ from fastrm.data.record import Record
 from fastrm.data.sources import read_source
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import train_tokenizer
+from fastrm.data_config import AgainstConfig
 from fastrm.errors import ConfigError, InterruptedRun
 from fastrm.evaluate.benchmarks import BENCHMARKS, load_benchmark
 from fastrm.model.adopt import adopt_what_is_here

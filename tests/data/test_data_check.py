@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastrm.config import SourceConfig
 from fastrm.data.check import check_source, example_turns
 from fastrm.data.check_page import print_page
 from fastrm.data.prepared import units
 from fastrm.data.prepared.findings import PAIR, find_in_pairs
+from fastrm.data_config import SourceConfig
 from fastrm.errors import ConfigError, DataError
 from fastrm.limits import MediaLimits
 from fastrm.train.check_command import check_data

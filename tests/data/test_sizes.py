@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fastrm.config import SourceConfig, load_config
+from fastrm.config import load_config
 from fastrm.data.balance import divide, slowest_bound
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.order import StepOrder, epoch_order
@@ -13,6 +13,7 @@ from fastrm.data.prepared.index import entries_of, make_index, num_records_of, s
 from fastrm.data.prepared.select import select
 from fastrm.data.prepared.stored import GROUP, SPLITS, PreparedSet
 from fastrm.data.tree import causal_pairs
+from fastrm.data_config import SourceConfig
 from fastrm.errors import DataError
 from fastrm.train.encoder import find_backbone_config, make_data_encoder, make_tokenizer
 from fastrm.train.step_cost import make_cost_model

@@ -10,7 +10,6 @@ import pytest
 import yaml
 from huggingface_hub.utils import filter_repo_objects
 
-from fastrm.config import SourceConfig
 from fastrm.data.images import decode_image
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Record
@@ -18,6 +17,7 @@ from fastrm.data.sources import FORMATS, RefusedRow, hub, published, read_source
 from fastrm.data.sources.layouts import LAYOUTS
 from fastrm.data.sources.published import PUBLISHED
 from fastrm.data.videos import VideoSettings, open_video
+from fastrm.data_config import SourceConfig
 from fastrm.errors import DataError
 from fastrm.limits import MediaLimits
 from tests.helpers.project import PROJECT

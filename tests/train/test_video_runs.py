@@ -9,9 +9,10 @@ from transformers import AutoConfig
 
 import fastrm as fastrm_package
 from fastrm import cli
-from fastrm.config import DataConfig, load_config
+from fastrm.config import load_config
 from fastrm.data.record import VideoRef
 from fastrm.data.vision_format import MediaSize
+from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.limits import MediaLimits
 from fastrm.train.encoder import make_data_encoder

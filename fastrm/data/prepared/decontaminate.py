@@ -16,11 +16,11 @@ from itertools import combinations
 
 import numpy as np
 
-from fastrm.config import DecontaminateConfig
 from fastrm.data.order import mix
 from fastrm.data.prepared.content import is_short, perceptual_hash, question_hash, text_hash, with_digests
 from fastrm.data.prepared.table import RecordTable
 from fastrm.data.record import ImageRef, Record
+from fastrm.data_config import DecontaminateConfig
 from fastrm.errors import DataError, RecordError
 from fastrm.limits import MediaLimits
 

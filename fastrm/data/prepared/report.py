@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrm.config import Config, SourceConfig
+from fastrm.config import Config
 from fastrm.data.balance import CostModel
 from fastrm.data.prepared.count import Counted, refusals
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs
@@ -22,6 +22,7 @@ from fastrm.data.prepared.refusals import read_refusals
 from fastrm.data.prepared.select import Selection
 from fastrm.data.prepared.table import RecordTable
 from fastrm.data.prepared.units import PAIRS, REFUSED
+from fastrm.data_config import SourceConfig
 from fastrm.json_files import to_json
 from fastrm.storage import replaced
 from fastrm.tables import Table

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastrm.config import SourceConfig
 from fastrm.data.group import MAX_MERGED_RESPONSES
 from fastrm.data.order import mix
 from fastrm.data.prepared.table import RecordTable
+from fastrm.data_config import SourceConfig
 
 # Salts of the draws: different draws from the same groups must not choose the same ones.
 _HOLD_OUT, _CAP, _REPEAT = (np.uint64(salt) for salt in (1, 2, 3))

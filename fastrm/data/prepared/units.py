@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fastrm.config import SourceConfig
 from fastrm.data.prepared.content import (
     HASH,
     is_short,
@@ -42,6 +41,7 @@ from fastrm.data.prepared.refusals import refusal_line
 from fastrm.data.record import ImageRef, Record
 from fastrm.data.sources import DigitsFile, KeyTally, RefusedRow, SourceFile, source_files
 from fastrm.data.sources.files import stored_in
+from fastrm.data_config import SourceConfig
 from fastrm.errors import RecordError, StorageError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
