@@ -14,6 +14,7 @@ setup(
     packages=[
         "fastrm",
         "fastrm.ablate",
+        "fastrm.commands",
         "fastrm.data",
         "fastrm.data.prepared",
         "fastrm.data.sources",

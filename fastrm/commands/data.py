@@ -1,0 +1,75 @@
+"""Commands on preference data: prepare, check, sets."""
+
+from typing import Annotated
+
+import typer
+
+from fastrm import cli_options as opts
+
+
+def prepare_data(config: opts.RunFile, overrides: opts.Overrides = None, workers: opts.Workers = None) -> None:
+    """Read, check, group and count a run's data ahead of time.
+
+    A YAML file names the data. The folder data.prepared, or run.dir/prepared, then holds the set that runs train
+    from, with a report of what was kept, refused, merged and removed. A preparation that was killed goes on where it
+    stopped.
+
+    \b
+    Example: fastrm data prepare configs/quickstart.yaml
+    """
+    from fastrm.config import load_config
+    from fastrm.train.data import prepare_ahead
+
+    prepare_ahead(load_config(config, overrides or []), workers)
+
+
+def check_data(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE",
+            help="Data files or folders, or YAML configurations of runs, of which all sources are checked.",
+        ),
+    ],
+    model: opts.CheckModel = None,
+    images: opts.Images = None,
+    data_format: opts.DataFormat = "auto",
+    columns: opts.Columns = None,
+    ignore: opts.Ignore = None,
+    scoring: Annotated[
+        bool, typer.Option("--scoring", help="Check rows that are to be scored, which need no preference.")
+    ] = False,
+    max_refused: opts.MaxRefused = "1%",
+    workers: opts.Workers = None,
+) -> None:
+    """Show what data files are read as, and what is wrong in them.
+
+    Every row of the files is read as for training. Printed are the layouts and keys that were found, the rows that
+    are refused and why, keys that are not read, copies, contradictions, and the first row as a model reads it.
+
+    \b
+    Example: fastrm data check train.jsonl
+    """
+    from fastrm.train.check_command import check_data as check
+
+    reading = {
+        "images": images,
+        "format": data_format,
+        "columns": opts.columns_by_key(columns),
+        "ignore": opts.split_names(ignore),
+    }
+    check(files, model=model, reading=reading, scoring=scoring, max_refused=max_refused, num_workers=workers)
+
+
+def data_sets() -> None:
+    """List the published preference sets that can be named as data.
+
+    A data source `set: NAME` in a run's YAML file reads one of them. Printed are the names, sizes, places on the hub,
+    layouts, images and licences.
+
+    \b
+    Example: fastrm data sets
+    """
+    from fastrm.data.sources.published import print_sets
+
+    print_sets()

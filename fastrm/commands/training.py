@@ -1,0 +1,146 @@
+"""Commands that train, or predict what training takes: train, plan, ablate, grpo."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastrm import cli_options as opts
+from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB, RESULTS
+from fastrm.stop import end_with_parent
+
+
+def train(
+    config: opts.RunFile,
+    overrides: opts.Overrides = None,
+    resume: opts.Resume = "no",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the configuration and its inputs, print what the run needs, and end."),
+    ] = False,
+) -> None:
+    """Train a reward model on preferences.
+
+    A YAML file names the data, the model and the settings. The folder run.dir then holds the model (model/), the
+    metrics (metrics.jsonl), a picture of them (report.png), the rows that were refused (quarantine.jsonl) and the
+    checkpoints.
+
+    \b
+    Example: fastrm train configs/quickstart.yaml optim.lr=1e-4
+    """
+    from fastrm.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    if dry_run:
+        from fastrm.forecast.dry_run import dry_run as check
+
+        check(resolved)
+        return
+    from fastrm.train.launch import FAILURE, launch, num_ranks_to_start
+
+    is_watched = FAILURE in os.environ
+    if os.environ.get("RANK", "0") == "0" and not is_watched:
+        typer.echo(resolved.to_yaml(), err=True)
+    if (num_ranks := num_ranks_to_start(resolved)) > 1:
+        launch(num_ranks, ["train", str(config), *(overrides or []), "--resume", resume])
+        return
+    if is_watched:
+        end_with_parent(os.getppid(), signal.SIGTERM)
+    from fastrm.forecast.room import check_room
+    from fastrm.train.loop import train as run
+
+    run(resolved, resume, check=lambda ranks: check_room(resolved, ranks.num_ranks, ranks.num_local))
+
+
+def plan(
+    config: opts.RunFile,
+    overrides: opts.Overrides = None,
+    gpus: opts.GpuCount = 1,
+    gpu: opts.GpuKind = "h100",
+    pairs: opts.PairCount = None,
+    imbalance: opts.Imbalance = IMBALANCE,
+    nvlink_gbs: opts.NvlinkSpeed = None,
+    network_gbs: opts.NetworkSpeed = None,
+    latency_us: opts.Latency = LATENCY_US,
+    overlap: opts.Overlap = None,
+    rate_share: opts.RateShare = None,
+    reserve_gb: opts.Reserve = RESERVE_GB,
+    results: opts.Results = RESULTS,
+    json_out: opts.PlanJson = None,
+    png_out: opts.PlanPng = None,
+) -> None:
+    """Predict memory, messages and time of a run on many GPUs.
+
+    A YAML file names the model and the settings; neither GPUs, nor weights, nor data need be here. Printed are what
+    was assumed, the memory of a GPU, the messages between GPUs, the time of a step and the days of an epoch, and what
+    to change.
+
+    \b
+    Example: fastrm plan configs/full.yaml --gpus 64 --gpu h100
+    """
+    from fastrm.config import load_config
+    from fastrm.forecast.command import plan_run
+
+    plan_run(
+        load_config(config, overrides or []), gpus, gpu, num_pairs=pairs, imbalance=imbalance, nvlink_gbs=nvlink_gbs,
+        network_gbs=network_gbs, latency_us=latency_us, overlap=overlap, rate_share=rate_share, reserve_gb=reserve_gb,
+        results=results, json_out=json_out, png_out=png_out,
+    )  # fmt: skip
+
+
+def ablate(
+    grid: Annotated[
+        Path,
+        typer.Argument(metavar="GRID", help="YAML file of a grid, for example configs/ablations/small_head.yaml."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings of every run, as optim.lr=1e-5, or keys of the grid's file, as seeds=[0].",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and what each would cost, and train nothing.")
+    ] = False,
+    gpus: Annotated[
+        int, typer.Option(min=1, metavar="COUNT", help="Number of GPUs that --dry-run predicts the cost of a run for.")
+    ] = 8,
+    gpu: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Kind of GPU that --dry-run predicts for: a100, h100, h200 or b200."),
+    ] = "h100",
+) -> None:
+    """Train a grid of settings and seeds, and compare the runs.
+
+    A YAML file names the settings, the seeds and the columns of the table. The grid's folder then holds a run for each
+    of them, the table (table.md), all figures (results.json) and a picture (report.png). A grid that was stopped goes
+    on where it was.
+
+    \b
+    Example: fastrm ablate configs/ablations/small_head.yaml
+    """
+    from fastrm.ablate import command
+
+    if dry_run:
+        command.dry_run(grid, overrides or [], gpus, gpu)
+    else:
+        command.ablate(grid, overrides or [])
+
+
+def grpo(experiment: opts.GrpoFile, overrides: opts.Overrides = None) -> None:
+    """Train a policy with a reward model.
+
+    A YAML file names the policy, questions with true answers, and the rewards; TRL's GRPOTrainer (the extra grpo) does
+    the rest. The folder run.dir then holds the policy (policy/), its accuracy before and after with what happened on
+    the way (report.json, report.png), and the metrics of each step (metrics.jsonl).
+
+    \b
+    Example: fastrm grpo configs/grpo/digits.yaml
+    """
+    from fastrm.grpo.config import load_grpo_config
+    from fastrm.grpo.run import run_grpo
+
+    run_grpo(load_grpo_config(experiment, overrides or []))
