@@ -5,6 +5,7 @@ child has ended, one line with its wait status. This process never computes: a c
 libraries is a fresh process in all that matters.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
 
 import fastrm.evaluate.files
 import fastrm.forecast.dry_run
+import fastrm.serve.command
 import fastrm.train.loop  # noqa: F401
 from fastrm import cli
 from fastrm.stop import end_with_parent
@@ -25,9 +27,8 @@ def child(arguments: list[str], log: str, patch: str | None, environment: dict[s
     os.dup2(file, 1)
     os.dup2(file, 2)
     if patch is not None:
-        from tests.helpers import stuck_work
-
-        getattr(stuck_work, patch)()
+        module, _, function = patch.rpartition(".")
+        getattr(importlib.import_module(f"tests.helpers.{module}"), function)()
     sys.argv = ["fastrm", *arguments]
     try:
         cli.main()

@@ -32,7 +32,11 @@ class ForkServer:
     def command(
         self, arguments: Sequence, log: Path, patch: str | None = None, environment: dict[str, str] | None = None
     ) -> int:
-        """`fastrm ARGUMENTS` after the function `patch` of stuck_work, with further variables; its process id."""
+        """`fastrm ARGUMENTS` after a function of tests/helpers, with further variables; its process id.
+
+        Args:
+            patch: "module.function".
+        """
         request = {"arguments": list(map(str, arguments)), "log": str(log), "patch": patch}
         line = json.dumps({**request, "environment": environment or {}})
         self._process.stdin.write(line + "\n")

@@ -1,17 +1,14 @@
-"""Everything that a stranger can send: fuzz, bombs, half requests, overload; -m slow has the campaigns' full counts."""
+"""Malformed requests, bodies that do not come, overload, bombs and single responses; -m slow has more of them."""
 
 import base64
 import io
 import json
-import random
 import socket
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
@@ -21,43 +18,13 @@ from fastrm.serve.app import make_app
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
+from tests.helpers.request_bodies import GOOD
+from tests.helpers.served import counts
 from tests.helpers.servers import running
 from tests.helpers.support import make_image, make_model, words
 from tests.helpers.waiting import PATIENCE
 
 BAND = 1e-6
-GOOD = {"prompt": "the cat", "responses": ["yes", "no", "so", "a"]}
-URI = "data:image/png;base64," + base64.b64encode(make_image(56, 56).data).decode()
-USER = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": URI}}, {"type": "text", "text": "Is"}]}
-TURNS = [USER, {"role": "assistant", "content": "yes"}]
-TEXT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
-    "<|im_start|>assistant\nno<|im_end|>\n"
-)
-# A body that each path answers, by path and form.
-BODIES = {
-    "/v1/rewards": {"groups": [GOOD, {"messages": [USER], "responses": ["no"]}]},
-    "/get_reward": {"query": [TEXT], "prompts": ["a"], "labels": ["b"]},
-    "/get_reward_mllm": {"query": [TEXT], "prompts": [json.dumps([USER])]},
-    "/v1/embeddings": {"input": TEXT, "model": "tiny"},
-    "/classify": {"messages": TURNS},
-    "/classify?input": {"input": [TEXT]},
-    "/classify?text": {"text": [TEXT]},
-    "/pooling": {"messages": TURNS},
-    "/pooling?input": {"input": TEXT},
-    "/score": {"queries": "the cat", "documents": ["yes", "no"]},
-    "/slime": {"prompt": [{"role": "user", "content": "the cat"}], "response": "yes", "label": None},
-}
-STRANGE = [
-    None, True, 0, -1, 1e308, 10**400, "", " ", "\0", "\ud800", "<|image_pad|>", "<|im_end|>", "a" * 10_000, [], {},
-    [[]], "../../etc/passwd", "http://127.0.0.1/", URI, "data:image/png;base64,!!", {"role": "user"}, ["a"] * 100,
-]  # fmt: skip
-
-
-def counts(few, many):
-    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
-
-
 @pytest.fixture(scope="module")
 def model():
     return RewardModel(make_model("qwen2_5_vl"))
@@ -78,93 +45,6 @@ def check_works(model, url):
     answer = httpx.post(f"{url}/v1/rewards", json={"groups": [GOOD]}, timeout=PATIENCE)
     assert answer.json()["rewards"] == model.score([GOOD])
     assert httpx.get(f"{url}/health", timeout=PATIENCE).json()["queue"] == 0
-
-
-def places(value, path=()):
-    """The places of a JSON value and of all values in it."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from places(item, (*path, key))
-
-
-def changed(value, path, new):
-    """A copy of a JSON value with another at a place."""
-    if not path:
-        return new
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = changed(copy[path[0]], path[1:], new)
-    return copy
-
-
-def mutated(rng):
-    """A path, and a body that is a good one with one to three changes, or its text with bytes replaced."""
-    path = rng.choice(list(BODIES))
-    body = BODIES[path]
-    for _ in range(rng.randint(1, 3)):
-        place = rng.choice(list(places(body)))
-        body = changed(body, place, rng.choice(STRANGE))
-    text = json.dumps(body).encode()
-    if rng.random() < 0.3:
-        at = rng.randrange(len(text))
-        text = text[:at] + rng.randbytes(rng.randint(0, 8)) + text[at + rng.randint(0, 8) :]
-    return path, text
-
-
-@pytest.mark.parametrize("path", BODIES)
-def test_the_bodies_that_are_changed_are_answered_as_they_are(url, path):
-    answer = httpx.post(url + path, json=BODIES[path], timeout=PATIENCE)
-    assert answer.status_code == 200, answer.text
-
-
-@counts(300, 100_000)
-def test_no_body_breaks_the_server_and_every_error_has_a_code(model, url, count):
-    rng, seen, memory = random.Random(count), set(), 0
-    process = psutil.Process()
-    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-        for number in range(count):
-            path, text = mutated(rng)
-            answer = client.post(path, content=text)
-            seen.add(answer.status_code)
-            assert answer.status_code in (200, 400, 404, 413, 422), (path, text, answer.text)
-            if answer.status_code != 200:
-                assert answer.json()["error"]["code"].isupper()
-            if number == count // 10:
-                memory = process.memory_info().rss
-    assert {200, 400, 422} <= seen
-    if count > 1000:
-        assert process.memory_info().rss <= 1.05 * memory
-    check_works(model, url)
-
-
-@counts(300, 1000)
-def test_no_text_of_a_request_opens_a_file_or_an_address(url, count):
-    payloads = ["/etc/hostname", "file:///etc/hostname", "http://169.254.169.254/a.png", "http://localhost:9/a.png",
-                "../../../../etc/hostname", "https://example.org/a.png", "/proc/self/environ"]  # fmt: skip
-    found = []
-
-    def watch(event, arguments):
-        if found and event in ("open", "socket.getaddrinfo", "socket.connect"):
-            found.append((event, str(arguments)))
-
-    sys.addaudithook(watch)
-    rng = random.Random(0)
-    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-        client.get("/health")  # the connection is open
-        found.append("begin")
-        for _ in range(count):
-            path = rng.choice(list(BODIES))
-            text_places = [place for place in places(BODIES[path]) if isinstance(at(BODIES[path], place), str)]
-            client.post(path, json=changed(BODIES[path], rng.choice(text_places), rng.choice(payloads)))
-    events = [event for event in found[1:] if any(part in event[1] for part in ("etc", "proc", "169.254", "example"))]
-    found.clear()
-    assert not events
-
-
-def at(value, path):
-    for key in path:
-        value = value[key]
-    return value
 
 
 RAW = {

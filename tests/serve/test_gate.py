@@ -4,7 +4,6 @@ import base64
 
 import pytest
 from fastapi.testclient import TestClient
-from starlette.routing import Route
 
 from fastrm.errors import ConfigError
 from fastrm.evaluate.ensemble import Ensemble
@@ -16,6 +15,7 @@ from fastrm.serve.gate import OPEN_PATHS
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
+from tests.helpers.served import routes_of
 from tests.helpers.support import make_image, make_model
 
 TOKEN = "a-secret"
@@ -40,18 +40,6 @@ BAD_HEADERS = [
     [("Authorization", "Basic !")], [("Authorization", "Basic YTph")], [("Authorization", "Bearer " + "a" * 60_000)],
     [("Authorization", f"Bearer {TOKEN}"), ("Authorization", "Bearer other")], [("X-Token", TOKEN)],
 ]  # fmt: skip
-
-
-def routes_of(app):
-    return sorted((path, method) for path, methods in _paths(app.routes) for method in methods)
-
-
-def _paths(routes):
-    for route in routes:
-        if isinstance(route, Route) or hasattr(route, "methods"):
-            yield route.path, route.methods
-        else:
-            yield from _paths(route.original_router.routes if hasattr(route, "original_router") else route.routes)
 
 
 def test_every_route_and_method_needs_the_token_but_health_and_the_pages_files(model):

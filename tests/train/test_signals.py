@@ -77,7 +77,7 @@ def stop_when_stuck(server, pid, log, number=signal.SIGTERM, send=os.killpg):
 def test_a_signal_ends_a_run_that_is_stuck_and_it_resumes_to_the_bit(server, data, unbroken, tmp_path, work, said):
     config = make_config(tmp_path, data)
     log = tmp_path / "config.yaml.log"
-    code, last = stop_when_stuck(server, server.start(config, patch=work), log)
+    code, last = stop_when_stuck(server, server.start(config, patch=f"stuck_work.{work}"), log)
     assert code == 75 and last["exit_code"] == 75 and said in last["message"], log.read_text()[-2000:]
     assert not (tmp_path / "run" / "model").exists()
     server.start(config)
@@ -109,7 +109,7 @@ def test_a_signal_ends_scoring_whose_worker_is_stuck_and_leaves_no_file(server, 
 
 def test_a_pack_that_its_worker_cannot_send_is_an_error_and_is_not_waited_for(server, data, tmp_path):
     config, log = make_config(tmp_path, data), tmp_path / "config.yaml.log"
-    pid = server.start(config, patch="unsent")
+    pid = server.start(config, patch="stuck_work.unsent")
     wait_until(lambda: has_ended(pid))
     assert server.wait() == 74 and "a data worker cannot send a pack" in log.read_text()
     assert "(/dev/shm; docker run --shm-size)" in json.loads(log.read_text().splitlines()[-1])["message"]

@@ -3,10 +3,10 @@
 GET /activity answers with the figures of `Activity.report`.
 """
 
+import mimetypes
 from pathlib import Path
 
-from fastapi import APIRouter
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Response
 
 from fastrm.serve.app import Service
 
@@ -36,6 +36,9 @@ def routes(service: Service) -> APIRouter:
 
 
 def _add_file(router: APIRouter, path: str, file: Path) -> None:
+    """Answer with a file, always the whole of it: a Range that is malformed would be answered in plain text."""
+    content, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0]
+
     @router.get(path)
-    async def answer() -> FileResponse:
-        return FileResponse(file, headers=_HEADERS)
+    async def answer() -> Response:
+        return Response(content, media_type=kind, headers=_HEADERS)
