@@ -43,7 +43,7 @@ VLLM_VENV ?= .venv-vllm
 
 # A server for each model, about a minute each on two idle cores.
 test-vllm: $(INSTALLED) $(VLLM_VENV)/.installed
-	FASTRM_VLLM=$(VLLM_VENV) $(BIN)/pytest -rs tests/kernels/test_vllm_serving.py
+	FASTRM_VLLM=$(VLLM_VENV) $(BIN)/pytest -rs tests/kernels/test_vllm_serving.py tests/kernels/test_vllm_plugin.py tests/kernels/test_vllm_pretrained.py
 
 $(VLLM_VENV)/.installed: kernels/vllm_plugin/pyproject.toml kernels/vllm_plugin/mend_cpu_build.py Makefile
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -64,8 +64,11 @@ class VllmReading(StockReading):
 
         Rotary frequencies of the kind `dynamic` are the plain ones up to max_position_embeddings, beyond which rewards
         would depend on others in the batch. vLLM would accept such lengths, so that config.json names the plain kind.
+        Of a stock vision model the head lies in the language model, which for InternVL sees text_config alone.
         """
         super().complete(config)
+        if self.has_images:
+            config["text_config"] |= {name: config[name] for name in ("num_labels", "id2label", "label2id")}
         rope = config.get("text_config", config).get("rope_parameters") or {}
         if rope.get("rope_type") == "dynamic":
             rope["rope_type"] = "default"

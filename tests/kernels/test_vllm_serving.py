@@ -125,8 +125,18 @@ def test_score_is_refused_by_the_plugin_and_means_nothing_in_stock_vllm(served):
     server, model = served
     status, answer = server.ask("/score", {"queries": "Is this a cat?", "documents": RESPONSES})
     wanted = model.score([{"prompt": "Is this a cat?", "responses": RESPONSES}])[0]
-    if model.network.head_settings.layers > 1 or model.network.pooling == "mean":
+    network = model.network
+    if network.head_settings.layers > 1 or network.pooling == "mean" or network.encoder.anchor != "last_token":
         assert status == 400 and "send its messages to /classify" in answer["error"]["message"]
     else:
         found = [entry["score"] for entry in answer["data"]]
         assert np.abs(np.array(found) - wanted).min() > 1e-3
+
+
+def test_a_text_without_the_anchor_is_an_error_to_that_request_alone(served):
+    server, model = served
+    if model.network.encoder.anchor != "end_of_turn":
+        pytest.skip("every text has a last token")
+    status, answer = server.ask("/classify", {"input": "no turn ends here", "use_activation": False})
+    assert status >= 400 and "data" not in answer
+    check_rewards(server, model, {"prompt": "Is this a cat?", "responses": RESPONSES})

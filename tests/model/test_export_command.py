@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from fastrm import cli
 from fastrm.config import HeadConfig
@@ -65,6 +66,8 @@ def test_one_layer_is_for_stock_vllm(family, bias, tmp_path):
     config, keys = config_of(tmp_path), load_file(tmp_path / "out" / "model.safetensors").keys()
     assert config["architectures"] == [NAMES[family]]
     assert config["num_labels"] == 1 and config["problem_type"] == "regression"
+    if family in VISION_FAMILIES:  # vLLM makes the head of InternVL by the text model's config alone
+        assert AutoConfig.from_pretrained(tmp_path / "out").text_config.num_labels == 1
     head = "language_model.score" if family in VISION_FAMILIES else "score"
     assert {name for name in keys if "score" in name} == {f"{head}.weight", *([f"{head}.bias"] if bias else [])}
     assert "vllm serve" in said and "plugin" not in said

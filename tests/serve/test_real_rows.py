@@ -1,7 +1,5 @@
 """Served rewards of rows that others wrote equal those of the model: real weights on text, and real photos."""
 
-import base64
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -22,39 +20,11 @@ from fastrm.serve.app import make_app
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
-from tests.helpers.project import PROJECT
+from tests.helpers.rows import captions, needs_data, pandalm
 from tests.helpers.servers import running
 from tests.helpers.smollm2 import needs_smollm2
 from tests.helpers.support import make_model
 from tests.helpers.waiting import PATIENCE
-
-DATA = PROJECT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder shared/data beside the project")
-
-
-def pandalm(count):
-    """Instructions with the answers of two language models."""
-    rows = json.loads((DATA / "pandalm" / "testset-v1.json").read_text())[:count]
-    return [
-        {
-            "prompt": f"{row['instruction']}\n{row['input']}",
-            "responses": [row["response1"], row["response2"], row["instruction"], ""],
-        }
-        for row in rows
-    ]
-
-
-def captions(count):
-    """Cartoons with captions that people wrote, and the same with the images as data URIs."""
-    lines = (DATA / "caption_contest" / "rated_lists.jsonl").read_text().splitlines()
-    groups, sent = [], []
-    for row in map(json.loads, lines[:count]):
-        path = DATA / "caption_contest" / row["image"]
-        group = {"prompt": row["prompt"], "responses": [response["caption"] for response in row["responses"][:8]]}
-        groups.append({**group, "images": [str(path)]})
-        uri = "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
-        sent.append({**group, "images": [uri]})
-    return groups, sent
 
 
 def ask(url, group):

@@ -32,24 +32,22 @@ class AnchorPool(SequencePoolingMethod):
     def forward(self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata) -> torch.Tensor:
         """Return the pooled states (R, D) of R conversations, from all their tokens' states (N, D).
 
-        Raises:
-            RuntimeError: if a conversation is not here as a whole.
-            ValueError: if a conversation has no token that the anchor could be.
+        Of a conversation without a token that the anchor could be, they are NaN, for which vLLM answers that request
+        with an error: an exception here would end the engine, and with it all other requests. vLLM itself sends such
+        conversations at its start, to see how much memory they take.
         """
-        if pooling_metadata.get_pooling_cursor().is_partial_prefill():
-            raise RuntimeError("a part of a conversation: start vLLM without --enable-chunked-prefill")
         tokens = pooling_metadata.get_prompt_token_ids_cpu()
-        parts = hidden_states.split([len(ids) for ids in tokens])
-        return torch.stack([self._pooled(part, self.last(ids)) for part, ids in zip(parts, tokens, strict=True)])
+        parts = hidden_states.split(pooling_metadata.prompt_lens.tolist())
+        return torch.stack([self._pooled(part, self.length(ids)) for part, ids in zip(parts, tokens, strict=True)])
 
-    def _pooled(self, states: torch.Tensor, last: int) -> torch.Tensor:
-        return states[: last + 1].float().mean(0) if self.is_mean else states[last]
+    def _pooled(self, states: torch.Tensor, length: int) -> torch.Tensor:
+        if self.is_mean:
+            return states[:length].float().mean(0)  # NaN of none
+        return states[length - 1] if length else torch.full_like(states[0], torch.nan)
 
-    def last(self, ids: torch.Tensor) -> int:
-        """Return the anchor's place among a conversation's tokens (n,)."""
+    def length(self, ids: torch.Tensor) -> int:
+        """Return the number of a conversation's tokens (n,) up to its anchor; 0 if it has none."""
         if self.anchor == "last_token":
-            return len(ids) - 1
+            return len(ids)
         found = torch.nonzero(ids == self.token_id if self.anchor == "end_of_turn" else ids != self.pad_id)
-        if not len(found):
-            raise ValueError(f"the conversation has no token that the anchor {self.anchor} could be")
-        return int(found[-1])
+        return int(found[-1]) + 1 if len(found) else 0

@@ -40,8 +40,10 @@ class RewardModel:
 
     is_pooling_model = True
     supports_score_template = True
+    default_seq_pooling_type = "LAST"
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        self._check_options(vllm_config)
         # The LM head of a model whose embeddings are not tied would take memory, and no file holds its weights.
         unused = (LogitsProcessor, ParallelLMHead)
         with no_init_weights(self, lambda module: StageMissingLayer("output", module), targets=unused):
@@ -50,6 +52,17 @@ class RewardModel:
         self.score = make_head(model.hf_config, model.head_dtype)
         pooler = pooler_for_classify(model.pooler_config, pooling=self._pooling(model.hf_config), classifier=self.score)
         self.pooler = DispatchPooler({"classify": pooler})
+
+    @classmethod
+    def _check_options(cls, vllm_config: VllmConfig) -> None:
+        """Refuse options of vLLM with which the head would read something else than in training."""
+        wanted = cls.default_seq_pooling_type
+        found = vllm_config.model_config.pooler_config.seq_pooling_type
+        if found != wanted:
+            raise ValueError(
+                f"vLLM's seq_pooling_type is {found}, and {cls.__name__} wants {wanted}: its rewards would be others; "
+                "start vLLM without --pooler-config"
+            )
 
     def _pooling(self, config) -> AnchorPool | None:
         """Return what the head reads; None: as vLLM's configuration says, the last token."""
@@ -79,6 +92,15 @@ class WholeRewardModel(RewardModel):
 
     # vLLM then computes a conversation in one piece, and takes no part of it from its cache.
     default_seq_pooling_type = "MEAN"
+
+    @classmethod
+    def _check_options(cls, vllm_config: VllmConfig) -> None:
+        super()._check_options(vllm_config)
+        if vllm_config.scheduler_config.enable_chunked_prefill or vllm_config.cache_config.enable_prefix_caching:
+            raise ValueError(
+                f"{cls.__name__} reads whole conversations; start vLLM without --enable-chunked-prefill and "
+                "--enable-prefix-caching"
+            )
 
     def _pooling(self, config) -> AnchorPool:
         section = config.fastrm
