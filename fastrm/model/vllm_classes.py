@@ -26,6 +26,8 @@ _FAMILIES = {
 }
 # Names of the plugin's classes begin with it; those that need a whole conversation at once, with WHOLE.
 _PLUGIN, WHOLE = "Fastrm", "FastrmWhole"
+# Keys of config.json by which stock classes make the head and choose its activation: of regression, none.
+_OF_THE_HEAD = ("num_labels", "id2label", "label2id", "problem_type")
 _IMAGE_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -68,7 +70,7 @@ class VllmReading(StockReading):
         """
         super().complete(config)
         if self.has_images:
-            config["text_config"] |= {name: config[name] for name in ("num_labels", "id2label", "label2id")}
+            config["text_config"] |= {name: config[name] for name in _OF_THE_HEAD if name in config}
         rope = config.get("text_config", config).get("rope_parameters") or {}
         if rope.get("rope_type") == "dynamic":
             rope["rope_type"] = "default"

@@ -49,9 +49,11 @@ def ordinary_priority():
     """
     tells = hasattr(os, "sched_getscheduler")  # of Linux
     before = tells and (os.sched_getscheduler(0), os.sched_getparam(0))
-    yield
-    if tells:
-        os.sched_setscheduler(0, *before)
+    try:
+        yield
+    finally:
+        if tells:
+            os.sched_setscheduler(0, *before)
 
 
 def make_video(num_frames: int, width: int, height: int, seed: int = 0, **options) -> VideoRef:

@@ -67,7 +67,8 @@ def test_one_layer_is_for_stock_vllm(family, bias, tmp_path):
     assert config["architectures"] == [NAMES[family]]
     assert config["num_labels"] == 1 and config["problem_type"] == "regression"
     if family in VISION_FAMILIES:  # vLLM makes the head of InternVL by the text model's config alone
-        assert AutoConfig.from_pretrained(tmp_path / "out").text_config.num_labels == 1
+        text = AutoConfig.from_pretrained(tmp_path / "out").text_config
+        assert text.num_labels == 1 and text.problem_type == "regression"
     head = "language_model.score" if family in VISION_FAMILIES else "score"
     assert {name for name in keys if "score" in name} == {f"{head}.weight", *([f"{head}.bias"] if bias else [])}
     assert "vllm serve" in said and "plugin" not in said
