@@ -91,7 +91,7 @@ def test_a_signal_ends_a_preparation_with_processes_which_goes_on(server, data, 
     config = make_config(tmp_path, data)
     log = tmp_path / "log"
     arguments = ["data", "prepare", config, "--workers", "2"]
-    code, last = stop_when_stuck(server, server.command(arguments, log, "reading"), log, signal.SIGINT, send)
+    code, last = stop_when_stuck(server, server.command(arguments, log, "stuck_work.reading"), log, signal.SIGINT, send)
     assert code == 75 and last["message"].startswith("stopped by SIGINT; the parts that are done are kept")
     server.command(arguments, log)
     assert server.wait() == 0, log.read_text()[-2000:]
@@ -102,7 +102,7 @@ def test_a_signal_ends_a_preparation_with_processes_which_goes_on(server, data, 
 def test_a_signal_ends_scoring_whose_worker_is_stuck_and_leaves_no_file(server, data, unbroken, tmp_path, command):
     log, out = tmp_path / "log", {"score": "--out", "eval": "--json"}[command]
     arguments = [command, unbroken / "model", data, out, tmp_path / "out", "--num-workers", "1"]
-    code, last = stop_when_stuck(server, server.command(arguments, log, "scoring"), log)
+    code, last = stop_when_stuck(server, server.command(arguments, log, "stuck_work.scoring"), log)
     assert code == 75 and last["message"] == "stopped by SIGTERM; nothing was written", log.read_text()[-2000:]
     assert os.listdir(tmp_path) == ["log"]
 
