@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 
+from tests.conftest import LONG
 from tests.helpers.project import PROJECT, copy_project
 
 
@@ -55,6 +56,11 @@ sys.modules.update(dict.fromkeys(hidden))
 import pytest
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", sys.argv[1]]))
 """
+
+
+def test_the_files_that_begin_are_there():
+    """A file that was renamed would begin late without a word, and the suite take minutes longer."""
+    assert [name for name in LONG if not (PROJECT / name).is_file()] == []
 
 
 def test_all_test_files_are_collected_without_the_packages_of_the_extras():
