@@ -10,6 +10,7 @@ from PIL import Image
 
 import fastrm as package
 from fastrm import cli
+from fastrm.commands import rewards as commands
 from fastrm.config import Config, load_config
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, StorageError
@@ -162,7 +163,7 @@ def test_image_limits_can_be_set(folder, limit):
 def test_the_commands_defaults_are_those_of_the_api_and_of_training():
     of_training = Config.model_validate({"model": {"path": "m"}, "data": {"train": [{"path": "t"}]}})
     assert inspect.signature(package.RewardModel.score).parameters["tokens_per_pack"].default == 32768
-    for command in (cli.score, cli.evaluate):
+    for command in (commands.score, commands.evaluate):
         defaults = {name: p.default for name, p in inspect.signature(command).parameters.items()}
         assert defaults["tokens_per_pack"] == of_training.data.max_tokens_per_group == 32768
         assert MediaLimits(defaults["max_image_bytes"], defaults["max_image_pixels"]) == MediaLimits()

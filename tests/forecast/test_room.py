@@ -12,7 +12,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from fastrm import cli
+from fastrm.commands import training
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.evaluate.reward_model import RewardModel
@@ -197,7 +197,7 @@ def test_a_run_with_too_little_host_memory_is_refused_before_it_begins(config_fi
     config, least = load_config(config_file), needs(load_config(config_file)).least
     monkeypatch.setattr(room, "available_memory", lambda: least - 1)
     with pytest.raises(ConfigError, match=r"weights, gradients and AdamW's states take [\d.]+ GiB on a CPU"):
-        cli.train(config_file, [])
+        training.train(config_file, [])
     assert not Path(config.run.dir).exists()
     monkeypatch.setattr(room, "available_memory", lambda: least)
     check_room(config)
@@ -243,7 +243,7 @@ def test_a_run_with_too_little_disk_is_refused_before_it_begins(config_file, mon
     disk = needs(config).disk
     monkeypatch.setattr(room, "free_disk", lambda path: disk.total - 1)
     with pytest.raises(StorageError) as caught:
-        cli.train(config_file, [])
+        training.train(config_file, [])
     for text in (f"{config.run.dir}: 2 checkpoints of", "GiB are free; free some space", "run.keep_checkpoints (2)"):
         assert text in str(caught.value)
     assert not Path(config.run.dir).exists()

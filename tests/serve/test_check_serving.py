@@ -262,10 +262,11 @@ def test_answers_that_are_no_rewards_are_named(model, answer, said):
 def test_the_command_compares_a_folder_with_a_url(model, tmp_path, capsys, monkeypatch, precision):
     save_model(model.network, tmp_path / "model")
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)  # a path of more than 80 letters would be a line of its own
     app = make_app(Scheduler([Scorer("tiny", Ensemble([model]), 32768)]), ServeSettings())
     options = {"token": None, "timeout": PATIENCE, "band": 1e-3, "device": "cpu", "dtype": precision}
     with running(app) as url, nullcontext() if precision == "fp32" else pytest.raises(ExactnessError, match="differ"):
-        check_serving(tmp_path / "model", url, "fastrm", **options)
+        check_serving(Path("model"), url, "fastrm", **options)
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
     said = " ".join(said.split())

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 import fastrm as fastrm_package
-from fastrm import cli
+from fastrm.commands import rewards as commands
 from fastrm.config import load_config
 from fastrm.data.record import VideoRef
 from fastrm.data.vision_format import MediaSize
@@ -104,7 +104,7 @@ def test_limits_of_videos_can_be_set_where_scores_are_made(trained):
         model = fastrm_package.RewardModel.from_pretrained(folder / "run" / "model", **limit)
         with pytest.raises(DataError, match=f"raise data.{next(iter(limit))}.*{code}"):
             model.score([group])
-    for command in (cli.score, cli.evaluate):
+    for command in (commands.score, commands.evaluate):
         defaults = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
         assert defaults["max_video_bytes"] == MediaLimits.max_video_bytes == DataConfig().max_video_bytes
         assert defaults["max_video_seconds"] == MediaLimits.max_video_seconds == DataConfig().max_video_seconds
