@@ -1,4 +1,4 @@
-"""What rewards of one group of 8 rollouts cost: one packed pass of a scalar model, or 56 judgements by generation.
+"""The cost of the rewards of one group of 8 rollouts: one packed pass of a scalar model, or 56 generated judgements.
 
     python bench/judge_cost.py JUDGE REWARD_MODEL     measure, and write bench/results/DEVICE-judge-cost.json
     python bench/judge_cost.py JUDGE REWARD_MODEL --tokens 64 --batch 14 --repeats 1
