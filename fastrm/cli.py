@@ -55,6 +55,7 @@ def main() -> None:
             code = _run(stop)
     finally:
         errors.is_command_line = False
+    stop.bound_exit(code)
     sys.exit(code)
 
 

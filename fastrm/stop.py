@@ -8,11 +8,16 @@ A signal is answered in three ways, each for what the one before it does not rea
 3. After FORCED_SECONDS the process ends where it stands, as after a second signal: no library, and no lock that a
    library holds, can keep it. Files that appear whole or not at all make that safe. Only `StopFlag.saving` is
    waited for, so that a slow disk does not cost a checkpoint.
+
+Python calls a handler only when the main thread is between two of its instructions. A thread of the flag's own is told
+of the signal by the system itself, so that neither a long call into a library nor a signal that comes just before a
+wait begins keeps the process. Only a call that holds Python's own lock (the GIL) still does.
 """
 
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
@@ -33,6 +38,7 @@ ORDERLY_SECONDS = 3.0
 FORCED_SECONDS = 9.0
 _NUDGE_SECONDS = 0.5
 _NUDGE = signal.SIGURG  # ignored by default, so that a late one does no harm
+_LEFT = 0  # written where the numbers of signals are, when a flag is left
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -78,7 +84,12 @@ class StopFlag:
         is_main = threading.current_thread() is threading.main_thread()  # only the main thread may, and is asked to
         numbers = (signal.SIGTERM, signal.SIGINT, PASSED_ON, _NUDGE) if is_main else ()
         self._pid, self._main = os.getpid(), threading.get_ident()
+        came, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        if is_main:
+            self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._on) for number in numbers}
+        threading.Thread(target=self._watch, args=(came,), daemon=True).start()
         self._entered.append(self)
         return self
 
@@ -87,12 +98,28 @@ class StopFlag:
         self._entered.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_before)
+        self._tell(_LEFT)
         if self.signal and self._entered:
             outer = self._entered[-1]
             outer.leave()  # it has been answered
             outer._signalled |= self._signalled
             # A checkpoint, or a step of several ranks, may have taken longer than the time that was left.
             outer._begin(self.signal, max(self._came_at, time.monotonic() + ORDERLY_SECONDS - FORCED_SECONDS))
+            outer._tell(signal.Signals[self.signal] if self._signalled else PASSED_ON)
+
+    def bound_exit(self, code: int) -> None:
+        """End the process with `code` when the time after a signal is over, if the interpreter's exit is not faster.
+
+        Python waits there for threads and for the processes of pools, which may be stuck. To be called when the flag
+        has been left.
+        """
+        if self.signal:
+            left = self._came_at + FORCED_SECONDS - time.monotonic()
+            ending = threading.Timer(max(left, 0.0), os._exit, (code,))
+            ending.daemon = True
+            ending.start()
 
     def leave(self) -> None:
         """Stop breaking work off: the signal has been answered, and the rest is quick."""
@@ -143,7 +170,9 @@ class StopFlag:
     def _begin(self, name: str, came_at: float | None = None) -> None:
         if self.signal is None:
             self.signal, self._came_at = name, came_at or time.monotonic()
-            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _tell(self, number: int) -> None:
+        os.write(self._wakeup, bytes([number]))
 
     def _break_off(self) -> None:
         now = time.monotonic()
@@ -151,14 +180,51 @@ class StopFlag:
             self._next_break = now + ORDERLY_SECONDS  # until then the work may leave in order
             raise StopRequest(self.signal)
 
-    def _watch(self) -> None:
-        """Call the handler again and again, in a thread, since a library may swallow its exception; then end."""
-        while not self._left.wait(_NUDGE_SECONDS):
-            if self._patience is not None:
-                signal.pthread_kill(self._main, _NUDGE)
-            if self.is_forced and not self._is_saving and time.monotonic() - self._came_at > FORCED_SECONDS:
-                fail(75, "InterruptedRun", f"stopped by {self.signal}, out of order; what was saved before is intact")
-                os._exit(75)
+    def _watch(self, came: int) -> None:
+        """Wait for a signal, in a thread; then call the handler again and again, and at last end the process.
+
+        The handler is called again since it may not have run, or a library may have swallowed its exception.
+
+        Args:
+            came: end of a pipe, from which a byte is read for every signal that has a handler, with its number.
+        """
+        began = name = None
+        signalled = False
+        pipe = select.poll()  # not select, which knows the first 1,024 open files alone
+        pipe.register(came, select.POLLIN)
+        while not self._left.is_set():
+            number = 0
+            if pipe.poll(None if began is None else _NUDGE_SECONDS * 1000):
+                number = os.read(came, 1)[0]
+            if number in (signal.SIGTERM, signal.SIGINT):
+                if signalled:
+                    os._exit(75)
+                signalled = True
+            if began is None and number in (signal.SIGTERM, signal.SIGINT, PASSED_ON):
+                began, name = time.monotonic(), signal.Signals(number).name
+            elif began is not None and not number:
+                self._press(began, name)
+        os.close(came)
+        os.close(self._wakeup)
+
+    def _press(self, began: float, name: str) -> None:
+        """Call the handler of a signal that came some time ago, or end the process."""
+        if self.signal is None or self._patience is not None:
+            signal.pthread_kill(self._main, _NUDGE)
+        since = time.monotonic() - (began if self.signal is None else self._came_at)
+        if self.is_forced and not self._is_saving and since > FORCED_SECONDS:
+            what = f"stopped by {self.signal or name}, out of order; what was saved before is intact"
+            fail(75, InterruptedRun.__name__, what)
+            os._exit(75)
+
+
+def _forget_the_parents_pipe() -> None:
+    """Keep the signals of a forked process from its parent, which would take them for its own."""
+    if StopFlag._entered:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_the_parents_pipe)
 
 
 def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
         if pid == 0:
             os.setsid()  # so that a kill reaches the whole group
             end_with_parent(server)  # a test that was killed leaves nobody behind
-            os._exit(child(**json.loads(line)))
+            sys.exit(child(**json.loads(line)))
         print(pid, flush=True)
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)

@@ -3,12 +3,14 @@
 Where the work has begun is told by a line "stuck" on standard output.
 """
 
+import ctypes
 import os
 import threading
 import time
 
 from fastrm import stop
 from fastrm.data import loader
+from fastrm.data.prepared import workers
 from fastrm.data.prepared.units import UnitReader
 from fastrm.model import weight_writer
 from fastrm.train import engine, loop
@@ -36,6 +38,26 @@ def _deadlock(*_, **__) -> None:
 def reading() -> None:
     """A process that prepares data."""
     UnitReader.__call__ = _sleep
+
+
+def reading_deaf() -> None:
+    """The process itself, in a library that no signal interrupts, so that Python does not call a handler."""
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+
+    def lock_twice(*_, **__) -> None:
+        libc.pthread_mutex_lock(mutex)
+        _say()
+        libc.pthread_mutex_lock(mutex)
+
+    UnitReader.__call__ = lock_twice
+    stop.FORCED_SECONDS = 2.0
+
+
+def reading_for_ever() -> None:
+    """The same, where a second break comes before the first has ended the processes: the interpreter waits for them."""
+    workers.active_children = list
+    reading()
+    stop.FORCED_SECONDS = 2.0
 
 
 def loading() -> None:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.helpers.killed_runs import assert_same, outcome
-from tests.helpers.runs import colour_rows, tiny_config
+from tests.helpers.runs import colour_rows, tiny_config, write_rows
 from tests.helpers.waiting import PATIENCE, wait_until
 
 MOMENTS = 50
@@ -86,16 +86,39 @@ def test_a_signal_ends_a_run_that_is_stuck_and_it_resumes_to_the_bit(server, dat
     assert not [path for path in (tmp_path / "run").rglob("*") if ".part" in path.name or ".tmp" in path.name]
 
 
+@pytest.fixture(scope="module")
+def files(data):
+    """The same rows in four files, which as many processes can read."""
+    rows = data.read_text().splitlines()
+    return [write_rows(data.with_name(f"{n}.jsonl"), rows[n::4]) for n in range(4)]
+
+
+def preparation(folder, files, num_workers: int) -> list:
+    sources = [{"path": str(path)} for path in files]
+    config = tiny_config(folder, files[0], files[0], data={"train": sources})
+    return ["data", "prepare", config, "--workers", num_workers]
+
+
 @pytest.mark.parametrize("send", [pytest.param(os.kill, marks=pytest.mark.slow), os.killpg], ids=["process", "group"])
-def test_a_signal_ends_a_preparation_with_processes_which_goes_on(server, data, tmp_path, send):
-    config = make_config(tmp_path, data)
-    log = tmp_path / "log"
-    arguments = ["data", "prepare", config, "--workers", "2"]
+def test_a_signal_ends_a_preparation_with_processes_which_goes_on(server, files, tmp_path, send):
+    arguments, log = preparation(tmp_path, files, 2), tmp_path / "log"
     code, last = stop_when_stuck(server, server.command(arguments, log, "stuck_work.reading"), log, signal.SIGINT, send)
     assert code == 75 and last["message"].startswith("stopped by SIGINT; the parts that are done are kept")
     server.command(arguments, log)
     assert server.wait() == 0, log.read_text()[-2000:]
     assert (tmp_path / "run" / "prepared" / "manifest.json").exists()
+
+
+def test_a_process_that_prepares_data_and_was_not_ended_keeps_no_command_from_leaving(server, files, tmp_path):
+    arguments, log = preparation(tmp_path, files, 2), tmp_path / "log"
+    code, last = stop_when_stuck(server, server.command(arguments, log, "stuck_work.reading_for_ever"), log)
+    assert code == 75 and last["message"].startswith("stopped by SIGTERM; the parts that are done are kept")
+
+
+def test_a_library_that_no_signal_interrupts_keeps_no_command_from_leaving(server, files, tmp_path):
+    arguments, log = preparation(tmp_path, files, 1), tmp_path / "log"
+    code, last = stop_when_stuck(server, server.command(arguments, log, "stuck_work.reading_deaf"), log)
+    assert code == 75 and last["message"] == "stopped by SIGTERM, out of order; what was saved before is intact"
 
 
 @pytest.mark.parametrize("command", ["score", pytest.param("eval", marks=pytest.mark.slow)])
