@@ -192,6 +192,12 @@ Token = Annotated[
 MaxQueue = Annotated[
     int, typer.Option(min=1, metavar="GROUPS", help="Largest number of groups that wait; more are refused with 503.")
 ]
+MaxConnections = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="CONNECTIONS", help="Largest number of connections that are open; more get 503 and are closed."
+    ),
+]
 ServeWorkers = Annotated[
     int,
     typer.Option(

@@ -173,6 +173,7 @@ def serve(
     max_queue: opts.MaxQueue = 1024,
     window_ms: opts.WindowMs = 3.0,
     deterministic: opts.Deterministic = False,
+    max_connections: opts.MaxConnections = 4096,
     max_body_bytes: opts.MaxBodyBytes = 32 * 2**20,
     max_groups: opts.MaxGroups = 64,
     max_responses: opts.MaxResponses = 1024,
@@ -214,8 +215,8 @@ def serve(
     )  # fmt: skip
     settings = ServeSettings(
         host=host, port=port, token=token, workers=workers, max_queue=max_queue, window_ms=window_ms,
-        deterministic=deterministic, max_body_bytes=max_body_bytes, max_groups=max_groups, max_responses=max_responses,
-        image_root=image_root, allow_image_urls=allow_image_urls,
+        deterministic=deterministic, max_connections=max_connections, max_body_bytes=max_body_bytes,
+        max_groups=max_groups, max_responses=max_responses, image_root=image_root, allow_image_urls=allow_image_urls,
     )  # fmt: skip
     run(models, ModelChoice((), ensemble and ensemble.value, validation, route), options, settings)
 

@@ -27,6 +27,7 @@ from fastrm.data.sources.values import decode_json
 from fastrm.errors import GroupError, RecordError
 from fastrm.serve.activity import Activity
 from fastrm.serve.body_limit import BodyLimit
+from fastrm.serve.connections import Connections
 from fastrm.serve.gate import Gate
 from fastrm.serve.media import MediaPolicy
 from fastrm.serve.metrics import Metrics
@@ -55,10 +56,10 @@ class Service:
         metrics: the figures of /metrics.
     """
 
-    def __init__(self, scheduler: Scheduler, settings: ServeSettings):
+    def __init__(self, scheduler: Scheduler, settings: ServeSettings, connections: Connections | None):
         self.scheduler, self.settings = scheduler, settings
         self.activity = Activity()
-        self.metrics = Metrics(scheduler)
+        self.metrics = Metrics(scheduler, connections)
         self._media = MediaPolicy(settings.image_root, settings.allow_image_urls, settings.media)
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
@@ -183,8 +184,12 @@ async def _left(request: Request) -> None:
         pass
 
 
-def make_app(scheduler: Scheduler, settings: ServeSettings) -> FastAPI:
-    """Return the application. It starts the scheduler and, at its end, waits for what was accepted."""
+def make_app(scheduler: Scheduler, settings: ServeSettings, connections: Connections | None = None) -> FastAPI:
+    """Return the application. It starts the scheduler and, at its end, waits for what was accepted.
+
+    Args:
+        connections: of the server that runs it, for /metrics; None: of a server that does not count them.
+    """
 
     @asynccontextmanager
     async def run(_: FastAPI) -> AsyncIterator[None]:
@@ -192,7 +197,7 @@ def make_app(scheduler: Scheduler, settings: ServeSettings) -> FastAPI:
             yield
 
     app = FastAPI(title="fastrm", lifespan=run, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    service = Service(scheduler, settings)
+    service = Service(scheduler, settings, connections)
     for name in PROTOCOLS:
         app.include_router(import_module(f"fastrm.serve.protocols.{name}").routes(service))
     app.add_exception_handler(RequestError, _answer_problem)

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import uvicorn
 from PIL import Image
-from starlette.types import ASGIApp
 
 from fastrm import errors
 from fastrm.errors import ConfigError, DataError, GroupError, InterruptedRun
@@ -25,6 +24,7 @@ from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
 from fastrm.limits import MediaLimits
 from fastrm.serve.app import make_app
 from fastrm.serve.caches import BoundedCache
+from fastrm.serve.connections import Connections, allow_open
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
@@ -35,9 +35,6 @@ from fastrm.ui import Display, make_console, message
 # Seconds after a signal for the answers to requests that were accepted; StopFlag ends the process at 9.
 _DRAIN_SECONDS = 8
 _THREAD_SECONDS = 0.3  # for the threads, where answers are lost already
-# Seconds that a connection may be idle. A client that keeps it for longer than the server sends requests into one that
-# is being closed: aiohttp keeps connections for 15 s, requests for ever, and uvicorn's default is 5 s.
-_KEEP_ALIVE_SECONDS = 75
 
 
 def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, settings: ServeSettings) -> None:
@@ -66,7 +63,8 @@ def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, s
         else:
             make, say = partial(load_worker, choices, options, settings), partial(message, make_console(stderr=True))
             scheduler = Workers(make, settings.workers, max_queue=settings.max_queue, say=say)
-        server = make_server(make_app(scheduler, settings))
+        connections = Connections(allow_open(settings.max_connections), settings.header_seconds)
+        server = connections.make_server(make_app(scheduler, settings, connections), _DRAIN_SECONDS)
         with StopFlag() as stop:
             asyncio.run(_serve(server, scheduler, listener, settings, stop))
             if stop.signal:
@@ -212,28 +210,6 @@ def make_scheduler(models: dict[str, Ensemble], options: ScoringOptions, setting
         rewards=BoundedCache(settings.reward_cache),
         images=images,
         max_responses=settings.max_responses,
-    )
-
-
-class _Quiet(uvicorn.Server):
-    """A server that leaves signals to `StopFlag`."""
-
-    @contextlib.contextmanager
-    def capture_signals(self):
-        yield
-
-
-def make_server(app: ASGIApp) -> uvicorn.Server:
-    """Return the HTTP server of an application, which leaves signals to its caller."""
-    return _Quiet(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=_DRAIN_SECONDS,
-        )
     )
 
 

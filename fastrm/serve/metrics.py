@@ -1,4 +1,4 @@
-"""GET /metrics in Prometheus' text format: counts of answers, groups, packs and caches, and the queue."""
+"""GET /metrics in Prometheus' text format: counts of answers, groups, packs, caches and connections, and the queue."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from fastrm.serve.connections import Connections
 from fastrm.serve.scheduler import Scheduler
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -16,12 +17,14 @@ class Metrics:
     """The figures of one server.
 
     Args:
-        scheduler: whose counts are read when they are asked for.
+        scheduler, connections: whose counts are read when they are asked for; no connections: none are counted.
     """
 
-    def __init__(self, scheduler: Scheduler):
+    def __init__(self, scheduler: Scheduler, connections: Connections | None = None):
         self._registry = CollectorRegistry()
         self._registry.register(_Counts(scheduler))
+        if connections is not None:
+            self._registry.register(_OpenAndClosed(connections))
         self._answers = Histogram(
             "fastrm_request_seconds",
             "Seconds from a request to the end of its answer.",
@@ -53,3 +56,20 @@ class _Counts(Collector):
             yield CounterMetricFamily(
                 f"fastrm_{name}", f"{name.replace('_', ' ')} since the start.".capitalize(), value
             )
+
+
+class _OpenAndClosed(Collector):
+    """The counts of connections, read when they are asked for."""
+
+    def __init__(self, connections: Connections):
+        self._connections = connections
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("fastrm_connections", "Connections that are open.", self._connections.num_open)
+        closed = CounterMetricFamily(
+            "fastrm_closed_connections", "Connections that were closed at a bound: too many, or slow headers.",
+            labels=["reason"],
+        )  # fmt: skip
+        closed.add_metric(["full"], self._connections.num_refused)
+        closed.add_metric(["headers"], self._connections.num_timed_out)
+        yield closed

@@ -18,6 +18,8 @@ class ServeSettings:
         workers: the number of processes with the models.
         max_queue, window_ms, deterministic: of `Scheduler`.
         max_body_bytes: of a request, counted while it is read.
+        max_connections: that are open at a time, as far as the process may have as many files.
+        header_seconds: that the headers of a request may take to arrive.
         body_seconds: that a body may take to arrive.
         max_groups: in one request.
         max_responses: of one group.
@@ -36,6 +38,8 @@ class ServeSettings:
     window_ms: float = 3.0
     deterministic: bool = False
     max_body_bytes: int = 32 * 2**20
+    max_connections: int = 4096
+    header_seconds: float = 10.0
     body_seconds: float = 60.0
     max_groups: int = 64
     max_responses: int = 1024

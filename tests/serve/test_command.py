@@ -11,19 +11,16 @@ import sys
 import threading
 import time
 from contextlib import closing, contextmanager
-from http.client import HTTPConnection
 
 import httpx
 import psutil
 import pytest
 import torch
-from starlette.responses import JSONResponse
 
 from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.model.export import save_model
-from fastrm.serve import command
 from fastrm.serve.command import open_port, warm_up
 from fastrm.serve.settings import ServeSettings
 from tests.helpers.documents import blocks, words_of
@@ -210,30 +207,6 @@ def test_a_port_is_taken_before_the_models_are_loaded():
         port = listener.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--port {port}: Address already in use"):
             open_port(ServeSettings(port=port))
-
-
-@pytest.mark.parametrize("seconds", [None, 0], ids=["as it is", "none"])
-def test_a_connection_is_kept_for_longer_than_trainers_clients_keep_it(monkeypatch, seconds):
-    if seconds is not None:
-        monkeypatch.setattr(command, "_KEEP_ALIVE_SECONDS", seconds)
-    server = command.make_server(JSONResponse({}))
-    assert (server.config.timeout_keep_alive > 15) == (seconds is None)  # 15 s: aiohttp
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        running = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        running.start()
-        try:
-            with closing(HTTPConnection(*listener.getsockname(), timeout=PATIENCE)) as client:
-                client.request("GET", "/")
-                assert client.getresponse().read() == b"{}"
-                connection = client.sock
-                if seconds == 0:
-                    assert connection.recv(1) == b""
-                else:
-                    client.request("GET", "/")
-                    assert client.getresponse().read() == b"{}" and client.sock is connection
-        finally:
-            server.should_exit = True
-            running.join(PATIENCE)
 
 
 def test_a_model_that_gives_no_rewards_is_not_served():
