@@ -2,8 +2,8 @@
 
 The front (workers.py) sends tuples, and gets tuples back:
 
-    (ASK, number, groups, model, resolver)   -> (SCORED, number, Scored, Counts since its start), or
-                                                (FAILED, number, what)
+    (ASK, number, groups, model, resolver)   -> (SCORED, number, Scored, Counts since its start, whether the scheduler
+                                                is ready), or (FAILED, number, what)
     (CANCEL, number)                         -> nothing
     (END,)                                   -> the process ends when all that it was asked has its answer
 
@@ -90,7 +90,8 @@ async def _answer(
     connection: Connection, scheduler: "Scheduler", number: int, groups: list[dict], model: str, resolver: Callable
 ) -> None:
     try:
-        reply = (SCORED, number, await scheduler.submit(groups, model, resolver), scheduler.counts)
+        scored = await scheduler.submit(groups, model, resolver)
+        reply = (SCORED, number, scored, scheduler.counts, scheduler.is_ready)
     except Exception as error:
         traceback.print_exc()
         reply = (FAILED, number, f"{type(error).__name__}: {error}")

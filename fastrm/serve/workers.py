@@ -87,8 +87,12 @@ class Workers(Dispatcher):
 
     @property
     def is_ready(self) -> bool:
-        """True while requests are accepted and a worker can compute them."""
-        return not self.is_closing and any(worker.is_ready for worker in self._workers)
+        """True while requests are accepted, and each prompt has a worker whose latest groups did not all fail.
+
+        The prompts of a worker that is lost go to others; those of one whose packs fail do not.
+        """
+        ready = [worker for worker in self._workers if worker.is_ready]
+        return not self.is_closing and bool(ready) and all(worker.computes for worker in ready)
 
     def place_of(self, group: object) -> "_Worker":
         """Return the worker of a group.
@@ -138,6 +142,7 @@ class _Worker:
         ready: has the readers of the models once they are loaded, or the reason why they cannot be.
         lost: has, in words, how the process ended.
         counts: by process id, those that the process sent last.
+        computes: True unless the scheduler of the process has said that its latest groups all failed.
     """
 
     def __init__(self, make: MakeScheduler, number: int):
@@ -145,6 +150,7 @@ class _Worker:
         self._asked: dict[int, asyncio.Future] = {}
         self._numbers = itertools.count()
         self.counts: dict[int, Counts] = {}
+        self.computes = True
         self._process: multiprocessing.Process | None = None
 
     def start(self) -> None:
@@ -152,6 +158,7 @@ class _Worker:
         loop = asyncio.get_running_loop()
         context = multiprocessing.get_context("spawn")  # no state of this process, and CUDA bears no fork
         self._connection, theirs = context.Pipe()
+        self.computes = True
         arguments = (theirs, pickle.dumps(self._make), self.number, os.getpid())
         self._process = context.Process(target=run_worker, args=arguments, name=f"fastrm-worker-{self.number}")
         self._process.start()
@@ -215,9 +222,11 @@ class _Worker:
         else:
             self._answer(*message)
 
-    def _answer(self, kind: str, number: int, result: Scored | str, counts: Counts | None = None) -> None:
+    def _answer(
+        self, kind: str, number: int, result: Scored | str, counts: Counts | None = None, is_ready: bool = True
+    ) -> None:
         if counts is not None:
-            self.counts[self._process.pid] = counts
+            self.counts[self._process.pid], self.computes = counts, is_ready
         answer = self._asked.pop(number, None)
         if answer is None or answer.done():  # the client has left
             return

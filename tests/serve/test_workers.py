@@ -23,12 +23,12 @@ MAX_QUEUE = 64
 class Pids:
     """A scheduler whose rewards say who has answered: the process, and the length of each response.
 
-    A prompt may ask for more: to sleep, to fail, to kill the process.
+    A prompt may ask for more: to sleep, to fail, to kill the process, to be one of packs that all fail.
     """
 
     def __init__(self):
         self.scorers = {name: SimpleNamespace(reader=f"reader of {name}") for name in ("one", "two")}
-        self.counts = Counts()
+        self.counts, self.is_ready = Counts(), True
 
     async def __aenter__(self):
         return self
@@ -45,6 +45,7 @@ class Pids:
                 os.kill(os.getpid(), signal.SIGKILL)
             if group["prompt"].startswith("fail"):
                 raise ZeroDivisionError("a bug")
+            self.is_ready = not group["prompt"].startswith("packs fail")
         self.counts = replace(self.counts, groups=self.counts.groups + len(groups))
         return Scored([self._rewards(number, group) for number, group in enumerate(groups)], model, 10 * len(groups))
 
@@ -135,6 +136,17 @@ def test_a_fault_of_a_worker_is_an_error_of_that_request_alone(run, capfd):
         return await some_pids(workers)
 
     assert len(set(run(body))) == 3
+
+
+def test_a_worker_whose_packs_all_fail_is_seen_until_it_computes_again(run):
+    async def body(workers):
+        before = workers.is_ready
+        await pid_of(workers, "packs fail")
+        during = workers.is_ready
+        await some_pids(workers)  # by all of them
+        return before, during, workers.is_ready
+
+    assert run(body) == (True, False, True)
 
 
 def test_the_queue_is_bounded_and_what_a_client_leaves_makes_room(run):
