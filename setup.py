@@ -56,6 +56,7 @@ setup(
         "rich",
         "safetensors>=0.8.0",
         "scikit-learn",
+        "scipy",
         "typer",
     ],
     extras_require={

@@ -4,28 +4,64 @@ from pathlib import Path
 
 import torch
 
-from fastrm.ablate.costs import print_costs
-from fastrm.ablate.folders import check_unchanged, with_reused_runs
 from fastrm.ablate.grid import Cell, Grid, load_grid
 from fastrm.ablate.picture import draw_results
 from fastrm.ablate.results import Results, collect, write_json
-from fastrm.ablate.runner import LOG, FailedCells, Task, run_tasks
+from fastrm.ablate.runner import LOG, FailedCells, run_tasks
 from fastrm.ablate.table import difference_table, main_table
-from fastrm.ablate.work import cell_task, ensemble_task
+from fastrm.ablate.work import (
+    Task,
+    cell_task,
+    check_unchanged,
+    ensemble_task,
+    is_finished,
+    seconds_taken,
+    with_reused_runs,
+)
 from fastrm.errors import ConfigError, InterruptedRun
+from fastrm.tables import Table
 from fastrm.train.guard import RunLock
-from fastrm.ui import Display, is_live, make_console, print_table, say
+from fastrm.ui import Display, is_live, make_console, print_table, say, show
+
+UNKNOWN = "unknown"
 
 
-def dry_run(path: Path, overrides: list[str], num_gpus: int, gpu: str) -> None:
-    """Check a grid and print its cells with their costs; run and write nothing.
+def dry_run(path: Path, overrides: list[str]) -> None:
+    """Check a grid and print its cells with their states and times; run and write nothing.
 
     Raises:
-        ConfigError: as `load_grid`, for changed cells, or for an unknown GPU.
+        ConfigError: as `load_grid`, or for changed cells.
     """
     grid = with_reused_runs(load_grid(path, overrides))
     check_unchanged(grid)
-    print_costs(grid, num_gpus, gpu)
+    hours = {cell.name: _measured_hours(grid, cell) for cell in grid.cells}
+    table = Table("cell", "state", "hours")
+    for cell in grid.cells:
+        table.add_row(cell.name, "finished" if is_finished(cell.dir) else "to run", _as_text(hours[cell.name]))
+    for ensemble in grid.ensembles:
+        table.add_row(ensemble.name, f"{len(ensemble.members)} members", "evaluation only")
+    left = [hours[cell.name] for cell in grid.cells if not is_finished(cell.dir)]
+    known = [value for value in left if value is not None]
+    parts = [_as_text(sum(known))] if known or not left else []
+    parts += [f"{len(left) - len(known)} {UNKNOWN}"] if len(known) < len(left) else []
+    table.add_section()
+    table.add_row("left to run", f"{len(left)} runs", " + ".join(parts))
+    console = make_console()
+    show(console, f"{grid.settings.title}: {len(grid.cells)} runs, {len(grid.ensembles)} ensembles", table)
+    say(console, "hours: as measured in finished cells that differ at most in the seed")
+
+
+def _measured_hours(grid: Grid, cell: Cell) -> float | None:
+    """Return the mean hours of the finished cells that differ at most in the seed; None without any."""
+    same = [other for other in grid.cells if (other.row, other.group) == (cell.row, cell.group)]
+    seconds = [seconds_taken(other.dir) for other in same if is_finished(other.dir)]
+    return sum(seconds) / len(seconds) / 3600 if seconds else None
+
+
+def _as_text(hours: float | None) -> str:
+    if hours is None:
+        return UNKNOWN
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.4f}"
 
 
 def ablate(path: Path, overrides: list[str], display: Display | None = None) -> Results:

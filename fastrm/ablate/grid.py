@@ -98,8 +98,6 @@ class GridConfig(Section):
     """The row that the others are compared with, seed by seed."""
     published: PublishedConfig | None = None
     """Printed figures to compare with."""
-    pairs: int | dict[str, int] | None = None
-    """Training preferences of a cell (or of each row), for the costs in --dry-run where no data can be counted."""
     dir: str | None = None
     """The folder of results and runs. The default is runs/ablations/<name of the YAML file>."""
     reuse: list[str] = []
@@ -115,7 +113,6 @@ class GridConfig(Section):
         for key, names in named.items():
             _check_names(key, names, self.rows)
         _check_names("published.rows", self.published.rows if self.published else (), rows)
-        _check_names("pairs", self.pairs if isinstance(self.pairs, dict) else (), self.rows)
         if len(set(rows)) < len(rows):
             raise ValueError("an ensemble has the name of another row; rename it")
         for name, values in self.axes.items():

@@ -103,15 +103,8 @@ def ablate(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs and what each would cost, and train nothing.")
+        bool, typer.Option("--dry-run", help="List the runs, which are finished and what they took, and train nothing.")
     ] = False,
-    gpus: Annotated[
-        int, typer.Option(min=1, metavar="COUNT", help="Number of GPUs that --dry-run predicts the cost of a run for.")
-    ] = 8,
-    gpu: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Kind of GPU that --dry-run predicts for: a100, h100, h200 or b200."),
-    ] = "h100",
 ) -> None:
     """Train a grid of settings and seeds, and compare the runs.
 
@@ -125,7 +118,7 @@ def ablate(
     from fastrm.ablate import command
 
     if dry_run:
-        command.dry_run(grid, overrides or [], gpus, gpu)
+        command.dry_run(grid, overrides or [])
     else:
         command.ablate(grid, overrides or [])
 

@@ -4,7 +4,6 @@ Three counters share that rule: of packs (training and its evaluations), of reco
 of rewards for the same preferences.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,12 +144,12 @@ def _figures(right: int, count: int) -> dict:
     return {"accuracy": right / count, "preferences": count, "interval": wilson_interval(right, count)}
 
 
-def wilson_interval(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """Return the 95 % score interval of a proportion (Wilson 1927), which is valid near 0 and 1 too."""
-    share = right / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    from scipy.stats import binomtest  # takes most of a second to import, which commands without accuracies need not
+
+    interval = binomtest(right, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass

@@ -12,11 +12,17 @@ import pytest
 import yaml
 
 from fastrm.ablate.command import ablate, dry_run
-from fastrm.ablate.figures import cell_metrics, flat_report
-from fastrm.ablate.folders import check_unchanged, is_finished, with_reused_runs
 from fastrm.ablate.grid import load_grid
+from fastrm.ablate.results import cell_metrics, flat_report
 from fastrm.ablate.runner import FailedCells
-from fastrm.ablate.work import cell_task, ensemble_task, evaluation_commands
+from fastrm.ablate.work import (
+    cell_task,
+    check_unchanged,
+    ensemble_task,
+    evaluation_commands,
+    is_finished,
+    with_reused_runs,
+)
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
 from fastrm.evaluate.reward_model import RewardModel
@@ -240,10 +246,10 @@ def test_report_of_a_file_is_flat_with_its_sources():
 
 
 def test_dry_run_lists_cells_with_costs_and_writes_nothing(finished, tmp_path, capsys):
-    dry_run(write_grid(tmp_path, seeds=[0, 1]), [], num_gpus=8, gpu="h100")
+    dry_run(write_grid(tmp_path, seeds=[0, 1]), [])
     listed = capsys.readouterr().out
     assert "A grid: 4 runs, 0 ensembles" in listed and "2_layers-seed1" in listed
     assert "4 unknown" in listed and not (tmp_path / "grid").exists()
-    dry_run(finished[0], [], num_gpus=8, gpu="h100")
+    dry_run(finished[0], [])
     listed = capsys.readouterr().out
     assert "left to run" in listed and "0 runs" in listed and "evaluation only" in listed

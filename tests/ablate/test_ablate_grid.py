@@ -1,15 +1,12 @@
 """The file of a grid: what it resolves to, and what it is refused for."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastrm.ablate.costs import cell_costs
 from fastrm.ablate.grid import load_grid
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
-from fastrm.forecast.hardware import find_gpu
 from tests.helpers.ablation_grids import AXES, write_grid
 from tests.helpers.project import PROJECT
 
@@ -109,14 +106,3 @@ def test_grid_of_the_project_loads(path, monkeypatch):
     assert all(config not in configs[:number] for number, config in enumerate(configs)), "two cells are the same run"
     metrics = {column.metric.partition("/")[0] for column in grid.settings.shown.values()}
     assert metrics <= {evaluation.name for evaluation in grid.settings.evaluate}
-
-
-def test_costs_follow_the_pairs_that_the_grid_states(monkeypatch):
-    monkeypatch.chdir(PROJECT)
-    overrides = ["pairs={RLAIF-V: 83000, MMPR v1.2: 2000000}", "base=configs/full.yaml"]
-    grid = load_grid("configs/ablations/data.yaml", overrides)
-    grid = replace(grid, cells=[cell for cell in grid.cells if cell.row in ("RLAIF-V", "MMPR v1.2")])
-    small, large = cell_costs(grid, 64, find_gpu("h100")).values()
-    assert (small.pairs, small.steps, large.steps) == (83_000, 649, 15_625)
-    assert large.hours / small.hours == pytest.approx(15_625 / 649, rel=0.01)
-    assert 1.0 < large.hours < 10.0

@@ -19,7 +19,7 @@ FOUNDATION = {"errors", "limits", "lines", "names", "yaml_files", "json_files", 
 FOUNDATION |= {"stop", "sections", "data_config", "config"}
 TOP = {"cli_options", "commands", "cli", "__init__"}
 LOWER = [FOUNDATION, {"data"}, {"model"}, {"hf"}, {"evaluate"}, {"rl"}, {"serve"}]
-ORDER = [*LOWER, {"train"}, {"forecast"}, {"ablate"}, {"grpo"}, TOP]
+ORDER = [*LOWER, {"train"}, {"ablate"}, {"forecast"}, {"grpo"}, TOP]
 
 
 def _module(file: Path, parent: Path) -> str:
