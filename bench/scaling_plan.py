@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastrm.config import Config, load_config
-from fastrm.forecast.advice import with_settings
 from fastrm.forecast.hardware import GPUS
 from fastrm.forecast.memory import MODES
 from fastrm.forecast.picture import draw_plan
 from fastrm.forecast.plan import LARGEST, Assumptions, Plan, make_plan, plan_time, steps_of
 from fastrm.forecast.report import days
 from fastrm.forecast.step_time import efficiency, first_dominated, gpu_counts, messages
+from fastrm.forecast.ways import with_settings
 from fastrm.ui import gib, seconds
 from pages import between
 

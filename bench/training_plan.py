@@ -3,10 +3,10 @@
 import functools
 
 from fastrm.config import Config
-from fastrm.forecast.advice import with_settings
 from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.full_pack import PackShape
 from fastrm.forecast.memory import peak_memory
+from fastrm.forecast.ways import with_settings
 from fastrm.model.precision import token_multiple
 from training_models import make_network
 from training_shapes import TrainingShape, Variant

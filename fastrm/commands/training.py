@@ -81,13 +81,19 @@ def plan(
     Example: fastrm plan configs/full.yaml --gpus 64 --gpu h100
     """
     from fastrm.config import load_config
-    from fastrm.forecast.command import plan_run
+    from fastrm.forecast.command import epoch_pairs, plan_run
+    from fastrm.forecast.hardware import find_gpu
+    from fastrm.forecast.plan import Assumptions
 
-    plan_run(
-        load_config(config, overrides or []), gpus, gpu, num_pairs=pairs, imbalance=imbalance, nvlink_gbs=nvlink_gbs,
-        network_gbs=network_gbs, latency_us=latency_us, overlap=overlap, rate_share=rate_share, reserve_gb=reserve_gb,
-        results=results, json_out=json_out, png_out=png_out,
+    resolved = load_config(config, overrides or [])
+    assumptions = Assumptions(
+        gpus, find_gpu(gpu), *epoch_pairs(resolved, pairs), imbalance,
+        nvlink=None if nvlink_gbs is None else nvlink_gbs * 1e9,
+        network=None if network_gbs is None else network_gbs * 1e9,
+        latency_s=latency_us * 1e-6, overlap=overlap, rate_share=rate_share,
+        reserve_bytes=round(reserve_gb * 1e9), results=results,
     )  # fmt: skip
+    plan_run(resolved, assumptions, json_out, png_out)
 
 
 def ablate(

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from fastrm.config import Config
-from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB
 from fastrm.forecast.fake_step import PROGRESS
-from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.inputs import count_preferences
 from fastrm.forecast.picture import draw_plan
 from fastrm.forecast.plan import Assumptions, Plan, make_plan, steps_of
@@ -18,36 +16,13 @@ RECIPE_PAIRS = 2_850_000
 
 
 def plan_run(
-    config: Config,
-    num_gpus: int,
-    gpu: str,
-    *,
-    num_pairs: int | None = None,
-    imbalance: float = IMBALANCE,
-    nvlink_gbs: float | None = None,
-    network_gbs: float | None = None,
-    latency_us: float = LATENCY_US,
-    overlap: float | None = None,
-    rate_share: float | None = None,
-    reserve_gb: float = RESERVE_GB,
-    results: Path,
-    json_out: Path | None = None,
-    png_out: Path | None = None,
+    config: Config, assumptions: Assumptions, json_out: Path | None = None, png_out: Path | None = None
 ) -> Plan:
-    """Make a plan, print it, and write it to files if they are named. Units are in the names.
+    """Make a plan, print it, and write it to files if they are named.
 
     Raises:
-        ConfigError: as `make_plan`, or for an unknown GPU.
+        ConfigError: as `make_plan`.
     """
-    found_gpu = find_gpu(gpu)
-    num_pairs, origin = _pairs(config, num_pairs)
-    assumptions = Assumptions(
-        num_gpus, found_gpu, num_pairs, origin, imbalance,
-        nvlink=None if nvlink_gbs is None else nvlink_gbs * 1e9,
-        network=None if network_gbs is None else network_gbs * 1e9,
-        latency_s=latency_us * 1e-6, overlap=overlap, rate_share=rate_share,
-        reserve_bytes=round(reserve_gb * 1e9), results=results,
-    )  # fmt: skip
     with Display() as display:
         plan = make_plan(config, assumptions, steps_of(config, display.task(PROGRESS)))
     console = make_console()
@@ -62,8 +37,12 @@ def plan_run(
     return plan
 
 
-def _pairs(config: Config, given: int | None) -> tuple[int, str]:
-    """Return the preferences of an epoch, and the origin of the number."""
+def epoch_pairs(config: Config, given: int | None = None) -> tuple[int, str]:
+    """Return the preferences of an epoch, and the origin of the number.
+
+    Args:
+        given: the number that the user gives; None to count them, or to assume the recipe's.
+    """
     if given is not None:
         return given, "--pairs"
     counted = count_preferences(config)

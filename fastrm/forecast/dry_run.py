@@ -11,17 +11,17 @@ from rich.console import Console
 
 from fastrm.config import Config, ModelConfig
 from fastrm.data.tokenizer import load_tokenizer
-from fastrm.forecast.advice import ways
 from fastrm.forecast.fake_step import PROGRESS, FakeSteps
 from fastrm.forecast.flops import Workload, step_flops, typical_workload
-from fastrm.forecast.inputs import check_inputs
+from fastrm.forecast.inputs import ROWS, check_inputs, check_rows
 from fastrm.forecast.memory import MODES, peak_of
 from fastrm.forecast.needs import needs_of
-from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
+from fastrm.forecast.parameters import count_parameters
+from fastrm.forecast.report import print_parameters
 from fastrm.forecast.room import print_needs, print_problems
-from fastrm.forecast.rows import ROWS, check_rows
 from fastrm.forecast.stand_ins import describe_replaced
 from fastrm.forecast.step_time import packs_of_a_step
+from fastrm.forecast.ways import ways
 from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.config_keys import describe_unknown_keys
@@ -128,14 +128,6 @@ def _print_table(console: Console, title: str, rows: list[tuple[str, str, str]])
     for row in rows:
         table.add_row(*row, style="red" if row[1] in ("missing", "refused") else None)
     show(console, title, table)
-
-
-def print_parameters(console: Console, parts: dict[str, Parameters], origin: str) -> None:
-    """Print the table of parameters by part."""
-    table = Table("part", "all", "trained")
-    for name, count in (*parts.items(), ("all", sum_parameters(parts))):
-        table.add_row(name, f"{count.total:,}", f"{count.trainable:,}")
-    show(console, f"Parameters (exact; {origin})", table)
 
 
 def _print_memory(console: Console, memory: dict, config: Config) -> None:

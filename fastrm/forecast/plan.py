@@ -7,18 +7,16 @@ from pathlib import Path
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError
-from fastrm.forecast.advice import Fit, ways, with_settings
 from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB, RESULTS
-from fastrm.forecast.communication import Network
 from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.flops import Flops, Workload, step_flops, typical_workload
 from fastrm.forecast.full_pack import full_pack, pixel_bytes
-from fastrm.forecast.hardware import NETWORK, Gpu
+from fastrm.forecast.hardware import ASSUMED_BANDWIDTH_SHARE, NETWORK, Gpu, Rate, find_rate
 from fastrm.forecast.memory import MODES, PeakMemory, peak_of
 from fastrm.forecast.needs import Needs, needs_of
 from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
-from fastrm.forecast.rates import ASSUMED_BANDWIDTH_SHARE, Rate, find_rate
-from fastrm.forecast.step_time import StepTime, Work, first_dominated, gpu_counts, packs_of_a_step, step_time
+from fastrm.forecast.step_time import Network, StepTime, Work, first_dominated, gpu_counts, packs_of_a_step, step_time
+from fastrm.forecast.ways import Fit, ways, with_settings
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.network import RewardNetwork
 from fastrm.model.precision import convert_to_fp8

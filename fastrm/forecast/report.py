@@ -1,18 +1,20 @@
-"""A plan as tables on standard output, and as JSON."""
+"""A plan as tables and advice on standard output, and as JSON."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
 
-from fastrm.forecast.advice import advise
-from fastrm.forecast.dry_run import print_parameters
-from fastrm.forecast.memory import MODES
+from fastrm.config import Config
+from fastrm.forecast.hardware import ASSUMED_BANDWIDTH_SHARE
+from fastrm.forecast.memory import MODES, PeakMemory
+from fastrm.forecast.parameters import Parameters, sum_parameters
 from fastrm.forecast.plan import GROWING_PAIRS, Plan, TimePlan
-from fastrm.forecast.rates import ASSUMED_BANDWIDTH_SHARE
 from fastrm.forecast.room import print_needs
 from fastrm.forecast.stand_ins import describe_replaced
 from fastrm.forecast.step_time import StepTime, efficiency, messages
+from fastrm.forecast.ways import Fit
 from fastrm.tables import Table
 from fastrm.ui import gib, gpus, peta, say, seconds, show
 
@@ -46,7 +48,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 def advice(plan: Plan) -> list[str]:
     """Return sentences on whether the run fits, and on other changes that are worth making."""
     given = plan.assumptions
-    lines = advise(plan.config, given.num_gpus, plan.memory, plan.fits, given.usable_bytes, plan.largest_pack)
+    lines = memory_advice(plan.config, given.num_gpus, plan.memory, plan.fits, given.usable_bytes, plan.largest_pack)
     idle = given.num_gpus - plan.step.busy_gpus
     pairs = plan.work.num_pairs
     if idle:
@@ -60,6 +62,50 @@ def advice(plan: Plan) -> list[str]:
             f"{pairs:,} more GPUs buy little; raise it, or use fewer."
         )
     return lines
+
+
+def memory_advice(
+    config: Config, num_gpus: int, peak: PeakMemory, fits: Sequence[Fit], usable: int, largest_pack: int | None
+) -> list[str]:
+    """Return sentences: whether the configured way fits a GPU's usable bytes, and if not, the least changes that do.
+
+    Args:
+        peak: of the configured way.
+        largest_pack: tokens of the largest pack that fits in the configured way; None if none does.
+    """
+    needed = f"{gib(peak.total)} GiB of {gib(usable)} GiB"
+    if peak.total <= usable:
+        return [f"fits: {needed}.", *_lighter(config, num_gpus, fits, usable)]
+    lines = [f"does not fit: {needed}, at its fullest in: {peak.when}."]
+    if largest_pack is not None:
+        lines.append(f"optim.tokens_per_pack and data.max_tokens_per_group: {largest_pack} would fit.")
+    mode = config.model.activation_checkpointing
+    possible = [fit for fit in fits if fit.peak.total <= usable]
+    # First the fits that recompute no more than they must, on as many GPUs as were asked for.
+    possible.sort(key=lambda fit: (fit.way.num_gpus != num_gpus, fit.checkpointing != mode, fit.peak.total))
+    seen: set[str] = set()
+    for fit in possible:
+        if fit.way.label not in seen:
+            seen.add(fit.way.label)
+            lines.append(f"fits: {fit.text}.")
+    if not possible:
+        lines.append("no other way fits packs of this size either: smaller packs, or a GPU with more memory.")
+    return lines
+
+
+def _lighter(config: Config, num_gpus: int, fits: Sequence[Fit], usable: int) -> list[str]:
+    """Return sentences on a mode of checkpointing that recomputes less and fits as well."""
+    costs = {"none": 0, "selective": 1, "full": 2}
+    mode = config.model.activation_checkpointing
+    tree = config.model_dump()
+    for fit in sorted(fits, key=lambda fit: costs[fit.checkpointing]):
+        same = fit.way.num_gpus == num_gpus and all(
+            tree[key.split(".")[0]][key.split(".")[1]] == value for key, value in fit.way.settings.items()
+        )
+        if same and costs[fit.checkpointing] < costs[mode] and fit.peak.total <= usable:
+            text = f"model.activation_checkpointing: {fit.checkpointing} fits too ({gib(fit.peak.total)} GiB)"
+            return [f"{text} and computes less again."]
+    return []
 
 
 def _print_assumptions(plan: Plan, console: Console) -> None:
@@ -87,6 +133,14 @@ def _print_assumptions(plan: Plan, console: Console) -> None:
     ]
     for line in lines:
         say(console, f"  - {line}")
+
+
+def print_parameters(console: Console, parts: dict[str, Parameters], origin: str) -> None:
+    """Print the table of parameters by part."""
+    table = Table("part", "all", "trained")
+    for name, count in (*parts.items(), ("all", sum_parameters(parts))):
+        table.add_row(name, f"{count.total:,}", f"{count.trainable:,}")
+    show(console, f"Parameters (exact; {origin})", table)
 
 
 def _print_memory(plan: Plan, console: Console) -> None:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastrm.forecast.hardware import GPUS
-from fastrm.forecast.rates import find_rate
+from fastrm.forecast.hardware import GPUS, find_rate
 from run_training import parts
 from training_models import checkpointing_modes, published_config, training_config
 from training_results import (

@@ -18,7 +18,7 @@ from fastrm.data.sources.media import file_kind, media_kind
 from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import score_dicts
-from fastrm.forecast.rows import check_rows
+from fastrm.forecast.inputs import check_rows
 from tests.helpers.prepared_sets import Made, config_of
 from tests.helpers.runs import text_rows, write_rows
 from tests.helpers.source_rows import FLAT, GROUP, RATED, SAME_PAIR, SHAREGPT, SWIFT, data_uri, png, shape, turns

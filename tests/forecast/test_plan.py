@@ -12,21 +12,27 @@ from rich.console import Console
 
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
-from fastrm.forecast.advice import advise, with_settings
-from fastrm.forecast.command import plan_run
-from fastrm.forecast.communication import Network, collectives
+from fastrm.forecast.command import epoch_pairs, plan_run
 from fastrm.forecast.flops import typical_workload
 from fastrm.forecast.full_pack import full_pack
-from fastrm.forecast.hardware import GPUS, find_gpu
+from fastrm.forecast.hardware import GPUS, find_gpu, find_rate
 from fastrm.forecast.inputs import count_preferences
 from fastrm.forecast.memory import peak_of, training_state, zero_state
 from fastrm.forecast.parameters import Parameters
 from fastrm.forecast.picture import draw_plan
 from fastrm.forecast.plan import Assumptions, make_plan, steps_of
-from fastrm.forecast.rates import find_rate
-from fastrm.forecast.report import advice, as_json, days, print_plan
+from fastrm.forecast.report import advice, as_json, days, memory_advice, print_plan
 from fastrm.forecast.stand_ins import describe_replaced
-from fastrm.forecast.step_time import Work, efficiency, first_dominated, packs_of_a_step, step_time
+from fastrm.forecast.step_time import (
+    Network,
+    Work,
+    collectives,
+    efficiency,
+    first_dominated,
+    packs_of_a_step,
+    step_time,
+)
+from fastrm.forecast.ways import with_settings
 from fastrm.model.architectures import find_architecture, meta_network
 from scaling_plan import DOCUMENT, updated
 from tests.helpers.project import PROJECT
@@ -121,7 +127,7 @@ class TestCommunication:
         assert message.seconds(8, slow) - message.seconds(8, self.NETWORK) == pytest.approx(5 * 2 * 7)
 
     def test_bucket_is_the_engines(self):
-        from fastrm.forecast.communication import REDUCED_AT_ONCE
+        from fastrm.forecast.step_time import REDUCED_AT_ONCE
         from fastrm.train.deepspeed_engine import BUCKET
 
         assert REDUCED_AT_ONCE == BUCKET
@@ -284,7 +290,7 @@ class TestAdvice:
 
     def test_nothing_fits(self, recipe):
         plan = plan_of(recipe, 1)
-        lines = advise(recipe, 1, plan.memory, [], 10**9, None)
+        lines = memory_advice(recipe, 1, plan.memory, [], 10**9, None)
         assert lines[-1].startswith("no other way fits")
 
     def test_idle_gpus_and_dominating_messages_are_said(self, recipe):
@@ -354,7 +360,8 @@ def _seconds_of_children():
 
 
 def test_pairs_that_are_here_are_counted(capsys):
-    plan = plan_run(load_config(PROJECT / "configs/quickstart.yaml"), 2, "h100", results=NOWHERE)
+    config = load_config(PROJECT / "configs/quickstart.yaml")
+    plan = plan_run(config, Assumptions(2, find_gpu("h100"), *epoch_pairs(config), results=NOWHERE))
     assert plan.assumptions.num_pairs == 3838
     assert "an epoch has 3,838 pairs (counted in data.train)" in capsys.readouterr().out
 
