@@ -1,6 +1,7 @@
 """The page that `fastrm data check` prints about a source."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.text import Text
 from fastrm.data.check import Refusals, SourceCheck, example_turns
 from fastrm.data.prepared.findings import PairFindings
 from fastrm.data.record import Record
+from fastrm.data.sources.key_tally import EQUAL, REVERSED
 from fastrm.data.sources.keys import ignore_setting, nearest
 from fastrm.data.sources.layouts import keys_read_by
 from fastrm.data.template import ConversationEncoder
@@ -111,6 +113,8 @@ def _contents(found: SourceCheck) -> Table | None:
     table.add_row("prompts", f"{found.num_prompts:,} different; rows of one prompt and source become one group")
     table.add_row("preferences", f"{pairs.num_pairs:,}{ties}")
     table.add_row("both ways", _contradictions(found, pairs))
+    if scores := found.all_keys.scores:
+        table.add_row("scores", _against_scores(scores))
     table.add_row("copies", _copies(found))
     if pairs.num_pairs:
         table.add_row("length", _length(pairs))
@@ -123,6 +127,13 @@ def _contradictions(found: SourceCheck, pairs: PairFindings) -> str:
         return "no two responses are preferred both ways"
     first, second = (found.place(*place) for place in pairs.example)
     return f"{pairs.contradiction}, first at {first} and {second}: nothing can be learned from them"
+
+
+def _against_scores(scores: Counter[str]) -> str:
+    parts = {EQUAL: "with equal scores of both responses", REVERSED: "whose rejected response has the greater score"}
+    counted = (f"{_count(scores[kind], 'pair')} {what}" for kind, what in parts.items() if scores[kind])
+    said = "they are trained on as chosen and rejected say: remove them if the scores are right"
+    return f"{' and '.join(counted)}; {said}"
 
 
 def _copies(found: SourceCheck) -> str:

@@ -4,11 +4,15 @@ The trained one is byte-level BPE with Qwen2.5-VL's pre-tokenisation, special to
 InternVL's, so that everything downstream is the same as for the published models.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fastrm.data.record import Message
 from fastrm.errors import ConfigError
+
+# Files of which a tokenizer has one; the others are older forms, from which transformers makes the first.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 # The order fixes the ids. Source: the Qwen2.5-VL tokenizer's added tokens.
 SPECIAL_TOKENS = (
@@ -157,6 +161,12 @@ def load_tokenizer(path: str):
     """
     from transformers import AutoTokenizer
 
+    if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in _VOCABULARIES):
+        # transformers would make one without a vocabulary for some families.
+        raise ConfigError(
+            f"model.tokenizer {path!r}: the folder has no tokenizer, wanted tokenizer.json and tokenizer_config.json; "
+            "copy them from the model that this one was made of"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

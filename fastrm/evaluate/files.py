@@ -17,6 +17,7 @@ from fastrm.evaluate.output import check_output, complete_file, print_refused
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json
+from fastrm.model.loading import shortened
 from fastrm.tables import Table
 from fastrm.ui import Display, make_console, message, print_table
 
@@ -33,21 +34,33 @@ def score_file(choice: ModelChoice, data: str, out: Path, options: ScoringOption
 
     Raises:
         ConfigError, DataError, StorageError: for a model, data or output that cannot be used.
-        DataError: after everything is written, if a reward was not finite.
+        DataError: after everything is written, if no group has rewards or a reward was not finite.
     """
     choice.check()
-    done = failed = 0
+    refused: list[str] = []
     broken: list[str] = []
+    ids: Counter[str] = Counter()
+    done = 0
     with complete_file(out) as write, Display() as display:
         for record, result in Scoring(choice, data, options, display, "scoring").run(require_preferences=False):
-            write(to_json(_score_row(record, result)) + "\n")
+            row = _score_row(record, result)
+            write(to_json(row) + "\n")
             done += 1
+            ids.update([] if row["id"] is None else [row["id"]])
             if isinstance(result, RecordError):
-                failed += 1
-                broken += [f"{record.origin}: {result.message}"] if result.code == NON_FINITE else []
-    message(make_console(stderr=True), f"{done:,} groups scored, {failed:,} of them refused; {out}")
+                named = f"{record.origin}: {result.message}" if isinstance(record, Record) else result.message
+                refused.append(named)
+                broken += [named] if result.code == NON_FINITE else []
+    console = make_console(stderr=True)
+    groups = "1 group" if done == 1 else f"{done:,} groups"
+    message(console, f"{groups}: {done - len(refused):,} scored, {len(refused):,} refused; {out}")
+    if repeated := [name for name, number in ids.items() if number > 1]:
+        named = shortened(repeated)
+        message(console, f"ids of several lines in {out}: {named}; join by the number of the line, or mend the ids")
     if broken:
         raise DataError(f"{len(broken):,} of {done:,} groups have a reward that is not finite; {broken[0]}")
+    if len(refused) == done:
+        raise DataError(f"{data}: no group has rewards; first: {refused[0]}; {out} has the reason of each")
 
 
 def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options: ScoringOptions) -> None:
@@ -91,6 +104,8 @@ class Scoring:
         rows = read_in_order(self._data, options.images, options.data_format, keys=keys, **reading)
         # The data is opened before the models are loaded, so that an unreadable file fails at once.
         chunk, done = list(islice(rows, CHUNK)), 0
+        if not chunk:
+            raise DataError(f"{self._data}: it has no rows; name a file with a row for each prompt")
         self.ensemble = open_models(self._choice, options, self._display)
         while chunk:
             yield from self._score(chunk)
@@ -122,8 +137,8 @@ def _evaluate(scoring: Scoring, data: str) -> dict:
         for member, rewards in zip(members, result.members, strict=True):
             member.add(record, rewards)
     if not accuracy.num_scored:
-        reasons = refused[0]["message"] if refused else "it has no rows"
-        raise DataError(f"{data}: no preference could be evaluated; {reasons}")
+        reason = refused[0]["message"] if refused else "all are ties"
+        raise DataError(f"{data}: no preference could be evaluated; {reason}")
     report = {**accuracy.report(), **describe(scoring.ensemble), "refused": refused}
     if len(members) > 1:
         named = zip(scoring.ensemble.names, members, strict=True)

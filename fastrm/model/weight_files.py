@@ -301,12 +301,17 @@ def _hub_finder(repository: str):
 
 @functools.cache
 def _hub_problem() -> str | None:
-    """Return why the hub cannot be reached, or None. It is asked once: its client would try for 23 s at each file."""
+    """Return why the hub cannot be reached, or None.
+
+    It is asked once: its client would try for 23 s at each file. Where it is away the client is told to use its cache
+    alone, for the files that transformers asks for.
+    """
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except Exception as error:  # of whichever library the hub's client sends requests with
+        constants.HF_HUB_OFFLINE = True
         return f"{constants.ENDPOINT} cannot be reached: {error}"
     return None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastrm.errors import ConfigError, DataError, GroupError
 from fastrm.rl.answers import check_kind, is_match, read_truth
-from fastrm.rl.samples import Sample, group_samples
+from fastrm.rl.samples import Sample, check_samples, group_samples
 
 SCHEMES = ("rule", "model", "hybrid")
 # Reasons that one response of a group may have alone: the others get their rewards.
@@ -71,9 +71,11 @@ class Rewards:
             matched: what `match` returned for these samples, if it was asked before.
 
         Raises:
-            DataError: for a true answer that is no text, number, or list of them, if the scheme asks for it.
+            DataError: as `check_samples`, and for a true answer that is no text, number, or list of them, if the scheme
+                asks for it.
             ServerError: as `Client.score`.
         """
+        samples = check_samples(samples)
         steps = self._steps(samples, self._match(samples) if matched is None else matched)
         groups = next(steps)
         while True:
@@ -84,6 +86,7 @@ class Rewards:
 
     async def compute_async(self, samples: Sequence[Sample]) -> list[float | None]:
         """Compute the rewards as a call does, without blocking the event loop."""
+        samples = check_samples(samples)
         steps = self._steps(samples, await asyncio.to_thread(self._match, samples))
         groups = await asyncio.to_thread(next, steps)
         while True:

@@ -15,7 +15,7 @@ from PIL import Image
 from fastrm.data.record import ImageRef
 from fastrm.data.sources.conversation import PLACEHOLDERS, escaped
 from fastrm.data.sources.media import any_path, media_ref
-from fastrm.errors import RecordError
+from fastrm.errors import DataError, RecordError
 from fastrm.rl.chat_text import read_chat
 
 _IMAGE_PARTS = ("image", "image_url")
@@ -32,12 +32,15 @@ class Sample:
         images: those of the prompt, one or a list in order: path, bytes, data URI, Pillow image, ``{"bytes", "path"}``
             or URL. They are not needed where the parts of the prompt hold them, as ``{"type": "image", "image": ...}``.
         truth: the true answer, or several; None if there is none.
+        has_markers: ``<image>`` in the prompt's texts always is the place of an image, as in rows of ms-swift. Else it
+            is text where the prompt has no images.
     """
 
     prompt: str | Sequence[Mapping]
     response: str
     images: object = None
     truth: object = None
+    has_markers: bool = False
 
 
 @dataclass
@@ -91,6 +94,22 @@ class ImageReader:
         return self._encoded[key]
 
 
+def check_samples(samples: Iterable[Sample]) -> list[Sample]:
+    """Return the samples as a list.
+
+    Raises:
+        DataError: for anything else among them, such as a row of a data set.
+    """
+    samples = list(samples)
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Sample):
+            raise DataError(
+                f"samples[{number}] is a {type(sample).__name__}, wanted a fastrm.rl.Sample: "
+                "Sample(prompt, response, images=..., truth=...)"
+            )
+    return samples
+
+
 def group_samples(samples: Iterable[Sample]) -> Grouped:
     """Group samples by prompt and images, in the order in which prompts first appear.
 
@@ -105,7 +124,7 @@ def group_samples(samples: Iterable[Sample]) -> Grouped:
             found.errors[number] = error
             found.places.append(None)
             continue
-        if not images and not any(map(_has_places, messages)):
+        if not images and not sample.has_markers and not any(map(_has_places, messages)):
             messages = escaped(messages)  # without images, <image> is text
         key = json.dumps([messages, names], sort_keys=True, default=str)
         if key not in numbers:

@@ -52,6 +52,6 @@ def _read(completions: Sequence[str], columns: dict, rewards: Rewards, truth: st
         values or [None] * len(completions) for values in (columns.get("images"), rewards.find_truths(columns, truth))
     )
     return [
-        Sample(row[:-1] if row[-1]["role"] == "assistant" else row, completion, pictures or None, answer)
+        Sample(row[:-1] if row[-1]["role"] == "assistant" else row, completion, pictures or None, answer, True)
         for completion, row, pictures, answer in zip(completions, messages, images, truths, strict=True)
     ]

@@ -47,7 +47,7 @@ def check_data(
         DataError: a source cannot be read at all, or more of its rows are refused.
     """
     limit, console = _share(max_refused), make_console()
-    checked, too_many = [], []
+    checked, too_many, empty = [], [], []
     for name, source, config in _sources(names, reading or {}):
         encoder = _encoder(config, model)
         with Display() as display:
@@ -65,13 +65,17 @@ def check_data(
         print_page(console, name, found, encoder)
         checked.append(found)
         if not found.num_rows:
-            too_many.append(f"{name} has no rows")
+            empty.append(f"{name} has no rows")
         elif found.num_refused > limit * found.num_rows:
             too_many.append(f"{found.num_refused:,} of {found.num_rows:,} rows of {name} are refused")
     if too_many:
-        raise DataError(
+        too_many = [
             f"{'; '.join(too_many)}: more than --max-refused {max_refused}; mend the rows, or raise the share"
-        )
+        ]
+    if empty:
+        too_many.append(f"{'; '.join(empty)}; name a file with rows")
+    if too_many:
+        raise DataError("; ".join(too_many))
     return checked
 
 
@@ -108,11 +112,11 @@ def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | 
 
 
 def _share(text: str) -> float:
-    """Return the number that ``1%`` or ``0.01`` stands for."""
+    """Return the number that ``1%`` or ``0.01`` stands for; a bare 1 may be meant as 1 % or as all, and is refused."""
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = -1.0
-    if not 0.0 <= share <= 1.0:
-        raise ConfigError(f"--max-refused: got {text!r}, wanted a share such as 1% or 0.01")
+    if not 0.0 <= share <= 1.0 or (share == 1.0 and not text.endswith("%")):
+        raise ConfigError(f"--max-refused: got {text!r}, wanted a share such as 1% or 0.01; 100% stands for all rows")
     return share

@@ -127,6 +127,24 @@ def test_same_direction_twice_is_no_contradiction():
     assert (found.contradicting, found.example) == (1, ((0, 4), (0, 6)))
 
 
+def test_pairs_that_their_own_scores_contradict_are_counted(tmp_path):
+    scores = [(5, 5), (7.5, 7.5), (3, 8), (8, 3), (True, True), ("5", "5"), (None, None)]
+    names = [("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")] * 4
+    rows = [
+        row | dict(zip(keys, pair, strict=True)) for row, keys, pair in zip(text_rows(7), names, scores, strict=False)
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    found = checked(tmp_path, num_workers=2)
+    assert found.all_keys.scores == {"equal": 2, "reversed": 1} and found.num_refused == 0
+    said = " ".join(page(found).split())
+    assert (
+        "scores 2 pairs with equal scores of both responses and 1 pair whose rejected response has the greater score; "
+        "they are trained on as chosen and rejected say: remove them if the scores are right"
+    ) in said
+    write_rows(tmp_path / "rows.jsonl", [rows[3]])
+    assert "greater score" not in page(checked(tmp_path))
+
+
 def test_exit_code_says_that_too_many_rows_are_refused(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [*text_rows(9), {"prompt": "a"}])
     result = fastrm("data", "check", rows)
@@ -137,9 +155,11 @@ def test_exit_code_says_that_too_many_rows_are_refused(tmp_path):
     assert len(check_data([str(rows)], max_refused="0.1", num_workers=1)) == 1
     with pytest.raises(ConfigError, match="data check: format: got 'nope'; input should be"):
         check_data([str(rows)], reading={"format": "nope"})
-    with pytest.raises(ConfigError, match=r"--max-refused: got '2', wanted a share such as 1% or 0\.01"):
-        check_data([str(rows)], max_refused="2", num_workers=1)
-    with pytest.raises(DataError, match="has no rows"):
+    for share in ("2", "1", "1.0", "nan", "101%", "-1%"):
+        with pytest.raises(ConfigError, match=r"--max-refused: got '.*', wanted a share such as 1% or 0\.01; 100% "):
+            check_data([str(rows)], max_refused=share, num_workers=1)
+    assert check_data([str(rows)], max_refused="100%", num_workers=1)
+    with pytest.raises(DataError, match=r"none\.jsonl has no rows; name a file with rows$"):
         check_data([str(write_rows(tmp_path / "none.jsonl", [""]))], num_workers=1)
 
 

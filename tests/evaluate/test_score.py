@@ -156,7 +156,8 @@ def test_image_limits_can_be_set(folder, limit):
     with pytest.raises(DataError, match=f"limit .*raise data.{limit}.*IMAGE_TOO_LARGE"):
         limited.score([group])
     out = folder / f"{limit}.jsonl"
-    files.score_file(chosen(folder / "run" / "model"), str(folder / "colours.jsonl"), out, options(**{limit: 50}))
+    with pytest.raises(DataError, match=r"no group has rewards; first: .*colours\.jsonl:1: .*limit"):
+        files.score_file(chosen(folder / "run" / "model"), str(folder / "colours.jsonl"), out, options(**{limit: 50}))
     assert all(json.loads(line)["error"]["code"] == "IMAGE_TOO_LARGE" for line in out.read_text().splitlines())
 
 
@@ -257,12 +258,42 @@ def test_files_give_one_line_per_row_in_order(folder):
     data = write_rows(folder / "score.jsonl", rows)
     result = fastrm("score", folder / "run" / "model", data, "--out", folder / "out.jsonl")
     assert result.returncode == 0, result.stderr
+    assert f"8 groups: 6 scored, 2 refused; {folder / 'out.jsonl'}" in result.stderr
     lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines if "error" not in line] == ["c0", "c1", "c2", "empty", "c3", "c4"]
     assert [n for n, line in enumerate(lines) if line["rewards"] is None] == [2, 5]
     assert [lines[n]["error"]["code"] for n in (2, 5)] == ["BAD_JSON", "IMAGE_MISSING"]
     assert "no.png" in lines[5]["error"]["message"] and len(lines[4]["rewards"]) == 2
     assert not (folder / "out.jsonl.part").exists()
+
+
+def test_scoring_without_a_reward_is_an_error_that_says_why(folder, tmp_path):
+    """The file is still written where there were groups, since it holds the reason of each."""
+    model, out = folder / "run" / "model", tmp_path / "out.jsonl"
+    blind = write_rows(tmp_path / "blind.jsonl", [{"prompt": "a", "images": ["no.png"], "responses": ["b"]}])
+    result = fastrm("score", model, blind, "--out", out)
+    assert result.returncode == 65
+    assert f"1 group: 0 scored, 1 refused; {out}" in result.stderr
+    last = json.loads(result.stderr.splitlines()[-1])["message"]
+    assert last.startswith(f"{blind}: no group has rewards; first: {blind}:1: ") and "no.png" in last
+    assert json.loads(out.read_text())["error"]["code"] == "IMAGE_MISSING"
+    (tmp_path / "empty.jsonl").write_text("")
+    for run in (files.score_file, files.evaluate_file):
+        with pytest.raises(DataError, match=r"empty\.jsonl: it has no rows; name a file with a row for each prompt"):
+            run(chosen(model), str(tmp_path / "empty.jsonl"), tmp_path / "none.jsonl", options())
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_ids_that_repeat_are_named_once(folder, tmp_path, capsys):
+    """A join of rewards by id would take another group's."""
+    rows = [{"id": name, "prompt": "a", "responses": ["b"]} for name in (7, 8, "7", 7, 9, 9)]
+    data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    files.score_file(chosen(folder / "run" / "model"), str(data), out, options())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "out.jsonl: 7, 9; join by the number of the line, or mend the ids" in said
+    unnamed = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "responses": ["b"]}] * 2)
+    files.score_file(chosen(folder / "run" / "model"), str(unnamed), out, options())
+    assert "join by" not in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_reward_model_is_refused(folder, tmp_path):

@@ -357,20 +357,51 @@ def test_a_path_that_does_not_exist_is_said_with_where_it_was_looked_for(tmp_pat
         rewards_of(Path("runs/my/model"))
 
 
-def test_a_name_without_a_folder_is_an_error_at_once_where_the_hub_cannot_be_reached(tmp_path, monkeypatch):
-    """The hub's client would wait 23 s, and say so in eleven lines, at each of three files."""
+@pytest.fixture
+def waits(monkeypatch, tmp_path):
+    """The seconds that the hub's client would wait, 23 at each file, while its hub cannot be reached."""
     waits = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
     weight_files._hub_problem.cache_clear()
+    yield waits
+    weight_files._hub_problem.cache_clear()
+
+
+def test_a_name_without_a_folder_is_an_error_at_once_where_the_hub_cannot_be_reached(tmp_path, waits):
     said = rf"'runs/model': no such folder here in {tmp_path}, and config.json does not come from the hub \(http://127"
-    try:
-        with pytest.raises(ConfigError, match=said):
-            rewards_of("runs/model")
-    finally:
-        weight_files._hub_problem.cache_clear()
+    with pytest.raises(ConfigError, match=said):
+        rewards_of("runs/model")
     assert waits == []
+
+
+def test_a_model_of_the_hubs_cache_is_read_at_once_where_the_hub_cannot_be_reached(tmp_path, waits):
+    """Its configuration and its tokenizer too, for which transformers asks the hub by itself."""
+    cached = tmp_path / "cache" / "models--some--model"
+    save_backbone(cached / "snapshots" / "abc", "qwen2", AutoModelForSequenceClassification, num_labels=1)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert rewards_of("some/model")[0] == rewards_of(cached / "snapshots" / "abc")[0]
+    assert waits == []
+
+
+def test_a_configuration_that_is_no_json_is_named(tmp_path):
+    save_backbone(tmp_path, "qwen2", AutoModelForSequenceClassification, num_labels=1)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"')
+    with pytest.raises(StorageError, match=r"config.json: cannot be read \(.*line 1.*\); download or copy it again"):
+        rewards_of(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    """transformers makes one without a vocabulary, in which the first special token would be missed."""
+    save_model(make_model("qwen2_5_vl"), tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ConfigError, match="the folder has no tokenizer, wanted tokenizer"):
+        rewards_of(tmp_path)
 
 
 def test_a_run_that_has_exported_nothing_says_so(tmp_path):

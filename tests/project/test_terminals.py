@@ -110,7 +110,7 @@ LONG = {
     "data prepare {second} --workers 1": ("refused: {bad}:17: image", "rows refused, BAD_JSON"),
     "data check {bad} {rows} --max-refused 50% --model {model}": ("response 1, ",),
     "train {config} --resume {folder}/run/checkpoints/step-9": ("not an intact checkpoint: manifest.json is missing",),
-    "score {model} {bad} --out {folder}/rewards.jsonl --no-check-exactness": ("18 groups scored, 2 of them refused",),
+    "score {model} {bad} --out {folder}/rewards.jsonl --no-check-exactness": ("18 groups: 16 scored, 2 refused",),
     "eval {model} {model} {model} {bad}": ("Pair accuracy", "3 {model}"),
 }
 

@@ -269,6 +269,8 @@ def test_swift(server, stand_in):
     plugin = module.rm_plugins["fastrm"](model=None, template=None)
     assert plugin([{"messages": row, "images": [image], "solution": "red"} for row in rows]) == rewards
     assert [len(body["groups"]) for body in server[1]] == [1, 1]
+    plugin([{"messages": rows[0], "images": [], "solution": "red"}])
+    assert server[1][-1]["groups"][0]["messages"] == [question]  # a place, so that the reader misses its image
     with pytest.raises(DataError, match="does not end with the assistant's turn"):
         plugin([{"messages": rows[0][:1], "images": [image], "solution": "red"}])
     with pytest.raises(DataError, match="messages: got no column, wanted 1 rows"):

@@ -91,6 +91,29 @@ def test_a_placeholder_in_text_stays_text():
     assert Rewards(model)(samples) == [rewards[0] for rewards in model.score([escaped, placed])]
 
 
+@pytest.mark.parametrize("scheme", ["rule", "model"])
+@pytest.mark.parametrize("row", [{"prompt": "2 + 2?", "response": "4"}, "4", None])
+def test_a_row_that_is_no_sample_is_named(scheme, row):
+    rewards = Rewards(CountingScorer(), scheme=scheme)
+    said = rf"samples\[1\] is a {type(row).__name__}, wanted a fastrm.rl.Sample: Sample\(prompt, response"
+    with pytest.raises(DataError, match=said):
+        rewards([SAMPLES[0], row])
+    with pytest.raises(DataError, match=said):
+        asyncio.run(rewards.compute_async([SAMPLES[0], row]))
+
+
+def test_an_array_of_pixels_is_refused_with_what_to_do(caplog):
+    assert by_both(Rewards(CountingScorer()), [Sample("x", "y", np.zeros((8, 8, 3), np.uint8))]) == [None]
+    assert "PIL.Image.fromarray" in caplog.text
+
+
+def test_a_marker_of_a_trainer_is_the_place_of_an_image_that_is_lost():
+    rewards = Rewards(RewardModel(make_model("qwen2_5_vl")))
+    samples = [Sample("So <image>?", "yes", has_markers=marked) for marked in (True, False)]
+    lost, text = by_both(rewards, samples)
+    assert lost is None and text is not None and rewards.num_failed == {"IMAGE_COUNT": 2}
+
+
 def test_one_bad_response_does_not_cost_its_group_the_rewards(caplog):
     samples = [Sample("2 + 2?", text) for text in ("4", "a NUL \0", "unscorable", "\ud800", "5")]
     samples += [Sample("x", "y", ["no such file"]), Sample([3], "y"), Sample("x", 3)]

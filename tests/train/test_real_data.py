@@ -61,7 +61,7 @@ def test_photos_score_in_input_order_and_a_missing_one_keeps_its_line(tmp_path):
     assert [line["id"] for line in lines] == [group["id"] for group in groups]
     assert lines[3]["rewards"] is None and lines[3]["error"]["code"] == "IMAGE_MISSING"
     assert all(len(line["rewards"]) == 3 for number, line in enumerate(lines) if number != 3)
-    assert "8 groups scored, 1 of them refused" in result.stderr
+    assert "8 groups: 7 scored, 1 refused" in result.stderr
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
 """The counts of the keys of a file's rows, and the line that reports those which are not read."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from fastrm.data.sources.keys import brief, ignore_setting, nearest
+from fastrm.data.sources.keys import PAIR_SCORES, brief, ignore_setting, nearest
 
+EQUAL, REVERSED = "equal", "reversed"
 _MAX_REPORTED = 12  # the most unread keys that a report describes
 
 
@@ -16,6 +17,7 @@ class KeyTally:
         read: keys that were read, by layout, in the order of the rows.
         unread: number of rows that have an unread key, by its name.
         examples: a shortened value of each of them.
+        scores: number of pairs that scores beside them contradict, by how: `EQUAL` or `REVERSED`.
     """
 
     def __init__(self):
@@ -24,6 +26,7 @@ class KeyTally:
         self._known: set[tuple] = set()  # (layout, keys) of the rows seen so far
         self.unread: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
+        self.scores: Counter[str] = Counter()
 
     def add(self, layout: str, read: tuple[str, ...], unread: dict[str, object]) -> None:
         """Count a row, with the keys of it that are read, and the others with their values."""
@@ -36,10 +39,20 @@ class KeyTally:
                 self.examples[name] = brief.repr(value)
             self.unread[name] += 1
 
+    def add_scores(self, row: Mapping) -> None:
+        """Count a pair whose own scores, under one of `PAIR_SCORES`, do not put its chosen response first."""
+        for names in PAIR_SCORES:
+            chosen, rejected = (row.get(name) for name in names)
+            if _is_number(chosen) and _is_number(rejected):
+                if chosen <= rejected:
+                    self.scores[EQUAL if chosen == rejected else REVERSED] += 1
+                return
+
     def merge(self, other: "KeyTally") -> None:
         """Add the counts of other rows."""
         self.layouts += other.layouts
         self.unread += other.unread
+        self.scores += other.scores
         self.examples = other.examples | self.examples
         for layout, read in other.read.items():
             self._add_read(layout, read)
@@ -49,13 +62,17 @@ class KeyTally:
 
     def to_json(self) -> dict:
         """Return the tally as plain values, for `from_json`."""
-        return {"layouts": self.layouts, "read": self.read, "unread": self.unread, "examples": self.examples}
+        return {
+            "layouts": self.layouts, "read": self.read, "unread": self.unread, "examples": self.examples,
+            "scores": self.scores,
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, value: dict) -> "KeyTally":
         tally = cls()
         tally.layouts, tally.unread = Counter(value["layouts"]), Counter(value["unread"])
         tally.read, tally.examples = dict(value["read"]), dict(value["examples"])
+        tally.scores = Counter(value.get("scores", {}))  # sets of earlier versions have none
         return tally
 
     def report(self, path: str, known: Sequence[str]) -> str | None:
@@ -79,3 +96,7 @@ class KeyTally:
     def likely_metadata(self, known: Sequence[str]) -> list[str]:
         """Return the unread keys to which no known key is near, so that a source may ignore them."""
         return [name for name in self.unread if nearest(name, known) is None]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

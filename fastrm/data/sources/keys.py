@@ -43,6 +43,10 @@ _TOLD = _words("""
     rejected_score score_chosen score_rejected chosen_rating rejected_rating chosen_reason rejected_reason num_turns
 """)
 METADATA = _NAMES | _TOLD
+# Among them the scores by which some sets chose: (of the chosen response, of the rejected one).
+PAIR_SCORES = (
+    ("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating"),
+)  # fmt: skip
 # Keys of any row that the chat template is given besides the messages (conversation.py).
 RENDERED_KEYS = ("system", "history", "tools", "documents", "chat_template_kwargs")
 # Keys of a turn that no template renders: settings of trainers, and notes of arenas and logs.

@@ -48,6 +48,8 @@ LAYOUTS = {
 }
 # Layouts whose records may span several rows.
 JOINING = tuple(layout for layout in LAYOUTS.values() if hasattr(layout, "continues"))
+# Keys under which trainers of policies keep the one response of a row.
+_ONE_RESPONSE = ("response", "completion", "output", "answer")
 # All keys that some layout reads: an unknown key may be meant for one of them.
 ALL_KEYS = tuple(dict.fromkeys(key for layout in LAYOUTS.values() for key in key_names(layout.KEYS)))
 FORMATS = ("auto", *LAYOUTS, "digits")
@@ -68,8 +70,11 @@ def detect(row: dict) -> ModuleType:
         if layout.matches(row):
             return layout
     keys = ", ".join(f'"{key}"' for key in list(row)[:12]) or "none"
-    near = {key: nearest(key, ALL_KEYS) for key in map(str, row) if key not in ALL_KEYS}
+    one = next((key for key in _ONE_RESPONSE if isinstance(row.get(key), str)), None)
+    near = {key: nearest(key, ALL_KEYS) for key in map(str, row) if key not in ALL_KEYS and key != one}
     meant = ", ".join(f'"{name}" for "{key}"' for key, name in near.items() if name)
     wanted = "wanted prompt with chosen and rejected, or, also for scoring, with a list of responses"
+    if one is not None:
+        wanted = f'one response stands in a list: "responses": [the text of "{one}"], for scoring; training needs two'
     hint = f"did you mean {meant}?" if meant else wanted
     raise RecordError("BAD_ROW", f"no known layout has the keys {keys}; {hint}")

@@ -183,6 +183,8 @@ def media_ref(value: object, resolve: Resolve, name: str, kind: type[MediaRef]) 
         return kind(data=value)
     if kind is ImageRef and isinstance(value, Image.Image):
         return ImageRef(data=_encoded(value, name))
+    if kind is ImageRef and hasattr(value, "shape"):
+        raise bad_row(name, value, "an image; make one of an array of pixels by PIL.Image.fromarray")
     article = "an" if kind is ImageRef else "a"
     raise bad_row(name, value, f'{article} {kind.noun}: path, data URI, bytes or {{"bytes", "path"}}, not empty')
 

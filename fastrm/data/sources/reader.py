@@ -118,6 +118,7 @@ class SourceFile:
         layout = self._layout(row)
         unread = unread_keys(row, layout.KEYS, self.ignore)
         keys.add(layout.__name__.rpartition(".")[2], read_keys(row, layout.KEYS), unread)
+        keys.add_scores(row)
         check_unread(row, unread, layout.KEYS)
         draft = read_draft(
             layout.parse,
