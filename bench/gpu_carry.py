@@ -98,9 +98,8 @@ def warm_cache(folder: Path, python: Path) -> str:
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT / "kernels")}
         environment.pop("TRITON_INTERPRET", None)
-        done = subprocess.run(
-            [str(python), "-m", "fastrm_kernels.aot"], env=environment, stdout=subprocess.DEVNULL, timeout=3600
-        )
+        command = [str(python), str(ROOT / "kernels" / "tools" / "aot.py")]
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=3600)
         if done.returncode:
             return f"no warm Triton cache: compiling ahead of time ended with exit status {done.returncode}"
         kernels = pack_cache(Path(cache), folder / CACHE)

@@ -16,8 +16,8 @@ from tests.helpers.waiting import PATIENCE
 MINE = f"cp{sys.version_info.major}{sys.version_info.minor}"
 # Compiles one kernel for sm_90, or finds it in TRITON_CACHE_DIR.
 COMPILE = """
-from fastrm_kernels import aot
-from fastrm_kernels.production import production_launches
+import aot
+from production import production_launches
 binary = next(b for labels, b in aot.distinct(production_launches(), 90) if b.kernel == "linear_head_sum_kernel")
 aot.run_compiler(binary, 90)
 """
@@ -58,7 +58,8 @@ def test_a_carried_triton_cache_is_found_again_at_another_place(tmp_path):
     """With the binaries and descriptions alone: what Triton keeps of its intermediate stages stays behind."""
 
     def compile_into(folder):
-        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(PROJECT / "kernels")}
+        path = os.pathsep.join(str(PROJECT / "kernels" / name) for name in ("", "tools"))
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": path}
         environment.pop("TRITON_INTERPRET", None)
         subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=PATIENCE)
         return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())

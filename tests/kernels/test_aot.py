@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from fastrm_kernels import aot
+import aot
 from fastrm_kernels.launch import Launch
 
 MATRIX_KERNEL = "tree_attention_fwd_kernel"
@@ -57,7 +58,7 @@ def figures():
 
 def run_of_a_spilling_kernel():
     """(exit status, standard output) of the command, with one kernel that cannot pass."""
-    from fastrm_kernels import production
+    import production
 
     production.production_launches = lambda: [({"inputs": "fp32"}, spilling_launch())]
     with redirect_stdout(io.StringIO()) as output:
@@ -100,7 +101,7 @@ class StandIn:
 
 def differences_from_jit():
     """Run the JIT itself on every production launch, stopped before it compiles: it must ask for the same."""
-    from fastrm_kernels.production import production_launches
+    from production import production_launches
 
     asked = []
     triton.runtime.driver.set_active(StandIn())
@@ -136,9 +137,8 @@ def hashes():
 
 def start(*command, **environment):
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *command], env={**inherited, **environment}, capture_output=True, text=True, check=False
-    )
+    environment = {**inherited, "PYTHONPATH": str(Path(aot.__file__).parent), **environment}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
 def call(function):
@@ -149,7 +149,7 @@ def call(function):
 
 
 def run_cli(*arguments):
-    done = start("-m", "fastrm_kernels.aot", *arguments)
+    done = start(aot.__file__, *arguments)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
     return done
 
@@ -208,7 +208,7 @@ def test_command_fails_on_a_kernel_that_spills():
 
 
 def test_cli_refuses_the_interpreter():
-    done = start("-m", "fastrm_kernels.aot", TRITON_INTERPRET="1")
+    done = start(aot.__file__, TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert done.stderr == "TRITON_INTERPRET=1 is set: kernels are interpreted, not compiled; unset it\n"
 

@@ -1,9 +1,9 @@
 """Compile every kernel for its production configurations ahead of time, on a machine without a GPU.
 
-    python -m fastrm_kernels.aot             compile for sm_90 and print the table of kernels/README.md
-    python -m fastrm_kernels.aot --write     and write it there
-    python -m fastrm_kernels.aot --check     and compare it with what is there
-    python -m fastrm_kernels.aot --arch 80   compile for another architecture: 80 or 100
+    python kernels/tools/aot.py             compile for sm_90 and print the table of kernels/README.md
+    python kernels/tools/aot.py --write     and write it there
+    python kernels/tools/aot.py --check     and compare it with what is there
+    python kernels/tools/aot.py --arch 80   compile for another architecture: 80 or 100
 
 Exit status 1 if something does not compile, breaks a limit (sm_90 only: no spilled registers, shared memory
 that fits, wgmma in the large matrix products), or if the table is out of date. A warm Triton cache, whose
@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from fastrm_kernels.launch import Launch
 
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- begin: python -m fastrm_kernels.aot --write -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: python kernels/tools/aot.py --write -->", "<!-- end -->"
 
 # Technical specifications per compute capability, CUDA C++ Programming Guide. All three have 64 warps, 32
 # CTAs and 65,536 registers per multiprocessor, the registers in four partitions.
@@ -359,7 +359,7 @@ def compare(lines: list[str]) -> list[str]:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastrm_kernels.aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python kernels/tools/aot.py", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_PER_SM), default=90)
     parser.add_argument("--sample", action="store_true", help="one binary per kernel, dtype and head dimension")
     action = parser.add_mutually_exclusive_group()
@@ -373,7 +373,7 @@ def main(arguments=None) -> int:
         return 2
 
     # Imported after the check above: under TRITON_INTERPRET the kernels that it imports cannot be compiled.
-    from fastrm_kernels.production import production_launches
+    from production import production_launches
 
     groups = distinct(production_launches(), options.arch)
     groups = sample(groups) if options.sample else groups
@@ -394,4 +394,4 @@ def main(arguments=None) -> int:
 
 if __name__ == "__main__":
     # Run from the importable module, not from __main__, so that worker processes can unpickle its classes.
-    sys.exit(importlib.import_module("fastrm_kernels.aot").main())
+    sys.exit(importlib.import_module("aot").main())
