@@ -243,7 +243,7 @@ def make_checkpoint(model: str, layers: int | None, folder: Path) -> None:
     """Write a checkpoint with published names and shards of 5 GB, one tensor in memory at a time."""
     import torch
 
-    from fastrm.data.qwen_format import load_qwen_format
+    from fastrm.data.media.qwen2_vl import load_qwen_format
     from fastrm.data.record import Message
     from fastrm.data.tokenizer import train_tokenizer
     from fastrm.model.weight_writer import WeightWriter

@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from fastrm.data import loader, qwen_format
+from fastrm.data import loader
 from fastrm.data.batching import PackPlan
 from fastrm.data.images import decode_image
+from fastrm.data.media import qwen2_vl
 from fastrm.data.patches import PatchFormat
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
@@ -33,7 +34,7 @@ from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 from fastrm.model.export import make_encoder
 from fastrm.model.pack_layouts import LayoutBuilder
-from fastrm.model.vision import VisionShape
+from fastrm.model.vision.qwen2_vl import VisionShape
 from kernel_results import RESULTS, cpu_name, file_stem, package_versions
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -313,7 +314,7 @@ def test_where_a_workers_time_goes(make_records, vision, found, monkeypatch, ben
     lay_out = LayoutBuilder(VisionShape.from_config(vision.vision_config), (torch.bfloat16, 128, 80))
     builder = loader.PackBuilder(records, encoder, True, multiple=16, lay_out=clock.wrap("layouts", lay_out))
     for name, module, target in (
-        ("decode", qwen_format, "decode_image"), ("tokenise", loader, "encode_group"), ("pack", loader, "build_pack"),
+        ("decode", qwen2_vl, "decode_image"), ("tokenise", loader, "encode_group"), ("pack", loader, "build_pack"),
     ):  # fmt: skip
         monkeypatch.setattr(module, target, clock.wrap(name, getattr(module, target)))
     monkeypatch.setattr(PatchFormat, "cut", clock.wrap("cut", PatchFormat.cut))

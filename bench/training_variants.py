@@ -10,7 +10,7 @@ from fastrm.model.backbone import BackboneRunner
 from fastrm.model.compiled import CompiledGraphs, mark_dynamic
 from fastrm.model.fusion import fuse_projections, split_fused
 from fastrm.model.network import RewardNetwork
-from fastrm.model.vision import VisionLayout
+from fastrm.model.vision.tower import MediaFeatures, MediaLayout
 from fastrm.train.engine import LocalEngine
 from fastrm.train.step_cost import make_cost_model
 from training_plain import PlainEngine, collate, pairwise_rows, use_stock
@@ -159,9 +159,9 @@ class _SeenAgain:
     def __init__(self, runner: BackboneRunner, copies: int):
         self._encode, self.copies = runner.media_features, copies
 
-    def __call__(self, pixel_values: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
+    def __call__(self, pixel_values: torch.Tensor, layout: MediaLayout) -> MediaFeatures:
         # The mean of all copies, so that each has a backward pass as well.
-        return sum(self._encode(pixel_values, layout) for _ in range(self.copies)) / self.copies
+        return MediaFeatures(sum(self._encode(pixel_values, layout).tokens for _ in range(self.copies)) / self.copies)
 
 
 def count_flops(backbone_config, config: Config, shape: TrainingShape, variant: Variant) -> float:

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from fastrm.config import Config, HeadConfig, ModelConfig, OptimConfig, PrecisionConfig
+from fastrm.data.media.format import MediaSize, MediaSpan, Patches
+from fastrm.data.media.positions import mrope_positions
 from fastrm.data.packing import EncodedGroup, Pack, Pixels, build_pack
 from fastrm.data.patches import PatchFormat
-from fastrm.data.positions import mrope_positions
 from fastrm.data.record import ImageRef, Preference
 from fastrm.data.template import EncodedResponse
-from fastrm.data.vision_format import MediaSize, MediaSpan, Patches
 from fastrm.model.network import RewardNetwork
 from fastrm.train.engine import LocalEngine
 

@@ -12,32 +12,20 @@ conversation may be padded on either side, since the reward is read by `attentio
 """
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.models.internvl import InternVLConfig
-from transformers.models.internvl.modeling_internvl import InternVLPreTrainedModel
-from transformers.models.llama import LlamaConfig, LlamaForSequenceClassification
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
-from transformers.models.qwen2 import Qwen2Config, Qwen2ForSequenceClassification
-from transformers.models.qwen2.modeling_qwen2 import Qwen2PreTrainedModel
-from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
-from transformers.models.qwen2_vl import Qwen2VLConfig
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLPreTrainedModel
-from transformers.models.qwen3 import Qwen3Config, Qwen3ForSequenceClassification
-from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from fastrm.errors import ConfigError, StorageError
-from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES, check_family, longest_path
+from fastrm.model.families import FAMILIES, STEMS, check_family, has_axes
 from fastrm.model.head import make_head
 from fastrm.model.loading import shortened
 from fastrm.model.stored_head import read_section
+from fastrm.model.text import longest_path
 from fastrm.model.vllm_classes import WHOLE
 
-# From the names of weights in exports of Qwen's vision models to those in the stock base model under `model.`.
-_QWEN_VL_NAMES = {r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model."}
 # The head of a vision model in a folder for stock vLLM (fastrm/model/vllm_classes.py).
 _VISION_NAMES = {r"^language_model\.score\.": "score."}
 
@@ -90,9 +78,8 @@ class RewardModelForSequenceClassification:
                 )
             options = {"config": config, "output_loading_info": output_loading_info}
             return cls.stock.from_pretrained(pretrained_model_name_or_path, *model_args, **options, **kwargs)
-        if config.model_type in VISION_FAMILIES:
-            names = _QWEN_VL_NAMES if config.model_type in QWEN_VL_FAMILIES else {}
-            kwargs.setdefault("key_mapping", names | _VISION_NAMES)
+        if config.model_type in FAMILIES:
+            kwargs.setdefault("key_mapping", {**FAMILIES[config.model_type].loaded_names, **_VISION_NAMES})
         model, report = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
@@ -135,10 +122,10 @@ class RewardModelForSequenceClassification:
         limit = longest_path(self.config)
         if limit is not None and int(mask.sum(-1).max()) > limit:
             raise ValueError(f"a conversation of more than {limit} tokens would change the rewards of the others")
-        if position_ids is None and self.config.model_type not in QWEN_VL_FAMILIES:
-            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # Qwen's vision models count their own
+        if position_ids is None and not has_axes(self.config):  # models with axes count their own
+            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs.setdefault("use_cache", False)
-        if self.config.model_type in QWEN_VL_FAMILIES and kwargs.get("mm_token_type_ids") is None:
+        if has_axes(self.config) and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = self._media_kinds(input_ids)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
@@ -218,54 +205,26 @@ def _checked_mask(given: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     return mask.bool()
 
 
-class FastrmLlamaForSequenceClassification(RewardModelForSequenceClassification, LlamaPreTrainedModel):
-    """A reward model of fastrm on a Llama."""
+def _make_class(stem: str) -> type:
+    """Make the class of a family, on transformers' base class of that family.
 
-    config: LlamaConfig
-    stock = LlamaForSequenceClassification
-
-
-class FastrmQwen2ForSequenceClassification(RewardModelForSequenceClassification, Qwen2PreTrainedModel):
-    """A reward model of fastrm on a Qwen2 or Qwen2.5."""
-
-    config: Qwen2Config
-    stock = Qwen2ForSequenceClassification
-
-
-class FastrmQwen3ForSequenceClassification(RewardModelForSequenceClassification, Qwen3PreTrainedModel):
-    """A reward model of fastrm on a Qwen3."""
-
-    config: Qwen3Config
-    stock = Qwen3ForSequenceClassification
+    Args:
+        stem: of names of classes, as Qwen2VL.
+    """
+    config = getattr(transformers, f"{stem}Config")
+    base = getattr(transformers, f"{stem}PreTrainedModel")
+    members = {
+        "__doc__": f"A reward model of fastrm on a {stem}.",
+        "__module__": __name__,
+        "config_class": config,
+        "stock": getattr(transformers, f"{stem}ForSequenceClassification", None),
+    }
+    return type(f"Fastrm{stem}ForSequenceClassification", (RewardModelForSequenceClassification, base), members)
 
 
-class FastrmQwen2VLForSequenceClassification(RewardModelForSequenceClassification, Qwen2VLPreTrainedModel):
-    """A reward model of fastrm on a Qwen2-VL."""
-
-    config: Qwen2VLConfig
-
-
-class FastrmQwen2_5_VLForSequenceClassification(RewardModelForSequenceClassification, Qwen2_5_VLPreTrainedModel):
-    """A reward model of fastrm on a Qwen2.5-VL."""
-
-    config: Qwen2_5_VLConfig
-
-
-class FastrmInternVLForSequenceClassification(RewardModelForSequenceClassification, InternVLPreTrainedModel):
-    """A reward model of fastrm on an InternVL2.5 or InternVL3."""
-
-    config: InternVLConfig
-
-
-# The class for each configuration of transformers.
-CLASSES = {
-    LlamaConfig: FastrmLlamaForSequenceClassification,
-    Qwen2Config: FastrmQwen2ForSequenceClassification,
-    Qwen3Config: FastrmQwen3ForSequenceClassification,
-    Qwen2VLConfig: FastrmQwen2VLForSequenceClassification,
-    Qwen2_5_VLConfig: FastrmQwen2_5_VLForSequenceClassification,
-    InternVLConfig: FastrmInternVLForSequenceClassification,
-}
+# The class for each configuration of transformers; the classes are names of this module too.
+CLASSES = {_class.config_class: _class for _class in map(_make_class, STEMS.values())}
+globals().update({_class.__name__: _class for _class in CLASSES.values()})
 
 for _config, _class in CLASSES.items():
     # Without exist_ok a class for one of transformers' own configurations is ignored in silence. transformers 5.17 has

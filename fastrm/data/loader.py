@@ -24,10 +24,10 @@ import torch
 from fastrm.data.batching import PackPlan
 from fastrm.data.group import encode_group
 from fastrm.data.images import media_error
+from fastrm.data.media.format import MediaSize, Patches
 from fastrm.data.packing import EncodedGroup, Pack, build_pack
 from fastrm.data.record import Record
 from fastrm.data.template import ConversationEncoder
-from fastrm.data.vision_format import MediaSize, Patches
 from fastrm.errors import RecordError, StorageError
 from fastrm.stop import StopRequest, end_with_parent
 

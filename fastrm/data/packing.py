@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastrm.data.media.format import Patches
 from fastrm.data.patches import Grid, PatchFormat
 from fastrm.data.record import MediaRef, Preference, VideoRef
 from fastrm.data.template import EncodedResponse
 from fastrm.data.tree import Tree, build_tree
-from fastrm.data.vision_format import Patches
 
 
 @dataclass(frozen=True)

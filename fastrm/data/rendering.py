@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fastrm.data.latest import Latest
+from fastrm.data.media.format import VisionFormat
 from fastrm.data.record import MediaRef, Message, Response
-from fastrm.data.vision_format import VisionFormat
 from fastrm.errors import RecordError
 
 # Breakers: characters that no published text needs, of which one is used that the conversation does not contain.

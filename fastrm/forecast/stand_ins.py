@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fastrm.config import Config
-from fastrm.model.families import SILU, gated_activations
+from fastrm.model.families import gated_activations
 from fastrm.model.layers import stock_gate, stock_norm
 from fastrm.model.network import RewardNetwork
+from fastrm.model.text import SILU
 
 
 def norm_and_gate(config: Config, network: RewardNetwork) -> tuple[Callable, Callable]:

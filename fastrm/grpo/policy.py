@@ -14,8 +14,11 @@ from fastrm.errors import ConfigError
 from fastrm.grpo.config import FitSection, PolicySection
 from fastrm.grpo.questions import Question
 from fastrm.limits import MediaLimits
-from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES, chat_layout
+from fastrm.model.families import VISION_FAMILIES, chat_layout
 from fastrm.model.network import init_backbone
+
+# Families whose processor `image_processor.py` makes.
+_WITHOUT_TORCHVISION = ("qwen2_vl", "qwen2_5_vl")
 
 
 def load_policy(settings: PolicySection, questions: Sequence[Question], seed: int):
@@ -68,7 +71,7 @@ def _processor(settings: PolicySection, tokenizer, model_type: str):
                 "copy processor_config.json or preprocessor_config.json from the model that it was made of"
             )
         return processor
-    if model_type not in QWEN_VL_FAMILIES:
+    if model_type not in _WITHOUT_TORCHVISION:
         raise ConfigError(f"policy: {model_type} needs torchvision for its processor; install that of your torch")
     from fastrm.grpo.image_processor import make_processor
 

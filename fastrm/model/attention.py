@@ -26,14 +26,6 @@ class AttentionShape:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return AttentionShape(config.num_attention_heads, config.num_key_value_heads, head_dim)
 
-    @staticmethod
-    def of_vision(config) -> "AttentionShape":
-        """Return the shape for the vision config of a supported model."""
-        # Qwen2-VL's hidden_size is the width of the tower's output, its own width is embed_dim.
-        width = getattr(config, "embed_dim", config.hidden_size)
-        heads = config.num_attention_heads if config.model_type == "internvl_vision" else config.num_heads
-        return AttentionShape(heads, heads, width // heads)
-
 
 @dataclass(frozen=True)
 class Attention:

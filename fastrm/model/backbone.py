@@ -19,14 +19,13 @@ from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
 from fastrm.model.attention import Attention, AttentionShape, keep_alive
 from fastrm.model.compiled import mark_dynamic, own_copy
-from fastrm.model.families import QWEN_VL_FAMILIES, check_family, longest_path
+from fastrm.model.families import check_family, has_axes, make_tower
 from fastrm.model.layers import LayerKernels, decoder_layer, last_decoder_layer, rotation, stock_gate, stock_norm
 from fastrm.model.pack_layouts import LayoutBuilder, PackLayouts
 from fastrm.model.pooling import mean_of_paths
 from fastrm.model.recompute import call_checkpointed
-from fastrm.model.towers import make_tower
-from fastrm.model.vision import VisionLayout
-from fastrm.model.vision_tiles import TileLayout
+from fastrm.model.text import longest_path
+from fastrm.model.vision.tower import MediaFeatures, MediaLayout
 
 
 class BackboneRunner:
@@ -54,7 +53,7 @@ class BackboneRunner:
         self.always_run_tower = False
         self.compiled = False
         self.watch: Callable | None = None
-        self._blank: VisionLayout | TileLayout | None = None
+        self._blank: MediaLayout | None = None
         self._layer: Callable = decoder_layer
         self._shape = None if self.tower is None else self.tower.shape
         self._block: Callable | None = None if self.tower is None else self.tower.block
@@ -147,16 +146,18 @@ class BackboneRunner:
 
     def _run_layers(self, layers: Iterable[nn.Module], pack: Pack, layouts: PackLayouts):
         """Return states (T, D) after whole layers, and cos and sin (T, K) of the rotary embedding."""
-        hidden = self._embed(pack, layouts)  # (T, D)
+        hidden, deep = self._embed(pack, layouts)  # (T, D)
         # M-RoPE models read all three rows of positions, others one.
-        has_axes = self.model.config.model_type in QWEN_VL_FAMILIES
-        position_ids = pack.position_ids[:, None] if has_axes else pack.position_ids[:1]
+        position_ids = pack.position_ids[:, None] if has_axes(self.model.config) else pack.position_ids[:1]
         cos, sin = self._rotary(hidden, position_ids)
         arguments = self._kernels.attention.arguments(layouts.tree, _product_dtype(hidden))
         if self.compiled:
             mark_dynamic(cos, sin, arguments)
-        for layer in layers:
+        for number, layer in enumerate(layers):
             hidden = self._run(self._layer, layer, hidden, cos, sin, arguments, self._kernels)
+            if number < len(deep):
+                features = deep[number].index_select(0, pack.media_features).to(hidden.dtype)
+                hidden = hidden.index_add(0, pack.media_rows, features)
         return hidden, cos, sin
 
     def _rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,18 +183,19 @@ class BackboneRunner:
         )
         return run() if self.watch is None else self.watch(run, layer, hidden, arguments)
 
-    def _embed(self, pack: Pack, layouts: PackLayouts) -> torch.Tensor:
+    def _embed(self, pack: Pack, layouts: PackLayouts) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the input (T, D) of the first layer, and what is added to media tokens behind the first layers."""
         embeddings = self.language.embed_tokens(pack.input_ids)  # (T, D)
         if layouts.vision is not None:
-            features = self.media_features(pack.pixel_values, layouts.vision)
-            features = features.index_select(0, pack.media_features).to(embeddings.dtype)
-            return embeddings.index_copy(0, pack.media_rows, features)
+            found = self.media_features(pack.pixel_values, layouts.vision)
+            features = found.tokens.index_select(0, pack.media_features).to(embeddings.dtype)
+            return embeddings.index_copy(0, pack.media_rows, features), found.deep
         if self.always_run_tower:
-            return embeddings + 0 * self._run_tower_on_blank(embeddings).to(embeddings.dtype)
-        return embeddings
+            return embeddings + 0 * self._run_tower_on_blank(embeddings).to(embeddings.dtype), ()
+        return embeddings, ()
 
-    def media_features(self, pixel_values: torch.Tensor, layout: VisionLayout | TileLayout) -> torch.Tensor:
-        """Return features (media tokens, D) of all images and videos of a pack, each encoded once.
+    def media_features(self, pixel_values: torch.Tensor, layout: MediaLayout) -> MediaFeatures:
+        """Return the features of all images and videos of a pack, each encoded once.
 
         Args:
             pixel_values: (N, channels * frames * patch^2) float.
@@ -207,7 +209,8 @@ class BackboneRunner:
         if self._blank is None or self._blank.layouts[0].device != embeddings.device:
             # Kept: compiled attention knows layouts by number, and needs them until the backward pass is done.
             self._blank = self.tower.shape.lay_out([grid]).to(embeddings.device)
-        return self.media_features(embeddings.new_zeros(math.prod(grid), values), self._blank).sum()
+        found = self.media_features(embeddings.new_zeros(math.prod(grid), values), self._blank)
+        return sum((features.sum() for features in found.deep), found.tokens.sum())
 
 
 def _product_dtype(states: torch.Tensor) -> torch.dtype:

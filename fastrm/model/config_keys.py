@@ -8,6 +8,9 @@ or in a later version. So an unknown key is no error, but it is named, and the c
 they would know a new key before anybody has looked at it.
 """
 
+from fastrm.model.families import FAMILIES
+from fastrm.model.text import KNOWN_TEXT
+
 # Keys of any part of a config that describe the file, ask for outputs or belong to heads and generation.
 _ANYWHERE = {
     "architectures", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id",
@@ -19,41 +22,8 @@ _ANYWHERE = {
 }  # fmt: skip
 # Keys of OpenRLHF's head (stored_head.py).
 _HEAD = {"mean", "normalize_reward", "std", "value_head_prefix"}
-_TEXT = {
-    "attention_dropout", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "is_causal", "layer_types",
-    "max_position_embeddings", "max_window_layers", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window",
-    "vocab_size",
-}  # fmt: skip
-_MEDIA = {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id"}
-_QWEN_VISION = {
-    "depth", "hidden_act", "hidden_size", "in_channels", "in_chans", "num_heads", "patch_size", "rope_parameters",
-    "spatial_merge_size", "spatial_patch_size", "temporal_patch_size",
-}  # fmt: skip
-_INTERN_VISION = {
-    "attention_bias", "attention_dropout", "dropout", "hidden_act", "hidden_dropout_prob", "hidden_size", "image_size",
-    "intermediate_size", "layer_norm_eps", "layer_scale_init_value", "norm_type", "num_attention_heads",
-    "num_channels", "num_hidden_layers", "patch_size", "projection_dropout", "use_absolute_position_embeddings",
-    "use_mask_token", "use_mean_pooling", "use_qk_norm",
-}  # fmt: skip
 # Keys by the model_type of a config or of its parts.
-KNOWN = {
-    "llama": _TEXT | {"attention_bias", "mlp_bias", "pretraining_tp"},
-    "qwen2": _TEXT,
-    "qwen3": _TEXT | {"attention_bias"},
-    "qwen2_vl": _MEDIA,
-    "qwen2_vl_text": _TEXT,
-    "qwen2_vl_vision": _QWEN_VISION | {"embed_dim", "mlp_ratio"},
-    "qwen2_5_vl": _MEDIA,
-    "qwen2_5_vl_text": _TEXT,
-    "qwen2_5_vl_vision": _QWEN_VISION
-    | {"fullatt_block_indexes", "intermediate_size", "out_hidden_size", "tokens_per_second", "window_size"},
-    "internvl": {
-        "downsample_ratio", "image_seq_length", "image_token_id", "projector_hidden_act", "vision_feature_layer",
-        "vision_feature_select_strategy",
-    },
-    "internvl_vision": _INTERN_VISION,
-}  # fmt: skip
+KNOWN = KNOWN_TEXT | {part: keys for family in FAMILIES.values() for part, keys in family.keys.items()}
 PARTS = ("text_config", "vision_config")
 
 

@@ -28,12 +28,13 @@ import transformers
 from torch import nn
 
 from fastrm.data.images import decode_image
+from fastrm.data.media.format import MediaSpan, Patches
 from fastrm.data.packing import build_pack
 from fastrm.data.record import ImageRef, VideoRef
 from fastrm.data.template import EncodedResponse
-from fastrm.data.vision_format import MediaSpan, Patches
 from fastrm.errors import ExactnessError
 from fastrm.model.config_keys import unknown_keys
+from fastrm.model.families import FAMILIES, has_axes
 from fastrm.model.loading import WeightsOnMeta
 from fastrm.model.network import RewardNetwork
 from fastrm.model.samples import Sample
@@ -201,10 +202,7 @@ def _config_of_first_layers(config):
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:LAYERS]
     if vision is not None:
-        name = "num_hidden_layers" if config.model_type == "internvl" else "depth"
-        setattr(vision, name, min(LAYERS, getattr(vision, name)))
-        if config.model_type == "qwen2_5_vl":  # one block with windows, and one with whole images
-            vision.fullatt_block_indexes = [vision.depth - 1]
+        FAMILIES[config.model_type].keep_first_blocks(vision, LAYERS)
     return config
 
 
@@ -293,7 +291,7 @@ class StockModel:
         if vision is not None:
             inputs |= self._images([span.ref for span in response.media if isinstance(span.ref, ImageRef)])
             inputs |= self._videos([span for span in response.media if isinstance(span.ref, VideoRef)], pixels)
-            if not vision.opening:  # Qwen needs the kinds of tokens: of images (1) and of videos (2)
+            if has_axes(self._network.model.config):  # stock needs the kinds of tokens: images (1) and videos (2)
                 kinds = [(ids == vision.placeholders.get(kind, -1)).int() for kind in (ImageRef, VideoRef)]
                 inputs["mm_token_type_ids"] = kinds[0] + 2 * kinds[1]
         return {name: value.to(self._network.device) for name, value in inputs.items()}
@@ -304,8 +302,7 @@ class StockModel:
         if not refs:
             return {}
         images = [decode_image(ref, encoder.limits) for ref in refs]
-        options = {"crop_to_patches": True} if encoder.vision.opening else {}
-        found = encoder.vision.processor(images=images, return_tensors="pt", **options)
+        found = encoder.vision.processor(images=images, return_tensors="pt", **encoder.vision.stock_options)
         return {name: found[name] for name in ("pixel_values", "image_grid_thw") if name in found}
 
     def _videos(self, spans: list[MediaSpan], pixels: dict[str, Patches]) -> dict[str, torch.Tensor]:
@@ -315,13 +312,9 @@ class StockModel:
             return {}
         patches = [pixels[span.ref.key] for span in spans]
         values = [vision.patch_format.normalize(torch.from_numpy(part.values)) for part in patches]
-        found = {
-            "pixel_values_videos": torch.cat(values),
-            "video_grid_thw": torch.tensor([part.grid for part in patches]),
-        }
-        if vision.tokens_per_second is not None:
-            found["second_per_grid_ts"] = torch.tensor([span.size.seconds for span in spans])
-        return found
+        grids = torch.tensor([part.grid for part in patches])
+        times = vision.stock_times(spans)
+        return {"pixel_values_videos": torch.cat(values), "video_grid_thw": grids, **times}
 
 
 def product_dtype(states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 
 from fastrm.config import Config
-from fastrm.data.internvl_format import load_internvl_format
-from fastrm.data.qwen_format import load_qwen_format
+from fastrm.data.media.format import FormatSettings
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, StorageError, option
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
-from fastrm.model.families import QWEN_VL_FAMILIES, VISION_FAMILIES
+from fastrm.model.families import FAMILIES
 from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
 from fastrm.model.network import RewardNetwork
@@ -163,11 +162,9 @@ def load_model(
     found = find_head(opened, tokenizer)
     if found is None:
         raise missing_head(place)
-    if backbone.config.model_type == "internvl" and (min_pixels or max_pixels):
-        raise ConfigError(
-            f"{folder}: min_pixels and max_pixels are for Qwen models; InternVL reads tiles: set max_patches in "
-            "preprocessor_config.json"
-        )
+    family = FAMILIES.get(backbone.config.model_type)
+    if family is not None and family.no_pixel_limits and (min_pixels or max_pixels):
+        raise ConfigError(f"{folder}: min_pixels and max_pixels are for Qwen models; {family.no_pixel_limits}")
     encoder = make_encoder(
         backbone.config, tokenizer, place.processor, found.anchor or "last_token", MediaLimits(),
         min_pixels=min_pixels, max_pixels=max_pixels, date=date,
@@ -223,18 +220,10 @@ def make_encoder(
     """
     check_vocabulary(config, tokenizer)
     options = {"anchor": anchor, "limits": limits, "date": date, "pad_token_id": config.get_text_config().pad_token_id}
-    family, vision = config.model_type, None
-    if family in QWEN_VL_FAMILIES:
-        vision = load_qwen_format(
-            config.vision_config, tokenizer, processor_path, video,
-            min_pixels=min_pixels, max_pixels=max_pixels, image_mean=image_mean, image_std=image_std,
-        )  # fmt: skip
-    elif family == "internvl":
-        vision = load_internvl_format(
-            config, tokenizer, processor_path, max_tiles=max_tiles, image_mean=image_mean, image_std=image_std
-        )
-    elif family in VISION_FAMILIES:
-        raise KeyError(f"{family} has no media format: add one to make_encoder")
+    vision = None
+    if config.model_type in FAMILIES:
+        settings = FormatSettings(min_pixels, max_pixels, max_tiles, image_mean, image_std, video)
+        vision = FAMILIES[config.model_type].load_format(config, tokenizer, processor_path, settings)
     return ConversationEncoder(tokenizer, vision, **options)
 
 

@@ -1,31 +1,104 @@
-"""The families of stock models whose forward pass is known here, and the config keys that would change it."""
+"""The families of stock models whose forward pass is known here: the one table of them, and what each must say.
 
+A family whose models read images is an object in a module of its own, `fastrm/model/vision/<family>.py`, and has a
+media format in `fastrm/data/media/<family>.py`. Families of text alone differ by their config's keys (text.py).
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from torch import nn
+
+from fastrm.data.media.format import FormatSettings, VisionFormat
 from fastrm.errors import ConfigError
+from fastrm.model.text import TEXT_STEMS, check_text
+from fastrm.model.vision.internvl import INTERNVL
+from fastrm.model.vision.qwen2_vl import QWEN2_5_VL, QWEN2_VL
+from fastrm.model.vision.tower import Passes, VisionTower
 
-QWEN_VL_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-VISION_FAMILIES = (*QWEN_VL_FAMILIES, "internvl")
-TEXT_FAMILIES = ("qwen2", "qwen3", "llama")
-SILU = {"silu", "swish"}  # swish is an older name of silu
-# Rotary embeddings whose frequencies are the stock module's, whatever a pack holds; dynamic up to `longest_path`.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
-# The section of a Qwen-VL config without one, as transformers reads it.
-MROPE_SECTION = (16, 24, 24)
+
+class VisionFamily(Protocol):
+    """The interface of a family whose models read images.
+
+    Attributes:
+        model_type: of its config.
+        stem: its part of the names of classes in transformers and vLLM: Qwen2VL of Qwen2VLConfig.
+        keys: by model_type of the config and of its own parts, the keys that have been looked at (config_keys.py).
+        tower: makes the vision side of a stock base model.
+        chat_layout: key of `CHAT_LAYOUTS`, the layout of conversations for a tokenizer trained for it.
+        media_tokens: by key of the config, the special tokens that stand for images and videos.
+        has_axes: positions have three rows (M-RoPE), and the stock model is told the kinds of tokens.
+        no_pixel_limits: why limits of an image's pixels mean nothing to it; empty where they do.
+        file_names: beginnings of weights' names in memory, and in files where those differ.
+        loaded_names: patterns of names in files, and what transformers is to put in their place.
+    """
+
+    model_type: str
+    stem: str
+    keys: Mapping[str, Collection[str]]
+    tower: type[VisionTower]
+    chat_layout: str
+    media_tokens: Mapping[str, str]
+    has_axes: bool
+    no_pixel_limits: str
+    file_names: Mapping[str, str]
+    loaded_names: Mapping[str, str]
+
+    def check(self, config) -> None:
+        """Refuse values of its config, those of the text model apart, that change what a stock model computes.
+
+        Raises:
+            ConfigError: naming the key and its value.
+        """
+
+    def gated_activations(self, config) -> set[str]:
+        """Return the activations of the tower's gated MLPs, which our layers evaluate; empty without."""
+
+    def load_format(self, config, tokenizer, folder: str | None, settings: FormatSettings) -> VisionFormat:
+        """Load the media format of a model folder, or without one of the config alone.
+
+        Raises:
+            ConfigError: if the processor's files or the tokenizer do not fit the model.
+        """
+
+    def media_costs(self, config, tower: Passes, projector: Passes) -> dict[str, int]:
+        """Return the fields of `CostModel` that media have, in FLOPs of a training step."""
+
+    def keep_first_blocks(self, vision_config, count: int) -> None:
+        """Change a vision config to one of the tower's first blocks, of every kind."""
+
+    def fixed_in_vllm(self, config) -> dict[str, tuple] | None:
+        """Return by key (value, what vLLM computes whatever the value is); None if its exports for vLLM are unknown."""
+
+
+_VISION: tuple[VisionFamily, ...] = (QWEN2_VL, QWEN2_5_VL, INTERNVL)
+FAMILIES: dict[str, VisionFamily] = {family.model_type: family for family in _VISION}
+VISION_FAMILIES = tuple(FAMILIES)
+TEXT_FAMILIES = tuple(TEXT_STEMS)
+# By model type, the family's part of names of classes.
+STEMS = TEXT_STEMS | {family.model_type: family.stem for family in _VISION}
 
 
 def chat_layout(model_type: str) -> str:
     """Return a family's key of `CHAT_LAYOUTS`: the layout of conversations for a tokenizer trained for it."""
-    return "internvl" if model_type == "internvl" else "qwen"
+    return FAMILIES[model_type].chat_layout if model_type in FAMILIES else "qwen"
+
+
+def has_axes(config) -> bool:
+    """Return whether positions of the model's tokens have three rows."""
+    return config.model_type in FAMILIES and FAMILIES[config.model_type].has_axes
 
 
 def gated_activations(config) -> set[str]:
     """Return the activations of a model's gated MLPs, which our layers evaluate; other MLPs are stock modules."""
-    text = config.get_text_config().hidden_act
-    return {text, config.vision_config.hidden_act} if config.model_type == "qwen2_5_vl" else {text}
+    of_tower = FAMILIES[config.model_type].gated_activations(config) if config.model_type in FAMILIES else set()
+    return {config.get_text_config().hidden_act} | of_tower
 
 
-def has_windows(vision_config) -> bool:
-    """Return whether blocks of a Qwen tower see windows: Qwen2.5-VL's do, whatever keys a Qwen2-VL config holds."""
-    return vision_config.model_type.startswith("qwen2_5_vl")
+def make_tower(model: nn.Module) -> VisionTower | None:
+    """Make the tower of a stock base model; None for a text model."""
+    family = model.config.model_type
+    return None if family in TEXT_FAMILIES else FAMILIES[family].tower(model)
 
 
 def check_family(config) -> None:
@@ -47,119 +120,6 @@ def check_family(config) -> None:
             f"{config.model_type}: quantization_config is set; quantised weights cannot be trained or scored here: "
             "take the checkpoint that they were made from"
         )
-    if config.model_type == "internvl":
-        _check_internvl(config)
-    elif config.model_type in QWEN_VL_FAMILIES:
-        _check_qwen_vision(config)
-    _check_text(config.model_type, config.get_text_config())
-
-
-def _check_text(family: str, text) -> None:
-    """Refuse a stock text model that computes otherwise than our layers."""
-    if getattr(text, "attention_dropout", 0.0):
-        raise ConfigError(f"{family}: attention_dropout is {text.attention_dropout}, only 0 is supported")
-    if not getattr(text, "is_causal", True):
-        raise ConfigError(f"{family}: is_causal is {text.is_causal!r}, only true is supported")
-    if getattr(text, "is_heterogeneous", False):
-        raise ConfigError(f"{family}: per_layer_config is set; layers that differ from one another are not supported")
-    if _rope_type(text) == "longrope":
-        raise ConfigError(f"{family}: rope_type longrope depends on the longest of a pack; not supported")
-    if _rope_type(text) not in ROPE_TYPES:
-        raise ConfigError(f"{family}: rope_type is {_rope_type(text)!r}, wanted one of {', '.join(ROPE_TYPES)}")
-    partial = _rope(text).get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise ConfigError(f"{family}: partial_rotary_factor is {partial}, only 1 is supported")
-    layer_types = set(getattr(text, "layer_types", None) or ())
-    if "sliding_attention" in layer_types:
-        raise ConfigError(
-            f"{family}: sliding-window layers are not supported; set use_sliding_window: false if the "
-            "checkpoint was trained without"
-        )
-    if others := layer_types - {"full_attention"}:
-        raise ConfigError(f"{family}: layer_types has {sorted(others)}, only 'full_attention' is supported")
-    _check_activation(family, "hidden_act", text.hidden_act)
-
-
-def _check_activation(family: str, name: str, value) -> None:
-    from transformers.activations import ACT2FN
-
-    if not isinstance(value, str) or value not in ACT2FN:
-        raise ConfigError(f"{family}: {name} is {value!r}, which transformers does not know")
-
-
-def _check_qwen_vision(config) -> None:
-    vision = config.vision_config
-    if vision.in_channels != 3:
-        raise ConfigError(
-            f"{config.model_type}: vision_config.in_channels is {vision.in_channels}, only 3 is supported: images are "
-            "read as red, green and blue"
-        )
-    for name in ("patch_size", "temporal_patch_size"):
-        if not isinstance(getattr(vision, name), int):
-            raise ConfigError(
-                f"{config.model_type}: vision_config.{name} is {getattr(vision, name)!r}, only one number is supported"
-            )
-    rope_type = _rope(vision).get("rope_type", "axial")
-    if rope_type != "axial":
-        raise ConfigError(f"{config.model_type}: vision_config's rope_type is {rope_type!r}, only 'axial' is supported")
-    _check_activation(config.model_type, "vision_config.hidden_act", vision.hidden_act)
-    text = config.get_text_config()
-    section = _rope(text).get("mrope_section", MROPE_SECTION)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads > 0 else 0)
-    if head_dim > 0 and 2 * sum(section) != head_dim:  # transformers refuses other sizes
-        raise ConfigError(
-            f"{config.model_type}: mrope_section of rope_parameters is {list(section)}, for heads of "
-            f"{2 * sum(section)}; heads have {head_dim}: add the section that the model was trained with"
-        )
-
-
-def _check_internvl(config) -> None:
-    text, vision = config.get_text_config(), config.vision_config
-    if text.model_type not in TEXT_FAMILIES:
-        raise ConfigError(
-            f"internvl: text_config has model type {text.model_type!r}; wanted one of {', '.join(TEXT_FAMILIES)}"
-        )
-    if vision.model_type != "internvl_vision":
-        raise ConfigError(f"internvl: vision_config has model type {vision.model_type!r}; wanted internvl_vision")
-    found = {name: getattr(vision, name) for name in ("attention_dropout", "projection_dropout", "hidden_dropout_prob")}
-    found |= {name: getattr(config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
-    wanted = dict.fromkeys(found, 0.0) | {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
-    for name, value in found.items():
-        if value != wanted[name]:
-            raise ConfigError(f"internvl: {name} is {value!r}, only {wanted[name]!r} is supported")
-    if vision.num_channels != 3:
-        raise ConfigError(
-            f"internvl: vision_config.num_channels is {vision.num_channels}, only 3 is supported: images are read as "
-            "red, green and blue"
-        )
-    if vision.norm_type not in ("layer_norm", "rms_norm"):
-        raise ConfigError(f"internvl: norm_type is {vision.norm_type!r}, wanted layer_norm or rms_norm")
-    _check_activation("internvl", "vision_config.hidden_act", vision.hidden_act)
-    _check_activation("internvl", "projector_hidden_act", config.projector_hidden_act)
-    merge = int(1 / config.downsample_ratio)
-    height, width = (size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
-    if height != width or len(set(vision.patch_size)) > 1 or height % merge or merge * config.downsample_ratio != 1:
-        raise ConfigError(
-            f"internvl: image_size {tuple(vision.image_size)}, patch_size {tuple(vision.patch_size)} and "
-            f"downsample_ratio {config.downsample_ratio} give no square tiles of whole image tokens; wanted, for "
-            "example, 448, 14 and 0.5"
-        )
-
-
-def longest_path(config) -> int | None:
-    """Return the tokens that a prompt with one response may have; None without a limit that others would feel.
-
-    The rotary frequencies of rope_type dynamic (InternVL's text models) are constant up to this length and
-    follow the longest sequence beyond it: of a pack, so that one response would change another's reward.
-    """
-    text = config.get_text_config()
-    return text.max_position_embeddings if _rope_type(text) == "dynamic" else None
-
-
-def _rope(part) -> dict:
-    return getattr(part, "rope_parameters", None) or {}
-
-
-def _rope_type(text) -> str:
-    return _rope(text).get("rope_type", "default")
+    if config.model_type in FAMILIES:
+        FAMILIES[config.model_type].check(config)
+    check_text(config.model_type, config.get_text_config())

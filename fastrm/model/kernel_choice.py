@@ -6,6 +6,7 @@ import torch
 
 from fastrm.errors import ConfigError
 from fastrm.model.attention import BACKENDS, AttentionShape
+from fastrm.model.families import FAMILIES
 from fastrm_kernels.dispatch import Choice, obstacle_to_triton, pick_auto
 from fastrm_kernels.preference_head.autograd import FUSED_EDGES, FUSED_REWARDS
 from fastrm_kernels.tree_attention.api import pick_attention, triton_attention_obstacle
@@ -92,6 +93,6 @@ def _fusion(num_layers: int) -> str:
 def head_dims_of(config) -> set[int]:
     """Return the head dimensions of a transformers model's attention layers."""
     found = {AttentionShape.of_language(config.get_text_config()).head_dim}
-    if hasattr(config, "vision_config"):
-        found.add(AttentionShape.of_vision(config.vision_config).head_dim)
+    if config.model_type in FAMILIES:
+        found.add(FAMILIES[config.model_type].tower.heads(config.vision_config).head_dim)
     return found

@@ -1,4 +1,4 @@
-"""Stock decoder layers and vision blocks, evaluated by functions of our own.
+"""Stock decoder layers, evaluated by functions of our own; blocks of vision towers are made of the same parts.
 
 Each function calls the modules of a stock layer in the order of its own forward; the weights and
 their names stay transformers'. What differs is what a packed reward model needs: attention over the
@@ -18,8 +18,8 @@ from torch import nn
 
 from fastrm.errors import ConfigError
 from fastrm.model.attention import Attention
-from fastrm.model.families import SILU
 from fastrm.model.fusion import GATE_UP, QKV
+from fastrm.model.text import SILU
 
 Norm = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 Gate = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -49,12 +49,12 @@ def decoder_layer(layer: nn.Module, hidden, cos, sin, arguments, kernels: LayerK
         arguments: the attention's, of the tree.
     """
     attention = layer.self_attn
-    states = _norm(layer.input_layernorm, hidden, kernels)
+    states = apply_norm(layer.input_layernorm, hidden, kernels)
     query, key, value = _project(attention, states)
     query, key = kernels.rotate(query, key, cos, sin)
     mixed = kernels.attention.attend(query, key, value, arguments, attention.scaling)
     hidden = hidden + attention.o_proj(mixed.flatten(1))
-    return hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden, kernels), kernels)
+    return hidden + apply_mlp(layer.mlp, apply_norm(layer.post_attention_layernorm, hidden, kernels), kernels)
 
 
 def last_decoder_layer(layer: nn.Module, hidden, cos, sin, anchors, arguments, kernels: LayerKernels) -> torch.Tensor:
@@ -67,40 +67,16 @@ def last_decoder_layer(layer: nn.Module, hidden, cos, sin, anchors, arguments, k
         arguments: the attention's, for queries at the anchors.
     """
     attention = layer.self_attn
-    states = _norm(layer.input_layernorm, hidden, kernels)
+    states = apply_norm(layer.input_layernorm, hidden, kernels)
     at = states.index_select(0, anchors)
-    query = _head_norm(attention, "q_norm", _heads(attention, attention.q_proj(at)))
-    key = _head_norm(attention, "k_norm", _heads(attention, attention.k_proj(states)))
-    value = _heads(attention, attention.v_proj(states))
+    query = _head_norm(attention, "q_norm", split_heads(attention, attention.q_proj(at)))
+    key = _head_norm(attention, "k_norm", split_heads(attention, attention.k_proj(states)))
+    value = split_heads(attention, attention.v_proj(states))
     _, key = kernels.rotate(key, key, cos, sin)
     query, _ = kernels.rotate(query, query, cos.index_select(0, anchors), sin.index_select(0, anchors))
     mixed = kernels.attention.attend(query, key, value, arguments, attention.scaling)
     hidden = hidden.index_select(0, anchors) + attention.o_proj(mixed.flatten(1))
-    return hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden, kernels), kernels)
-
-
-def vision_block(block: nn.Module, hidden, cos, sin, arguments, kernels: LayerKernels) -> torch.Tensor:
-    """Run a block of the vision tower of Qwen2-VL or Qwen2.5-VL: (N, D) -> (N, D)."""
-    attention = block.attn
-    states = attention.qkv(_norm(block.norm1, hidden, kernels))
-    query, key, value = states.view(states.shape[0], 3, attention.num_heads, -1).unbind(1)
-    query, key = kernels.rotate(query, key, cos, sin)
-    mixed = kernels.attention.attend(query, key, value, arguments, attention.scaling)
-    hidden = hidden + attention.proj(mixed.flatten(1))
-    return hidden + _mlp(block.mlp, _norm(block.norm2, hidden, kernels), kernels)
-
-
-def tile_block(block: nn.Module, hidden, arguments, kernels: LayerKernels) -> torch.Tensor:
-    """Run a layer of InternVL's vision tower, with a learned scale on each branch: (N, D) -> (N, D)."""
-    attention = block.attention
-    states = _norm(block.layernorm_before, hidden, kernels)
-    # These norms are over all heads together if the config asks for it; else they are identities.
-    query = attention.q_norm(attention.q_proj(states))
-    key = attention.k_norm(attention.k_proj(states))
-    query, key, value = (_heads(attention, part) for part in (query, key, attention.v_proj(states)))
-    mixed = kernels.attention.attend(query, key, value, arguments, attention.scale)
-    hidden = block.lambda_1 * attention.projection_layer(mixed.flatten(1)) + hidden
-    return block.lambda_2 * block.mlp(_norm(block.layernorm_after, hidden, kernels)) + hidden
+    return hidden + apply_mlp(layer.mlp, apply_norm(layer.post_attention_layernorm, hidden, kernels), kernels)
 
 
 def _project(attention: nn.Module, states: torch.Tensor):
@@ -110,11 +86,12 @@ def _project(attention: nn.Module, states: torch.Tensor):
         parts = fused(states).split([rows for _, rows in fused.parts], dim=-1)
     else:
         parts = attention.q_proj(states), attention.k_proj(states), attention.v_proj(states)
-    query, key, value = (_heads(attention, part) for part in parts)
+    query, key, value = (split_heads(attention, part) for part in parts)
     return _head_norm(attention, "q_norm", query), _head_norm(attention, "k_norm", key), value
 
 
-def _heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
+def split_heads(attention: nn.Module, projected: torch.Tensor) -> torch.Tensor:
+    """Return the states (T, H, K) of each head, from (T, H * K)."""
     return projected.unflatten(-1, (-1, attention.head_dim))
 
 
@@ -123,17 +100,19 @@ def _head_norm(attention: nn.Module, name: str, heads: torch.Tensor) -> torch.Te
     return getattr(attention, name)(heads) if hasattr(attention, name) else heads
 
 
-def _norm(module: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> torch.Tensor:
+def apply_norm(module: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> torch.Tensor:
+    """Apply a stock norm: an RMSNorm by the kernels, a LayerNorm as it is."""
     return module(states) if isinstance(module, nn.LayerNorm) else kernels.norm(module, states)
 
 
-def _mlp(mlp: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> torch.Tensor:
+def apply_mlp(mlp: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> torch.Tensor:
+    """Apply a stock MLP: a gated one by the kernels, with its matrices fused or not; any other as it is."""
     if hasattr(mlp, GATE_UP):
         gate, up = mlp.gate_up_proj(states).chunk(2, dim=-1)
     elif hasattr(mlp, "gate_proj"):
         gate, up = mlp.gate_proj(states), mlp.up_proj(states)
     else:
-        return mlp(states)  # Qwen2-VL's vision tower: two layers without a gate
+        return mlp(states)  # in vision towers: two layers without a gate
     return mlp.down_proj(kernels.gate(mlp.act_fn, gate, up))
 
 

@@ -13,14 +13,14 @@ from fastrm.errors import ConfigError
 from fastrm.model.attention import BACKENDS
 from fastrm.model.backbone import BackboneRunner
 from fastrm.model.compiled import CompiledGraphs
-from fastrm.model.families import check_family, gated_activations
+from fastrm.model.families import FAMILIES, check_family, gated_activations
 from fastrm.model.fusion import FusedLinear, fuse_projections
 from fastrm.model.head import head_loss, head_rewards, make_head
 from fastrm.model.kernel_choice import head_dims_of, pick_backend, pick_head_kernels
 from fastrm.model.layers import pick_norm_and_gate
 from fastrm.model.precision import Fp8Report, fp8_disabled
 from fastrm.model.recompute import MODES
-from fastrm.model.towers import VisionTower
+from fastrm.model.vision.tower import VisionTower
 from fastrm.names import device_name
 from fastrm_kernels.dispatch import Choice
 
@@ -277,11 +277,6 @@ def refusal(what: str, error: Exception) -> ConfigError:
 
 
 def media_token_ids(model_type: str, tokenizer) -> dict[str, int]:
-    """Return a config's entries for the tokens that stand for images and videos."""
-    if model_type == "internvl":
-        return {"image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")}
-    names = {
-        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
-    }  # fmt: skip
+    """Return a config's entries for the tokens that stand for images and videos; none for a text model."""
+    names = FAMILIES[model_type].media_tokens if model_type in FAMILIES else {}
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}

@@ -11,8 +11,7 @@ import torch
 
 from fastrm.data.packing import Pack
 from fastrm.model.pooling import MeanLayout
-from fastrm.model.vision import VisionLayout, VisionShape
-from fastrm.model.vision_tiles import TileLayout, TileShape
+from fastrm.model.vision.tower import MediaLayout, MediaShape
 from fastrm_kernels import TreeLayout
 from fastrm_kernels.tree_attention.tiles import build_work_lists
 
@@ -30,7 +29,7 @@ class PackLayouts:
 
     tree: TreeLayout
     anchors: TreeLayout | None
-    vision: VisionLayout | TileLayout | None
+    vision: MediaLayout | None
     mean: MeanLayout | None = None
 
     def to(self, device) -> "PackLayouts":
@@ -72,7 +71,7 @@ class LayoutBuilder:
         pooling: anchor or mean, what the head reads.
     """
 
-    vision: VisionShape | TileShape | None
+    vision: MediaShape | None
     triton: tuple[torch.dtype, int, int] | None = None
     pooling: str = "anchor"
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastrm.data.group import GroupSize
+from fastrm.data.media.format import Patches
 from fastrm.data.packing import EncodedGroup
-from fastrm.data.qwen_format import stock_keeps_video_seconds
+from fastrm.data.record import VideoRef
 from fastrm.data.template import ConversationEncoder
-from fastrm.data.vision_format import Patches
 from fastrm.errors import RecordError
 
 # The first and the last response of a group: one continues the prompt's own sequence, the other is a branch.
@@ -54,7 +54,7 @@ def pick_samples(
     samples = {
         kind: next(filter(None, (_read(number, load, encoder) for number in numbers[:TRIES])), None)
         for kind, numbers in by_kind.items()
-        if kind in kinds and (kind != "video" or _stock_reads_videos_alike(encoder))
+        if kind in kinds and (kind != "video" or encoder.vision.stock_reads_videos_alike)
     }
     return {kind: sample for kind, sample in samples.items() if sample is not None}
 
@@ -62,13 +62,9 @@ def pick_samples(
 def _kind_of(group: GroupSize, encoder: ConversationEncoder) -> str:
     if not group.media:
         return "text"
-    # Several planes of InternVL are tiles of one image; a video of one plane is read like an image.
-    has_planes = not encoder.vision.opening and any(image.frames > 1 for image in group.media)
+    # Several planes of a model that reads no videos are tiles of one image; a video of one plane is read like an image.
+    has_planes = VideoRef in encoder.vision.placeholders and any(image.frames > 1 for image in group.media)
     return "video" if has_planes else "image"
-
-
-def _stock_reads_videos_alike(encoder: ConversationEncoder) -> bool:
-    return encoder.vision.tokens_per_second is None or stock_keeps_video_seconds()
 
 
 def _read(number: int, load: Callable[[int], EncodedGroup], encoder: ConversationEncoder) -> Sample | None:

@@ -17,7 +17,7 @@ import torch
 
 from fastrm.data.record import Message, Response
 from fastrm.data.template import ConversationEncoder
-from fastrm.model.families import QWEN_VL_FAMILIES
+from fastrm.model.families import FAMILIES
 from fastrm.model.network import RewardNetwork
 from fastrm.model.weight_writer import Entry
 
@@ -53,14 +53,15 @@ class StockReading:
     def file_name(self, name: str, model_type: str) -> str:
         """Return the name of a weight in the export's files, from that in the network.
 
-        Qwen's vision models have those of the published checkpoints, `visual.*` and `model.*`: they are the ones that
-        every stock class of every version knows, since AutoModel does not know `model.visual.*`.
+        Vision models have those of the published checkpoints (`VisionFamily.file_names`).
         """
         if name.startswith("score."):
             kind = name.removeprefix("score.")
             return f"score.0.{kind}" if self.is_guarded and "." not in kind else name
-        if model_type in QWEN_VL_FAMILIES:
-            return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
+        renamed = FAMILIES[model_type].file_names if model_type in FAMILIES else {}
+        for inner, outer in renamed.items():
+            if name.startswith(inner):
+                return outer + name.removeprefix(inner)
         return name
 
     def file_entries(self, entries: Iterable[Entry], model_type: str) -> list[Entry]:

@@ -11,19 +11,10 @@ from pathlib import Path
 
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
-from fastrm.model.families import VISION_FAMILIES
+from fastrm.model.families import FAMILIES, STEMS, VISION_FAMILIES
 from fastrm.model.network import RewardNetwork
 from fastrm.model.stock_classes import StockReading, anchors_end, read_by_stock
 
-# By model type, the name of the family in vLLM's names of classes.
-_FAMILIES = {
-    "llama": "Llama",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "qwen2_vl": "Qwen2VL",
-    "qwen2_5_vl": "Qwen2_5_VL",
-    "internvl": "InternVL",
-}
 # Names of the plugin's classes begin with it; those that need a whole conversation at once, with WHOLE.
 _PLUGIN, WHOLE = "Fastrm", "FastrmWhole"
 # Keys of config.json by which stock classes make the head and choose its activation: of regression, none.
@@ -108,7 +99,7 @@ def read_by_vllm(network: RewardNetwork) -> VllmReading:
     """
     config, head = network.model.config, network.head_settings
     _check_is_read(config)
-    name = f"{_FAMILIES[config.model_type]}ForSequenceClassification"
+    name = f"{STEMS[config.model_type]}ForSequenceClassification"
     stock = read_by_stock(network)
     why, kind = "", ""
     if head.layers > 1:
@@ -126,13 +117,13 @@ def read_by_vllm(network: RewardNetwork) -> VllmReading:
 def _check_is_read(config) -> None:
     """Refuse values that vLLM 0.32 passes over, or for which it has no layer."""
     text, family = config.get_text_config(), config.model_type
-    found = {"hidden_act": (text.hidden_act, "silu")}
-    if family in ("qwen2_vl", "qwen2_5_vl"):
-        vision = config.vision_config
-        rope = getattr(vision, "rope_parameters", None) or {}
-        found["vision_config's rope_theta"] = (rope.get("rope_theta", 10000.0), 10000.0)
-        if family == "qwen2_vl":
-            found["vision_config.hidden_act"] = (vision.hidden_act, "quick_gelu")
+    of_vision = FAMILIES[family].fixed_in_vllm(config) if family in FAMILIES else {}
+    if of_vision is None:
+        raise ConfigError(
+            f"{family}: how vLLM would read its exports is not known here. Serve it with transformers: "
+            "fastrm export MODEL --out FOLDER --for transformers, or with fastrm serve"
+        )
+    found = {"hidden_act": (text.hidden_act, "silu")} | of_vision
     for name, (value, wanted) in found.items():
         if value != wanted:
             raise ConfigError(

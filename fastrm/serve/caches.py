@@ -7,9 +7,9 @@ import threading
 from collections import OrderedDict
 from typing import Generic, TypeVar
 
+from fastrm.data.media.format import MediaSize, Patches, VisionFormat
 from fastrm.data.record import MediaRef, Record
 from fastrm.data.template import ConversationEncoder
-from fastrm.data.vision_format import MediaSize, Patches, VisionFormat
 from fastrm.limits import MediaLimits
 
 Value = TypeVar("Value")

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from fastrm.data.group import GroupSize
+from fastrm.data.media.format import Patches
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.record import Message, Record, Response
 from fastrm.data.template import ConversationEncoder
-from fastrm.data.vision_format import Patches
 from fastrm.errors import RecordError
 from fastrm.evaluate.ensemble import Ensemble, combine, sharing
 from fastrm.evaluate.merging import PromptGroup

@@ -5,28 +5,10 @@ The formulas are those of `step_flops`; what depends on the number of responses 
 anchors' part of the last layer) is left out.
 """
 
-from dataclasses import dataclass
-
 from fastrm.config import ModelConfig
 from fastrm.data.balance import CostModel
-from fastrm.model.families import QWEN_VL_FAMILIES, has_windows
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """The passes of a training step through a part of the model besides its forward pass."""
-
-    trained: bool
-    reached: bool  # True if something in it or before it is trained, so that gradients pass through it
-    repeated: bool  # True if its layers run again in the backward pass
-
-    def matrices(self, num_parameters: int, last: int) -> int:
-        """Return FLOPs per row of one layer; `last` of the parameters, its last product, are not repeated."""
-        return 2 * (num_parameters * (1 + self.reached + self.trained) + (num_parameters - last) * self.repeated)
-
-    def attention(self, width: int) -> int:
-        """Return FLOPs of a query-key pair of one layer with queries of this width, all heads together."""
-        return 4 * width * (1 + 2 * self.reached + self.repeated)
+from fastrm.model.families import FAMILIES
+from fastrm.model.vision.tower import Passes
 
 
 def make_cost_model(config, settings: ModelConfig) -> CostModel:
@@ -42,16 +24,16 @@ def make_cost_model(config, settings: ModelConfig) -> CostModel:
     vision_reached = vision is not None and trained["vision"]
     projector_reached = vision_reached or (vision is not None and trained["projector"])
     language_reached = projector_reached or trained["language"]
-    language = _Passes(trained["language"], language_reached, full and language_reached)
+    language = Passes(trained["language"], language_reached, full and language_reached)
     costs = _language_costs(config.get_text_config(), language, settings.pooling == "anchor")
     if vision is not None:
-        tower = _Passes(trained["vision"], vision_reached, full and vision_reached)
-        projector = _Passes(trained["projector"], projector_reached, False)
-        costs |= MEDIA_COSTS[config.model_type](config, tower, projector)
+        tower = Passes(trained["vision"], vision_reached, full and vision_reached)
+        projector = Passes(trained["projector"], projector_reached, False)
+        costs |= FAMILIES[config.model_type].media_costs(config, tower, projector)
     return CostModel(**costs)
 
 
-def _language_costs(text, passes: _Passes, pruned: bool) -> dict:
+def _language_costs(text, passes: Passes, pruned: bool) -> dict:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     key_value = 2 * text.hidden_size * keys
@@ -64,45 +46,3 @@ def _language_costs(text, passes: _Passes, pruned: bool) -> dict:
         "per_token": whole_layers * passes.matrices(layer, last=product) + last_layer,
         "per_attention_pair": whole_layers * passes.attention(queries),
     }
-
-
-def _tile_costs(config, tower: _Passes, projector: _Passes) -> dict:
-    """Return the costs of InternVL's images; the class token of a tile is left out."""
-    vision, hidden = config.vision_config, config.get_text_config().hidden_size
-    width, product = vision.hidden_size, vision.hidden_size * vision.intermediate_size
-    patch = vision.num_channels * vision.patch_size[0] * vision.patch_size[1] * width
-    embed = _Passes(tower.trained, reached=False, repeated=False)
-    layers = vision.num_hidden_layers
-    per_patch = embed.matrices(patch, last=0) + layers * tower.matrices(4 * width**2 + 2 * product, last=product)
-    merged = int(1 / config.downsample_ratio) ** 2  # patches of one token
-    return {
-        "per_media_token": merged * per_patch + projector.matrices(hidden * (merged * width + hidden), last=0),
-        "per_media_pair": layers * merged**2 * tower.attention(width),
-    }
-
-
-def _vision_costs(config, tower: _Passes, projector: _Passes) -> dict:
-    vision, hidden = config.vision_config, config.get_text_config().hidden_size
-    windows = has_windows(vision)
-    # Qwen2-VL calls the tower's width embed_dim, and has an MLP of two matrices instead of three.
-    width = vision.hidden_size if windows else vision.embed_dim
-    product = width * (vision.intermediate_size if windows else int(width * vision.mlp_ratio))
-    block = 4 * width**2 + (3 if windows else 2) * product
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
-    # Pixels need no gradient, and only blocks are repeated.
-    embed = _Passes(tower.trained, reached=False, repeated=False)
-    per_patch = embed.matrices(patch, last=0) + vision.depth * tower.matrices(block, last=product)
-    merged = vision.spatial_merge_size**2  # patches of one token
-    merger = merged * width * (merged * width + hidden)
-    full_blocks = len(vision.fullatt_block_indexes) if windows else vision.depth
-    pair = merged**2 * tower.attention(width)
-    return {
-        "per_media_token": merged * per_patch + projector.matrices(merger, last=0),
-        "per_media_pair": full_blocks * pair,
-        "per_window_pair": (vision.depth - full_blocks) * pair,
-        "window": vision.window_size // vision.spatial_merge_size // vision.patch_size if windows else 0,
-    }
-
-
-# The costs of media of every family of VISION_FAMILIES.
-MEDIA_COSTS = {**dict.fromkeys(QWEN_VL_FAMILIES, _vision_costs), "internvl": _tile_costs}

@@ -16,8 +16,8 @@ from fastrm.data import loader
 from fastrm.data.batching import PackPlan
 from fastrm.data.images import decode_image
 from fastrm.data.loader import LoadedPack, PackBuilder, Waiting, load_packs
+from fastrm.data.media.qwen2_vl import QwenFormat
 from fastrm.data.packing import Pack
-from fastrm.data.qwen_format import QwenFormat
 from fastrm.data.record import ImageRef
 from fastrm.errors import ConfigError
 from fastrm.evaluate.accuracy import PreferenceMeter

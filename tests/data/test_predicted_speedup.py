@@ -29,11 +29,11 @@ import numpy as np
 import pytest
 
 from fastrm.config import load_config
+from fastrm.data.media.format import MediaSize, MediaSpan
 from fastrm.data.prepared.count import Counted, GroupCounter
 from fastrm.data.prepared.select import Selection
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.template import EncodedResponse
-from fastrm.data.vision_format import MediaSize, MediaSpan
 from tests.helpers.epochs import Epoch, cost_model
 from tests.helpers.runs import tiny_config
 

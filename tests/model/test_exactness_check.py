@@ -9,7 +9,7 @@ import check_exactness
 import fastrm
 from fastrm.config import load_config
 from fastrm.data.group import GroupSize, encode_group
-from fastrm.data.qwen_format import stock_keeps_video_seconds
+from fastrm.data.media.qwen2_vl import stock_keeps_video_seconds
 from fastrm.data.record import Message, Record, Response
 from fastrm.errors import ExactnessError, RecordError
 from fastrm.evaluate.reward_model import DTYPES

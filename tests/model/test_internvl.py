@@ -9,13 +9,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from fastrm.data.internvl_format import load_internvl_format
+from fastrm.data.media.internvl import load_internvl_format
 from fastrm.data.record import ImageRef, Message, Response, VideoRef
 from fastrm.errors import ConfigError, RecordError
 from fastrm.limits import MediaLimits
 from fastrm.model.export import load_model, save_model
-from fastrm.model.families import check_family, longest_path
+from fastrm.model.families import check_family
 from fastrm.model.loading import load_backbone
+from fastrm.model.text import longest_path
 from tests.helpers import stock, support
 from tests.helpers.support import (
     FAMILIES,
@@ -165,7 +166,7 @@ def test_tower_equals_the_stock_forward(text, vision, monkeypatch):
         stock_output = network.model.get_image_features(pixel_values=tiles, vision_feature_select_strategy="default")
         wanted = stock_output.pooler_output.flatten(0, 1)
         layout = network.tower.shape.lay_out([(3, 4, 4), (1, 4, 4)])
-        features = network._runner.media_features(_in_patches(tiles), layout)
+        features = network._runner.media_features(_in_patches(tiles), layout).tokens
     assert wanted.abs().max() > 0.1
     assert (features - wanted).abs().max() <= 1e-5
 

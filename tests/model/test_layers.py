@@ -20,8 +20,8 @@ from fastrm.model.export import load_model, save_model
 from fastrm.model.fusion import FusedLinear, join_parts, split_fused
 from fastrm.model.pack_layouts import PackLayouts
 from fastrm.model.pooling import MeanLayout
-from fastrm.model.vision import VisionLayout, VisionShape
-from fastrm.model.vision_tiles import TileLayout
+from fastrm.model.vision.internvl import TileLayout
+from fastrm.model.vision.qwen2_vl import VisionLayout, VisionShape
 from fastrm_kernels import TreeLayout, preference_loss
 from fastrm_kernels.tree_attention.tiles import TileList, WorkLists
 from tests.helpers.support import FAMILIES, MROPE, make_image, make_model, make_record, needs_interpreter, pack_of
@@ -271,7 +271,7 @@ def test_vision_tower_equals_the_stock_forward_on_every_shape(family):
     for grids in GRIDS:
         pixels = torch.randn(sum(t * h * w for t, h, w in grids), width)
         stock = network.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
-        ours = runner.media_features(pixels, VisionLayout.build(grids, runner.tower.shape))
+        ours = runner.media_features(pixels, VisionLayout.build(grids, runner.tower.shape)).tokens
         assert (ours - stock).abs().max() <= 1e-5, grids
 
 

@@ -10,12 +10,12 @@ from fastrm.data.balance import CostModel
 from fastrm.data.batching import PackPlan
 from fastrm.data.group import GroupMedium, GroupSize, encode_group
 from fastrm.data.loader import PackBuilder
+from fastrm.data.media.format import MediaSize, MediaSpan
+from fastrm.data.media.positions import mrope_positions
+from fastrm.data.media.qwen2_vl import _say_where_stock_differs, load_qwen_format
 from fastrm.data.packing import EncodedGroup
-from fastrm.data.positions import mrope_positions
-from fastrm.data.qwen_format import _say_where_stock_differs, load_qwen_format
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef
 from fastrm.data.videos import VideoSettings
-from fastrm.data.vision_format import MediaSize, MediaSpan
 from fastrm.errors import RecordError
 from fastrm.limits import MediaLimits
 from fastrm_kernels import preference_loss

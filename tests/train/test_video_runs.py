@@ -10,8 +10,8 @@ from transformers import AutoConfig
 import fastrm as fastrm_package
 from fastrm.commands import rewards as commands
 from fastrm.config import load_config
+from fastrm.data.media.format import MediaSize
 from fastrm.data.record import VideoRef
-from fastrm.data.vision_format import MediaSize
 from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.limits import MediaLimits

@@ -9,16 +9,17 @@ own function, which calls tiles "patches"; here a patch is the square of 14 pixe
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from fastrm.data.images import decode_image, image_size, media_error
+from fastrm.data.media.format import MediaSize, MediaSpan, Patches, VisionFormat
+from fastrm.data.media.processor_files import ProcessorSettings, image_settings
 from fastrm.data.patches import PatchFormat
-from fastrm.data.processor_files import ProcessorSettings, image_settings
 from fastrm.data.record import ImageRef, MediaRef
 from fastrm.data.tokenizer import special_id
-from fastrm.data.vision_format import MediaSize, MediaSpan, Patches, VisionFormat
 from fastrm.errors import ConfigError
 from fastrm.limits import MediaLimits
 
@@ -43,6 +44,8 @@ class InternVLFormat(VisionFormat):
     Raises:
         ConfigError: for a processor that does not resize to square tiles of whole image tokens.
     """
+
+    stock_options: ClassVar = {"crop_to_patches": True}
 
     def __init__(self, processor, image_token: int, opening: int, closing: int, patch: int, merge: int):
         side = processor.size["height"]

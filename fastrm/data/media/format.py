@@ -12,12 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from fastrm.data.patches import Grid, PatchFormat
 from fastrm.data.record import MediaRef
+from fastrm.data.videos import VideoSettings
 from fastrm.limits import MediaLimits
 
 
@@ -65,6 +68,27 @@ class Patches(NamedTuple):
     grid: Grid
 
 
+@dataclass(frozen=True)
+class FormatSettings:
+    """The settings of media that a configuration or a caller gives; None keeps that of the model's files.
+
+    A family does not look at those that mean nothing to it.
+
+    Attributes:
+        min_pixels, max_pixels: of an image, where images keep their shape.
+        max_tiles: of an image that is cut into tiles, the thumbnail not counted.
+        image_mean, image_std: of each channel.
+        video: how videos are sampled and resized.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_tiles: int | None = None
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    video: VideoSettings | None = None
+
+
 class VisionFormat(ABC):
     """A model family's way to read images and videos. Picklable: it goes to the data workers.
 
@@ -81,11 +105,15 @@ class VisionFormat(ABC):
         placeholders: id of the special token that the chat template writes once for a medium of this kind, and
             that then stands once for every token of it. A kind that is missing is refused by name.
         opening, closing: special tokens that are put around a medium's tokens, where the template does not.
+        processor: the stock image processor.
+        stock_options: with which the stock processor of the whole model calls it.
     """
 
     placeholders: Mapping[type[MediaRef], int]
     opening: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
+    processor: Any
+    stock_options: Mapping[str, Any] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -116,6 +144,15 @@ class VisionFormat(ABC):
     @abstractmethod
     def positions(self, num_tokens: int, spans: Sequence[MediaSpan]) -> np.ndarray | None:
         """Return positions (3, num_tokens) int64 of a conversation with media; None: numbered from 0 on all axes."""
+
+    @property
+    def stock_reads_videos_alike(self) -> bool:
+        """True if this transformers gives a video's tokens the positions that they have here."""
+        return True
+
+    def stock_times(self, spans: Sequence[MediaSpan]) -> dict[str, torch.Tensor]:
+        """Return the stock model's arguments for the times of videos, besides their patches and grids."""
+        return {}
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastrm.data.vision_format import MediaSpan
+from fastrm.data.media.format import MediaSpan
 
 
 def mrope_positions(num_tokens: int, spans: Sequence[MediaSpan], tokens_per_second: float | None) -> np.ndarray:

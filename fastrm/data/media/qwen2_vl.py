@@ -13,13 +13,13 @@ from packaging.version import Version
 from PIL import Image
 
 from fastrm.data.images import decode_image, image_size, media_error
+from fastrm.data.media.format import MediaSize, MediaSpan, Patches, VisionFormat
+from fastrm.data.media.positions import mrope_positions
+from fastrm.data.media.processor_files import VIDEO_FILE, ProcessorSettings, image_settings, video_settings
 from fastrm.data.patches import PatchFormat
-from fastrm.data.positions import mrope_positions
-from fastrm.data.processor_files import VIDEO_FILE, ProcessorSettings, image_settings, video_settings
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.data.tokenizer import special_id
 from fastrm.data.videos import VideoHeader, VideoSettings, open_video
-from fastrm.data.vision_format import MediaSize, MediaSpan, Patches, VisionFormat
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
@@ -122,6 +122,15 @@ class QwenFormat(VisionFormat):
 
     def positions(self, num_tokens: int, spans: Sequence[MediaSpan]) -> np.ndarray:
         return mrope_positions(num_tokens, spans, self.tokens_per_second)
+
+    @property
+    def stock_reads_videos_alike(self) -> bool:
+        return self.tokens_per_second is None or stock_keeps_video_seconds()
+
+    def stock_times(self, spans: Sequence[MediaSpan]) -> dict[str, torch.Tensor]:
+        if self.tokens_per_second is None:
+            return {}
+        return {"second_per_grid_ts": torch.tensor([span.size.seconds for span in spans])}
 
     def save(self, folder: Path) -> None:
         self.processor.save_pretrained(folder)
