@@ -43,7 +43,7 @@ def kernels(*arguments: str) -> tuple[str, ...]:
 
 def gpu_tests() -> list[str]:
     """Test files with tests that need a GPU."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    files = sorted(file for folder in ("tests", "kernels/tests") for file in (ROOT / folder).rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
@@ -138,7 +138,7 @@ def _small(stage: Stage) -> Stage:
     if stage.name == "unpack":
         return stage
     if stage.name == "tests":
-        files = ["tests/kernels/test_tree_attention.py"]
+        files = ["kernels/tests/test_tree_attention.py"]
         command = bench("gpu_tests.py", "--out", "{out}", "-n", "2", "-m", "not gpu", *files)
         return replace(stage, command=command, limit=_PATIENCE)
     python, script, *arguments = stage.command

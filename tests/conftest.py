@@ -18,13 +18,13 @@ from tests.helpers.smollm2 import smollm2_folder  # noqa: E402, F401  (fixture o
 
 # Files that take about half a minute or more, whatever the number of their tests, the longest first.
 LONG = [
-    f"tests/{name}.py" for name in (
-        "model/test_real_widths", "train/test_real_widths_runs", "forecast/test_plan", "forecast/test_dry_run",
-        "train/test_pretrained_rooms", "model/test_hf", "project/test_docs", "serve/test_command", "ablate/test_ablate",
-        "bench/test_training_bench", "serve/test_faults", "forecast/test_fake_step", "train/test_launch",
-        "kernels/test_preference_head_triton_values", "forecast/test_plan_memory", "bench/test_pretrained_conversion",
-        "bench/test_pretrained_bench", "serve/test_real_rows", "rl/test_trl",
-    )
+    "tests/model/test_real_widths.py", "tests/train/test_real_widths_runs.py", "tests/forecast/test_plan.py",
+    "tests/forecast/test_dry_run.py", "tests/train/test_pretrained_rooms.py", "tests/model/test_hf.py",
+    "tests/project/test_docs.py", "tests/serve/test_command.py", "tests/ablate/test_ablate.py",
+    "tests/bench/test_training_bench.py", "tests/serve/test_faults.py", "tests/forecast/test_fake_step.py",
+    "tests/train/test_launch.py", "kernels/tests/test_preference_head_triton_values.py",
+    "tests/forecast/test_plan_memory.py", "tests/bench/test_pretrained_conversion.py",
+    "tests/bench/test_pretrained_bench.py", "tests/serve/test_real_rows.py", "tests/rl/test_trl.py",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from fastrm.config import Config
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.record import Preference, Record, Response
-from fastrm.data.template import ConversationEncoder
+from fastrm.data.template import ConversationEncoder, EncodedResponse, too_long
 from fastrm.errors import RecordError
 
 # Records of one prompt are merged up to this many responses. More would save little, and a step that is
@@ -81,6 +81,32 @@ def encode_group(record: Record, encoder: ConversationEncoder) -> EncodedGroup:
     """
     responses = tuple(encoder.encode(response) for response in record.responses)
     return EncodedGroup(record.id, record.source, record.origin, responses, record.preferences)
+
+
+def encode_within(record: Record, encoder: ConversationEncoder, max_tokens: int) -> EncodedGroup:
+    """Tokenise all responses of a record that may have so many tokens together, but not those of one far over that.
+
+    Raises:
+        RecordError: as `ConversationEncoder.encode`; TOO_LONG for more than about twice `max_tokens`.
+    """
+    encoder, num_tokens, before = encoder.up_to(max_tokens), 0, np.zeros(0, dtype=np.int64)
+    encoded: dict[int, EncodedResponse] = {}
+    # In the order of their texts, so that those that share a beginning, which is counted once, are neighbours.
+    for number in sorted(range(len(record.responses)), key=lambda number: record.responses[number].text):
+        encoded[number] = encoder.encode(record.responses[number])
+        tokens = encoded[number].tokens
+        num_tokens, before = num_tokens + len(tokens) - num_common(before, tokens), tokens
+        if num_tokens > 2 * max_tokens:
+            raise too_long(max_tokens)
+    responses = tuple(encoded[number] for number in range(len(encoded)))
+    return EncodedGroup(record.id, record.source, record.origin, responses, record.preferences)
+
+
+def num_common(first: np.ndarray, second: np.ndarray) -> int:
+    """Return the number of tokens with which two conversations (n,) and (m,) begin alike."""
+    length = min(len(first), len(second))
+    differs = np.flatnonzero(first[:length] != second[:length])
+    return int(differs[0]) if len(differs) else length
 
 
 def resolve_preferences(record: Record, config: Config) -> tuple[Record, int]:

@@ -20,10 +20,13 @@ from fastrm.data.markup import check_not_closed, check_not_rendered
 from fastrm.data.media.format import MediaSize, MediaSpan, VisionFormat
 from fastrm.data.record import MediaRef, Message, Response
 from fastrm.data.rendering import ChatRenderer, Rendered, lengthened
-from fastrm.errors import ConfigError, RecordError
+from fastrm.errors import ConfigError, RecordError, option
 from fastrm.limits import MediaLimits
 
 REMEMBERED_RUNS = 64  # the number of texts between special tokens whose tokens are remembered
+# A text with more characters than so many for each token that is allowed is counted in parts first: tokens have four.
+_CHARACTERS_PER_TOKEN = 8
+_CHARACTERS_PER_PART = 16_384
 REMEMBERED_SIZES = 4096  # the number of media whose sizes are remembered; the responses of a group share theirs
 
 
@@ -93,7 +96,7 @@ class ConversationEncoder:
         self._media_ids = frozenset() if vision is None else frozenset(vision.placeholders.values())
         self._backend = _text_tokenizer(tokenizer)
         self._sizes, self._runs = Latest(REMEMBERED_SIZES), Latest(REMEMBERED_RUNS)
-        self._counts_only = False
+        self._counts_only, self._max_tokens = False, None
         self._check_against_stock()
 
     def encode(self, response: Response) -> EncodedResponse:
@@ -103,7 +106,8 @@ class ConversationEncoder:
             RecordError: TEMPLATE if the template refuses it or misplaces a medium, UNRENDERED_KEY if it leaves
                 something out, ANCHOR if it closes the conversation before the response's end, IMAGE_UNSUPPORTED or
                 VIDEO_UNSUPPORTED for a medium that the model does not read, RENDERED_TEMPLATE (see markup.py),
-                SPECIAL_TOKEN if typed text became a medium's token, and the codes of `VisionFormat.measure`.
+                SPECIAL_TOKEN if typed text became a medium's token, TOO_LONG for a text that `up_to` does not allow,
+                and the codes of `VisionFormat.measure`.
         """
         self._check_supported(response)
         check_not_rendered(response.messages)
@@ -166,6 +170,15 @@ class ConversationEncoder:
         counter = copy.copy(self)
         counter._counts_only = True
         return counter
+
+    def up_to(self, max_tokens: int) -> "ConversationEncoder":
+        """Return an encoder of the same tokens that refuses texts far over a number of tokens at little cost.
+
+        A text of 32 MB can have 16 million tokens, for which the tokenizer takes half a minute and gigabytes.
+        """
+        bounded = copy.copy(self)
+        bounded._max_tokens = max_tokens
+        return bounded
 
     def _media_tokens(self, placeholder: int, num_tokens: int) -> np.ndarray:
         """Return the tokens (n,) int64 that replace a placeholder."""
@@ -250,11 +263,31 @@ class ConversationEncoder:
         runs = {text: self._runs.get(text) for text in texts}
         missing = [text for text, tokens in runs.items() if tokens is None]
         if missing:
+            self._check_lengths(missing)
             found = self._backend.encode_batch_fast(missing, add_special_tokens=False)
             for text, run in zip(missing, found, strict=True):
                 runs[text] = run.ids
                 self._runs.store(text, run.ids)
         return [runs[text] for text in texts]
+
+    def _check_lengths(self, texts: list[str]) -> None:
+        """Refuse a text that is far over the tokens that are allowed.
+
+        Its parts have a few tokens more than the whole where they are cut, never as many again: one that is refused
+        here has too many.
+
+        Raises:
+            RecordError: TOO_LONG.
+        """
+        for text in texts if self._max_tokens is not None else ():
+            if len(text) <= _CHARACTERS_PER_TOKEN * self._max_tokens:
+                continue
+            num_tokens = 0
+            for start in range(0, len(text), _CHARACTERS_PER_PART):
+                part = text[start : start + _CHARACTERS_PER_PART]
+                num_tokens += len(self._backend.encode(part, add_special_tokens=False))
+                if num_tokens > 2 * self._max_tokens:
+                    raise too_long(self._max_tokens)
 
     def _check_against_stock(self) -> None:
         """Refuse a tokenizer whose tokens change if a text is cut at special tokens.
@@ -303,6 +336,12 @@ def _text_tokenizer(tokenizer):
     backend.no_padding()
     backend.encode_special_tokens = True
     return backend
+
+
+def too_long(max_tokens: int) -> RecordError:
+    """Return the refusal of a group that is so far over its limit that its tokens were not all counted."""
+    limit = f"limit {max_tokens:,}; raise {option('tokens_per_pack')}"
+    return RecordError("TOO_LONG", f"the group has more than {max_tokens:,} tokens, {limit}")
 
 
 def _with_last(response: Response, message: Message) -> Response:

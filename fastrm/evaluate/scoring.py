@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastrm.data.batching import PackPlan, plan_once
-from fastrm.data.group import GroupSize, check_distinct, encode_group
+from fastrm.data.group import GroupSize, check_distinct, encode_within
 from fastrm.data.loader import LoadedPack, PackBuilder, RefusedGroup, load_packs
 from fastrm.data.packing import EncodedGroup, Pack
 from fastrm.data.record import Record
@@ -203,12 +203,13 @@ def make_ready(
     """Tokenise a record and refuse it if the networks cannot take it.
 
     Raises:
-        RecordError: as `encode_group` and, for a record with preferences, `check_distinct`; TOO_LONG.
+        RecordError: as `encode_within` and, for a record with preferences, `check_distinct`; TOO_LONG.
     """
     merged = PromptGroup()
     merged.add(0, record)
     places = merged.places[0]
-    group = encode_group(replace(record, responses=tuple(merged.responses.values()), preferences=()), encoder)
+    distinct = replace(record, responses=tuple(merged.responses.values()), preferences=())
+    group = encode_within(distinct, encoder, tokens_per_pack)
     check_distinct(replace(group, responses=tuple(group.responses[n] for n in places), preferences=record.preferences))
     limits = [longest_path(network.model.config) for network in networks]
     limit = min((limit for limit in limits if limit is not None), default=math.inf)

@@ -12,8 +12,10 @@ import ipaddress
 import os
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,7 +26,7 @@ from fastrm.data.sources.media import Resolve
 from fastrm.errors import RecordError
 from fastrm.limits import MediaLimits
 
-_FETCH_SECONDS = 10.0  # for all URLs of a group
+_FETCH_SECONDS = 10.0  # for all URLs of a group, with the look-up of their hosts
 _CHUNK = 1 << 16
 
 
@@ -40,6 +42,18 @@ def is_public(address: str) -> bool:
         meant += [inner for inner in (found.ipv4_mapped, found.sixtofour, *(found.teredo or ())) if inner is not None]
         meant += [ipaddress.ip_address(found.packed[-4:])] if found in _NAT64 else []
     return all(one.is_global and not one.is_multicast for one in meant)
+
+
+class SlowMedium(Exception):
+    """A URL that a group names, met by a thread that others wait for.
+
+    Args:
+        resolve: opens what the group names, and waits for the hosts of its URLs.
+    """
+
+    def __init__(self, resolve: Resolve):
+        super().__init__("a URL, which takes a thread of its own")
+        self.resolve = resolve
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,12 @@ class MediaPolicy:
     max_media: int = 64
     is_public: Callable[[str], bool] = is_public
 
-    def resolver(self) -> Resolve:
-        """Return the function that opens what one group names, for one use."""
+    def resolver(self, *, waits: bool = False) -> Resolve:
+        """Return the function that opens what one group names, for one use.
+
+        Args:
+            waits: fetch URLs; else `SlowMedium` is raised for one that may be fetched.
+        """
         opened, seconds = 0, 0.0
 
         def resolve(place: str, kind: type[MediaRef] = ImageRef) -> MediaRef:
@@ -69,6 +87,8 @@ class MediaPolicy:
             opened += 1
             if opened > self.max_media:
                 raise RecordError("TOO_MANY_MEDIA", f"the group names more than {self.max_media} files or URLs")
+            if self.allow_urls and not waits and _is_url(place):
+                raise SlowMedium(self.resolver(waits=True))
             started = time.monotonic()
             data = self._read(place, kind, started + _FETCH_SECONDS - seconds)
             seconds += time.monotonic() - started
@@ -77,7 +97,7 @@ class MediaPolicy:
         return resolve
 
     def _read(self, place: str, kind: type[MediaRef], deadline: float) -> bytes:
-        if place[:8].lower().startswith(("http://", "https://")):
+        if _is_url(place):
             if not self.allow_urls:
                 raise _refused(kind, "is a URL, which this server does not fetch (--allow-image-urls); send a data URI")
             return self._fetch(place, kind, deadline)
@@ -125,8 +145,7 @@ class MediaPolicy:
         port = parts.port or (443 if is_https else 80)
         if not parts.hostname or parts.username is not None:
             raise _refused(kind, "is a URL without a host, or with a password")
-        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-        addresses = [address[4][0] for address in found]
+        addresses = _addresses(parts.hostname, port, deadline)
         if not all(map(self.is_public, addresses)):
             raise _refused(kind, "is a URL of an address that is not public")
         sock = socket.create_connection((addresses[0], port), _left(deadline))
@@ -162,6 +181,34 @@ class _TimedReader(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def _is_url(place: str) -> bool:
+    return place[:8].lower().startswith(("http://", "https://"))
+
+
+def _addresses(host: str, port: int, deadline: float) -> list[str]:
+    """Return the addresses of a host.
+
+    The system's look-up has no time limit that could be set. A thread that has met the deadline is left to it.
+
+    Raises:
+        OSError: for a host without an address; TimeoutError at the deadline.
+    """
+    found: Future[list] = Future()
+
+    def look_up() -> None:
+        try:
+            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            found.set_exception(error)
+
+    seconds = _left(deadline)
+    threading.Thread(target=look_up, name="fastrm-look-up", daemon=True).start()
+    try:
+        return [address[4][0] for address in found.result(seconds)]
+    except TimeoutError:
+        raise TimeoutError(f"{host} is not found in time") from None
 
 
 def _left(deadline: float) -> float:

@@ -33,6 +33,7 @@ from fastrm.data.sources.media import Resolve, any_path
 from fastrm.errors import ConfigError, ExactnessError, GroupError, RecordError
 from fastrm.evaluate.scoring import group_error
 from fastrm.serve.caches import BoundedCache
+from fastrm.serve.media import SlowMedium
 from fastrm.serve.problems import Unavailable, UnknownModel
 from fastrm.serve.reading import GroupReader, Read
 from fastrm.serve.scorer import Scorer
@@ -40,6 +41,7 @@ from fastrm.serve.waiting import Ask, Waiting, choose, compute
 
 _LOG = logging.getLogger(__name__)
 _PREPARING_THREADS = 4
+_FETCHING_THREADS = 16  # they wait most of the time
 _MAX_FAILURES = 8  # groups that fail one after another until the scheduler says that it is not ready
 
 
@@ -132,6 +134,7 @@ class Scheduler:
         self._open: dict[tuple, Waiting] = {}
         self._came = asyncio.Event()
         self._preparing = ThreadPoolExecutor(_PREPARING_THREADS, "fastrm-prepare")
+        self._fetching = ThreadPoolExecutor(_FETCHING_THREADS, "fastrm-fetch")
         self._computing = ThreadPoolExecutor(1, "fastrm-compute")
         self._loop: asyncio.Task | None = None
         self._is_closing = False
@@ -225,8 +228,8 @@ class Scheduler:
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
-        self._preparing.shutdown(wait=False)
-        self._computing.shutdown(wait=False)
+        for threads in (self._preparing, self._fetching, self._computing):
+            threads.shutdown(wait=False)
 
     def stop_accepting(self) -> None:
         """Refuse what comes from now on; what was accepted is answered."""
@@ -260,7 +263,10 @@ class Scheduler:
     ) -> tuple[list[float] | GroupError, int]:
         loop = asyncio.get_running_loop()
         try:
-            read = await self._read(scorer, group, index, resolve)
+            try:
+                read = await self._read(self._preparing, scorer, group, index, resolve)
+            except SlowMedium as slow:
+                read = await self._read(self._fetching, scorer, group, index, slow.resolve)
             if read.prepared is None:
                 return [read.known[key] for key in read.keys], 0
             ask = Ask(read.prepared, loop.create_future(), time.monotonic())
@@ -275,9 +281,9 @@ class Scheduler:
             problem = RecordError(code, f"the server failed at this group ({type(error).__name__}); its log says why")
             return group_error(index, group, problem), 0
 
-    async def _read(self, *arguments) -> Read:
+    async def _read(self, threads: ThreadPoolExecutor, *arguments) -> Read:
         """Return what `GroupReader.read` does, in a thread; if that cannot be cancelled, its place stays taken."""
-        reading = self._preparing.submit(self._reader.read, *arguments)
+        reading = threads.submit(self._reader.read, *arguments)
         try:
             return await asyncio.wrap_future(reading)
         except asyncio.CancelledError:

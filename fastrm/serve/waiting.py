@@ -4,8 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from fastrm.data.group import num_common
 from fastrm.errors import RecordError
 from fastrm.serve.scorer import Prepared, Scorer, join
 
@@ -50,15 +49,10 @@ class Waiting:
         return [Waiting(self.scorer, [ask], ask.prepared.num_tokens) for ask in self.asks if not ask.answer.done()]
 
     def _added(self, prepared: Prepared) -> int:
-        return prepared.num_tokens - (num_common(self.asks[0].prepared, prepared) if self.asks else 0)
-
-
-def num_common(one: Prepared, other: Prepared) -> int:
-    """Return the number of tokens with which the first conversations of two groups of one prompt begin alike."""
-    first, second = (part.ready[0].group.responses[0].tokens for part in (one, other))
-    length = min(len(first), len(second))
-    differs = np.flatnonzero(first[:length] != second[:length])
-    return int(differs[0]) if len(differs) else length
+        if not self.asks:
+            return prepared.num_tokens
+        first, second = (part.ready[0].group.responses[0].tokens for part in (self.asks[0].prepared, prepared))
+        return prepared.num_tokens - num_common(first, second)
 
 
 def choose(waiting: Sequence[Waiting], overdue_before: float) -> list[Waiting]:

@@ -230,5 +230,5 @@ def test_the_first_question_is_correctness_and_most_of_the_day_fits():
 
 
 def test_gpu_tests_are_found_by_their_marker():
-    assert "tests/kernels/test_tree_attention_triton.py" in gpu_stages.gpu_tests()
+    assert "kernels/tests/test_tree_attention_triton.py" in gpu_stages.gpu_tests()
     assert "tests/project/test_config.py" not in gpu_stages.gpu_tests()

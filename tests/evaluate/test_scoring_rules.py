@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import fastrm as package
+from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.sources import read_source
 from fastrm.data.sources.groups import group_record
 from fastrm.errors import ConfigError, DataError, GroupError
@@ -194,3 +195,38 @@ def test_a_response_beyond_what_dynamic_rope_is_exact_for_is_refused_alone():
     good, refused = model.score([GOOD, long], on_error="return")
     assert close(good, model.score([GOOD])[0])
     assert refused.code == "TOO_LONG" and "exact up to 60" in refused.message
+
+
+def test_texts_far_over_the_budget_are_refused_before_all_of_them_is_tokenised(monkeypatch):
+    model, seen = RewardModel(make_model("qwen2")), []
+
+    class Counting:
+        """The tokenizer, with a count of the characters that it is given."""
+
+        def encode(self, text, **options):
+            seen.append(len(text))
+            return backend.encode(text, **options)
+
+        def encode_batch_fast(self, texts, **options):
+            seen.extend(map(len, texts))
+            return backend.encode_batch_fast(texts, **options)
+
+    backend = model.network.encoder._backend
+    monkeypatch.setattr(model.network.encoder, "_backend", Counting())
+    long = {"prompt": "a cat, " * 10**5, "responses": ["yes", "no"]}
+    many = {"prompt": "a", "responses": [f"{number} " + "dog sits " * 50 for number in range(1000)]}
+    for group in (long, many):
+        seen.clear()
+        [refused] = model.score([group], on_error="return", tokens_per_pack=256)
+        assert refused.code == "TOO_LONG" and "more than 256 tokens" in refused.message
+        assert 0 < sum(seen) < 20_000
+
+
+@pytest.mark.parametrize("spread", [1, 7])
+def test_responses_that_share_most_of_their_text_are_scored_within_the_budget_of_their_tokens(spread):
+    model = RewardModel(make_model("qwen2"))
+    shared = ["the cat sits on the dog " * 40, "Is this? " * 80]
+    group = {"prompt": "a", "responses": [f"{shared[n // spread % 2]}{n}" for n in range(60)]}
+    size = GroupSize.of(encode_group(group_record(group, 0), model.network.encoder)).num_tokens
+    assert sum(map(len, group["responses"])) > 20 * size
+    assert model.score([group], tokens_per_pack=size) == model.score([group])

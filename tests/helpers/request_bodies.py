@@ -8,8 +8,14 @@ from collections.abc import Iterator
 
 from tests.helpers.support import make_image
 
+
+def data_uri(image: bytes) -> str:
+    """The data URI of a PNG file's bytes, or of bytes that say they are one."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
 GOOD = {"prompt": "the cat", "responses": ["yes", "no", "so", "a"]}
-URI = "data:image/png;base64," + base64.b64encode(make_image(56, 56).data).decode()
+URI = data_uri(make_image(56, 56).data)
 USER = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": URI}}, {"type": "text", "text": "Is"}]}
 TURNS = [USER, {"role": "assistant", "content": "yes"}]
 TEXT = (

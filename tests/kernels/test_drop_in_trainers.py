@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastrm_kernels.preference_head.drop_in import FusedRewardHead, fuse_reward_head
-from tests.helpers.drop_in_models import WIDTH, assert_near, assert_same_run, impls, make, run, tokens_of
+from kernel_cases.drop_in_models import WIDTH, assert_near, assert_same_run, impls, make, run, tokens_of
 from tests.helpers.support import make_tokenizer, words
 
 

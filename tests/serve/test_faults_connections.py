@@ -1,72 +1,52 @@
 """Clients that send slowly, half or nothing, leave before their answer, or come in crowds: others are served meanwhile.
 
-`python -m pytest -m slow -s tests/serve/test_faults_connections.py` holds 1,000 bad connections for ten minutes, prints
-the latency of good clients without and with them, and sends 10,000 requests to a queue of 8 groups.
+`python -m pytest -m slow -s tests/serve/test_faults_connections.py` holds 1,000 bad connections for ten minutes,
+prints the latency of good clients without and with them, and sends 10,000 requests to a queue of 8 groups.
 """
 
-import itertools
 import json
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import psutil
 import pytest
 
 from fastrm.evaluate.reward_model import RewardModel
+from tests.helpers.bad_connections import HEAD
 from tests.helpers.killed_runs import server  # noqa: F401  (fixture)
+from tests.helpers.own_process import environment
 from tests.helpers.request_bodies import GOOD
 from tests.helpers.served import folder, serving  # noqa: F401  (fixture)
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import PATIENCE, wait_until
 
-START = b"POST /v1/rewards HTTP/1.1\r\nHost: localhost\r\n"
-HEAD = START + b"Content-Length: %d\r\n\r\n"
 WHOLE = json.dumps({"groups": [GOOD]}).encode()
-# What a bad client sends at once, and goes on with byte by byte.
-KINDS = {
-    "slow line": (b"POST /v1/rew", b"a"),
-    "slow headers": (START + b"X-A: ", b"a"),
-    "half body": (HEAD % 10_000 + WHOLE[:20], b" "),
-    "slow chunks": (START + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
-    "silent": (b"", b""),
-    "hang-up": (HEAD % len(WHOLE) + WHOLE, None),
-}
 
 
-def hold(served, count, ended):
-    """Keep so many bad connections until the event; return how often one was opened."""
-    kinds, opened = itertools.cycle(KINDS), 0
-    held = {}
-    while not ended.is_set():
-        while len(held) < count and not ended.is_set():
-            first, more = KINDS[next(kinds)]
-            sock, opened = served.connect(), opened + 1
-            sock.sendall(first)
-            if more is None:
-                sock.close()
-                break  # as many hang-ups as rounds
-            sock.setblocking(False)
-            held[sock] = more
-        for sock, more in list(held.items()):
-            try:
-                sock.send(more)
-                is_open = sock.recv(65536) != b""
-            except BlockingIOError:
-                is_open = True
-            except OSError:
-                is_open = False
-            if not is_open:  # the server gave it up
-                sock.close()
-                del held[sock]
-        ended.wait(0.05)
-    for sock in held:
-        sock.close()
-    return opened
+@contextmanager
+def crowd(served, count):
+    """Keep so many bad connections until the block is left; yields what it was at the end, with "opened" and "left"."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.bad_connections", str(served.port), str(count)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    found = {}
+    try:
+        assert process.stdout.readline() == "open\n"
+        yield found
+        process.stdin.close()
+        found.update(json.loads(process.stdout.readline()))
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def latencies(served, seconds):
@@ -101,25 +81,23 @@ def settled(served):
     return found[-1]
 
 
-@pytest.mark.parametrize("count, seconds", [(30, 1), pytest.param(1000, 600, marks=pytest.mark.slow)])
-def test_bad_connections_keep_nobody_from_an_answer_and_leave_nothing(server, folder, tmp_path, count, seconds):  # noqa: F811
+@pytest.mark.parametrize("count, rounds, seconds", [(30, 2, 1), pytest.param(1000, 5, 120, marks=pytest.mark.slow)])
+def test_bad_connections_keep_nobody_waiting_and_leave_nothing(server, folder, tmp_path, count, rounds, seconds):  # noqa: F811
+    """Rounds without and with bad connections take turns, so that other work on the machine is in both."""
     with serving(server, folder, tmp_path / "log", patch="watched_serving.counting_tasks") as served:
         latencies(served, 0.2)
-        before = settled(served)
-        alone = latencies(served, min(seconds, 60))
-        ended = threading.Event()
-        with ThreadPoolExecutor(1) as thread:
-            holding = thread.submit(hold, served, count, ended)
-            try:
-                beside = latencies(served, seconds)
-            finally:
-                ended.set()
-        opened = holding.result()
-        p99 = [1000 * np.quantile(found, 0.99) for found in (alone, beside)]
-        print(f"{opened} bad connections, {count} at a time; {len(alone)} and {len(beside)} good requests")
-        print(f"p99 of latency alone {p99[0]:.1f} ms, beside them {p99[1]:.1f} ms, {p99[1] / p99[0]:.2f} times")
-        assert opened >= count
-        wait_until(lambda: settled(served) == before)
+        before, alone, beside, bad = settled(served), [], [], Counter()
+        for _ in range(rounds):
+            alone.append(latencies(served, seconds / 2))
+            with crowd(served, count) as found:
+                beside.append(latencies(served, seconds))
+            assert found["opened"] >= count and found["left"]
+            bad.update(found)
+            wait_until(lambda: settled(served) == before)
+        for name, all_rounds in (("without", alone), ("with", beside)):
+            p99 = " ".join(f"{1000 * np.quantile(one, 0.99):.1f}" for one in [np.concatenate(all_rounds), *all_rounds])
+            print(f"{name} bad connections: {sum(map(len, all_rounds))} requests, p99 in ms of all and by round {p99}")
+        print(f"{count} bad connections at a time, {rounds} rounds of {seconds} s: {dict(bad)}")
         status, _, text = served.client().ask("POST", "/v1/rewards", WHOLE)
         assert status == 200 and json.loads(text)["rewards"] == RewardModel.from_pretrained(folder).score([GOOD])
 

@@ -1,5 +1,6 @@
 """The files and URLs that requests may name: none by default, and never one outside what was allowed."""
 
+import asyncio
 import base64
 import contextlib
 import functools
@@ -13,11 +14,15 @@ import pytest
 from fastrm.data.record import ImageRef, VideoRef
 from fastrm.data.sources.groups import group_record
 from fastrm.errors import RecordError
+from fastrm.evaluate.ensemble import Ensemble
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.limits import MediaLimits
 from fastrm.serve import media
 from fastrm.serve.media import MediaPolicy
-from tests.helpers.support import make_image
-from tests.helpers.waiting import PATIENCE
+from fastrm.serve.scheduler import Scheduler
+from fastrm.serve.scorer import Scorer
+from tests.helpers.support import make_image, make_model
+from tests.helpers.waiting import PATIENCE, wait_until
 
 DATA = make_image(56, 56).data
 # Where a request may name a medium: every form that groups are read in.
@@ -69,7 +74,7 @@ def opened():
 
 
 def read(group, policy):
-    return group_record(group, 0, resolve=policy.resolver())
+    return group_record(group, 0, resolve=policy.resolver(waits=True))
 
 
 PAYLOADS = [
@@ -233,10 +238,59 @@ def fetched(port, policy, found):
         found.append(error)
 
 
+def test_the_look_up_of_a_host_ends_at_the_deadline(monkeypatch):
+    monkeypatch.setattr(media, "_FETCH_SECONDS", 0.2)
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ended.wait(PATIENCE) and [])
+    found = []
+    fetching = threading.Thread(target=fetched, args=(80, MediaPolicy(allow_urls=True), found))
+    fetching.start()
+    try:
+        wait_until(lambda: found)
+        assert not ended.is_set() and found[0].code == "IMAGE_FETCH" and "not found in time" in found[0].message
+    finally:
+        ended.set()
+        fetching.join(PATIENCE)
+
+
+def test_groups_without_urls_do_not_wait_for_the_hosts_of_others(monkeypatch):
+    """However many wait for a host that does not answer."""
+    monkeypatch.setattr(media, "_FETCH_SECONDS", PATIENCE)
+    ended, scorer = threading.Event(), Scorer("tiny", Ensemble([RewardModel(make_model("qwen2"))]), 8192)
+    looked_up = []
+
+    def look_up(*_, **__):
+        looked_up.append(1)
+        ended.wait(PATIENCE)
+        raise socket.gaierror("no such host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    slow, plain = FORMS["images"]("http://example.org/a.png"), {"prompt": "a", "responses": ["b"]}
+
+    async def ask():
+        async with Scheduler([scorer]) as scheduler:
+            asked = [
+                asyncio.create_task(scheduler.submit([slow], resolver=MediaPolicy(allow_urls=True).resolver))
+                for _ in range(20)
+            ]
+            while len(looked_up) < 4:  # as many as there are threads for groups without URLs
+                await asyncio.sleep(0.001)
+            found = await scheduler.score([plain])
+            num_waiting = sum(not task.done() for task in asked)
+            ended.set()
+            return found, num_waiting, [scored.results[0].code for scored in await asyncio.gather(*asked)]
+
+    try:
+        found, num_waiting, codes = asyncio.run(asyncio.wait_for(ask(), PATIENCE))
+    finally:
+        ended.set()
+    assert len(found[0]) == 1 and num_waiting == 20 and codes == ["IMAGE_FETCH"] * 20
+
+
 def test_the_urls_of_a_group_share_one_deadline(site, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(media.time, "monotonic", lambda: now[0])
-    resolve = MediaPolicy(allow_urls=True, is_public=lambda address: True).resolver()
+    resolve = MediaPolicy(allow_urls=True, is_public=lambda address: True).resolver(waits=True)
     fetch = MediaPolicy._fetch
 
     def slow(*arguments):

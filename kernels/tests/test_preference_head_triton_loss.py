@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastrm_kernels.preference_head import autograd, preference_head_gradients, preference_loss, reward_head
-from tests.helpers.head_cases import DEVICE, check, equal, make, same
-from tests.helpers.precision import assert_within_budget
+from kernel_cases.heads import DEVICE, check, equal, make, same
+from kernel_cases.precision import assert_within_budget
 
 
 def loss_and_gradient(rewards, edges, impl, dtype, **options):

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrm_kernels.preference_head import preference_head_loss, reward_head
-from tests.helpers.far_memory import spread_out
-from tests.helpers.head_cases import DEVICE, check, close, equal, make, same
+from kernel_cases.far_memory import spread_out
+from kernel_cases.heads import DEVICE, check, close, equal, make, same
 
 
 def test_hidden_in_any_memory_layout():

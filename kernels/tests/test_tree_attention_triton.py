@@ -15,9 +15,9 @@ from fastrm_kernels import tree_attention
 from fastrm_kernels.tree_attention import tiles
 from fastrm_kernels.tree_attention.reference import tree_attention_reference
 from fastrm_kernels.tree_attention.tiles import build_work_lists, work_lists
-from tests.helpers.far_memory import spread_out
-from tests.helpers.precision import assert_within_budget
-from tests.helpers.tree_cases import DEVICE, SMALL, flat, random_tree, shuffled_tree, tree
+from kernel_cases.far_memory import spread_out
+from kernel_cases.precision import assert_within_budget
+from kernel_cases.trees import DEVICE, SMALL, flat, random_tree, shuffled_tree, tree
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 NAMES = ("output", "query gradient", "key gradient", "value gradient")

@@ -15,7 +15,7 @@ from fastrm_kernels.tree_attention.gather import take_rows
 from fastrm_kernels.tree_attention.reference import tree_attention_reference, visible
 from fastrm_kernels.tree_attention.tiles import _tile_list
 from fastrm_kernels.tree_attention.varlen import varlen_arguments, varlen_options
-from tests.helpers.tree_cases import random_tree
+from kernel_cases.trees import random_tree
 
 # The package has a function of the folder's name.
 blocks, eager = (importlib.import_module(f"fastrm_kernels.tree_attention.{name}") for name in ("blocks", "eager"))

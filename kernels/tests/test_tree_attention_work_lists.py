@@ -10,7 +10,7 @@ from fastrm_kernels import TreeLayout
 from fastrm_kernels.tree_attention import tiles
 from fastrm_kernels.tree_attention.reference import visible
 from fastrm_kernels.tree_attention.tiles import Blocks, work_lists
-from tests.helpers.tree_cases import SMALL, random_tree, shuffled_tree
+from kernel_cases.trees import SMALL, random_tree, shuffled_tree
 
 
 def seen_by_steps(listed, num_rows, num_others):

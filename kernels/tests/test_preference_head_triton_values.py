@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastrm_kernels.preference_head import preference_head_gradients, preference_head_loss, reward_head, triton_backward
-from tests.helpers.head_cases import DEVICE, check, close, make, same
+from kernel_cases.heads import DEVICE, check, close, make, same
 
 # Triton's interpreter, used without a GPU, cannot multiply bfloat16: those cases are for the GPU marker.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastrm_kernels.preference_head import preference_head_loss
-from tests.helpers import head_cases
-from tests.helpers.head_cases import check, equal, make
+from kernel_cases import heads
+from kernel_cases.heads import check, equal, make
 
 
 @pytest.mark.gpu
@@ -67,7 +67,7 @@ def test_a_cuda_graph_replays_forward_and_backward_bitwise(widths, num_rows):
 def test_tensors_need_not_be_on_the_current_device(widths, monkeypatch):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    monkeypatch.setattr(head_cases, "DEVICE", "cuda:1")
+    monkeypatch.setattr(heads, "DEVICE", "cuda:1")
     with torch.cuda.device(0):
         for num_rows in (7, 70):
             check(make(num_rows, widths), torch.float32)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastrm_kernels.preference_head.drop_in import FusedRewardHead, fuse_reward_head
-from tests.helpers.drop_in_models import WIDTH, Backbone, ValueHead, make, sequential, tokens_of, value_head
+from kernel_cases.drop_in_models import WIDTH, Backbone, ValueHead, make, sequential, tokens_of, value_head
 
 
 class Wrapper(nn.Module):

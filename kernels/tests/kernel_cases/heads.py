@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastrm_kernels.preference_head import preference_head_loss, preference_loss
-from tests.helpers.precision import assert_within_budget
+from kernel_cases.precision import assert_within_budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
