@@ -52,4 +52,4 @@ class Unavailable(RequestError):
 def refused_group(error: GroupError) -> RequestError:
     """Return the error of a request whose group cannot be scored: its code, 422, or 500 if the server is to blame."""
     status = 500 if error.code in ("INTERNAL", "INEXACT") else 422
-    return RequestError(status, error.code, str(error))
+    return RequestError(status, error.code, f"group {error.index}: {error.message}")

@@ -94,3 +94,29 @@ def test_odd_requests_are_answered_with_a_code(client, path):
         if answer.status_code != 200:
             assert answer.json()["error"]["code"].isupper(), (body, answer.text)
     assert len(set(statuses)) > 1, "all requests were right, or all wrong in the same way"
+
+
+@pytest.mark.parametrize(
+    "path, body, name",
+    [
+        ("/classify", {"input": []}, "input"),
+        ("/pooling", {"input": []}, "input"),
+        ("/classify", {"text": []}, "text"),
+        ("/classify", {"input_ids": []}, "input_ids"),
+        ("/v1/embeddings", {"input": []}, "input"),
+        ("/score", {"queries": "a", "documents": []}, "documents"),
+        ("/v1/score", {"queries": [], "documents": []}, "queries"),
+    ],
+)
+def test_requests_for_nothing_are_refused_as_by_vllm_and_sglang(client, path, body, name):
+    """A client that reads the first entry of an empty list would fail without a reason."""
+    answer = client.post(path, json=body)
+    error = {"code": "BAD_REQUEST", "message": f'"{name}" is [], wanted one entry or more'}
+    assert (answer.status_code, answer.json()) == (400, {"error": error})
+
+
+def test_the_message_of_a_group_does_not_repeat_its_code(client):
+    answer = client.post("/score", json={"queries": "a", "documents": ["the cat " * 9000]})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (422, "TOO_LONG")
+    assert error["message"].startswith("group 0: the group has ") and "TOO_LONG" not in error["message"]

@@ -83,6 +83,16 @@ def bad_request(name: str, got: object, wanted: str) -> RecordError:
     return RecordError("BAD_REQUEST", f'"{name}" is {got!r:.80}, wanted {wanted}')
 
 
+def check_some(name: str, values: object) -> None:
+    """Refuse an empty list, as vLLM and SGLang do: their clients read the first entry of every answer.
+
+    Raises:
+        RecordError: BAD_REQUEST.
+    """
+    if values == []:
+        raise bad_request(name, values, "one entry or more")
+
+
 def check_as_many(name: str, values: Sequence, others: str, num_others: int) -> None:
     """Refuse a list that is not as long as another, and not left out.
 

@@ -14,6 +14,7 @@ from fastrm.serve.protocols.bodies import (
     Tokens,
     bad_request,
     check_as_many,
+    check_some,
     flat,
     form_of,
     reading,
@@ -68,6 +69,7 @@ def native_groups(body: NativeInput, reader: RenderedTextReader) -> list[dict]:
     if (body.text is None) == (body.input_ids is None):
         raise bad_request("text", body.text, "one of text and input_ids")
     name, value = ("text", body.text) if body.text is not None else ("input_ids", body.input_ids)
+    check_some(name, value)
     if not is_many(value):
         return [read_one(value, _as_list(body.image_data), reader, name)]
     images = body.image_data if isinstance(body.image_data, list) else _as_list(body.image_data)
@@ -89,8 +91,9 @@ def embedding_groups(body: Embeddings, reader: RenderedTextReader) -> list[dict]
     """Return the group of each conversation of ``/v1/embeddings``.
 
     Raises:
-        RecordError: as `RenderedTextReader.read`.
+        RecordError: BAD_REQUEST, or as `RenderedTextReader.read`.
     """
+    check_some("input", body.input)
     if not is_many(body.input):
         return [read_one(body.input, [], reader, "input")]
     return [

@@ -20,6 +20,7 @@ from fastrm.serve.protocols.bodies import (
     Tokens,
     activated,
     bad_request,
+    check_some,
     flat,
     form_of,
     listing,
@@ -108,6 +109,7 @@ def groups(body: TextInput | ChatInput, reader: RenderedTextReader) -> list[dict
     """
     if isinstance(body, ChatInput):
         return [_chat_group(body)]
+    check_some("input", body.input)
     if not sglang.is_many(body.input):
         return [sglang.read_one(body.input, [], reader, "input")]
     return [sglang.read_one(one, [], reader, f"input[{number}]") for number, one in enumerate(body.input)]
@@ -170,6 +172,8 @@ def score_groups(body: Score) -> list[dict]:
     Raises:
         RecordError: BAD_REQUEST.
     """
+    check_some("queries", body.queries)
+    check_some("documents", body.documents)
     queries, documents = (value if isinstance(value, list) else [value] for value in (body.queries, body.documents))
     answers = [_text(document, f"documents[{number}]") for number, document in enumerate(documents)]
     questions = [_question(query, f"queries[{number}]") for number, query in enumerate(queries)]
