@@ -279,3 +279,22 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if run.get("dir") is None:
             run["dir"] = f"runs/{path.stem}"
     return validate(Config, tree, places, str(path))
+
+
+def differences(old: dict, new: dict, in_lists: bool = False) -> dict[str, tuple]:
+    """Return every dotted key that differs between two plain configurations, with its old and new value.
+
+    Args:
+        in_lists: compare the entries of lists of mappings one by one; else a list is one value.
+    """
+    old, new = _flat(old, in_lists), _flat(new, in_lists)
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _flat(tree, in_lists: bool, prefix: str = "") -> dict:
+    if in_lists and isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        tree = dict(enumerate(tree))
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, value in tree.items() for k, v in _flat(value, in_lists, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): tree}

@@ -19,8 +19,8 @@ from fastrm.ablate.work import (
     with_reused_runs,
 )
 from fastrm.errors import ConfigError, InterruptedRun
+from fastrm.storage import locked_folder
 from fastrm.tables import Table
-from fastrm.train.guard import RunLock
 from fastrm.ui import Display, is_live, make_console, print_table, say, show
 
 UNKNOWN = "unknown"
@@ -75,16 +75,11 @@ def ablate(path: Path, overrides: list[str], display: Display | None = None) -> 
     grid = load_grid(path, overrides)
     check_unchanged(grid)
     _check_parallel(grid)
-    grid.dir.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(grid.dir)
-    try:
+    with locked_folder(grid.dir, "the grid's folder", "wait for it, or set dir"), display or Display() as shown:
         grid = with_reused_runs(grid)
-        with display or Display() as shown:
-            failed = _run(grid, shown, _command_line(path, overrides))
-            results = collect(grid, failed)
-            _leave_report(results, shown)
-    finally:
-        lock.release()
+        failed = _run(grid, shown, _command_line(path, overrides))
+        results = collect(grid, failed)
+        _leave_report(results, shown)
     if failed:
         raise FailedCells(
             f"{len(failed)} of {len(results.metrics)} cells failed: {', '.join(failed)}; each one's {LOG} says why; "

@@ -17,7 +17,7 @@ from fastrm.ablate.work import (
 )
 from fastrm.config import load_config
 from fastrm.json_files import to_json
-from fastrm.storage import replaced
+from fastrm.storage import write_whole
 from fastrm.train.metrics import read_rows
 
 
@@ -117,8 +117,7 @@ def _is_number(value) -> bool:
 
 def write_json(results: Results, path: Path) -> None:
     """Write results.json, which appears complete or not at all."""
-    with replaced(path) as file:
-        file.write(to_json(_as_json(results), indent=1).encode() + b"\n")
+    write_whole(path, to_json(_as_json(results), indent=1) + "\n")
 
 
 def _as_json(results: Results) -> dict:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastrm.ablate.grid import HELD_OUT, Cell, EnsembleCell, EvaluationConfig, Grid
-from fastrm.config import Config, load_config
+from fastrm.config import Config, differences, load_config
 from fastrm.data_config import SourceConfig
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
-from fastrm.train.resume import differences
+from fastrm.storage import write_whole
 
 SUMMARY = "summary.json"
 # The only file that the grid itself writes to a cell's folder: its seconds, summed over interruptions.
@@ -114,7 +114,7 @@ def seconds_taken(folder: Path) -> float:
 def add_seconds(folder: Path, seconds: float) -> None:
     """Add to the seconds that a cell has taken."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SECONDS).write_text(to_json({"seconds": seconds_taken(folder) + seconds}) + "\n")
+    write_whole(folder / SECONDS, to_json({"seconds": seconds_taken(folder) + seconds}) + "\n")
 
 
 def read_json(path: Path) -> dict | None:

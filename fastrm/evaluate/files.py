@@ -13,11 +13,12 @@ from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.accuracy import PairAccuracy
 from fastrm.evaluate.ensemble import Ensemble, Rewards
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
-from fastrm.evaluate.output import check_output, complete_file, print_refused
+from fastrm.evaluate.output import print_refused
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json
 from fastrm.model.loading import shortened
+from fastrm.storage import check_output, whole_file
 from fastrm.tables import Table
 from fastrm.ui import Display, make_console, message, print_table
 
@@ -41,7 +42,7 @@ def score_file(choice: ModelChoice, data: str, out: Path, options: ScoringOption
     broken: list[str] = []
     ids: Counter[str] = Counter()
     done = 0
-    with complete_file(out) as write, Display() as display:
+    with whole_file(out) as write, Display() as display:
         for record, result in Scoring(choice, data, options, display, "scoring").run(require_preferences=False):
             row = _score_row(record, result)
             write(to_json(row) + "\n")
@@ -71,7 +72,7 @@ def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options
     """
     choice.check()
     # The output is opened before the work, so that a wrong name fails at once.
-    with complete_file(json_out) if json_out is not None else nullcontext() as write:
+    with whole_file(json_out) if json_out is not None else nullcontext() as write:
         with Display() as display:
             report = _evaluate(Scoring(choice, data, options, display, "evaluating"), data)
         print_table(make_console(), _table(report))

@@ -38,8 +38,9 @@ from fastrm.model.stock_classes import (
 )
 from fastrm.model.stored_head import OPENRLHF_KEYS, find_head, missing_head
 from fastrm.model.weight_files import CONFIG, finder
-from fastrm.model.weight_writer import WeightWriter, replace_folder
+from fastrm.model.weight_writer import WeightWriter
 from fastrm.resources import available_memory
+from fastrm.storage import replace_folder
 
 # In version 2 Qwen's vision models have published names, and heads that stock classifiers misread are under score.0.
 FORMAT = 2

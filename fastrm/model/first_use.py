@@ -23,6 +23,7 @@ import transformers
 import fastrm_kernels
 from fastrm.data.group import GroupSize
 from fastrm.data.packing import EncodedGroup
+from fastrm.errors import StorageError
 from fastrm.json_files import to_json
 from fastrm.model.exactness import Agreement, check_network, describe
 from fastrm.model.fusion import FusedLinear
@@ -30,6 +31,7 @@ from fastrm.model.network import RewardNetwork
 from fastrm.model.places import ADAPTER_CONFIG, locate
 from fastrm.model.samples import KINDS, Sample, pick_samples
 from fastrm.model.weight_files import CONFIG, finder
+from fastrm.storage import whole_file
 
 
 class FirstUse:
@@ -134,11 +136,10 @@ def _read(file: Path) -> list[Agreement]:
 
 def _write(file: Path, agreements: list[Agreement]) -> None:
     """Write a result whole, or not at all where the folder cannot be written."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}.part")
-    with suppress(OSError):
+    with suppress(OSError, StorageError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(to_json([asdict(agreement) for agreement in agreements]) + "\n")
-        part.replace(file)
+        with whole_file(file, shared=True) as write:
+            write(to_json([asdict(agreement) for agreement in agreements]) + "\n")
 
 
 def _device_name(device: torch.device) -> str:

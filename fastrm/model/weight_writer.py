@@ -6,7 +6,6 @@ may come in any order, and none is kept.
 
 import math
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from fastrm.errors import StorageError
 from fastrm.json_files import to_json
 from fastrm.model.weight_files import DTYPES, INDEX, SINGLE
 from fastrm.resources import free_disk
-from fastrm.storage import sync_path
 
 # The most bytes of a file; a larger tensor has a file of its own.
 SHARD_BYTES = 5 * 10**9
@@ -104,26 +102,6 @@ class WeightWriter:
         """Close the files as they are."""
         while self._descriptors:
             os.close(self._descriptors.pop())
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Replace a folder, if it exists, by another one when all its files are on the disk."""
-    for path in new.iterdir():
-        sync_path(path)
-    sync_path(new)
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    is_there = target.exists()
-    try:
-        if is_there:
-            target.rename(old)
-        new.rename(target)
-    except BaseException:  # a signal may also come between the two renames
-        if is_there and not target.exists():
-            old.rename(target)
-        raise
-    sync_path(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _shards(entries: Iterable[Entry]) -> list[list[Entry]]:

@@ -1,7 +1,6 @@
 """The prepared set of a run: found, or made before the first step, or made ahead of time by a command."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -22,7 +21,7 @@ from fastrm.evaluate.benchmarks import BENCHMARKS, load_benchmark
 from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.families import chat_layout
 from fastrm.stop import StopRequest
-from fastrm.storage import locked_folder
+from fastrm.storage import locked_folder, replace_folder
 from fastrm.train.encoder import TOKENIZER, find_backbone_config, make_data_encoder, make_tokenizer, prepared_folder
 from fastrm.train.step_cost import make_cost_model
 from fastrm.train.template_date import fix_date
@@ -58,7 +57,8 @@ class RunData:
         # A set that is there is only read: many runs may do so at a time, also in a folder that cannot be written.
         is_there = self._preparation.find()
         if not is_there:
-            self._lock.enter_context(locked_folder(self.folder))
+            busy = "another process is preparing data there; wait for it"
+            self._lock.enter_context(locked_folder(self.folder, "the folder of prepared data", busy))
             is_there = self._preparation.find()  # another process may have made it meanwhile
         if is_there:
             self._lock.close()
@@ -116,8 +116,7 @@ class RunData:
         settings = self.config.model
         layout = chat_layout(settings.init["model_type"])
         train_tokenizer(conversations, settings.tokenizer.train_vocab_size, layout).save_pretrained(partial)
-        shutil.rmtree(kept, ignore_errors=True)
-        partial.rename(kept)
+        replace_folder(partial, kept)
 
 
 def benchmark_records(config: Config, display: Display) -> Iterator[Record]:

@@ -1,14 +1,12 @@
 """The run folder's lock, and the guard against non-finite steps."""
 
-import fcntl
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fastrm.errors import DivergedError, StorageError
+from fastrm.errors import DivergedError
 from fastrm.json_files import to_json
+from fastrm.storage import locked_folder
 from fastrm.train.metrics import keep_rows
 from fastrm.train.ranks import Ranks
 
@@ -17,52 +15,17 @@ INCIDENTS = "incidents.jsonl"  # file in the run folder
 MAX_SKIPPED_STEPS = 3
 
 
-class RunLock:
-    """A lock that gives this process sole use of a run folder as long as it lives.
-
-    Raises:
-        StorageError: if another process holds it, or the folder cannot be written.
-    """
-
-    def __init__(self, run_dir: Path):
-        path = run_dir / ".lock"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+")
-        except OSError as error:
-            raise StorageError(
-                f"{run_dir}: the run folder cannot be written: {error.strerror}; choose another run.dir"
-            ) from None
-        try:
-            # A POSIX record lock: unlike flock's it is not inherited by data workers, which may outlive
-            # a killed run by seconds and would keep its folder locked.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            raise StorageError(f"{run_dir}: in use by {holder}; stop it or choose another run.dir") from None
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
-
-
 @contextmanager
 def locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the run folder's lock on rank 0.
 
     Raises:
-        StorageError: on all ranks, as `RunLock`.
+        StorageError: on all ranks, if another process holds it, or the folder cannot be written.
     """
-    locks: list[RunLock] = []
-    ranks.on_first(lambda: locks.append(RunLock(run_dir)))
-    try:
+    lock = locked_folder(run_dir, "the run folder", "stop it or choose another run.dir")
+    with ExitStack() as held:
+        ranks.on_first(lambda: held.enter_context(lock))
         yield
-    finally:
-        for lock in locks:
-            lock.release()
 
 
 class StepGuard:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastrm.config import Config
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
-from fastrm.storage import replaced
+from fastrm.storage import write_whole
 
 
 class MetricsLog:
@@ -58,8 +58,7 @@ def keep_rows(path: Path, wanted: Callable[[dict], bool]) -> None:
     """Remove the other rows of a JSON Lines file, if it exists."""
     if path.exists():
         kept = "".join(to_json(row) + "\n" for row in read_rows(path) if wanted(row))
-        with replaced(path) as file:
-            file.write(kept.encode())
+        write_whole(path, kept)
 
 
 def check_loggers(report_to: list[str]) -> None:

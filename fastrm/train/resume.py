@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from fastrm.config import Config
+from fastrm.config import Config, differences
 from fastrm.errors import ConfigError, StorageError
 from fastrm.train.checkpoint import (
     CHECKPOINTS,
@@ -126,16 +126,3 @@ def check_config(saved: dict, config: Config) -> None:
     if changed:
         lines = "\n  ".join(changed)
         raise ConfigError(f"cannot resume under another configuration:\n  {lines}\nset it back, or use a new run.dir")
-
-
-def differences(old: dict, new: dict) -> dict[str, tuple]:
-    """Return every dotted key that differs between two plain configurations, with its old and new value."""
-    old, new = _flat(old), _flat(new)
-    keys = sorted(old.keys() | new.keys())
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
-
-
-def _flat(tree, prefix: str = "") -> dict:
-    if isinstance(tree, dict) and tree:
-        return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): tree}

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import fastrm as package
-from fastrm import cli
+from fastrm import cli, storage
 from fastrm.commands import rewards as commands
 from fastrm.config import Config, load_config
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, StorageError
-from fastrm.evaluate import files, output
+from fastrm.evaluate import files
 from fastrm.evaluate.accuracy import PairAccuracy, wilson_interval
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.models import ModelChoice, ScoringOptions
@@ -209,7 +209,7 @@ def test_a_full_disk_is_named_and_leaves_no_file(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output.os, "replace", full)
+    monkeypatch.setattr(storage.os, "replace", full)
     with pytest.raises(StorageError, match=f"{tmp_path}/out: cannot be written: No space left"):
         files.score_file(chosen(folder / "run" / "model"), str(folder / "colours.jsonl"), tmp_path / "out", options())
     assert not list(tmp_path.iterdir())

@@ -238,8 +238,8 @@ def test_an_unwritable_run_folder_is_named(tmp_path):
 
 
 def test_two_runs_in_one_folder_the_second_is_refused(colours, tmp_path):
-    code = "import sys, time; from fastrm.train.guard import RunLock; from pathlib import Path\n"
-    code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from fastrm.storage import locked_folder; from pathlib import Path\n"
+    code += "with locked_folder(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     path = tiny_config(tmp_path, colours, run={"max_steps": 1})

@@ -29,9 +29,9 @@ from fastrm.data.record import Record
 from fastrm.data.sources import KeyTally, RefusedRow, unread_lines
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
-from fastrm.errors import ConfigError, DataError, StorageError
+from fastrm.errors import ConfigError, DataError
 from fastrm.json_files import to_json
-from fastrm.storage import put_folder, replaced
+from fastrm.storage import replace_folder, whole_file, write_whole, writing
 from fastrm.ui import Display
 
 _COUNTS, _FILES = "counts", "files.json"
@@ -147,9 +147,9 @@ class Preparation:
         started = time.perf_counter()
         splits = {split: entries_of(chosen, counted, split) for split in SPLITS}
         refusals = Counter()
-        with replaced(self.folder / REFUSED) as file:
+        with whole_file(self.folder / REFUSED) as write:
             for refusal in self._refusals(table, removed, listed, counted):
-                file.write(refusal_line(refusal))
+                write(refusal_line(refusal))
                 refusals[refusal.code] += 1
         self._check_used(splits, len(table), refusals)
         weights = [[source.weight for source in getattr(self.config.data, split)] for split in SPLITS]
@@ -183,8 +183,7 @@ class Preparation:
             for file in sorted(before.keys() & now.keys()):
                 if before[file] != now[file]:
                     self.display.say(f"{file} has changed since the last time: it is read again")
-        with replaced(path) as file:
-            file.write(to_json(now).encode())
+        write_whole(path, to_json(now))
 
     def _remove(self, table: RecordTable) -> dict[str, np.ndarray]:
         """Return what is not trained on: each record's first equal one (`copy_of`), and matches of each kind."""
@@ -271,14 +270,11 @@ class Preparation:
     def _write_index(self, index: dict[str, np.ndarray]) -> None:
         partial = self.folder / f"{INDEX}.part"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
+        with writing(partial):
+            partial.mkdir()
             for name, array in index.items():
                 np.save(partial / f"{name}.npy", array)
-            shutil.rmtree(self.folder / INDEX, ignore_errors=True)
-            put_folder(partial, self.folder / INDEX)
-        except OSError as error:
-            raise StorageError(f"{partial}: {error.strerror}; free space, or choose another folder") from error
+            replace_folder(partial, self.folder / INDEX)
 
     def _write_manifest(self, counted, splits, listed, index, encoder) -> None:
         settings = set_settings(self.config)
@@ -299,8 +295,7 @@ class Preparation:
                 for split in SPLITS
             },
         }
-        with replaced(self.folder / MANIFEST) as file:
-            file.write(to_json(manifest, indent=1).encode())
+        write_whole(self.folder / MANIFEST, to_json(manifest, indent=1))
 
     def _tidy(self, names: Sequence[str]) -> None:
         """Remove what only an unfinished preparation needs: all but the units of these names, and the index."""

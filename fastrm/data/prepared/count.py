@@ -31,7 +31,7 @@ from fastrm.data.sources import RefusedRow
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tree import causal_pairs
 from fastrm.errors import RecordError
-from fastrm.storage import replaced
+from fastrm.storage import write_whole
 
 # A piece is work of a few seconds: a kill loses it, and one worker takes it at a time.
 GROUPS_PER_PIECE = 2048
@@ -93,8 +93,9 @@ class GroupCounter:
 
     def __call__(self, piece: Piece) -> int:
         counted = self.count(piece.numbers)
-        with replaced(piece.path) as file:
-            np.savez(file, **counted._asdict())
+        file = io.BytesIO()
+        np.savez(file, **counted._asdict())
+        write_whole(piece.path, file.getvalue())
         return len(piece.numbers)
 
     def count(self, numbers: Sequence[int]) -> Counted:

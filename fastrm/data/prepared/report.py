@@ -24,7 +24,7 @@ from fastrm.data.prepared.table import RecordTable
 from fastrm.data.prepared.units import PAIRS, REFUSED
 from fastrm.data_config import SourceConfig
 from fastrm.json_files import to_json
-from fastrm.storage import replaced
+from fastrm.storage import write_whole
 from fastrm.tables import Table
 from fastrm.ui import new_figure
 
@@ -203,8 +203,7 @@ def _histogram(values: np.ndarray) -> dict:
 
 def write_report(report: dict, folder: Path) -> None:
     """Write report.json."""
-    with replaced(folder / "report.json") as file:
-        file.write(to_json(report, indent=1).encode() + b"\n")
+    write_whole(folder / "report.json", to_json(report, indent=1) + "\n")
 
 
 def draw_report(report: dict, path: Path) -> None:

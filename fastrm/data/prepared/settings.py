@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from PIL import Image
 
-from fastrm.config import Config
+from fastrm.config import Config, differences
 from fastrm.data.prepared.stored import SPLITS, fingerprint_of
 from fastrm.data.prepared.units import ReadSettings, file_status, open_source
 from fastrm.data.record import ImageRef
@@ -22,13 +22,9 @@ def difference(manifest: dict, config: Config) -> str | None:
     """Return how a finished set differs from what configuration and files would make now; None if in nothing."""
     if manifest["format"] != FORMAT:
         return f"has format {manifest['format']}, wanted {FORMAT}"
-    old, new = _flat(manifest["settings"]), _flat(set_settings(config))
-    if changed := [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]:
-        return "was made under other settings (" + "; ".join(changed) + ")"
+    if changed := differences(manifest["settings"], set_settings(config), in_lists=True):
+        texts = (f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
+        return f"was made under other settings ({'; '.join(texts)})"
     for path, status in manifest["files"].items():
         now = file_status(path)
         # A set may be used where its sources are missing; where they are, they must be the same.
@@ -106,11 +102,3 @@ def _new_files(manifest: dict, config: Config) -> list[str]:
         with suppress(DataError):  # some of its files are gone
             new += [file.path for file in open_source(source) if file.path not in manifest["files"]]
     return new
-
-
-def _flat(tree, prefix: str = "") -> dict:
-    if isinstance(tree, dict) and tree:
-        return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
-    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
-        return _flat(dict(enumerate(tree)), prefix)
-    return {prefix.rstrip("."): tree}

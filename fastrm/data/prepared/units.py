@@ -45,7 +45,7 @@ from fastrm.data_config import SourceConfig
 from fastrm.errors import RecordError, StorageError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
-from fastrm.storage import put_folder
+from fastrm.storage import replace_folder
 
 FORMAT = 4  # format of a unit's files, and of the rules by which rows are read; with another all are read again
 # A unit is work of a second or two: a kill loses it, and one worker takes it at a time.
@@ -184,7 +184,7 @@ class UnitReader:
                 for item in unit.file.read(unit.start, unit.stop, keys):
                     writer.add(item)
             (partial / KEYS).write_text(to_json(keys.to_json()))
-            put_folder(partial, done)
+            replace_folder(partial, done)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             where = error.filename or done

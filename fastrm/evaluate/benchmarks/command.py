@@ -13,8 +13,9 @@ from fastrm.evaluate.ensemble import Ensemble, Rewards
 from fastrm.evaluate.files import CHUNK, describe
 from fastrm.evaluate.merging import score_merged
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
-from fastrm.evaluate.output import check_output, complete_file, print_refused
+from fastrm.evaluate.output import print_refused
 from fastrm.json_files import to_json
+from fastrm.storage import check_output, whole_file
 from fastrm.ui import Display, make_console, print_table
 
 
@@ -113,7 +114,7 @@ def _finish(evaluation: Evaluation, outputs: Outputs) -> None:
     for table in (figures_table(evaluation), comparison_table(evaluation)):
         print_table(console, table)
     if outputs.json is not None:
-        with complete_file(outputs.json) as write:
+        with whole_file(outputs.json) as write:
             write(to_json(evaluation.to_json(), indent=1) + "\n")
     if outputs.png is not None:
         draw(evaluation, outputs.png)
