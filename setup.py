@@ -68,6 +68,8 @@ setup(
         # Builds against the torch that is installed: pip install --no-build-isolation "fastrm[flash-attn]".
         "flash-attn": ["flash-attn>=2.8"],
         "serve": ["fastapi>=0.115", "httpx>=0.27", "prometheus-client>=0.20", "uvicorn>=0.30"],
+        # With the consistent hashing by which fastrm/serve/ray_app.py finds a prompt's replica.
+        "ray": ["ray[serve]>=2.60"],
         "report": ["tensorboard", "wandb"],
         "grpo": ["httpx>=0.27", "math-verify>=0.8", "trl>=1.16"],
         "rl": ["httpx>=0.27", "math-verify>=0.8"],

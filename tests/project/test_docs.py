@@ -177,6 +177,8 @@ def check(line, page):
         check_packages(rest[1:], where)
     elif program == "curl":
         assert is_run_elsewhere(line), where
+    elif program == "serve":  # Ray's; tests/serve/test_ray_app.py starts it with this configuration
+        assert rest == ["run", "configs/serve/ray.yaml"] and (PROJECT / rest[1]).is_file(), where
     elif program == "vllm":  # tests/kernels/test_vllm_serving.py starts it with these options
         helper = (PROJECT / "tests" / "kernels" / "test_vllm_serving.py").read_text()
         assert rest[0] == "serve" and all(word in helper for word in rest[4:]), where

@@ -14,7 +14,8 @@ def routes(service: Service) -> APIRouter:
     @router.get("/health")
     async def health() -> dict:
         if not service.scheduler.is_ready:
-            raise Unavailable("NOT_READY", "the server is ending, or the latest groups all failed; ask another one")
+            why = "the server is ending, no process with the models runs, or the latest groups all failed"
+            raise Unavailable("NOT_READY", f"{why}; ask another one")
         return {"status": "ok", "queue": service.scheduler.queue_length}
 
     @router.get("/v1/models")
