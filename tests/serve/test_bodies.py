@@ -53,6 +53,17 @@ def test_a_body_that_is_not_small_is_decoded_and_checked_in_another_thread(monke
     assert answer.status_code == 400 and found == [is_on_loop] * 2
 
 
+@pytest.mark.parametrize("value", ["[]", "{}", "0", '"a"'])
+def test_a_body_of_very_many_values_is_refused_before_it_is_decoded(monkeypatch, value):
+    monkeypatch.setattr(app, "_MAX_VALUES", 1000)
+    with serve() as url:
+        for count, status in ((200, 400), (1001, 413)):  # 400: what it has are no groups
+            body = '{"group": [' + ",".join([value] * count) + "]}"
+            answer = httpx.post(f"{url}/v1/rewards", content=body, timeout=PATIENCE)
+            assert answer.status_code == status
+    assert answer.json()["error"]["code"] == "REQUEST_TOO_LARGE"
+
+
 def test_bodies_under_way_are_bounded_together_and_make_room_when_they_have_ended():
     settings = ServeSettings(max_body_bytes=1000)
     head = b"POST /v1/rewards HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"

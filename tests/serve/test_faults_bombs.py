@@ -99,7 +99,9 @@ OTHERS = {
     "a long rendered text": lambda rng: ("/get_reward", rendered("a " * rng.randint(10**5, 15 * MB)), 422),
     "nested lists": lambda rng: ("/v1/rewards", "[" * rng.randint(10**4, 10**6), 400),
     "a long number": lambda rng: ("/v1/rewards", '{"groups": %s}' % ("9" * rng.randint(10**4, 10**6)), 400),
-    "many keys": lambda rng: ("/v1/rewards", json.dumps(dict.fromkeys(range(rng.randint(10**4, 10**6)))), 400),
+    "many keys": lambda rng: ("/v1/rewards", json.dumps(dict.fromkeys(range(rng.randint(10**4, 990_000)))), 400),
+    "too many keys": lambda rng: ("/v1/rewards", json.dumps(dict.fromkeys(range(rng.randint(1_000_001, 2 * MB)))), 413),
+    "32 MiB of lists": lambda _: ("/v1/rewards", '{"groups": [' + "[]," * (10 * MB) + "0]}", 413),
     "compressed": lambda _: ("/v1/rewards", ZIPPED, 400),
 }  # fmt: skip
 ZIPPED = gzip.compress(json.dumps({"groups": [GOOD]}).encode() + b" " * 64 * MB)
@@ -187,7 +189,7 @@ def ask_until(served, ended):
     return groups, rewards, seconds
 
 
-@counts(26, 200)
+@counts(28, 200)
 def test_bombs_are_refused_by_their_codes_while_others_are_served(server, folder, tmp_path, count):  # noqa: F811
     rng, model, ended = random.Random(count), RewardModel.from_pretrained(folder), threading.Event()
     with serving(server, folder, tmp_path / "log") as served, ThreadPoolExecutor(1) as thread:
