@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -165,6 +166,22 @@ def test_a_server_of_lower_precision_is_named(model, dtype):
 def test_a_server_of_other_weights_has_no_named_fault(model):
     other = RewardModel(make_model("qwen2_5_vl", seed=1), "fp32")
     assert "unknown: none of the faults that are tried" in cause(model, check(model, other))
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_no_tokens_of_a_server_that_remembers_its_rewards_are_no_other_count(model, api):
+    """Here of other weights, that says of every conversation that it has computed nothing."""
+    rewards = np.random.default_rng(0)
+
+    def answer(_):
+        reward = rewards.normal()
+        vllm = {"data": [{"probs": [reward]}], "usage": {"prompt_tokens": 0}}
+        sglang = {"embedding": [reward], "meta_info": {"prompt_tokens": 0}}
+        return httpx.Response(200, json=vllm if api == "vllm" else sglang)
+
+    with httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer)) as client:
+        found = compare(model, client, api, None, Display(silent=True))
+    assert "unknown: none of the faults that are tried" in cause(model, found)
 
 
 def test_the_table_fits_80_columns_and_counts_flips(model):

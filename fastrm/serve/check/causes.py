@@ -32,7 +32,7 @@ class Cell:
     """The rewards of one response: the server's and ours.
 
     Attributes:
-        num_tokens: that we count and that the server does, where it says so.
+        num_tokens: that we count and that the server does, where it says so; 0 for a reward that it remembered.
     """
 
     prompt: CheckedPrompt
@@ -221,7 +221,7 @@ class Explainer:
 
 def _is_miscounted(cell: Cell) -> bool:
     ours, theirs = cell.num_tokens
-    return theirs is not None and theirs != ours
+    return theirs not in (None, 0, ours)
 
 
 def _rms(values: Sequence[float]) -> float:

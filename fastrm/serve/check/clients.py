@@ -17,7 +17,7 @@ class Served(NamedTuple):
 
     Attributes:
         num_tokens: of the conversation, where the server says so for it alone; else None. A server that remembers
-            the reward says 0, which is none.
+            the reward says 0.
     """
 
     reward: float
@@ -108,7 +108,7 @@ def _ask_fastrm(asker: Asker, prompt: CheckedPrompt) -> Answer:
 def _ask_vllm(asker: Asker, prompt: CheckedPrompt) -> Answer:
     def read(answer: dict) -> Answer:
         data, usage = answer["data"], answer.get("usage") or {}
-        return [Served(float(data[0]["probs"][0]), usage.get("prompt_tokens") or None)]
+        return [Served(float(data[0]["probs"][0]), usage.get("prompt_tokens"))]
 
     messages = [{**message, "content": _as_urls(message["content"])} for message in prompt.messages]
     found: list[Served] = []
