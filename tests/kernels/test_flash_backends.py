@@ -213,7 +213,7 @@ def test_without_the_package_the_line_to_install_it_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(varlen, "varlen_obstacle", lambda query: None)
     monkeypatch.setattr(flash_attn, "_major", lambda device: 9)
-    message = r'cannot run bfloat16 on cpu: .*pip install --no-build-isolation "fastrm\[flash-attn\]"; use flash or'
+    message = r'cannot run bfloat16 on cpu: .*pip install --no-build-isolation "flash-attn>=2\.8"; use flash or'
     with pytest.raises(ConfigError, match=r"model\.attention: flash_attn " + message):
         pick_backend("flash_attn", "auto", torch.device("cpu"), torch.bfloat16, [64])
     assert find_version(9) == NOT_INSTALLED

@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -213,10 +214,10 @@ def check_script(words, where):
 
 
 def check_packages(words, where):
-    """Extras are those of setup.py, other packages those of the Makefile."""
-    setup = (PROJECT / "setup.py").read_text() + (PROJECT / "pyproject.toml").read_text()
+    """Extras are those of pyproject.toml, other packages those of the Makefile."""
+    known = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words:
         if extras := re.search(r"\[(.*)\]", word):
-            assert all(f'"{extra}": [' in setup for extra in extras[1].split(",")), where
+            assert set(extras[1].split(",")) <= set(known), where
         elif not word.startswith("-") and word != ".":
             assert word in (PROJECT / "Makefile").read_text(), where

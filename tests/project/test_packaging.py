@@ -1,28 +1,81 @@
-"""What gets installed: exactly two top-level packages, and everything in them."""
+"""What gets installed: two top-level packages and everything in them, in one wheel or in one for each."""
 
-import ast
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
+from email.parser import Parser
+
+import pytest
 
 from tests.conftest import LONG
 from tests.helpers.project import PROJECT, copy_project
 
 
-def test_the_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
-    # setuptools builds beside the sources.
-    sources = str(copy_project(tmp_path / "project"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), sources]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert {name.split("/")[0] for name in names} == {"fastrm", "fastrm_kernels"}
-    sources = [(PROJECT / "fastrm", PROJECT), (PROJECT / "kernels" / "fastrm_kernels", PROJECT / "kernels")]
-    wanted = {str(path.relative_to(base)) for top, base in sources for path in top.rglob("*.py")}
-    wanted |= {f"fastrm/serve/page/{path.name}" for path in (PROJECT / "fastrm" / "serve" / "page").iterdir()}
-    assert names == wanted
+def files_of(package, parent):
+    """The modules of a package below `parent`, and what its pages need, by their paths in a wheel."""
+    paths = [*(parent / package).rglob("*.py"), *(parent / package / "serve").glob("page/*")]
+    return {str(path.relative_to(parent)) for path in paths}
+
+
+FILES = {"fastrm": files_of("fastrm", PROJECT), "fastrm_kernels": files_of("fastrm_kernels", PROJECT / "kernels")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Build a wheel from a copy, since setuptools builds beside the sources; return its files and its metadata."""
+
+    def build(folder=".", **environment):
+        place = tmp_path_factory.mktemp("wheel")
+        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(place)]
+        sources = copy_project(place / "project") / folder
+        environment = os.environ | environment
+        result = subprocess.run([*command, str(sources)], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        with zipfile.ZipFile(next(place.glob("*.whl"))) as found:
+            about = next(name for name in found.namelist() if name.endswith(".dist-info/METADATA"))
+            metadata = Parser().parsestr(found.read(about).decode())
+            return {name for name in found.namelist() if ".dist-info/" not in name}, metadata
+
+    return build
+
+
+def requirements(metadata):
+    """What a wheel needs without its extras."""
+    return {text for text in metadata.get_all("Requires-Dist") if "extra ==" not in text}
+
+
+@pytest.fixture(scope="module")
+def whole(wheel):
+    return wheel()
+
+
+@pytest.fixture(scope="module")
+def kernels(wheel):
+    return wheel("kernels")
+
+
+def test_a_wheel_of_these_files_holds_both_packages_and_nothing_else(whole):
+    files, metadata = whole
+    assert files == FILES["fastrm"] | FILES["fastrm_kernels"]
+    assert not [text for text in requirements(metadata) if "fastrm" in text or "@" in text]
+
+
+def test_the_kernels_alone_are_their_package_and_need_torch_and_triton_only(kernels, whole):
+    files, metadata = kernels
+    assert metadata["Name"] == "fastrm-kernels" and files == FILES["fastrm_kernels"]
+    needed = requirements(metadata)
+    assert sorted(text.split(">")[0] for text in needed) == ["torch", "triton"]
+    assert needed <= requirements(whole[1])
+
+
+def test_a_wheel_apart_is_fastrm_alone_and_depends_on_the_kernels(wheel, kernels, whole):
+    files, metadata = wheel(FASTRM_KERNELS="apart")
+    assert files == FILES["fastrm"]
+    depends = f"fastrm-kernels=={kernels[1]['Version']}"
+    assert requirements(metadata) - requirements(whole[1]) == {depends}
+    assert requirements(whole[1]) - requirements(metadata) <= requirements(kernels[1])
 
 
 def test_version_is_the_same_everywhere():
@@ -37,9 +90,7 @@ def test_a_package_has_the_same_bound_in_every_extra():
     """Else an extra would install a version that the code of another one does not work with."""
     from packaging.requirements import Requirement
 
-    call = next(n for n in ast.walk(ast.parse((PROJECT / "setup.py").read_text())) if isinstance(n, ast.Call)
-                and getattr(n.func, "id", "") == "setup")  # fmt: skip
-    extras = next(ast.literal_eval(k.value) for k in call.keywords if k.arg == "extras_require")
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     bounds = {}
     for requirement in map(Requirement, (one for extra in extras.values() for one in extra)):
         bounds.setdefault(requirement.name, set()).add(str(requirement.specifier))

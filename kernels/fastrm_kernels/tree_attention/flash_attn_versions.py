@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 NOT_INSTALLED = (
-    'the flash-attn package is not installed for this GPU; pip install --no-build-isolation "fastrm[flash-attn]"'
+    'the flash-attn package is not installed for this GPU; pip install --no-build-isolation "flash-attn>=2.8"'
 )
 OLDEST = (2, 8)  # flash-attn 2.8: its functions have the parameters that are passed here
 
