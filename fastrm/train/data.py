@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from fastrm.config import Config, TrainedTokenizer
 from fastrm.data.prepared.build import Preparation
-from fastrm.data.prepared.refusals import read_refusals
+from fastrm.data.prepared.records import read_refusals
 from fastrm.data.prepared.report import draw_report, pair_lines, report_tables, sharing_line
 from fastrm.data.prepared.stored import REFUSED, PreparedSet, read_manifest
 from fastrm.data.prepared.units import Unit

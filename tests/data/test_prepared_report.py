@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastrm.config import load_config
-from fastrm.data.prepared.refusals import read_refusals
+from fastrm.data.prepared.records import read_refusals
 from fastrm.data.prepared.report import draw_report, report_tables
 from fastrm.data.quarantine import Quarantine
 from fastrm.train.data import make_set

@@ -11,8 +11,7 @@ from fastrm.data.prepared.count import COUNT, IMAGE, Counted
 from fastrm.data.prepared.findings import PAIR
 from fastrm.data.prepared.report import make_report
 from fastrm.data.prepared.select import Selection
-from fastrm.data.prepared.table import RecordTable
-from fastrm.data.prepared.units import MEDIUM, PAIRS, RECORD, REFUSED, TEXT, Unit
+from fastrm.data.prepared.units import MEDIUM, PAIRS, RECORD, REFUSED, TEXT, RecordTable, Unit
 from fastrm.model.architectures import PUBLISHED, find_architecture
 from fastrm.train.step_cost import make_cost_model
 

@@ -16,14 +16,25 @@ from fastrm.data.balance import CostModel
 from fastrm.data.prepared import count, units
 from fastrm.data.prepared.count import COUNT, GROUPS_PER_PIECE, IMAGE, Counted, GroupCounter, Piece, load_counted
 from fastrm.data.prepared.decontaminate import collect, find_contaminated, kinds_of
-from fastrm.data.prepared.index import entries_of, fingerprint_of_groups, make_index, num_records_of, num_ties_ignored
-from fastrm.data.prepared.refusals import read_refusals, refusal_line
+from fastrm.data.prepared.records import read_refusals, refusal_line
 from fastrm.data.prepared.report import make_report, write_report
 from fastrm.data.prepared.select import Selection, first_copies, select
 from fastrm.data.prepared.settings import FORMAT, difference, encoder_key, file_states, read_settings, set_settings
-from fastrm.data.prepared.stored import INDEX, MANIFEST, REFUSED, SPLITS, UNITS, fingerprint_of, read_manifest
-from fastrm.data.prepared.table import RecordTable, load_table
-from fastrm.data.prepared.units import Unit, UnitReader, list_units
+from fastrm.data.prepared.stored import (
+    INDEX,
+    MANIFEST,
+    REFUSED,
+    SPLITS,
+    UNITS,
+    entries_of,
+    fingerprint_of,
+    fingerprint_of_groups,
+    make_index,
+    num_records_of,
+    num_ties_ignored,
+    read_manifest,
+)
+from fastrm.data.prepared.units import RecordTable, Unit, UnitReader, list_units, load_table
 from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.record import Record
 from fastrm.data.sources import KeyTally, RefusedRow, unread_lines
@@ -187,7 +198,7 @@ class Preparation:
 
     def _remove(self, table: RecordTable) -> dict[str, np.ndarray]:
         """Return what is not trained on: each record's first equal one (`copy_of`), and matches of each kind."""
-        is_train, data = _is_of(table, "train"), self.config.data
+        is_train, data = table.is_of("train"), self.config.data
         removed = {"copy_of": np.arange(len(table))}
         if data.deduplicate:
             first = first_copies(table)
@@ -213,7 +224,7 @@ class Preparation:
         ties_weigh = 2 if self.config.loss.ties == "half" else 0
         return {
             split: select(
-                table, kept & _is_of(table, split), getattr(data, split), merge=data.merge_groups, ties_weigh=ties_weigh
+                table, kept & table.is_of(split), getattr(data, split), merge=data.merge_groups, ties_weigh=ties_weigh
             )
             for split in SPLITS
         }
@@ -313,10 +324,6 @@ def is_kept(removed: dict[str, np.ndarray]) -> np.ndarray:
         if kind != "copy_of":
             kept &= ~matches
     return kept
-
-
-def _is_of(table: RecordTable, split: str) -> np.ndarray:
-    return np.array([unit.split == split for unit in table.units], dtype=bool)[table.unit]
 
 
 def _cut(numbers: np.ndarray, size: int) -> list[np.ndarray]:

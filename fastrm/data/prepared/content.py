@@ -154,6 +154,16 @@ def _cosines() -> np.ndarray:
     return np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5))
 
 
+def two_words(value: bytes) -> tuple[int, int]:
+    """Return 16 bytes as `HASH` holds them."""
+    return first_word(value), first_word(value[8:])
+
+
+def first_word(value: bytes) -> int:
+    """Return the first 8 bytes as an integer."""
+    return int.from_bytes(value[:8], "little")
+
+
 def _hash(value: list | tuple, num_bytes: int = 16) -> bytes:
     text = to_json(value, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=num_bytes).digest()

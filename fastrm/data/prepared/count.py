@@ -22,10 +22,10 @@ from fastrm.data.group import (
     resolve_preferences,
 )
 from fastrm.data.packing import EncodedGroup
-from fastrm.data.prepared.content import HASH
-from fastrm.data.prepared.refusals import parse_refusals, refusal_line
+from fastrm.data.prepared.content import HASH, two_words
+from fastrm.data.prepared.records import parse_refusals, refusal_line
 from fastrm.data.prepared.select import Selection
-from fastrm.data.prepared.table import RecordTable
+from fastrm.data.prepared.units import RecordTable
 from fastrm.data.record import Record
 from fastrm.data.sources import RefusedRow
 from fastrm.data.template import ConversationEncoder
@@ -106,7 +106,10 @@ class GroupCounter:
             parts = [self.table.record(int(record)) for record in own]
             for fit in _fit(parts, self.encoder, self.config, refused):
                 rows.append(_row(number, fit))
-                images += [(_digest(key), height, width, frames) for key, height, width, frames in fit.counted.media]
+                images += [
+                    (two_words(bytes.fromhex(key.removeprefix("bytes:"))), height, width, frames)
+                    for key, height, width, frames in fit.counted.media
+                ]
                 members.append(own[fit.place : fit.place + fit.num_members])
             refused_of += [number] * (len(refused) - len(refused_of))
         lines = b"".join(map(refusal_line, refused))
@@ -159,11 +162,6 @@ def _row(number: int, fit: _Fit) -> tuple:
         fit.num_members,
         len(counted.media),
     )
-
-
-def _digest(key: str) -> tuple[int, int]:
-    digest = bytes.fromhex(key.removeprefix("bytes:"))
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
 def _fit(

@@ -17,8 +17,8 @@ from itertools import combinations
 import numpy as np
 
 from fastrm.data.order import mix
-from fastrm.data.prepared.content import is_short, perceptual_hash, question_hash, text_hash, with_digests
-from fastrm.data.prepared.table import RecordTable
+from fastrm.data.prepared.content import first_word, is_short, perceptual_hash, question_hash, text_hash, with_digests
+from fastrm.data.prepared.units import RecordTable
 from fastrm.data.record import ImageRef, Record
 from fastrm.data_config import DecontaminateConfig
 from fastrm.errors import DataError, RecordError
@@ -50,8 +50,8 @@ def collect(records: Iterable[Record], settings: DecontaminateConfig, limits: Me
     reads_images = settings.image_hash or compares_looks or settings.image_question
     images, looks, image_questions, pairs = [], [], [], []
     for record in records:
-        question = _word(question_hash(record))
-        texts = [(_word(text_hash(response.text)), is_short(response.text)) for response in record.responses]
+        question = first_word(question_hash(record))
+        texts = [(first_word(text_hash(response.text)), is_short(response.text)) for response in record.responses]
         is_text_only = not any(response.media for response in record.responses)
         pairs += [
             _pair(a, b, question, is_text_only)
@@ -70,7 +70,7 @@ def collect(records: Iterable[Record], settings: DecontaminateConfig, limits: Me
                 f"{record.origin}: {error.message}; or compare without images: set image_hash, perceptual_hash and "
                 "image_question of data.decontaminate to false"
             ) from error
-        digests = [_digest_word(ref.digest) for ref in found]
+        digests = [first_word(bytes.fromhex(ref.digest)) for ref in found]
         images += digests
         image_questions += [_image_question(np.uint64(digest), np.uint64(question)) for digest in digests]
     return Benchmarks(*(np.unique(np.array(v, dtype=np.uint64)) for v in (images, looks, image_questions, pairs)))
@@ -137,14 +137,6 @@ def _pair(first, second, question, is_text_only):
 
 def _image_question(digest, question):
     return mix(digest) ^ question
-
-
-def _digest_word(digest: str) -> int:
-    return _word(bytes.fromhex(digest))
-
-
-def _word(value: bytes) -> int:
-    return int.from_bytes(value[:8], "little")
 
 
 def kinds_of(found: dict[str, np.ndarray], number: int) -> Sequence[str]:

@@ -1,4 +1,6 @@
-"""Records as bytes: one JSON object each, media by reference, prompts that responses share written once.
+"""Records and refused rows as lines of JSON.
+
+Of a record, media are written by reference, and the prompt that its responses share is written once.
 
     {"id", "source", "origin", "prompt": [message, ...], "responses": [[arguments, message, ...], ...],
      "preferences": [[winner, loser, margin, weight, tie], ...]}
@@ -7,16 +9,20 @@ A message is ``[role, fields, part, ...]``; a part is a text or an object that s
 holds the messages that all responses begin with. Bytes that were embedded in a row are in a file of their
 own, the media file of the unit, and are referred to by ``"embedded": [first byte, number of bytes]``, so that
 a prepared set may be moved to another folder.
+
+A refused row has the form of quarantine.jsonl: ``{"source", "origin", "id", "code", "message"}``, with
+``"partial": true`` where the record lives on without a part.
 """
 
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 
 from fastrm.data.record import ImageRef, MediaRef, Message, Preference, Record, Response, VideoRef
+from fastrm.data.sources import RefusedRow
 from fastrm.errors import StorageError
 from fastrm.json_files import to_json
 
@@ -116,3 +122,23 @@ def _read_medium(row: dict, media_file: str) -> MediaRef:
         return kind(path=media_file, span=tuple(row["embedded"]), digest=digest)
     span = row.get("span")
     return kind(path=row["path"], member=row.get("member"), span=span and tuple(span), digest=digest)
+
+
+def refusal_line(refusal: RefusedRow) -> bytes:
+    """Return one line in ASCII, which can then name a record whose text UTF-8 cannot encode."""
+    source, origin, record_id, code, message, partial = refusal
+    row = {"source": source, "origin": origin, "id": record_id, "code": code, "message": message}
+    return to_json(row | ({"partial": True} if partial else {})).encode("ascii") + b"\n"
+
+
+def read_refusals(path: Path) -> Iterator[RefusedRow]:
+    """Yield the refusals of a file, in order."""
+    with open(path, "rb") as lines:
+        yield from parse_refusals(lines)
+
+
+def parse_refusals(lines: Iterable[bytes]) -> Iterator[RefusedRow]:
+    """Yield the refusals of lines, in order."""
+    for row in map(json.loads, lines):
+        named = (row[key] for key in ("source", "origin", "id", "code", "message"))
+        yield RefusedRow(*named, row.get("partial", False))

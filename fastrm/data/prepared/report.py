@@ -18,10 +18,9 @@ from fastrm.config import Config
 from fastrm.data.balance import CostModel
 from fastrm.data.prepared.count import Counted, refusals
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs
-from fastrm.data.prepared.refusals import read_refusals
+from fastrm.data.prepared.records import read_refusals
 from fastrm.data.prepared.select import Selection
-from fastrm.data.prepared.table import RecordTable
-from fastrm.data.prepared.units import PAIRS, REFUSED
+from fastrm.data.prepared.units import PAIRS, REFUSED, RecordTable
 from fastrm.data_config import SourceConfig
 from fastrm.json_files import to_json
 from fastrm.storage import write_whole
@@ -53,7 +52,7 @@ def make_report(
     """
     rows = []
     for split, selection in chosen.items():
-        is_split = np.array([unit.split == split for unit in table.units])[table.unit]
+        is_split = table.is_of(split)
         for number, source in enumerate(getattr(config.data, split)):
             mine = is_split & (table.source == number)
             rows.append(

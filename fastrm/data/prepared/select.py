@@ -11,7 +11,7 @@ import numpy as np
 
 from fastrm.data.group import MAX_MERGED_RESPONSES
 from fastrm.data.order import mix
-from fastrm.data.prepared.table import RecordTable
+from fastrm.data.prepared.units import RecordTable
 from fastrm.data_config import SourceConfig
 
 # Salts of the draws: different draws from the same groups must not choose the same ones.

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 
 from fastrm.data.prepared.content import (
     HASH,
+    first_word,
     is_short,
     name_hash,
     ordered_hash,
@@ -33,11 +34,18 @@ from fastrm.data.prepared.content import (
     record_hash,
     response_hash,
     text_hash,
+    two_words,
     with_digests,
 )
 from fastrm.data.prepared.findings import PAIR, pair_rows
-from fastrm.data.prepared.records import MEDIA_BYTES, RECORDS, decode_record, encode_record
-from fastrm.data.prepared.refusals import refusal_line
+from fastrm.data.prepared.records import (
+    MEDIA_BYTES,
+    RECORDS,
+    decode_record,
+    encode_record,
+    read_record,
+    refusal_line,
+)
 from fastrm.data.record import ImageRef, Record
 from fastrm.data.sources import DigitsFile, KeyTally, RefusedRow, SourceFile, source_files
 from fastrm.data.sources.files import stored_in
@@ -102,18 +110,6 @@ class Unit:
     start: int
     stop: int
     name: str
-
-
-@dataclass(frozen=True)
-class UnitContent:
-    """The columns of a finished unit.
-
-    `texts` has num_responses rows for each row of `RECORD`, `media` has num_media.
-    """
-
-    columns: np.ndarray
-    media: np.ndarray
-    texts: np.ndarray
 
 
 def list_units(split: str, sources: Iterable[SourceConfig], settings: ReadSettings) -> list[Unit]:
@@ -243,11 +239,11 @@ class _UnitWriter:
             (
                 self._offset,
                 len(line),
-                _two_words(prompt_hash(record)),
-                _two_words(record_hash(responses, record.preferences)),
-                _word(ordered_hash(responses, record.preferences)),
-                _word(question_hash(record)) if self.settings.texts else 0,
-                _word(name_hash(record.source)),
+                two_words(prompt_hash(record)),
+                two_words(record_hash(responses, record.preferences)),
+                first_word(ordered_hash(responses, record.preferences)),
+                first_word(question_hash(record)) if self.settings.texts else 0,
+                first_word(name_hash(record.source)),
                 len(responses),
                 len(media),
                 len(record.preferences) - num_ties,
@@ -258,13 +254,15 @@ class _UnitWriter:
         self._media += media
         self._pairs += pair_rows(record, responses)
         if self.settings.texts:
-            self._texts += [(_word(text_hash(response.text)), is_short(response.text)) for response in record.responses]
+            self._texts += [
+                (first_word(text_hash(response.text)), is_short(response.text)) for response in record.responses
+            ]
 
     def _medium(self, ref) -> tuple:
         looks = None
         if self.settings.looks and isinstance(ref, ImageRef):
             looks = perceptual_hash(ref, self.settings.limits)
-        return _two_words(bytes.fromhex(ref.digest)), looks or 0, looks is not None
+        return two_words(bytes.fromhex(ref.digest)), looks or 0, looks is not None
 
     def _embed(self, data: bytes, digest: str) -> tuple[int, int]:
         if digest not in self._embedded:
@@ -275,11 +273,6 @@ class _UnitWriter:
 
     def _refuse(self, refusal: RefusedRow) -> None:
         self._refused.write(refusal_line(refusal))
-
-
-def load_unit(folder: Path) -> UnitContent:
-    """Load the columns of a finished unit."""
-    return UnitContent(*(np.load(folder / name) for name in (COLUMNS, MEDIA, TEXTS)))
 
 
 def unit_keys(folder: Path) -> KeyTally:
@@ -294,9 +287,76 @@ def unit_records(folder: Path) -> Iterator[Record]:
             yield decode_record(line, os.fspath(folder / MEDIA_BYTES))
 
 
-def _two_words(value: bytes) -> tuple[int, int]:
-    return _word(value[:8]), _word(value[8:16])
+@dataclass(frozen=True)
+class RecordTable:
+    """The columns of a split's N records.
+
+    Attributes:
+        units: in reading order.
+        columns: (N,) `RECORD`.
+        media: `MEDIUM`, num_media for each record.
+        texts: `TEXT`, num_responses for each record; empty unless wanted.
+        first_text: (N,) int64, place of a record's first response among `texts`.
+        unit: (N,) int32, number of its unit.
+        source: (N,) int32, number of its source in the configuration.
+        repeat: (N,) float32, of its file (`SourceFile.repeat`).
+    """
+
+    folder: Path
+    units: Sequence[Unit]
+    columns: np.ndarray
+    media: np.ndarray
+    texts: np.ndarray
+    first_text: np.ndarray
+    unit: np.ndarray
+    source: np.ndarray
+    repeat: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def is_of(self, split: str) -> np.ndarray:
+        """Return (N,) bool: True for records of a split's own sources."""
+        return np.array([unit.split == split for unit in self.units], dtype=bool)[self.unit]
+
+    @property
+    def is_text_only(self) -> np.ndarray:
+        """(N,) bool: True for records without media."""
+        return self.columns["num_media"] == 0
+
+    def record(self, number: int) -> Record:
+        """Decode one record."""
+        row = self.columns[number]
+        return read_record(self.folder / self.units[self.unit[number]].name, int(row["offset"]), int(row["length"]))
+
+    def owner_of_media(self) -> np.ndarray:
+        """Return the record number (M,) int64 of each medium."""
+        return np.repeat(np.arange(len(self)), self.columns["num_media"])
 
 
-def _word(value: bytes) -> int:
-    return int.from_bytes(value[:8], "little")
+def load_table(folder: Path, units: Sequence[Unit]) -> RecordTable:
+    """Load the columns of finished units."""
+    parts = [np.load(folder / unit.name / COLUMNS) for unit in units]
+    lengths = [len(part) for part in parts]
+    columns = _joined(parts)
+
+    def of_units(values: Iterable, dtype: str) -> np.ndarray:
+        return np.repeat(np.array(list(values), dtype=dtype), lengths)
+
+    return RecordTable(
+        folder=folder,
+        units=units,
+        columns=columns,
+        media=_joined([np.load(folder / unit.name / MEDIA) for unit in units]),
+        texts=_joined([np.load(folder / unit.name / TEXTS) for unit in units]),
+        first_text=np.cumsum(columns["num_responses"], dtype=np.int64) - columns["num_responses"],
+        unit=of_units(range(len(units)), "<i4"),
+        source=of_units((unit.source for unit in units), "<i4"),
+        repeat=of_units((unit.file.repeat for unit in units), "<f4"),
+    )
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    joined = np.concatenate(arrays)
+    arrays.clear()  # frees the parts, which are as large as the whole
+    return joined
