@@ -1,12 +1,38 @@
-"""The command `fastrm eval`: a check of its arguments together, and the choice of the evaluation."""
+"""The command `fastrm eval`: models on a file of preferences or on a benchmark, or a file of scores on a benchmark."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastrm.errors import ConfigError
-from fastrm.evaluate.benchmarks import PREFIX
-from fastrm.evaluate.benchmarks.command import Outputs, evaluate_benchmark, measure_scores
-from fastrm.evaluate.files import evaluate_file
-from fastrm.evaluate.models import ModelChoice, ScoringOptions
+from fastrm.data.record import Record
+from fastrm.errors import ConfigError, DataError, RecordError
+from fastrm.evaluate.benchmarks.benchmark import PREFIX, Benchmark, load_benchmark, read_scores
+from fastrm.evaluate.benchmarks.report import Evaluation, comparison_table, draw, figures_table
+from fastrm.evaluate.ensemble import Ensemble, Rewards
+from fastrm.evaluate.files import CHUNK, describe, evaluate_file, print_refused
+from fastrm.evaluate.merging import score_merged
+from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
+from fastrm.json_files import to_json
+from fastrm.storage import check_output, whole_file
+from fastrm.ui import Display, make_console, print_table
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files to write besides what is printed."""
+
+    json: Path | None = None
+    png: Path | None = None
+
+    def check(self) -> None:
+        """Refuse files that cannot be written, before the work that they are for.
+
+        Raises:
+            StorageError: naming the file.
+        """
+        for path in (self.json, self.png):
+            if path is not None:
+                check_output(path)
 
 
 def evaluate(
@@ -42,3 +68,97 @@ def evaluate(
     if choice != ModelChoice(()) or options.images is not None:
         raise ConfigError("--scores takes the place of models; leave them and their options out")
     measure_scores(scores, data, bench_data, outputs)
+
+
+def evaluate_benchmark(
+    choice: ModelChoice, name: str, data: str | None, options: ScoringOptions, outputs: Outputs
+) -> None:
+    """Score a benchmark's rows and show its metrics.
+
+    Raises:
+        ConfigError, StorageError: for models or outputs that cannot be used.
+        DataError: for a benchmark that cannot be read, or, after everything is written, if some rows could
+            not be scored.
+    """
+    choice.check()
+    outputs.check()
+    if choice.save is not None:
+        check_output(choice.save)
+    benchmark = load_benchmark(name, data, options.images)
+    records = benchmark.records
+    with Display() as display:
+        ensemble = open_models(choice, options, display)
+        results = score_rows(ensemble, records, options, display)
+    rewards = {row: result for row, result in enumerate(results) if isinstance(result, Rewards)}
+    refused = {
+        row: f"{records[row].origin}: {result.message} ({result.code})"
+        for row, result in enumerate(results)
+        if isinstance(result, RecordError)
+    }
+    if not rewards:
+        raise DataError(f"bench:{benchmark.name}: none of its {len(records):,} rows could be scored; {refused[0]}")
+    members = [
+        (name, {row: result.members[place] for row, result in rewards.items()})
+        for place, name in enumerate(ensemble.names)
+    ]
+    _finish(
+        Evaluation(
+            benchmark, " + ".join(ensemble.names), {row: result.combined for row, result in rewards.items()}, refused,
+            members if len(members) > 1 else [], describe(ensemble),
+        ),
+        outputs,
+    )  # fmt: skip
+
+
+def score_rows(
+    ensemble: Ensemble, records: Sequence[Record], options: ScoringOptions, display: Display
+) -> list[Rewards | RecordError]:
+    """Score every row and return its rewards; rows of one prompt are scored as one group."""
+
+    def score(groups: Sequence[Record]) -> list[Rewards | RecordError]:
+        update, results = display.task("scoring"), []
+        for start in range(0, len(groups), CHUNK):
+            chunk = groups[start : start + CHUNK]
+
+            def progress(done: int, total: int, start: int = start, size: int = len(chunk)) -> None:
+                update(start + size * done // total, len(groups))
+
+            results += ensemble.score_records(chunk, options.tokens_per_pack, options.num_workers, progress)
+        return results
+
+    return score_merged(score, Rewards.take, records)
+
+
+def measure_scores(scores: Path, name: str, data: str | None, outputs: Outputs) -> None:
+    """Show a benchmark's metrics for rewards from elsewhere; needs no model, image or text.
+
+    Raises:
+        StorageError: for outputs that cannot be made.
+        DataError: for a benchmark or scores that cannot be read.
+    """
+    outputs.check()
+    benchmark = load_benchmark(name, data)
+    rewards = dict(enumerate(read_scores(scores, benchmark)))
+    _finish(Evaluation(benchmark, scores.stem, rewards, settings={"scores_file": str(scores)}), outputs)
+
+
+def _finish(evaluation: Evaluation, outputs: Outputs) -> None:
+    console = make_console()
+    for table in (figures_table(evaluation), comparison_table(evaluation)):
+        print_table(console, table)
+    if outputs.json is not None:
+        with whole_file(outputs.json) as write:
+            write(to_json(evaluation.to_json(), indent=1) + "\n")
+    if outputs.png is not None:
+        draw(evaluation, outputs.png)
+    if evaluation.refused:
+        print_refused(list(evaluation.refused.values()), "--json lists them all")
+        raise DataError(_partial(evaluation.benchmark, evaluation))
+
+
+def _partial(benchmark: Benchmark, evaluation: Evaluation) -> str:
+    return (
+        f"bench:{benchmark.name}: partial result over {len(evaluation.rewards):,} of {len(benchmark.rows):,} rows; "
+        f"{len(evaluation.refused):,} could not be scored and the figures are not comparable with published ones; "
+        "the rows are named above: name their images with --images, or raise --tokens-per-pack"
+    )

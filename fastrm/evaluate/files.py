@@ -1,7 +1,7 @@
 """The commands `fastrm score` and `fastrm eval` on data files: rewards, or pair accuracy."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,6 @@ from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.accuracy import PairAccuracy
 from fastrm.evaluate.ensemble import Ensemble, Rewards
 from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
-from fastrm.evaluate.output import print_refused
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json
@@ -24,6 +23,8 @@ from fastrm.ui import Display, make_console, message, print_table
 
 # The number of records that are read, scored and written at a time.
 CHUNK = 512
+# The most refused rows that are named on the screen; files name all.
+_NAMED = 10
 
 Scored = tuple[Record | str | None, Rewards | RecordError]
 
@@ -145,6 +146,15 @@ def _evaluate(scoring: Scoring, data: str) -> dict:
         named = zip(scoring.ensemble.names, members, strict=True)
         report["members"] = [{"model": name, **member.report()} for name, member in named]
     return report
+
+
+def print_refused(messages: Sequence[str], where: str) -> None:
+    """Name the first refused rows on standard error; `where` has all of them."""
+    console = make_console(stderr=True)
+    for text in messages[:_NAMED]:
+        message(console, f"refused: {text}")
+    if len(messages) > _NAMED:
+        message(console, f"... and {len(messages) - _NAMED} more; {where}")
 
 
 def describe(ensemble: Ensemble) -> dict:

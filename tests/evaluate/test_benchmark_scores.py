@@ -8,9 +8,8 @@ import pytest
 
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.evaluate.benchmarks import values_of
-from fastrm.evaluate.benchmarks.command import Outputs, measure_scores
 from fastrm.evaluate.benchmarks.published import published_rows
-from fastrm.evaluate.command import evaluate
+from fastrm.evaluate.command import Outputs, evaluate, measure_scores
 from fastrm.evaluate.models import ModelChoice, ScoringOptions
 from tests.helpers import benchmark_files as published
 from tests.helpers.benchmark_files import NAMES, VL_IDS, random_rewards, small

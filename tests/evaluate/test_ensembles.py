@@ -17,7 +17,7 @@ from fastrm.data.record import Record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.evaluate import ensemble as ensembles
-from fastrm.evaluate.benchmarks.command import Outputs, evaluate_benchmark
+from fastrm.evaluate.command import Outputs, evaluate_benchmark
 from fastrm.evaluate.ensemble import Ensemble, Rewards, validation_weights
 from fastrm.evaluate.files import evaluate_file, score_file
 from fastrm.evaluate.merging import merge_prompts, score_merged

@@ -13,7 +13,7 @@ from fastrm.config import load_config
 from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.values import check_number
 from fastrm.errors import DataError, RecordError
-from fastrm.evaluate.benchmarks.command import Outputs, evaluate_benchmark
+from fastrm.evaluate.command import Outputs, evaluate_benchmark
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.files import evaluate_file, score_file
 from fastrm.evaluate.models import ModelChoice, ScoringOptions

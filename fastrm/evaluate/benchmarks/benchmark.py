@@ -1,11 +1,14 @@
-"""A benchmark in memory: its rows, the records to score, and its figures from rewards."""
+"""A benchmark in memory: its rows, the records to score, and its figures from rewards, also those of a file."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 
 from fastrm.data.record import Record
+from fastrm.data.sources.values import decode_json, describe
 from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.benchmarks import (
     mm_rlhf_rewardbench,
@@ -125,3 +128,52 @@ def load_benchmark(name: str, data: str | None = None, images: str | None = None
     # Rows from which no metric can be computed are refused here, not after hours of scoring.
     benchmark.metrics([[0.0] * row.num_rewards for row in rows])
     return benchmark
+
+
+def read_scores(file: Path, benchmark: Benchmark) -> list[list[float]]:
+    """Read rewards from elsewhere: one line {"rewards": [...]} for each row of the benchmark's file, in its order.
+
+    Raises:
+        DataError: naming the line, if it is not JSON, has no `rewards`, or they are not as many finite
+            numbers as the row has responses; or if there are not as many lines as rows.
+    """
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if len(numbered) != len(benchmark.rows):
+        raise DataError(
+            f"{file}: has {len(numbered):,} lines of rewards, wanted {len(benchmark.rows):,}: one for each row of "
+            f"{', '.join(benchmark.files)}, in its order"
+        )
+    return [
+        _rewards(f"{file}:{number}", line, row.num_rewards)
+        for (number, line), row in zip(numbered, benchmark.rows, strict=True)
+    ]
+
+
+def _rewards(where: str, line: str, num_rewards: int) -> list[float]:
+    try:
+        row = decode_json(line)
+    except RecordError as error:
+        raise DataError(f"{where}: {error.message}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f'{where}: is not JSON: {error}; wanted {{"rewards": [...]}}') from None
+    if not isinstance(row, dict) or not isinstance(row.get("rewards"), list):
+        got = describe(row.get("rewards")) if isinstance(row, dict) else describe(row)
+        raise DataError(f'{where}: "rewards" is {got}, wanted a list of {num_rewards} numbers')
+    rewards = row["rewards"]
+    if len(rewards) != num_rewards:
+        raise DataError(f'{where}: "rewards" has {len(rewards)} numbers, wanted {num_rewards}: one for each response')
+    for place, value in enumerate(rewards):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+            raise DataError(f'{where}: "rewards[{place}]" is {describe(value)}, wanted a finite number')
+    return [float(value) for value in rewards]
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False

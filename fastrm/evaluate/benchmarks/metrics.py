@@ -1,7 +1,9 @@
 """The parts of every benchmark's figures: shares of rows or ids, and weighted sums and means of shares.
 
-How often each unit is counted enters through sums alone, so that a metric is evaluated for 10,000
-resamples of the benchmark as quickly as for the benchmark itself: one matrix product.
+A metric is a small expression: `Mean` over rows, ids or prompts, and sums and means of such means. It is not a function
+of rows, since 95 % intervals need it for 10,000 resamples: how often each unit is drawn enters a `Mean` through two
+sums alone, so that all of a benchmark's means for all resamples are one matrix product. An expression also says what
+its units are, and those are what is resampled.
 """
 
 from collections.abc import Iterable, Mapping

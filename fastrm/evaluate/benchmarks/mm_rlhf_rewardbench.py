@@ -10,8 +10,7 @@ import numpy as np
 from fastrm.data.record import VideoRef
 from fastrm.data.sources.values import check_text
 from fastrm.evaluate.benchmarks.metrics import Mean, Metrics, share
-from fastrm.evaluate.benchmarks.pairs import pair_labels, right_pairs
-from fastrm.evaluate.benchmarks.rows import Content, Labels, Media, prompt_text, row_id
+from fastrm.evaluate.benchmarks.rows import Content, Labels, Media, pair_labels, prompt_text, right_pairs, row_id
 
 TITLE = "MM-RLHF-RewardBench"
 HUB_ID = "yifanzhang114/MM-RLHF-RewardBench"

@@ -11,8 +11,7 @@ import numpy as np
 from fastrm.data.sources.values import bad_row, check_text
 from fastrm.errors import RecordError
 from fastrm.evaluate.benchmarks.metrics import Metrics, share
-from fastrm.evaluate.benchmarks.pairs import pair_labels, right_pairs
-from fastrm.evaluate.benchmarks.rows import Content, Labels, Media, prompt_text, row_id
+from fastrm.evaluate.benchmarks.rows import Content, Labels, Media, pair_labels, prompt_text, right_pairs, row_id
 
 TITLE = "Multimodal RewardBench"
 HUB_ID = None

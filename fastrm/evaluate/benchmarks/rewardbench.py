@@ -15,8 +15,7 @@ import numpy as np
 from fastrm.data.sources.values import check_text
 from fastrm.errors import RecordError
 from fastrm.evaluate.benchmarks.metrics import Average, Metrics, average, share
-from fastrm.evaluate.benchmarks.pairs import pair_labels, right_pairs
-from fastrm.evaluate.benchmarks.rows import Content, Labels, Media, row_id
+from fastrm.evaluate.benchmarks.rows import Content, Labels, Media, pair_labels, right_pairs, row_id
 
 TITLE = "RewardBench"
 HUB_ID = "allenai/reward-bench"

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: the labels for its metrics, and the record that a model scores.
+"""Rows of a benchmark: the labels for its metrics, what is right, and the record that a model scores.
 
 The two are read apart, so that somebody else's scores can be measured without a single image or text.
 """
@@ -7,10 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fastrm.data.record import ImageRef, MediaRef, Message, Preference, Record, Response
 from fastrm.data.sources.media import in_folder, media_refs, path_resolver
 from fastrm.data.sources.values import bad_row, check_text
 from fastrm.errors import DataError, RecordError
+from fastrm.evaluate.accuracy import is_right
 
 _PLACEHOLDER = "<image>"
 
@@ -32,6 +35,17 @@ class Labels:
     category: str = ""
     best: int = 0
     num_correct: int = 1
+
+
+def pair_labels(row_id: str, category: str = "", best: int = 0) -> Labels:
+    """Return the labels of a pair; `best` is 0 where the file states the chosen response first."""
+    return Labels(row_id, 2, category, best)
+
+
+def right_pairs(rows: list[Labels], rewards: list[list[float]]) -> np.ndarray:
+    """Return (N,) bool: True where the better response has the strictly larger reward."""
+    right = [is_right(pair[row.best], pair[1 - row.best]) for row, pair in zip(rows, rewards, strict=True)]
+    return np.array(right, dtype=bool)
 
 
 @dataclass(frozen=True)

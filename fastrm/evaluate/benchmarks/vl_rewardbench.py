@@ -13,8 +13,16 @@ import numpy as np
 
 from fastrm.data.sources.values import bad_row, check_text
 from fastrm.evaluate.benchmarks.metrics import Metrics, average, share
-from fastrm.evaluate.benchmarks.pairs import pair_labels, right_pairs
-from fastrm.evaluate.benchmarks.rows import Content, Labels, Media, prompt_text, row_id, text_list
+from fastrm.evaluate.benchmarks.rows import (
+    Content,
+    Labels,
+    Media,
+    pair_labels,
+    prompt_text,
+    right_pairs,
+    row_id,
+    text_list,
+)
 
 TITLE = "VL-RewardBench"
 HUB_ID = "MMInstruction/VL-RewardBench"
