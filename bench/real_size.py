@@ -202,7 +202,7 @@ def _pack(network):
     """Return the group as one pack with one preference."""
     from fastrm.data.batching import PackPlan
     from fastrm.data.loader import PackBuilder
-    from fastrm.data.sources.groups import group_record
+    from fastrm.data.sources.layouts.groups import group_record
 
     record = group_record({**_group(), "preferences": [[0, 1]]}, 0, require_preferences=True)
     loaded = PackBuilder([record], network.encoder, True, lay_out=network.lay_out)[PackPlan((0,), 0, True)]

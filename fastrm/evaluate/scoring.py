@@ -17,7 +17,7 @@ from fastrm.data.group import GroupSize, check_distinct, encode_within
 from fastrm.data.loader import LoadedPack, PackBuilder, RefusedGroup, load_packs
 from fastrm.data.packing import EncodedGroup, Pack
 from fastrm.data.record import Record
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.sources.values import describe
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, GroupError, RecordError, option

@@ -8,7 +8,7 @@ from fastrm.data.images import read_bytes
 from fastrm.data.record import ImageRef, MediaRef, Message
 from fastrm.data.sources.digits import PREFIX, digit_records
 from fastrm.data.sources.files import data_files, read_rows
-from fastrm.data.sources.groups import row_prompt
+from fastrm.data.sources.layouts.groups import row_prompt
 from fastrm.data.sources.media import path_resolver
 from fastrm.errors import DataError, RecordError
 from fastrm.grpo.config import QuestionsSection

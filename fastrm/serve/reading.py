@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fastrm.data.record import Record
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.sources.media import Resolve
 from fastrm.errors import RecordError
 from fastrm.serve.caches import BoundedCache, is_known_by_content, response_digests

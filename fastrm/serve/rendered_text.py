@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from fastrm.data.record import ImageRef, Message, Response
 from fastrm.data.sources.conversation import escaped
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
 

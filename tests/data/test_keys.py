@@ -10,10 +10,10 @@ from fastrm.config import load_config
 from fastrm.data.record import Preference
 from fastrm.data.sources import source_files, unread_lines
 from fastrm.data.sources.columns import understood
-from fastrm.data.sources.groups import group_record
 from fastrm.data.sources.key_tally import KeyTally
 from fastrm.data.sources.keys import key_names, misspelt, unread_keys
 from fastrm.data.sources.layouts import ALL_KEYS, LAYOUTS
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.sources.media import file_kind, media_kind
 from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.evaluate.reading import read_in_order

@@ -7,7 +7,7 @@ import pytest
 
 from fastrm.data.group import check_distinct, encode_group
 from fastrm.data.record import Message, Preference, Record, Response
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, RecordError
 from tests.helpers.chat_templates import HERMES, LLAMA3_1, QWEN2_5, QWEN3, TEMPLATES, TRIMMED, UNCLOSED, tokenizer_with

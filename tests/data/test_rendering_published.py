@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, RecordError
 from tests.helpers.chat_templates import tokenizer_with

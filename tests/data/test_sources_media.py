@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastrm.data.images import decode_image
 from fastrm.data.record import ImageRef, VideoRef
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.sources.media import in_archives
 from fastrm.errors import DataError, RecordError
 from fastrm.limits import MediaLimits

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import fastrm as package
 from fastrm.config import load_config
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.sources.values import check_number
 from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.command import Outputs, evaluate_benchmark

@@ -11,7 +11,7 @@ from PIL import Image
 import fastrm as package
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.sources import read_source
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.errors import ConfigError, DataError, GroupError
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reading import read_in_order

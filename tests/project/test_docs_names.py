@@ -79,7 +79,7 @@ def test_five_questions_name_functions_that_are_there():
     for _, places, functions in rows:
         sources = "".join((PROJECT / path).read_text() for path in PATH.findall(places))
         # A layout's parse
-        sources += "".join(file.read_text() for file in (PROJECT / "fastrm/data/sources").glob("*.py"))
+        sources += "".join(file.read_text() for file in (PROJECT / "fastrm/data/sources/layouts").glob("*.py"))
         for name in re.findall(r"`([\w.]+)`", functions):
             assert f"def {name.split('.')[-1]}(" in sources, f"{name} is in none of {places}"
 

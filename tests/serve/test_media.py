@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from fastrm.data.record import ImageRef, VideoRef
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.errors import RecordError
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel

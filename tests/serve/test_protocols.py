@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.app import make_app

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.errors import RecordError
 from fastrm.serve import caches
 from fastrm.serve.caches import response_digests

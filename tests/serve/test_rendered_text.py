@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import RecordError
 from fastrm.serve.rendered_text import RenderedTextReader

@@ -3,8 +3,8 @@
 A source of the configuration comes in: files, a folder, a published set, a data set of the hub. Out comes a `Record`
 for each row, or for rows that belong together; a row that cannot be used becomes one line of the quarantine, and
 reading goes on. `source_files` gives a source's files, whose rows can be read by range and in other processes;
-`read_source` reads them all. Open `layouts.py` first, which finds the layout of a row, then a short layout such as
-`povid.py`, then `reader.py`, which drives both.
+`read_source` reads them all. Open `reader.py` first, which reads the rows of a file, then the folder `layouts`, whose
+modules make records of them.
 """
 
 import os

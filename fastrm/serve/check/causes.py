@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, RecordError
 from fastrm.evaluate.reward_model import RewardModel

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import httpx
 
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ServerError
 from fastrm.serve.check.prompts import CheckedPrompt

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 
-from fastrm.data.sources.groups import group_record
+from fastrm.data.sources.layouts.groups import group_record
 from fastrm.errors import ConfigError, ExactnessError, GroupError
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.check.causes import Cell, Explainer

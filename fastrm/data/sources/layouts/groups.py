@@ -10,10 +10,10 @@ follows the prompt.
 from reprlib import repr as brief
 
 from fastrm.data.record import Preference, Record
-from fastrm.data.sources import messages
 from fastrm.data.sources.conversation import Turn, prompt_messages, read_turn, read_turns, response_message, text_turn
 from fastrm.data.sources.draft import Draft, answer, judged, rated, read_draft, to_record
 from fastrm.data.sources.keys import check_unread, key_names, unread_keys
+from fastrm.data.sources.layouts import messages
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, any_path, row_media
 from fastrm.data.sources.values import bad_row, check_list, check_number
 from fastrm.errors import RecordError

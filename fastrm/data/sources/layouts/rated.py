@@ -6,8 +6,8 @@ Each pair of responses becomes a preference for the higher score, equal scores a
 from fastrm.data.record import Message
 from fastrm.data.sources.conversation import response_message
 from fastrm.data.sources.draft import Draft, answer, rated
-from fastrm.data.sources.groups import PROMPT_KEYS, read_response, row_prompt
 from fastrm.data.sources.keys import RATED_TEXTS, is_turn
+from fastrm.data.sources.layouts.groups import PROMPT_KEYS, read_response, row_prompt
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve
 from fastrm.data.sources.values import bad_row, check_list, check_number, check_text
 

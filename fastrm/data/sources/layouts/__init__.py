@@ -2,13 +2,15 @@
 
 A layout is a module with `KEYS`, the keys that it reads (see keys.py), `matches(row)`, which looks at keys and
 kinds only, and `parse(row, resolve)`, which returns a `Draft` or raises `RecordError`. A layout whose records span
-consecutive rows also has `continues(previous, row)` and `join(rows)`, which makes one row for `parse` of several.
+consecutive rows also has `continues(previous, row)` and `join(rows)`, which makes one row for `parse` of several. A row
+comes in, and a draft of its record goes out. Open `povid.py` first, which is short.
 """
 
 from collections.abc import Iterable
 from types import ModuleType
 
-from fastrm.data.sources import (
+from fastrm.data.sources.keys import key_names, nearest
+from fastrm.data.sources.layouts import (
     arena,
     completions,
     flat,
@@ -25,7 +27,6 @@ from fastrm.data.sources import (
     swift,
     trl,
 )
-from fastrm.data.sources.keys import key_names, nearest
 from fastrm.errors import RecordError
 
 # In the order of detection: the first layout that matches a row reads it.

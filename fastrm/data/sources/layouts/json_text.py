@@ -1,8 +1,8 @@
 """RLHF-V: the flat pair (`question`, `chosen`, `rejected`) is JSON inside the column `text`, beside `image`."""
 
-from fastrm.data.sources import flat
 from fastrm.data.sources.draft import Draft
 from fastrm.data.sources.keys import check_unread, unread_keys
+from fastrm.data.sources.layouts import flat
 from fastrm.data.sources.media import Resolve
 from fastrm.data.sources.values import bad_row, check_text, decode_json
 from fastrm.errors import RecordError

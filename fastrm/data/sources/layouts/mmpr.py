@@ -4,8 +4,8 @@ InternVL's own loader puts ``<image>`` and a newline in front of a question that
 row of several images we do so once for each [ours].
 """
 
-from fastrm.data.sources import flat
 from fastrm.data.sources.draft import Draft
+from fastrm.data.sources.layouts import flat
 from fastrm.data.sources.media import MEDIA_KEYS, Resolve, image_refs
 from fastrm.data.sources.values import check_text
 
