@@ -4,12 +4,14 @@ Counting tokenises every conversation and reads media headers only; images are d
 them. Afterwards the order and the packs of every step follow from the counts alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from fastrm.config import Config
+from fastrm.data.media.format import MediaSpan
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.record import Preference, Record, Response
 from fastrm.data.template import ConversationEncoder, EncodedResponse, too_long
@@ -65,12 +67,22 @@ class GroupSize:
             num_preferences=len(group.preferences),
             num_attention_pairs=tree.num_attention_pairs,
             media=tuple(GroupMedium(key, size.height, size.width, size.frames) for key, size in sizes.items()),
-            num_lead_tokens=spans[0].stop if share and spans else 0,
+            num_lead_tokens=_end_of_first(spans) if share and spans else 0,
         )
 
     @property
     def first_medium(self) -> str | int | None:
         return self.media[0].key if self.media else None
+
+
+def _end_of_first(spans: Sequence[MediaSpan]) -> int:
+    """Return the token behind the last run of the first medium, from the runs of a group's responses in order."""
+    last = spans[0]
+    for span in spans[1:]:
+        if span.ref.key != last.ref.key or not 0 < span.first_token == last.first_token + last.num_tokens:
+            break
+        last = span
+    return last.stop
 
 
 def encode_group(record: Record, encoder: ConversationEncoder) -> EncodedGroup:

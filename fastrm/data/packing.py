@@ -293,7 +293,7 @@ def _vision_tensors(row, responses, pixels: Pixels, patch_format) -> dict:
             a, b = max(span.start, start), min(span.stop, stop)
             if a < b:
                 rows.append(np.arange(a, b) - start + row_start)
-                features.append(np.arange(a, b) - span.start + first_feature[span.ref.key])
+                features.append(np.arange(a, b) - span.start + span.first_token + first_feature[span.ref.key])
     fields["media_rows"] = torch.from_numpy(np.concatenate(rows))
     fields["media_features"] = torch.from_numpy(np.concatenate(features))
     return fields

@@ -123,9 +123,8 @@ class ConversationEncoder:
                 ref = next(media, None)
                 if ref is None or self.vision.placeholders[type(ref)] != item:
                     raise RecordError("TEMPLATE", "the chat template made placeholders other than the record's media")
-                span = MediaSpan(length + len(self.vision.opening), self.measure(ref), ref)
-                spans.append(span)
-                item = self._media_tokens(item, span.num_tokens)
+                item, found = self._media_tokens(item, ref, length)
+                spans += found
             elif isinstance(item, int):
                 item = [item]
             elif not self._media_ids.isdisjoint(item):
@@ -180,12 +179,16 @@ class ConversationEncoder:
         bounded._max_tokens = max_tokens
         return bounded
 
-    def _media_tokens(self, placeholder: int, num_tokens: int) -> np.ndarray:
-        """Return the tokens (n,) int64 that replace a placeholder."""
-        tokens = np.full(len(self.vision.opening) + num_tokens + len(self.vision.closing), placeholder, dtype=np.int64)
-        tokens[: len(self.vision.opening)] = self.vision.opening
-        tokens[len(tokens) - len(self.vision.closing) :] = self.vision.closing
-        return tokens
+    def _media_tokens(self, placeholder: int, ref: MediaRef, start: int) -> tuple[np.ndarray, list[MediaSpan]]:
+        """Return the tokens (n,) int64 that replace a placeholder at `start`, and the runs of the medium among them."""
+        size, spans, pieces = self.measure(ref), [], []
+        for run in self.vision.runs(ref, size):
+            before = [*(self._tokenize_runs([run.text])[0] if run.text else ()), *run.opening]
+            span = MediaSpan(start + len(before), size, ref, run.planes)
+            pieces += [before, np.full(span.num_tokens, placeholder, dtype=np.int64), run.closing]
+            start = span.stop + len(run.closing)
+            spans.append(span)
+        return np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces]), spans
 
     def num_text_tokens(self, text: str) -> int:
         """Return the number of tokens of a response's own text, for length normalisation."""

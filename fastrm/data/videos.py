@@ -12,7 +12,7 @@ import os
 import posixpath
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Protocol
@@ -37,6 +37,8 @@ from fastrm.limits import MediaLimits
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 HEADER_BYTES = 12
+# (frames of a video, frames that are wanted) -> their numbers, rising
+Pick = Callable[[int, int], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,21 @@ class VideoHeader(NamedTuple):
     fps: float
 
 
+def sample(total: int, num_frames: int) -> list[int]:
+    """Return the numbers of `num_frames` evenly spaced frames out of `total`, from the first on.
+
+    It is the stock processor's rule for a given number of frames: the floor of n * total / num_frames.
+    """
+    return [number * total // num_frames for number in range(num_frames)]
+
+
 class Video(Protocol):
     """An open video: `header` is known, and `frames` decodes the sampled ones in order, one at a time in memory."""
 
     header: VideoHeader
 
-    def frames(self, num_frames: int) -> Iterator[np.ndarray]:
-        """Yield frames (H, W, 3) uint8 RGB."""
+    def frames(self, num_frames: int, pick: Pick = sample) -> Iterator[np.ndarray]:
+        """Yield frames (H, W, 3) uint8 RGB: of all, those that `pick` says."""
 
 
 @contextmanager
@@ -139,14 +149,6 @@ def naming_frame(ref: VideoRef):
         raise media_error(ref, problem, f"has a bad frame: {error.message}") from error
 
 
-def sample(total: int, num_frames: int) -> list[int]:
-    """Return the numbers of `num_frames` evenly spaced frames out of `total`, from the first on.
-
-    It is the stock processor's rule for a given number of frames: the floor of n * total / num_frames.
-    """
-    return [number * total // num_frames for number in range(num_frames)]
-
-
 def _check_seconds(ref: VideoRef, header: VideoHeader, limits: MediaLimits) -> None:
     seconds, limit = header.num_frames / header.fps, limits.max_video_seconds
     if seconds > limit:
@@ -173,8 +175,8 @@ class _FrameFolder:
         with naming_frame(ref):
             self.header = VideoHeader(len(frames), *image_size(frames[0], limits), settings.folder_fps)
 
-    def frames(self, num_frames: int) -> Iterator[np.ndarray]:
-        for number in sample(len(self._frames), num_frames):
+    def frames(self, num_frames: int, pick: Pick = sample) -> Iterator[np.ndarray]:
+        for number in pick(len(self._frames), num_frames):
             with naming_frame(self._ref):
                 # Copied, since torch warns of read-only arrays such as Pillow's.
                 frame = np.array(decode_image(self._frames[number], self._limits))
@@ -248,12 +250,12 @@ class _VideoFile:
             raise media_error(ref, "EMPTY", "has no frames; fix or remove the file")
         return VideoHeader(num_frames, stream.width, stream.height, float(stream.average_rate))
 
-    def frames(self, num_frames: int) -> Iterator[np.ndarray]:
+    def frames(self, num_frames: int, pick: Pick = sample) -> Iterator[np.ndarray]:
         with _ffmpeg_named(self._ref):
             shown, keys = self._shown()
             self._stream.thread_type = "NONE"
             self._stream.codec_context.options = self._options
-            for frame in self._decode([shown[number] for number in sample(len(shown), num_frames)], keys):
+            for frame in self._decode([shown[number] for number in pick(len(shown), num_frames)], keys):
                 rgb = self._converter.reformat(frame, format="rgb24", **self._one_thread)
                 yield _check_shape(self._ref, self.header, rgb.to_ndarray())
 

@@ -62,6 +62,22 @@ def _qwen3(*text, num_parameters: int, tied: bool = False) -> Published:
     return Published({"model_type": "qwen3", **options}, num_parameters)
 
 
+def _qwen3_vl(*text, tied: bool = False, vision: dict | None = None) -> Published:
+    options = _text(*text, tied, 262_144) | {"head_dim": 128, "vocab_size": 151_936}
+    options["rope_parameters"] = {
+        "rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+    }  # fmt: skip
+    vision_config = {**(vision or {}), "out_hidden_size": text[0]}
+    options = {"text_config": options, "vision_config": vision_config, "tie_word_embeddings": tied}
+    return Published({"model_type": "qwen3_vl", **options})
+
+
+# The smaller tower of Qwen3-VL; that of 8B and 32B is transformers' default.
+_QWEN3_VL_SMALL = {
+    "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17],
+}  # fmt: skip
+
+
 def _internvl(model_type: str, *text, vocabulary: int, eps: float) -> Published:
     hidden, intermediate, layers, heads, kv_heads = text
     text_config = {
@@ -99,6 +115,10 @@ PUBLISHED = {
     "Qwen2-VL-2B-Instruct": _qwen2_vl(1536, 8960, 28, 12, 2, num_parameters=2_208_985_600, tied=True),
     "Qwen2-VL-7B-Instruct": _qwen2_vl(3584, 18944, 28, 28, 4, num_parameters=8_291_375_616),
     "Qwen3-8B": _qwen3(4096, 12288, 36, 32, 8, num_parameters=8_190_735_360),
+    "Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16, 8, tied=True, vision=_QWEN3_VL_SMALL),
+    "Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32, 8, tied=True, vision=_QWEN3_VL_SMALL),
+    "Qwen3-VL-8B-Instruct": _qwen3_vl(4096, 12288, 36, 32, 8),
+    "Qwen3-VL-32B-Instruct": _qwen3_vl(5120, 25600, 64, 64, 8),
     "InternVL3-1B-hf": _internvl("qwen2", 896, 4864, 24, 14, 2, vocabulary=151_674, eps=1e-6),
     "InternVL3-2B-hf": _internvl("qwen2", 1536, 8960, 28, 12, 2, vocabulary=151_674, eps=1e-6),
     "InternVL3-8B-hf": _internvl("qwen2", 3584, 18944, 28, 28, 4, vocabulary=151_674, eps=1e-6),

@@ -308,6 +308,7 @@ class StockModel:
     def _videos(self, spans: list[MediaSpan], pixels: dict[str, Patches]) -> dict[str, torch.Tensor]:
         """Return our patches of videos, whose stock processor needs torchvision."""
         vision = self._network.encoder.vision
+        spans = [span for span in spans if span.first_token == 0]  # a video may stand in several runs
         if not spans:
             return {}
         patches = [pixels[span.ref.key] for span in spans]

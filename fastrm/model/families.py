@@ -14,6 +14,7 @@ from fastrm.errors import ConfigError
 from fastrm.model.text import TEXT_STEMS, check_text
 from fastrm.model.vision.internvl import INTERNVL
 from fastrm.model.vision.qwen2_vl import QWEN2_5_VL, QWEN2_VL
+from fastrm.model.vision.qwen3_vl import QWEN3_VL
 from fastrm.model.vision.tower import Passes, VisionTower
 
 
@@ -71,7 +72,7 @@ class VisionFamily(Protocol):
         """Return by key (value, what vLLM computes whatever the value is); None if its exports for vLLM are unknown."""
 
 
-_VISION: tuple[VisionFamily, ...] = (QWEN2_VL, QWEN2_5_VL, INTERNVL)
+_VISION: tuple[VisionFamily, ...] = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL)
 FAMILIES: dict[str, VisionFamily] = {family.model_type: family for family in _VISION}
 VISION_FAMILIES = tuple(FAMILIES)
 TEXT_FAMILIES = tuple(TEXT_STEMS)

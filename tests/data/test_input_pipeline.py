@@ -162,7 +162,7 @@ def _padded(network, records, multiple):
     return builder[PackPlan(tuple(range(len(records))), 0, True)].pack
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen2"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_padding_changes_no_reward_and_no_gradient(family, fused):
     network = make_model(family)

@@ -117,7 +117,7 @@ def test_what_the_stock_processor_cannot_use_is_refused_by_file_and_key(case, ne
         RewardModel.from_pretrained(folder, device="cpu")
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_a_folder_without_settings_is_refused_by_name(family, tmp_path):
     save_model(make_model(family), tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()

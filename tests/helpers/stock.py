@@ -7,9 +7,12 @@ says; the reward is the stock head module on the last token's hidden state, or o
 import io
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+from transformers import Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_of_all
 from transformers.video_utils import read_video_pyav
 
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
@@ -32,7 +35,10 @@ def stock_inputs(encoder, response) -> dict:
         text = _expand(text, "<|image_pad|>", inputs["image_grid_thw"], encoder)
     if videos:
         inputs |= stock_videos(encoder, videos)
-        text = _expand(text, "<|video_pad|>", inputs["video_grid_thw"], encoder)
+        if encoder.vision.video_class == "Qwen3VLVideoProcessor":
+            text = _with_times(text, videos, inputs["video_grid_thw"], encoder)
+        else:
+            text = _expand(text, "<|video_pad|>", inputs["video_grid_thw"], encoder)
     inputs["input_ids"] = encoder.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if encoder.vision is not None and not encoder.vision.opening:
         ids, pads = inputs["input_ids"], encoder.vision.placeholders
@@ -68,6 +74,28 @@ def _expand(text: str, pad: str, grids: torch.Tensor, encoder) -> str:
     return text.replace("<|placeholder|>", pad)
 
 
+def _with_times(text: str, refs, grids: torch.Tensor, encoder) -> str:
+    """What `Qwen3VLProcessor.replace_video_token` does with placeholders; its class needs torchvision."""
+    for ref, (frames, rows, columns) in zip(refs, grids.tolist(), strict=True):
+        _, metadata = read_video_pyav(io.BytesIO(ref.data), _spread_indices(encoder.vision.video.num_frames))
+        times = Qwen3VLProcessor._calculate_timestamps(None, metadata.frames_indices, metadata.fps, 2)
+        assert len(times) == frames
+        pads = "<|placeholder|>" * (rows * columns // encoder.vision.processor.merge_size**2)
+        planes = "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
+        text = text.replace("<|video_pad|>", planes, 1)
+    return text.replace("<|placeholder|>", "<|video_pad|>")
+
+
+def _spread_indices(num_frames: int):
+    """`Qwen3VLVideoProcessor.sample_frames` for a number of frames; of a shorter video all."""
+
+    def indices(metadata, **_):
+        total = metadata.total_num_frames
+        return np.linspace(0, total - 1, min(total, num_frames)).round().astype(int)
+
+    return indices
+
+
 def stock_videos(encoder, refs) -> dict:
     """What the stock video processor gives for mp4 files in memory.
 
@@ -76,7 +104,8 @@ def stock_videos(encoder, refs) -> dict:
     """
     values, grids, seconds = [], [], []
     for ref in refs:
-        video, metadata = read_video_pyav(io.BytesIO(ref.data), sample_indices(encoder.vision.video.num_frames))
+        indices = _spread_indices if encoder.vision.video_class == "Qwen3VLVideoProcessor" else sample_indices
+        video, metadata = read_video_pyav(io.BytesIO(ref.data), indices(encoder.vision.video.num_frames))
         patches, grid = video_patches(encoder, torch.from_numpy(video).permute(0, 3, 1, 2))
         values.append(patches)
         grids.append(grid)
@@ -98,12 +127,16 @@ def sample_indices(num_frames: int):
 
 
 def video_patches(encoder, frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """`Qwen2VLVideoProcessor._preprocess` of frames (T, 3, H, W) uint8: patches and grid."""
+    """`_preprocess` of the stock video processor for frames (T, 3, H, W) uint8: patches and grid."""
     processor, video = encoder.vision.processor, encoder.vision.video
     side, merge, depth = processor.patch_size, processor.merge_size, processor.temporal_patch_size
-    height, width = smart_resize(
-        *frames.shape[-2:], side * merge, min_pixels=video.min_pixels, max_pixels=video.max_pixels
-    )
+    limits = {"min_pixels": video.min_pixels, "max_pixels": video.max_pixels}
+    if encoder.vision.video_class == "Qwen3VLVideoProcessor":
+        height, width = smart_resize_of_all(
+            len(frames), *frames.shape[-2:], depth, side * merge, **limits
+        )
+    else:
+        height, width = smart_resize(*frames.shape[-2:], side * merge, **limits)
     frames = torch.nn.functional.interpolate(frames, (height, width), mode="bicubic", antialias=True)
     factor = 1.0 / processor.rescale_factor
     mean, std = (torch.tensor(value).view(3, 1, 1) * factor for value in (processor.image_mean, processor.image_std))

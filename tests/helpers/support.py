@@ -40,6 +40,18 @@ FAMILIES = {
         "text_config": {**TEXT, "rope_parameters": MROPE},
         "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2},
     },
+    "qwen3_vl": {
+        "model_type": "qwen3_vl",
+        "text_config": {
+            **TEXT, "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+        },
+        # Deepstack features behind the first and the last block; 5 x 5 learned positions.
+        "vision_config": {
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14,
+            "out_hidden_size": 32, "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 2],
+        },
+    },
     "internvl": {
         "model_type": "internvl",
         "text_config": {"model_type": "qwen2", **TEXT},

@@ -124,7 +124,7 @@ def test_every_head_equals_stock(layers, activation):
     assert (network(pack_of(network, records)) - stock.stock_rewards(network, records)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "qwen2"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "qwen2"])
 def test_bf16_error_is_at_most_twice_that_of_stock_bf16(family):
     records = [make_record(seed, num_responses=6, response_words=(5, 60)) for seed in range(8)]
     if family in VISION:
@@ -140,7 +140,7 @@ def _error(gradients, truth):
     return torch.stack([(gradients[name] - truth[name]).double().square().sum() for name in truth]).sum().sqrt()
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "qwen2"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "qwen2"])
 def test_bf16_training_gradient_is_at_most_twice_as_far_off_as_stock_autocast(family):
     network = make_model(family)
     records = _cases(family)
@@ -157,7 +157,7 @@ def test_bf16_training_gradient_is_at_most_twice_as_far_off_as_stock_autocast(fa
     assert 0 < _error(ours, truth) <= 2 * stock_error
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "internvl", "qwen2"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen2"])
 def test_changing_one_response_changes_no_other_bitwise(family):
     network = make_model(family)
     records = _cases(family)
@@ -188,7 +188,7 @@ def _step_gradient(network, config, records, plans):
     return {name: gradient / weight for name, gradient in _gradients(network).items()}
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "internvl", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "llama"])
 def test_gradient_of_a_step_does_not_depend_on_the_packs(family):
     network = make_model(family)
     config = Config.model_validate(

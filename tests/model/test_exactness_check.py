@@ -19,6 +19,7 @@ from fastrm.model.export import save_model
 from fastrm.model.first_use import FirstUse
 from fastrm.model.precision import convert_to_fp8
 from fastrm.model.samples import pick_samples
+from fastrm.model.vision import qwen2_vl
 from fastrm.train.loop import train
 from tests.helpers.runs import colour_rows, fastrm_here, text_rows, tiny_config, write_rows
 from tests.helpers.support import FAMILIES, make_image, make_model, make_record, pack_of
@@ -58,13 +59,14 @@ def _samples(network, records):
 
 def _tamper(monkeypatch, *, of=lambda mlp: True):
     """Our layers take another activation than the config's, as they did before `hidden_act` was read."""
-    stock_mlp = layers._mlp
+    stock_mlp = layers.apply_mlp
 
     def tampered(mlp, states, kernels):
         gelu = kernels._replace(gate=lambda activation, gate, up: torch.nn.functional.gelu(gate) * up)
         return stock_mlp(mlp, states, gelu if of(mlp) else kernels)
 
-    monkeypatch.setattr(layers, "_mlp", tampered)
+    for module in (layers, qwen2_vl):
+        monkeypatch.setattr(module, "apply_mlp", tampered)
 
 
 class TestAgreement:
@@ -91,7 +93,7 @@ class TestAgreement:
                     # Far below the bound, which must not be met by chance.
                     assert part.difference <= part.bound / 3
 
-    @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "qwen3"])
+    @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "qwen3"])
     @pytest.mark.parametrize("setting", ["fused", "compiled", "fp8", "mean"])
     def test_settings_that_change_no_reward_agree(self, family, setting):
         network = make_model(family, pooling="mean" if setting == "mean" else "anchor")
@@ -113,7 +115,7 @@ class TestAgreement:
             network(pack_of(network, _records(family)))
             assert graphs.count > 0, "the network is not compiled any more"
 
-    @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+    @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
     def test_a_video_agrees(self, family):
         pytest.importorskip("av")
         network = make_model(family)
@@ -188,7 +190,7 @@ class TestFaults:
 
     def test_a_reward_that_only_stock_has_is_one(self, monkeypatch):
         network = make_model("llama")
-        monkeypatch.setattr(layers, "_mlp", lambda mlp, states, kernels: states * torch.nan)
+        monkeypatch.setattr(layers, "apply_mlp", lambda mlp, states, kernels: states * torch.nan)
         (sample,) = _samples(network, _records("llama")).values()
         with pytest.raises(ExactnessError, match="has reward nan here"):
             check_network(network, sample)

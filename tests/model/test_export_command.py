@@ -59,7 +59,7 @@ def assert_same_weights(folder, network):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_one_layer_is_for_stock_vllm(family, bias, tmp_path):
     network = make_model(family, head=HeadConfig(layers=1, bias=bias))
     said = export(network, tmp_path, "vllm")
@@ -79,6 +79,12 @@ def test_one_layer_is_for_stock_vllm(family, bias, tmp_path):
     assert_same_weights(tmp_path / "out", network)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NAMES.keys()))
+def test_a_family_that_vllm_is_not_known_to_read_is_refused_by_name(family, tmp_path):
+    with pytest.raises(ConfigError, match=f"{family}: how vLLM would read its exports is not known"):
+        export(make_model(family, head=HeadConfig(layers=1)), tmp_path, "vllm")
+
+
 NEED_PLUGIN = {
     "two layers": ({}, "last_token", "Fastrm", "the head has 2 layers"),
     "means": ({"head": HeadConfig(layers=1), "pooling": "mean"}, "last_token", "FastrmWhole", "model.pooling is mean"),
@@ -87,7 +93,7 @@ NEED_PLUGIN = {
 
 
 @pytest.mark.parametrize("case", NEED_PLUGIN)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_other_heads_are_for_a_class_of_the_plugin(family, case, tmp_path):
     options, anchor, kind, why = NEED_PLUGIN[case]
     network = make_model(family, **options)

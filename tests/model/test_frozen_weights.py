@@ -82,7 +82,7 @@ def test_training_beside_frozen_bf16_weights_is_that_beside_float32_copies(folde
     assert all(map(torch.equal, two_steps(auto), two_steps(wide)))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_so_it_is_beside_frozen_float16_weights(folders, family):
     path = folders(family, torch.float16)
     auto, wide = (make_engine(path, weights, EVERYTHING) for weights in ("auto", "fp32"))

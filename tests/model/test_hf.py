@@ -112,7 +112,7 @@ def test_a_folder_for_vllm_gets_our_rewards_too_and_can_be_saved_again(family, h
 
 
 @pytest.mark.parametrize("pooling", ["anchor", "mean"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3"])
 def test_an_end_of_turn_is_found_before_what_the_template_writes_behind_it(family, pooling, tmp_path):
     network = make_model(family, pooling=pooling)
     encoder = network.encoder
@@ -158,7 +158,7 @@ def test_in_bf16_the_head_stays_in_float32(tmp_path):
     assert model.model.language_model.layers[0].mlp.up_proj.weight.dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "llama"])
 @pytest.mark.parametrize("head", ["one layer", "one layer with bias", "two layers"])
 def test_what_transformers_saves_again_fastrm_reads(family, head, tmp_path):
     network = make_model(family, head=HEADS[head])

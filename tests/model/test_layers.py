@@ -22,11 +22,12 @@ from fastrm.model.pack_layouts import PackLayouts
 from fastrm.model.pooling import MeanLayout
 from fastrm.model.vision.internvl import TileLayout
 from fastrm.model.vision.qwen2_vl import VisionLayout, VisionShape
+from fastrm.model.vision.qwen3_vl import PlacedLayout
 from fastrm_kernels import TreeLayout, preference_loss
 from fastrm_kernels.tree_attention.tiles import TileList, WorkLists
 from tests.helpers.support import FAMILIES, MROPE, make_image, make_model, make_record, needs_interpreter, pack_of
 
-FUSED_FAMILIES = ["qwen2_5_vl", "qwen2_vl", "internvl", "qwen2", "qwen3", "llama"]
+FUSED_FAMILIES = ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen2", "qwen3", "llama"]
 
 
 def _records(family, seed=0):
@@ -119,7 +120,7 @@ class TestCompiledLayers:
         network.use_activation_checkpointing(mode)
         return network, graphs
 
-    @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "internvl", "qwen3"])
+    @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen3"])
     def test_fifty_packs_of_different_sizes_make_one_graph_for_each_kind_of_layer(self, family):
         network, graphs = self._compiled(family, "aot_eager")
         stock, sizes = make_model(family), set()
@@ -166,7 +167,7 @@ class TestCompiledLayers:
             loss.backward()
         assert kept["selective"] < 0.9 * kept["none"]
 
-    @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+    @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl"])
     @pytest.mark.parametrize("mode", ["none", "selective", "full"])
     def test_every_checkpointing_mode_and_fused_projections_give_stock_gradients(self, mode, family):
         network, graphs = self._compiled(family, "aot_eager", fuse=True, mode=mode)
@@ -263,16 +264,20 @@ GRIDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
 def test_vision_tower_equals_the_stock_forward_on_every_shape(family):
     network = make_model(family)
     runner, width = network._runner, network.model.visual.patch_embed.proj.weight[0].numel()
     network.model.set_attn_implementation({"": "eager", "text_config": "eager", "vision_config": "eager"})
     for grids in GRIDS:
         pixels = torch.randn(sum(t * h * w for t, h, w in grids), width)
-        stock = network.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
-        ours = runner.media_features(pixels, VisionLayout.build(grids, runner.tower.shape)).tokens
-        assert (ours - stock).abs().max() <= 1e-5, grids
+        stock = network.model.visual(pixels, grid_thw=torch.tensor(grids))
+        ours = runner.media_features(pixels, runner.tower.shape.lay_out(grids))
+        assert (ours.tokens - stock.pooler_output).abs().max() <= 1e-5, grids
+        deep = getattr(stock, "deepstack_features", [])
+        assert len(ours.deep) == len(deep) == (2 if family == "qwen3_vl" else 0)
+        for found, wanted in zip(ours.deep, deep, strict=True):
+            assert (found - wanted).abs().max() <= 1e-5, grids
 
 
 def test_a_vision_plan_moves_with_its_tensors():
@@ -283,7 +288,7 @@ def test_a_vision_plan_moves_with_its_tensors():
     assert torch.equal(layout.order[layout.restore], torch.arange(12))
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl"])
 @pytest.mark.parametrize("stage", ["trained", "frozen"])
 def test_a_pack_without_images_runs_the_tower_at_weight_zero_when_told(stage, family):
     network = make_model(family)
@@ -301,7 +306,7 @@ def test_a_pack_without_images_runs_the_tower_at_weight_zero_when_told(stage, fa
     assert all(torch.equal(found[name], gradients[name]) for name in gradients)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_the_blank_image_of_a_compiled_network_lives_until_the_backward_pass(family):
     torch._dynamo.reset()
     results = []
@@ -329,7 +334,7 @@ def _fake(value):
         return WorkLists.from_tensors([_fake(tensor) for tensor in value.tensors()])
     if isinstance(value, dict):
         return {key: _fake(item) for key, item in value.items()}
-    if isinstance(value, TreeLayout | VisionLayout | TileLayout | MeanLayout | PackLayouts | Pack):
+    if isinstance(value, TreeLayout | VisionLayout | PlacedLayout | TileLayout | MeanLayout | PackLayouts | Pack):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **{name: _fake(item) for name, item in fields.items()})
     return value
@@ -339,6 +344,7 @@ def _fake(value):
     ("family", "impl", "pooling"),
     [
         ("qwen2_5_vl", "triton", "anchor"),
+        ("qwen3_vl", "triton", "anchor"),
         ("qwen2_5_vl", "varlen", "anchor"),
         ("qwen2_5_vl", "varlen", "mean"),
         ("internvl", "triton", "anchor"),

@@ -41,7 +41,7 @@ def sharded(network, tmp_path):
     return tmp_path, names
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "internvl", "qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl", "qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_weights_and_buffers_are_those_of_transformers_own_loading(family, dtype, tmp_path):
     from transformers import AutoModel

@@ -45,7 +45,7 @@ def _gradients(network):
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "qwen2"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "qwen2"])
 @pytest.mark.parametrize("share", [True, False], ids=["tree", "rows"])
 def test_mean_of_packed_paths_equals_stock_transformers(family, share):
     network = make_model(family, head=LINEAR, pooling="mean")

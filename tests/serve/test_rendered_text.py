@@ -24,11 +24,11 @@ def plain(turns) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def encoders():
-    models = {family: make_model(family).encoder for family in ("qwen2_5_vl", "internvl")}
+    models = {family: make_model(family).encoder for family in ("qwen2_5_vl", "qwen3_vl", "internvl")}
     return models | {name: ConversationEncoder(tokenizer_with(text)) for name, text in TEMPLATES.items()}
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "internvl", *TEMPLATES])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "internvl", *TEMPLATES])
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 @pytest.mark.parametrize("said", ["", "It is a red cat.", "<image>\n\n1 < 2 <<image>>"])
 def test_recovered_messages_make_the_tokens_of_the_rendered_text(encoders, kind, turns, said):
@@ -41,7 +41,7 @@ def test_recovered_messages_make_the_tokens_of_the_rendered_text(encoders, kind,
     assert encoder.encode(record.responses[0]).tokens.tolist() == stock
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "internvl"])
 @pytest.mark.parametrize("is_expanded", [False, True], ids=["single", "expanded"])
 def test_images_go_back_to_their_places(encoders, kind, is_expanded):
     encoder = encoders[kind]

@@ -2,7 +2,7 @@
 
     ref --measure--> MediaSize     counting: headers alone, nothing is decoded
     ref --cut------> Patches       a pack: decoded, resized, bytes for the vision tower
-    part, placeholders, opening, closing      what stands for it in the conversation
+    part, placeholders, runs       what stands for it in the conversation
     positions        where its tokens are for the rotary embedding
 
 One object of one family does all of it, so that template, packing and loader know no family.
@@ -32,12 +32,14 @@ class MediaSize(NamedTuple):
             The blocks of a vision tower see each plane by itself.
         height, width: of one plane, in merged patches, which are tokens.
         seconds: from one plane of a video to the next; 0 for an image.
+        times: of a video's planes in seconds, where the conversation says them; empty otherwise.
     """
 
     frames: int
     height: int
     width: int
     seconds: float = 0.0
+    times: tuple[float, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -46,19 +48,49 @@ class MediaSize(NamedTuple):
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """The tokens of one image or video in a conversation: [start, start + num_tokens)."""
+    """A run of tokens of one image or video in a conversation: [start, start + num_tokens).
+
+    Attributes:
+        size: of the whole medium.
+        planes: the numbers of the planes whose tokens these are; None: all of the medium.
+    """
 
     start: int
     size: MediaSize
     ref: MediaRef
+    planes: range | None = None
+
+    @property
+    def num_planes(self) -> int:
+        return self.size.frames if self.planes is None else len(self.planes)
+
+    @property
+    def first_token(self) -> int:
+        """The number of the first of these tokens among all of the medium."""
+        return 0 if self.planes is None else self.planes.start * self.size.height * self.size.width
 
     @property
     def num_tokens(self) -> int:
-        return self.size.num_tokens
+        return self.num_planes * self.size.height * self.size.width
 
     @property
     def stop(self) -> int:
         return self.start + self.num_tokens
+
+
+class MediaRun(NamedTuple):
+    """A run of a medium's planes in a conversation, and what is written around it.
+
+    Attributes:
+        text: in front of it; no special tokens.
+        opening, closing: ids of special tokens, behind the text and behind the run.
+        planes: the numbers of its planes; None: all of the medium.
+    """
+
+    text: str = ""
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
+    planes: range | None = None
 
 
 class Patches(NamedTuple):
@@ -98,7 +130,7 @@ class VisionFormat(ABC):
       function of the file; the grid that `cut` returns is (frames, merge * height, merge * width) of it.
     - `cut` returns patches (N, channels * stored frames * side^2) uint8: planes one after another, in each the
       image tokens row by row, the merge^2 patches of one image token together. Token k of the medium is the
-      vision tower's k-th merged feature, so a medium's tokens are contiguous.
+      vision tower's k-th merged feature; its tokens follow one another in one run, or in those of `runs`.
     - `cut` raises IMAGE_CHANGED or VIDEO_CHANGED if the file has become another since it was measured.
 
     Attributes:
@@ -140,6 +172,10 @@ class VisionFormat(ABC):
         Raises:
             RecordError: the codes of `measure`, and of decoding; IMAGE_CHANGED or VIDEO_CHANGED.
         """
+
+    def runs(self, ref: MediaRef, size: MediaSize) -> Sequence[MediaRun]:
+        """Return the runs of tokens in whose place the chat template writes the medium's placeholder."""
+        return (MediaRun("", self.opening, self.closing),)
 
     @abstractmethod
     def positions(self, num_tokens: int, spans: Sequence[MediaSpan]) -> np.ndarray | None:

@@ -29,9 +29,9 @@ def mrope_positions(num_tokens: int, spans: Sequence[MediaSpan], tokens_per_seco
         text = span.start - token
         positions[:, token : span.start] = np.arange(position, position + text)
         position += text
-        frames, height, width, seconds = span.size
-        planes = np.empty((3, frames, height, width), dtype=np.int64)
-        planes[0] = position + _times(frames, seconds, tokens_per_second)[:, None, None]
+        _, height, width, seconds, _ = span.size
+        planes = np.empty((3, span.num_planes, height, width), dtype=np.int64)
+        planes[0] = position + _times(span.num_planes, seconds, tokens_per_second)[:, None, None]
         planes[1] = position + np.arange(height)[:, None]
         planes[2] = position + np.arange(width)
         positions[:, span.start : span.stop] = planes.reshape(3, -1)

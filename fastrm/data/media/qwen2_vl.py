@@ -3,9 +3,10 @@
 import functools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,13 +20,13 @@ from fastrm.data.media.processor_files import VIDEO_FILE, ProcessorSettings, ima
 from fastrm.data.patches import PatchFormat
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.data.tokenizer import special_id
-from fastrm.data.videos import VideoHeader, VideoSettings, open_video
-from fastrm.errors import ConfigError
+from fastrm.data.videos import VideoHeader, VideoSettings, open_video, sample
+from fastrm.errors import ConfigError, RecordError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 
 # Settings that videos and images must have in common here.
-_SHARED = (
+SHARED = (
     "patch_size", "temporal_patch_size", "merge_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
     "image_std",
 )  # fmt: skip
@@ -37,6 +38,8 @@ _PATCHES = {
 
 class QwenFormat(VisionFormat):
     """The format of Qwen2-VL and Qwen2.5-VL: one token for a square of patches, M-RoPE, and the stock resizing.
+
+    That of Qwen3-VL is derived from it.
 
     Images are resized by Pillow and videos by torch.
 
@@ -67,6 +70,11 @@ class QwenFormat(VisionFormat):
         self.placeholders = placeholders
         self.video = video or VideoSettings()
         self.tokens_per_second = tokens_per_second
+
+    # The name of the stock video processor's class, what else its file says, and its rule for which frames it takes.
+    video_class = "Qwen2VLVideoProcessor"
+    video_extras: ClassVar = {}
+    pick_frames = staticmethod(sample)
 
     @property
     def patch_format(self) -> PatchFormat:
@@ -114,7 +122,7 @@ class QwenFormat(VisionFormat):
             if self._video_size(video.header, ref) != size:
                 raise media_error(ref, "CHANGED", "has other frames than when it was first read")
             num_sampled = min(video.header.num_frames, self.video.num_frames)
-            for number, frame in enumerate(video.frames(num_sampled)):
+            for number, frame in enumerate(video.frames(num_sampled, self.pick_frames)):
                 frames[number] = resize_frame(frame, *shape)
         # The stock processor fills a last patch with its last frame.
         frames[num_sampled:] = frames[num_sampled - 1]
@@ -135,13 +143,13 @@ class QwenFormat(VisionFormat):
     def save(self, folder: Path) -> None:
         self.processor.save_pretrained(folder)
         stock = {
-            "video_processor_type": "Qwen2VLVideoProcessor",
+            "video_processor_type": self.video_class,
             "size": {"shortest_edge": self.video.min_pixels, "longest_edge": self.video.max_pixels},
             "num_frames": self.video.num_frames,
             "do_sample_frames": True,
             "frame_folder_fps": self.video.folder_fps,  # our own key; the stock class keeps keys that it does not know
         }
-        stock |= {name: getattr(self.processor, name) for name in _SHARED}
+        stock |= {name: getattr(self.processor, name) for name in SHARED} | self.video_extras
         (folder / VIDEO_FILE).write_text(to_json(stock, indent=2, sort_keys=True) + "\n")
 
     def _video_size(self, header: VideoHeader, ref: VideoRef) -> MediaSize:
@@ -163,10 +171,13 @@ class QwenFormat(VisionFormat):
         try:
             height, width = smart_resize(height, width, factor, min_pixels=min_pixels, max_pixels=max_pixels)
         except ValueError:
-            raise media_error(
-                ref, "ASPECT", f"is {width} x {height}; the model accepts ratios up to 200; crop it"
-            ) from None
+            raise self.wrong_aspect(ref, width, height) from None
         return height // factor, width // factor
+
+    @staticmethod
+    def wrong_aspect(ref: MediaRef, width: int, height: int) -> RecordError:
+        """Return the error for a shape that the stock rule of sizes refuses."""
+        return media_error(ref, "ASPECT", f"is {width} x {height}; the model accepts ratios up to 200; crop it")
 
     def _pixels(self, size: MediaSize) -> tuple[int, int]:
         factor = self.processor.patch_size * self.processor.merge_size
@@ -206,10 +217,7 @@ def load_qwen_format(
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     if folder is not None:
-        settings = image_settings(folder)
-        processor = settings.make(Qwen2VLImageProcessorPil)
-        _check_patches(processor, vision_config, settings)
-        processor.size = _limits(processor.size, min_pixels, max_pixels, settings)
+        processor = load_image_processor(vision_config, folder, min_pixels, max_pixels)
     else:
         processor = Qwen2VLImageProcessorPil(
             patch_size=vision_config.patch_size,
@@ -221,12 +229,38 @@ def load_qwen_format(
     processor.image_mean = image_mean or processor.image_mean
     processor.image_std = image_std or processor.image_std
     if video is None and folder is not None:
-        video = _stored_video_settings(video_settings(folder), processor)
+        usual = {name: getattr(Qwen2VLImageProcessorPil, name) for name in SHARED}  # the class for videos has them too
+        usual["size"] = {"shortest_edge": VideoSettings.min_pixels, "longest_edge": VideoSettings.max_pixels}
+        video = stored_video_settings(video_settings(folder), processor, QwenFormat.video_class, usual)
+    placeholders = media_placeholders(tokenizer)
+    return QwenFormat(processor, placeholders, video, getattr(vision_config, "tokens_per_second", None))
+
+
+def load_image_processor(vision_config, folder: str, min_pixels: int | None, max_pixels: int | None):
+    """Load the PIL variant of the stock image processor of a model folder; a limit that is not None replaces its own.
+
+    Raises:
+        ConfigError: if its settings are missing, of another model, or cannot be read as the stock processor reads them.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    settings = image_settings(folder)
+    processor = settings.make(Qwen2VLImageProcessorPil)
+    _check_patches(processor, vision_config, settings)
+    processor.size = _limits(processor.size, min_pixels, max_pixels, settings)
+    return processor
+
+
+def media_placeholders(tokenizer) -> dict[type[MediaRef], int]:
+    """Return the ids of <|image_pad|> and, if the tokenizer has it, <|video_pad|>.
+
+    Raises:
+        ConfigError: without <|image_pad|>.
+    """
     ids = {kind: special_id(tokenizer, f"<|{kind.noun}_pad|>") for kind in (ImageRef, VideoRef)}
     if ids[ImageRef] is None:
         raise ConfigError("the tokenizer has no special token <|image_pad|>; wanted that of the model's family")
-    placeholders = {kind: number for kind, number in ids.items() if number is not None}
-    return QwenFormat(processor, placeholders, video, getattr(vision_config, "tokens_per_second", None))
+    return {kind: number for kind, number in ids.items() if number is not None}
 
 
 def _limits(size, min_pixels: int | None, max_pixels: int | None, settings: ProcessorSettings) -> dict[str, int]:
@@ -249,7 +283,9 @@ def _check_patches(processor, vision_config, settings: ProcessorSettings) -> Non
             raise settings.refuse(key, f"is {found!r}, but {of_model} is {wanted!r}; take the file of this model")
 
 
-def _stored_video_settings(settings: ProcessorSettings, processor) -> VideoSettings:
+def stored_video_settings(
+    settings: ProcessorSettings, processor, video_class: str, usual: Mapping[str, Any]
+) -> VideoSettings:
     """Return the sampling and sizes of videos by the files of a model.
 
     The stock processor takes all frames that it is given unless `do_sample_frames` is true; its callers sample before,
@@ -258,21 +294,23 @@ def _stored_video_settings(settings: ProcessorSettings, processor) -> VideoSetti
     Args:
         settings: of the video processor.
         processor: that of images. Its patches and normalisation are those of videos here.
+        video_class: name of the stock class.
+        usual: its size and the settings of SHARED, for those that the file has not.
 
     Raises:
         ConfigError: for settings that would be read as others.
     """
-    settings.check_type("video_processor_type", "Qwen2VLVideoProcessor")
+    settings.check_type("video_processor_type", video_class)
     values, kind = settings.values, type(processor)
-    for key in _SHARED:
-        wanted, found = getattr(processor, key), values.get(key, getattr(kind, key))
+    for key in SHARED:
+        wanted, found = getattr(processor, key), values.get(key, usual[key])
         if not np.array_equal(found, wanted):
             raise settings.refuse(key, f"is {found!r}, that of images is {wanted!r}; only one for both is supported")
     for key, wanted in {"cap_pixels_per_frame": False, "do_resize": True, "resample": Image.Resampling.BICUBIC}.items():
         if (found := values.get(key)) is not None and found != wanted:
             raise settings.refuse(key, f"is {found!r}, which is not supported for videos; wanted {wanted!r}")
     # The class for images takes limits by the same rule as that for videos, which needs torchvision.
-    sizes = {"size": {"shortest_edge": VideoSettings.min_pixels, "longest_edge": VideoSettings.max_pixels}}
+    sizes = {"size": dict(usual["size"])}
     sizes |= {key: values[key] for key in ("size", "min_pixels", "max_pixels") if values.get(key) is not None}
     limits = _limits(replace(settings, values=sizes).make(kind).size, None, None, settings)
     num_frames, depth = VideoSettings.num_frames, processor.temporal_patch_size

@@ -79,7 +79,7 @@ class VisionLayout:
     @staticmethod
     def build(grids: Sequence[Grid], shape: VisionShape) -> "VisionLayout":
         """Make the layout on the CPU for images with these grids, one after another in the row of patches."""
-        positions = np.concatenate([_positions(grid, shape.merge) for grid in grids])
+        positions = np.concatenate([patch_places(grid, shape.merge) for grid in grids])
         images = TreeLayout.from_lengths([rows * columns for frames, rows, columns in grids for _ in range(frames)])
         if not shape.window:
             return VisionLayout(None, None, torch.from_numpy(positions), images, None)
@@ -121,7 +121,7 @@ class VisionLayout:
         return replace(self, **changed)
 
 
-def _positions(grid: Grid, merge: int) -> np.ndarray:
+def patch_places(grid: Grid, merge: int) -> np.ndarray:
     """Return row and column (patches, 2); patches of one image token stand together, tokens row by row."""
     frames, rows, columns = grid
     place = np.indices((rows, columns), dtype=np.float32)
@@ -274,21 +274,41 @@ def _media_costs(config, tower: Passes, projector: Passes) -> dict[str, int]:
     # Qwen2-VL calls the tower's width embed_dim, and has an MLP of two matrices instead of three.
     width = vision.hidden_size if windows else vision.embed_dim
     product = width * (vision.intermediate_size if windows else int(width * vision.mlp_ratio))
-    block = 4 * width**2 + (3 if windows else 2) * product
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
-    # Pixels need no gradient, and only blocks are repeated.
-    embed = Passes(tower.trained, reached=False, repeated=False)
-    per_patch = embed.matrices(patch, last=0) + vision.depth * tower.matrices(block, last=product)
-    merged = vision.spatial_merge_size**2  # patches of one token
-    merger = merged * width * (merged * width + hidden)
+    sizes = width, (3 if windows else 2), product
+    per_token, pair = tower_costs(vision, sizes, merger_size(vision, width, hidden), tower, projector)
     full_blocks = len(vision.fullatt_block_indexes) if windows else vision.depth
-    pair = merged**2 * tower.attention(width)
     return {
-        "per_media_token": merged * per_patch + projector.matrices(merger, last=0),
+        "per_media_token": per_token,
         "per_media_pair": full_blocks * pair,
         "per_window_pair": (vision.depth - full_blocks) * pair,
         "window": vision.window_size // vision.spatial_merge_size // vision.patch_size if windows else 0,
     }
+
+
+def merger_size(vision, width: int, hidden: int) -> int:
+    """Return the parameters of a merger's matrices, from a tower of `width` to a language model of `hidden`."""
+    merged = vision.spatial_merge_size**2 * width
+    return merged * (merged + hidden)
+
+
+def tower_costs(
+    vision, sizes: tuple[int, int, int], mergers: int, tower: Passes, projector: Passes
+) -> tuple[int, int]:
+    """Return FLOPs of a Qwen-VL tower for an image token, and those of a pair of image tokens in one block.
+
+    Args:
+        vision: the vision config.
+        sizes: the tower's width, the number of its MLP's matrices, and the parameters of each.
+        mergers: the parameters of all matrices of the projector.
+    """
+    width, matrices, product = sizes
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
+    # Pixels need no gradient, and only blocks are repeated.
+    embed = Passes(tower.trained, reached=False, repeated=False)
+    block = tower.matrices(4 * width**2 + matrices * product, last=product)
+    merged = vision.spatial_merge_size**2  # patches of one token
+    per_token = merged * (embed.matrices(patch, last=0) + vision.depth * block) + projector.matrices(mergers, last=0)
+    return per_token, merged**2 * tower.attention(width)
 
 
 def _has_windows(vision_config) -> bool:
