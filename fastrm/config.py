@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fastrm.data_config import DataConfig
 from fastrm.names import device_name, dtype_name
-from fastrm.sections import Fraction, NonNegative, Positive, Section
+from fastrm.sections import Fraction, NonEmpty, NonNegative, Positive, Section
 from fastrm.yaml_files import apply_override, dump_yaml, read_yaml, validate
 
 # YAML 1.1 reads an unquoted `off` as false.
@@ -30,7 +30,7 @@ _Date = Annotated[
 class RunConfig(Section):
     """The run: its folder, length, records and devices."""
 
-    dir: str | None = None
+    dir: NonEmpty | None = None
     """The folder of the run: metrics, checkpoints, export. Default: runs/<name of the YAML file>."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The seed of the initial weights and, as (seed, epoch, position), of the order of the data."""

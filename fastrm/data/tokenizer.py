@@ -153,8 +153,11 @@ def special_id(tokenizer, token: str) -> int | None:
     return next((number for number, added in known if added.special and added.content == token), None)
 
 
-def load_tokenizer(path: str):
+def load_tokenizer(path: str, setting: str = "model.tokenizer"):
     """Load a fast tokenizer with a chat template, from a folder or the hub.
+
+    Args:
+        setting: that names the path, for messages.
 
     Raises:
         ConfigError: if there is none, or it cannot render a conversation.
@@ -164,7 +167,7 @@ def load_tokenizer(path: str):
     if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in _VOCABULARIES):
         # transformers would make one without a vocabulary for some families.
         raise ConfigError(
-            f"model.tokenizer {path!r}: the folder has no tokenizer, wanted tokenizer.json and tokenizer_config.json; "
+            f"{setting} {path!r}: the folder has no tokenizer, wanted tokenizer.json and tokenizer_config.json; "
             "copy them from the model that this one was made of"
         )
     try:
@@ -172,22 +175,22 @@ def load_tokenizer(path: str):
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model.tokenizer {path!r}: cannot be loaded ({reason}); wanted a folder with tokenizer.json "
+            f"{setting} {path!r}: cannot be loaded ({reason}); wanted a folder with tokenizer.json "
             "and tokenizer_config.json, or a reachable hub id"
         ) from None
     except Exception as error:  # files of another shape may raise anything, deep inside transformers
         raise ConfigError(
-            f"model.tokenizer {path!r}: transformers cannot read its files ({type(error).__name__}: {error}); copy "
+            f"{setting} {path!r}: transformers cannot read its files ({type(error).__name__}: {error}); copy "
             "tokenizer.json and tokenizer_config.json again"
         ) from error
     if not tokenizer.is_fast:
-        raise ConfigError(f"model.tokenizer {path!r}: is a slow tokenizer; convert it to tokenizer.json")
+        raise ConfigError(f"{setting} {path!r}: is a slow tokenizer; convert it to tokenizer.json")
     if not tokenizer.chat_template:
-        raise ConfigError(f"model.tokenizer {path!r}: has no chat template; add chat_template.jinja to the folder")
+        raise ConfigError(f"{setting} {path!r}: has no chat template; add chat_template.jinja to the folder")
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise ConfigError(
-            f"model.tokenizer {path!r}: has the chat templates {names}, and none is the default; save "
+            f"{setting} {path!r}: has the chat templates {names}, and none is the default; save "
             "the one to use as chat_template.jinja in the folder"
         )
     return tokenizer

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastrm.config import TrainedTokenizer
-from fastrm.sections import Positive, Section
+from fastrm.sections import NonEmpty, Positive, Section
 from fastrm.yaml_files import apply_override, read_yaml, validate
 
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -15,7 +15,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 class RunSection(Section):
     """The run: its folder, length and seed."""
 
-    dir: str | None = None
+    dir: NonEmpty | None = None
     """The folder of the run: metrics, report, policy. Default: runs/<name of the YAML file>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """The seed of initial weights, of the order of the questions, and of the rollouts."""
@@ -30,7 +30,7 @@ class RunSection(Section):
 class QuestionsSection(Section):
     """Questions with true answers."""
 
-    path: str
+    path: NonEmpty
     """A .jsonl, .json or .parquet file with a prompt (prompt, question or messages), images, and the true answer; or
     digits:train / digits:eval."""
     images: str | None = None
@@ -66,7 +66,7 @@ class FitSection(Section):
 class PolicySection(Section):
     """The model that learns."""
 
-    path: str | None = None
+    path: NonEmpty | None = None
     """The folder or hub id of a policy."""
     init: dict[str, Any] | None = None
     """A transformers config (with model_type) to initialise at random instead of `path`."""
@@ -83,6 +83,8 @@ class PolicySection(Section):
     def _check(self):
         if (self.path is None) == (self.init is None):
             raise ValueError("set exactly one of policy.path and policy.init")
+        if self.init is not None and not isinstance(self.init.get("model_type"), str):
+            raise ValueError("policy.init needs model_type, for example qwen2_5_vl or qwen2")
         if (self.init is None) != (self.tokenizer is None):
             raise ValueError("policy.tokenizer {train_vocab_size: n} belongs to policy.init, and only there")
         return self
@@ -93,7 +95,7 @@ class RewardSection(Section):
 
     scheme: Literal["rule", "model", "hybrid"]
     """rule: 1 if the answer is right, else 0; model: the model's reward r; hybrid: 1 if right, else sigmoid(r)."""
-    model: str | None = None
+    model: NonEmpty | None = None
     """The URL of a `fastrm serve`, or the folder of a reward model, which is loaded into this process."""
     answers: Literal["auto", "text", "choice", "math"] = "auto"
     """The way to compare answers (docs/rl.md)."""
@@ -153,7 +155,7 @@ class GrpoConfig(Section):
     """The questions."""
     rewards: Annotated[list[RewardSection], Field(min_length=1)]
     """The rewards."""
-    judge: str | None = None
+    judge: NonEmpty | None = None
     """A reward model, by URL or folder, that measures the policy before and after; it need not be one of the rewards.
     A policy that its reward likes better and that is right less often has learned to please it."""
     rollouts: RolloutSection = RolloutSection()
@@ -163,6 +165,8 @@ class GrpoConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        if all(one.weight == 0.0 for one in self.rewards):
+            raise ValueError("rewards: all have weight 0, so that nothing would be learned; leave the weight out for 1")
         step = self.optim.batch_prompts * self.rollouts.num
         if step % self.optim.micro_batch:
             raise ValueError(

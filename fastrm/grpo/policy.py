@@ -1,5 +1,6 @@
 """Policies: loaded, or made at random; their supervised start; and what they answer."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import torch
 from fastrm.config import ModelConfig
 from fastrm.data.images import decode_image
 from fastrm.data.record import Message
-from fastrm.data.tokenizer import train_tokenizer
+from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
 from fastrm.errors import ConfigError
 from fastrm.grpo.config import FitSection, PolicySection
 from fastrm.grpo.questions import Question
 from fastrm.limits import MediaLimits
 from fastrm.model.families import VISION_FAMILIES, chat_layout
+from fastrm.model.loading import shortened
 from fastrm.model.network import init_backbone
+from fastrm.model.places import locate
+
+_HEAD = re.compile(r"(.*\.)?(score|v_head)\.")  # names of a reward head's weights
 
 # Families whose processor `image_processor.py` makes.
 _WITHOUT_TORCHVISION = ("qwen2_vl", "qwen2_5_vl")
@@ -30,7 +35,6 @@ def load_policy(settings: PolicySection, questions: Sequence[Question], seed: in
     Raises:
         ConfigError: for a folder or a family that cannot be used.
     """
-    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if settings.init is not None:
@@ -38,20 +42,56 @@ def load_policy(settings: PolicySection, questions: Sequence[Question], seed: in
         texts = [(*question.messages, Message("assistant", (question.truth,))) for question in questions]
         layout = chat_layout(settings.init["model_type"])
         tokenizer = train_tokenizer(texts, settings.tokenizer.train_vocab_size, layout)
-        config = init_backbone(ModelConfig(init=settings.init, tokenizer="trained"), tokenizer).config
+        config = init_backbone(ModelConfig(init=settings.init, tokenizer="trained"), tokenizer, "policy.init").config
         kind = AutoModelForImageTextToText if config.model_type in VISION_FAMILIES else AutoModelForCausalLM
-        return kind.from_config(config), _processor(settings, tokenizer, config.model_type)
+        return kind.from_config(config), _processor(settings, None, tokenizer, config.model_type)
+    folder = _folder(settings.path)
     try:
-        config = AutoConfig.from_pretrained(settings.path)
+        config = AutoConfig.from_pretrained(folder)
         kind = AutoModelForImageTextToText if config.model_type in VISION_FAMILIES else AutoModelForCausalLM
-        policy = kind.from_pretrained(settings.path, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.path)
-        return policy, _processor(settings, tokenizer, config.model_type)
-    except (OSError, ValueError) as error:
+        policy, found = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # damaged files may raise anything, deep inside transformers
         raise ConfigError(f"policy.path: {settings.path!r} cannot be loaded: {error}") from error
+    _check_weights(settings.path, found)
+    tokenizer = load_tokenizer(folder, "policy.path")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as TRL does; padding is masked
+    try:
+        return policy, _processor(settings, folder, tokenizer, config.model_type)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"policy.path: {settings.path!r}: its image processor cannot be loaded: {error}") from error
 
 
-def _processor(settings: PolicySection, tokenizer, model_type: str):
+def _folder(path: str) -> str:
+    """Return the folder or hub id of a policy's files.
+
+    Raises:
+        ConfigError: for a path that does not exist, or an adapter, which transformers would leave out or train alone.
+    """
+    try:
+        place = locate(path)
+    except ConfigError as error:
+        raise ConfigError(f"policy.path: {error}") from None
+    if place.adapter is not None:
+        raise ConfigError(
+            f"policy.path: {path!r} is an adapter, wanted a whole policy; save the model that PEFT's merge_and_unload "
+            "makes, and name that folder"
+        )
+    return place.base
+
+
+def _check_weights(path: str, found: dict) -> None:
+    """Refuse files that are no whole policy: what they lack, transformers draws at random."""
+    missing, heads = sorted(found["missing_keys"]), [name for name in found["unexpected_keys"] if _HEAD.match(name)]
+    if missing or heads:
+        what = f"lacks {shortened(missing)}" if missing else f"has a reward head ({heads[0]})"
+        raise ConfigError(
+            f"policy.path: {path!r} {what}, as a reward model does, and is no policy; name the language model that it "
+            "was made of"
+        )
+
+
+def _processor(settings: PolicySection, folder: str | None, tokenizer, model_type: str):
     """Return the processor of a policy: its tokenizer alone for text, for Qwen-VL images too.
 
     Without torchvision there is no stock processor of Qwen-VL, as its part for videos needs it; pictures do not.
@@ -63,8 +103,8 @@ def _processor(settings: PolicySection, tokenizer, model_type: str):
     if model_type not in VISION_FAMILIES:
         return tokenizer
     limits = {name: value for name in ("min_pixels", "max_pixels") if (value := getattr(settings, name)) is not None}
-    if settings.path is not None and is_torchvision_available():
-        processor = AutoProcessor.from_pretrained(settings.path, padding_side="left", **limits)
+    if folder is not None and is_torchvision_available():
+        processor = AutoProcessor.from_pretrained(folder, padding_side="left", **limits)
         if not is_visual(processor):
             raise ConfigError(
                 f"policy.path: {settings.path!r} is a {model_type}, and transformers finds no image processor in it; "
@@ -75,7 +115,7 @@ def _processor(settings: PolicySection, tokenizer, model_type: str):
         raise ConfigError(f"policy: {model_type} needs torchvision for its processor; install that of your torch")
     from fastrm.grpo.image_processor import make_processor
 
-    return make_processor(tokenizer, settings.path, limits)
+    return make_processor(tokenizer, folder, limits)
 
 
 def is_visual(processor) -> bool:

@@ -4,15 +4,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from fastrm.data.images import read_bytes
+from fastrm.data.images import image_size, read_bytes
 from fastrm.data.record import ImageRef, MediaRef, Message
+from fastrm.data.sources.conversation import template_arguments
 from fastrm.data.sources.digits import PREFIX, digit_records
 from fastrm.data.sources.files import data_files, read_rows
-from fastrm.data.sources.layouts.groups import row_prompt
-from fastrm.data.sources.media import path_resolver
+from fastrm.data.sources.keys import check_unread, unread_keys
+from fastrm.data.sources.layouts.groups import PROMPT_KEYS, row_prompt
+from fastrm.data.sources.media import MEDIA_KEYS, path_resolver
 from fastrm.errors import DataError, RecordError
 from fastrm.grpo.config import QuestionsSection
 from fastrm.limits import MediaLimits
+from fastrm.rl.answers import read_truth
+
+_KEYS = (PROMPT_KEYS, *MEDIA_KEYS)  # that are read of a row, beside the column of the true answers
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,23 @@ def _question(row: object, resolve, column: str, origin: str) -> Question:
     try:
         if isinstance(row, RecordError):
             raise row
-        if not isinstance(row, dict) or row.get(column) in (None, ""):
-            raise RecordError("NO_TRUTH", f'"{column}" is missing; name the column of the true answers in data.*.truth')
-        messages = row_prompt({key: value for key, value in row.items() if value is not None}, resolve)
+        truths = read_truth(row.get(column)) if isinstance(row, dict) else []
+        if len(truths) != 1:
+            got = f"holds {len(truths)} true answers, wanted one" if truths else "is missing or empty"
+            raise RecordError("NO_TRUTH", f'"{column}" {got}; name the column of the true answers in data.*.truth')
+        row = {key: value for key, value in row.items() if value is not None}
+        check_unread(row, unread_keys(row, _KEYS, [column]), _KEYS, is_file=False)
+        question = Question(row_prompt(row, resolve), truths[0], origin)
+        if template_arguments(row) or any(message.fields for message in question.messages):
+            raise RecordError("BAD_ROW", "the row has tools, documents or calls, which no policy is shown here")
+        if not all(isinstance(ref, ImageRef) for ref in question.images):
+            raise RecordError("VIDEO_ROW", "the prompt has a video; only images are supported here")
+        for ref in question.images:
+            image_size(ref, MediaLimits())  # now, and not in the middle of the run
     except RecordError as error:
         raise DataError(f"{origin}: {error.message} ({error.code})") from None
-    question = Question(messages, str(row[column]), origin)
-    if not all(isinstance(ref, ImageRef) for ref in question.images):
-        raise DataError(f"{origin}: the prompt has a video; only images are supported here")
+    except DataError as error:
+        raise DataError(f"{origin}: {error}") from None
     return question
 
 

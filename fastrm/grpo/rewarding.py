@@ -13,12 +13,16 @@ class RewardFunction:
 
     Logged of each batch of rollouts: `accuracy` (by the first reward of a run only), `reward_seconds`, the time that
     the trainer waited for this function, and `unscored`, the share of rollouts without a reward.
+
+    Attributes:
+        num_failed: rollouts without a reward so far, by the reason's code.
     """
 
     def __init__(self, settings: RewardSection, number: int, scorer: object):
         self.__name__ = f"{settings.scheme}_{number}"
         self._rewards = Rewards(scorer, scheme=settings.scheme, answers=settings.answers)
         self._is_first = number == 0
+        self.num_failed = self._rewards.num_failed
 
     def __call__(
         self, prompts: Sequence, completions: Sequence, solution: Sequence[str], log_metric, images=None, **_

@@ -2,10 +2,14 @@
 
 import functools
 import json
+import os
 import time
+import warnings
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
-from fastrm.errors import ConfigError, DivergedError
+from fastrm.errors import ConfigError, DataError, DivergedError, InterruptedRun, StorageError
 from fastrm.grpo.config import GrpoConfig
 from fastrm.grpo.evaluation import evaluate_policy
 from fastrm.grpo.policy import fit, is_visual, load_policy, save_policy
@@ -23,23 +27,30 @@ def run_grpo(config: GrpoConfig) -> dict:
     Of several processes all measure, a share each, and the first one writes; the report of the others is empty.
 
     Raises:
-        ConfigError: if TRL is missing, or something named cannot be used.
-        DataError: for questions that cannot be used.
+        ConfigError: if TRL is missing, run.dir holds a run, or something named cannot be used.
+        DataError: for questions that cannot be used, or a step whose rollouts all have no reward.
         ServerError: if a reward server is away or refuses.
+        StorageError: if run.dir cannot be written.
         DivergedError: if the policy's loss is not finite.
+        InterruptedRun: if it was stopped while the policy was trained.
     """
-    _check_trl()
+    _check_installed(config)
     process = _process(config)
-    folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _new_folder(config.run.dir)
     train, held_out = read_questions(config.data.train), read_questions(config.data.eval)
+    if len(train) < config.optim.batch_prompts:
+        raise ConfigError(
+            f"{config.data.train.path}: has {len(train):,} questions, fewer than the {config.optim.batch_prompts:,} of "
+            "a step, so that there is none; lower optim.batch_prompts"
+        )
     taught = read_questions(config.policy.fit.data) if config.policy.fit else []
     scorers = _open_scorers(config, process.device)
     functions = [RewardFunction(one, number, scorers.get(one.model)) for number, one in enumerate(config.rewards)]
     policy, processor = load_policy(config.policy, [*taught, *train], config.run.seed)
     policy.to(process.device)
-    if any(question.images for question in (*taught, *train, *held_out)) and not is_visual(processor):
-        raise ConfigError(f"policy: a text model, but questions of {config.data.train.path} have images")
+    seen = next((question for question in (*taught, *train, *held_out) if question.images), None)
+    if seen is not None and not is_visual(processor):
+        raise ConfigError(f"policy: a text model, but {seen.origin} has an image; name a policy that reads images")
     with Display(silent=not process.is_main_process) as display:
 
         def measure(what: str) -> dict:
@@ -55,7 +66,13 @@ def run_grpo(config: GrpoConfig) -> dict:
         before = measure("before")
         spent = timed_calls(policy, "generate")
         started = time.monotonic()
-        rows = train_policy(config, policy, processor, train, functions, display, folder)
+        try:
+            rows = train_policy(config, policy, processor, train, functions, display, folder)
+        except KeyboardInterrupt:
+            raise InterruptedRun(
+                f"stopped before the policy was saved; {folder} holds the metrics of its steps. A run of grpo cannot "
+                "go on: begin another in a new run.dir"
+            ) from None
         seconds = time.monotonic() - started
         del policy.generate  # the class's again
         generation = None if config.rollouts.backend == "vllm" else sum(spent)
@@ -124,6 +141,10 @@ def train_policy(
         def on_log(self, arguments, state, control, logs=None, **_):
             if not state.is_world_process_zero or "reward" not in (logs or {}):
                 return
+            if logs["reward"] is None:
+                failed = sum((function.num_failed for function in functions), Counter())
+                reasons = ", ".join(f"{code} {number:,}" for code, number in failed.most_common())
+                raise DataError(f"step {state.global_step}: no rollout has a reward ({reasons}); see docs/rl.md")
             rows.append({"step": state.global_step, **logs})
             with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(to_json(rows[-1]) + "\n")
@@ -131,7 +152,6 @@ def train_policy(
             if not _is_finite(logs.get("loss", 0.0)) or not _is_finite(logs.get("grad_norm", 0.0)):
                 raise DivergedError(f"step {state.global_step}: the loss is {logs['loss']}; lower optim.lr")
 
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
     trainer = GRPOTrainer(
         model=policy, args=trl_arguments(config, folder), train_dataset=as_dataset(questions),
         processing_class=processor, reward_funcs=functions, callbacks=[Metrics()],
@@ -175,14 +195,39 @@ def _is_finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
 
 
-def _check_trl() -> None:
+def _new_folder(name: str) -> Path:
+    """Make the folder of a run.
+
+    Raises:
+        ConfigError: if it holds a run.
+        StorageError: if it cannot be made.
+    """
+    folder = Path(name)
+    if found := next((one for one in ("report.json", "metrics.jsonl") if (folder / one).exists()), None):
+        raise ConfigError(f"{folder}: holds a run already ({found}); set run.dir to start another, or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"run.dir {folder}: cannot be made: {error.strerror}; choose another run.dir") from None
+    if not os.access(folder, os.W_OK):
+        raise StorageError(f"run.dir {folder}: cannot be written: Permission denied; choose another run.dir")
+    return folder
+
+
+def _check_installed(config: GrpoConfig) -> None:
+    """Refuse a run without what it needs, and leave out what transformers says to those who call it."""
     try:
         import trl  # noqa: F401
     except ImportError as error:
         raise ConfigError(f'fastrm grpo needs TRL: {error}; pip install "fastrm[grpo]"') from error
+    if config.rollouts.backend == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            'rollouts.backend: got vllm, which is not installed; pip install "trl[vllm]", or take transformers'
+        )
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of the files that are written
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def read_report(folder: Path) -> dict:

@@ -245,10 +245,11 @@ def pick_device(requested: str | int | torch.device) -> torch.device:
     return found
 
 
-def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
+def init_backbone(settings: ModelConfig, tokenizer, setting: str = "model.init") -> nn.Module:
     """Make a stock base model with random float32 weights (torch's global generator) for a tokenizer.
 
-    Vocabulary size and special-token ids come from the tokenizer; everything else from model.init.
+    Vocabulary size and special-token ids come from the tokenizer; everything else from `settings.init`, which messages
+    call `setting`.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -268,7 +269,7 @@ def init_backbone(settings: ModelConfig, tokenizer) -> nn.Module:
     except ConfigError:
         raise
     except Exception as error:
-        raise refusal("model.init", error) from error
+        raise refusal(setting, error) from error
 
 
 def refusal(what: str, error: Exception) -> ConfigError:

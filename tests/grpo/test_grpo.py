@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastrm.config import load_config
 from fastrm.data.record import Message
-from fastrm.errors import ConfigError, DataError
+from fastrm.errors import ConfigError, DataError, GroupError, InterruptedRun, StorageError
 from fastrm.grpo.config import FitSection, QuestionsSection, RewardSection, load_grpo_config
 from fastrm.grpo.evaluation import as_samples, evaluate_policy
 from fastrm.grpo.questions import Question, as_dataset, read_questions
@@ -268,6 +269,13 @@ def test_processes_share_the_questions_of_an_evaluation(monkeypatch):
         ({"solution": "yes"}, r'questions.jsonl:1: "prompt" is missing'),
         ("{", r"questions.jsonl:1: .*BAD_JSON"),
         ({"prompt": "So?", "videos": ["a.mp4"], "solution": "yes"}, "the prompt has a video"),
+        ({"prompt": "So?", "solution": {"target": "4"}}, r"jsonl:1: true answer: got dict \{'target': '4'\}, wanted"),
+        ({"prompt": "So?", "solution": ["4", "four"]}, '"solution" holds 2 true answers, wanted one'),
+        ({"prompt": "So?", "solution": float("nan")}, r'jsonl:1: "solution" is missing or empty; name the column'),
+        ({"prompt": "So?", "solution": "  "}, r'jsonl:1: "solution" is missing or empty; name the column'),
+        ({"prompt": "So?", "imags": ["a.png"], "solution": "4"}, r'"imags" holds an image.*the key is "images"'),
+        ({"prompt": "So?", "images": ["a.png"], "solution": "4"}, r"jsonl:1: image .*a\.png.*IMAGE_MISSING"),
+        ({"prompt": "So?", "tools": [{"name": "f"}], "solution": "4"}, "tools, documents or calls, which no policy is"),
     ],
 )
 def test_rows_that_are_no_questions_are_named(tmp_path, row, said):
@@ -286,6 +294,9 @@ def test_rows_that_are_no_questions_are_named(tmp_path, row, said):
         (["policy.path=somewhere"], "set exactly one of policy.path and policy.init"),
         (["rewards=[]"], "rewards"),
         (["optim.kl=0.1"], "optim.kl needs policy.path without policy.fit"),
+        (["rewards.0.weight=0"], "rewards: all have weight 0, so that nothing would be learned"),
+        (["policy.init={hidden_size: 32}"], "policy.init needs model_type"),
+        (["run.dir=''"], "run.dir: got ''"),
     ],
 )
 def test_settings_that_cannot_be_are_named(tmp_path, overrides, said):
@@ -295,12 +306,95 @@ def test_settings_that_cannot_be_are_named(tmp_path, overrides, said):
 
 def test_things_that_are_not_there_are_named(tmp_path):
     text = {"init": TEXT, "tokenizer": {"train_vocab_size": 300}}
-    with pytest.raises(ConfigError, match="a text model, but questions of digits:eval have images"):
+    with pytest.raises(ConfigError, match="a text model, but digits:eval:1 has an image"):
         run(tmp_path, policy=text)
-    with pytest.raises(ConfigError, match=r"policy.path: '.*none' cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"policy.path: .*none: no such folder"):
         run(tmp_path, policy={"path": str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match=r"policy.init: transformers refuses it: .*nosuch"):
+        run(tmp_path, policy={**text, "init": {**TEXT, "model_type": "nosuch"}})
+    with pytest.raises(ConfigError, match=r"digits:eval: has 8 questions, fewer than the 16 of a step"):
+        run(tmp_path, optim={**SETTINGS["optim"], "batch_prompts": 16})
     with pytest.raises(DataError, match="no questions in rows 5000 to 6000"):
         run(tmp_path, data=SETTINGS["data"] | {"eval": {"path": "digits:eval", "rows": [5000, 6000]}})
+
+
+def test_vllm_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastrm.grpo.run.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="got vllm, which is not installed"):
+        run(tmp_path, rollouts={"backend": "vllm", "num": 2})
+
+
+def test_a_folder_that_holds_a_run_is_left_as_it_is(tmp_path):
+    for name in ("report.json", "metrics.jsonl"):
+        folder = tmp_path / name / "run"
+        folder.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(ConfigError, match=rf"run: holds a run already \({name}\); set run.dir"):
+            run(tmp_path / name)
+        assert [file.read_text() for file in folder.iterdir()] == ["mine"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"run.dir .*file: cannot be made: File exists; choose another"):
+        run(tmp_path, run={"dir": str(tmp_path / "file")})
+
+
+def test_files_that_are_no_policy_are_refused(tmp_path, reward_model):
+    """Of a reward model transformers makes a policy with a random head, or with that of before it was trained."""
+    from fastrm.grpo.config import PolicySection
+    from fastrm.grpo.policy import load_policy, save_policy
+
+    def refused(folder, said):
+        with pytest.raises(ConfigError, match=said):
+            load_policy(PolicySection(path=str(folder)), [], 0)
+
+    refused(reward_model, r"policy.path: '.*model' lacks lm_head.weight, as a reward model does, and is no policy")
+    questions = [Question((Message("user", ("So?",)),), "yes", "file:1")]
+    made = PolicySection(init={**TEXT, "tie_word_embeddings": True}, tokenizer={"train_vocab_size": 300})
+    policy, processor = load_policy(made, questions, 0)
+    save_policy(policy, processor, tmp_path)
+    assert load_policy(PolicySection(path=str(tmp_path)), [], 0)[1].pad_token == processor.pad_token
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"score.0.weight": torch.zeros(1, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, r"has a reward head \(score.0.weight\)")
+    (tmp_path / "model.safetensors").write_bytes(b"rubbish")
+    refused(tmp_path, "cannot be loaded")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "chat_template.jinja").unlink()
+    refused(tmp_path, "policy.path '.*': has no chat template")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    refused(tmp_path / "adapter", "policy.path: '.*adapter' is an adapter, wanted a whole policy")
+
+
+def test_a_policy_without_a_pad_token_is_padded_as_trl_does(tmp_path):
+    from fastrm.grpo.config import PolicySection
+    from fastrm.grpo.policy import load_policy, save_policy
+
+    questions = [Question((Message("user", (text,)),), "yes", "file:1") for text in ("So?", "Is it really so?")]
+    policy, tokenizer = load_policy(PolicySection(init=TEXT, tokenizer={"train_vocab_size": 300}), questions, 0)
+    tokenizer.pad_token = None
+    save_policy(policy, tokenizer, tmp_path)
+    policy, tokenizer = load_policy(PolicySection(path=str(tmp_path)), [], 0)
+    assert evaluate_policy(policy, tokenizer, questions, 4, "auto", None)["questions"] == 2
+
+
+def test_a_step_without_any_reward_ends_the_run_by_name(tmp_path):
+    class Unscorable(CountingScorer):
+        def score(self, groups, on_error):
+            return [GroupError(number, None, "TOO_LONG", "is too long") for number, _ in enumerate(groups)]
+
+    with reward_server(Unscorable()) as (url, _), pytest.raises(DataError, match=r"step 1: .* reward \(TOO_LONG 4\)"):
+        run(tmp_path, rewards=[{"scheme": "model", "model": url}])
+
+
+def test_a_run_that_is_stopped_says_what_is_left(tmp_path, monkeypatch):
+    from trl import GRPOTrainer
+
+    def stop(self, *_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GRPOTrainer, "train", stop)
+    with pytest.raises(InterruptedRun, match=r"stopped before the policy was saved; .*run holds the metrics of its"):
+        run(tmp_path)
 
 
 def test_full_configuration_says_where_every_value_comes_from():
