@@ -6,12 +6,13 @@ and then, keeps its connection for ever. The body's time is bounded by the appli
 
 import asyncio
 import contextlib
-import json
 import resource
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fastrm.json_files import to_json
 
 # Seconds that a connection may be idle. A client that keeps it for longer than the server sends requests into one that
 # is being closed: aiohttp keeps connections for 15 s, requests for ever, and uvicorn's default is 5 s.
@@ -125,7 +126,7 @@ class _Bounded(H11Protocol):
         self.transport.abort()  # `close` would wait for a client that does not read the answer before
 
 
-_FULL_BODY = json.dumps(
+_FULL_BODY = to_json(
     {"error": {"code": "CONNECTIONS_FULL", "message": "the server has as many connections as it may; try again later"}}
 ).encode()
 _FULL = (
