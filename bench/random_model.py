@@ -93,7 +93,9 @@ def published_options(name: str, layers: int | None, tile: int | None = None) ->
         return {**options, "num_hidden_layers": layers}
     of_vision = {
         "qwen2_5_vl": {"depth": layers, "fullatt_block_indexes": [layers - 1]},
-        "qwen2_vl": {"depth": layers}, "internvl": {"num_hidden_layers": layers},
+        "qwen2_vl": {"depth": layers},
+        "qwen3_vl": {"depth": layers, "deepstack_visual_indexes": list(range(layers))},
+        "internvl": {"num_hidden_layers": layers},
     }  # fmt: skip
     return {
         **options, "text_config": {**options["text_config"], "num_hidden_layers": layers},

@@ -123,13 +123,15 @@ class DataConfig(Section):
     """The number of evenly spaced frames that a video is read as; a shorter video gives all of its frames. At most
     768, as in the stock processor."""
     video_min_pixels: Positive = 128 * 28 * 28
-    """Pixels to which smaller frames of videos are enlarged (the stock video processor's rule and default)."""
+    """Pixels to which smaller frames of videos are enlarged (the stock video processor's rule and default). Qwen3-VL
+    bounds all frames of a video together: by video_frames times this, and so from above."""
     video_max_pixels: Positive = 768 * 28 * 28
     """Pixels to which larger frames of videos are shrunk (the stock video processor's rule and default). 32 frames of
     this size are 12,288 tokens."""
     frame_folder_fps: Annotated[float, Field(gt=0.0)] = 24.0
     """Frames per second of a video that is a folder of frames, which does not state them (the stock processor assumes
-    24). Only Qwen2.5-VL's positions in time depend on it."""
+    24). Qwen2.5-VL's positions in time depend on it, and the times that Qwen3-VL
+    writes."""
     max_video_bytes: Positive = MediaLimits.max_video_bytes
     """Bytes of a video file above which it is refused before it is read."""
     max_video_seconds: Annotated[float, Field(gt=0.0)] = MediaLimits.max_video_seconds

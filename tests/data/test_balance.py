@@ -117,7 +117,7 @@ FREEZES = [[], ["vision"], ["vision", "projector"], ["language"], ["projector", 
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", ["Qwen2.5-VL-7B-Instruct", "Qwen2-VL-2B-Instruct"])
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-7B-Instruct", "Qwen2-VL-2B-Instruct", "Qwen3-VL-4B-Instruct"])
 def test_cost_model_has_the_flops_of_the_whole_step(name, checkpointing):
     for freeze in FREEZES:
         settings = ModelConfig(path=name, freeze=freeze, activation_checkpointing=checkpointing)

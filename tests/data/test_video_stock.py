@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastrm.data.record import Message, Response
-from fastrm.data.videos import sample
+from fastrm.errors import RecordError
 from fastrm.limits import MediaLimits
 from tests.helpers import stock
 from tests.helpers.support import make_image, make_model
@@ -21,19 +21,21 @@ from tests.helpers.video_files import decode_all, make_video
 pytest.importorskip("torchvision")
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return make_model("qwen2_5_vl").encoder
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def encoder(request):
+    return make_model(request.param).encoder
 
 
 @pytest.fixture(scope="module")
 def processor(encoder, tmp_path_factory):
     """The stock class, from what an export writes."""
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
     folder = tmp_path_factory.mktemp("model")
     encoder.vision.save(folder)
-    return Qwen2VLVideoProcessor.from_pretrained(folder)
+    kinds = {kind.__name__: kind for kind in (Qwen2VLVideoProcessor, Qwen3VLVideoProcessor)}
+    return kinds[encoder.vision.video_class].from_pretrained(folder)
 
 
 def test_an_export_says_what_the_stock_class_wants(encoder, processor):
@@ -50,7 +52,13 @@ def test_pixel_values_equal_those_of_the_stock_video_processor(seed, encoder, pr
     num_frames, width, height = int(rng.integers(1, 12)), *(int(2 * side) for side in rng.integers(10, 200, 2))
     ref = make_video(num_frames, width, height, seed)
     frames = decode_all(ref.data)
-    sampled = np.stack([frames[number] for number in sample(num_frames, min(num_frames, 6))])
+    if num_frames == 1 and encoder.vision.video_class == "Qwen3VLVideoProcessor":
+        with pytest.raises(ValueError, match="must be larger than temporal_factor"):
+            processor(videos=[np.stack(frames)], do_sample_frames=False, return_tensors="pt")
+        with pytest.raises(RecordError, match="has 1 frames"):
+            encoder.measure(ref)
+        return
+    sampled = np.stack([frames[number] for number in encoder.vision.pick_frames(num_frames, min(num_frames, 6))])
     expected = processor(videos=[sampled], do_sample_frames=False, return_tensors="pt")
 
     patches, grid = encoder.vision.cut(ref, encoder.measure(ref), MediaLimits())
@@ -70,28 +78,29 @@ def test_noise_is_resized_as_by_the_stock_video_processor(encoder, processor):
         assert torch.equal(oracle, expected)
 
 
-def test_the_same_frames_are_sampled(processor):
+def test_the_same_frames_are_sampled(encoder, processor):
     from transformers.video_utils import VideoMetadata
 
     for total in (*range(6, 300), 1000, 7777, 100_001):
         expected = processor.sample_frames(VideoMetadata(total_num_frames=total, fps=10), num_frames=6)
-        assert sample(total, 6) == expected.tolist(), total
+        assert encoder.vision.pick_frames(total, 6) == expected.tolist(), total
 
 
 def test_a_conversation_equals_that_of_the_stock_combined_processor(encoder, processor):
-    from transformers import Qwen2_5_VLProcessor
+    from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
 
     videos, image = [make_video(23, 90, 70), make_video(6, 60, 120, 1)], make_image(60, 80)
     question = Message("user", (videos[0], "and", image, "and", videos[1], "What happens?"))
     response = Response((question, Message("assistant", ("It moves.",))))
-    combined = Qwen2_5_VLProcessor(encoder.vision.processor, encoder.tokenizer, processor)
+    kind = Qwen3VLProcessor if encoder.vision.video_class == "Qwen3VLVideoProcessor" else Qwen2_5_VLProcessor
+    combined = kind(encoder.vision.processor, encoder.tokenizer, processor)
     text = encoder.tokenizer.apply_chat_template(
         [
             {"role": m.role, "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": p.noun}
                                          for p in m.parts]} for m in response.messages
         ], tokenize=False,
     )  # fmt: skip
-    decoded = [stock.read_video_pyav(io.BytesIO(ref.data), stock.sample_indices(6)) for ref in videos]
+    decoded = [stock.read_video_pyav(io.BytesIO(ref.data), stock.sample_indices(encoder)) for ref in videos]
     expected = combined(
         text=[text],
         images=[Image.open(io.BytesIO(image.data))],
@@ -104,4 +113,5 @@ def test_a_conversation_equals_that_of_the_stock_combined_processor(encoder, pro
     assert encoder.encode(response).tokens.tolist() == expected["input_ids"][0].tolist()
     for name in ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_token_type_ids"):
         assert torch.equal(ours[name], expected[name]), name
-    assert torch.equal(ours["second_per_grid_ts"], torch.as_tensor(expected["second_per_grid_ts"]))
+    if kind is Qwen2_5_VLProcessor:
+        assert torch.equal(ours["second_per_grid_ts"], torch.as_tensor(expected["second_per_grid_ts"]))

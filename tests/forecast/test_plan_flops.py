@@ -138,7 +138,7 @@ def medium_network(monkeypatch):
 
     monkeypatch.setattr(fastrm.model.attention, "tree_attention", attend)
     text = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_key_value_heads": 2}
-    rope = {"rope_parameters": {**support.MROPE, "mrope_section": [8, 12, 12]}}
+    rope = {"head_dim": 64, "rope_parameters": {**support.MROPE, "mrope_section": [8, 12, 12]}}
 
     def make(family, freeze=(), pooling="anchor"):
         options = dict(support.FAMILIES[family])
@@ -147,7 +147,7 @@ def medium_network(monkeypatch):
         else:
             options["text_config"] = {**options["text_config"], **text, **(rope if family != "internvl" else {})}
             if family != "internvl":
-                width = "out_hidden_size" if family == "qwen2_5_vl" else "hidden_size"
+                width = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
                 options["vision_config"] = {**options["vision_config"], width: 256}
         monkeypatch.setitem(support.FAMILIES, family, options)
         network = support.make_model(family, pooling=pooling)
@@ -181,6 +181,9 @@ def workload_of(pack):
         ("qwen2_5_vl", ["vision", "projector", "language"]),
         ("qwen2_5_vl", ["language"]),
         ("qwen2_vl", ["projector"]),
+        ("qwen3_vl", []),
+        ("qwen3_vl", ["vision"]),
+        ("qwen3_vl", ["projector", "language"]),
         ("internvl", []),
         ("internvl", ["vision"]),
     ],

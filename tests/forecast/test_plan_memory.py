@@ -161,7 +161,10 @@ def _kept_by_autograd(network, pack, bf16):
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [("qwen2", "triton"), ("qwen2_vl", "varlen"), *(("qwen2_5_vl", attention) for attention in ATTENTIONS)],
+    [
+        ("qwen2", "triton"), ("qwen2_vl", "varlen"), ("qwen3_vl", "triton"),
+        *(("qwen2_5_vl", attention) for attention in ATTENTIONS),
+    ],
 )
 @pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -193,14 +196,15 @@ def outlives_forward(life):
 def _wide_network(family, monkeypatch):
     """So wide that tables and statistics of rows are small."""
     wide = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_key_value_heads": 2}
-    rope = {"rope_parameters": {**support.MROPE, "mrope_section": [8, 12, 12]}}
+    rope = {"head_dim": 64, "rope_parameters": {**support.MROPE, "mrope_section": [8, 12, 12]}}
     options = dict(support.FAMILIES[family])
     if family == "qwen2":
         options |= wide
     else:
         options["text_config"] = {**options["text_config"], **wide, **rope}
-        sizes = {"qwen2_5_vl": {"hidden_size": 128, "intermediate_size": 320}, "qwen2_vl": {"embed_dim": 128}}[family]
-        width = "out_hidden_size" if family == "qwen2_5_vl" else "hidden_size"
+        wide_tower = {"hidden_size": 128, "intermediate_size": 320}
+        sizes = {"embed_dim": 128} if family == "qwen2_vl" else wide_tower
+        width = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
         options["vision_config"] = {**options["vision_config"], **sizes, width: 256}
     monkeypatch.setitem(support.FAMILIES, family, options)
     return support.make_model(family).train()

@@ -77,23 +77,13 @@ def _expand(text: str, pad: str, grids: torch.Tensor, encoder) -> str:
 def _with_times(text: str, refs, grids: torch.Tensor, encoder) -> str:
     """What `Qwen3VLProcessor.replace_video_token` does with placeholders; its class needs torchvision."""
     for ref, (frames, rows, columns) in zip(refs, grids.tolist(), strict=True):
-        _, metadata = read_video_pyav(io.BytesIO(ref.data), _spread_indices(encoder.vision.video.num_frames))
+        _, metadata = read_video_pyav(io.BytesIO(ref.data), sample_indices(encoder))
         times = Qwen3VLProcessor._calculate_timestamps(None, metadata.frames_indices, metadata.fps, 2)
         assert len(times) == frames
         pads = "<|placeholder|>" * (rows * columns // encoder.vision.processor.merge_size**2)
         planes = "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
         text = text.replace("<|video_pad|>", planes, 1)
     return text.replace("<|placeholder|>", "<|video_pad|>")
-
-
-def _spread_indices(num_frames: int):
-    """`Qwen3VLVideoProcessor.sample_frames` for a number of frames; of a shorter video all."""
-
-    def indices(metadata, **_):
-        total = metadata.total_num_frames
-        return np.linspace(0, total - 1, min(total, num_frames)).round().astype(int)
-
-    return indices
 
 
 def stock_videos(encoder, refs) -> dict:
@@ -104,8 +94,7 @@ def stock_videos(encoder, refs) -> dict:
     """
     values, grids, seconds = [], [], []
     for ref in refs:
-        indices = _spread_indices if encoder.vision.video_class == "Qwen3VLVideoProcessor" else sample_indices
-        video, metadata = read_video_pyav(io.BytesIO(ref.data), indices(encoder.vision.video.num_frames))
+        video, metadata = read_video_pyav(io.BytesIO(ref.data), sample_indices(encoder))
         patches, grid = video_patches(encoder, torch.from_numpy(video).permute(0, 3, 1, 2))
         values.append(patches)
         grids.append(grid)
@@ -116,12 +105,17 @@ def stock_videos(encoder, refs) -> dict:
     return inputs
 
 
-def sample_indices(num_frames: int):
-    """`Qwen2VLVideoProcessor.sample_frames` for a number of frames; of a shorter video all, where it refuses."""
+def sample_indices(encoder):
+    """`sample_frames` of the stock video processor for a number of frames; of a shorter video all, where it refuses."""
+    num_frames, spread = encoder.vision.video.num_frames, encoder.vision.video_class == "Qwen3VLVideoProcessor"
 
     def indices(metadata, **_):
         total = metadata.total_num_frames
-        return list(range(total)) if total <= num_frames else torch.arange(0, total, total / num_frames).int().tolist()
+        if total <= num_frames:
+            return list(range(total))
+        if spread:
+            return np.linspace(0, total - 1, num_frames).round().astype(int).tolist()
+        return torch.arange(0, total, total / num_frames).int().tolist()
 
     return indices
 

@@ -23,7 +23,7 @@ from tests.helpers.real_width_jobs import (
 pytestmark = pytest.mark.real_widths
 
 
-NAMES = ("Qwen2.5-VL-7B-Instruct", "Qwen2-VL-7B-Instruct", "InternVL3-8B-hf", "Qwen3-8B")
+NAMES = ("Qwen2.5-VL-7B-Instruct", "Qwen2-VL-7B-Instruct", "Qwen3-VL-4B-Instruct", "InternVL3-8B-hf", "Qwen3-8B")
 CASES = [
     (NAMES[0], None), *((name, FEW_ROWS) for name in NAMES[1:]),
     *(pytest.param(name, None, marks=pytest.mark.slow) for name in NAMES[1:]),
@@ -42,6 +42,8 @@ def test_real_widths_load_step_export_and_score_exactly(name, num_rows, tmp_path
     assert_rewards(found["found"], found["wanted"])
     assert_rewards(found["scores"], found["wanted"])
     assert len(found["norms"]) >= (5 if name == "Qwen3-8B" else 6)  # which has no biases and no tower
+    if name.startswith("Qwen3-VL"):
+        assert any("deepstack" in key for key in found["norms"])
     for key, norm in found["norms"].items():
         assert norm > 0, f"{key}: the oracle's gradient is zero"
         assert found["errors"][key] <= 1e-4 * norm, key
