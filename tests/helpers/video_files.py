@@ -76,3 +76,20 @@ def write_frames(folder: Path, frames, name: str = "frame_{}.png") -> VideoRef:
     for number, frame in enumerate(frames, start=1):
         Image.fromarray(frame).save(folder / name.format(number))
     return VideoRef(path=str(folder))
+
+
+def clip_rows(folder: Path) -> list[dict]:
+    """Rows about six short clips; the better answer depends on which clip it is."""
+    rows = []
+    for number in range(6):
+        data = encode_video(moving_frames(9 + number, 64, 48, number), rate=4)
+        (folder / f"{number}.mp4").write_bytes(data)
+        for question in ("What moves?", "Where does it go?"):
+            rows.append(
+                {
+                    "id": f"{number} {question}", "prompt": question, "videos": [f"{number}.mp4"],
+                    "responses": ["up and away", "down and back", "nothing"][: 2 + number % 2],
+                    "preferences": [[number % 2, 1 - number % 2]],
+                }
+            )  # fmt: skip
+    return rows

@@ -7,17 +7,20 @@ import torch
 from transformers import AutoConfig
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from fastrm.config import ModelConfig
+from fastrm.config import ModelConfig, load_config
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.record import VideoRef
 from fastrm.errors import ConfigError, RecordError
+from fastrm.evaluate.reward_model import RewardModel
 from fastrm.model.architectures import PUBLISHED, find_architecture, meta_network
 from fastrm.model.export import load_model, save_model
 from fastrm.model.families import check_family
 from fastrm.model.vision.qwen3_vl import PlacedShape
+from fastrm.train.loop import train
 from tests.helpers import stock
+from tests.helpers.runs import tiny_config, write_rows
 from tests.helpers.support import FAMILIES, make_image, make_model, make_record, pack_of
-from tests.helpers.video_files import make_video
+from tests.helpers.video_files import clip_rows, make_video
 
 GRIDS = [(1, 2, 2), (1, 8, 6), (3, 4, 14), (1, 48, 48), (1, 100, 6)]
 
@@ -133,3 +136,18 @@ def test_published_sizes_are_those_of_the_names(name):
     text = sum(p.numel() for key, p in network.model.named_parameters() if key.startswith("language_model"))
     billions = float(name.split("-")[2].removesuffix("B"))
     assert 0.8 * billions < text / 1e9 < 1.1 * billions
+
+
+def test_a_run_on_videos_trains_is_exported_and_scores(tmp_path):
+    """Its first rewards are compared with the stock class, and so are those of the export."""
+    rows = write_rows(tmp_path / "clips.jsonl", clip_rows(tmp_path))
+    limits = {"video_frames": 8, "video_min_pixels": 784, "video_max_pixels": 28 * 28 * 12, "num_workers": 1}
+    config = tiny_config(
+        tmp_path, rows, run={"max_steps": 3}, data=limits, model={"init": FAMILIES["qwen3_vl"]}
+    )
+    summary = train(load_config(config))
+    assert summary["quarantined"] == 0 and summary["steps"] == 3
+    assert summary["tokens_unshared"] > 1.5 * summary["tokens_processed"], "a clip's planes are not shared"
+    model = RewardModel.from_pretrained(tmp_path / "run" / "model")
+    group = {"prompt": "What moves?", "videos": [str(tmp_path / "3.mp4")], "responses": ["up", "down"]}
+    assert len(set(model.score([group])[0])) == 2

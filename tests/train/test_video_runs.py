@@ -20,27 +20,10 @@ from fastrm.train.loop import train
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import fastrm, tiny_config, write_rows
 from tests.helpers.support import make_tokenizer
-from tests.helpers.video_files import decode_all, encode_video, moving_frames, write_frames
+from tests.helpers.video_files import clip_rows, decode_all, moving_frames, write_frames
 
 DATA = PROJECT.parent / "shared" / "data" / "prefixgrouper_videos"
 SMALL = {"video_frames": 8, "video_min_pixels": 784, "video_max_pixels": 28 * 28 * 12}
-
-
-def _clips(folder: Path) -> list[dict]:
-    """Rows about six short clips; the better answer depends on which clip it is."""
-    rows = []
-    for number in range(6):
-        data = encode_video(moving_frames(9 + number, 64, 48, number), rate=4)
-        (folder / f"{number}.mp4").write_bytes(data)
-        for question in ("What moves?", "Where does it go?"):
-            rows.append(
-                {
-                    "id": f"{number} {question}", "prompt": question, "videos": [f"{number}.mp4"],
-                    "responses": ["up and away", "down and back", "nothing"][: 2 + number % 2],
-                    "preferences": [[number % 2, 1 - number % 2]],
-                }
-            )  # fmt: skip
-    return rows
 
 
 def _rewards(file: Path) -> list[list[float]]:
@@ -51,7 +34,7 @@ def _rewards(file: Path) -> list[list[float]]:
 def trained(tmp_path_factory):
     """A folder with clips.jsonl, its clips, and a run on them."""
     folder = tmp_path_factory.mktemp("videos")
-    rows = write_rows(folder / "clips.jsonl", _clips(folder))
+    rows = write_rows(folder / "clips.jsonl", clip_rows(folder))
     summary = train(
         load_config(
             tiny_config(folder, rows, run={"max_steps": 4}, data={**SMALL, "num_workers": 1, "frame_folder_fps": 4.0})
