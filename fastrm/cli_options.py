@@ -30,6 +30,27 @@ def _checked(check: Callable[[object], str]) -> Callable[[str], str]:
     return checked
 
 
+def _word(choice: Combine | None) -> str | None:
+    return choice and choice.value
+
+
+def split_names(text: str | None) -> list[str]:
+    """Return the names in the value of an option, which commas part."""
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []
+
+
+def columns_by_key(text: str | None) -> dict[str, str]:
+    """Return what `key=column,key=column` says, by the keys.
+
+    Raises:
+        ConfigError: for a value of another form.
+    """
+    pairs = [name.partition("=") for name in split_names(text)]
+    if any(not (key.strip() and column.strip()) for key, _, column in pairs):
+        raise ConfigError(f"--columns: got {text!r}, wanted key=column,key=column")
+    return {key.strip(): column.strip() for key, _, column in pairs}
+
+
 RunFile = Annotated[
     Path, typer.Argument(help="YAML configuration of the run, for example configs/quickstart.yaml.", metavar="CONFIG")
 ]
@@ -70,12 +91,18 @@ DataFormat = Annotated[
 Columns = Annotated[
     str | None,
     typer.Option(
-        metavar="KEY=COLUMN,...", help="Names that the file has for the keys, as prompt=question,chosen=better."
+        callback=columns_by_key,
+        metavar="KEY=COLUMN,...",
+        help="Names that the file has for the keys, as prompt=question,chosen=better.",
     ),
 ]
 Ignore = Annotated[
     str | None,
-    typer.Option(metavar="KEY,...", help="Keys of the rows that are metadata and are not reported, as url,level."),
+    typer.Option(
+        callback=split_names,
+        metavar="KEY,...",
+        help="Keys of the rows that are metadata and are not reported, as url,level.",
+    ),
 ]
 TokensPerPack = Annotated[
     int,
@@ -90,6 +117,7 @@ EnsembleChoice = Annotated[
     Combine | None,
     typer.Option(
         "--ensemble",
+        callback=_word,
         metavar="RULE",
         help="Rule that combines the rewards of several models: mean, or weighted by accuracy or by margin on the "
         "--validation file; without it, the mean, or what an ensemble file says.",
@@ -109,7 +137,11 @@ RouteChoice = Annotated[
 ]
 SaveEnsemble = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Write the ensemble to this YAML file, which can be named in place of a model."),
+    typer.Option(
+        "--save-ensemble",
+        metavar="FILE",
+        help="Write the ensemble to this YAML file, which can be named in place of a model.",
+    ),
 ]
 DeviceChoice = Annotated[
     str,
@@ -353,21 +385,3 @@ Reader = Annotated[
     str,
     typer.Option("--for", metavar="READER", help="Program that is to load the folder: transformers or vllm."),
 ]
-
-
-
-def split_names(text: str | None) -> list[str]:
-    """Return the names in the value of an option, which commas part."""
-    return [name.strip() for name in text.split(",") if name.strip()] if text else []
-
-
-def columns_by_key(text: str | None) -> dict[str, str]:
-    """Return what `key=column,key=column` says, by the keys.
-
-    Raises:
-        ConfigError: for a value of another form.
-    """
-    pairs = [name.partition("=") for name in split_names(text)]
-    if any(not (key.strip() and column.strip()) for key, _, column in pairs):
-        raise ConfigError(f"--columns: got {text!r}, wanted key=column,key=column")
-    return {key.strip(): column.strip() for key, _, column in pairs}

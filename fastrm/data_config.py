@@ -115,9 +115,9 @@ class DataConfig(Section):
     image_std: Annotated[list[Annotated[float, Field(gt=0.0)]], Field(min_length=3, max_length=3)] | None = None
     """The deviations of red, green and blue that the image processor then divides by. Default: the model's own. Set
     mean and deviation only for a model that starts at random, on unusual images."""
-    max_image_pixels: Positive = MediaLimits.max_pixels
+    max_image_pixels: Positive = MediaLimits.max_image_pixels
     """Pixels of an image file above which it is refused before it is decoded."""
-    max_image_bytes: Positive = MediaLimits.max_bytes
+    max_image_bytes: Positive = MediaLimits.max_image_bytes
     """Bytes of an image file above which it is refused before it is read."""
     video_frames: Annotated[int, Field(gt=0, le=768)] = 32
     """The number of evenly spaced frames that a video is read as; a shorter video gives all of its frames. At most
@@ -161,3 +161,8 @@ class DataConfig(Section):
             if source.repeat != 1.0 or source.held_out:
                 raise ValueError(f"data.eval.{number}: repeat and held_out are for data.train; remove them here")
         return self
+
+    @property
+    def limits(self) -> MediaLimits:
+        """The sizes above which an image or a video is refused."""
+        return MediaLimits(self.max_image_bytes, self.max_image_pixels, self.max_video_bytes, self.max_video_seconds)

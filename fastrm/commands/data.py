@@ -55,8 +55,8 @@ def check_data(
     reading = {
         "images": images,
         "format": data_format,
-        "columns": opts.columns_by_key(columns),
-        "ignore": opts.split_names(ignore),
+        "columns": columns,
+        "ignore": ignore,
     }
     check(files, model=model, reading=reading, scoring=scoring, max_refused=max_refused, num_workers=workers)
 

@@ -1,14 +1,18 @@
 """Commands that use reward models: score, eval, check-serving, serve, export."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fastrm import cli_options as opts
-from fastrm.limits import MediaLimits
+from fastrm.commands.grouped import Without, grouped
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.serve.settings import ServeSettings, check_installed
 
 
+@grouped
 def score(
     models: opts.Models,
     data: Annotated[
@@ -24,24 +28,8 @@ def score(
             help="JSON Lines file to write, with {id, rewards} for each group in the order of the data.",
         ),
     ],
-    images: opts.Images = None,
-    data_format: opts.DataFormat = "auto",
-    columns: opts.Columns = None,
-    ignore: opts.Ignore = None,
-    ensemble: opts.EnsembleChoice = None,
-    validation: opts.Validation = None,
-    route: opts.RouteChoice = None,
-    save_ensemble: opts.SaveEnsemble = None,
-    tokens_per_pack: opts.TokensPerPack = 32768,
-    num_workers: opts.NumWorkers = 1,
-    device: opts.DeviceChoice = "auto",
-    dtype: opts.DtypeChoice = "auto",
-    template_date: opts.TemplateDate = None,
-    max_image_pixels: opts.MaxImagePixels = MediaLimits.max_pixels,
-    max_image_bytes: opts.MaxImageBytes = MediaLimits.max_bytes,
-    max_video_bytes: opts.MaxVideoBytes = MediaLimits.max_video_bytes,
-    max_video_seconds: opts.MaxVideoSeconds = MediaLimits.max_video_seconds,
-    check_exactness: opts.CheckExactness = True,
+    choice: ModelChoice,
+    options: ScoringOptions,
 ) -> None:
     """Write the rewards of a file's responses.
 
@@ -52,19 +40,11 @@ def score(
     Example: fastrm score runs/quickstart/model groups.jsonl --out rewards.jsonl
     """
     from fastrm.evaluate.files import score_file
-    from fastrm.evaluate.models import ModelChoice, ScoringOptions
 
-    options = ScoringOptions(
-        images=images, data_format=data_format, columns=opts.columns_by_key(columns), ignore=opts.split_names(ignore),
-        tokens_per_pack=tokens_per_pack, num_workers=num_workers,
-        device=device, dtype=dtype, template_date=template_date,
-        max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
-        max_video_seconds=max_video_seconds, check_exactness=check_exactness,
-    )  # fmt: skip
-    choice = ModelChoice(tuple(models), ensemble and ensemble.value, validation, route, save_ensemble)
-    score_file(choice, data, out, options)
+    score_file(replace(choice, models=tuple(models)), data, out, options)
 
 
+@grouped
 def evaluate(
     models_and_data: Annotated[
         list[str],
@@ -74,28 +54,12 @@ def evaluate(
             "vl_rewardbench, mm_rlhf_rewardbench, multimodal_rewardbench, rewardbench, rewardbench2, rm_bench.",
         ),
     ],
-    images: opts.Images = None,
-    data_format: opts.DataFormat = "auto",
-    columns: opts.Columns = None,
-    ignore: opts.Ignore = None,
+    choice: ModelChoice,
+    options: ScoringOptions,
     bench_data: opts.BenchData = None,
     scores: opts.Scores = None,
     json_out: opts.FiguresJson = None,
     png_out: opts.FiguresPng = None,
-    ensemble: opts.EnsembleChoice = None,
-    validation: opts.Validation = None,
-    route: opts.RouteChoice = None,
-    save_ensemble: opts.SaveEnsemble = None,
-    tokens_per_pack: opts.TokensPerPack = 32768,
-    num_workers: opts.NumWorkers = 1,
-    device: opts.DeviceChoice = "auto",
-    dtype: opts.DtypeChoice = "auto",
-    template_date: opts.TemplateDate = None,
-    max_image_pixels: opts.MaxImagePixels = MediaLimits.max_pixels,
-    max_image_bytes: opts.MaxImageBytes = MediaLimits.max_bytes,
-    max_video_bytes: opts.MaxVideoBytes = MediaLimits.max_video_bytes,
-    max_video_seconds: opts.MaxVideoSeconds = MediaLimits.max_video_seconds,
-    check_exactness: opts.CheckExactness = True,
 ) -> None:
     """Measure how well reward models agree with preferences.
 
@@ -107,17 +71,9 @@ def evaluate(
     Example: fastrm eval runs/quickstart/model eval.jsonl
     """
     from fastrm.evaluate.command import evaluate as run
-    from fastrm.evaluate.models import ModelChoice, ScoringOptions
 
-    options = ScoringOptions(
-        images=images, data_format=data_format, columns=opts.columns_by_key(columns), ignore=opts.split_names(ignore),
-        tokens_per_pack=tokens_per_pack, num_workers=num_workers,
-        device=device, dtype=dtype, template_date=template_date,
-        max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
-        max_video_seconds=max_video_seconds, check_exactness=check_exactness,
-    )  # fmt: skip
     *models, data = models_and_data
-    choice = ModelChoice(tuple(map(Path, models)), ensemble and ensemble.value, validation, route, save_ensemble)
+    choice = replace(choice, models=tuple(map(Path, models)))
     run(choice, data, options, bench_data=bench_data, scores=scores, json_out=json_out, png_out=png_out)
 
 
@@ -164,33 +120,12 @@ def check_serving(
     run(model, url, api, token=token, timeout=timeout, band=band, device=device, dtype=dtype)
 
 
+@grouped
 def serve(
     models: opts.ServedModels,
-    host: opts.Host = "127.0.0.1",
-    port: opts.Port = 8000,
-    token: opts.Token = None,
-    workers: opts.ServeWorkers = 1,
-    max_queue: opts.MaxQueue = 1024,
-    window_ms: opts.WindowMs = 3.0,
-    deterministic: opts.Deterministic = False,
-    max_connections: opts.MaxConnections = 4096,
-    max_body_bytes: opts.MaxBodyBytes = 32 * 2**20,
-    max_groups: opts.MaxGroups = 64,
-    max_responses: opts.MaxResponses = 1024,
-    image_root: opts.ImageRoot = None,
-    allow_image_urls: opts.AllowImageUrls = False,
-    ensemble: opts.EnsembleChoice = None,
-    validation: opts.Validation = None,
-    route: opts.RouteChoice = None,
-    tokens_per_pack: opts.TokensPerPack = 32768,
-    device: opts.DeviceChoice = "auto",
-    dtype: opts.DtypeChoice = "auto",
-    template_date: opts.TemplateDate = None,
-    max_image_pixels: opts.MaxImagePixels = MediaLimits.max_pixels,
-    max_image_bytes: opts.MaxImageBytes = MediaLimits.max_bytes,
-    max_video_bytes: opts.MaxVideoBytes = MediaLimits.max_video_bytes,
-    max_video_seconds: opts.MaxVideoSeconds = MediaLimits.max_video_seconds,
-    check_exactness: opts.CheckExactness = True,
+    settings: ServeSettings,
+    choice: Annotated[ModelChoice, Without("save")],
+    options: Annotated[ScoringOptions, Without("rows", "num_workers")],
 ) -> None:
     """Answer requests for rewards by HTTP.
 
@@ -201,24 +136,10 @@ def serve(
     \b
     Example: fastrm serve runs/quickstart/model --port 8000
     """
-    from fastrm.serve.settings import ServeSettings, check_installed
-
     check_installed()
-    from fastrm.evaluate.models import ModelChoice, ScoringOptions
     from fastrm.serve.command import serve as run
 
-    options = ScoringOptions(
-        images=None, data_format="auto", tokens_per_pack=tokens_per_pack, num_workers=0,
-        device=device, dtype=dtype, template_date=template_date,
-        max_image_pixels=max_image_pixels, max_image_bytes=max_image_bytes, max_video_bytes=max_video_bytes,
-        max_video_seconds=max_video_seconds, check_exactness=check_exactness,
-    )  # fmt: skip
-    settings = ServeSettings(
-        host=host, port=port, token=token, workers=workers, max_queue=max_queue, window_ms=window_ms,
-        deterministic=deterministic, max_connections=max_connections, max_body_bytes=max_body_bytes,
-        max_groups=max_groups, max_responses=max_responses, image_root=image_root, allow_image_urls=allow_image_urls,
-    )  # fmt: skip
-    run(models, ModelChoice((), ensemble and ensemble.value, validation, route), options, settings)
+    run(models, choice, options, settings)
 
 
 def export(

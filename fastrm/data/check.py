@@ -203,7 +203,7 @@ def check_source(
     Raises:
         ConfigError, DataError: the source cannot be read at all.
     """
-    settings = ReadSettings(limits.max_bytes, limits.max_pixels, limits.max_video_bytes)
+    settings = ReadSettings.within(limits)
     units = list_units("train", [source], settings)
     files = list(dict.fromkeys(unit.file.path for unit in units))
     total, done = sum(unit.stop - unit.start for unit in units), 0

@@ -192,11 +192,11 @@ def _check_pixels(size: tuple[int, int], ref: ImageRef, limits: MediaLimits) -> 
     width, height = size
     if width <= 0 or height <= 0:
         raise RecordError("IMAGE_DAMAGED", f'image "{ref}" is {width} x {height} pixels; fix the file')
-    if width * height > limits.max_pixels:
+    if width * height > limits.max_image_pixels:
         raise RecordError(
             "IMAGE_TOO_LARGE",
             f'image "{ref}" is {width:,} x {height:,} ({width * height / 1e6:.1f} MP), '
-            f"limit {limits.max_pixels / 1e6:g} MP; raise data.max_image_pixels or fix the file",
+            f"limit {limits.max_image_pixels / 1e6:g} MP; raise data.max_image_pixels or fix the file",
         )
 
 
@@ -302,4 +302,4 @@ def _check_bytes(num_bytes: int, ref: MediaRef, limits: MediaLimits) -> None:
 
 
 def _max_bytes(ref: MediaRef, limits: MediaLimits) -> int:
-    return limits.max_video_bytes if isinstance(ref, VideoRef) else limits.max_bytes
+    return limits.max_video_bytes if isinstance(ref, VideoRef) else limits.max_image_bytes

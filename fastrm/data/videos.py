@@ -206,7 +206,7 @@ class _VideoFile:
         if container_format is None:
             raise media_error(ref, "FORMAT", "is not an MP4, QuickTime, Matroska or WebM file; convert it to MP4")
         # FFmpeg decodes first frames to fill gaps of the header, and none with more pixels than this.
-        self._options = {"max_pixels": str(limits.max_pixels)}
+        self._options = {"max_pixels": str(limits.max_image_pixels)}
         # From version 17 on a conversion keeps a pool of threads. A forked data worker inherits it without its threads,
         # and waits for them for ever when it converts a frame, or only ends. So conversions of ours have no pool; and a
         # converter of ours, since from version 19 on `VideoFrame.to_ndarray` takes the thread's one, with the pool that
@@ -235,11 +235,11 @@ class _VideoFile:
             raise media_error(ref, "FORMAT", f"is coded as {codec}, wanted one of {', '.join(CODECS)}; convert it")
         if not (stream.width > 0 and stream.height > 0 and stream.average_rate):
             raise media_error(ref, "DAMAGED", "does not say its size or frame rate; make it again")
-        if stream.width * stream.height > limits.max_pixels:
+        if stream.width * stream.height > limits.max_image_pixels:
             raise media_error(
                 ref,
                 "TOO_LARGE",
-                f"is {stream.width:,} x {stream.height:,}, limit {limits.max_pixels / 1e6:g} MP a frame; "
+                f"is {stream.width:,} x {stream.height:,}, limit {limits.max_image_pixels / 1e6:g} MP a frame; "
                 "raise data.max_image_pixels or fix the file",
             )
         num_frames = stream.frames

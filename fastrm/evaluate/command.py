@@ -11,7 +11,8 @@ from fastrm.evaluate.benchmarks.report import Evaluation, comparison_table, draw
 from fastrm.evaluate.ensemble import Ensemble, Rewards
 from fastrm.evaluate.files import CHUNK, describe, evaluate_file, print_refused
 from fastrm.evaluate.merging import score_merged
-from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
+from fastrm.evaluate.models import open_models
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.json_files import to_json
 from fastrm.storage import check_output, whole_file
 from fastrm.ui import Display, make_console, print_table
@@ -57,15 +58,15 @@ def evaluate(
                 raise ConfigError(f"{option} is for a benchmark; got {data} as the last argument, wanted bench:NAME")
         evaluate_file(choice, data, json_out, options)
         return
-    if options.data_format != "auto":
+    if options.rows.data_format != "auto":
         raise ConfigError(f"--format is for preferences of your own; {data} has its published layout")
-    if options.columns or options.ignore:
+    if options.rows.columns or options.rows.ignore:
         raise ConfigError(f"--columns and --ignore are for preferences of your own; {data} has its published layout")
     outputs = Outputs(json_out, png_out)
     if scores is None:
         evaluate_benchmark(choice, data, bench_data, options, outputs)
         return
-    if choice != ModelChoice(()) or options.images is not None:
+    if choice != ModelChoice() or options.rows.images is not None:
         raise ConfigError("--scores takes the place of models; leave them and their options out")
     measure_scores(scores, data, bench_data, outputs)
 
@@ -84,7 +85,7 @@ def evaluate_benchmark(
     outputs.check()
     if choice.save is not None:
         check_output(choice.save)
-    benchmark = load_benchmark(name, data, options.images)
+    benchmark = load_benchmark(name, data, options.rows.images)
     records = benchmark.records
     with Display() as display:
         ensemble = open_models(choice, options, display)

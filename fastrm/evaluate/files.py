@@ -12,7 +12,8 @@ from fastrm.data.sources.columns import understood
 from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.accuracy import PairAccuracy
 from fastrm.evaluate.ensemble import Ensemble, Rewards
-from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
+from fastrm.evaluate.models import open_models
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json
@@ -98,17 +99,17 @@ class Scoring:
 
     def run(self, *, require_preferences: bool) -> Iterator[Scored]:
         """Yield (record, rewards), or (record or id, RecordError), for each row in order."""
-        options, keys = self._options, {}
-        reading = {"require_preferences": require_preferences, "columns": options.columns, "ignore": options.ignore}
-        for file in source_files(self._data, images=options.images, format=options.data_format, **reading):
+        asked, keys = self._options.rows, {}
+        reading = {"require_preferences": require_preferences, "columns": asked.columns, "ignore": asked.ignore}
+        for file in source_files(self._data, images=asked.images, format=asked.data_format, **reading):
             if (line := understood(file)) is not None:
                 self._display.say(line)
-        rows = read_in_order(self._data, options.images, options.data_format, keys=keys, **reading)
+        rows = read_in_order(self._data, asked.images, asked.data_format, keys=keys, **reading)
         # The data is opened before the models are loaded, so that an unreadable file fails at once.
         chunk, done = list(islice(rows, CHUNK)), 0
         if not chunk:
             raise DataError(f"{self._data}: it has no rows; name a file with a row for each prompt")
-        self.ensemble = open_models(self._choice, options, self._display)
+        self.ensemble = open_models(self._choice, self._options, self._display)
         while chunk:
             yield from self._score(chunk)
             done += len(chunk)

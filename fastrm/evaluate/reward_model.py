@@ -50,10 +50,7 @@ class RewardModel:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         template_date: datetime.date | str | None = None,
-        max_image_pixels: int = MediaLimits.max_pixels,
-        max_image_bytes: int = MediaLimits.max_bytes,
-        max_video_bytes: int = MediaLimits.max_video_bytes,
-        max_video_seconds: float = MediaLimits.max_video_seconds,
+        limits: MediaLimits = MediaLimits(),  # noqa: B008 (it cannot be changed)
         check_exactness: bool = True,
     ) -> "RewardModel":
         """Load the `model/` folder of a run, or a reward model that others trained (docs/models.md).
@@ -68,8 +65,7 @@ class RewardModel:
             min_pixels, max_pixels: images are resized to these limits; default: those of the training run.
             template_date: for a chat template that reads the clock, a date or 2026-07-26; default: that of the
                 training run, else today, with which rewards change from day to day.
-            max_image_pixels, max_image_bytes: an image that declares more is refused before it is decoded.
-            max_video_bytes, max_video_seconds: a video that has or declares more likewise.
+            limits: an image or a video that declares more is refused before it is decoded.
             check_exactness: before the first rewards of text, of images and of videos, compare two with those of the
                 stock transformers class with the same weights. The result is kept in the user's cache
                 (first_use.py), so that a model is checked once.
@@ -89,7 +85,7 @@ class RewardModel:
         wanted = None if dtype == "auto" else DTYPES[dtype]
         given = _date(template_date)
         network = load_model(Path(checked_path(path)), min_pixels, max_pixels, dtype=wanted, device=target, date=given)
-        network.encoder.limits = MediaLimits(max_image_bytes, max_image_pixels, max_video_bytes, max_video_seconds)
+        network.encoder.limits = limits
         network.set_kernels(network.model.dtype, kernels=kernels, attention=attention)
         if check_exactness:
             network.first_use = FirstUse(network, weights_of(path))

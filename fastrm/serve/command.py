@@ -20,8 +20,8 @@ from PIL import Image
 from fastrm import errors
 from fastrm.errors import ConfigError, DataError, GroupError, InterruptedRun
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
-from fastrm.limits import MediaLimits
+from fastrm.evaluate.models import open_models
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.serve.app import make_app
 from fastrm.serve.caches import BoundedCache
 from fastrm.serve.connections import Connections, allow_open
@@ -52,12 +52,9 @@ def serve(models: Sequence[str], choice: ModelChoice, options: ScoringOptions, s
         InterruptedRun: if requests that were accepted had no answer in time.
     """
     check_host(settings)
-    limits = MediaLimits(
-        options.max_image_bytes, options.max_image_pixels, options.max_video_bytes, options.max_video_seconds
-    )
     choices = name_models(models, choice)
     with contextlib.closing(open_port(settings)) as listener:
-        settings = replace(settings, port=listener.getsockname()[1], media=limits)
+        settings = replace(settings, port=listener.getsockname()[1], media=options.limits)
         if settings.workers == 1:
             scheduler = load_scheduler(choices, options, settings)
         else:

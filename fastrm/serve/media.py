@@ -119,7 +119,7 @@ class MediaPolicy:
             raise RecordError(error.code, error.message.replace(os.path.join(root, ""), "")) from None
 
     def _fetch(self, url: str, kind: type[MediaRef], deadline: float) -> bytes:
-        limit = self.limits.max_bytes if kind is ImageRef else self.limits.max_video_bytes
+        limit = self.limits.max_image_bytes if kind is ImageRef else self.limits.max_video_bytes
         try:
             connection = self._connect(url, kind, deadline)
             with connection.sock:

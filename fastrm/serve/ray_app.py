@@ -21,8 +21,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from fastrm.errors import ConfigError
-from fastrm.evaluate.models import ModelChoice, ScoringOptions
-from fastrm.limits import MediaLimits
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.serve.app import make_app
 from fastrm.serve.command import check_host, load_scheduler, name_models
 from fastrm.serve.dispatch import Dispatcher, MakeResolve, Served, prompt_hash, summed
@@ -58,8 +57,7 @@ class Arguments(BaseModel):
     def options(self) -> ScoringOptions:
         """Return the options of the models."""
         return ScoringOptions(
-            images=None, data_format="auto", tokens_per_pack=self.tokens_per_pack, num_workers=0, device=self.device,
-            dtype=self.dtype, max_image_pixels=MediaLimits.max_pixels, max_image_bytes=MediaLimits.max_bytes,
+            tokens_per_pack=self.tokens_per_pack, device=self.device, dtype=self.dtype,
             check_exactness=self.check_exactness,
         )  # fmt: skip
 

@@ -96,8 +96,7 @@ def _sources(names: Sequence[str], reading: dict) -> list[tuple[str, SourceConfi
 def _limits(config: Config | None) -> MediaLimits:
     if config is None:
         return MediaLimits()
-    data = config.data
-    return MediaLimits(data.max_image_bytes, data.max_image_pixels, data.max_video_bytes, data.max_video_seconds)
+    return config.data.limits
 
 
 def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | None:

@@ -6,7 +6,6 @@ from fastrm.config import Config, ModelConfig, TrainedTokenizer
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.data.videos import VideoSettings
-from fastrm.limits import MediaLimits
 from fastrm.model.architectures import find_architecture
 from fastrm.model.export import make_encoder
 from fastrm.model.loading import load_backbone_config
@@ -31,9 +30,8 @@ def make_tokenizer(config: Config):
 def make_data_encoder(config: Config, architecture, tokenizer) -> ConversationEncoder:
     """Put tokenizer and vision format together; `architecture` is the backbone's transformers config."""
     settings, data = config.model, config.data
-    limits = MediaLimits(data.max_image_bytes, data.max_image_pixels, data.max_video_bytes, data.max_video_seconds)
     return make_encoder(
-        architecture, tokenizer, settings.path and locate(settings.path).processor, settings.anchor, limits,
+        architecture, tokenizer, settings.path and locate(settings.path).processor, settings.anchor, data.limits,
         min_pixels=data.min_pixels, max_pixels=data.max_pixels, max_tiles=data.max_tiles,
         image_mean=data.image_mean, image_std=data.image_std,
         video=VideoSettings(

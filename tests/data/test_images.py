@@ -50,9 +50,9 @@ def test_every_form_gives_the_same_bytes_size_and_pixels(make_ref):
 def test_byte_limit_holds_in_every_form(make_ref):
     data = encoded()
     ref = make_ref(data)
-    assert read_bytes(ref, MediaLimits(max_bytes=len(data))) == data
+    assert read_bytes(ref, MediaLimits(max_image_bytes=len(data))) == data
     for function in (read_bytes, image_size, decode_image):
-        assert code_of(function, ref, MediaLimits(max_bytes=len(data) - 1)) == "IMAGE_TOO_LARGE"
+        assert code_of(function, ref, MediaLimits(max_image_bytes=len(data) - 1)) == "IMAGE_TOO_LARGE"
 
 
 def test_byte_limit_is_checked_before_reading(tmp_path):
@@ -101,13 +101,13 @@ def test_pixel_limit_is_checked_from_the_header():
 def test_pixel_limit_of_webp_is_checked_before_the_canvas_is_made(monkeypatch):
     monkeypatch.setattr("fastrm.data.images.WebPImageFile", lambda file: pytest.fail("decoder was made"))
     ref = ImageRef(data=encoded("WEBP", (300, 200)))
-    assert code_of(image_size, ref, MediaLimits(max_pixels=59_999)) == "IMAGE_TOO_LARGE"
+    assert code_of(image_size, ref, MediaLimits(max_image_pixels=59_999)) == "IMAGE_TOO_LARGE"
 
 
 def test_pixel_limit_is_inclusive():
     ref = ImageRef(data=encoded(size=(20, 10)))
-    assert image_size(ref, MediaLimits(max_pixels=200)) == (20, 10)
-    assert code_of(image_size, ref, MediaLimits(max_pixels=199)) == "IMAGE_TOO_LARGE"
+    assert image_size(ref, MediaLimits(max_image_pixels=200)) == (20, 10)
+    assert code_of(image_size, ref, MediaLimits(max_image_pixels=199)) == "IMAGE_TOO_LARGE"
 
 
 def test_pillow_bomb_limit_neither_interferes_nor_changes(monkeypatch):
@@ -151,7 +151,7 @@ def test_header_of_a_plain_file_is_read_without_its_pixels(tmp_path):
     path.write_bytes(encoded("PNG", (100, 100)))
     with open(path, "ab") as file:
         file.truncate(2**30)
-    assert image_size(ImageRef(path=str(path)), MediaLimits(max_bytes=2**31)) == (100, 100)
+    assert image_size(ImageRef(path=str(path)), MediaLimits(max_image_bytes=2**31)) == (100, 100)
 
 
 def make_fifo(path):

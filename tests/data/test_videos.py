@@ -246,13 +246,13 @@ def test_limits_are_checked_before_decoding(monkeypatch, tmp_path):
     error = refusal(ref, limits=MediaLimits(max_video_bytes=size - 1))
     assert error.code == "VIDEO_TOO_LARGE"
     assert f"has {size:,} bytes, limit {size - 1:,}; raise data.max_video_bytes" in error.message
-    error = refusal(ref, limits=MediaLimits(max_pixels=64 * 48 - 1))
+    error = refusal(ref, limits=MediaLimits(max_image_pixels=64 * 48 - 1))
     assert error.code == "VIDEO_TOO_LARGE" and "is 64 x 48, limit 0.003071 MP a frame" in error.message
     for video, seconds in ((ref, 4), (folder, 50 / 24)):
         error = refusal(video, limits=MediaLimits(max_video_seconds=seconds - 0.01))
         assert error.code == "VIDEO_TOO_LONG" and "raise data.max_video_seconds or cut it" in error.message
         assert header_of(video, limits=MediaLimits(max_video_seconds=seconds))
-    error = refusal(folder, limits=MediaLimits(max_pixels=199))
+    error = refusal(folder, limits=MediaLimits(max_image_pixels=199))
     assert error.code == "VIDEO_TOO_LARGE" and "has a bad frame: image " in error.message
 
 
@@ -337,7 +337,7 @@ def test_damaged_files_give_frames_or_a_name(container):
         else:
             for place in rng.integers(len(data) if trial % 3 == 1 else 600, size=rng.integers(1, 30)):
                 broken[place] = rng.integers(256)
-        ref, limits = VideoRef(data=bytes(broken)), MediaLimits(max_pixels=10_000, max_video_seconds=600)
+        ref, limits = VideoRef(data=bytes(broken)), MediaLimits(max_image_pixels=10_000, max_video_seconds=600)
         try:
             shapes = {frame.shape for frame in frames_of(ref, 4, limits=limits)}
             assert len(shapes) == 1

@@ -10,7 +10,8 @@ from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.evaluate.benchmarks import values_of
 from fastrm.evaluate.benchmarks.published import published_rows
 from fastrm.evaluate.command import Outputs, evaluate, measure_scores
-from fastrm.evaluate.models import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, RowOptions, ScoringOptions
+from fastrm.limits import MediaLimits
 from tests.helpers import benchmark_files as published
 from tests.helpers.benchmark_files import NAMES, VL_IDS, random_rewards, small
 
@@ -82,8 +83,8 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_work(tmp_path):
 
 
 OPTIONS = ScoringOptions(
-    images=None, data_format="auto", tokens_per_pack=2048, num_workers=0, device="cpu", dtype="fp32",
-    max_image_pixels=10**6, max_image_bytes=10**6,
+    tokens_per_pack=2048, num_workers=0, device="cpu", dtype="fp32",
+    limits=MediaLimits(10**6, 10**6),
 )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ OPTIONS = ScoringOptions(
     ids=["no model", "png", "data", "scores", "scores and model", "scores and images"],
 )
 def test_options_that_do_not_go_together_are_refused(models, data, given, message):
-    options = replace(OPTIONS, images=given.pop("images", None))
+    options = replace(OPTIONS, rows=RowOptions(images=given.pop("images", None)))
     given = {"bench_data": None, "scores": None, "json_out": None, "png_out": None} | given
     with pytest.raises(ConfigError, match=message):
         evaluate(ModelChoice(models), data, options, **given)

@@ -21,16 +21,17 @@ from fastrm.evaluate.command import Outputs, evaluate_benchmark
 from fastrm.evaluate.ensemble import Ensemble, Rewards, validation_weights
 from fastrm.evaluate.files import evaluate_file, score_file
 from fastrm.evaluate.merging import merge_prompts, score_merged
-from fastrm.evaluate.models import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.evaluate.reading import read_in_order
+from fastrm.limits import MediaLimits
 from fastrm.train.loop import train
 from tests.helpers import benchmark_files as published
 from tests.helpers.runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
 from tests.helpers.support import make_model, make_record
 
 OPTIONS = ScoringOptions(
-    images=None, data_format="auto", tokens_per_pack=2048, num_workers=0, device="cpu", dtype="fp32",
-    max_image_pixels=10**6, max_image_bytes=10**6,
+    tokens_per_pack=2048, num_workers=0, device="cpu", dtype="fp32",
+    limits=MediaLimits(10**6, 10**6),
 )  # fmt: skip
 TEXT_INIT = {
     "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

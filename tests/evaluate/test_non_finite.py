@@ -16,10 +16,9 @@ from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.command import Outputs, evaluate_benchmark
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.files import evaluate_file, score_file
-from fastrm.evaluate.models import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.json_files import to_json
-from fastrm.limits import MediaLimits
 from fastrm.train.engine import LocalEngine
 from fastrm.train.loop import train
 from fastrm.train.setup import _finite
@@ -28,8 +27,7 @@ from tests.helpers.runs import fastrm, text_rows, tiny_config, write_rows
 from tests.helpers.support import make_model
 
 OPTIONS = ScoringOptions(
-    images=None, data_format="auto", tokens_per_pack=2048, num_workers=0, device="cpu", dtype="fp32",
-    max_image_pixels=MediaLimits.max_pixels, max_image_bytes=MediaLimits.max_bytes,
+    tokens_per_pack=2048, num_workers=0, device="cpu", dtype="fp32",
 )  # fmt: skip
 SCALES = {"a weight that is none": float("nan"), "a head too large": float("inf")}
 
@@ -273,5 +271,5 @@ def test_json_for_files_is_made_in_one_place():
     """The others make texts that are hashed, rendered, sent or shown, and no file."""
     writes = re.compile(r"json\.dumps?\(")
     found = {path.name for path in (PROJECT / "fastrm").rglob("*.py") if writes.search(path.read_text())}
-    sent_or_hashed = {"wire.py", "math_check.py", "samples.py", "dispatch.py"}
+    sent_or_hashed = {"wire.py", "math_check.py", "samples.py", "dispatch.py", "connections.py"}
     assert found <= {"json_files.py", "rendering.py", "values.py", "keys.py", "clock.py"} | sent_or_hashed

@@ -1,5 +1,6 @@
 """Scoring through Python and through files: the same rewards, whatever is packed with them."""
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -17,7 +18,7 @@ from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.evaluate import files
 from fastrm.evaluate.accuracy import PairAccuracy, wilson_interval
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.models import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.limits import MediaLimits
 from fastrm.model.export import save_model
 from fastrm.train.loop import train
@@ -151,13 +152,14 @@ def test_a_choice_that_does_not_exist_is_a_usage_error(monkeypatch, capsys, tmp_
 
 @pytest.mark.parametrize("limit", ["max_image_pixels", "max_image_bytes"])
 def test_image_limits_can_be_set(folder, limit):
-    limited = package.RewardModel.from_pretrained(folder / "run" / "model", **{limit: 50})
+    limits = MediaLimits(**{limit: 50})
+    limited = package.RewardModel.from_pretrained(folder / "run" / "model", limits=limits)
     group = {"prompt": "Which colour?", "images": [str(folder / "images" / "0.png")], "responses": ["red"]}
     with pytest.raises(DataError, match=f"limit .*raise data.{limit}.*IMAGE_TOO_LARGE"):
         limited.score([group])
     out = folder / f"{limit}.jsonl"
     with pytest.raises(DataError, match=r"no group has rewards; first: .*colours\.jsonl:1: .*limit"):
-        files.score_file(chosen(folder / "run" / "model"), str(folder / "colours.jsonl"), out, options(**{limit: 50}))
+        files.score_file(chosen(folder / "run" / "model"), str(folder / "colours.jsonl"), out, options(limits=limits))
     assert all(json.loads(line)["error"]["code"] == "IMAGE_TOO_LARGE" for line in out.read_text().splitlines())
 
 
@@ -167,7 +169,8 @@ def test_the_commands_defaults_are_those_of_the_api_and_of_training():
     for command in (commands.score, commands.evaluate):
         defaults = {name: p.default for name, p in inspect.signature(command).parameters.items()}
         assert defaults["tokens_per_pack"] == of_training.data.max_tokens_per_group == 32768
-        assert MediaLimits(defaults["max_image_bytes"], defaults["max_image_pixels"]) == MediaLimits()
+        limits = [field.name for field in dataclasses.fields(MediaLimits)]
+        assert MediaLimits(**{name: defaults[name] for name in limits}) == MediaLimits() == of_training.data.limits
         assert defaults["num_workers"] == 1
 
 
@@ -176,10 +179,7 @@ def chosen(*models, **settings) -> ModelChoice:
 
 
 def options(**changes) -> ScoringOptions:
-    usual = {
-        "images": None, "data_format": "auto", "tokens_per_pack": 2048, "num_workers": 0, "device": "cpu",
-        "dtype": "fp32", "max_image_pixels": MediaLimits.max_pixels, "max_image_bytes": MediaLimits.max_bytes,
-    }  # fmt: skip
+    usual = {"tokens_per_pack": 2048, "num_workers": 0, "device": "cpu", "dtype": "fp32"}
     return ScoringOptions(**usual | changes)
 
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fastrm import RewardModel
 from fastrm.config import ModelConfig, load_config
 from fastrm.errors import ConfigError, StorageError
-from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
+from fastrm.evaluate.models import open_models
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.forecast.dry_run import dry_run
+from fastrm.limits import MediaLimits
 from fastrm.model import weight_files
 from fastrm.model.adopt import adopt
 from fastrm.model.export import save_model
@@ -343,8 +345,8 @@ class TestTraining:
 def test_the_line_is_printed_by_score_and_eval(tmp_path, capsys):
     save_backbone(tmp_path / "base", "qwen2", AutoModelForSequenceClassification, num_labels=1)
     options = ScoringOptions(
-        images=None, data_format="auto", tokens_per_pack=4096, num_workers=0, device="cpu", dtype="fp32",
-        max_image_pixels=10**6, max_image_bytes=10**6,
+        tokens_per_pack=4096, num_workers=0, device="cpu", dtype="fp32",
+        limits=MediaLimits(10**6, 10**6),
     )  # fmt: skip
     with Display() as display:
         open_models(ModelChoice((tmp_path / "base",)), options, display)

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from fastrm import RewardModel
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, StorageError
-from fastrm.evaluate.models import ModelChoice, ScoringOptions, open_models
+from fastrm.evaluate.models import open_models
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.limits import MediaLimits
 from fastrm.model import weight_files
 from fastrm.model.export import load_model, save_model
 from fastrm.model.fusion import fuse_projections
@@ -236,8 +238,8 @@ class TestScoring:
     def test_is_a_line_of_the_commands(self, folder):
         said = []
         options = ScoringOptions(
-            images=None, data_format="auto", tokens_per_pack=1, num_workers=0, device="cpu", dtype="auto",
-            max_image_pixels=1, max_image_bytes=1,
+            tokens_per_pack=1, num_workers=0, device="cpu", dtype="auto",
+            limits=MediaLimits(1, 1),
         )  # fmt: skip
         models = ModelChoice((folder[0], folder[0]))
         ensemble = open_models(models, options, SimpleNamespace(say=said.append))

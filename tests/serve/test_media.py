@@ -127,7 +127,7 @@ def test_an_error_of_a_file_does_not_tell_the_servers_folder(root):
 
 def test_a_file_over_the_limit_and_too_many_files_are_refused(root):
     with pytest.raises(RecordError) as caught:
-        read(FORMS["images"]("a.png"), MediaPolicy(image_root=root, limits=MediaLimits(max_bytes=10)))
+        read(FORMS["images"]("a.png"), MediaPolicy(image_root=root, limits=MediaLimits(max_image_bytes=10)))
     assert caught.value.code == "IMAGE_TOO_LARGE"
     group = {"prompt": "a", "images": ["a.png"] * 3, "responses": ["b"]}
     with pytest.raises(RecordError) as caught:
@@ -192,7 +192,7 @@ def test_one_private_address_of_several_refuses_a_name(monkeypatch, opened):
     [
         ("/away", MediaLimits(), "redirects are not followed"),
         ("/missing.png", MediaLimits(), "status 404"),
-        ("/a.png", MediaLimits(max_bytes=100), "more than 100 bytes"),
+        ("/a.png", MediaLimits(max_image_bytes=100), "more than 100 bytes"),
     ],
 )
 def test_redirects_errors_and_large_answers_are_refused(site, path, limits, text):

@@ -15,7 +15,8 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.errors import ConfigError
 from fastrm.evaluate.files import score_file
-from fastrm.evaluate.models import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.limits import MediaLimits
 from fastrm.train import template_date
 from fastrm.train.data import prepare_ahead
 from fastrm.train.loop import train
@@ -161,8 +162,8 @@ def test_a_model_without_a_date_is_scored_on_today_and_says_so(config, tokenizer
     assert RewardModel.from_pretrained(folder).score([GROUP]) != kept
     capsys.readouterr()
     options = ScoringOptions(
-        images=None, data_format="auto", tokens_per_pack=2048, num_workers=0, device="cpu", dtype="auto",
-        max_image_pixels=10**6, max_image_bytes=10**6,
+        tokens_per_pack=2048, num_workers=0, device="cpu", dtype="auto",
+        limits=MediaLimits(10**6, 10**6),
     )  # fmt: skip
     choice = ModelChoice((folder,), None, None, None, None)
     score_file(choice, str(write_rows(tmp_path / "groups.jsonl", [GROUP])), tmp_path / "out.jsonl", options)

@@ -66,10 +66,8 @@ def _probe(encoder: ConversationEncoder, size: tuple[int, int]) -> list | str:
 def read_settings(config: Config) -> ReadSettings:
     """Return the part of the configuration that decides how rows are read."""
     data, wanted = config.data, config.data.decontaminate
-    return ReadSettings(
-        max_image_bytes=data.max_image_bytes,
-        max_image_pixels=data.max_image_pixels,
-        max_video_bytes=data.max_video_bytes,
+    return ReadSettings.within(
+        data.limits,
         texts=wanted is not None and (wanted.image_question or wanted.response_pair),
         # True is 1, and a distance of 0 needs the hashes too.
         looks=wanted is not None and wanted.perceptual_hash is not False,

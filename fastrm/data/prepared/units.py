@@ -95,6 +95,11 @@ class ReadSettings:
     texts: bool = False
     looks: bool = False
 
+    @classmethod
+    def within(cls, limits: MediaLimits, *, texts: bool = False, looks: bool = False) -> "ReadSettings":
+        """Return the settings of reading with limits, of which that of a video's seconds is kept elsewhere."""
+        return cls(limits.max_image_bytes, limits.max_image_pixels, limits.max_video_bytes, texts, looks)
+
     @property
     def limits(self) -> MediaLimits:
         return MediaLimits(self.max_image_bytes, self.max_image_pixels, self.max_video_bytes)

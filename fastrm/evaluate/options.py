@@ -1,0 +1,96 @@
+"""The options of `fastrm score`, `eval` and `serve` that come to them as objects; loads neither torch nor numpy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastrm.errors import ConfigError
+from fastrm.limits import MediaLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """The ways to read the rows of a data file.
+
+    Attributes:
+        images: the folder or archive that the paths of images are relative to; None: the folder of the data file.
+        data_format: the layout of the rows, or auto.
+        columns: the file's names for keys, by the keys.
+        ignore: keys that are metadata and are not reported.
+    """
+
+    images: str | None = None
+    data_format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignore: Sequence[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """The settings of models that score, and of their forward passes.
+
+    Attributes:
+        rows: the ways to read the data.
+        tokens_per_pack: token budget of one forward pass.
+        num_workers: processes that decode images ahead of the forward passes; 0: this one does.
+        device, dtype, template_date, limits, check_exactness: as for `RewardModel.from_pretrained`.
+    """
+
+    rows: RowOptions = field(default_factory=RowOptions)
+    tokens_per_pack: int = 32768
+    num_workers: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    template_date: str | None = None
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    check_exactness: bool = True
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The models, and the way to combine their rewards.
+
+    Attributes:
+        models: folders of reward models, or one ensemble file.
+        combine: mean, accuracy or margin; None: the mean, or what the file says.
+        validation: preferences that give the weights of accuracy and margin.
+        route: ``text=MODEL``, or None.
+        save: the file to write the ensemble to, or None.
+    """
+
+    models: tuple[Path, ...] = ()
+    combine: str | None = None
+    validation: str | None = None
+    route: str | None = None
+    save: Path | None = None
+
+    def check(self) -> None:
+        """Refuse a choice that cannot work, before anything is loaded.
+
+        Raises:
+            ConfigError: for no model, a malformed route, or a validation file that is not used.
+        """
+        if not self.models:
+            raise ConfigError("name a model: fastrm eval MODEL... DATA, or --scores FILE for somebody else's scores")
+        weighted = self.combine in ("accuracy", "margin")
+        if weighted and self.validation is None:
+            raise ConfigError(f"--ensemble {self.combine} takes its weights from --validation FILE; name one")
+        if weighted and len(self.models) < 2:
+            raise ConfigError(f"--ensemble {self.combine} needs two models or more, got {len(self.models)}")
+        if self.validation is not None and not weighted:
+            raise ConfigError("--validation is for the weights of --ensemble accuracy or margin; add one of them")
+        _ = self.text_model
+
+    @property
+    def text_model(self) -> Path | None:
+        """The model that scores inputs without images, or None.
+
+        Raises:
+            ConfigError: for a malformed route.
+        """
+        if self.route is None:
+            return None
+        kind, _, model = self.route.partition("=")
+        if kind != "text" or not model:
+            raise ConfigError(f"--route: got {self.route!r}, wanted text=MODEL, for inputs without images")
+        return Path(model)
