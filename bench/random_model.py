@@ -94,7 +94,7 @@ def published_options(name: str, layers: int | None, tile: int | None = None) ->
     of_vision = {
         "qwen2_5_vl": {"depth": layers, "fullatt_block_indexes": [layers - 1]},
         "qwen2_vl": {"depth": layers},
-        "qwen3_vl": {"depth": layers, "deepstack_visual_indexes": list(range(layers))},
+        "qwen3_vl": {"depth": layers, "deepstack_visual_indexes": list(range(layers - 1))},
         "internvl": {"num_hidden_layers": layers},
     }  # fmt: skip
     return {

@@ -5,6 +5,7 @@ media format in `fastrm/data/media/<family>.py`. Families of text alone differ b
 """
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from torch import nn
@@ -70,6 +71,9 @@ class VisionFamily(Protocol):
 
     def fixed_in_vllm(self, config) -> dict[str, tuple] | None:
         """Return by key (value, what vLLM computes whatever the value is); None if its exports for vLLM are unknown."""
+
+    def add_vllm_files(self, folder: Path, config, tokenizer) -> None:
+        """Write what vLLM reads besides the other files, into an export's folder."""
 
 
 _VISION: tuple[VisionFamily, ...] = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL)

@@ -5,12 +5,10 @@ language model and is named so (vllm/model_executor/models/adapters.py, `as_seq_
 by the plugin in kernels/vllm_plugin, whose classes begin with Fastrm. Names and behaviour are those of vLLM 0.32.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastrm.errors import ConfigError
-from fastrm.json_files import to_json
 from fastrm.model.families import FAMILIES, STEMS, VISION_FAMILIES
 from fastrm.model.network import RewardNetwork
 from fastrm.model.stock_classes import StockReading, anchors_end, read_by_stock
@@ -19,11 +17,6 @@ from fastrm.model.stock_classes import StockReading, anchors_end, read_by_stock
 _PLUGIN, WHOLE = "Fastrm", "FastrmWhole"
 # Keys of config.json by which stock classes make the head and choose its activation: of regression, none.
 _OF_THE_HEAD = ("num_labels", "id2label", "label2id", "problem_type")
-_IMAGE_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-}
 
 
 @dataclass(frozen=True)
@@ -68,27 +61,10 @@ class VllmReading(StockReading):
             rope.pop("factor", None)
 
     def add_files(self, folder: Path, network: RewardNetwork) -> None:
-        """Write what transformers' InternVLProcessor needs, by which vLLM reads images; it asks for videos' token too.
-
-        Tokenizers of published models name these tokens themselves.
-        """
-        config, tokenizer = network.model.config, network.encoder.tokenizer
-        if config.model_type != "internvl":
-            return
-        side = config.vision_config.image_size[0] // config.vision_config.patch_size[0]
-        per_tile = int(side**2 * config.downsample_ratio**2)
-        _update(folder / "processor_config.json", image_seq_length=per_tile, processor_class="InternVLProcessor")
-        video = "<video>" if "<video>" in network.encoder.special_ids else _IMAGE_TOKENS["context_image_token"]
-        named = {name: token for name, token in _IMAGE_TOKENS.items() if getattr(tokenizer, name, None) is None}
-        if getattr(tokenizer, "video_token", None) is None:
-            named["video_token"] = video
-        if named:
-            _update(folder / "tokenizer_config.json", extra_special_tokens=named)
-
-
-def _update(file: Path, **keys) -> None:
-    content = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(to_json(content | keys, indent=2, sort_keys=True) + "\n")
+        """Write what vLLM reads besides, into the folder of an export whose other files are there."""
+        config = network.model.config
+        if config.model_type in FAMILIES:
+            FAMILIES[config.model_type].add_vllm_files(folder, config, network.encoder.tokenizer)
 
 
 def read_by_vllm(network: RewardNetwork) -> VllmReading:

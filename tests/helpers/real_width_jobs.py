@@ -31,7 +31,7 @@ COMPARED = (
     "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.bias", "layers.0.mlp.down_proj.weight",
     "layers.1.self_attn.v_proj.weight", "layers.1.self_attn.o_proj.weight", "language_model.norm.weight",
     "blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "merger.mlp.0.weight",
-    "visual.pos_embed.weight", "visual.merger.linear_fc1.weight", "deepstack_merger_list.1.linear_fc2.weight",
+    "visual.pos_embed.weight", "visual.merger.linear_fc1.weight", "deepstack_merger_list.0.linear_fc2.weight",
     "encoder.layer.0.attention.q_proj.weight", "multi_modal_projector.linear_1.weight", "score.0.weight",
 )  # fmt: skip
 

@@ -6,8 +6,10 @@ position embeddings say where each is, and the order in the sequence means nothi
 The layout of a pack's tiles follows from their number alone.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -17,8 +19,10 @@ from torch import nn
 from fastrm.data.media.format import FormatSettings
 from fastrm.data.media.internvl import InternVLFormat, load_internvl_format
 from fastrm.data.patches import Grid, PatchFormat
+from fastrm.data.tokenizer import special_id
 from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError
+from fastrm.json_files import to_json
 from fastrm.model.attention import AttentionShape
 from fastrm.model.compiled import mark_dynamic
 from fastrm.model.layers import LayerKernels, apply_norm, split_heads
@@ -264,6 +268,25 @@ class InternVLFamily:
 
     def fixed_in_vllm(self, config) -> dict[str, tuple]:
         return {}
+
+    def add_vllm_files(self, folder: Path, config, tokenizer) -> None:
+        """Write what transformers' InternVLProcessor needs, by which vLLM reads images; it asks for videos' token too.
+
+        Tokenizers of published models name these tokens themselves.
+        """
+        side = config.vision_config.image_size[0] // config.vision_config.patch_size[0]
+        per_tile = int(side**2 * config.downsample_ratio**2)
+        _update(folder / "processor_config.json", image_seq_length=per_tile, processor_class="InternVLProcessor")
+        tokens = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+        tokens["video_token"] = "<IMG_CONTEXT>" if special_id(tokenizer, "<video>") is None else "<video>"
+        named = {name: token for name, token in tokens.items() if getattr(tokenizer, name, None) is None}
+        if named:
+            _update(folder / "tokenizer_config.json", extra_special_tokens=named)
+
+
+def _update(file: Path, **keys) -> None:
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(to_json(content | keys, indent=2, sort_keys=True) + "\n")
 
 
 INTERNVL = InternVLFamily()

@@ -6,8 +6,9 @@ goes to the device, so that nothing waits for it. The weights and the modules ar
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -321,20 +322,19 @@ QWEN_TOKENS = {
     "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
 }  # fmt: skip
-QWEN_VISION_KEYS = {
+_VISION_KEYS = {
     "depth", "hidden_act", "hidden_size", "in_channels", "in_chans", "num_heads", "patch_size", "rope_parameters",
     "spatial_merge_size", "spatial_patch_size", "temporal_patch_size",
-}  # fmt: skip
-_VISION_KEYS = {
-    "qwen2_vl": {"embed_dim", "mlp_ratio"},
-    "qwen2_5_vl": {
-        "fullatt_block_indexes", "intermediate_size", "out_hidden_size", "tokens_per_second", "window_size",
-    },
 }  # fmt: skip
 
 
 class Qwen2VLFamily:
-    """The family of Qwen2-VL or that of Qwen2.5-VL; see `VisionFamily` in families.py."""
+    """The family of Qwen2-VL or that of Qwen2.5-VL, from which Qwen3-VL's is derived; see `VisionFamily`.
+
+    Args:
+        model_type, stem: as of `VisionFamily`.
+        text_keys, vision_keys: keys of its text config, and those of its vision config that not all of them have.
+    """
 
     tower = QwenTower
     chat_layout = "qwen"
@@ -348,11 +348,10 @@ class Qwen2VLFamily:
         r"^visual\.": "model.visual.", r"^model\.(?!visual\.|language_model\.)": "model.language_model.",
     }  # fmt: skip
 
-    def __init__(self, model_type: str, stem: str):
+    def __init__(self, model_type: str, stem: str, text_keys: Collection[str], vision_keys: Collection[str]):
         self.model_type, self.stem = model_type, stem
-        media = {*QWEN_TOKENS, "vision_token_id"}
-        vision = QWEN_VISION_KEYS | _VISION_KEYS[model_type]
-        self.keys = {model_type: media, f"{model_type}_text": TEXT_KEYS, f"{model_type}_vision": vision}
+        media, vision = {*QWEN_TOKENS, "vision_token_id"}, {*_VISION_KEYS, *vision_keys}
+        self.keys = {model_type: media, f"{model_type}_text": text_keys, f"{model_type}_vision": vision}
 
     def check(self, config) -> None:
         check_qwen_vision(config, MROPE_SECTION)
@@ -381,6 +380,11 @@ class Qwen2VLFamily:
             found["vision_config.hidden_act"] = (config.vision_config.hidden_act, "quick_gelu")
         return found
 
+    def add_vllm_files(self, folder: Path, config, tokenizer) -> None:
+        """Write nothing: vLLM reads images by the files that are there."""
 
-QWEN2_VL = Qwen2VLFamily("qwen2_vl", "Qwen2VL")
-QWEN2_5_VL = Qwen2VLFamily("qwen2_5_vl", "Qwen2_5_VL")
+
+QWEN2_VL = Qwen2VLFamily("qwen2_vl", "Qwen2VL", TEXT_KEYS, {"embed_dim", "mlp_ratio"})
+QWEN2_5_VL = Qwen2VLFamily("qwen2_5_vl", "Qwen2_5_VL", TEXT_KEYS, {
+    "fullatt_block_indexes", "intermediate_size", "out_hidden_size", "tokens_per_second", "window_size",
+})  # fmt: skip

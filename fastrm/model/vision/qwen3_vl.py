@@ -23,8 +23,7 @@ from fastrm.model.attention import AttentionShape
 from fastrm.model.compiled import mark_dynamic
 from fastrm.model.text import KNOWN_TEXT, rope_parameters
 from fastrm.model.vision.qwen2_vl import (
-    QWEN_TOKENS,
-    QWEN_VISION_KEYS,
+    Qwen2VLFamily,
     QwenTower,
     VisionLayout,
     VisionShape,
@@ -151,23 +150,12 @@ class Qwen3VLTower(QwenTower):
         return MediaFeatures(visual.merger(hidden), tuple(deep))
 
 
-class Qwen3VLFamily:
-    """The family of Qwen3-VL without experts; see `VisionFamily` in families.py."""
+class Qwen3VLFamily(Qwen2VLFamily):
+    """The family of Qwen3-VL without experts; see `VisionFamily`."""
 
-    model_type, stem = "qwen3_vl", "Qwen3VL"
     tower = Qwen3VLTower
-    chat_layout = "qwen"
-    media_tokens = QWEN_TOKENS
-    has_axes = True
-    no_pixel_limits = ""
     file_names: ClassVar = {}
     loaded_names: ClassVar = {}
-    keys: ClassVar = {
-        "qwen3_vl": set(QWEN_TOKENS),
-        "qwen3_vl_text": KNOWN_TEXT["qwen3"],
-        "qwen3_vl_vision": QWEN_VISION_KEYS
-        | {"deepstack_visual_indexes", "intermediate_size", "num_position_embeddings", "out_hidden_size"},
-    }
 
     def check(self, config) -> None:
         check_qwen_vision(config, MROPE_SECTION)
@@ -204,10 +192,13 @@ class Qwen3VLFamily:
     def keep_first_blocks(self, vision_config, count: int) -> None:
         vision_config.depth = min(count, vision_config.depth)
         kept = [number for number in vision_config.deepstack_visual_indexes if number < vision_config.depth]
-        vision_config.deepstack_visual_indexes = kept or [0]
+        # Behind the last decoder layer features change nothing that is read at an anchor.
+        vision_config.deepstack_visual_indexes = kept[: count - 1] or [0]
 
     def fixed_in_vllm(self, config) -> None:
         return None
 
 
-QWEN3_VL = Qwen3VLFamily()
+QWEN3_VL = Qwen3VLFamily("qwen3_vl", "Qwen3VL", KNOWN_TEXT["qwen3"], {
+    "deepstack_visual_indexes", "intermediate_size", "num_position_embeddings", "out_hidden_size",
+})  # fmt: skip
