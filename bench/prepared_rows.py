@@ -1,6 +1,5 @@
 """Synthetic preference rows in the layouts and shares of the recipe's seven sets, and a configuration for them."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from fastrm.data.record import Message
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.json_files import to_json
+from fastrm.storage import whole_file
 
 VOCABULARY, NUM_WORDS, NUM_IMAGES = 32_000, 30_000, 4096
 _SPREAD = 0.6  # standard deviation of the logarithm of a length
@@ -74,10 +74,9 @@ def write_sets(folder: Path, num_rows: int) -> Path:
     for number, shape in enumerate(SETS):
         path = folder / f"{shape.name}.jsonl"
         if not path.exists():
-            with open(path.with_suffix(".part"), "w", encoding="utf-8") as file:
+            with whole_file(path) as write:
                 for row in _rows(shape, round(num_rows * shape.pairs / ROWS), number + 1):
-                    file.write(to_json(row, ensure_ascii=False) + "\n")
-            os.replace(path.with_suffix(".part"), path)
+                    write(to_json(row, ensure_ascii=False) + "\n")
     sources = "\n".join(
         f"    - {{path: {folder}/{shape.name}.jsonl, name: {shape.name}, "
         f"format: {shape.layout}, images: {folder}/images}}"

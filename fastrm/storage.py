@@ -100,15 +100,29 @@ def write_whole(path: Path, content: str | bytes) -> None:
         write(content)
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Give a complete folder of files the name `target` once all of them are on the disk; an older folder goes.
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder for files, which has the name `target` once all of them are on the disk; an older folder goes.
+
+    If the block ends with an error, what was written is removed; the older folder is as it was.
 
     Raises:
-        OSError: the disk is full or broken; the older folder is as it was.
+        OSError: the disk is full or broken.
     """
-    for path in new.iterdir():
-        sync_path(path)
-    sync_path(new)
+    partial = target.with_name(target.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            sync_path(path)
+        sync_path(partial)
+        _replace_folder(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     is_there = target.exists()

@@ -10,7 +10,6 @@ model/
 import datetime
 import errno
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from fastrm.model.stored_head import OPENRLHF_KEYS, find_head, missing_head
 from fastrm.model.weight_files import CONFIG, finder
 from fastrm.model.weight_writer import WeightWriter
 from fastrm.resources import available_memory
-from fastrm.storage import replace_folder
+from fastrm.storage import whole_folder
 
 # In version 2 Qwen's vision models have published names, and heads that stock classifiers misread are under score.0.
 FORMAT = 2
@@ -67,35 +66,30 @@ def save_model(
     Raises:
         StorageError: if it cannot be written; `folder` is then as it was.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     reading, model_type = reading or read_by_stock(model), model.model.config.model_type
     tensors = model.state_dict().items() if tensors is None else tensors
-    writer = None
+    entries = ((name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model))
     try:
-        part.mkdir(parents=True)
-        entries = ((name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model))
-        writer = WeightWriter(part, reading.file_entries(entries, model_type))
-        for name, tensor in tensors:
-            writer.write(reading.file_name(name, model_type), tensor)
-        if reading.is_guarded:
-            writer.write(GUARD, torch.empty(0))
-        writer.close()
-        tokenizer = with_padding(model.encoder.tokenizer, reading.pad_token)
-        config = _config_of(model, dtype, reading, tokenizer.pad_token_id)
-        (part / "config.json").write_text(to_json(config, indent=2, sort_keys=True) + "\n")
-        tokenizer.save_pretrained(part)
-        if model.encoder.vision is not None:
-            model.encoder.vision.save(part)
-        reading.add_files(part, model)
-        replace_folder(part, folder)
+        with whole_folder(folder) as part:
+            writer = WeightWriter(part, reading.file_entries(entries, model_type))
+            try:
+                for name, tensor in tensors:
+                    writer.write(reading.file_name(name, model_type), tensor)
+                if reading.is_guarded:
+                    writer.write(GUARD, torch.empty(0))
+                writer.close()
+            finally:
+                writer.abandon()
+            tokenizer = with_padding(model.encoder.tokenizer, reading.pad_token)
+            config = _config_of(model, dtype, reading, tokenizer.pad_token_id)
+            (part / "config.json").write_text(to_json(config, indent=2, sort_keys=True) + "\n")
+            tokenizer.save_pretrained(part)
+            if model.encoder.vision is not None:
+                model.encoder.vision.save(part)
+            reading.add_files(part, model)
     except OSError as error:
         hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
         raise StorageError(f"{folder}: the model could not be written: {error.strerror or error}; {hint}") from error
-    finally:
-        if writer is not None:
-            writer.abandon()
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def export_dtype(config: Config) -> torch.dtype:

@@ -21,7 +21,7 @@ from fastrm.evaluate.benchmarks import BENCHMARKS, load_benchmark
 from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.families import chat_layout
 from fastrm.stop import StopRequest
-from fastrm.storage import locked_folder, replace_folder
+from fastrm.storage import locked_folder, whole_folder
 from fastrm.train.encoder import TOKENIZER, find_backbone_config, make_data_encoder, make_tokenizer, prepared_folder
 from fastrm.train.step_cost import make_cost_model
 from fastrm.train.template_date import fix_date
@@ -111,12 +111,12 @@ class RunData:
         """Train the tokenizer on the records that were just read; an older one may be of other records."""
         records = self._preparation.training_records(self._units)
         conversations = (response.messages for record in records for response in record.responses)
-        kept, partial = self.folder / TOKENIZER, self.folder / f"{TOKENIZER}.part"
         # The schema requires model.init if a tokenizer is trained.
         settings = self.config.model
         layout = chat_layout(settings.init["model_type"])
-        train_tokenizer(conversations, settings.tokenizer.train_vocab_size, layout).save_pretrained(partial)
-        replace_folder(partial, kept)
+        tokenizer = train_tokenizer(conversations, settings.tokenizer.train_vocab_size, layout)
+        with whole_folder(self.folder / TOKENIZER) as folder:
+            tokenizer.save_pretrained(folder)
 
 
 def benchmark_records(config: Config, display: Display) -> Iterator[Record]:

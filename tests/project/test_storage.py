@@ -1,6 +1,7 @@
 """What is written appears whole or not at all, and a folder has one holder."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastrm.errors import StorageError
-from fastrm.storage import locked_folder, replace_folder, whole_file, write_whole
+from fastrm.storage import locked_folder, whole_file, whole_folder, write_whole
+from tests.helpers.project import PROJECT
 from tests.helpers.waiting import PATIENCE
 
 
@@ -51,17 +53,26 @@ def test_a_file_that_several_write_is_one_of_theirs(tmp_path):
 
 
 def test_a_folder_is_replaced_or_as_it_was(tmp_path, monkeypatch):
-    for name in ("new", "target"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
+    def write(text: str) -> None:
+        with whole_folder(tmp_path / "set") as folder:
+            (folder / "file").write_text(text)
+
+    write("old")
     rename = Path.rename
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda path, to: 1 / 0 if path.name == "new" else rename(path, to))
+        patch.setattr(Path, "rename", lambda path, to: 1 / 0 if path.name == "set.part" else rename(path, to))
         with pytest.raises(ZeroDivisionError):
-            replace_folder(tmp_path / "new", tmp_path / "target")
-    assert (tmp_path / "target" / "file").read_text() == "target"
-    replace_folder(tmp_path / "new", tmp_path / "target")
-    assert (tmp_path / "target" / "file").read_text() == "new" and names(tmp_path) == ["target"]
+            write("new")
+    assert (tmp_path / "set" / "file").read_text() == "old" and names(tmp_path) == ["set"]
+    write("new")
+    assert (tmp_path / "set" / "file").read_text() == "new" and names(tmp_path) == ["set"]
+
+
+def test_no_other_module_gives_names_or_locks_by_itself():
+    """But for a checkpoint, whose manifest seals it, and for the weights' files, which are written in place."""
+    by_itself = re.compile(r"\bos\.(replace|rename|fsync)\(|\.rename\(|\bfcntl\b")
+    found = {path.name for path in (PROJECT / "fastrm").rglob("*.py") if by_itself.search(path.read_text())}
+    assert found == {"storage.py", "checkpoint.py", "weight_writer.py"}
 
 
 def test_a_held_folder_names_its_holder_and_is_free_when_that_has_ended(tmp_path):

@@ -42,7 +42,7 @@ from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError
 from fastrm.json_files import to_json
-from fastrm.storage import replace_folder, whole_file, write_whole, writing
+from fastrm.storage import whole_file, whole_folder, write_whole, writing
 from fastrm.ui import Display
 
 _COUNTS, _FILES = "counts", "files.json"
@@ -279,13 +279,10 @@ class Preparation:
             yield from count.refusals(counted[split])
 
     def _write_index(self, index: dict[str, np.ndarray]) -> None:
-        partial = self.folder / f"{INDEX}.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        with writing(partial):
-            partial.mkdir()
+        folder = self.folder / INDEX
+        with writing(folder), whole_folder(folder) as partial:
             for name, array in index.items():
                 np.save(partial / f"{name}.npy", array)
-            replace_folder(partial, self.folder / INDEX)
 
     def _write_manifest(self, counted, splits, listed, index, encoder) -> None:
         settings = set_settings(self.config)

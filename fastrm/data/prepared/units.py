@@ -14,7 +14,6 @@ was read from: a unit that is there need not be read again, whatever became of t
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -53,7 +52,7 @@ from fastrm.data_config import SourceConfig
 from fastrm.errors import RecordError, StorageError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
-from fastrm.storage import replace_folder
+from fastrm.storage import whole_folder
 
 FORMAT = 4  # format of a unit's files, and of the rules by which rows are read; with another all are read again
 # A unit is work of a second or two: a kill loses it, and one worker takes it at a time.
@@ -177,17 +176,14 @@ class UnitReader:
 
     def __call__(self, unit: Unit) -> Unit:
         keys = KeyTally()
-        done, partial = self.folder / unit.name, self.folder / f"{unit.name}.part"
-        shutil.rmtree(partial, ignore_errors=True)
+        done = self.folder / unit.name
         try:
-            partial.mkdir(parents=True)
-            with _UnitWriter(partial, self.settings) as writer:
-                for item in unit.file.read(unit.start, unit.stop, keys):
-                    writer.add(item)
-            (partial / KEYS).write_text(to_json(keys.to_json()))
-            replace_folder(partial, done)
+            with whole_folder(done) as partial:
+                with _UnitWriter(partial, self.settings) as writer:
+                    for item in unit.file.read(unit.start, unit.stop, keys):
+                        writer.add(item)
+                (partial / KEYS).write_text(to_json(keys.to_json()))
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             where = error.filename or done
             raise StorageError(f"{where}: {error.strerror}; free space, or choose another folder") from error
         return unit
