@@ -59,7 +59,7 @@ class Service:
         metrics: the figures of /metrics.
     """
 
-    def __init__(self, scheduler: Scheduler, settings: ServeSettings, connections: Connections | None):
+    def __init__(self, scheduler: Scheduler, settings: ServeSettings, connections: Connections | None = None):
         self.scheduler, self.settings = scheduler, settings
         self.activity = Activity()
         self.metrics = Metrics(scheduler, connections)
