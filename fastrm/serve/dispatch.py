@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fastrm.data.sources.media import Resolve, any_path
 from fastrm.errors import GroupError
-from fastrm.serve.problems import Unavailable, UnknownModel
+from fastrm.serve.admission import Admission
 from fastrm.serve.rendered_text import RenderedTextReader
 from fastrm.serve.scheduler import Counts, Scored
 
@@ -34,22 +34,15 @@ class Served(NamedTuple):
     reader: RenderedTextReader
 
 
-class Dispatcher(ABC):
+class Dispatcher(Admission[Served], ABC):
     """The interface of one scheduler before several places that score groups.
 
     Args:
-        max_queue: the number of groups that may be under way; more are refused with `Unavailable`.
-
-    Attributes:
-        served: the models by their names, the default first.
-        is_closing: True from the moment on that nothing more is accepted.
-        num_lost: as of `Scheduler`.
+        max_queue: of `Admission`; what the places have been asked counts.
     """
 
     def __init__(self, max_queue: int):
-        self.max_queue, self._num_accepted = max_queue, 0
-        self.served: dict[str, Served] = {}
-        self.is_closing, self.num_lost = False, 0
+        super().__init__({}, max_queue)
 
     @property
     @abstractmethod
@@ -63,28 +56,6 @@ class Dispatcher(ABC):
     @abstractmethod
     async def ask(self, place: Hashable, groups: list[dict], model: str, resolver: MakeResolve) -> Scored:
         """Return the answer of a place to groups of its own."""
-
-    @property
-    def queue_length(self) -> int:
-        """The number of groups that were accepted and have no answer yet."""
-        return self._num_accepted
-
-    @property
-    def models(self) -> list[str]:
-        """The names of the models, the default first."""
-        return list(self.served)
-
-    def find(self, model: str | None) -> Served:
-        """Return the model of a name, or the first for None.
-
-        Raises:
-            UnknownModel: for another name.
-        """
-        if model is None:
-            return next(iter(self.served.values()))
-        if not isinstance(model, str) or model not in self.served:
-            raise UnknownModel(model, self.models)
-        return self.served[model]
 
     async def submit(
         self, groups: Sequence[dict], model: str | None = None, resolver: MakeResolve = every_file
@@ -100,27 +71,6 @@ class Dispatcher(ABC):
             return await self._spread(groups, name, resolver)
         finally:
             self._num_accepted -= len(groups)
-
-    def stop_accepting(self) -> None:
-        """Refuse what comes from now on; what was accepted is answered."""
-        self.is_closing = True
-
-    async def drain(self) -> None:
-        """Refuse what comes from now on, and return when all that was accepted has its answer."""
-        self.stop_accepting()
-        while self._num_accepted:
-            await asyncio.sleep(0.01)
-
-    def _admit(self, num_groups: int) -> None:
-        if self.is_closing:
-            raise Unavailable("CLOSING", "the server is ending; ask another one")
-        if self._num_accepted + num_groups > self.max_queue:
-            raise Unavailable(
-                "QUEUE_FULL",
-                f"{self._num_accepted:,} groups wait, {num_groups:,} more would be over the limit of "
-                f"{self.max_queue:,}; try again later",
-            )
-        self._num_accepted += num_groups
 
     async def _spread(self, groups: Sequence[dict], model: str, resolver: MakeResolve) -> Scored:
         """Ask each place for its groups, and put the answers into the order of the groups."""

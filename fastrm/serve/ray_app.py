@@ -80,7 +80,7 @@ class Scorers:
 
     async def readers(self) -> dict[str, RenderedTextReader]:
         """Return the readers of rendered text of all models, by their names."""
-        return {name: scorer.reader for name, scorer in self._scheduler.scorers.items()}
+        return {name: scorer.reader for name, scorer in self._scheduler.served.items()}
 
     async def score(
         self, groups: list[dict], model: str, resolver: MakeResolve

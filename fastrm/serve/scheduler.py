@@ -32,9 +32,9 @@ from fastrm.data.media.format import Patches
 from fastrm.data.sources.media import Resolve, any_path
 from fastrm.errors import ConfigError, ExactnessError, GroupError, RecordError
 from fastrm.evaluate.scoring import group_error
+from fastrm.serve.admission import Admission
 from fastrm.serve.caches import BoundedCache
 from fastrm.serve.media import SlowMedium
-from fastrm.serve.problems import Unavailable, UnknownModel
 from fastrm.serve.reading import GroupReader, Read
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.waiting import Ask, Waiting, choose, compute
@@ -83,7 +83,7 @@ class Counts:
     reward_misses: int = 0
 
 
-class Scheduler:
+class Scheduler(Admission[Scorer]):
     """A queue before one or more models, for any number of concurrent callers in one event loop.
 
         async with Scheduler([scorer]) as scheduler:
@@ -91,16 +91,13 @@ class Scheduler:
 
     Args:
         scorers: the models; the first one answers where none is named.
-        max_queue: the number of groups that may wait or be computed; more are refused with `Unavailable`.
+        max_queue: of `Admission`.
         window_ms: milliseconds that the first group waits for others, if nothing is being computed.
         patience_ms: milliseconds after which a group is taken before shorter ones.
         deterministic: compute every group by itself, as it was sent, one after another.
         rewards: keeps the rewards of responses; None, or with `deterministic`: each is computed again.
         images: that the scorers keep decoded images in, for the counts.
         max_responses: of a group; one with more is refused with TOO_MANY_RESPONSES.
-
-    Attributes:
-        num_lost: the number of groups without an answer when the server ended; the application counts them.
 
     Raises:
         ConfigError: for two models of one name.
@@ -118,17 +115,16 @@ class Scheduler:
         images: BoundedCache[Patches] | None = None,
         max_responses: int = 1024,
     ):
-        self.scorers = {scorer.name: scorer for scorer in scorers}
-        for name in self.scorers:
+        super().__init__({scorer.name: scorer for scorer in scorers}, max_queue)
+        for name in self.served:
             if sum(scorer.name == name for scorer in scorers) > 1:
                 raise ConfigError(f"model {name}: stands for two models; name them, as a=runs/a/model b=runs/b/model")
-        self.max_queue, self.window, self.patience = max_queue, window_ms / 1e3, patience_ms / 1e3
+        self.window, self.patience = window_ms / 1e3, patience_ms / 1e3
         self._is_deterministic = deterministic
         self._rewards: BoundedCache[float] = BoundedCache(0) if rewards is None or deterministic else rewards
         self._reader = GroupReader(self._rewards, max_responses)
         self._images: BoundedCache[Patches] = BoundedCache(0) if images is None else images
         self._counts = Counts()
-        self._num_accepted = self.num_lost = 0
         self._num_left = 0  # groups that a thread prepares although their request has left
         self._waiting: list[Waiting] = []
         self._open: dict[tuple, Waiting] = {}
@@ -137,7 +133,6 @@ class Scheduler:
         self._fetching = ThreadPoolExecutor(_FETCHING_THREADS, "fastrm-fetch")
         self._computing = ThreadPoolExecutor(1, "fastrm-compute")
         self._loop: asyncio.Task | None = None
-        self._is_closing = False
         self._unanswered: set[asyncio.Future] = set()
         self._num_failures = 0  # since the last success
 
@@ -148,11 +143,6 @@ class Scheduler:
 
     async def __aexit__(self, *_) -> None:
         await self.close()
-
-    @property
-    def models(self) -> list[str]:
-        """The names of the models, the default first."""
-        return list(self.scorers)
 
     @property
     def queue_length(self) -> int:
@@ -177,7 +167,7 @@ class Scheduler:
 
     @property
     def _accepts(self) -> bool:
-        return not self._is_closing and self._loop is not None and not self._loop.done()
+        return super()._accepts and self._loop is not None and not self._loop.done()
 
     async def score(self, groups: Sequence[dict], model: str | None = None) -> list[list[float] | GroupError]:
         """Return the rewards of every group's responses, as `RewardModel.score` with ``on_error="return"``.
@@ -222,41 +212,12 @@ class Scheduler:
 
     async def close(self) -> None:
         """Refuse what comes from now on, and return when all that was accepted has its answer."""
-        self.stop_accepting()
-        while self._num_accepted:
-            await asyncio.sleep(0.01)
+        await self.drain()
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
         for threads in (self._preparing, self._fetching, self._computing):
             threads.shutdown(wait=False)
-
-    def stop_accepting(self) -> None:
-        """Refuse what comes from now on; what was accepted is answered."""
-        self._is_closing = True
-
-    def find(self, model: str | None) -> Scorer:
-        """Return the model of a name, or the first for None.
-
-        Raises:
-            UnknownModel: for another name.
-        """
-        if model is None:
-            return next(iter(self.scorers.values()))
-        if not isinstance(model, str) or model not in self.scorers:
-            raise UnknownModel(model, self.models)
-        return self.scorers[model]
-
-    def _admit(self, num_groups: int) -> None:
-        if not self._accepts:
-            raise Unavailable("CLOSING", "the server is ending; ask another one")
-        if self.queue_length + num_groups > self.max_queue:
-            raise Unavailable(
-                "QUEUE_FULL",
-                f"{self.queue_length:,} groups wait, {num_groups:,} more would be over the limit of "
-                f"{self.max_queue:,}; try again later",
-            )
-        self._num_accepted += num_groups
 
     async def _score_group(
         self, scorer: Scorer, index: int, group: dict, resolve: Resolve

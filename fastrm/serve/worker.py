@@ -71,7 +71,7 @@ async def _serve(connection: Connection, scheduler: "Scheduler") -> None:
 
     async with scheduler:
         threading.Thread(target=_read, args=(connection, loop, take), daemon=True).start()
-        connection.send((READY, {name: scorer.reader for name, scorer in scheduler.scorers.items()}))
+        connection.send((READY, {name: scorer.reader for name, scorer in scheduler.served.items()}))
         await ended.wait()
 
 

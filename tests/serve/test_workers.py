@@ -27,7 +27,7 @@ class Pids:
     """
 
     def __init__(self):
-        self.scorers = {name: SimpleNamespace(reader=f"reader of {name}") for name in ("one", "two")}
+        self.served = {name: SimpleNamespace(reader=f"reader of {name}") for name in ("one", "two")}
         self.counts, self.is_ready = Counts(), True
 
     async def __aenter__(self):
