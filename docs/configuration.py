@@ -25,7 +25,11 @@ A configuration is one YAML file. Each setting has a default here, unless it is 
 On the command line `section.key=value` changes a setting, as in `optim.lr=1e-5`; values are YAML, and entries of lists
 have numbers: `data.train.0.repeat=2`. A key that does not exist is an error that names the nearest one, and a value of
 the wrong kind one that says what is wanted. Relative paths are relative to the working directory.
-`fastrm train FILE --dry-run` checks a file and prints it with all its defaults.
+`fastrm train FILE --dry-run` checks a file, and a run writes it with all its defaults to run.dir/config.yaml.
+
+`extends: FILE`, at the top of a file and relative to it, takes all settings of FILE but `run.dir`. Sections are merged
+key by key; any other value, such as a list or `model.init`, replaces the one of FILE as a whole. `--dry-run` names the
+files, and which settings are a file's own. configs/r1_reward_200k.yaml is configs/full.yaml with other data.
 """
 
 

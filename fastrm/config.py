@@ -6,15 +6,16 @@ to the working directory.
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from fastrm.data_config import DataConfig
 from fastrm.names import device_name, dtype_name
 from fastrm.sections import Fraction, NonEmpty, NonNegative, Positive, Section
-from fastrm.yaml_files import apply_override, dump_yaml, read_yaml, validate
+from fastrm.yaml_files import apply_override, dump_yaml, lay_over, read_chain, validate
 
+Run = TypeVar("Run", bound=BaseModel)
 # YAML 1.1 reads an unquoted `off` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
 _NEW_HEAD = BeforeValidator(lambda value: {"new": True} if value == "new" else value)
@@ -265,20 +266,49 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML), and validate.
+    """Read a YAML file and what it extends, apply `a.b=value` overrides (values are YAML), and validate.
+
+    Raises:
+        ConfigError: naming the file and line, or the override, of every problem found.
+    """
+    return load_run(Config, path, overrides)
+
+
+def load_run(model: type[Run], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+    """Read the file of a run as `model`: what its `extends` names, itself, then `a.b=value` overrides.
+
+    run.dir is each file's own, so that two runs never share a folder because one extends the other.
 
     Raises:
         ConfigError: naming the file and line, or the override, of every problem found.
     """
     path = Path(path)
-    tree, places = read_yaml(path)
+    *files, (_, tree, places) = read_chain(path)
+    for _, own, own_places in reversed(files):
+        if isinstance(tree.get("run"), dict):
+            tree["run"].pop("dir", None)
+            places.pop(("run", "dir"), None)
+        lay_over(model, (tree, places), (own, own_places))
     for override in overrides:
         apply_override(tree, places, override)
     if isinstance(tree.get("run", {}), dict):
         run = tree.setdefault("run", {})
         if run.get("dir") is None:
             run["dir"] = f"runs/{path.stem}"
-    return validate(Config, tree, places, str(path))
+    return validate(model, tree, places, str(path))
+
+
+def describe_extended(path: str | Path) -> str | None:
+    """Return what a file extends and which settings are its own, in words; None for a file that extends none.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    (_, own, _), *bases = read_chain(path)
+    if not bases:
+        return None
+    chain = ", which extends ".join(str(file) for file, _, _ in bases)
+    return f"{path} extends {chain}; its own are {', '.join(_flat(own, False)) or 'no settings'}"
 
 
 def differences(old: dict, new: dict, in_lists: bool = False) -> dict[str, tuple]:

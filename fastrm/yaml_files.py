@@ -2,10 +2,11 @@
 
 A key that does not exist, one that stands twice, a value of the wrong type or a combination that cannot
 work is a `ConfigError` that names the file and line (or the override) and, for a misspelt key, the
-nearest one that exists.
+nearest one that exists. A file that `extends` another holds what differs from it.
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from fastrm.errors import ConfigError, looked_for
 
 Places = dict[tuple, str]  # key path -> its `file:line`
+Document = tuple[dict, Places]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -60,6 +62,59 @@ def read_yaml(path: str | Path) -> tuple[dict, Places]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text; save the file as UTF-8") from None
     return _parse_yaml(text, str(path))
+
+
+def read_chain(path: str | Path) -> list[tuple[Path, dict, Places]]:
+    """Read a file, then the file that its `extends` names, relative to it, and so on; each without that key.
+
+    Raises:
+        ConfigError: if a file cannot be read, naming the line that asks for it, or if the files go in a circle.
+    """
+    path, where, chain = Path(path), "", []
+    while True:
+        if path.resolve() in [file.resolve() for file, _, _ in chain]:
+            circle = " -> ".join(str(file) for file in [*(file for file, _, _ in chain), path])
+            raise ConfigError(f"{where}files extend one another in a circle: {circle}; take one `extends` out")
+        try:
+            tree, places = read_yaml(path)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
+        chain.append((path, tree, places))
+        if "extends" not in tree:
+            return chain
+        name, line = tree.pop("extends"), places.pop(("extends",))
+        if not (isinstance(name, str) and name):
+            raise ConfigError(f"{line}: extends: got {name!r}, wanted the path of a file, relative to this one")
+        where, path = f"{line}: extends: ", Path(os.path.normpath(path.parent / name))
+
+
+def lay_over(model: type[BaseModel], below: Document, above: Document, prefix: tuple = ()) -> None:
+    """Change the tree and places `below` to what they are with those `above` in front of them.
+
+    Sections of the model are merged key by key; any other value, such as a list, replaces the one below as a whole.
+    """
+    (tree, places), (own, own_places) = below, above
+    places[prefix] = own_places[prefix]
+    for name, value in own.items():
+        key = (*prefix, name)
+        field = model.model_fields.get(name)
+        section = _section_of(field.annotation) if field is not None else None
+        if section is not None and isinstance(value, dict) and isinstance(tree.get(name), dict):
+            lay_over(section, (tree[name], places), (value, own_places), key)
+            continue
+        tree[name] = value
+        _forget(places, key)
+        places.update({place: line for place, line in own_places.items() if place[: len(key)] == key})
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    kinds = [annotation, *getattr(annotation, "__args__", ())]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _forget(places: Places, names: tuple) -> None:
+    for stale in [place for place in places if place[: len(names)] == names]:
+        del places[stale]
 
 
 def _parse_yaml(text: str, path: str) -> tuple[dict, Places]:
@@ -132,8 +187,7 @@ def apply_override(tree: dict, places: Places, override: str) -> None:
     if isinstance(node, list) and not (isinstance(names[-1], int) and names[-1] < len(node)):
         raise ConfigError(f"{where}: there is no {_dotted(names)} to set")
     node[names[-1]] = parsed
-    for stale in [place for place in places if place[: len(names)] == tuple(names)]:
-        del places[stale]
+    _forget(places, tuple(names))
     places[tuple(names)] = where
 
 
@@ -183,9 +237,7 @@ def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
             continue
         if not (isinstance(section, type) and issubclass(section, BaseModel)) or name not in section.model_fields:
             continue
-        annotation = section.model_fields[name].annotation
-        arguments = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)), section)
+        section = _section_of(section.model_fields[name].annotation) or section
     return list(section.model_fields)
 
 

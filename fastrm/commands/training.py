@@ -30,12 +30,14 @@ def train(
     \b
     Example: fastrm train configs/quickstart.yaml optim.lr=1e-4
     """
-    from fastrm.config import load_config
+    from fastrm.config import describe_extended, load_config
 
     resolved = load_config(config, overrides or [])
     if dry_run:
         from fastrm.forecast.dry_run import dry_run as check
 
+        if (line := describe_extended(config)) is not None:
+            typer.echo(f"{line}.")
         check(resolved)
         return
     from fastrm.train.launch import FAILURE, launch, num_ranks_to_start

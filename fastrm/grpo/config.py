@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastrm.config import TrainedTokenizer
+from fastrm.config import TrainedTokenizer, load_run
 from fastrm.sections import NonEmpty, Positive, Section
-from fastrm.yaml_files import apply_override, read_yaml, validate
 
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
@@ -179,17 +178,9 @@ class GrpoConfig(Section):
 
 
 def load_grpo_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> GrpoConfig:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML), and validate.
+    """Read a YAML file and what it extends, apply `a.b=value` overrides (values are YAML), and validate.
 
     Raises:
         ConfigError: naming the file and line, or the override, of every problem found.
     """
-    path = Path(path)
-    tree, places = read_yaml(path)
-    for override in overrides:
-        apply_override(tree, places, override)
-    if isinstance(tree.get("run", {}), dict):
-        run = tree.setdefault("run", {})
-        if run.get("dir") is None:
-            run["dir"] = f"runs/{path.stem}"
-    return validate(GrpoConfig, tree, places, str(path))
+    return load_run(GrpoConfig, path, overrides)
