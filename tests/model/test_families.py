@@ -56,7 +56,7 @@ def test_a_family_that_is_not_in_the_table_has_no_tower_no_costs_and_no_format()
 def test_only_a_familys_own_files_and_the_table_name_it_in_code():
     """Of the data and the model side; published sizes stand in a table of their own."""
     own = {"families.py", "architectures.py"}
-    names = [f'"{name}"' for name in VISION_FAMILIES if name != "internvl"] + ["QWEN2_VL", "QWEN2_5_VL"]
+    names = [f'"{name}"' for name in VISION_FAMILIES if name != "internvl"] + ["QWEN2_VL", "QWEN2_5_VL", "QWEN3_VL"]
     found = []
     for side in ("data", "model"):
         for file in (PROJECT / "fastrm" / side).rglob("*.py"):
