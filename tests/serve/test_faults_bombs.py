@@ -5,16 +5,17 @@
 
 import gzip
 import io
+import itertools
 import json
 import random
 import re
 import struct
-import threading
 import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Lock
 
 import numpy as np
 import psutil
@@ -71,6 +72,7 @@ def large_webp():
 
 GOOD_IMAGE = make_image(56, 56).data
 ZEROS = zlib.compress(bytes(64 * MB), 9)
+ALLOWED = "49 MP of one colour"  # which the default limit allows
 # By name: the bytes, and the code of their refusal.
 IMAGES = {
     "2,500 MP": (declared(50_000, 50_000), "IMAGE_TOO_LARGE"),
@@ -87,9 +89,8 @@ IMAGES = {
     "GIF": (b"GIF89a", "IMAGE_FORMAT"),
     "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "IMAGE_FORMAT"),
     "cut": (GOOD_IMAGE[:-40], "IMAGE_DAMAGED"),
+    ALLOWED: (encoded(Image.new("1", (7000, 7000)), "PNG"), None),
 }
-ALLOWED = "49 MP of one colour"
-LARGEST = encoded(Image.new("1", (7000, 7000)), "PNG")  # the default limit allows it
 OTHERS = {
     "65 groups and more": lambda rng: ("/v1/rewards", json.dumps({"groups": [GOOD] * rng.randint(65, 5000)}), 413),
     "33 MiB": lambda _: ("/v1/rewards", '{"groups": ["' + "a" * 33 * MB + '"]}', 413),
@@ -140,8 +141,8 @@ class Bombs:
         self._client, self._process, self._wanted = served.client(), psutil.Process(served.pid), wanted
         self.costs, self.statuses = {}, Counter()
 
-    def image(self, name, data, code, path):
-        status, answer = self._ask(name, path, image_body(path, data))
+    def image(self, name, path, body, code):
+        status, answer = self._ask(name, path, body)
         if path == "/v1/rewards":
             assert status == 200 and answer["rewards"][1] == self._wanted
             answer = answer["rewards"][0]
@@ -151,7 +152,7 @@ class Bombs:
             assert answer["error"]["code"] == code and status in (200, 422), (name, answer)
 
     def other(self, name, path, body, wanted):
-        status, answer = self._ask(name, path, body.encode() if isinstance(body, str) else body)
+        status, answer = self._ask(name, path, body)
         assert status == wanted and answer["error"]["code"].isupper(), (name, answer)
 
     def _ask(self, name, path, body):
@@ -175,35 +176,46 @@ class Bombs:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", text)[1])
 
 
-def ask_until(served, ended):
-    """Ask for a group after another: the groups, their rewards, and the seconds of each answer."""
+def ask_until(served, ended, making):
+    """Ask for a group after another: the groups, their rewards, and the seconds of each answer.
+
+    While a bomb is made, which takes this process a second, nothing is asked.
+    """
     client, rng, groups, rewards, seconds = served.client(), random.Random(0), [], [], []
     while not ended.is_set():
         groups.append({**GOOD, "prompt": f"the cat {rng.random()}"})
-        started = time.perf_counter()
-        status, _, text = client.ask("POST", "/v1/rewards", json.dumps({"groups": groups[-1:]}).encode())
-        seconds.append(time.perf_counter() - started)
+        with making:
+            started = time.perf_counter()
+            status, _, text = client.ask("POST", "/v1/rewards", json.dumps({"groups": groups[-1:]}).encode())
+            seconds.append(time.perf_counter() - started)
         assert status == 200, text
         rewards += json.loads(text)["rewards"]
         ended.wait(0.02)
     return groups, rewards, seconds
 
 
+def make(name, rng):
+    """A bomb of a kind: its path, its body, and its status or the code of an image."""
+    if name in OTHERS:
+        path, body, status = OTHERS[name](rng)
+        return path, body.encode() if isinstance(body, str) else body, status
+    path, (data, code) = rng.choice(["/v1/rewards", "/classify", "/pooling"]), IMAGES[name]
+    return path, image_body(path, data), code
+
+
 @counts(28, 200)
 def test_bombs_are_refused_by_their_codes_while_others_are_served(server, folder, tmp_path, count):  # noqa: F811
-    rng, model, ended = random.Random(count), RewardModel.from_pretrained(folder), threading.Event()
+    rng, model, ended, making = random.Random(count), RewardModel.from_pretrained(folder), Event(), Lock()
+    kinds = itertools.cycle([*IMAGES, *OTHERS])
     with serving(server, folder, tmp_path / "log") as served, ThreadPoolExecutor(1) as thread:
         bombs = Bombs(served, model.score([GOOD])[0])
-        bombs.image("good", GOOD_IMAGE, None, "/v1/rewards")
-        asking = thread.submit(ask_until, served, ended)
+        bombs.image("good", "/v1/rewards", image_body("/v1/rewards", GOOD_IMAGE), None)
+        asking = thread.submit(ask_until, served, ended, making)
         try:
-            for number in range(count):
-                name = [*IMAGES, ALLOWED, *OTHERS][number % (len(IMAGES) + 1 + len(OTHERS))]
-                path = rng.choice(["/v1/rewards", "/classify", "/pooling"])
-                if name in OTHERS:
-                    bombs.other(name, *OTHERS[name](rng))
-                else:
-                    bombs.image(name, *IMAGES.get(name, (LARGEST, None)), path)
+            for name in itertools.islice(kinds, count):
+                with making:
+                    bomb = make(name, rng)
+                (bombs.other if name in OTHERS else bombs.image)(name, *bomb)
         finally:
             ended.set()
         groups, rewards, seconds = asking.result()
