@@ -15,6 +15,8 @@ def data_uri(image: bytes) -> str:
 
 
 GOOD = {"prompt": "the cat", "responses": ["yes", "no", "so", "a"]}
+# A group that no other request makes: its rewards are neither remembered nor computed with those of others.
+NEW = {**GOOD, "prompt": "a red dog sits on a blue cat"}
 URI = data_uri(make_image(56, 56).data)
 USER = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": URI}}, {"type": "text", "text": "Is"}]}
 TURNS = [USER, {"role": "assistant", "content": "yes"}]

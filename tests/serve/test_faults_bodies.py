@@ -14,7 +14,7 @@ import pytest
 
 from fastrm.evaluate.reward_model import RewardModel
 from tests.helpers.killed_runs import server  # noqa: F401  (fixture)
-from tests.helpers.request_bodies import BODIES, GOOD, at, changed, mutated, places, unstructured
+from tests.helpers.request_bodies import BODIES, NEW, at, changed, mutated, places, unstructured
 from tests.helpers.served import counts, folder, serving  # noqa: F401  (fixture)
 
 NUM_CLIENTS = 4
@@ -38,8 +38,8 @@ def model(folder):  # noqa: F811
 
 
 def check_works(model, client):
-    _, _, text = client.ask("POST", "/v1/rewards", json.dumps({"groups": [GOOD]}).encode())
-    assert json.loads(text)["rewards"] == model.score([GOOD])
+    _, _, text = client.ask("POST", "/v1/rewards", json.dumps({"groups": [NEW]}).encode())
+    assert json.loads(text)["rewards"] == model.score([NEW])
     assert json.loads(client.ask("GET", "/health")[2])["queue"] == 0
 
 

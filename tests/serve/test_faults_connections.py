@@ -23,11 +23,9 @@ from fastrm.evaluate.reward_model import RewardModel
 from tests.helpers.bad_connections import HEAD
 from tests.helpers.killed_runs import server  # noqa: F401  (fixture)
 from tests.helpers.own_process import environment
-from tests.helpers.request_bodies import GOOD
+from tests.helpers.request_bodies import NEW
 from tests.helpers.served import folder, serving  # noqa: F401  (fixture)
 from tests.helpers.waiting import PATIENCE, wait_until
-
-WHOLE = json.dumps({"groups": [GOOD]}).encode()
 
 
 @contextmanager
@@ -98,8 +96,8 @@ def test_bad_connections_keep_nobody_waiting_and_leave_nothing(server, folder, t
             p99 = " ".join(f"{1000 * np.quantile(one, 0.99):.1f}" for one in [np.concatenate(all_rounds), *all_rounds])
             print(f"{name} bad connections: {sum(map(len, all_rounds))} requests, p99 in ms of all and by round {p99}")
         print(f"{count} bad connections at a time, {rounds} rounds of {seconds} s: {dict(bad)}")
-        status, _, text = served.client().ask("POST", "/v1/rewards", WHOLE)
-        assert status == 200 and json.loads(text)["rewards"] == RewardModel.from_pretrained(folder).score([GOOD])
+        status, _, text = served.client().ask("POST", "/v1/rewards", json.dumps({"groups": [NEW]}).encode())
+        assert status == 200 and json.loads(text)["rewards"] == RewardModel.from_pretrained(folder).score([NEW])
 
 
 @pytest.mark.slow
