@@ -87,6 +87,12 @@ def _classified(url: str, body: bytes) -> float:
         return reward(json.load(answer))
 
 
+def vllm_version(url: str) -> str:
+    """Return the version that a vLLM server says it is."""
+    with urllib.request.urlopen(f"{url}/version") as answer:
+        return json.load(answer)["version"]
+
+
 def measure(ours: str, vllm: str, groups: Iterator[Group], options: argparse.Namespace) -> list[dict]:
     """Load both servers in turn and return the figures of each load."""
     forms = {"groups": whole(groups), "singles": singles(groups)}
@@ -145,6 +151,7 @@ def main() -> None:
             serving(fastrm_command(options.model, "--max-queue", "4096")) as ours,
             vllm_serving(options.vllm, folder, log, *OPTIONS, *more) as vllm,
         ):
+            version = vllm_version(vllm)
             for name, difference in check(options.model, gated, ours, vllm).items():
                 print(f"gate: {name}: rewards differ by {difference:.1e} at most from RewardModel.score", flush=True)
             if options.gate:
@@ -154,7 +161,8 @@ def main() -> None:
     for name, one in table.items():
         print(f"{name}: fastrm {one[FASTRM]:,.1f} rewards/s, vLLM {one[VLLM]:,.1f}, {one['ratio']:.2f} times")
     heads = {"device": device_name(), **environment(), "model": options.model, "side": options.side}
-    options.out.write_text(to_json(heads | {"eager": options.eager, "closed": found, "ratios": table}, indent=2) + "\n")
+    heads |= {"vllm": version, "eager": options.eager}
+    options.out.write_text(to_json(heads | {"closed": found, "ratios": table}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

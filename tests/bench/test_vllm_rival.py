@@ -34,6 +34,10 @@ def make_server(seen):
         assert body["use_activation"] is False and body["add_generation_prompt"] is False
         return answered(float(len(body["messages"][-1]["content"])))
 
+    @app.get("/version")
+    async def version():
+        return {"version": "0.32.0"}
+
     return app
 
 
@@ -64,6 +68,11 @@ def test_answers_count_as_rewards_and_refusals_stay():
     answers = [Answer(0.0, 0.1, 200, answered(2.5)), Answer(0.0, 0.2, 503, None), Answer(0.0, 0.3, 200, answered(0.5))]
     load = vllm_rival.as_rewards(Load(0.5, answers))
     assert load.rewards_per_second == 4.0 and load.failed == {503: 1}
+
+
+def test_the_figures_name_the_version_that_answered():
+    with running(make_server([])) as url:
+        assert vllm_rival.vllm_version(url) == "0.32.0"
 
 
 class Model:
