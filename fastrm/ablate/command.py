@@ -19,7 +19,7 @@ from fastrm.ablate.work import (
     with_reused_runs,
 )
 from fastrm.errors import ConfigError, InterruptedRun
-from fastrm.storage import locked_folder
+from fastrm.storage import locked_folder, write_whole
 from fastrm.tables import Table
 from fastrm.ui import Display, is_live, make_console, print_table, say, show
 
@@ -118,7 +118,7 @@ def _leave_report(results: Results, display: Display) -> None:
     folder = results.grid.dir
     tables = [table for table in (main_table(results), difference_table(results)) if table is not None]
     write_json(results, folder / "results.json")
-    (folder / "table.md").write_text("\n".join(table.as_markdown() for table in tables))
+    write_whole(folder / "table.md", "\n".join(table.as_markdown() for table in tables))
     draw_results(results).savefig(folder / "report.png", dpi=110)
     console = make_console()
     for table in tables:

@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from fastrm.data.record import Record, VideoRef
 from fastrm.data.template import ConversationEncoder
-from fastrm.errors import ConfigError, DataError, GroupError, RecordError, StorageError, option
+from fastrm.errors import ConfigError, DataError, GroupError, RecordError, option
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.evaluate.scoring import score_dicts, score_with_each
 from fastrm.model.places import checked_path
+from fastrm.storage import write_whole
 from fastrm.yaml_files import dump_yaml, read_yaml, validate
 
 COMBINATIONS = ("mean", "accuracy", "margin")
@@ -199,10 +200,7 @@ class Ensemble:
             tree["weights"] = self.weights
         if self.text is not None:
             tree["route"] = {"text": _relative(self.text_name, file)}
-        try:
-            file.write_text(dump_yaml(tree), encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"{file}: cannot be written: {error.strerror}; name another file") from None
+        write_whole(file, dump_yaml(tree))
 
     def score(
         self,

@@ -9,6 +9,7 @@ from fastrm.forecast.picture import draw_plan
 from fastrm.forecast.plan import Assumptions, Plan, make_plan, steps_of
 from fastrm.forecast.report import as_json, print_plan
 from fastrm.json_files import to_json
+from fastrm.storage import write_whole
 from fastrm.ui import Display, make_console, say
 
 # The preferences of an epoch of configs/full.yaml (arXiv 2509.16127).
@@ -29,7 +30,7 @@ def plan_run(
     print_plan(plan, console)
     if json_out is not None:
         json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(to_json(as_json(plan), indent=1) + "\n", encoding="utf-8")
+        write_whole(json_out, to_json(as_json(plan), indent=1) + "\n")
     if png_out is not None:
         draw_plan(plan, png_out)
     for file in filter(None, (json_out, png_out)):

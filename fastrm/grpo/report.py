@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fastrm.grpo.config import GrpoConfig
 from fastrm.json_files import to_json
+from fastrm.storage import write_whole
 from fastrm.tables import Table
 from fastrm.ui import make_console, new_figure, show
 
@@ -48,7 +49,7 @@ def make_report(
         "last": _means(rows[-fifth:]),
     }
     report = {"before": before, "after": after, "training": training, "settings": config.model_dump(mode="json")}
-    (folder / "report.json").write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "report.json", to_json(report, indent=1) + "\n")
     _draw(rows, before, after, folder / "report.png")
     return report
 

@@ -12,6 +12,7 @@ from fastrm.evaluate.accuracy import Flips
 from fastrm.json_files import to_json
 from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.stock_classes import padding_note
+from fastrm.storage import write_whole
 from fastrm.tables import Table
 from fastrm.train.metrics import read_rows
 from fastrm.train.run import Run
@@ -22,7 +23,7 @@ from fastrm.ui import new_figure, print_table
 def announce(run: Run, start: Path | None) -> None:
     """Say what is about to be trained, how, and from which checkpoint; write config.yaml."""
     if run.ranks.is_first:
-        (run.folder / "config.yaml").write_text(run.config.to_yaml())
+        write_whole(run.folder / "config.yaml", run.config.to_yaml())
     for line in _opening_lines(run.job, run.ranks.num_ranks, run.quarantine.total):
         run.display.say(line)
     run.display.say(f"run: {run.num_steps:,} steps of {run.order.batch_pairs:,} preferences in {run.folder}")
@@ -110,7 +111,7 @@ def _summary(run: Run, flips: Flips | None) -> dict:
 
 def write_report(run_dir: Path, summary: dict) -> None:
     """Write summary.json, and report.png of the rows of metrics.jsonl that have a finite loss."""
-    (run_dir / "summary.json").write_text(to_json(summary, indent=2) + "\n")
+    write_whole(run_dir / "summary.json", to_json(summary, indent=2) + "\n")
     rows = read_rows(run_dir / "metrics.jsonl")
     draw_curves(
         [row for row in rows if row.get("loss") is not None],
