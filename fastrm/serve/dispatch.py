@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import astuple
@@ -50,8 +49,8 @@ class Dispatcher(Admission[Served], ABC):
         """The sums over all places since the start."""
 
     @abstractmethod
-    def place_of(self, group: object) -> Hashable:
-        """Return the place of a group; equal ones for groups with equal prompts and images."""
+    def place_of(self, prompt: bytes) -> Hashable:
+        """Return the place of the groups whose `prompt_hash` is given."""
 
     @abstractmethod
     async def ask(self, place: Hashable, groups: list[dict], model: str, resolver: MakeResolve) -> Scored:
@@ -74,9 +73,11 @@ class Dispatcher(Admission[Served], ABC):
 
     async def _spread(self, groups: Sequence[dict], model: str, resolver: MakeResolve) -> Scored:
         """Ask each place for its groups, and put the answers into the order of the groups."""
+        # In a thread: an image of 20 MB takes tens of milliseconds, for which nobody else would be answered.
+        prompts = await asyncio.to_thread(lambda: list(map(prompt_hash, groups)))
         parts: dict[Hashable, list[int]] = {}
-        for number, group in enumerate(groups):
-            parts.setdefault(self.place_of(group), []).append(number)
+        for number, prompt in enumerate(prompts):
+            parts.setdefault(self.place_of(prompt), []).append(number)
         asked = [self.ask(place, [groups[n] for n in numbers], model, resolver) for place, numbers in parts.items()]
         found = await asyncio.gather(*asked)
         results: list[list[float] | GroupError | None] = [None] * len(groups)
@@ -91,10 +92,28 @@ def _numbered(number: int, result: list[float] | GroupError) -> list[float] | Gr
 
 
 def prompt_hash(group: object) -> bytes:
-    """Return a hash that is equal for groups with equal prompts and images, as they were sent."""
+    """Return a hash that is equal for groups with equal prompts and images, as they were sent.
+
+    No text is made of the whole: that would take as much memory again, and all other threads would wait for it.
+    """
     if isinstance(group, dict):
         group = {key: value for key, value in group.items() if key not in _NOT_OF_PROMPT}
-    return hashlib.blake2b(json.dumps(group, sort_keys=True, default=repr).encode()).digest()
+    digest, values = hashlib.blake2b(), [group]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            digest.update(b"{%d" % len(value))
+            for key in sorted(value, key=str):
+                values += (key, value[key])
+        elif isinstance(value, (list, tuple)):
+            digest.update(b"[%d" % len(value))
+            values += value
+        else:
+            text = value if isinstance(value, str) else repr(value)
+            data = text.encode(errors="surrogatepass")
+            digest.update(b'%c%d"' % (b"s" if isinstance(value, str) else b"v", len(data)))
+            digest.update(data)
+    return digest.digest()
 
 
 def summed(parts: Iterable[Counts]) -> Counts:

@@ -24,7 +24,7 @@ from fastrm.errors import ConfigError
 from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.serve.app import make_app
 from fastrm.serve.command import check_host, load_scheduler, name_models
-from fastrm.serve.dispatch import Dispatcher, MakeResolve, Served, prompt_hash, summed
+from fastrm.serve.dispatch import Dispatcher, MakeResolve, Served, summed
 from fastrm.serve.problems import RequestError, Unavailable
 from fastrm.serve.rendered_text import RenderedTextReader
 from fastrm.serve.scheduler import Counts, Scored
@@ -133,9 +133,9 @@ class Replicas(Dispatcher):
         """True while requests are accepted and a replica runs; without one they wait until Ray has started it."""
         return not self.is_closing and self._has_running
 
-    def place_of(self, group: object) -> str:
-        """Return the key by which Ray finds the replica of a group."""
-        return prompt_hash(group).hex()
+    def place_of(self, prompt: bytes) -> str:
+        """Return the key by which Ray finds the replica of a prompt."""
+        return prompt.hex()
 
     async def ask(self, place: str, groups: list[dict], model: str, resolver: MakeResolve) -> Scored:
         """Return the answer of a replica.

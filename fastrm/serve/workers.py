@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 from fastrm.errors import ConfigError, DataError, FastrmError, StorageError
-from fastrm.serve.dispatch import Dispatcher, MakeResolve, Served, prompt_hash, summed
+from fastrm.serve.dispatch import Dispatcher, MakeResolve, Served, summed
 from fastrm.serve.problems import Unavailable
 from fastrm.serve.scheduler import Counts, Scored
 from fastrm.serve.worker import ASK, BROKEN, CANCEL, END, READY, SCORED, MakeScheduler, run_worker
@@ -94,8 +94,8 @@ class Workers(Dispatcher):
         ready = [worker for worker in self._workers if worker.is_ready]
         return not self.is_closing and bool(ready) and all(worker.computes for worker in ready)
 
-    def place_of(self, group: object) -> "_Worker":
-        """Return the worker of a group.
+    def place_of(self, prompt: bytes) -> "_Worker":
+        """Return the worker of the groups of a prompt.
 
         Raises:
             Unavailable: if none is ready.
@@ -103,7 +103,6 @@ class Workers(Dispatcher):
         ready = [worker for worker in self._workers if worker.is_ready]
         if not ready:
             raise Unavailable("NO_WORKER", "no worker is ready; they are being started, ask again", retry_after=5)
-        prompt = prompt_hash(group)
         return max(ready, key=lambda worker: hashlib.blake2b(prompt + worker.number.to_bytes(4)).digest())
 
     async def ask(self, place: "_Worker", groups: list[dict], model: str, resolver: MakeResolve) -> Scored:
