@@ -1,4 +1,4 @@
-"""What scheduler and dispatcher share: models by their names, the bound of what waits, and the end of acceptance."""
+"""The part that scheduler and dispatcher share: models by name, the bound of what waits, and the end of acceptance."""
 
 import asyncio
 from typing import Generic, TypeVar
