@@ -35,6 +35,7 @@ test-kernels: $(KERNELS_VENV)/.installed
 
 $(KERNELS_VENV)/.installed: kernels/pyproject.toml Makefile
 	$(PYTHON) -m venv $(KERNELS_VENV)
+	$(KERNELS_VENV)/bin/python -m pip install --quiet torch==2.13.0
 	$(KERNELS_VENV)/bin/python -m pip install --quiet './kernels[test]'
 	@touch $@
 
