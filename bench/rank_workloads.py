@@ -24,6 +24,7 @@ from fastrm.data.group import (
     resolve_preferences,
 )
 from fastrm.data.images import image_size
+from fastrm.data.media.format import FormatSettings
 from fastrm.data.order import StepOrder
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
@@ -102,10 +103,8 @@ def make_pools(config: Config) -> list[Pool]:
     conversations = (r.messages for found in records.values() for record in found for r in record.responses)
     tokenizer = train_tokenizer(conversations, VOCABULARY)
     architecture, _ = find_architecture(config.model)
-    encoder = make_encoder(
-        architecture, tokenizer, None, config.model.anchor, MediaLimits(),
-        min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels,
-    )  # fmt: skip
+    settings = FormatSettings(min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels)
+    encoder = make_encoder(architecture, tokenizer, None, config.model.anchor, MediaLimits(), settings)
     groups = {name: _groups(found, encoder, config) for name, found in records.items()}
     shares = np.array([pairs for pairs, _, _ in MIXTURE]) / sum(pairs for pairs, _, _ in MIXTURE)
     return [

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastrm.config import HeadConfig, ModelConfig
+from fastrm.data.media.format import FormatSettings
 from fastrm.data.record import ImageRef, Message, Response
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import train_tokenizer
@@ -140,9 +141,8 @@ def random_reward_model(tokenizer, sizes: Sizes) -> RewardNetwork:
     torch.manual_seed(0)
     backbone = init_backbone(ModelConfig(init=init, tokenizer="given"), tokenizer)
     pixels = sizes.image_side**2
-    encoder = make_encoder(
-        backbone.config, tokenizer, None, "last_token", MediaLimits(), min_pixels=min(pixels, 3136), max_pixels=pixels
-    )
+    settings = FormatSettings(min_pixels=min(pixels, 3136), max_pixels=pixels)
+    encoder = make_encoder(backbone.config, tokenizer, None, "last_token", MediaLimits(), settings)
     network = RewardNetwork(backbone, HeadConfig(layers=1, bias=False), encoder)
     # The usual small head gives equal rewards, and a loss of log 2 whatever the model does.
     torch.nn.init.normal_(network.score.weight, std=0.2)

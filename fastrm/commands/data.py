@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 
 from fastrm import cli_options as opts
+from fastrm.commands.grouped import grouped
+from fastrm.evaluate.options import RowOptions
 
 
 def prepare_data(config: opts.RunFile, overrides: opts.Overrides = None, workers: opts.Workers = None) -> None:
@@ -23,6 +25,7 @@ def prepare_data(config: opts.RunFile, overrides: opts.Overrides = None, workers
     prepare_ahead(load_config(config, overrides or []), workers)
 
 
+@grouped
 def check_data(
     files: Annotated[
         list[str],
@@ -31,11 +34,8 @@ def check_data(
             help="Data files or folders, or YAML configurations of runs, of which all sources are checked.",
         ),
     ],
+    rows: RowOptions,
     model: opts.CheckModel = None,
-    images: opts.Images = None,
-    data_format: opts.DataFormat = "auto",
-    columns: opts.Columns = None,
-    ignore: opts.Ignore = None,
     scoring: Annotated[
         bool, typer.Option("--scoring", help="Check rows that are to be scored, which need no preference.")
     ] = False,
@@ -52,12 +52,7 @@ def check_data(
     """
     from fastrm.train.check_command import check_data as check
 
-    reading = {
-        "images": images,
-        "format": data_format,
-        "columns": columns,
-        "ignore": ignore,
-    }
+    reading = {"images": rows.images, "format": rows.data_format, "columns": rows.columns, "ignore": rows.ignore}
     check(files, model=model, reading=reading, scoring=scoring, max_refused=max_refused, num_workers=workers)
 
 

@@ -50,7 +50,7 @@ class RewardModel:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         template_date: datetime.date | str | None = None,
-        limits: MediaLimits = MediaLimits(),  # noqa: B008 (it cannot be changed)
+        limits: MediaLimits = MediaLimits(),
         check_exactness: bool = True,
     ) -> "RewardModel":
         """Load the `model/` folder of a run, or a reward model that others trained (docs/models.md).

@@ -19,7 +19,6 @@ from fastrm.config import Config
 from fastrm.data.media.format import FormatSettings
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
-from fastrm.data.videos import VideoSettings
 from fastrm.errors import ConfigError, StorageError, option
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
@@ -162,7 +161,7 @@ def load_model(
         raise ConfigError(f"{folder}: min_pixels and max_pixels are for Qwen models; {family.no_pixel_limits}")
     encoder = make_encoder(
         backbone.config, tokenizer, place.processor, found.anchor or "last_token", MediaLimits(),
-        min_pixels=min_pixels, max_pixels=max_pixels, date=date,
+        FormatSettings(min_pixels, max_pixels), date=date,
     )  # fmt: skip
     model = RewardNetwork(backbone, found.head, encoder, found.pooling or "anchor")
     found.load_into(model.score)
@@ -201,14 +200,19 @@ def kept_date(path: str | Path) -> datetime.date | None:
 
 
 def make_encoder(
-    config, tokenizer, processor_path: str | None, anchor: str, limits: MediaLimits, *,
-    min_pixels: int | None = None, max_pixels: int | None = None,
-    image_mean: list[float] | None = None, image_std: list[float] | None = None,
-    max_tiles: int | None = None, video: VideoSettings | None = None, date: datetime.date | None = None,
-) -> ConversationEncoder:  # fmt: skip
-    """Make the tokeniser and vision format for a backbone's configuration; None keeps a setting of `processor_path`.
+    config,
+    tokenizer,
+    processor_path: str | None,
+    anchor: str,
+    limits: MediaLimits,
+    settings: FormatSettings = FormatSettings(),
+    date: datetime.date | None = None,
+) -> ConversationEncoder:
+    """Make the tokeniser and vision format for a backbone's configuration.
 
-    Limits of pixels and videos are Qwen's, `max_tiles` is InternVL's; the other family's are not looked at.
+    Args:
+        processor_path: the folder of the processor's files, which say what `settings` leave open.
+        date: for a chat template that reads the clock.
 
     Raises:
         ConfigError: if the tokenizer has ids that the embeddings lack, or as `ConversationEncoder`.
@@ -217,7 +221,6 @@ def make_encoder(
     options = {"anchor": anchor, "limits": limits, "date": date, "pad_token_id": config.get_text_config().pad_token_id}
     vision = None
     if config.model_type in FAMILIES:
-        settings = FormatSettings(min_pixels, max_pixels, max_tiles, image_mean, image_std, video)
         vision = FAMILIES[config.model_type].load_format(config, tokenizer, processor_path, settings)
     return ConversationEncoder(tokenizer, vision, **options)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastrm.config import Config, ModelConfig, TrainedTokenizer
+from fastrm.data.media.format import FormatSettings
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.data.videos import VideoSettings
@@ -29,16 +30,13 @@ def make_tokenizer(config: Config):
 
 def make_data_encoder(config: Config, architecture, tokenizer) -> ConversationEncoder:
     """Put tokenizer and vision format together; `architecture` is the backbone's transformers config."""
-    settings, data = config.model, config.data
-    return make_encoder(
-        architecture, tokenizer, settings.path and locate(settings.path).processor, settings.anchor, data.limits,
-        min_pixels=data.min_pixels, max_pixels=data.max_pixels, max_tiles=data.max_tiles,
-        image_mean=data.image_mean, image_std=data.image_std,
-        video=VideoSettings(
-            data.video_frames, data.video_min_pixels, data.video_max_pixels, data.frame_folder_fps
-        ),
-        date=settings.template_date,
+    model, data = config.model, config.data
+    video = VideoSettings(data.video_frames, data.video_min_pixels, data.video_max_pixels, data.frame_folder_fps)
+    settings = FormatSettings(
+        data.min_pixels, data.max_pixels, data.max_tiles, data.image_mean, data.image_std, video
     )  # fmt: skip
+    processor = model.path and locate(model.path).processor
+    return make_encoder(architecture, tokenizer, processor, model.anchor, data.limits, settings, model.template_date)
 
 
 def find_backbone_config(settings: ModelConfig):

@@ -16,6 +16,7 @@ from fastrm.data import loader
 from fastrm.data.batching import PackPlan
 from fastrm.data.images import decode_image
 from fastrm.data.loader import LoadedPack, PackBuilder, Waiting, load_packs
+from fastrm.data.media.format import FormatSettings
 from fastrm.data.media.qwen2_vl import QwenFormat
 from fastrm.data.packing import Pack
 from fastrm.data.record import ImageRef
@@ -63,10 +64,9 @@ def _odd_images():
 def test_pixel_values_equal_those_of_the_stock_processor(limits):
     encoder = make_model("qwen2_5_vl").encoder
     mean, std = ([0.4, 0.5, 0.6], [0.3, 0.2, 0.1]) if limits[0] == 784 else (None, None)
-    vision = make_encoder(
-        make_model("qwen2_5_vl").model.config, encoder.tokenizer, None, "last_token", MediaLimits(),
-        min_pixels=limits[0], max_pixels=limits[1], image_mean=mean, image_std=std,
-    ).vision  # fmt: skip
+    settings = FormatSettings(*limits, image_mean=mean, image_std=std)
+    config = make_model("qwen2_5_vl").model.config
+    vision = make_encoder(config, encoder.tokenizer, None, "last_token", MediaLimits(), settings).vision
     form, seen = vision.patch_format, set()
     for number, ref in _odd_images():
         image = decode_image(ref, MediaLimits())

@@ -10,6 +10,7 @@ from packaging.version import Version
 from PIL import Image
 
 from fastrm.config import HeadConfig, ModelConfig
+from fastrm.data.media.format import FormatSettings
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.data.videos import VideoSettings
@@ -96,10 +97,9 @@ def make_model(family, *, head=None, seed=0, dtype=torch.float32, pooling="ancho
             parameter.data.add_(0.1 * torch.randn_like(parameter))
         else:
             parameter.data.mul_(2.0)
-    encoder = make_encoder(
-        backbone.config, tokenizer, None, "last_token", MediaLimits(), min_pixels=28 * 28, max_pixels=28 * 28 * 40,
-        max_tiles=4, video=VideoSettings(num_frames=6, min_pixels=28 * 28, max_pixels=28 * 28 * 12),
-    )  # fmt: skip
+    video = VideoSettings(num_frames=6, min_pixels=28 * 28, max_pixels=28 * 28 * 12)
+    settings = FormatSettings(min_pixels=28 * 28, max_pixels=28 * 28 * 40, max_tiles=4, video=video)
+    encoder = make_encoder(backbone.config, tokenizer, None, "last_token", MediaLimits(), settings)
     model = RewardNetwork(backbone, head or HeadConfig(), encoder, pooling)
     model.set_kernels(dtype, attention="sdpa")
     # As transformers loads them: buffers, the rotary frequencies, stay float32.

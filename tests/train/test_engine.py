@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrm.config import Config, HeadConfig, ModelConfig
+from fastrm.data.media.format import FormatSettings
 from fastrm.errors import StorageError
 from fastrm.limits import MediaLimits
 from fastrm.model.export import make_encoder
@@ -39,9 +40,8 @@ def make_network(seed=0) -> RewardNetwork:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     backbone = init_backbone(ModelConfig(init=SIZES, tokenizer="unused"), tokenizer)
-    encoder = make_encoder(
-        backbone.config, tokenizer, None, "last_token", MediaLimits(), min_pixels=28 * 28, max_pixels=28 * 28 * 40
-    )
+    settings = FormatSettings(min_pixels=28 * 28, max_pixels=28 * 28 * 40)
+    encoder = make_encoder(backbone.config, tokenizer, None, "last_token", MediaLimits(), settings)
     network = RewardNetwork(backbone, HeadConfig(), encoder)
     network.set_kernels(torch.bfloat16, attention="sdpa")
     return network
