@@ -5,7 +5,8 @@
                                        are one group
 
 - Requests with equal prompt and images join one group as long as it waits, so that its prompt is computed once.
-- The first group that comes to an idle server waits `window_ms` for company; a busy server gathers while it computes.
+- The first group that comes to an idle server waits `window_ms` for company; a busy server gathers while it computes,
+  and for a moment after a pack, since those whom it answered ask again.
 - A pack is filled with the shortest groups first, and takes no group that would more than double the pack
   (`SMALL_PACK` tokens are always allowed), so that a long group does not hold back short ones. A group that has
   waited for `patience_ms` is taken before all others, oldest first, so that it is not put off for ever.
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from fastrm.data.media.format import Patches
 from fastrm.data.sources.media import Resolve, any_path
@@ -42,6 +44,7 @@ from fastrm.serve.waiting import Ask, Waiting, choose, compute
 _LOG = logging.getLogger(__name__)
 _PREPARING_THREADS = 4
 _FETCHING_THREADS = 16  # they wait most of the time
+_GATHERING_SHARE = 0.05  # of the time of the last pack
 _MAX_FAILURES = 8  # groups that fail one after another until the scheduler says that it is not ready
 
 
@@ -83,6 +86,13 @@ class Counts:
     reward_misses: int = 0
 
 
+class LastPack(NamedTuple):
+    """The pack that was computed last: how many asks it answered, and how long it took."""
+
+    num_asks: int = 0
+    seconds: float = 0.0
+
+
 class Scheduler(Admission[Scorer]):
     """A queue before one or more models, for any number of concurrent callers in one event loop.
 
@@ -92,7 +102,8 @@ class Scheduler(Admission[Scorer]):
     Args:
         scorers: the models; the first one answers where none is named.
         max_queue: of `Admission`.
-        window_ms: milliseconds that the first group waits for others, if nothing is being computed.
+        window_ms: milliseconds that the first group waits for others, if nothing is being computed. Beyond that, and
+            after a pack, those that it answered are waited for once more, for at most 5 % of the time that it took.
         patience_ms: milliseconds after which a group is taken before shorter ones.
         deterministic: compute every group by itself, as it was sent, one after another.
         rewards: keeps the rewards of responses; None, or with `deterministic`: each is computed again.
@@ -135,6 +146,7 @@ class Scheduler(Admission[Scorer]):
         self._loop: asyncio.Task | None = None
         self._unanswered: set[asyncio.Future] = set()
         self._num_failures = 0  # since the last success
+        self._last_pack = LastPack()
 
     async def __aenter__(self) -> "Scheduler":
         self._loop = asyncio.create_task(self._run())
@@ -286,13 +298,36 @@ class Scheduler(Admission[Scorer]):
             while not self._waiting:
                 self._came.clear()
                 await self._came.wait()
-            if was_idle:
-                await asyncio.sleep(self.window)
+            if not self._is_deterministic:
+                await self._gather(was_idle)
             self._drop_cancelled()
             if pack := choose(self._waiting, time.monotonic() - self.patience):
                 pack = pack[:1] if self._is_deterministic else pack
                 self._take(pack)
                 await self._compute(pack)
+
+    async def _gather(self, was_idle: bool) -> None:
+        """Wait a little for groups that are about to come.
+
+        Whoever was answered by a pack asks again at once. A pack that began before they do would leave them to the
+        next one, and the responses to a prompt would be computed in two halves, each with the whole prompt.
+        """
+        last, began = self._last_pack, time.monotonic()
+        if was_idle:
+            await asyncio.sleep(self.window)
+        wanted = 0 if was_idle else last.num_asks + self._num_waiting
+        while not any(waiting.num_tokens >= waiting.scorer.tokens_per_pack for waiting in self._waiting):
+            left = began + _GATHERING_SHARE * last.seconds - time.monotonic()
+            # What was accepted and does not wait is being read.
+            if left <= 0 or self._num_waiting >= max(wanted, self._num_accepted):
+                return
+            self._came.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._came.wait(), left)
+
+    @property
+    def _num_waiting(self) -> int:
+        return sum(len(waiting.asks) for waiting in self._waiting)
 
     def _drop_cancelled(self) -> None:
         for waiting in self._waiting:
@@ -319,6 +354,7 @@ class Scheduler(Admission[Scorer]):
                 self._answer(pack[0], [error] * len(pack[0].asks))
             return
         self._num_failures = 0
+        self._last_pack = LastPack(sum(len(waiting.asks) for waiting in pack), time.monotonic() - started)
         self._count(pack, time.monotonic() - started)
         for waiting, answers in zip(pack, results, strict=True):
             if len(waiting.asks) > 1 and isinstance(answers[0], RecordError):

@@ -1,10 +1,14 @@
 """What a group's company may change: order, packs, joined groups, kept rewards and routes."""
 
+import asyncio
+import threading
+
 import numpy as np
 import pytest
 
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
+from fastrm.serve import scheduler as scheduling
 from fastrm.serve.caches import BoundedCache
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
@@ -109,3 +113,29 @@ def test_groups_of_one_prompt_that_different_models_score_are_not_joined(order):
     ensemble, groups = routed()
     found, _, _ = ask_each(Scorer("tiny", ensemble, 8192), [groups[place] for place in order])
     check_close(found, [ensemble.score([groups[place]])[0] for place in order])
+
+
+def test_clients_that_ask_again_when_they_are_answered_are_computed_together(scorer, monkeypatch):
+    """A pack that began with one of them would leave the others to the next one, and so on for ever."""
+    monkeypatch.setattr(scheduling, "_GATHERING_SHARE", 100)  # the time of 100 packs, however slow this machine is
+    packs, compute, began = [], scorer.run, threading.Event()
+
+    def count(groups):
+        packs.append(sum(len(group.ready[0].group.responses) for group in groups))
+        began.set()
+        return compute(groups)
+
+    monkeypatch.setattr(scorer, "run", count)
+
+    async def client(scheduler, number):
+        while number and not began.is_set():  # the first one's pack is being computed when the others come
+            await asyncio.sleep(0.001)
+        for turn in range(6):
+            await scheduler.score([{"prompt": f"turn {turn}", "responses": [f"answer {number}"]}])
+
+    async def ask():
+        async with Scheduler([scorer]) as scheduler:
+            await asyncio.gather(*(client(scheduler, number) for number in range(8)))
+
+    run(ask())
+    assert sum(packs) == 48 and packs.count(8) >= 4, packs
