@@ -111,6 +111,8 @@ class Adapter:
                 f"{file}: {', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}: not the two matrices of a linear "
                 "layer's LoRA; merge the adapter with PEFT's merge_and_unload and save the model"
             )
+        if not parts and not replaced:
+            raise StorageError(f"{file}: holds no weight, and would leave the base as it is; save the adapter again")
         return cls(place.adapter, {name: _product(file, name, p, settings) for name, p in parts.items()}, replaced)
 
 

@@ -20,7 +20,7 @@ from fastrm.model.adapters import Adapter, MergedTensor
 from fastrm.model.families import VISION_FAMILIES, check_family
 from fastrm.model.fusion import stock_names
 from fastrm.model.places import ModelPlace, locate
-from fastrm.model.weight_files import CONFIG, INDEX, SINGLE, VALUE_HEAD, StoredTensor, WeightFiles, finder, read_header
+from fastrm.model.weight_files import INDEX, SINGLE, VALUE_HEAD, StoredTensor, WeightFiles, finder, read_header
 
 # Weights of published files that a reward model has no use for: the LM head, and buffers that are computed from the
 # configuration. Every other weight of a checkpoint that is left out is named.
@@ -259,8 +259,7 @@ def load_backbone_config(path: str):
     from transformers import AutoConfig
 
     place = locate(path)
-    if Path(place.base).is_dir() and (Path(place.base) / CONFIG).is_file():
-        place.read_config()  # says what is wrong with a damaged file
+    place.read_config()  # says whose file is not there, or what is wrong with it
     try:
         config = AutoConfig.from_pretrained(place.base, trust_remote_code=False)
     except (OSError, ValueError) as error:

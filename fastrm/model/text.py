@@ -32,6 +32,12 @@ def check_text(family: str, text) -> None:
     Raises:
         ConfigError: naming the key and its value.
     """
+    heads, shared = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or 1
+    if text.num_hidden_layers < 1 or heads < 1 or heads % shared:
+        raise ConfigError(
+            f"{family}: num_hidden_layers is {text.num_hidden_layers}, num_attention_heads {heads}, "
+            f"num_key_value_heads {shared}; wanted a layer or more, and attention heads that the last number divides"
+        )
     if getattr(text, "attention_dropout", 0.0):
         raise ConfigError(f"{family}: attention_dropout is {text.attention_dropout}, only 0 is supported")
     if not getattr(text, "is_causal", True):

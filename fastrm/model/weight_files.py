@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from fastrm.data.sources.files import LFS_POINTER
 from fastrm.errors import ConfigError, StorageError, looked_for
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -31,7 +32,6 @@ _BUFFER_DTYPES = {"I64": torch.int64, "BOOL": torch.bool}
 MAX_HEADER_BYTES = 100_000_000
 # The bytes that are read at a time where elements change their dtype or go to a GPU.
 CHUNK_BYTES = 16 * 2**20
-_LFS = b"version https://git-lfs.github.com"
 _GGUF = (
     "is a GGUF file, and weights are read from safetensors; convert it once with transformers: "
     "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUT), and the same with AutoTokenizer"
@@ -172,7 +172,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def _download_again(file: Path) -> str:
     with file.open("rb") as stream:
-        is_pointer = stream.read(len(_LFS)) == _LFS
+        is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
     return "it is a pointer of Git LFS: run git lfs pull in its folder" if is_pointer else "download or copy it again"
 
 

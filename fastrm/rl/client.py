@@ -25,6 +25,23 @@ _JSON = {"Content-Type": "application/json"}
 Outcome = httpx.Response | Exception
 
 
+def check_url(url: str, name: str = "url") -> None:
+    """Refuse what is no URL of a server.
+
+    Args:
+        name: of the argument or option, for the message.
+
+    Raises:
+        ConfigError: for another scheme, or a URL that cannot be parsed, such as one with letters as its port.
+    """
+    try:
+        is_http = httpx.URL(url).scheme in ("http", "https")
+    except httpx.InvalidURL:
+        is_http = False
+    if not is_http:
+        raise ConfigError(f"{name}: got {url!r}, wanted one such as http://127.0.0.1:8000")
+
+
 class Client:
     """A scorer of responses by a fastrm server, in place of a model in this process.
 
@@ -65,8 +82,7 @@ class Client:
         Raises:
             ConfigError: for a URL that is none, or a number that is not positive.
         """
-        if not url.lower().startswith(("http://", "https://")):
-            raise ConfigError(f"url: got {url!r}, wanted one such as http://127.0.0.1:8000")
+        check_url(url)
         if route := next((route for route in _ROUTES if url.rstrip("/").endswith(route)), None):
             raise ConfigError(f"url: got {url!r}, wanted it without {route}: this client asks {PATH} of the server")
         if min(timeout, tries, patience, max_groups) <= 0:

@@ -14,7 +14,7 @@ from fastrm.data.prepared.content import with_digests
 from fastrm.data.prepared.records import decode_record, encode_record
 from fastrm.data.prepared.stored import read_manifest
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef
-from fastrm.errors import ConfigError, DataError
+from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.limits import MediaLimits
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
@@ -207,9 +207,17 @@ def test_groups_and_records_agree_and_survive_pickling(tmp_path):
     assert copy[5] == made.train.records[5]
 
 
+def test_a_file_in_the_place_of_the_prepared_folder_is_named(tmp_path):
+    """The advice to delete it would cost the user a data file."""
+    path = write_rows(tmp_path / "rows.jsonl", text_rows(4))
+    with pytest.raises(StorageError, match=r"rows\.jsonl: is a file, wanted a folder for prepared data"):
+        Made(config_of(tmp_path, {"path": str(path)}, data={"prepared": str(path)}))
+
+
 def test_sources_without_a_usable_group_are_refused_by_reason(tmp_path):
     path = write_rows(tmp_path / "bad.jsonl", ["{", {"prompt": "a", "chosen": "b", "rejected": "b"}])
-    with pytest.raises(DataError, match=r"no usable group in 0 records \(BAD_JSON 1, IDENTICAL_RESPONSES 1\)"):
+    said = r"no usable group in 0 records \(BAD_JSON 1, IDENTICAL_RESPONSES 1\); first: .*bad\.jsonl:1: the line is not"
+    with pytest.raises(DataError, match=said):
         Made(config_of(tmp_path, {"path": str(path)}, model={"tokenizer": {"train_vocab_size": 280}}))
     empty = write_rows(tmp_path / "good.jsonl", text_rows(4))
     with pytest.raises(DataError, match=r"data\.eval: no usable group"):

@@ -31,6 +31,14 @@ def test_jsonl_goes_on_after_bad_lines(tmp_path):
     assert [(origin, code) for origin, code, _ in refused] == [(f"{path}:{n}", c) for n, c in codes.items()]
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+    for place in (path, tmp_path):
+        with pytest.raises(DataError, match=r"rows\.jsonl\" is a pointer of Git LFS; run git lfs pull in its folder"):
+            source_files(place)
+
+
 @pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"version": 1, "data": rows}])
 def test_json_is_a_list_or_an_object_with_one(tmp_path, wrap):
     path = tmp_path / "rows.json"

@@ -111,6 +111,23 @@ def test_lora_of_a_head_that_no_file_holds_is_refused_as_that(tmp_path):
         rewards_of(tmp_path / "adapter")
 
 
+def test_an_adapter_without_a_weight_is_refused(tmp_path):
+    """It would score as its base does."""
+    save_backbone(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tmp_path / "base")
+    save_file({}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(StorageError, match="holds no weight, and would leave the base as it is"):
+        rewards_of(tmp_path / "adapter")
+
+
+def test_an_adapter_whose_base_is_away_names_the_base(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastrm.model.weight_files._hub_problem", lambda: "the hub is away")
+    save_backbone(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tmp_path / "base", base_model_name_or_path="some/base")
+    with pytest.raises(ConfigError, match=r"'some/base': no such folder here .*the hub is away"):
+        rewards_of(tmp_path / "adapter")
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     save_backbone(tmp_path / "base")
     save_adapter(tmp_path / "adapter", tmp_path / "base")

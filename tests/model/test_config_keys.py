@@ -69,6 +69,8 @@ def test_an_export_keeps_the_activation(monkeypatch, tmp_path):
     [
         ("llama", {"hidden_act": "gleu"}, {}, {}, "hidden_act is 'gleu', which transformers does not know"),
         ("qwen2", {"attention_dropout": 0.1}, {}, {}, "attention_dropout is 0.1, only 0 is supported"),
+        ("qwen2", {"num_attention_heads": 4, "num_key_value_heads": 3}, {}, {}, "num_key_value_heads 3; wanted"),
+        ("llama", {"num_hidden_layers": 0}, {}, {}, "num_hidden_layers is 0, .* wanted a layer or more"),
         ("llama", {"is_causal": False}, {}, {}, "is_causal is False, only true is supported"),
         ("qwen2_vl", {"is_causal": False}, {}, {}, "is_causal is False, only true is supported"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 3}, {}, {}, r"layer_types has \['chunked_attention'\]"),

@@ -161,6 +161,7 @@ def test_no_rollouts_get_no_rewards():
         ({"scheme": "rule", "answers": "maths"}, "answers: got 'maths'"),
         ({"model": 7}, "model: got int, wanted a URL, a folder"),
         ({"model": "no/such/folder"}, "no/such/folder"),
+        ({"model": "http://localhost:abc"}, "url: got 'http://localhost:abc', wanted one such as"),
         ({"model": "localhost:8000"}, "'localhost:8000', no folder here; a server's URL begins with http:// or https://"),
         ({"model": "http://localhost:8000/get_reward"}, "wanted it without /get_reward: this client asks /v1/rewards"),
     ],

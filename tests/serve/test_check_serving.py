@@ -247,6 +247,7 @@ def test_prompts_that_the_server_refuses_are_counted(model, monkeypatch):
     [
         ("http://127.0.0.1:1", "vllm", ServerError, "no answer .ConnectError"),
         ("127.0.0.1", "vllm", ConfigError, "--url: got '127.0.0.1', wanted one such as"),
+        ("http://127.0.0.1:abc", "vllm", ConfigError, "--url: got 'http://127.0.0.1:abc', wanted one such as"),
         ("http://127.0.0.1:1", "tgi", ConfigError, "--api: got 'tgi', wanted one of"),
     ],
 )
@@ -262,11 +263,12 @@ def test_a_server_that_is_away_and_bad_options_are_named(model, monkeypatch, url
         (httpx.Response(401, text="no"), "HTTP 401: no; give --token"),
         (httpx.Response(404, text="lost"), "HTTP 404: lost; is --api right"),
         (httpx.Response(500, text="broken"), "HTTP 500: broken; see the server's log"),
+        (httpx.Response(501, text="<html>\n  <p>501</p>\n"), "HTTP 501: <html> <p>501</p>; see the server's log"),
         (httpx.Response(200, json={"data": []}), "has another form than --api says"),
         (httpx.Response(200, text="<html>"), "has another form than --api says"),
         (httpx.Response(200, content='{"data": [{"probs": [NaN]}]}'), "is no finite number"),
     ],
-    ids=["401", "404", "500", "form", "html", "nan"],
+    ids=["401", "404", "500", "501", "form", "html", "nan"],
 )
 def test_answers_that_are_no_rewards_are_named(model, answer, said):
     client = httpx.Client(base_url="http://server", transport=httpx.MockTransport(lambda request: answer))

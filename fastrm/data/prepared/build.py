@@ -157,12 +157,13 @@ class Preparation:
         self.seconds |= {"select": selected - started, "count": time.perf_counter() - selected}
         started = time.perf_counter()
         splits = {split: entries_of(chosen, counted, split) for split in SPLITS}
-        refusals = Counter()
+        refusals, first = Counter(), None
         with whole_file(self.folder / REFUSED) as write:
             for refusal in self._refusals(table, removed, listed, counted):
                 write(refusal_line(refusal))
                 refusals[refusal.code] += 1
-        self._check_used(splits, len(table), refusals)
+                first = first or f"first: {refusal.origin}: {refusal.message}; "
+        self._check_used(splits, len(table), refusals, first or "")
         weights = [[source.weight for source in getattr(self.config.data, split)] for split in SPLITS]
         index = make_index(table, counted, splits, weights)
         self._write_index(index)
@@ -211,12 +212,13 @@ class Preparation:
             removed |= {kind: matches & is_train for kind, matches in found.items()}
         return removed
 
-    def _check_used(self, splits: dict[str, np.ndarray], num_records: int, refusals: Counter) -> None:
+    def _check_used(self, splits: dict[str, np.ndarray], num_records: int, refusals: Counter, first: str) -> None:
         for split, entries in splits.items():
             if getattr(self.config.data, split) and not len(entries):
                 reasons = ", ".join(f"{code} {number}" for code, number in refusals.most_common()) or "no rows"
                 raise DataError(
-                    f"data.{split}: no usable group in {num_records:,} records ({reasons}); see {self.folder / REFUSED}"
+                    f"data.{split}: no usable group in {num_records:,} records ({reasons}); {first}see "
+                    f"{self.folder / REFUSED}"
                 )
 
     def _select(self, table: RecordTable, removed: dict[str, np.ndarray]) -> dict[str, Selection]:

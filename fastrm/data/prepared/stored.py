@@ -179,6 +179,8 @@ def read_manifest(folder: Path) -> dict | None:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise StorageError(f"{folder}: is a file, wanted a folder for prepared data; set data.prepared") from None
     except (OSError, ValueError) as error:
         raise StorageError(f"{path}: cannot be read: {error}; delete the folder and prepare again") from error
 

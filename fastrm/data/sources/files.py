@@ -10,6 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from fastrm.data.archives import archive_status, open_member
@@ -19,6 +20,7 @@ from fastrm.errors import DataError, RecordError, looked_for
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 PARQUET_BATCH_ROWS = 32  # rows may hold images: this bounds the memory, not the speed
 BLOCK_BYTES = 2**20  # the size of buffered reads
+LFS_POINTER = b"version https://git-lfs.github.com"  # how the file begins that Git LFS leaves for one
 _BOM = b"\xef\xbb\xbf"
 _IN_ZIP = ".zip!"
 
@@ -39,10 +41,22 @@ def data_files(path: str) -> list[str]:
         files = sorted(f for f in entry.iterdir() if _has_suffix(f.name) and f.is_file() and f.name[0] != ".")
         if not files:
             raise DataError(f'data source "{path}" is a folder without data files; wanted {wanted}')
-        return [str(file) for file in files]
+        return [_downloaded(str(file)) for file in files]
     if not _has_suffix(entry.name) or not entry.is_file():
         raise DataError(f'data source "{path}" is not a data file; wanted {wanted}: convert it')
-    return [path]
+    return [_downloaded(path)]
+
+
+def _downloaded(file: str) -> str:
+    """Return the file, unless it is the pointer that Git LFS leaves in the place of one that was not fetched.
+
+    Raises:
+        DataError: if it is.
+    """
+    with suppress(OSError), open(file, "rb") as stream:  # what cannot be read is named where it is read
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DataError(f'data file "{file}" is a pointer of Git LFS; run git lfs pull in its folder')
+    return file
 
 
 def file_stem(file: str) -> str:

@@ -75,7 +75,7 @@ class Asker:
             response = self._client.post(path, json=body)
         except httpx.HTTPError as error:
             raise ServerError(f"{place}: no answer ({type(error).__name__}: {error}); is the server up?") from None
-        said = response.text.strip()[:300]
+        said = " ".join(response.text.split())[:300]  # another server's page may have many lines
         if response.status_code in (400, 413, 422):
             raise _RefusedRequest(f"HTTP {response.status_code}: {said}")
         if response.status_code != 200:

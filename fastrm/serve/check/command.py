@@ -10,6 +10,7 @@ import httpx
 from fastrm.data.sources.layouts.groups import group_record
 from fastrm.errors import ConfigError, ExactnessError, GroupError
 from fastrm.evaluate.reward_model import RewardModel
+from fastrm.rl.client import check_url
 from fastrm.serve.check.causes import Cell, Explainer
 from fastrm.serve.check.clients import APIS, Asker, Refused
 from fastrm.serve.check.prompts import CheckedPrompt, checked_prompts
@@ -83,8 +84,7 @@ def check_serving(
     """
     if api not in APIS:
         raise ConfigError(f"--api: got {api!r}, wanted one of {', '.join(APIS)}")
-    if not url.lower().startswith(("http://", "https://")):
-        raise ConfigError(f"--url: got {url!r}, wanted one such as http://127.0.0.1:8000")
+    check_url(url, "--url")
     model = RewardModel.from_pretrained(path, device=device, dtype=dtype)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout) as client, Display() as display:
