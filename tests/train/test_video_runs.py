@@ -84,7 +84,7 @@ def test_limits_of_videos_can_be_set_where_scores_are_made(trained):
     folder, _ = trained
     group = {"prompt": "What moves?", "videos": [str(folder / "3.mp4")], "responses": ["up", "down"]}
     for limit, code in (({"max_video_bytes": 100}, "VIDEO_TOO_LARGE"), ({"max_video_seconds": 2.9}, "VIDEO_TOO_LONG")):
-        model = fastrm_package.RewardModel.from_pretrained(folder / "run" / "model", **limit)
+        model = fastrm_package.RewardModel.from_pretrained(folder / "run" / "model", limits=MediaLimits(**limit))
         with pytest.raises(DataError, match=f"raise data.{next(iter(limit))}.*{code}"):
             model.score([group])
     for command in (commands.score, commands.evaluate):
