@@ -22,8 +22,9 @@ import kernel_results  # noqa: E402
 import kernel_tables  # noqa: E402
 import training_results  # noqa: E402
 import training_tables  # noqa: E402
+from device_results import file_stem, write_json  # noqa: E402
 from gpu_results import MODEL, kernel_report, one_result, red_gates, training_report  # noqa: E402
-from kernel_results import ATTENTION, HEAD, NOT_MEASURED, TORCH_DTYPES, file_stem, winners, write_json  # noqa: E402
+from kernel_results import ATTENTION, HEAD, NOT_MEASURED, TORCH_DTYPES, winners  # noqa: E402
 from pages import between, table  # noqa: E402
 from training_results import FASTRM, FP8, GROUPS, MAIN, PACKED, PAIRS, PLAIN, entries_of, speedup  # noqa: E402
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from device_results import RESULTS, cpu_name, file_stem, package_versions
 from fastrm.json_files import to_json
 from fastrm.tables import Table
-from kernel_results import RESULTS, cpu_name, file_stem, package_versions
 from run_kernels import BUDGET_SECONDS, Run
 
 COLUMNS = (

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-from kernel_results import write_json  # noqa: E402
+from device_results import write_json  # noqa: E402
 
 # The machine's Python and Triton, and the platforms whose wheels its glibc runs. It has torch and transformers.
 PYTHON, TRITON = "3.12", "3.6.0"

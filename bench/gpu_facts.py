@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels")]
 
-from kernel_results import device_name, environment, package_versions, write_json  # noqa: E402
+from device_results import device_name, environment, package_versions, write_json  # noqa: E402
 
 PACKAGES = (
     "transformers", "torchao", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4", "pydantic", "numpy",

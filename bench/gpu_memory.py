@@ -15,8 +15,8 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
 import torch  # noqa: E402
 
+from device_results import device_name, environment, write_json  # noqa: E402
 from fastrm.forecast.plan import Assumptions  # noqa: E402
-from kernel_results import device_name, environment, write_json  # noqa: E402
 from kernel_timing import MIB, Budget, clean_memory, describe  # noqa: E402
 from training_models import make_network, training_config  # noqa: E402
 from training_plan import planned_bytes  # noqa: E402

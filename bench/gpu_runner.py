@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernel_results import write_json
+from device_results import write_json
 
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 1.0

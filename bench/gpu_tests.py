@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-from kernel_results import write_json  # noqa: E402
+from device_results import write_json  # noqa: E402
 
 KEPT = 20  # the most failures that are written in full
 

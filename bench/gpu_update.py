@@ -17,11 +17,11 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
 import torch  # noqa: E402
 
+from device_results import device_name, environment, write_json  # noqa: E402
 from fastrm.train import compact_adamw  # noqa: E402
 from fastrm.train.compact_adamw import BLOCK, CompactAdamW  # noqa: E402
 from fastrm_kernels.compact_adamw import compact_adamw as fused_update  # noqa: E402
 from fastrm_kernels.compact_adamw import reference  # noqa: E402
-from kernel_results import device_name, environment, write_json  # noqa: E402
 from kernel_timing import copy_bytes_per_second, describe, synchronize  # noqa: E402
 from training_models import make_network  # noqa: E402
 

@@ -12,9 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
+from device_results import RESULTS, device_name, environment, file_stem, package_versions
 from fastrm.ablate.statistics import Estimate, estimate
 from fastrm.json_files import to_json
-from kernel_results import RESULTS, device_name, environment, file_stem, package_versions
 
 SCHEMES, SEEDS = ("rule", "model", "hybrid"), (0, 1, 2)
 PROJECT = Path(__file__).parents[1]

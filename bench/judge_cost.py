@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from device_results import RESULTS, device_name, environment, file_stem, package_versions
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.json_files import to_json
-from kernel_results import RESULTS, device_name, environment, file_stem, package_versions
 
 SUFFIX = "-judge-cost.json"
 ROLLOUTS = 8

@@ -4,89 +4,20 @@ A file is <device>-kernels.json, beside the training-step results of the same de
 has its own date and versions, so that measuring one again leaves the other as it was.
 """
 
-import datetime
 import json
 import math
-import os
-import platform
-import re
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fastrm.json_files import to_json
+import device_results
+from device_results import RESULTS, file_of, write_json
 from kernel_shapes import STEP
 
-RESULTS = Path(__file__).parent / "results"
 SUFFIX = "-kernels.json"
 HEAD, ATTENTION = "preference_head", "tree_attention"
 NOT_MEASURED = "not measured"
 TORCH_DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
-
-
-# Devices and versions
-
-
-def device_name() -> str:
-    """Return the name of the GPU, or without one the CPU's model and the cores that this process may use."""
-    import torch
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu_name()
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        cores = len(os.sched_getaffinity(0))
-    except (OSError, StopIteration):
-        model, cores = platform.processor() or platform.machine(), os.cpu_count()
-    return f"{model}, {cores} cores"
-
-
-def file_stem(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def package_versions(*packages: str) -> dict[str, str | None]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def environment() -> dict:
-    """Return the date and the versions that decide a kernel's speed."""
-    import torch
-
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "triton": package_versions("triton")["triton"], "cuda": torch.version.cuda, "driver": _driver(),
-        },
-    }  # fmt: skip
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
-def write_json(file: Path, content: object) -> None:
-    """Write JSON so that a reader finds the old content or the new one whole, also after a kill."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(to_json(content, indent=1) + "\n")
-    draft.replace(file)
 
 
 def save(entries: Sequence[dict], facts: dict, folder: Path, *, quick: bool = False) -> Path:
@@ -97,7 +28,7 @@ def save(entries: Sequence[dict], facts: dict, folder: Path, *, quick: bool = Fa
         quick: a run of few shapes, which goes to a file of its own that no table is made from.
     """
     device = facts["device"]
-    file = folder / (file_stem(device) + (SUFFIX.replace(".json", "-quick.json") if quick else SUFFIX))
+    file = file_of(device, SUFFIX, folder, quick=quick)
     report = json.loads(file.read_text()) if file.exists() else {"device": device, "operations": {}}
     for op in (HEAD, ATTENTION):
         mine = [entry for entry in entries if entry["op"] == op]
@@ -111,7 +42,7 @@ def save(entries: Sequence[dict], facts: dict, folder: Path, *, quick: bool = Fa
 
 def load_all(folder: Path = RESULTS) -> list[dict]:
     """Return the reports of all devices."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*" + SUFFIX))]
+    return device_results.load_all(SUFFIX, folder)
 
 
 # Figures of one entry

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
 import psutil  # noqa: E402
 
-from kernel_results import RESULTS, device_name, environment, file_stem  # noqa: E402
+from device_results import RESULTS, device_name, environment, file_stem  # noqa: E402
 from prepared_rows import ROWS, write_sets  # noqa: E402
 
 NUM_RANKS = 64

@@ -26,7 +26,7 @@ from fastrm.json_files import to_json
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
-from kernel_results import RESULTS, device_name, environment, file_stem, write_json  # noqa: E402
+from device_results import RESULTS, device_name, environment, file_stem, write_json  # noqa: E402
 from measure import reset_peak, status_bytes  # noqa: E402
 
 PARTS = ("make", "load", "step", "score", "score fp32")

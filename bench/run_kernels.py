@@ -18,16 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels")]
 
-from kernel_results import (  # noqa: E402
-    ATTENTION,
-    HEAD,
-    RESULTS,
-    device_name,
-    environment,
-    load_all,
-    proposals,
-    save,
-)
+from device_results import RESULTS, device_name, environment  # noqa: E402
+from kernel_results import ATTENTION, HEAD, load_all, proposals, save  # noqa: E402
 from kernel_shapes import attention_shapes, head_shapes  # noqa: E402
 from kernel_tables import README, report_lines, updated_readme  # noqa: E402
 

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
-from kernel_results import RESULTS, cpu_name, environment, file_stem, package_versions, write_json  # noqa: E402
+from device_results import RESULTS, cpu_name, environment, file_stem, package_versions, write_json  # noqa: E402
 from pretrained.convert import FOLDER  # noqa: E402
 from pretrained.tables import DOCS, updated_docs  # noqa: E402
 

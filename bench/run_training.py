@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
-from kernel_results import RESULTS, device_name, environment, package_versions  # noqa: E402
+from device_results import RESULTS, device_name, environment, package_versions  # noqa: E402
 from training_results import (  # noqa: E402
     ALTERNATIVES,
     FASTRM,

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
+from device_results import RESULTS, cpu_name, file_stem, package_versions
 from fastrm.data import loader
 from fastrm.data.batching import PackPlan
 from fastrm.data.images import decode_image
@@ -35,7 +36,6 @@ from fastrm.limits import MediaLimits
 from fastrm.model.export import make_encoder
 from fastrm.model.pack_layouts import LayoutBuilder
 from fastrm.model.vision.qwen2_vl import VisionShape
-from kernel_results import RESULTS, cpu_name, file_stem, package_versions
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LIMITS = MediaLimits()

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pytest
 
+from device_results import RESULTS
 from fastrm.data.balance import CostModel, slowest_bound
 from fastrm.data.batching import divide_step, plan_packs
 from fastrm.data.group import GroupSize
 from fastrm.json_files import to_json
 from fastrm.model.architectures import find_architecture
 from fastrm.train.step_cost import make_cost_model
-from kernel_results import RESULTS
 from rank_workloads import DATA, MIXTURE, Pool, make_pools, recipe_config
 
 # Ranks and pairs per rank; and also the recipe's batch of 128 pairs on 16 and 32 ranks.

@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_results import NOT_MEASURED, RESULTS, file_stem, is_goal_device, write_json
+import device_results
+from device_results import RESULTS, file_of, write_json
+from kernel_results import NOT_MEASURED, is_goal_device
 
 SUFFIX = "-training.json"
 PLAIN, PACKED, FASTRM, FP8 = "plain", "packed rows", "fastrm", "fastrm FP8"
@@ -26,7 +28,7 @@ def save(model: str, facts: dict, entries: Sequence[dict], folder: Path, *, quic
         quick: a run of few workloads, which goes to a file of its own that no table is made from.
     """
     device = facts["device"]
-    file = folder / (file_stem(device) + (SUFFIX.replace(".json", "-quick.json") if quick else SUFFIX))
+    file = file_of(device, SUFFIX, folder, quick=quick)
     report = json.loads(file.read_text()) if file.exists() else {"device": device, "runs": {}, "entries": []}
     same = report["runs"].get(model, {}).get("versions") == facts["versions"]
     old = [entry for entry in report["entries"] if entry["model"] != model or same]
@@ -59,7 +61,7 @@ def was_left_out(variant: dict) -> bool:
 
 def load_all(folder: Path = RESULTS) -> list[dict]:
     """Return the reports of all devices."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*" + SUFFIX))]
+    return device_results.load_all(SUFFIX, folder)
 
 
 def entries_of(report: dict, model: str, kind: str) -> list[dict]:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from device_results import RESULTS, file_stem
 from fastrm.ui import new_figure
-from kernel_results import RESULTS, file_stem
 from pages import between, table
 from training_results import (
     ALTERNATIVES,

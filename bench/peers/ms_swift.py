@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bench" / "peers"), str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
 
-from kernel_results import RESULTS, device_name, environment, package_versions  # noqa: E402
+from device_results import RESULTS, device_name, environment, package_versions  # noqa: E402
 from ms_swift_gate import check_batch, check_runs  # noqa: E402
 from ms_swift_inputs import SIZES, WORKLOADS, Sizes, Workload, make_inputs, step_flops  # noqa: E402
 from ms_swift_results import FASTRM, PAGE, SWIFT, load_all, report_lines, save, updated_page  # noqa: E402

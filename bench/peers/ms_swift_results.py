@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_results import RESULTS, file_stem, write_json
+from device_results import RESULTS, file_stem, write_json
 from pages import between, table
 
 SUFFIX = "-peers-ms-swift.json"

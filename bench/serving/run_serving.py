@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "bench")]
 
+from device_results import RESULTS, device_name, environment, file_stem  # noqa: E402
 from fastrm.evaluate.reward_model import RewardModel  # noqa: E402
 from fastrm.json_files import to_json  # noqa: E402
-from kernel_results import RESULTS, device_name, environment, file_stem  # noqa: E402
 from serving_load import Load, closed_loop, open_loop  # noqa: E402
 from serving_stock import StockModel  # noqa: E402
 from serving_workload import RESPONSES, Group, make_groups, singles, whole  # noqa: E402

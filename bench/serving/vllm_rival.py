@@ -27,11 +27,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "bench")]
 
+from device_results import RESULTS, device_name, environment, file_stem  # noqa: E402
 from fastrm.evaluate.reward_model import RewardModel  # noqa: E402
 from fastrm.json_files import to_json  # noqa: E402
 from fastrm.model.export_command import export_model  # noqa: E402
 from fastrm.ui import Display  # noqa: E402
-from kernel_results import RESULTS, device_name, environment, file_stem  # noqa: E402
 from run_serving import GATED, as_json, compare, fastrm_command, line, served, serving  # noqa: E402
 from serving_load import Answer, Load, closed_loop  # noqa: E402
 from serving_workload import RESPONSES, Group, classify, make_groups, singles, whole  # noqa: E402

@@ -9,22 +9,11 @@ import torch
 
 import kernel_attention
 import kernel_timing
+from device_results import file_stem
 from fastrm_kernels import TreeLayout
 from fastrm_kernels.tree_attention.reference import visible
 from kernel_head import measure_head
-from kernel_results import (
-    ATTENTION,
-    GOALS,
-    HEAD,
-    NOT_MEASURED,
-    file_stem,
-    floor_ratio,
-    load_all,
-    proposals,
-    ratio,
-    save,
-    verdict,
-)
+from kernel_results import ATTENTION, GOALS, HEAD, NOT_MEASURED, floor_ratio, load_all, proposals, ratio, save, verdict
 from kernel_shapes import (
     ATTENTION_SHAPES,
     FORWARD,

@@ -12,13 +12,13 @@ import torch
 import yaml
 
 import ms_swift
+from device_results import file_stem
 from fastrm.config import load_config
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Response
 from fastrm.data.sources import read_source
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.train.loop import train
-from kernel_results import file_stem
 from ms_swift_gate import RedGate, check_batch, check_runs
 from ms_swift_inputs import SIZES, WORKLOADS, Sizes, make_inputs, step_flops
 from ms_swift_results import BEGIN, END, FASTRM, PAGE, SUFFIX, SWIFT, load_all, ratio, report_lines, save, updated_page
