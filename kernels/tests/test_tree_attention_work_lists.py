@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from fastrm_kernels import TreeLayout
-from fastrm_kernels.tree_attention import tiles
 from fastrm_kernels.tree_attention.reference import visible
-from fastrm_kernels.tree_attention.tiles import Blocks, work_lists
+from fastrm_kernels.tree_attention.tiles import Blocks, pick_blocks, work_lists
 from kernel_cases.trees import SMALL, random_tree, shuffled_tree
+
+README = Path(__file__).parents[1] / "fastrm_kernels" / "tree_attention" / "README.md"  # no part of the wheel
 
 
 def seen_by_steps(listed, num_rows, num_others):
@@ -98,7 +99,7 @@ def test_work_lists_are_built_once_and_move_with_the_layout():
 
 
 def test_the_heads_of_a_group_are_divided_where_one_prefix_is_long():
-    blocks = tiles.pick_blocks(torch.bfloat16, 128, False)
+    blocks = pick_blocks(torch.bfloat16, 128, False)
     even = work_lists(TreeLayout.from_lengths([256] * 64), blocks, True).key_tiles
     long = work_lists(TreeLayout.build([300] + [300] * 16, [-1] + [0] * 16), blocks, True).key_tiles
     assert even.parts_wanted(4, 7) == 1
@@ -111,10 +112,10 @@ def test_the_heads_of_a_group_are_divided_where_one_prefix_is_long():
 
 def test_the_readmes_table_of_efficiency_is_true():
     """Visible pairs over products done, in the query tiles of packs of about 16,000 tokens."""
-    text = (Path(tiles.__file__).parent / "README.md").read_text()
+    text = README.read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) / (\d+) \| (.+) \|$", text, re.MULTILINE)
     assert len(rows) == 6
-    blocks = tiles.pick_blocks(torch.bfloat16, 128, False)
+    blocks = pick_blocks(torch.bfloat16, 128, False)
     for prefix, response, cells in ((int(p), int(r), cells.split(" | ")) for p, r, cells in rows):
         for number, cell in zip((2, 4, 8, 16), cells, strict=True):
             trees = max(1, 16384 // (prefix + number * response))
