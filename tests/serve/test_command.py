@@ -99,14 +99,16 @@ def test_two_workers_give_the_same_rewards_by_every_protocol_and_end_with_the_se
         found = client.post("/v1/rewards", json={"groups": groups}).json()["rewards"]
         for rewards, wanted in zip(found, model.score(groups), strict=True):
             assert rewards == pytest.approx(wanted, abs=1e-6)
+        assert client.post("/v1/rewards", json={"groups": groups[1:2]}).json()["rewards"] == found[1:2]  # remembered
+        counted = client.get("/metrics").text
+        assert "fastrm_groups_total 12.0" in counted and "fastrm_reward_hits_total 2.0" in counted
         turns = [{"role": "user", "content": "the cat 1"}, {"role": "assistant", "content": "no"}]
         text = model.network.encoder.tokenizer.apply_chat_template(turns, tokenize=False)
-        assert client.post("/classify", json={"input": text}).json()["data"][0]["probs"] == [found[1][1]]
+        (answer,) = client.post("/classify", json={"input": text}).json()["data"]
+        assert answer["probs"] == pytest.approx(found[1][1:], abs=1e-6)  # of another worker, where its hash says so
         named = {"prompt": "a", "images": ["/etc/hostname"], "responses": ["b"]}  # the rules for media go along
         (refused,) = client.post("/v1/rewards", json={"groups": [named]}).json()["rewards"]
         assert refused["error"]["code"] == "IMAGE_PATH"
-        counted = client.get("/metrics").text
-        assert "fastrm_groups_total 12.0" in counted and "fastrm_reward_hits_total 1.0" in counted
         workers = psutil.Process(process.pid).children(recursive=True)
         named = [worker for worker in workers if "multiprocessing" in " ".join(worker.cmdline())]
         process.send_signal(signal.SIGTERM)
