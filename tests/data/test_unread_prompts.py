@@ -120,4 +120,4 @@ def test_finished_conversation_of_another_name_is_scored_or_told_how(read_one, r
 
 def test_prompt_with_a_response_alone_is_told_the_key_of_responses(refusal):
     code, message = refusal({"prompt": "What?", "response": "yes"}, require_preferences=False)
-    assert code == "BAD_ROW" and "with a list of responses" in message
+    assert code == "BAD_ROW" and "one response stands in a list: \"responses\"" in message

@@ -204,7 +204,7 @@ def test_a_step_of_refused_records_only_is_not_a_divergence(tmp_path):
      "model.init.text_config.num_attention_heads=0", "model.init.model_type=gpt2"],
 )  # fmt: skip
 def test_a_model_that_cannot_be_made_is_a_configuration_error(colours, tmp_path, override):
-    with pytest.raises(ConfigError, match=r"model.init|model type"):
+    with pytest.raises(ConfigError, match=r"model.init|model type|num_attention_heads 0"):
         run(tiny_config(tmp_path, colours), override)
 
 
