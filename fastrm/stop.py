@@ -78,7 +78,6 @@ class StopFlag:
         self._patience = 0.0 if breaks else None  # None: work must not be broken off now
         self._came_at = self._next_break = 0.0
         self._is_saving = self._signalled = False
-        self._left = threading.Event()
 
     def __enter__(self) -> "StopFlag":
         is_main = threading.current_thread() is threading.main_thread()  # only the main thread may, and is asked to
@@ -94,13 +93,12 @@ class StopFlag:
         return self
 
     def __exit__(self, *_) -> None:
-        self._left.set()
         self._entered.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:
             signal.set_wakeup_fd(self._wakeup_before)
-        self._tell(_LEFT)
+        self._tell(_LEFT)  # after which the thread closes the pipe
         if self.signal and self._entered:
             outer = self._entered[-1]
             outer.leave()  # it has been answered
@@ -172,7 +170,8 @@ class StopFlag:
             self.signal, self._came_at = name, came_at or time.monotonic()
 
     def _tell(self, number: int) -> None:
-        os.write(self._wakeup, bytes([number]))
+        if os.getpid() == self._pid:
+            os.write(self._wakeup, bytes([number]))
 
     def _break_off(self) -> None:
         now = time.monotonic()
@@ -192,17 +191,19 @@ class StopFlag:
         signalled = False
         pipe = select.poll()  # not select, which knows the first 1,024 open files alone
         pipe.register(came, select.POLLIN)
-        while not self._left.is_set():
-            number = 0
+        while True:
+            number = None
             if pipe.poll(None if began is None else _NUDGE_SECONDS * 1000):
                 number = os.read(came, 1)[0]
+            if number == _LEFT:
+                break
             if number in (signal.SIGTERM, signal.SIGINT):
                 if signalled:
                     os._exit(75)
                 signalled = True
             if began is None and number in (signal.SIGTERM, signal.SIGINT, PASSED_ON):
                 began, name = time.monotonic(), signal.Signals(number).name
-            elif began is not None and not number:
+            elif began is not None and number is None:
                 self._press(began, name)
         os.close(came)
         os.close(self._wakeup)

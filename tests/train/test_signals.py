@@ -9,6 +9,8 @@ import time
 import psutil
 import pytest
 
+from fastrm import stop as stop_module
+from fastrm.stop import StopFlag
 from tests.helpers.killed_runs import assert_same, outcome
 from tests.helpers.runs import colour_rows, tiny_config, write_rows
 from tests.helpers.waiting import PATIENCE, wait_until
@@ -119,6 +121,18 @@ def test_a_library_that_no_signal_interrupts_keeps_no_command_from_leaving(serve
     arguments, log = preparation(tmp_path, files, 1), tmp_path / "log"
     code, last = stop_when_stuck(server, server.command(arguments, log, "stuck_work.reading_deaf"), log)
     assert code == 75 and last["message"] == "stopped by SIGTERM, out of order; what was saved before is intact"
+
+
+def test_a_flag_that_is_left_slowly_finds_its_pipe_open_and_leaves_none(monkeypatch):
+    """Its thread looks every half second; whoever writes to the pipe afterwards must not find it closed."""
+    tell = StopFlag._tell
+    monkeypatch.setattr(stop_module, "_NUDGE_SECONDS", 0.001)
+    monkeypatch.setattr(StopFlag, "_tell", lambda *arguments: time.sleep(0.05) or tell(*arguments))
+    files = len(os.listdir("/proc/self/fd"))
+    with StopFlag() as flag:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert flag.signal == "SIGTERM"
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
 
 
 @pytest.mark.parametrize("command", ["score", pytest.param("eval", marks=pytest.mark.slow)])
