@@ -9,6 +9,7 @@ PAGES = sorted(
     str(page.relative_to(PROJECT))
     for pattern in ("README.md", "docs/**/*.md", "bench/**/README.md", "kernels/**/README.md")
     for page in PROJECT.glob(pattern)
+    if not any(part.startswith(".") for part in page.relative_to(PROJECT).parts)  # pytest leaves a page in its cache
 )
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
