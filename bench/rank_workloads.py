@@ -23,8 +23,8 @@ from fastrm.data.group import (
     join_records,
     resolve_preferences,
 )
-from fastrm.data.images import image_size
 from fastrm.data.media.format import FormatSettings
+from fastrm.data.media.images import image_size
 from fastrm.data.order import StepOrder
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response

@@ -23,8 +23,8 @@ import torch
 
 from fastrm.data.batching import PackPlan
 from fastrm.data.group import encode_group
-from fastrm.data.images import media_error
 from fastrm.data.media.format import MediaSize, Patches
+from fastrm.data.media.images import media_error
 from fastrm.data.packing import EncodedGroup, Pack, build_pack
 from fastrm.data.record import Record
 from fastrm.data.template import ConversationEncoder

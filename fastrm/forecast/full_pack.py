@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fastrm.config import Config
+from fastrm.data.media.patches import Grid
 from fastrm.data.packing import Pack
-from fastrm.data.patches import Grid
 from fastrm.forecast.flops import Workload
 from fastrm.model.network import RewardNetwork
 from fastrm.model.precision import token_multiple

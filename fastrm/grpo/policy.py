@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastrm.config import ModelConfig
-from fastrm.data.images import decode_image
+from fastrm.data.media.images import decode_image
 from fastrm.data.record import Message
 from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
 from fastrm.errors import ConfigError

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from fastrm.data.images import image_size, read_bytes
+from fastrm.data.media.images import image_size, read_bytes
 from fastrm.data.record import ImageRef, MediaRef, Message
 from fastrm.data.sources.conversation import template_arguments
 from fastrm.data.sources.digits import PREFIX, digit_records

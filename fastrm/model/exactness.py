@@ -27,8 +27,8 @@ import torch
 import transformers
 from torch import nn
 
-from fastrm.data.images import decode_image
 from fastrm.data.media.format import MediaSpan, Patches
+from fastrm.data.media.images import decode_image
 from fastrm.data.packing import build_pack
 from fastrm.data.record import ImageRef, VideoRef
 from fastrm.data.template import EncodedResponse

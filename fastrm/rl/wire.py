@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fastrm.data.images import read_bytes
+from fastrm.data.media.images import read_bytes
 from fastrm.data.record import ImageRef
 from fastrm.errors import DataError, GroupError, RecordError
 from fastrm.limits import MediaLimits

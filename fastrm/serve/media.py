@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fastrm.data.images import read_bytes
+from fastrm.data.media.images import read_bytes
 from fastrm.data.record import ImageRef, MediaRef
 from fastrm.data.sources.media import Resolve
 from fastrm.errors import RecordError

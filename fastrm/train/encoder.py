@@ -4,9 +4,9 @@ from pathlib import Path
 
 from fastrm.config import Config, ModelConfig, TrainedTokenizer
 from fastrm.data.media.format import FormatSettings
+from fastrm.data.media.videos import VideoSettings
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
-from fastrm.data.videos import VideoSettings
 from fastrm.model.architectures import find_architecture
 from fastrm.model.export import make_encoder
 from fastrm.model.loading import load_backbone_config

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fastrm.data import archives
-from fastrm.data.archive_members import BadArchive
-from fastrm.data.archives import (
+from fastrm.data.media import archives
+from fastrm.data.media.archive_members import BadArchive
+from fastrm.data.media.archives import (
     ArchiveError,
     archive_exists,
     archive_status,

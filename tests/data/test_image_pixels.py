@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from fastrm.data.images import decode_image, encode_png, image_size, to_rgb
+from fastrm.data.media.images import decode_image, encode_png, image_size, to_rgb
 from fastrm.data.record import ImageRef
 from tests.helpers.image_files import LIMITS, RNG_SEED, encoded
 

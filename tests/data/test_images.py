@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from fastrm.data.images import decode_image, image_size, read_bytes
+from fastrm.data.media.images import decode_image, image_size, read_bytes
 from fastrm.data.record import ImageRef
 from fastrm.errors import RecordError
 from fastrm.limits import MediaLimits
@@ -99,7 +99,7 @@ def test_pixel_limit_is_checked_from_the_header():
 
 
 def test_pixel_limit_of_webp_is_checked_before_the_canvas_is_made(monkeypatch):
-    monkeypatch.setattr("fastrm.data.images.WebPImageFile", lambda file: pytest.fail("decoder was made"))
+    monkeypatch.setattr("fastrm.data.media.images.WebPImageFile", lambda file: pytest.fail("decoder was made"))
     ref = ImageRef(data=encoded("WEBP", (300, 200)))
     assert code_of(image_size, ref, MediaLimits(max_image_pixels=59_999)) == "IMAGE_TOO_LARGE"
 

@@ -14,9 +14,9 @@ from PIL import Image
 from fastrm.config import load_config
 from fastrm.data import loader
 from fastrm.data.batching import PackPlan
-from fastrm.data.images import decode_image
 from fastrm.data.loader import LoadedPack, PackBuilder, Waiting, load_packs
 from fastrm.data.media.format import FormatSettings
+from fastrm.data.media.images import decode_image
 from fastrm.data.media.qwen2_vl import QwenFormat
 from fastrm.data.packing import Pack
 from fastrm.data.record import ImageRef

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from fastrm.data.videos import VideoSettings
+from fastrm.data.media.videos import VideoSettings
 from fastrm.errors import ConfigError
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.model.export import load_model, save_model

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from fastrm.data.images import decode_image
+from fastrm.data.media.images import decode_image
 from fastrm.errors import DataError
 from fastrm.limits import MediaLimits
 from tests.helpers.source_rows import read

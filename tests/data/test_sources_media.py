@@ -6,7 +6,7 @@ import zipfile
 import pytest
 from PIL import Image
 
-from fastrm.data.images import decode_image
+from fastrm.data.media.images import decode_image
 from fastrm.data.record import ImageRef, VideoRef
 from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.sources.media import in_archives

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from huggingface_hub.utils import filter_repo_objects
 
-from fastrm.data.images import decode_image
+from fastrm.data.media.images import decode_image
+from fastrm.data.media.videos import VideoSettings, open_video
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Record
 from fastrm.data.sources import FORMATS, RefusedRow, hub, published, read_source, source_files
 from fastrm.data.sources.layouts import LAYOUTS
 from fastrm.data.sources.published import PUBLISHED
-from fastrm.data.videos import VideoSettings, open_video
 from fastrm.data_config import SourceConfig
 from fastrm.errors import DataError
 from fastrm.limits import MediaLimits

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from fastrm.data.images import decode_image
+from fastrm.data.media.images import decode_image
 from fastrm.limits import MediaLimits
 from tests.helpers.source_rows import SHARED, read
 

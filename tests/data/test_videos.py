@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastrm.data import videos
+from fastrm.data.media import videos
+from fastrm.data.media.videos import VideoHeader, VideoSettings, frame_refs, open_video, sample
 from fastrm.data.record import VideoRef
-from fastrm.data.videos import VideoHeader, VideoSettings, frame_refs, open_video, sample
 from fastrm.errors import ConfigError, RecordError
 from fastrm.limits import MediaLimits
 from tests.helpers.video_files import decode_all, encode_video, make_video, moving_frames, write_frames

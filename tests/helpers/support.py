@@ -11,9 +11,9 @@ from PIL import Image
 
 from fastrm.config import HeadConfig, ModelConfig
 from fastrm.data.media.format import FormatSettings
+from fastrm.data.media.videos import VideoSettings
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.tokenizer import train_tokenizer
-from fastrm.data.videos import VideoSettings
 from fastrm.limits import MediaLimits
 from fastrm.model.families import chat_layout
 

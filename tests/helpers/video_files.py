@@ -64,7 +64,7 @@ def make_video(num_frames: int, width: int, height: int, seed: int = 0, **option
 def decode_all(data: bytes) -> list[np.ndarray]:
     """All frames of a video, (H, W, 3) uint8 each."""
     av = pytest.importorskip("av")
-    # As in fastrm/data/videos.py: no threads that a forked worker would wait for.
+    # As in fastrm/data/media/videos.py: no threads that a forked worker would wait for.
     options = {"threads": 1} if Version(av.__version__).major >= 17 else {}
     with av.open(io.BytesIO(data)) as file:
         return [frame.to_ndarray(format="rgb24", **options) for frame in file.decode(video=0)]

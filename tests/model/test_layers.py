@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from fastrm.data import patches
+from fastrm.data.media import patches
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
 from fastrm.model import layers

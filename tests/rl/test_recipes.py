@@ -36,7 +36,7 @@ def png():
 
 
 def encoded():
-    from fastrm.data.images import encode_png
+    from fastrm.data.media.images import encode_png
 
     return encode_png(png())
 

@@ -12,7 +12,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from fastrm.data.images import image_size
+from fastrm.data.media.images import image_size
 from fastrm.data.record import ImageRef
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, ExactnessError, ServerError

@@ -1,5 +1,5 @@
-"""Media formats: how each model family reads images and videos.
+"""Media: the readers of images, videos and archives, and how each model family takes what they read.
 
 A reference to a file comes in, with the limits of files; its tokens go out, counted from headers alone, and its patches
-as bytes. Open `format.py` first, the interface; each family is one module beside it.
+as bytes. Open `format.py` first, the interface of a family; each family is one module beside it.
 """

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastrm.data.patches import Grid, PatchFormat
+from fastrm.data.media.patches import Grid, PatchFormat
+from fastrm.data.media.videos import VideoSettings
 from fastrm.data.record import MediaRef
-from fastrm.data.videos import VideoSettings
 from fastrm.limits import MediaLimits
 
 

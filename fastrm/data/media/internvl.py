@@ -14,10 +14,10 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from fastrm.data.images import decode_image, image_size, media_error
 from fastrm.data.media.format import MediaSize, MediaSpan, Patches, VisionFormat
+from fastrm.data.media.images import decode_image, image_size, media_error
+from fastrm.data.media.patches import PatchFormat
 from fastrm.data.media.processor_files import ProcessorSettings, image_settings
-from fastrm.data.patches import PatchFormat
 from fastrm.data.record import ImageRef, MediaRef
 from fastrm.data.tokenizer import special_id
 from fastrm.errors import ConfigError

@@ -13,14 +13,14 @@ import torch
 from packaging.version import Version
 from PIL import Image
 
-from fastrm.data.images import decode_image, image_size, media_error
 from fastrm.data.media.format import MediaSize, MediaSpan, Patches, VisionFormat
+from fastrm.data.media.images import decode_image, image_size, media_error
+from fastrm.data.media.patches import PatchFormat
 from fastrm.data.media.positions import mrope_positions
 from fastrm.data.media.processor_files import VIDEO_FILE, ProcessorSettings, image_settings, video_settings
-from fastrm.data.patches import PatchFormat
+from fastrm.data.media.videos import VideoHeader, VideoSettings, open_video, sample
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.data.tokenizer import special_id
-from fastrm.data.videos import VideoHeader, VideoSettings, open_video, sample
 from fastrm.errors import ConfigError, RecordError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits

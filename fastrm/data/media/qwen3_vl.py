@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from fastrm.data.images import media_error
 from fastrm.data.media.format import FormatSettings, MediaRun, MediaSize
+from fastrm.data.media.images import media_error
 from fastrm.data.media.processor_files import video_settings
 from fastrm.data.media.qwen2_vl import (
     SHARED,
@@ -20,9 +20,9 @@ from fastrm.data.media.qwen2_vl import (
     media_placeholders,
     stored_video_settings,
 )
+from fastrm.data.media.videos import VideoHeader, VideoSettings
 from fastrm.data.record import MediaRef, VideoRef
 from fastrm.data.tokenizer import special_id
-from fastrm.data.videos import VideoHeader, VideoSettings
 from fastrm.errors import ConfigError
 
 # What the published models' processor files say. Source: the model cards' files, and transformers' class for videos.

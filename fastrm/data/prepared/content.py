@@ -13,9 +13,9 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from fastrm.data.images import decode_image, open_bytes, read_bytes
+from fastrm.data.media.images import decode_image, open_bytes, read_bytes
+from fastrm.data.media.videos import frame_refs, naming_frame
 from fastrm.data.record import ImageRef, MediaRef, Message, Preference, Record, Response, VideoRef
-from fastrm.data.videos import frame_refs, naming_frame
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from fastrm.data.archives import archive_status, open_member
+from fastrm.data.media.archives import archive_status, open_member
 from fastrm.data.sources.values import DUPLICATE_KEY, decode_json, describe, unique_keys
 from fastrm.errors import DataError, RecordError, looked_for
 

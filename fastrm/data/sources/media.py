@@ -17,9 +17,9 @@ from urllib.parse import unquote
 
 from PIL import Image
 
-from fastrm.data.archive_members import BadArchive
-from fastrm.data.archives import ARCHIVE_SUFFIXES, archive_exists, member_names
-from fastrm.data.images import encode_png
+from fastrm.data.media.archive_members import BadArchive
+from fastrm.data.media.archives import ARCHIVE_SUFFIXES, archive_exists, member_names
+from fastrm.data.media.images import encode_png
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.data.sources.values import bad_row
 from fastrm.errors import DataError, RecordError, looked_for

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from fastrm.data.archives import archive_exists
+from fastrm.data.media.archives import archive_exists
 from fastrm.data.sources.files import read_json
 from fastrm.data.sources.media import Resolve, in_archive_folder, in_folder, path_resolver
 from fastrm.data.sources.reader import SourceFile

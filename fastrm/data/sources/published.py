@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastrm.data.archives import archive_exists
+from fastrm.data.media.archives import archive_exists
 from fastrm.data.sources.hub import hub_folder
 from fastrm.data.sources.media import Resolve, in_archives, in_folder, path_resolver
 from fastrm.data.sources.mmpr_meta import mmpr_files

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastrm.data.media.format import FormatSettings
 from fastrm.data.media.internvl import InternVLFormat, load_internvl_format
-from fastrm.data.patches import Grid, PatchFormat
+from fastrm.data.media.patches import Grid, PatchFormat
 from fastrm.data.tokenizer import special_id
 from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from fastrm.data.media.format import FormatSettings
+from fastrm.data.media.patches import Grid
 from fastrm.data.media.qwen3_vl import Qwen3VLFormat, load_qwen3_vl_format
-from fastrm.data.patches import Grid
 from fastrm.errors import ConfigError
 from fastrm.model.attention import AttentionShape
 from fastrm.model.compiled import mark_dynamic

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrm.data.patches import Grid, PatchFormat
+from fastrm.data.media.patches import Grid, PatchFormat
 from fastrm.data_config import DataConfig
 from fastrm.model.attention import Attention, AttentionShape
 from fastrm.model.layers import LayerKernels

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastrm.data.archive_members import (
+from fastrm.data.media.archive_members import (
     DEFLATED,
     LINK,
     LOCAL,

@@ -18,8 +18,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from fastrm.data.archive_members import BadArchive
-from fastrm.data.archives import ArchiveError, read_member
+from fastrm.data.media.archive_members import BadArchive
+from fastrm.data.media.archives import ArchiveError, read_member
 from fastrm.data.record import ImageRef, MediaRef, VideoRef
 from fastrm.errors import FastrmError, RecordError
 from fastrm.limits import MediaLimits

@@ -20,8 +20,8 @@ from typing import BinaryIO, NamedTuple, Protocol
 import numpy as np
 from packaging.version import Version
 
-from fastrm.data.archives import folder_members
-from fastrm.data.images import (
+from fastrm.data.media.archives import folder_members
+from fastrm.data.media.images import (
     decode_image,
     image_size,
     media_error,
