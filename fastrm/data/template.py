@@ -15,11 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastrm.data.clock import at_date
-from fastrm.data.latest import Latest
-from fastrm.data.markup import check_not_closed, check_not_rendered
 from fastrm.data.media.format import MediaSize, MediaSpan, VisionFormat
 from fastrm.data.record import MediaRef, Message, Response
-from fastrm.data.rendering import ChatRenderer, Rendered, lengthened
+from fastrm.data.rendering import ChatRenderer, Latest, Rendered, check_not_closed, check_not_rendered, lengthened
 from fastrm.errors import ConfigError, RecordError, option
 from fastrm.limits import MediaLimits
 
@@ -105,7 +103,7 @@ class ConversationEncoder:
         Raises:
             RecordError: TEMPLATE if the template refuses it or misplaces a medium, UNRENDERED_KEY if it leaves
                 something out, ANCHOR if it closes the conversation before the response's end, IMAGE_UNSUPPORTED or
-                VIDEO_UNSUPPORTED for a medium that the model does not read, RENDERED_TEMPLATE (see markup.py),
+                VIDEO_UNSUPPORTED for a medium that the model does not read, RENDERED_TEMPLATE (see rendering.py),
                 SPECIAL_TOKEN if typed text became a medium's token, TOO_LONG for a text that `up_to` does not allow,
                 and the codes of `VisionFormat.measure`.
         """

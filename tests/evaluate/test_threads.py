@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from fastrm.data.latest import Latest
 from fastrm.data.record import Message, Response
+from fastrm.data.rendering import Latest
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
 from tests.helpers.own_process import run_alone
