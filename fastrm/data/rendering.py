@@ -1,4 +1,4 @@
-"""A conversation as the model's own chat template renders it, and the checks of what would be read otherwise than meant.
+"""A conversation as the model's own chat template renders it, and checks of what would be read otherwise than meant.
 
 Special-token strings that were typed in a text, a tool's argument or a schema are broken with a private-use character
 first, so that what still matches in the rendering was put there by the template. Whether a template renders

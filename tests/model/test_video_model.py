@@ -11,8 +11,7 @@ from fastrm.data.batching import PackPlan
 from fastrm.data.group import GroupMedium, GroupSize, encode_group
 from fastrm.data.loader import PackBuilder
 from fastrm.data.media.format import MediaSize, MediaSpan
-from fastrm.data.media.positions import mrope_positions
-from fastrm.data.media.qwen2_vl import _say_where_stock_differs, load_qwen_format
+from fastrm.data.media.qwen2_vl import _say_where_stock_differs, load_qwen_format, mrope_positions
 from fastrm.data.media.videos import VideoSettings
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef
