@@ -14,8 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 import numpy as np  # noqa: E402
 
 from fastrm.config import load_config  # noqa: E402
-from fastrm.data.batching import divide_step  # noqa: E402
-from fastrm.data.order import StepOrder  # noqa: E402
+from fastrm.data.batching import StepOrder, divide_step  # noqa: E402
 from fastrm.data.prepared.stored import PreparedSet, read_manifest  # noqa: E402
 from fastrm.model.architectures import find_architecture  # noqa: E402
 from fastrm.train.step_cost import make_cost_model  # noqa: E402

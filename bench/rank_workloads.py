@@ -15,6 +15,7 @@ from PIL import Image
 from test_trl_trainer import chat_records, instruction_records
 
 from fastrm.config import Config, load_config
+from fastrm.data.batching import StepOrder
 from fastrm.data.group import (
     MAX_MERGED_RESPONSES,
     GroupSize,
@@ -25,7 +26,6 @@ from fastrm.data.group import (
 )
 from fastrm.data.media.format import FormatSettings
 from fastrm.data.media.images import image_size
-from fastrm.data.order import StepOrder
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.sources import read_source

@@ -11,9 +11,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from fastrm.config import Config
-from fastrm.data.batching import plan_steps
+from fastrm.data.batching import StepOrder, plan_steps
 from fastrm.data.loader import LoadedPack, Waiting, load_packs
-from fastrm.data.order import StepOrder
 from fastrm.data.quarantine import Quarantine
 from fastrm.errors import InterruptedRun
 from fastrm.model.adopt import adopt

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastrm.config import Config
+from fastrm.data.batching import StepOrder
 from fastrm.data.loader import PackBuilder, RefusedGroup
-from fastrm.data.order import StepOrder
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
 from fastrm.errors import InterruptedRun

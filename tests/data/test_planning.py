@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from fastrm.data.balance import CostModel
-from fastrm.data.batching import PackPlan, plan_packs, plan_steps
+from fastrm.data.batching import PackPlan, StepOrder, epoch_order, plan_packs, plan_steps
 from fastrm.data.group import GroupMedium, GroupSize, encode_group
 from fastrm.data.loader import PackBuilder
-from fastrm.data.order import StepOrder, epoch_order
 from fastrm.data.record import Message, Record, Response
 from fastrm.data.tree import build_tree
 from tests.helpers.support import make_image, make_model, make_record, pack_of

@@ -274,8 +274,7 @@ def test_digests_are_of_the_bytes_of_files_frames_and_archives(tmp_path):
 
 
 def test_an_epochs_plan_from_a_prepared_set_holds_every_preference_once(tmp_path):
-    from fastrm.data.batching import divide_step
-    from fastrm.data.order import StepOrder
+    from fastrm.data.batching import StepOrder, divide_step
 
     made = Made(config_of(tmp_path, *mixed_sources(tmp_path)), "data.train.0.repeat=1.5")
     order, seen = StepOrder(made.train.preference_counts, 10, 0), np.zeros(len(made.train), dtype=int)

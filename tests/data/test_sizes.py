@@ -7,8 +7,8 @@ import pytest
 
 from fastrm.config import load_config
 from fastrm.data.balance import divide, slowest_bound
+from fastrm.data.batching import StepOrder, epoch_order
 from fastrm.data.group import GroupSize, encode_group
-from fastrm.data.order import StepOrder, epoch_order
 from fastrm.data.prepared.select import select
 from fastrm.data.prepared.stored import GROUP, SPLITS, PreparedSet, entries_of, make_index, num_records_of, store
 from fastrm.data.tree import causal_pairs

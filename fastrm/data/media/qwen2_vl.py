@@ -350,8 +350,8 @@ def mrope_positions(num_tokens: int, spans: Sequence[MediaSpan], tokens_per_seco
     planes of h x w, start at the next position p: token (row, column) of plane t takes
     (p + time of plane t, p + row, p + column). The text after it continues at p + max(h, w), also where a video reaches
     further than that in time. Each plane of a Qwen3-VL video is a span of its own, with text before it. Our positions
-    equal those of `get_rope_index` of transformers from 5.18 on (5.17 cuts the seconds between a video's planes to whole
-    numbers).
+    equal those of `get_rope_index` of transformers from 5.18 on (5.17 cuts the seconds between a video's planes to
+    whole numbers).
     Source: Qwen2-VL (arXiv 2409.12191), section 2.1; Qwen2.5-VL (arXiv 2502.13923), section 2.1.2.
 
     Args:

@@ -16,7 +16,7 @@ from itertools import combinations
 
 import numpy as np
 
-from fastrm.data.order import mix
+from fastrm.data.batching import mix
 from fastrm.data.prepared.content import first_word, is_short, perceptual_hash, question_hash, text_hash, with_digests
 from fastrm.data.prepared.units import RecordTable
 from fastrm.data.record import ImageRef, Record

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastrm.data.batching import mix
 from fastrm.data.group import MAX_MERGED_RESPONSES
-from fastrm.data.order import mix
 from fastrm.data.prepared.units import RecordTable
 from fastrm.data_config import SourceConfig
 
