@@ -7,6 +7,7 @@ them, because nothing else of it is read.
 """
 
 import functools
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
@@ -23,9 +25,14 @@ from fastrm.model.families import check_family, has_axes, make_tower
 from fastrm.model.layers import LayerKernels, decoder_layer, last_decoder_layer, rotation, stock_gate, stock_norm
 from fastrm.model.pack_layouts import LayoutBuilder, PackLayouts
 from fastrm.model.pooling import mean_of_paths
-from fastrm.model.recompute import call_checkpointed
 from fastrm.model.text import longest_path
 from fastrm.model.vision.tower import MediaFeatures, MediaLayout
+
+# Activation checkpointing: the parts of a layer that its backward pass computes again instead of keeping. none keeps
+# all; full keeps a layer's input and runs the layer again; selective keeps the results of matrix products and
+# attention, which are dear to compute, and runs norms, activations, rotary embeddings and casts again, which are dear
+# to keep: about half of a layer's activations for a few per cent of its time.
+CHECKPOINTING = ("none", "selective", "full")
 
 
 class BackboneRunner:
@@ -34,7 +41,7 @@ class BackboneRunner:
     Attributes:
         language: its language model.
         tower: its vision side; None for a text model.
-        checkpointing: none, selective or full (recompute.py).
+        checkpointing: one of CHECKPOINTING.
         always_run_tower: run the vision tower also for packs without images. ZeRO needs every rank to run the
             same modules: else ranks would wait for each other's parameters or gradients for ever.
         compiled: layers run as graphs of torch.compile.
@@ -53,6 +60,7 @@ class BackboneRunner:
         self.always_run_tower = False
         self.compiled = False
         self.watch: Callable | None = None
+        self._longest_path, self._has_axes = longest_path(model.config), has_axes(model.config)
         self._blank: MediaLayout | None = None
         self._layer: Callable = decoder_layer
         self._shape = None if self.tower is None else self.tower.shape
@@ -136,7 +144,7 @@ class BackboneRunner:
         layouts = pack.layouts
         if layouts is None:
             layouts = LayoutBuilder(self._shape, pooling=self.pooling)(pack)
-        limit, longest = longest_path(self.model.config), max(layouts.tree.key_lengths)
+        limit, longest = self._longest_path, max(layouts.tree.key_lengths)
         if limit is not None and longest > limit:
             raise ConfigError(
                 f"a response of {longest:,} tokens with its prompt: {self.model.config.model_type} with rope_type "
@@ -148,7 +156,7 @@ class BackboneRunner:
         """Return states (T, D) after whole layers, and cos and sin (T, K) of the rotary embedding."""
         hidden, deep = self._embed(pack, layouts)  # (T, D)
         # M-RoPE models read all three rows of positions, others one.
-        position_ids = pack.position_ids[:, None] if has_axes(self.model.config) else pack.position_ids[:1]
+        position_ids = pack.position_ids[:, None] if self._has_axes else pack.position_ids[:1]
         cos, sin = self._rotary(hidden, position_ids)
         arguments = self._kernels.attention.arguments(layouts.tree, _product_dtype(hidden))
         if self.compiled:
@@ -217,3 +225,42 @@ def _product_dtype(states: torch.Tensor) -> torch.dtype:
     """Return the dtype in which matrix products of these states come out."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def call_checkpointed(mode: str, compiled: bool, layer: Callable, *arguments):
+    """Return layer(*arguments), recomputed in the backward pass as `mode` says.
+
+    Args:
+        compiled: the layer is a torch.compile graph, which itself decides what selective recomputes
+            (`CompiledGraphs.recompute`).
+    """
+    if mode == "none" or (mode == "selective" and compiled) or not torch.is_grad_enabled():
+        return layer(*arguments)
+    # No module here draws random numbers; saving the generator's state would read it back from a GPU.
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    return checkpoint(layer, *arguments, **options)
+
+
+def _keep_products(context, operator, *_, **__) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _products() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@functools.cache
+def _products() -> frozenset:
+    """Return the overloads of matrix products and of every implementation of attention that is loaded."""
+    packets = [
+        getattr(torch.ops.aten, name, None)
+        for name in (
+            "mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math",
+        )
+    ]  # fmt: skip
+    packets += [torch.ops.fastrm.tree_attention, torch.ops.fastrm.tree_attention_eager, torch.ops.fastrm.flash_attn]
+    importlib.import_module("torch.nn.attention.varlen")  # registers its operator
+    packets.append(torch.ops.torch_attn._varlen_attn)
+    return frozenset(
+        getattr(packet, overload) for packet in packets if packet is not None for overload in packet.overloads()
+    )

@@ -11,7 +11,7 @@ from fastrm.data.packing import Pack
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError
 from fastrm.model.attention import BACKENDS
-from fastrm.model.backbone import BackboneRunner
+from fastrm.model.backbone import CHECKPOINTING, BackboneRunner
 from fastrm.model.compiled import CompiledGraphs
 from fastrm.model.families import FAMILIES, check_family, gated_activations
 from fastrm.model.fusion import FusedLinear, fuse_projections
@@ -19,7 +19,6 @@ from fastrm.model.head import head_loss, head_rewards, make_head
 from fastrm.model.kernel_choice import head_dims_of, pick_backend, pick_head_kernels
 from fastrm.model.layers import pick_norm_and_gate
 from fastrm.model.precision import Fp8Report, fp8_disabled
-from fastrm.model.recompute import MODES
 from fastrm.model.vision.tower import VisionTower
 from fastrm.names import device_name
 from fastrm_kernels.dispatch import Choice
@@ -167,15 +166,15 @@ class RewardNetwork(nn.Module):
             yield
 
     def use_activation_checkpointing(self, mode: str) -> None:
-        """Set what the backward pass recomputes: none, selective or full (see recompute.py).
+        """Set what the backward pass recomputes: one of CHECKPOINTING.
 
         Call it before the first pass: compiled graphs are made for one mode.
 
         Raises:
             ValueError: for another mode.
         """
-        if mode not in MODES:
-            raise ValueError(f"activation checkpointing: got {mode!r}, wanted one of {', '.join(MODES)}")
+        if mode not in CHECKPOINTING:
+            raise ValueError(f"activation checkpointing: got {mode!r}, wanted one of {', '.join(CHECKPOINTING)}")
         self._runner.checkpointing = mode
         if self.graphs is not None:
             self.graphs.recompute = mode == "selective"
