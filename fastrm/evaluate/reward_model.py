@@ -10,10 +10,10 @@ import torch
 from fastrm.errors import ConfigError, GroupError, option
 from fastrm.evaluate.scoring import score_groups
 from fastrm.limits import MediaLimits
-from fastrm.model.attention import BACKENDS
 from fastrm.model.export import kept_date, load_model
 from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.kernel_choice import CHOICES
+from fastrm.model.layers import BACKENDS
 from fastrm.model.loading import stored_dtype
 from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.model.places import checked_path

@@ -13,7 +13,7 @@ from fastrm.forecast.full_pack import PackShape, full_pack
 from fastrm.forecast.lifetimes import Fullest
 from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.forecast.step_time import ELEMENT, REDUCED_AT_ONCE
-from fastrm.model.attention import BACKENDS
+from fastrm.model.layers import BACKENDS
 from fastrm.model.network import RewardNetwork
 from fastrm.train.optim import training_bytes
 

@@ -19,10 +19,19 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
-from fastrm.model.attention import Attention, AttentionShape, keep_alive
 from fastrm.model.compiled import mark_dynamic, own_copy
 from fastrm.model.families import check_family, has_axes, make_tower
-from fastrm.model.layers import LayerKernels, decoder_layer, last_decoder_layer, rotation, stock_gate, stock_norm
+from fastrm.model.layers import (
+    Attention,
+    AttentionShape,
+    LayerKernels,
+    decoder_layer,
+    keep_alive,
+    last_decoder_layer,
+    rotation,
+    stock_gate,
+    stock_norm,
+)
 from fastrm.model.pack_layouts import LayoutBuilder, PackLayouts
 from fastrm.model.pooling import mean_of_paths
 from fastrm.model.text import longest_path

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from fastrm.errors import ConfigError
-from fastrm.model.attention import BACKENDS, AttentionShape
 from fastrm.model.families import FAMILIES
+from fastrm.model.layers import BACKENDS, AttentionShape
 from fastrm_kernels.dispatch import Choice, obstacle_to_triton, pick_auto
 from fastrm_kernels.preference_head.autograd import FUSED_EDGES, FUSED_REWARDS
 from fastrm_kernels.tree_attention.api import pick_attention, triton_attention_obstacle

@@ -10,14 +10,13 @@ from fastrm.config import HeadConfig, LossConfig, ModelConfig
 from fastrm.data.packing import Pack
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError
-from fastrm.model.attention import BACKENDS
 from fastrm.model.backbone import CHECKPOINTING, BackboneRunner
 from fastrm.model.compiled import CompiledGraphs
 from fastrm.model.families import FAMILIES, check_family, gated_activations
 from fastrm.model.fusion import FusedLinear, fuse_projections
 from fastrm.model.head import head_loss, head_rewards, make_head
 from fastrm.model.kernel_choice import head_dims_of, pick_backend, pick_head_kernels
-from fastrm.model.layers import pick_norm_and_gate
+from fastrm.model.layers import BACKENDS, pick_norm_and_gate
 from fastrm.model.precision import Fp8Report, fp8_disabled
 from fastrm.model.vision.tower import VisionTower
 from fastrm.names import device_name

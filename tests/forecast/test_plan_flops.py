@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastrm.model.attention
+import fastrm.model.layers
 from fastrm.config import HeadConfig, ModelConfig
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.errors import ConfigError
@@ -136,7 +136,7 @@ def medium_network(monkeypatch):
     def attend(query, key, value, layout, **_):
         return _MultipliesNothing.apply(query, key.contiguous(), value.contiguous())
 
-    monkeypatch.setattr(fastrm.model.attention, "tree_attention", attend)
+    monkeypatch.setattr(fastrm.model.layers, "tree_attention", attend)
     text = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_key_value_heads": 2}
     rope = {"head_dim": 64, "rope_parameters": {**support.MROPE, "mrope_section": [8, 12, 12]}}
 

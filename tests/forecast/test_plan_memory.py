@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 
-import fastrm.model.attention
+import fastrm.model.layers
 from fastrm.config import Config, ModelConfig, PrecisionConfig
 from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.full_pack import PackShape
@@ -185,7 +185,7 @@ def test_activations_are_what_autograd_keeps(family, bf16, fused, attention, mon
     if fused:
         network.fuse_projections()
     if ATTENTIONS[attention] is not None:
-        monkeypatch.setattr(fastrm.model.attention, "tree_attention", ATTENTIONS[attention])
+        monkeypatch.setattr(fastrm.model.layers, "tree_attention", ATTENTIONS[attention])
     assert _kept_by_autograd(network, pack, bf16) == pytest.approx(expected, rel=0.04)
 
 

@@ -23,9 +23,8 @@ from fastrm.data.tokenizer import special_id
 from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
-from fastrm.model.attention import AttentionShape
 from fastrm.model.compiled import mark_dynamic
-from fastrm.model.layers import LayerKernels, apply_norm, split_heads
+from fastrm.model.layers import AttentionShape, LayerKernels, apply_norm, split_heads
 from fastrm.model.text import TEXT_STEMS, check_activation
 from fastrm.model.vision.tower import MediaFeatures, Passes, VisionTower, plain_patches, project_patches
 from fastrm_kernels import TreeLayout

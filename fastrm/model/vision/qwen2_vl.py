@@ -20,9 +20,8 @@ from fastrm.data.media.patches import Grid, PatchFormat
 from fastrm.data.media.qwen2_vl import QwenFormat, load_qwen_format
 from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError
-from fastrm.model.attention import AttentionShape
 from fastrm.model.compiled import mark_dynamic
-from fastrm.model.layers import LayerKernels, apply_mlp, apply_norm, rotation
+from fastrm.model.layers import AttentionShape, LayerKernels, apply_mlp, apply_norm, rotation
 from fastrm.model.text import TEXT_KEYS, check_activation, rope_parameters
 from fastrm.model.vision.tower import MediaFeatures, Passes, VisionTower, plain_patches, project_patches
 from fastrm_kernels import TreeLayout

@@ -19,8 +19,8 @@ from fastrm.data.media.format import FormatSettings
 from fastrm.data.media.patches import Grid
 from fastrm.data.media.qwen3_vl import Qwen3VLFormat, load_qwen3_vl_format
 from fastrm.errors import ConfigError
-from fastrm.model.attention import AttentionShape
 from fastrm.model.compiled import mark_dynamic
+from fastrm.model.layers import AttentionShape
 from fastrm.model.text import KNOWN_TEXT, rope_parameters
 from fastrm.model.vision.qwen2_vl import (
     Qwen2VLFamily,

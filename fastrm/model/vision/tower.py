@@ -16,8 +16,7 @@ from torch import nn
 
 from fastrm.data.media.patches import Grid, PatchFormat
 from fastrm.data_config import DataConfig
-from fastrm.model.attention import Attention, AttentionShape
-from fastrm.model.layers import LayerKernels
+from fastrm.model.layers import Attention, AttentionShape, LayerKernels
 from fastrm_kernels import TreeLayout
 
 # (stock block, states, further arguments of the tower's block function) -> states
