@@ -20,14 +20,13 @@ from fastrm.stop import StopFlag, StopRequest
 from fastrm.train.checkpoint import CHECKPOINTS, Checkpoints
 from fastrm.train.engine import Update
 from fastrm.train.evaluation import count_fp8_flips, evaluate
-from fastrm.train.guard import INCIDENTS, StepGuard, locked
 from fastrm.train.metrics import MetricsLog, check_loggers
 from fastrm.train.optim import learning_rate
 from fastrm.train.progress import Progress, StepReport, StepTally
 from fastrm.train.ranks import Ranks, joined
 from fastrm.train.report import announce, finish, progress_note, versions
 from fastrm.train.resume import find_start, restore
-from fastrm.train.run import Run
+from fastrm.train.run import INCIDENTS, Run, StepGuard, locked
 from fastrm.train.setup import check_exactness, make_engine, set_up
 from fastrm.train.step_cost import make_cost_model
 from fastrm.ui import Display

@@ -16,9 +16,9 @@ from fastrm.train.checkpoint import (
     set_newer_aside,
     verify,
 )
-from fastrm.train.guard import INCIDENTS
 from fastrm.train.progress import Progress
 from fastrm.train.ranks import Ranks
+from fastrm.train.run import INCIDENTS
 
 # Keys that may differ on resume: they do not change what a step computes. More or fewer steps in all
 # change the learning rates that follow, which is what a user who sets them wants.

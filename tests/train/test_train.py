@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import fastrm as package
 from fastrm.config import load_config
 from fastrm.errors import ConfigError, DataError, DivergedError, StorageError
-from fastrm.train.guard import StepGuard
 from fastrm.train.metrics import read_rows
+from fastrm.train.run import StepGuard
 from tests.helpers.image_files import png_header
 from tests.helpers.runs import colour_rows, fastrm, run, text_rows, tiny_config, write_rows
 
