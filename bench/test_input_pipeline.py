@@ -25,8 +25,8 @@ from device_results import RESULTS, cpu_name, file_stem, package_versions
 from fastrm.data import loader
 from fastrm.data.batching import PackPlan
 from fastrm.data.media import qwen2_vl
+from fastrm.data.media.format import PatchFormat
 from fastrm.data.media.images import decode_image
-from fastrm.data.media.patches import PatchFormat
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.sources import read_source

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from fastrm.config import Config, HeadConfig, ModelConfig, OptimConfig, PrecisionConfig
-from fastrm.data.media.format import MediaSize, MediaSpan, Patches
-from fastrm.data.media.patches import PatchFormat
+from fastrm.data.media.format import MediaSize, MediaSpan, Patches, PatchFormat
 from fastrm.data.media.qwen2_vl import mrope_positions
 from fastrm.data.packing import EncodedGroup, Pack, Pixels, build_pack
 from fastrm.data.record import ImageRef, Preference

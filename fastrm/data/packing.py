@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastrm.data.media.format import Patches
-from fastrm.data.media.patches import Grid, PatchFormat
+from fastrm.data.media.format import Grid, Patches, PatchFormat
 from fastrm.data.record import MediaRef, Preference, VideoRef
 from fastrm.data.template import EncodedResponse
 from fastrm.data.tree import Tree, build_tree

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastrm.config import Config
-from fastrm.data.media.patches import Grid
+from fastrm.data.media.format import Grid
 from fastrm.data.packing import Pack
 from fastrm.forecast.flops import Workload
 from fastrm.model.network import RewardNetwork

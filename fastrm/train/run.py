@@ -1,4 +1,4 @@
-"""The state that steps, evaluations and checkpoints of a run share, its lock, and its early ends: a signal, divergence."""
+"""The state that steps, evaluations and checkpoints of a run share, its lock, and what ends it early."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from fastrm.data.media import patches
+from fastrm.data.media import format
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
 from fastrm.model import layers
@@ -353,7 +353,7 @@ def _fake(value):
 def test_a_pass_reads_nothing_back_from_the_device(family, impl, pooling, monkeypatch):
     # On a GPU every read waits for all that was given to it before. Fake tensors cannot be read at all.
     monkeypatch.setattr(PackLayouts, "to", lambda self, device: self)
-    monkeypatch.setattr(patches, "_byte_values", lambda form, of_video, device: torch.empty(256 * len(form.mean)))
+    monkeypatch.setattr(format, "_byte_values", lambda form, of_video, device: torch.empty(256 * len(form.mean)))
     rope = {**MROPE, "mrope_section": [4, 2, 2]}
     if family == "internvl":
         rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}

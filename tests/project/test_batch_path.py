@@ -9,6 +9,8 @@ from fastrm.train import loop
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import colour_rows, tiny_config
 
+MOST_MODULES = 28  # of fastrm: what a reader of the training path has to open
+
 
 def test_a_batch_goes_through_the_modules_that_are_listed(tmp_path, monkeypatch):
     data = colour_rows(tmp_path, 24)
@@ -37,3 +39,4 @@ def test_a_batch_goes_through_the_modules_that_are_listed(tmp_path, monkeypatch)
     section = page.split("## The modules of one batch")[1].split("\n## ")[0]
     listed = set(re.findall(r"`((?:fastrm|fastrm_kernels)/[a-z_0-9/]+\.py)`", section))
     assert found == listed
+    assert len([name for name in found if name.startswith("fastrm/")]) <= MOST_MODULES

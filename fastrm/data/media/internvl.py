@@ -14,9 +14,8 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from fastrm.data.media.format import MediaSize, MediaSpan, Patches, VisionFormat
+from fastrm.data.media.format import MediaSize, MediaSpan, Patches, PatchFormat, VisionFormat
 from fastrm.data.media.images import decode_image, image_size, media_error
-from fastrm.data.media.patches import PatchFormat
 from fastrm.data.media.processor_files import ProcessorSettings, image_settings
 from fastrm.data.record import ImageRef, MediaRef
 from fastrm.data.tokenizer import special_id

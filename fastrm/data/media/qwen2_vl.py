@@ -13,9 +13,8 @@ import torch
 from packaging.version import Version
 from PIL import Image
 
-from fastrm.data.media.format import MediaSize, MediaSpan, Patches, VisionFormat
+from fastrm.data.media.format import MediaSize, MediaSpan, Patches, PatchFormat, VisionFormat
 from fastrm.data.media.images import decode_image, image_size, media_error
-from fastrm.data.media.patches import PatchFormat
 from fastrm.data.media.processor_files import VIDEO_FILE, ProcessorSettings, image_settings, video_settings
 from fastrm.data.media.videos import VideoHeader, VideoSettings, open_video, sample
 from fastrm.data.record import ImageRef, MediaRef, VideoRef

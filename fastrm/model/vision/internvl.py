@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastrm.data.media.format import FormatSettings
+from fastrm.data.media.format import FormatSettings, Grid, PatchFormat
 from fastrm.data.media.internvl import InternVLFormat, load_internvl_format
-from fastrm.data.media.patches import Grid, PatchFormat
 from fastrm.data.tokenizer import special_id
 from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError

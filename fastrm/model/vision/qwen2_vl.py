@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastrm.data.media.format import FormatSettings
-from fastrm.data.media.patches import Grid, PatchFormat
+from fastrm.data.media.format import FormatSettings, Grid, PatchFormat
 from fastrm.data.media.qwen2_vl import QwenFormat, load_qwen_format
 from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError

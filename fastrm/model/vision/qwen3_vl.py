@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastrm.data.media.format import FormatSettings
-from fastrm.data.media.patches import Grid
+from fastrm.data.media.format import FormatSettings, Grid
 from fastrm.data.media.qwen3_vl import Qwen3VLFormat, load_qwen3_vl_format
 from fastrm.errors import ConfigError
 from fastrm.model.compiled import mark_dynamic

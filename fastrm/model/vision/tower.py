@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrm.data.media.patches import Grid, PatchFormat
+from fastrm.data.media.format import Grid, PatchFormat
 from fastrm.data_config import DataConfig
 from fastrm.model.layers import Attention, AttentionShape, LayerKernels
 from fastrm_kernels import TreeLayout
