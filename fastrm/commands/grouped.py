@@ -10,6 +10,7 @@ from typing import Annotated, get_args, get_origin
 
 from fastrm import cli_options as opts
 from fastrm.evaluate.options import ModelChoice, RowOptions, ScoringOptions
+from fastrm.forecast.assumed import PlanOptions
 from fastrm.limits import MediaLimits
 from fastrm.serve.settings import ServeSettings
 
@@ -57,6 +58,19 @@ FIELDS = {
         "max_responses": opts.MaxResponses,
         "image_root": opts.ImageRoot,
         "allow_image_urls": opts.AllowImageUrls,
+    },
+    PlanOptions: {
+        "gpus": opts.GpuCount,
+        "gpu": opts.GpuKind,
+        "pairs": opts.PairCount,
+        "imbalance": opts.Imbalance,
+        "nvlink_gbs": opts.NvlinkSpeed,
+        "network_gbs": opts.NetworkSpeed,
+        "latency_us": opts.Latency,
+        "overlap": opts.Overlap,
+        "rate_share": opts.RateShare,
+        "reserve_gb": opts.Reserve,
+        "results": opts.Results,
     },
 }
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from fastrm import cli_options as opts
-from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB, RESULTS
+from fastrm.commands.grouped import grouped
+from fastrm.forecast.assumed import PlanOptions
 from fastrm.stop import end_with_parent
 
 
@@ -56,20 +57,11 @@ def train(
     run(resolved, resume, check=lambda ranks: check_room(resolved, ranks.num_ranks, ranks.num_local))
 
 
+@grouped
 def plan(
     config: opts.RunFile,
+    assumed: PlanOptions,
     overrides: opts.Overrides = None,
-    gpus: opts.GpuCount = 1,
-    gpu: opts.GpuKind = "h100",
-    pairs: opts.PairCount = None,
-    imbalance: opts.Imbalance = IMBALANCE,
-    nvlink_gbs: opts.NvlinkSpeed = None,
-    network_gbs: opts.NetworkSpeed = None,
-    latency_us: opts.Latency = LATENCY_US,
-    overlap: opts.Overlap = None,
-    rate_share: opts.RateShare = None,
-    reserve_gb: opts.Reserve = RESERVE_GB,
-    results: opts.Results = RESULTS,
     json_out: opts.PlanJson = None,
     png_out: opts.PlanPng = None,
 ) -> None:
@@ -83,19 +75,10 @@ def plan(
     Example: fastrm plan configs/full.yaml --gpus 64 --gpu h100
     """
     from fastrm.config import load_config
-    from fastrm.forecast.command import epoch_pairs, plan_run
-    from fastrm.forecast.hardware import find_gpu
-    from fastrm.forecast.plan import Assumptions
+    from fastrm.forecast.command import assume, plan_run
 
     resolved = load_config(config, overrides or [])
-    assumptions = Assumptions(
-        gpus, find_gpu(gpu), *epoch_pairs(resolved, pairs), imbalance,
-        nvlink=None if nvlink_gbs is None else nvlink_gbs * 1e9,
-        network=None if network_gbs is None else network_gbs * 1e9,
-        latency_s=latency_us * 1e-6, overlap=overlap, rate_share=rate_share,
-        reserve_bytes=round(reserve_gb * 1e9), results=results,
-    )  # fmt: skip
-    plan_run(resolved, assumptions, json_out, png_out)
+    plan_run(resolved, assume(resolved, assumed), json_out, png_out)
 
 
 def ablate(

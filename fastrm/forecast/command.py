@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from fastrm.config import Config
+from fastrm.forecast.assumed import PlanOptions
 from fastrm.forecast.fake_step import PROGRESS
+from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.inputs import count_preferences
 from fastrm.forecast.picture import draw_plan
 from fastrm.forecast.plan import Assumptions, Plan, make_plan, steps_of
@@ -36,6 +38,22 @@ def plan_run(
     for file in filter(None, (json_out, png_out)):
         say(console, f"written: {file}")
     return plan
+
+
+def assume(config: Config, options: PlanOptions) -> Assumptions:
+    """Return the assumptions of a plan by the options of the command line.
+
+    Raises:
+        ConfigError: for an unknown kind of GPU.
+    """
+    nvlink, network = options.nvlink_gbs, options.network_gbs
+    return Assumptions(
+        options.gpus, find_gpu(options.gpu), *epoch_pairs(config, options.pairs), options.imbalance,
+        nvlink=None if nvlink is None else nvlink * 1e9,
+        network=None if network is None else network * 1e9,
+        latency_s=options.latency_us * 1e-6, overlap=options.overlap, rate_share=options.rate_share,
+        reserve_bytes=round(options.reserve_gb * 1e9), results=options.results,
+    )  # fmt: skip
 
 
 def epoch_pairs(config: Config, given: int | None = None) -> tuple[int, str]:
