@@ -7,7 +7,7 @@ named; nothing is written.
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pai
 from fastrm.data.prepared.units import ReadSettings, Unit, list_units
 from fastrm.data.prepared.workers import run_pieces
 from fastrm.data.record import MediaRef, Message, Record
-from fastrm.data.sources import KeyTally, RefusedRow, SourceFile
+from fastrm.data.sources import KeyTally, RefusedRow
 from fastrm.data.template import ConversationEncoder
 from fastrm.data_config import SourceConfig
 from fastrm.errors import RecordError
@@ -143,9 +143,7 @@ class _RowChecker:
         number, unit = numbered
         found, tally, rows = SourceCheck(), KeyTally(), []
         pairs: list[tuple] = []
-        file = unit.file
-        if isinstance(file, SourceFile):
-            file = replace(file, require_preferences=self.require_preferences)
+        file = unit.file.requiring(self.require_preferences)
         for item in file.read(unit.start, unit.stop, tally):
             if isinstance(item, Record):
                 try:

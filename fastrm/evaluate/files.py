@@ -100,11 +100,13 @@ class Scoring:
     def run(self, *, require_preferences: bool) -> Iterator[Scored]:
         """Yield (record, rewards), or (record or id, RecordError), for each row in order."""
         asked, keys = self._options.rows, {}
-        reading = {"require_preferences": require_preferences, "columns": asked.columns, "ignore": asked.ignore}
+        reading = {"columns": asked.columns, "ignore": asked.ignore}
         for file in source_files(self._data, images=asked.images, format=asked.data_format, **reading):
-            if (line := understood(file)) is not None:
+            if (line := understood(file.requiring(require_preferences))) is not None:
                 self._display.say(line)
-        rows = read_in_order(self._data, asked.images, asked.data_format, keys=keys, **reading)
+        rows = read_in_order(
+            self._data, asked.images, asked.data_format, require_preferences=require_preferences, keys=keys, **reading
+        )
         # The data is opened before the models are loaded, so that an unreadable file fails at once.
         chunk, done = list(islice(rows, CHUNK)), 0
         if not chunk:

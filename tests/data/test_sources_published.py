@@ -310,8 +310,8 @@ def test_download_of_a_set_has_all_that_reading_it_needs(tmp_path, monkeypatch, 
 def test_a_row_is_scored_with_all_its_responses(tmp_path):
     """Those without a rating too, which training leaves out; and rows that training refuses."""
     BUILDERS["vlfeedback"](tmp_path)
-    (scoring,) = source_files(tmp_path, set="vlfeedback", require_preferences=False)
     (training,) = source_files(tmp_path, set="vlfeedback")
+    scoring = training.requiring(preferences=False)
     scored = {record.origin: [response.text for response in record.responses] for record in scoring.read()}
     trained = {record.origin: record for record in training.read() if isinstance(record, Record)}
     assert len(scored) == 3 > len(trained)

@@ -47,7 +47,6 @@ def source_files(
     images: str | Path | None = None,
     name: str | None = None,
     pairs: str | None = None,
-    require_preferences: bool = True,
     columns: Mapping[str, str] | None = None,
     ignore: Iterable[str] = (),
 ) -> list[SourceFile | DigitsFile]:
@@ -60,7 +59,7 @@ def source_files(
         format: a name of FORMATS; ``auto`` decides for each row by its keys.
         images: folder or .tar/.zip archive that image paths are relative to; default the file's folder; ``none``: the
             rows have no images and videos, and ``<image>`` in them is text, as in published sets of text.
-        name, require_preferences: see `SourceFile`.
+        name: see `SourceFile`.
         pairs: see `SourceFile`; None: the set's own, else ``all``.
         columns: the file's name for each key that fastrm reads, where the two differ.
         ignore: keys that are not read, and not reported as unread.
@@ -74,7 +73,6 @@ def source_files(
         raise DataError(f'data source "{path}": format "{format}" is unknown; wanted one of {wanted}')
     reading = {
         "name": name or set,
-        "require_preferences": require_preferences,
         "columns": tuple((columns or {}).items()),
         "ignore": tuple(ignore),
     }
@@ -122,6 +120,7 @@ def read_source(
     *,
     quarantine: Quarantine,
     keys: dict[str, KeyTally] | None = None,
+    require_preferences: bool = True,
     **options,
 ) -> Iterator[Record]:
     """Yield the records of a data source, once each, in the order of its files and rows.
@@ -130,11 +129,13 @@ def read_source(
         path: as `source_files`, which also takes the options.
         quarantine: takes the rows that cannot be used.
         keys: takes for each file what its rows' keys were.
+        require_preferences: see `SourceFile`.
 
     Raises:
         DataError: as `source_files`, by the call itself; iteration raises what only reading can see.
     """
-    return _read_files(source_files(path, **options), quarantine, {} if keys is None else keys)
+    files = [file.requiring(require_preferences) for file in source_files(path, **options)]
+    return _read_files(files, quarantine, {} if keys is None else keys)
 
 
 def _read_files(

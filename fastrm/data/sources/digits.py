@@ -44,6 +44,10 @@ class DigitsFile:
     def path(self) -> str:
         return PREFIX + self.split
 
+    def requiring(self, preferences: bool) -> "DigitsFile":
+        """Return the file itself: all of its rows have preferences."""
+        return self
+
     def count_rows(self) -> int:
         return sum(1 for _ in self.read())
 

@@ -1,7 +1,7 @@
 """Reading of one data file of a source: any range of its rows as records and refusals."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -63,6 +63,10 @@ class SourceFile:
     columns: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
     placeholders_are_text: bool = False
+
+    def requiring(self, preferences: bool) -> "SourceFile":
+        """Return the same file, whose rows are refused without preferences, or not."""
+        return replace(self, require_preferences=preferences)
 
     def count_rows(self) -> int:
         """Return the number of rows of the file, by which `read` numbers them.
