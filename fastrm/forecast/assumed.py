@@ -1,4 +1,4 @@
-"""What `fastrm plan` is told, and assumes without. Only the standard library is needed: --help is instant."""
+"""The options of `fastrm plan`, and its assumptions without them; the standard library is enough: --help is instant."""
 
 from dataclasses import dataclass
 from pathlib import Path

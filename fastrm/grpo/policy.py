@@ -15,15 +15,12 @@ from fastrm.errors import ConfigError
 from fastrm.grpo.config import FitSection, PolicySection
 from fastrm.grpo.questions import Question
 from fastrm.limits import MediaLimits
-from fastrm.model.families import VISION_FAMILIES, chat_layout
+from fastrm.model.families import FAMILIES, VISION_FAMILIES, chat_layout
 from fastrm.model.loading import shortened
 from fastrm.model.network import init_backbone
 from fastrm.model.places import locate
 
 _HEAD = re.compile(r"(.*\.)?(score|v_head)\.")  # names of a reward head's weights
-
-# Families whose processor `image_processor.py` makes.
-_WITHOUT_TORCHVISION = ("qwen2_vl", "qwen2_5_vl")
 
 
 def load_policy(settings: PolicySection, questions: Sequence[Question], seed: int):
@@ -92,9 +89,10 @@ def _check_weights(path: str, found: dict) -> None:
 
 
 def _processor(settings: PolicySection, folder: str | None, tokenizer, model_type: str):
-    """Return the processor of a policy: its tokenizer alone for text, for Qwen-VL images too.
+    """Return the processor of a policy: its tokenizer alone for text, for a model that reads images these too.
 
-    Without torchvision there is no stock processor of Qwen-VL, as its part for videos needs it; pictures do not.
+    Without torchvision there is no stock processor of such a model, as its part for videos needs it; the family may
+    have one for pictures, which do not.
     """
     from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
@@ -111,11 +109,10 @@ def _processor(settings: PolicySection, folder: str | None, tokenizer, model_typ
                 "copy processor_config.json or preprocessor_config.json from the model that it was made of"
             )
         return processor
-    if model_type not in _WITHOUT_TORCHVISION:
+    processor = FAMILIES[model_type].image_processor(tokenizer, folder, limits)
+    if processor is None:
         raise ConfigError(f"policy: {model_type} needs torchvision for its processor; install that of your torch")
-    from fastrm.grpo.image_processor import make_processor
-
-    return make_processor(tokenizer, folder, limits)
+    return processor
 
 
 def is_visual(processor) -> bool:

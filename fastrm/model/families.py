@@ -69,6 +69,14 @@ class VisionFamily(Protocol):
     def keep_first_blocks(self, vision_config, count: int) -> None:
         """Change a vision config to one of the tower's first blocks, of every kind."""
 
+    def image_processor(self, tokenizer, folder: str | None, limits: Mapping[str, int]):
+        """Return a processor of text and images for stock classes that needs no torchvision; None if there is none.
+
+        Args:
+            folder: whose image settings are taken; None: the stock ones.
+            limits: min_pixels and max_pixels, which replace those.
+        """
+
     def fixed_in_vllm(self, config) -> dict[str, tuple] | None:
         """Return by key (value, what vLLM computes whatever the value is); None if its exports for vLLM are unknown."""
 

@@ -7,7 +7,7 @@ The layout of a pack's tiles follows from their number alone.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -263,6 +263,9 @@ class InternVLFamily:
 
     def keep_first_blocks(self, vision_config, count: int) -> None:
         vision_config.num_hidden_layers = min(count, vision_config.num_hidden_layers)
+
+    def image_processor(self, tokenizer, folder: str | None, limits: Mapping[str, int]) -> None:
+        return None
 
     def fixed_in_vllm(self, config) -> dict[str, tuple]:
         return {}

@@ -6,7 +6,7 @@ goes to the device, so that nothing waits for it. The weights and the modules ar
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -370,6 +370,11 @@ class Qwen2VLFamily:
         vision_config.depth = min(count, vision_config.depth)
         if _has_windows(vision_config):  # one block with windows, and one with whole images
             vision_config.fullatt_block_indexes = [vision_config.depth - 1]
+
+    def image_processor(self, tokenizer, folder: str | None, limits: Mapping[str, int]):
+        from fastrm.model.vision.qwen_processor import make_processor  # imports much, for policies alone
+
+        return make_processor(tokenizer, folder, limits)
 
     def fixed_in_vllm(self, config) -> dict[str, tuple]:
         theta = rope_parameters(config.vision_config).get("rope_theta", 10000.0)

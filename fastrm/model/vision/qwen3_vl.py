@@ -7,7 +7,7 @@ three axes are interleaved in each head.
 Source: Qwen3-VL (arXiv 2511.21631), section 2, and transformers' class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -193,6 +193,9 @@ class Qwen3VLFamily(Qwen2VLFamily):
         kept = [number for number in vision_config.deepstack_visual_indexes if number < vision_config.depth]
         # Behind the last decoder layer features change nothing that is read at an anchor.
         vision_config.deepstack_visual_indexes = kept[: count - 1] or [0]
+
+    def image_processor(self, tokenizer, folder: str | None, limits: Mapping[str, int]) -> None:
+        return None
 
     def fixed_in_vllm(self, config) -> None:
         return None

@@ -1,5 +1,7 @@
 """Qwen-VL's processor for text and images, where torchvision is not installed."""
 
+from collections.abc import Mapping
+
 from transformers import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -27,7 +29,7 @@ class ImageProcessor(Qwen2_5_VLProcessor):
         return super().to_dict() | {"processor_class": Qwen2_5_VLProcessor.__name__, "video_processor": video}
 
 
-def make_processor(tokenizer, path: str | None, limits: dict[str, int]) -> ImageProcessor:
+def make_processor(tokenizer, path: str | None, limits: Mapping[str, int]) -> ImageProcessor:
     """Make a processor of a tokenizer and the settings of a folder.
 
     Args:
