@@ -27,7 +27,8 @@ KEYS = ("accuracy", "judge_reward", "mean_characters")
 
 def run_all(seeds: tuple[int, ...]) -> None:
     """Run every scheme and seed whose report is not there yet, seed by seed."""
-    from fastrm.grpo.config import load_grpo_config
+    from fastrm.config import load_run
+    from fastrm.grpo.config import GrpoConfig
     from fastrm.grpo.run import run_grpo
 
     for seed in seeds:
@@ -37,7 +38,7 @@ def run_all(seeds: tuple[int, ...]) -> None:
                 reward = {"scheme": scheme, "answers": "text"}
                 reward |= {"model": "runs/quickstart/model"} if scheme != "rule" else {}
                 changed = [f"run.dir={folder}", f"run.seed={seed}", f"rewards={json.dumps([reward])}"]
-                run_grpo(load_grpo_config(CONFIG, changed))
+                run_grpo(load_run(GrpoConfig, CONFIG, changed))
 
 
 def collect() -> dict:

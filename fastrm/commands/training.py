@@ -124,7 +124,8 @@ def grpo(experiment: opts.GrpoFile, overrides: opts.Overrides = None) -> None:
     \b
     Example: fastrm grpo configs/grpo/digits.yaml
     """
-    from fastrm.grpo.config import load_grpo_config
+    from fastrm.config import load_run
+    from fastrm.grpo.config import GrpoConfig
     from fastrm.grpo.run import run_grpo
 
-    run_grpo(load_grpo_config(experiment, overrides or []))
+    run_grpo(load_run(GrpoConfig, experiment, overrides or []))

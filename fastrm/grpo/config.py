@@ -1,11 +1,10 @@
-"""The settings of `fastrm grpo`: one YAML file plus `a.b=c` overrides, read as those of `fastrm train`."""
+"""The settings of `fastrm grpo`: one YAML file plus `a.b=c` overrides, which `load_run` reads as those of `train`."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastrm.config import TrainedTokenizer, load_run
+from fastrm.config import TrainedTokenizer
 from fastrm.sections import NonEmpty, Positive, Section
 
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -175,12 +174,3 @@ class GrpoConfig(Section):
         if self.optim.kl and (self.policy.path is None or self.policy.fit is not None):
             raise ValueError("optim.kl needs policy.path without policy.fit: TRL loads the first policy from there")
         return self
-
-
-def load_grpo_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> GrpoConfig:
-    """Read a YAML file and what it extends, apply `a.b=value` overrides (values are YAML), and validate.
-
-    Raises:
-        ConfigError: naming the file and line, or the override, of every problem found.
-    """
-    return load_run(GrpoConfig, path, overrides)

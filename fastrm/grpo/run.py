@@ -1,7 +1,6 @@
 """A run of `fastrm grpo`: evaluate, train with TRL's GRPOTrainer, evaluate again, report."""
 
 import functools
-import json
 import os
 import time
 import warnings
@@ -228,8 +227,3 @@ def _check_installed(config: GrpoConfig) -> None:
 
     disable_progress_bar()  # of the files that are written
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def read_report(folder: Path) -> dict:
-    """Return the report of a run that has ended."""
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))

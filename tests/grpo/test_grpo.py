@@ -12,10 +12,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastrm.config import load_config
+from fastrm.config import load_config, load_run
 from fastrm.data.record import Message
 from fastrm.errors import ConfigError, DataError, GroupError, InterruptedRun, StorageError
-from fastrm.grpo.config import FitSection, QuestionsSection, RewardSection, load_grpo_config
+from fastrm.grpo.config import FitSection, GrpoConfig, QuestionsSection, RewardSection
 from fastrm.grpo.evaluation import as_samples, evaluate_policy
 from fastrm.grpo.questions import Question, as_dataset, read_questions
 from fastrm.grpo.report import show_report
@@ -58,7 +58,7 @@ def write(folder, **sections):
 def run(folder, **sections):
     from fastrm.grpo.run import run_grpo
 
-    return run_grpo(load_grpo_config(write(folder, **sections)))
+    return run_grpo(load_run(GrpoConfig, write(folder, **sections)))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_server_that_goes_away_during_training_is_named(tmp_path):
     from fastrm.grpo.run import run_grpo
 
     with reward_server(CountingScorer(), [Reply(401, b"no token")]) as (url, _):
-        config = load_grpo_config(write(tmp_path, rewards=[{"scheme": "model", "model": url}]))
+        config = load_run(GrpoConfig, write(tmp_path, rewards=[{"scheme": "model", "model": url}]))
         with pytest.raises(ServerError, match="HTTP 401: no token"):
             run_grpo(config)
 
@@ -161,7 +161,7 @@ def test_a_model_that_is_named_twice_is_loaded_once_on_the_process_s_device(tmp_
     from fastrm.grpo.run import _open_scorers
 
     rewards = [{"scheme": scheme, "model": reward_model} for scheme in ("model", "hybrid")]
-    config = load_grpo_config(write(tmp_path, rewards=rewards, judge=reward_model))
+    config = load_run(GrpoConfig, write(tmp_path, rewards=rewards, judge=reward_model))
     scorers = _open_scorers(config, torch.device("cpu", 0))  # as accelerate names it under a launcher
     assert list(scorers) == [reward_model] and scorers[reward_model].network.device.type == "cpu"
 
@@ -301,7 +301,7 @@ def test_rows_that_are_no_questions_are_named(tmp_path, row, said):
 )
 def test_settings_that_cannot_be_are_named(tmp_path, overrides, said):
     with pytest.raises(ConfigError, match=said):
-        load_grpo_config(write(tmp_path), overrides)
+        load_run(GrpoConfig, write(tmp_path), overrides)
 
 
 def test_things_that_are_not_there_are_named(tmp_path):
@@ -398,7 +398,7 @@ def test_a_run_that_is_stopped_says_what_is_left(tmp_path, monkeypatch):
 
 
 def test_full_configuration_says_where_every_value_comes_from():
-    config = load_grpo_config(PROJECT / "configs/grpo/full.yaml")
+    config = load_run(GrpoConfig, PROJECT / "configs/grpo/full.yaml")
     assert (config.rollouts.num, config.optim.batch_prompts, config.run.epochs) == (8, 256, 1)
     assert config.rewards[0].scheme == "hybrid"
     lines = (PROJECT / "configs/grpo/full.yaml").read_text().splitlines()
@@ -407,7 +407,7 @@ def test_full_configuration_says_where_every_value_comes_from():
 
 
 def test_digits_configuration_measures_on_images_that_nothing_was_trained_on():
-    config = load_grpo_config(PROJECT / "configs/grpo/digits.yaml")
+    config = load_run(GrpoConfig, PROJECT / "configs/grpo/digits.yaml")
     taught, asked, held_out = (
         {ref.key for question in read_questions(source) for ref in question.images}
         for source in (config.policy.fit.data, config.data.train, config.data.eval)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from fastrm.errors import GroupError
-from tests.helpers.waiting import PATIENCE, wait_until
 
 
 class CountingScorer:
@@ -85,25 +84,16 @@ def reward_server(scorer, replies=()):
 @contextmanager
 def real_server(**models):
     """Serve reward models by `fastrm.serve` on a free port; yield its URL."""
-    import uvicorn
-
     from fastrm.evaluate.ensemble import Ensemble
     from fastrm.serve.app import make_app
     from fastrm.serve.scheduler import Scheduler
     from fastrm.serve.scorer import Scorer
     from fastrm.serve.settings import ServeSettings
+    from tests.helpers.servers import running
 
     scheduler = Scheduler([Scorer(name, Ensemble([model]), 8192) for name, model in models.items()])
-    app = make_app(scheduler, ServeSettings())
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        wait_until(lambda: server.started or not thread.is_alive())
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(PATIENCE)
+    with running(make_app(scheduler, ServeSettings())) as url:
+        yield url
 
 
 def answer(scorer, body) -> dict:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ from PIL import Image
 
 from fastrm import cli
 from fastrm.ablate.grid import load_grid
-from fastrm.config import load_config
+from fastrm.config import load_config, load_run
 from fastrm.evaluate.ensemble import EnsembleFile
-from fastrm.grpo.config import load_grpo_config
+from fastrm.grpo.config import GrpoConfig
 from fastrm.train.loop import train
 from fastrm.yaml_files import read_yaml, validate
 from tests.helpers.documents import PAGES, blocks, commands_to_read, commands_to_run, text_of, words_of
@@ -195,7 +196,7 @@ def check_fastrm(words, where):
         assert name in command.commands, where
         command = command.commands[name]
     context = command.make_context(command.name, list(words))
-    for key, load in (("config", load_config), ("grid", load_grid), ("experiment", load_grpo_config)):
+    for key, load in (("config", load_config), ("grid", load_grid), ("experiment", partial(load_run, GrpoConfig))):
         file = context.params.get(key)
         if file is not None and str(file) not in READERS and not str(file).startswith("runs/"):
             load(PROJECT / file, context.params["overrides"] or [])

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fastrm import cli
-from fastrm.config import load_config
+from fastrm.config import load_config, load_run
 from fastrm.errors import ConfigError
-from fastrm.grpo.config import load_grpo_config
+from fastrm.grpo.config import GrpoConfig
 from tests.helpers.runs import colour_rows, run, tiny_config
 
 BASE = """
@@ -159,5 +159,5 @@ def test_a_grpo_run_extends_too(files):
         "data": {"train": {"path": "a.jsonl"}, "eval": {"path": "b.jsonl"}},
     }  # fmt: skip
     files(base=json.dumps(base), own="extends: base.yaml\noptim: {lr: 2e-5}\n")
-    config = load_grpo_config("own.yaml")
+    config = load_run(GrpoConfig, "own.yaml")
     assert (config.run.dir, config.policy.path, config.optim.lr) == ("runs/own", "some/model", 2e-5)

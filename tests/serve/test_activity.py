@@ -4,13 +4,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.activity import WINDOW, Activity
 from fastrm.serve.app import make_app
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
-from tests.helpers.support import make_model
 
 
 class Clock:
@@ -21,11 +19,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-@pytest.fixture(scope="module")
-def model():
-    return RewardModel(make_model("qwen2_5_vl"))
 
 
 @pytest.fixture

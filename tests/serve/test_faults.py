@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.app import make_app
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
@@ -17,13 +16,7 @@ from fastrm.serve.settings import ServeSettings
 from tests.helpers.request_bodies import GOOD
 from tests.helpers.served import counts
 from tests.helpers.servers import running
-from tests.helpers.support import make_model
 from tests.helpers.waiting import PATIENCE
-
-
-@pytest.fixture(scope="module")
-def model():
-    return RewardModel(make_model("qwen2_5_vl"))
 
 
 def serve(model, settings=None, scorer=None, **options):

@@ -7,7 +7,6 @@ from fastapi.testclient import TestClient
 
 from fastrm.errors import ConfigError
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.app import make_app
 from fastrm.serve.caches import BoundedCache
 from fastrm.serve.command import check_host
@@ -16,15 +15,10 @@ from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
 from tests.helpers.served import routes_of
-from tests.helpers.support import make_image, make_model
+from tests.helpers.support import make_image
 
 TOKEN = "a-secret"
 BODY = '{"groups": [{"prompt": "a", "responses": ["b"]}]}'
-
-
-@pytest.fixture(scope="module")
-def model():
-    return RewardModel(make_model("qwen2_5_vl"))
 
 
 def make_client(model, **settings):

@@ -6,17 +6,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.app import make_app
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
-from tests.helpers.support import make_image, make_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return RewardModel(make_model("qwen2_5_vl"))
+from tests.helpers.support import make_image
 
 
 @pytest.fixture

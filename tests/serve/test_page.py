@@ -7,14 +7,13 @@ import sys
 import pytest
 
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.app import make_app
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
 from tests.helpers.browser import CHROMIUM, Browser
 from tests.helpers.servers import running
-from tests.helpers.support import make_image, make_model
+from tests.helpers.support import make_image
 from tests.helpers.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
@@ -30,11 +29,6 @@ def browser(tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("browser"))
     yield browser
     browser.close()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return RewardModel(make_model("qwen2_5_vl"))
 
 
 @pytest.fixture(scope="module")

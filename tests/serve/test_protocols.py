@@ -13,13 +13,12 @@ from pydantic import ValidationError
 
 from fastrm.data.sources.layouts.groups import group_record
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.app import make_app
 from fastrm.serve.protocols import openrlhf, r1_reward, sglang, slime, vllm
 from fastrm.serve.scheduler import Scheduler
 from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
-from tests.helpers.support import make_image, make_model
+from tests.helpers.support import make_image
 
 IMAGE, OTHER = (
     "data:image/png;base64," + base64.b64encode(make_image(*size).data).decode() for size in ((84, 56), (56, 56))
@@ -27,11 +26,6 @@ IMAGE, OTHER = (
 SEEN = {"prompt": "Is this a cat?", "images": [IMAGE], "responses": ["a red dog", "no"]}
 READ = {"prompt": "the cat sits", "responses": ["on a dog", "so"]}
 END = "<|im_end|>\n"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return RewardModel(make_model("qwen2_5_vl"))
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,6 @@ from tests.helpers.support import make_model
 from tests.helpers.waiting import PATIENCE
 
 
-@pytest.fixture(scope="module")
-def model():
-    return RewardModel(make_model("qwen2_5_vl"))
-
-
-@pytest.fixture(scope="module")
-def scorer(model):
-    return Scorer("tiny", Ensemble([model]), 8192)
-
-
 def test_a_call_gives_the_rewards_of_the_model_to_the_bit(model, scorer):
     groups = make_groups(6)
 

@@ -16,16 +16,6 @@ from tests.helpers.scheduling import BAND, ask_each, check_close, make_groups, r
 from tests.helpers.support import make_image, make_model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return RewardModel(make_model("qwen2_5_vl"))
-
-
-@pytest.fixture(scope="module")
-def scorer(model):
-    return Scorer("tiny", Ensemble([model]), 8192)
-
-
 def shuffled(items, seed):
     order = np.random.default_rng(seed).permutation(len(items))
     return [items[place] for place in order], order

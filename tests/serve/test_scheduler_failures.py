@@ -7,26 +7,12 @@ import pytest
 from starlette.requests import Request
 
 from fastrm.errors import GroupError, RecordError
-from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.reward_model import RewardModel
 from fastrm.serve.app import Service
 from fastrm.serve.problems import RequestError
 from fastrm.serve.scheduler import Scheduler
-from fastrm.serve.scorer import Scorer
 from fastrm.serve.settings import ServeSettings
 from tests.helpers.scheduling import ask_each, check_close, make_groups, run
-from tests.helpers.support import make_model
 from tests.helpers.waiting import PATIENCE
-
-
-@pytest.fixture(scope="module")
-def model():
-    return RewardModel(make_model("qwen2_5_vl"))
-
-
-@pytest.fixture(scope="module")
-def scorer(model):
-    return Scorer("tiny", Ensemble([model]), 8192)
 
 
 def test_a_pack_that_fails_is_computed_group_by_group(model, scorer, monkeypatch):
