@@ -18,7 +18,7 @@ from tests.helpers.waiting import PATIENCE
 FOUNDATION = {"errors", "limits", "lines", "names", "yaml_files", "json_files", "storage", "resources", "tables", "ui"}
 FOUNDATION |= {"stop", "sections", "data_config", "config"}
 TOP = {"cli_options", "commands", "cli", "__init__"}
-LOWER = [FOUNDATION, {"data"}, {"model"}, {"hf"}, {"evaluate"}, {"rl"}, {"serve"}]
+LOWER = [FOUNDATION, {"report"}, {"data"}, {"model"}, {"hf"}, {"evaluate"}, {"rl"}, {"serve"}]
 ORDER = [*LOWER, {"train"}, {"ablate"}, {"forecast"}, {"grpo"}, TOP]
 
 

@@ -15,7 +15,8 @@ from tests.helpers.project import PROJECT, copy_project
 
 def files_of(package, parent):
     """The modules of a package below `parent`, and what its pages need, by their paths in a wheel."""
-    paths = [*(parent / package).rglob("*.py"), *(parent / package / "serve").glob("page/*")]
+    pages = [*(parent / package / "serve").glob("page/*"), *(parent / package / "report").glob("page.*")]
+    paths = {*(parent / package).rglob("*.py"), *pages}
     return {str(path.relative_to(parent)) for path in paths}
 
 
