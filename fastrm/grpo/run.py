@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,20 +37,12 @@ def run_grpo(config: GrpoConfig) -> dict:
     _check_installed(config)
     process = _process(config)
     folder = _new_folder(config.run.dir)
-    train, held_out = read_questions(config.data.train), read_questions(config.data.eval)
-    if len(train) < config.optim.batch_prompts:
-        raise ConfigError(
-            f"{config.data.train.path}: has {len(train):,} questions, fewer than the {config.optim.batch_prompts:,} of "
-            "a step, so that there is none; lower optim.batch_prompts"
-        )
-    taught = read_questions(config.policy.fit.data) if config.policy.fit else []
+    train, held_out, taught = _read_questions(config)
     scorers = _open_scorers(config, process.device)
     functions = [RewardFunction(one, number, scorers.get(one.model)) for number, one in enumerate(config.rewards)]
     policy, processor = load_policy(config.policy, [*taught, *train], config.run.seed)
     policy.to(process.device)
-    seen = next((question for question in (*taught, *train, *held_out) if question.images), None)
-    if seen is not None and not is_visual(processor):
-        raise ConfigError(f"policy: a text model, but {seen.origin} has an image; name a policy that reads images")
+    _check_images((*taught, *train, *held_out), processor)
     with Display(silent=not process.is_main_process) as display:
 
         def measure(what: str) -> dict:
@@ -82,6 +75,23 @@ def run_grpo(config: GrpoConfig) -> dict:
     report = make_report(config, before, after, rows, seconds, generation, folder)
     show_report(report)
     return report
+
+
+def _read_questions(config: GrpoConfig) -> tuple[list[Question], list[Question], list[Question]]:
+    """Return the questions of training, those that are held out, and those of the policy's supervised start."""
+    train, held_out = read_questions(config.data.train), read_questions(config.data.eval)
+    if len(train) < config.optim.batch_prompts:
+        raise ConfigError(
+            f"{config.data.train.path}: has {len(train):,} questions, fewer than the {config.optim.batch_prompts:,} of "
+            "a step, so that there is none; lower optim.batch_prompts"
+        )
+    return train, held_out, read_questions(config.policy.fit.data) if config.policy.fit else []
+
+
+def _check_images(questions: Iterable[Question], processor) -> None:
+    seen = next((question for question in questions if question.images), None)
+    if seen is not None and not is_visual(processor):
+        raise ConfigError(f"policy: a text model, but {seen.origin} has an image; name a policy that reads images")
 
 
 def timed_calls(owner: object, name: str) -> list[float]:

@@ -51,31 +51,27 @@ def check_data(
     for name, source, config in _sources(names, reading or {}):
         encoder = _encoder(config, model)
         with Display() as display:
-            for file in open_source(source):
-                if (line := understood(file)) is not None:
-                    display.say(line)
+            for line in filter(None, map(understood, open_source(source))):
+                display.say(line)
             found = check_source(
-                source,
-                _limits(config),
-                encoder,
-                require_preferences=not scoring,
-                num_workers=num_workers or len(os.sched_getaffinity(0)),
+                source, MediaLimits() if config is None else config.data.limits, encoder,
+                require_preferences=not scoring, num_workers=num_workers or len(os.sched_getaffinity(0)),
                 progress=display.task("reading rows"),
-            )
+            )  # fmt: skip
         print_page(console, name, found, encoder)
         checked.append(found)
         if not found.num_rows:
             empty.append(f"{name} has no rows")
         elif found.num_refused > limit * found.num_rows:
             too_many.append(f"{found.num_refused:,} of {found.num_rows:,} rows of {name} are refused")
+    faults = []
     if too_many:
-        too_many = [
-            f"{'; '.join(too_many)}: more than --max-refused {max_refused}; mend the rows, or raise the share"
-        ]
+        refused = "; ".join(too_many)
+        faults.append(f"{refused}: more than --max-refused {max_refused}; mend the rows, or raise the share")
     if empty:
-        too_many.append(f"{'; '.join(empty)}; name a file with rows")
-    if too_many:
-        raise DataError("; ".join(too_many))
+        faults.append(f"{'; '.join(empty)}; name a file with rows")
+    if faults:
+        raise DataError("; ".join(faults))
     return checked
 
 
@@ -91,12 +87,6 @@ def _sources(names: Sequence[str], reading: dict) -> list[tuple[str, SourceConfi
             for number, source in enumerate(getattr(config.data, split)):
                 found.append((f"data.{split}.{number}: {source.name or source.set or source.path}", source, config))
     return found
-
-
-def _limits(config: Config | None) -> MediaLimits:
-    if config is None:
-        return MediaLimits()
-    return config.data.limits
 
 
 def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.project import PROJECT
 
-MOST_PARAMETERS, MOST_LINES = 8, 400
+MOST_PARAMETERS, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 8, 400, 50
 # Public functions that may have more parameters, and why.
 EXCEPTIONS = {
     "fastrm/evaluate/reward_model.py: RewardModel.from_pretrained": "users call it with keywords, each of which stands "
@@ -29,6 +29,13 @@ def public_functions(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 def _is_public(name: str) -> bool:
     return name == "__init__" or not name.startswith("_")
+
+
+def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function, its docstring left out."""
+    first, count = function.body[0], function.end_lineno - function.lineno + 1
+    is_docstring = ast.get_docstring(function, clean=False) is not None
+    return count - (first.end_lineno - first.lineno + 1) * is_docstring
 
 
 def modules() -> list[str]:
@@ -55,6 +62,22 @@ def test_public_functions_have_few_parameters():
 )
 def test_parameters_are_counted(text, found):
     assert list(public_functions(ast.parse(text))) == found
+
+
+def test_lines_are_counted():
+    (function,) = ast.parse('def f(a):\n    """One.\n\n    Two.\n    """\n    return a\n').body
+    assert num_lines(function) == 2
+
+
+def test_no_function_is_long():
+    long = {
+        f"{module}: {node.name}"
+        for module in modules()
+        for node in ast.walk(ast.parse((PROJECT / module).read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and num_lines(node) > MOST_LINES_OF_A_FUNCTION
+    }
+    assert not long
 
 
 def test_no_module_is_long():

@@ -71,25 +71,19 @@ def source_files(
     if format not in FORMATS:
         wanted = ", ".join(FORMATS)
         raise DataError(f'data source "{path}": format "{format}" is unknown; wanted one of {wanted}')
+    path, images = (None if value is None else os.fspath(value) for value in (path, images))
+    published = None if set is None else find_set(set)
+    is_text = images == NONE or (images is None and published is not None and published.media == NONE)
+    images = None if is_text else images
     reading = {
         "name": name or set,
         "columns": tuple((columns or {}).items()),
         "ignore": tuple(ignore),
+        "placeholders_are_text": is_text,
     }
-    path, images = (None if value is None else os.fspath(value) for value in (path, images))
-    is_text = images == NONE or (set is not None and images is None and find_set(set).media == NONE)
-    reading["placeholders_are_text"] = is_text
-    images = None if is_text else images
-    if set is not None:
-        published = find_set(set)
-        return set_files(
-            published,
-            path,
-            images,
-            format=published.layout if format == "auto" else format,
-            pairs=pairs or published.pairs,
-            **reading,
-        )
+    if published is not None:
+        layout = published.layout if format == "auto" else format
+        return set_files(published, path, images, format=layout, pairs=pairs or published.pairs, **reading)
     if path is None:
         raise DataError("a data source needs a path or the name of a published set")
     if path.startswith(DIGITS_PREFIX) and format in ("auto", "digits"):
