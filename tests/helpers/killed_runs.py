@@ -1,8 +1,5 @@
 """Training runs in processes that tests kill, and what must be the same in the end."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,19 +8,16 @@ import torch
 from safetensors.torch import load_file
 
 from fastrm.train.metrics import read_rows
-from tests.helpers.own_process import environment
+from tests.helpers.own_process import JobServer
 
 CLOCK = ("preferences_per_second", "tokens_per_second", "data_wait_share")
 
 
-class ForkServer:
+class ForkServer(JobServer):
     """Starts training processes and kills them."""
 
     def __init__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env=environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
-        )  # fmt: skip
+        super().__init__("tests.helpers.fork_server")
 
     def start(self, config: Path, resume: str = "auto", patch: str | None = None) -> int:
         """`fastrm train`; its process id. What it says is in the configuration's name with .log."""
@@ -38,17 +32,7 @@ class ForkServer:
             patch: "module.function".
         """
         request = {"arguments": list(map(str, arguments)), "log": str(log), "patch": patch}
-        line = json.dumps({**request, "environment": environment or {}})
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def wait(self) -> int:
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        return self.send({**request, "environment": environment or {}})
 
 
 @pytest.fixture(scope="module")

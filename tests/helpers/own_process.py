@@ -5,8 +5,10 @@ nothing, forks them: libraries are loaded once.
 """
 
 import functools
+import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -65,3 +67,31 @@ def run_alone(job: Callable, *arguments) -> Done:
 def _measured(job: Callable, *arguments) -> Done:
     value = job(*arguments)
     return Done(value, status_bytes("VmHWM"), time.process_time())
+
+
+class JobServer:
+    """A process that takes jobs as lines of JSON, and answers in such lines.
+
+    Args:
+        module: that it runs.
+    """
+
+    def __init__(self, module: str):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
+        )  # fmt: skip
+
+    def send(self, request: dict):
+        """Send a job; returns the first answer."""
+        self._process.stdin.write(json.dumps(request, default=str) + "\n")
+        self._process.stdin.flush()
+        return self.wait()
+
+    def wait(self):
+        """The next answer."""
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()

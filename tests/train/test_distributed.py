@@ -1,8 +1,6 @@
 """Two ranks are one process: gradients, skipped steps, runs and checkpoints under every ZeRO stage."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from fastrm.train.metrics import read_rows
 from fastrm.train.ranks import ALONE
 from tests.helpers import rank_jobs
 from tests.helpers.killed_runs import CLOCK
-from tests.helpers.own_process import environment
+from tests.helpers.own_process import JobServer
 from tests.helpers.rank_jobs import DIVISIONS, Bench, make_config, make_packs, take_step
 from tests.helpers.runs import colour_rows, text_rows, tiny_config, write_rows
 from tests.helpers.stock import save_stock_checkpoint
@@ -30,22 +28,16 @@ from tests.helpers.waiting import PATIENCE
 pytest.importorskip("deepspeed")
 
 
-class RankServer:
+class RankServer(JobServer):
     """Starts jobs of rank_jobs.py on two ranks."""
 
     def __init__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.rank_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env=environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
-        )  # fmt: skip
+        super().__init__("tests.helpers.rank_server")
 
     def start(self, folder: Path, job: str, *arguments, num_ranks: int = 2) -> list[int]:
         self._log = folder / "log"
-        self._send(job=job, arguments=arguments, num_ranks=num_ranks, log=str(self._log))
-        return json.loads(self._process.stdout.readline())
-
-    def wait(self) -> list[int]:
-        return json.loads(self._process.stdout.readline())
+        request = {"job": job, "arguments": arguments, "num_ranks": num_ranks, "log": self._log, "seconds": PATIENCE}
+        return self.send(request)
 
     def run(self, folder: Path, job: str, *arguments, num_ranks: int = 2) -> None:
         self.start(folder, job, *arguments, num_ranks=num_ranks)
@@ -54,14 +46,6 @@ class RankServer:
 
     def logs(self) -> str:
         return "\n".join(path.read_text()[-3000:] for path in sorted(self._log.parent.glob("log.*")))
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _send(self, **request) -> None:
-        self._process.stdin.write(json.dumps({**request, "seconds": PATIENCE}, default=str) + "\n")
-        self._process.stdin.flush()
 
 
 @pytest.fixture(scope="module")
