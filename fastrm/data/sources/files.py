@@ -10,7 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastrm.data.media.archives import archive_status, open_member
@@ -85,12 +85,8 @@ def read_rows(file: str, start: int = 0, stop: int | None = None) -> Iterator[Nu
         DataError: the file as a whole cannot be read.
     """
     readers = {"lines": _jsonl_rows, "document": _json_rows, "table": _parquet_rows}
-    try:
+    with _naming_damage(file):
         yield from readers[_form(file)](file, start, stop)
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    except (EOFError, zlib.error) as error:
-        raise DataError(f'data file "{file}" is cut short or damaged: {error}; make it again') from error
 
 
 def count_rows(file: str) -> int:
@@ -99,7 +95,7 @@ def count_rows(file: str) -> int:
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    try:
+    with _naming_damage(file):
         form = _form(file)
         if form == "lines":
             return _count_lines(file)
@@ -107,10 +103,6 @@ def count_rows(file: str) -> int:
             return len(_json_list(file))
         with _parquet_file(file) as table:
             return table.metadata.num_rows
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    except (EOFError, zlib.error) as error:
-        raise DataError(f'data file "{file}" is cut short or damaged: {error}; make it again') from error
 
 
 def open_data_file(file: str) -> io.BufferedReader:
@@ -133,8 +125,14 @@ def _form(file: str) -> str:
     return "lines" if is_lines else "document"
 
 
-def _unreadable(file: str, error: OSError) -> DataError:
-    return DataError(f'data file "{file}" cannot be read: {error.strerror or error}; repair it')
+@contextmanager
+def _naming_damage(file: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f'data file "{file}" cannot be read: {error.strerror or error}; repair it') from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(f'data file "{file}" is cut short or damaged: {error}; make it again') from error
 
 
 def _jsonl_rows(file: str, start: int, stop: int | None) -> Iterator[NumberedRow]:
