@@ -160,12 +160,18 @@ class OptimConfig(Section):
     """AdamW's eps, which is added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """The decay of weight matrices, as in AdamW; biases, norms and embeddings have none."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """The learning rate after warm-up: half a cosine down to min_lr_ratio * lr, or constant."""
+    lr_parts: dict[Literal["vision", "projector", "language", "head"], Annotated[float, Field(gt=0.0)]] = {}
+    """Peak learning rates of parts, in place of lr, as {head: 1e-4, vision: 1e-6}: the parts of model.freeze, and the
+    head. All follow one schedule."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """The learning rate after warm-up: down to min_lr_ratio * lr by half a cosine or a line; wsd (warm-up, stable,
+    decay) = constant, then half a cosine down over the last decay_ratio of all steps; or constant."""
     warmup_ratio: Fraction = 0.1
     """The share of all steps over which the rate rises linearly from 0."""
     min_lr_ratio: Fraction = 0.0
-    """The rate after the last step, as a share of lr (cosine)."""
+    """The rate after the last step, as a share of lr (cosine, linear, wsd)."""
+    decay_ratio: Fraction = 0.1
+    """The share of all steps over which wsd decays, at the end."""
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """The global gradient norm above which a step's gradient is scaled down to it; 0 = never."""
     batch_pairs: Positive = 128
@@ -176,6 +182,15 @@ class OptimConfig(Section):
     """The token budget of one forward pass. It bounds the memory; the gradient of a step does not depend on it."""
     states: Literal["fp32", "8bit"] = "fp32"
     """The storage of AdamW's two moments: float32, or for the backbone's matrices torchao's 8-bit code."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1.0:
+            raise ValueError(
+                f"optim.warmup_ratio {self.warmup_ratio} and optim.decay_ratio {self.decay_ratio} are more than all "
+                "steps together; lower one of them"
+            )
+        return self
 
 
 class PrecisionConfig(Section):
@@ -257,6 +272,11 @@ class Config(Section):
                 f"optim.tokens_per_pack {self.optim.tokens_per_pack} is below "
                 f"data.max_tokens_per_group {self.data.max_tokens_per_group}: the largest group would "
                 "not fit a pack; raise the first or lower the second"
+            )
+        if frozen := set(self.optim.lr_parts) & set(self.model.freeze):
+            raise ValueError(
+                f"optim.lr_parts: {min(frozen)} has a learning rate, but model.freeze takes it out of training; leave "
+                "it out of one of them"
             )
         return self
 

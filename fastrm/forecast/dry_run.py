@@ -29,6 +29,7 @@ from fastrm.model.export import check_vocabulary
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import locate
 from fastrm.tables import Table
+from fastrm.train.optim import check_lr_parts
 from fastrm.ui import Display, gib, make_console, peta, say, show
 
 GPU_COUNTS = (1, 8, 64)
@@ -63,6 +64,7 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
     else:
         _check_tokenizer(config.model, architecture)
         network = meta_network(architecture, config.model)
+        check_lr_parts(network, config.optim)
         with Display() as display:
             report |= _size(config, network, display.task(PROGRESS))
         print_parameters(console, report["parameters"], origin)

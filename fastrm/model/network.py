@@ -1,6 +1,6 @@
 """The module `RewardNetwork`: a stock backbone and a reward head, from packs to rewards."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -193,17 +193,26 @@ class RewardNetwork(nn.Module):
         Raises:
             ConfigError: for a vision part of a text model.
         """
-        if not self.is_vision and {"vision", "projector"} & set(parts):
-            raise ConfigError(f"model.freeze: {self.model.config.model_type} has no vision tower; use [language]")
+        self.check_parts(parts, "model.freeze", "use [language]")
         for part in parts:
-            if part == "language":
-                self._runner.language.requires_grad_(False)
-            elif part == "projector":
-                self.tower.projector.requires_grad_(False)
-            else:
-                # Qwen's projector is inside the tower.
-                for parameter in self.tower.parameters() - set(self.tower.projector.parameters()):
-                    parameter.requires_grad_(False)
+            for parameter in self.parameters_of(part):
+                parameter.requires_grad_(False)
+
+    def check_parts(self, parts: Iterable[str], setting: str, advice: str) -> None:
+        """Refuse parts that the model lacks, which `setting` names.
+
+        Raises:
+            ConfigError: for a vision part of a text model.
+        """
+        if not self.is_vision and {"vision", "projector"} & set(parts):
+            raise ConfigError(f"{setting}: {self.model.config.model_type} has no vision tower; {advice}")
+
+    def parameters_of(self, part: str) -> set[nn.Parameter]:
+        """Return the parameters of a part: vision (tower without projector), projector, language or head."""
+        if part == "vision":  # Qwen's projector is inside the tower
+            return set(self.tower.parameters()) - set(self.tower.projector.parameters())
+        modules = {"language": self._runner.language, "head": self.score}
+        return set((self.tower.projector if part == "projector" else modules[part]).parameters())
 
 
 def _check_media_ids(config, encoder: ConversationEncoder | None) -> None:

@@ -110,7 +110,7 @@ class DeepSpeedEngine:
             self.discard()
             return Update(loss / weight, math.nan, False)
         for group in self._zero.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self._zero.loss_scale = weight / self.num_ranks
         self._deepspeed.step()
         self._zero.loss_scale = 1.0

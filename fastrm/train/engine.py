@@ -110,7 +110,7 @@ class LocalEngine:
 
     def _step(self, optimizer: torch.optim.Optimizer, lr: float, step: int, gradient_scale: float) -> None:
         for group in optimizer.param_groups:
-            group["lr"], group["step"] = lr, step
+            group["lr"], group["step"] = lr * group["lr_scale"], step
             if isinstance(optimizer, CompactAdamW):  # it scales gradients as it reads them, without a pass of its own
                 group["gradient_scale"] = gradient_scale
             else:

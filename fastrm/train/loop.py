@@ -21,7 +21,7 @@ from fastrm.train.checkpoint import CHECKPOINTS, Checkpoints
 from fastrm.train.engine import Update
 from fastrm.train.evaluation import count_fp8_flips, evaluate
 from fastrm.train.metrics import MetricsLog, check_loggers
-from fastrm.train.optim import learning_rate
+from fastrm.train.optim import learning_rate, part_rates
 from fastrm.train.progress import Progress, StepReport, StepTally
 from fastrm.train.ranks import Ranks, joined
 from fastrm.train.report import announce, finish, progress_note, versions
@@ -134,7 +134,7 @@ def _train_steps(run: Run) -> None:
             _guard(run, done, report)
             progress.count_seconds(time.perf_counter() - started, waiting.take())
             if _is_due(progress.step, settings.log_every) or progress.step == run.num_steps:
-                row = progress.take_row(run.order.num_groups, rate)
+                row = progress.take_row(run.order.num_groups, rate) | part_rates(rate, run.config.optim)
                 run.write(row)
                 show(progress.step, run.num_steps, progress_note(row))
             _evaluate_and_save_when_due(run)

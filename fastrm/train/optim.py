@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastrm.config import Config, OptimConfig, PrecisionConfig
-from fastrm.errors import StorageError
+from fastrm.errors import ConfigError, StorageError
 from fastrm.model.fusion import whole_shape
 from fastrm.model.loading import PickDtype, stored_dtype
 from fastrm.train.compact_adamw import BLOCK, CompactAdamW, is_quantizable
@@ -193,27 +193,59 @@ def training_bytes(network: nn.Module, config: Config) -> TrainingBytes:
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimConfig) -> float:
-    """Return the rate of step 0 <= step < num_steps: linear warm-up from 0, then constant or half a cosine."""
+    """Return the rate of step 0 <= step < num_steps: linear warm-up from 0, then as optim.schedule says.
+
+    Behind the warm-up, with progress x from 0 to 1, these are the formulas of transformers' `get_scheduler`: cosine,
+    (1 + cos(pi x)) / 2; linear, 1 - x; wsd (warmup_stable_decay, by a cosine), 1 before the last decay_ratio of the
+    steps. Transformers begins its warm-up with a step of rate 0, and is one step later throughout it.
+    """
     num_warmup = math.ceil(settings.warmup_ratio * num_steps)
     if step < num_warmup:
         return settings.lr * (step + 1) / num_warmup
     if settings.schedule == "constant":
         return settings.lr
-    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * cosine)
+    start = num_warmup
+    if settings.schedule == "wsd":
+        start = max(num_warmup, num_steps - math.ceil(settings.decay_ratio * num_steps))
+    progress = max(0, step - start) / max(1, num_steps - start)
+    share = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * share)
+
+
+def check_lr_parts(network: nn.Module, settings: OptimConfig) -> None:
+    """Refuse a learning rate for a part that the network lacks, or of which nothing is trained.
+
+    Raises:
+        ConfigError: naming the part.
+    """
+    network.check_parts(settings.lr_parts, "optim.lr_parts", "name language and head only")
+    for part in settings.lr_parts:
+        if not any(parameter.requires_grad for parameter in network.parameters_of(part)):
+            raise ConfigError(f"optim.lr_parts: no weight of {part} is trained; leave {part} out")
+
+
+def part_rates(lr: float, settings: OptimConfig) -> dict[str, float]:
+    """Return the rates of the parts that have their own, as metrics.jsonl names them, where the others have `lr`."""
+    return {f"lr/{part}": lr * (peak / settings.lr) for part, peak in settings.lr_parts.items()}
 
 
 def _groups(network: nn.Module, settings: OptimConfig, names: Collection[str]) -> list[dict]:
-    """Return groups of the named trainable parameters: those with decay, those without."""
+    """Return groups of the named trainable parameters: those with decay, those without; of each part with its own rate.
+
+    `lr_scale` of a group is its rate in units of the step's.
+    """
     embeddings = _embeddings(network)
-    decay, rest = [], []
+    members = {part: network.parameters_of(part) for part in settings.lr_parts}
+    scales = {id(p): settings.lr_parts[part] / settings.lr for part, own in members.items() for p in own}
+    groups: dict[tuple[float, bool], list] = {}
     for name, parameter in trainable(network).items():
         if name in names:
             has_decay = len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
-            (decay if has_decay else rest).append((name, parameter))
-    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            groups.setdefault((scales.get(id(parameter), 1.0), has_decay), []).append((name, parameter))
+    return [
+        {"params": groups[scale, decays], "weight_decay": settings.weight_decay * decays, "lr_scale": scale}
+        for scale, decays in sorted(groups, key=lambda key: (key[0], not key[1]))
+    ]
 
 
 def _torch_adamw(groups: list[dict], settings: OptimConfig) -> torch.optim.AdamW:

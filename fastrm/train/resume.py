@@ -2,7 +2,10 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from fastrm.config import Config, differences
 from fastrm.errors import ConfigError, StorageError
@@ -117,6 +120,8 @@ def check_config(saved: dict, config: Config) -> None:
     Raises:
         ConfigError: naming each field with its old and new value.
     """
+    with suppress(ValidationError):  # settings that are newer than the checkpoint had their defaults
+        saved = Config.model_validate(saved).model_dump(mode="json")
     found = differences(saved, config.model_dump(mode="json"))
     changed = [
         f"{key}: {old!r} in the checkpoint, {new!r} now"

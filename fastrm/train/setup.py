@@ -23,7 +23,7 @@ from fastrm.model.text import longest_path
 from fastrm.train.data import RunData
 from fastrm.train.encoder import make_data_encoder, make_tokenizer, prepared_folder
 from fastrm.train.engine import LocalEngine
-from fastrm.train.optim import storage_dtype
+from fastrm.train.optim import check_lr_parts, storage_dtype
 from fastrm.train.ranks import ALONE, Ranks
 from fastrm.train.template_date import fix_date
 from fastrm.ui import Display
@@ -83,6 +83,7 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
     if files is not None and not settings.head.new and (found := find_head(files, tokenizer, settings)) is not None:
         found.load_into(network.score)
     network.freeze(settings.freeze)
+    check_lr_parts(network, config.optim)
     if settings.fuse_projections:
         network.fuse_projections()
     device = pick_device(config.run.device)

@@ -64,7 +64,7 @@ def test_unknown_key_names_line_and_nearest(load, text, expected):
         ("optim:\n  lr: -3e-6\n", "c.yaml:4: optim.lr: got -3e-06", "greater than 0"),
         ("optim:\n  betas: [0.9]\n", "c.yaml:4: optim.betas: got [0.9]", "at least 2"),
         ("optim:\n  betas: [0.9, 1.5]\n", "c.yaml:4: optim.betas.1: got 1.5", "less than 1"),
-        ("optim:\n  schedule: linear\n", "c.yaml:4: optim.schedule: got 'linear'", "'cosine' or 'constant'"),
+        ("optim:\n  schedule: steps\n", "c.yaml:4: optim.schedule: got 'steps'", "'wsd' or 'constant'"),
         ("data:\n  merge_groups: 1\n", "c.yaml:4: data.merge_groups: got 1", "valid boolean"),
         ("data:\n  train: a.jsonl\n", "c.yaml:4: data.train: got 'a.jsonl'", "valid list"),
         ("data:\n  train: [a.jsonl]\n", "c.yaml:4: data.train.0: got 'a.jsonl'", "dictionary"),

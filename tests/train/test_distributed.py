@@ -210,7 +210,8 @@ def run_config(folder: Path, data: Path, stage: int = 1, **run) -> Path:
     run = {"max_steps": 6, "save_every": 3, "keep_checkpoints": 9, "eval_every": 3, **run}
     # Small packs, so that each rank has several in a step and in an evaluation. AdamW's eps: gradients that
     # are nothing but rounding must not be scaled up to full steps.
-    optim, data_settings = {"eps": 1e-4, "tokens_per_pack": 256}, {"max_tokens_per_group": 256}
+    parts = {"head": 2e-3, "vision": 5e-4}
+    optim, data_settings = {"eps": 1e-4, "tokens_per_pack": 256, "lr_parts": parts}, {"max_tokens_per_group": 256}
     return tiny_config(
         folder, data, data, run=run, engine={"zero_stage": stage}, optim=optim, data=data_settings
     )  # fmt: skip

@@ -76,7 +76,8 @@ def test_group_weight_counts_each_group_once(tmp_path):
     [
         ("loss", "center", 0.1), ("loss", "label_smoothing", 0.2), ("loss", "length_normalization", True),
         ("optim", "lr", 5e-3), ("optim", "betas", [0.5, 0.9]), ("optim", "eps", 1e-2), ("optim", "weight_decay", 1.0),
-        ("optim", "schedule", "constant"), ("optim", "warmup_ratio", 0.9), ("optim", "min_lr_ratio", 0.9),
+        ("optim", "schedule", "constant"), ("optim", "schedule", "linear"), ("optim", "schedule", "wsd"),
+        ("optim", "warmup_ratio", 0.9), ("optim", "min_lr_ratio", 0.9), ("optim", "lr_parts", {"projector": 1e-5}),
         ("optim", "max_grad_norm", 1e-3), ("optim", "batch_pairs", 3), ("optim", "group_weight", "group"),
         ("run", "seed", 1), ("precision", "dtype", "bf16"), ("model", "anchor", "end_of_turn"),
         ("model", "head", {"layers": 3}), ("model", "head", {"activation": "tanh"}), ("model", "head", {"bias": False}),
