@@ -32,75 +32,6 @@ _TIES = {"tool_call_id": None, "name": ("tool", "ipython", "function", "environm
 _RESERVED = ("messages", "add_generation_prompt")
 REMEMBERED_CHECKS = 4096
 
-_ROLES = "(?:system|user|assistant|tool|developer|model|ipython)"
-_ASSISTANT = "(?:assistant|model)"
-# Markup that opens a turn, with {role} for the role, and that closes one. Sources: the templates of Qwen and other
-# models with ChatML; Llama 3 and 4; Gemma; Phi 3 and Zephyr; gpt-oss; Granite; Kimi K2; EXAONE; Llama 2 and Mistral;
-# DeepSeek; Cohere.
-_OPENINGS = (
-    r"<\|im_start\|>{role}\b",
-    r"<\|(?:start_header_id|header_start)\|>{role}<\|(?:end_header_id|header_end)\|>",
-    r"<start_of_turn>{role}\b",
-    r"<\|{role}\|>",
-    r"<\|start\|>{role}\b",
-    r"<\|start_of_role\|>{role}<\|end_of_role\|>",
-    r"<\|im_{role}\|>",
-    r"\[\|{role}\|\]",
-)
-_FIXED_OPENINGS = (r"\[INST\]", "<\uff5cUser\uff5c>", r"<\|START_OF_TURN_TOKEN\|>")
-_FIXED_ASSISTANT = (r"\[/INST\]", "<\uff5cAssistant\uff5c>", r"<\|CHATBOT_TOKEN\|>")
-_CLOSINGS = (
-    r"<\|im_end\|>", r"<\|(?:eot_id|eom_id|eot|eom)\|>", "<end_of_turn>", r"<\|end\|>", "</s>",
-    r"<\|END_OF_TURN_TOKEN\|>", r"<\|end_of_text\|>", r"\[\|endofturn\|\]", "<\uff5cend▁of▁sentence\uff5c>",
-)  # fmt: skip
-_STARTS = (r"<s>", r"<\|begin_of_text\|>", "<bos>", "<\uff5cbegin▁of▁sentence\uff5c>", r"\[gMASK\]", "<sop>")
-_opening = "|".join([*(form.format(role=_ROLES) for form in _OPENINGS), *_FIXED_OPENINGS, *_FIXED_ASSISTANT[1:]])
-_assistant = "|".join([*(form.format(role=_ASSISTANT) for form in _OPENINGS), *_FIXED_ASSISTANT])
-_RENDERED = re.compile(
-    rf"\A\s*(?:(?:{'|'.join(_STARTS)})\s*)*(?:{_opening})"
-    rf"|(?:{'|'.join(_CLOSINGS)})\s*(?:{'|'.join(_STARTS)})?\s*(?:{_opening})"
-    rf"|(?:{_assistant})\s*\Z"
-)
-# An image or a video as a processor takes it, of Qwen-VL and of InternVL. Beside an image of the row it was meant for
-# that image's place; in a response, or in a row without images, it is a quotation.
-_RENDERED_MEDIUM = re.compile(
-    r"<\|vision_start\|>\s*<\|(?:image|video)_pad\|>|<img>\s*<IMG_CONTEXT>|<start_of_image>|<\|image\|>"
-)
-# Every markup that is searched for contains one of these.
-_MARKS = ("<|", "<\uff5c", "INST]", "[|", "_of_turn>", "</s>", "_CONTEXT>", "_of_image>")
-
-
-class Latest:
-    """The results of a pure function for the keys that were stored last.
-
-    There is no lock, because a data worker that is forked while another thread holds one would wait for it
-    for ever. Each step is one operation of a dictionary with text keys, which Python does as a whole, and no
-    step relies on what an earlier one saw. What was stored may be gone at the next look: keep it if you need it.
-
-    Args:
-        capacity: number of results that are kept, the oldest of more is forgotten.
-    """
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self._results: OrderedDict[str, Any] = OrderedDict()
-
-    def get(self, key: str) -> Any | None:
-        """Return the result stored for a key; None if it is not known, or no longer."""
-        return self._results.get(key)
-
-    def store(self, key: str, result: Any) -> None:
-        """Remember a result, and forget the oldest beyond `capacity`."""
-        self._results[key] = result
-        while len(self._results) > self.capacity:
-            try:
-                self._results.popitem(last=False)
-            except KeyError:  # other threads have removed them meanwhile
-                return
-
-    def __len__(self) -> int:
-        return len(self._results)
-
 
 class Rendered(NamedTuple):
     """A template's output, in which `breaker` breaks typed special tokens."""
@@ -301,6 +232,76 @@ def _unrendered(what: str) -> RecordError:
         f"{what}, which the model's chat template does not render, so the model would not read it; "
         "remove it from the row, or use a chat template that renders it",
     )
+
+
+class Latest:
+    """The results of a pure function for the keys that were stored last.
+
+    There is no lock, because a data worker that is forked while another thread holds one would wait for it
+    for ever. Each step is one operation of a dictionary with text keys, which Python does as a whole, and no
+    step relies on what an earlier one saw. What was stored may be gone at the next look: keep it if you need it.
+
+    Args:
+        capacity: number of results that are kept, the oldest of more is forgotten.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._results: OrderedDict[str, Any] = OrderedDict()
+
+    def get(self, key: str) -> Any | None:
+        """Return the result stored for a key; None if it is not known, or no longer."""
+        return self._results.get(key)
+
+    def store(self, key: str, result: Any) -> None:
+        """Remember a result, and forget the oldest beyond `capacity`."""
+        self._results[key] = result
+        while len(self._results) > self.capacity:
+            try:
+                self._results.popitem(last=False)
+            except KeyError:  # other threads have removed them meanwhile
+                return
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+
+_ROLES = "(?:system|user|assistant|tool|developer|model|ipython)"
+_ASSISTANT = "(?:assistant|model)"
+# Markup that opens a turn, with {role} for the role, and that closes one. Sources: the templates of Qwen and other
+# models with ChatML; Llama 3 and 4; Gemma; Phi 3 and Zephyr; gpt-oss; Granite; Kimi K2; EXAONE; Llama 2 and Mistral;
+# DeepSeek; Cohere.
+_OPENINGS = (
+    r"<\|im_start\|>{role}\b",
+    r"<\|(?:start_header_id|header_start)\|>{role}<\|(?:end_header_id|header_end)\|>",
+    r"<start_of_turn>{role}\b",
+    r"<\|{role}\|>",
+    r"<\|start\|>{role}\b",
+    r"<\|start_of_role\|>{role}<\|end_of_role\|>",
+    r"<\|im_{role}\|>",
+    r"\[\|{role}\|\]",
+)
+_FIXED_OPENINGS = (r"\[INST\]", "<\uff5cUser\uff5c>", r"<\|START_OF_TURN_TOKEN\|>")
+_FIXED_ASSISTANT = (r"\[/INST\]", "<\uff5cAssistant\uff5c>", r"<\|CHATBOT_TOKEN\|>")
+_CLOSINGS = (
+    r"<\|im_end\|>", r"<\|(?:eot_id|eom_id|eot|eom)\|>", "<end_of_turn>", r"<\|end\|>", "</s>",
+    r"<\|END_OF_TURN_TOKEN\|>", r"<\|end_of_text\|>", r"\[\|endofturn\|\]", "<\uff5cend▁of▁sentence\uff5c>",
+)  # fmt: skip
+_STARTS = (r"<s>", r"<\|begin_of_text\|>", "<bos>", "<\uff5cbegin▁of▁sentence\uff5c>", r"\[gMASK\]", "<sop>")
+_opening = "|".join([*(form.format(role=_ROLES) for form in _OPENINGS), *_FIXED_OPENINGS, *_FIXED_ASSISTANT[1:]])
+_assistant = "|".join([*(form.format(role=_ASSISTANT) for form in _OPENINGS), *_FIXED_ASSISTANT])
+_RENDERED = re.compile(
+    rf"\A\s*(?:(?:{'|'.join(_STARTS)})\s*)*(?:{_opening})"
+    rf"|(?:{'|'.join(_CLOSINGS)})\s*(?:{'|'.join(_STARTS)})?\s*(?:{_opening})"
+    rf"|(?:{_assistant})\s*\Z"
+)
+# An image or a video as a processor takes it, of Qwen-VL and of InternVL. Beside an image of the row it was meant for
+# that image's place; in a response, or in a row without images, it is a quotation.
+_RENDERED_MEDIUM = re.compile(
+    r"<\|vision_start\|>\s*<\|(?:image|video)_pad\|>|<img>\s*<IMG_CONTEXT>|<start_of_image>|<\|image\|>"
+)
+# Every markup that is searched for contains one of these.
+_MARKS = ("<|", "<\uff5c", "INST]", "[|", "_of_turn>", "</s>", "_CONTEXT>", "_of_image>")
 
 
 def check_not_rendered(messages: tuple[Message, ...]) -> None:
