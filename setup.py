@@ -24,7 +24,7 @@ requirements = [
     # From 5.18 on its own times of Qwen2.5-VL's videos are fastrm's; from 5.23 on it renames the weights of
     # published InternVL checkpoints.
     "transformers>=5.17",
-    "datasets>=4.4",
+    "datasets>=4.4",  # for one question to the hub: which files the splits of a data set have
     "huggingface_hub",
     "jinja2>=3.1",
     "matplotlib",
@@ -37,8 +37,8 @@ requirements = [
     "pyyaml",
     "rich",
     "safetensors>=0.8.0",
-    "scikit-learn",
-    "scipy",
+    "scikit-learn",  # for the 1,797 images of digits of the first example
+    "scipy",  # for intervals of accuracies and of paired differences
     "typer",
 ]
 if os.environ.get("FASTRM_KERNELS") == "apart":
