@@ -90,11 +90,11 @@ ms-swift:
 	.venv-ms-swift/bin/python -m pip install --quiet ms-swift==4.6.0 transformers==5.19.0 qwen-vl-utils==0.0.14
 	.venv-ms-swift/bin/python -m pip install --quiet --no-deps torchvision==0.28.0
 
-# Kernels are compiled ahead of time where this interpreter has the Triton of the GPU machine (bench/gpu_carry.py).
+# Kernels are compiled ahead of time where this interpreter has the Triton of the GPU machine (bench/gpu/carry.py).
 GPU_PYTHON ?= $(firstword $(wildcard .venv-gpu-versions/bin/python) $(BIN)/python)
 
 gpu-day: $(INSTALLED)
-	$(BIN)/python bench/gpu_carry.py --prepare .gpu-day --python $(GPU_PYTHON)
+	$(BIN)/python bench/gpu/carry.py --prepare .gpu-day --python $(GPU_PYTHON)
 
 # A CUDA build of torch that is there already is used as it is; without one, the pinned version is
 # installed, for which the CPU tests are run.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from device_results import RESULTS, cpu_name, file_stem, package_versions
+from bench.harness.results import RESULTS, cpu_name, file_stem, package_versions
+from bench.kernels.run_kernels import BUDGET_SECONDS, Run
 from fastrm.json_files import to_json
 from fastrm.tables import Table
-from run_kernels import BUDGET_SECONDS, Run
 
 COLUMNS = (
     "workload, variant", "s/step", "quartiles", "pairs/s", "peak MiB", "time x", "CPU x", "tokens x", "FLOPs x", "floor"

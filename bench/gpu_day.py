@@ -7,7 +7,7 @@
 
 FOLDER gets gpu_day.json (all figures, at any moment up to the last second), gpu_day.md (tables) and gpu_day.log.
 bench/README.md says what each stage answers; `make gpu-day` prepares what a machine without a network needs;
-bench/adopt.py takes the figures into the project. Exit status 1 if a stage failed, 128 and the signal if stopped.
+bench/gpu/adopt.py takes the figures into the project. Exit status 1 if a stage failed, 128 and the signal if stopped.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu_runner import DONE, LEFT_OUT, Day, Stage, say  # noqa: E402
-from gpu_stages import rehearsal, stages  # noqa: E402
-from gpu_tables import day_lines  # noqa: E402
+from bench import ROOT
+from bench.gpu.runner import DONE, LEFT_OUT, Day, Stage, say
+from bench.gpu.stages import rehearsal, stages
+from bench.gpu.tables import day_lines
 
 SECONDS = 540
 SHOWN_CHARACTERS = 9_000  # of the tables on the terminal: some callers keep only the end of the output

@@ -2,7 +2,7 @@
 
 python docs/idea.py     draw docs/idea-light.svg and docs/idea-dark.svg
 
-Lengths are to scale. They are those of the benchmark's longest pairs (bench/training_shapes.py): an image of 1,200
+Lengths are to scale. They are those of the benchmark's longest pairs (bench/training/shapes.py): an image of 1,200
 tokens, a question of 100, and responses of 300.
 """
 

@@ -332,7 +332,10 @@ Reserve = Annotated[
     float, typer.Option(min=0.0, metavar="GB", help="Memory of each GPU to leave free, in GB of 10^9 bytes.")
 ]
 Results = Annotated[
-    Path, typer.Option(metavar="FOLDER", help="Folder of the training steps that bench/run_training.py measured.")
+    Path,
+    typer.Option(
+        metavar="FOLDER", help="Folder of the training steps that bench/training/run_training.py measured."
+    ),
 ]
 PlanJson = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan to this JSON file too.")]
 PlanPng = Annotated[

@@ -21,10 +21,10 @@ LONG = [
     "tests/model/test_real_widths.py", "tests/train/test_real_widths_runs.py", "tests/forecast/test_plan.py",
     "tests/forecast/test_dry_run.py", "tests/train/test_pretrained_rooms.py", "tests/model/test_hf.py",
     "tests/project/test_docs.py", "tests/serve/test_command.py", "tests/ablate/test_ablate.py",
-    "tests/bench/test_training_bench.py", "tests/serve/test_faults.py", "tests/forecast/test_fake_step.py",
+    "tests/bench/training/test_training_bench.py", "tests/serve/test_faults.py", "tests/forecast/test_fake_step.py",
     "tests/train/test_launch.py", "kernels/tests/test_preference_head_triton_values.py",
-    "tests/forecast/test_plan_memory.py", "tests/bench/test_pretrained_conversion.py",
-    "tests/bench/test_pretrained_bench.py", "tests/serve/test_real_rows.py", "tests/rl/test_trl.py",
+    "tests/forecast/test_plan_memory.py", "tests/bench/pretrained/test_pretrained_conversion.py",
+    "tests/bench/pretrained/test_pretrained_bench.py", "tests/serve/test_real_rows.py", "tests/rl/test_trl.py",
 ]  # fmt: skip
 
 

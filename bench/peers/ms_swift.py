@@ -19,14 +19,14 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "bench" / "peers"), str(ROOT / "bench"), str(ROOT / "kernels"), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from device_results import RESULTS, device_name, environment, package_versions  # noqa: E402
-from ms_swift_gate import check_batch, check_runs  # noqa: E402
-from ms_swift_inputs import SIZES, WORKLOADS, Sizes, Workload, make_inputs, step_flops  # noqa: E402
-from ms_swift_results import FASTRM, PAGE, SWIFT, load_all, report_lines, save, updated_page  # noqa: E402
-from ms_swift_sides import Run, run_fastrm, run_swift  # noqa: E402
+from bench import ROOT
+from bench.harness.results import RESULTS, device_name, environment, package_versions
+from bench.peers.ms_swift_gate import check_batch, check_runs
+from bench.peers.ms_swift_inputs import SIZES, WORKLOADS, Sizes, Workload, make_inputs, step_flops
+from bench.peers.ms_swift_results import FASTRM, PAGE, SWIFT, load_all, report_lines, save, updated_page
+from bench.peers.ms_swift_sides import Run, run_fastrm, run_swift
 
 PYTHON = ROOT / ".venv-ms-swift" / "bin" / "python"
 OURS = ("transformers", "torch", "numpy")

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 import fastrm
+from bench.peers.ms_swift_sides import Run
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef
 from fastrm.data.sources import read_source
-from ms_swift_sides import Run
 
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-4

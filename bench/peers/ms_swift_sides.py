@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from ms_swift_inputs import Workload
+from bench import ROOT
+from bench.peers.ms_swift_inputs import Workload
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 LEARNING_RATE = 1e-6
 
 

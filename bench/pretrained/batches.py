@@ -5,13 +5,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from bench.pretrained.preferences import DATA, answer_pairs, caption_pairs, split
 from fastrm.data.group import MAX_MERGED_RESPONSES, encode_group, join_records
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.data.sources import read_source
 from fastrm.data.template import ConversationEncoder
-from pretrained.preferences import DATA, answer_pairs, caption_pairs, split
 
 DEMO = DATA / "llamafactory_dpo_demo" / "dpo_en_demo.json"  # Apache 2.0
 RATED = DATA / "caption_contest" / "rated_lists.jsonl"  # CC BY 4.0

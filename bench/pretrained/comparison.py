@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
+from bench.pretrained.batches import Batches, Workload
+from bench.training.comparison import Variant, check_agreement, peak_mib
+from bench.training.plain import PlainEngine, collate, pairwise_rows
+from bench.training.profiling import profile_operations
+from bench.training.trl_step import TrlStep
+from bench.training.workloads import PATCHES, FastrmStep
 from fastrm.config import Config, HeadConfig, ModelConfig, OptimConfig, PrecisionConfig
 from fastrm.data.packing import EncodedGroup, Pixels, build_pack
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.model.network import RewardNetwork
 from fastrm.train.setup import make_network
 from fastrm.train.step_cost import make_cost_model
-from measure import Variant, check_agreement, peak_mib
-from pretrained.batches import Batches, Workload
-from training_plain import PlainEngine, collate, pairwise_rows
-from training_profile import profile_operations
-from trl_step import TrlStep
-from workloads import PATCHES, FastrmStep
 
 ROUNDS = 3
 LEARNING_RATE = 2e-5

@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fastrm.evaluate.accuracy import wilson_interval  # noqa: E402
-from fastrm.train.metrics import read_rows  # noqa: E402
-from fastrm.ui import new_figure  # noqa: E402
-from pages import between  # noqa: E402
-from pretrained.tables import DOCS, LEARNING  # noqa: E402
+from bench.harness.pages import between
+from bench.pretrained.tables import DOCS, LEARNING
+from fastrm.evaluate.accuracy import wilson_interval
+from fastrm.train.metrics import read_rows
+from fastrm.ui import new_figure
 
 RESAMPLES = 10_000
 PICTURE = DOCS.with_name("pretrained.png")

@@ -13,12 +13,15 @@ Every fifth contest and every fifth instruction, in the order of the files, is h
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench import DATA
 from fastrm.json_files import to_json
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 FOLDER = Path("runs/human")
 HELD_OUT = 5
 

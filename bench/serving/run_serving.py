@@ -20,15 +20,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "bench")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from device_results import RESULTS, device_name, environment, file_stem  # noqa: E402
-from fastrm.evaluate.reward_model import RewardModel  # noqa: E402
-from fastrm.json_files import to_json  # noqa: E402
-from serving_load import Load, closed_loop, open_loop  # noqa: E402
-from serving_stock import StockModel  # noqa: E402
-from serving_workload import RESPONSES, Group, make_groups, singles, whole  # noqa: E402
+from bench import ROOT
+from bench.harness.results import RESULTS, device_name, environment, file_stem
+from bench.serving.load import Load, closed_loop, open_loop
+from bench.serving.stock import StockModel
+from bench.serving.workload import RESPONSES, Group, make_groups, singles, whole
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.json_files import to_json
 
 CLIENTS = (1, 8, 64, 256, 1000)
 GATED = 8  # groups that the gate looks at
@@ -61,7 +61,7 @@ def fastrm_command(model: str, *options: str) -> list[str]:
 
 
 def stock_command(model: str) -> list[str]:
-    return [sys.executable, str(Path(__file__).with_name("serving_stock.py")), model]
+    return [sys.executable, str(Path(__file__).with_name("stock.py")), model]
 
 
 def check(model: str, groups: list[Group], ours: str, stock: str) -> dict[str, float]:

@@ -24,18 +24,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT), str(ROOT / "bench")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from device_results import RESULTS, device_name, environment, file_stem  # noqa: E402
-from fastrm.evaluate.reward_model import RewardModel  # noqa: E402
-from fastrm.json_files import to_json  # noqa: E402
-from fastrm.model.export_command import export_model  # noqa: E402
-from fastrm.ui import Display  # noqa: E402
-from run_serving import GATED, as_json, compare, fastrm_command, line, served, serving  # noqa: E402
-from serving_load import Answer, Load, closed_loop  # noqa: E402
-from serving_workload import RESPONSES, Group, classify, make_groups, singles, whole  # noqa: E402
-from vllm_process import vllm_serving  # noqa: E402
+from bench import ROOT
+from bench.harness.results import RESULTS, device_name, environment, file_stem
+from bench.serving.load import Answer, Load, closed_loop
+from bench.serving.run_serving import GATED, as_json, compare, fastrm_command, line, served, serving
+from bench.serving.vllm_process import vllm_serving
+from bench.serving.workload import RESPONSES, Group, classify, make_groups, singles, whole
+from fastrm.evaluate.reward_model import RewardModel
+from fastrm.json_files import to_json
+from fastrm.model.export_command import export_model
+from fastrm.ui import Display
 
 OPTIONS = (
     "--enable-prefix-caching", "--mm-processor-kwargs", '{"use_fast": false}',

@@ -1,7 +1,7 @@
 """GPUs as their makers' datasheets describe them, and the rate at which they compute.
 
 No datasheet's figure was measured here. The rate is measured over whole training steps where there is a result of
-bench/run_training.py, else an assumed share of the datasheet's.
+bench/training/run_training.py, else an assumed share of the datasheet's.
 """
 
 import json
@@ -76,7 +76,7 @@ class Rate:
 
 
 def find_rate(gpu: Gpu, model: str | None, variant: str, share: float | None, folder: Path = RESULTS) -> Rate:
-    """Find the rate that `bench/run_training.py` measured on this GPU for this size of model, or assume one.
+    """Find the rate that `bench/training/run_training.py` measured on this GPU for this size of model, or assume one.
 
     Args:
         model: its size in the benchmark, such as 7B; None if it has none.
@@ -113,8 +113,8 @@ def _measured(file: Path, gpu: Gpu, model: str | None, variant: str) -> Rate | N
         seconds = sum(figures["seconds"]["median"] for figures in found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{file}: not a result of bench/run_training.py ({type(error).__name__}: {error}); remove it, or give "
-            "another folder with --results"
+            f"{file}: not a result of bench/training/run_training.py ({type(error).__name__}: {error}); remove it, "
+            "or give another folder with --results"
         ) from None
     if not found:
         return None

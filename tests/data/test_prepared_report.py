@@ -101,7 +101,7 @@ def test_the_scale_benchmark_measures_and_goes_on_with_what_is_there(tmp_path):
     import subprocess
     import sys
 
-    script = PROJECT / "bench" / "prepared_scale.py"
+    script = PROJECT / "bench" / "data" / "prepared_scale.py"
     command = [sys.executable, script, "--dir", tmp_path / "work", "--rows", "1500", "--out", tmp_path / "out"]
     results = []
     for _ in range(2):

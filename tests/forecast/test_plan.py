@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bench.ranks.scaling_plan import DOCUMENT, updated
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
 from fastrm.forecast.command import epoch_pairs, plan_run
@@ -34,7 +35,6 @@ from fastrm.forecast.step_time import (
 )
 from fastrm.forecast.ways import with_settings
 from fastrm.model.architectures import find_architecture, meta_network
-from scaling_plan import DOCUMENT, updated
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import fastrm
 
@@ -197,7 +197,8 @@ class TestRate:
         assert not rate.measured and rate.flops == 0.5 * 989e12
 
     def test_a_file_of_another_kind_is_named(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"nvidia-h100-training\.json: not a result of bench/run_training\.py"):
+        text = r"nvidia-h100-training\.json: not a result of bench/training/run_training\.py"
+        with pytest.raises(ConfigError, match=text):
             find_rate(GPUS["h100"], "7B", "fastrm", None, self.results(tmp_path, entries=[{"kind": "main"}]))
 
 
@@ -374,4 +375,4 @@ def test_pairs_that_are_not_here_are_the_recipes(recipe):
 
 def test_document_is_current():
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert updated(text) == text, "docs/scaling.md is old: python bench/scaling_plan.py --write"
+    assert updated(text) == text, "docs/scaling.md is old: python bench/ranks/scaling_plan.py --write"

@@ -11,7 +11,7 @@ import types
 
 import torch
 
-import gpu_emulation
+from bench.gpu import emulation as gpu_emulation
 from fastrm_kernels.tree_attention import flash_attn, varlen
 from fastrm_kernels.tree_attention.flash_attn_versions import find_version
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastrm.train.loop
+from bench.training.comparison import reset_peak, status_bytes
 from fastrm.config import Config, load_config
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.train import evaluation
@@ -18,7 +19,6 @@ from fastrm.train.deepspeed_engine import DeepSpeedEngine
 from fastrm.train.engine import LocalEngine
 from fastrm.train.ranks import joined
 from fastrm.train.setup import export_model, make_engine, make_network
-from measure import reset_peak, status_bytes
 from tests.helpers.support import make_image, make_model, make_record, pack_of
 
 IMAGE = make_image(80, 60, 1)

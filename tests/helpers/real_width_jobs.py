@@ -10,6 +10,14 @@ from pathlib import Path
 
 import torch
 
+from bench.models.random_model import (
+    POOL_ELEMENTS,
+    make_config,
+    padded_tokenizer,
+    published_options,
+    random_tensor,
+    write_model,
+)
 from fastrm import cli
 from fastrm.config import load_config
 from fastrm.data.tokenizer import load_tokenizer
@@ -19,7 +27,6 @@ from fastrm.train.engine import LocalEngine
 from fastrm.train.loop import train
 from fastrm.train.setup import export_model, make_network
 from fastrm_kernels import preference_loss
-from random_model import POOL_ELEMENTS, make_config, padded_tokenizer, published_options, random_tensor, write_model
 from tests.helpers import stock
 from tests.helpers.real_width_cases import FEW_ROWS, FULL, GROUPS, SMALL_TILE, record_of
 from tests.helpers.support import pack_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrained.convert import PACKAGE, convert, find_gguf
+from bench.pretrained.convert import PACKAGE, convert, find_gguf
 
 _MISSING = [name for name in (PACKAGE.replace("-", "_"), "gguf") if importlib.util.find_spec(name) is None]
 needs_smollm2 = pytest.mark.skipif(

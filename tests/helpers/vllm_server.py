@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bench.serving.vllm_process import start, stop, vllm_serving
 from fastrm import RewardModel
 from tests.helpers.project import PROJECT
 from tests.helpers.waiting import PATIENCE
-from vllm_process import start, stop, vllm_serving
 
 ENVIRONMENT = Path(os.environ.get("FASTRM_VLLM", PROJECT / ".venv-vllm"))
 MISSING = None if (ENVIRONMENT / "bin" / "vllm").is_file() else f"no vLLM in {ENVIRONMENT}: make test-vllm installs it"

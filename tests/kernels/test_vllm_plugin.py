@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from bench.serving.vllm_process import cpu_settings
 from fastrm.config import HeadConfig
 from fastrm.model.export import save_model
 from fastrm.model.export_command import export_model
@@ -14,7 +15,6 @@ from tests.helpers.project import PROJECT
 from tests.helpers.support import FAMILIES, make_model
 from tests.helpers.vllm_server import ENVIRONMENT, MISSING, refusal
 from tests.kernels.test_vllm_serving import wide
-from vllm_process import cpu_settings
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 # Loads all classes as vLLM does, by the names that the entry point has registered.

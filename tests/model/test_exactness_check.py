@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-import check_exactness
 import fastrm
+from bench.models import check_exactness
 from fastrm.config import load_config
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.media.qwen2_vl import stock_keeps_video_seconds

@@ -1,15 +1,15 @@
 """Widths of real models, two layers deep: what toy sizes hide.
 
-Hidden sizes, heads and head dimensions are the published ones (bench/random_model.py). So are vocabularies and token
-ids, of Qwen2.5-VL by default and of all with `pytest -m slow`; else the others have few rows of the embedding, and
-InternVL small tiles. Each family loads, takes a step, is exported, and scores as stock transformers scores it, on one
-thread in less than 8 GB. Whole runs are in test_real_widths_runs.py.
+Hidden sizes, heads and head dimensions are the published ones (bench/models/random_model.py). So are vocabularies and
+token ids, of Qwen2.5-VL by default and of all with `pytest -m slow`; else the others have few rows of the embedding,
+and InternVL small tiles. Each family loads, takes a step, is exported, and scores as stock transformers scores it, on
+one thread in less than 8 GB. Whole runs are in test_real_widths_runs.py.
 """
 
 import pytest
 import torch
 
-from random_model import SPECIAL_IDS
+from bench.models.random_model import SPECIAL_IDS
 from tests.helpers.own_process import run_alone
 from tests.helpers.real_width_cases import FEW_ROWS, MOST_BYTES, assert_rewards
 from tests.helpers.real_width_jobs import (

@@ -38,7 +38,7 @@ RUN_ELSEWHERE = {
     "fastrm plan configs/full.yaml": "tests/forecast/test_room.py makes the table that docs/memory.md shows",
     "fastrm serve runs/quickstart/model": "tests/serve/test_command.py runs the page's commands",
     "curl -s http://127.0.0.1:8000/v1/rewards": "tests/serve/test_command.py runs the page's commands",
-    "python bench/random_model.py": "tests/train/test_real_widths_runs.py, whole with -m slow",
+    "python bench/models/random_model.py": "tests/train/test_real_widths_runs.py, whole with -m slow",
     "fastrm train configs/full.yaml model.path=runs/two-layers": "tests/train/test_real_widths_runs.py",
 }
 # Words in place of what a reader has, in commands that are only read.

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.peers.ms_swift_results import ratio
 from fastrm.data.tree import build_tree
-from ms_swift_results import ratio
 from tests.helpers.documents import PAGES, text_of
 from tests.helpers.project import PROJECT
 

@@ -7,13 +7,13 @@ import time
 import pytest
 from pydantic import BaseModel
 
-import random_model
+from bench.models import random_model
+from bench.models.random_model import write_model
+from bench.training.comparison import status_bytes
 from fastrm import cli
 from fastrm.config import load_config
 from fastrm.model.export import save_model
 from fastrm.train.metrics import read_rows
-from measure import status_bytes
-from random_model import write_model
 from tests.helpers.own_process import context, run_alone
 from tests.helpers.real_width_cases import FEW_ROWS, FULL, MOST_BYTES, assert_rewards
 from tests.helpers.real_width_jobs import rewards_of_export, run_command, run_recipe

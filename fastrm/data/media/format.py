@@ -110,7 +110,7 @@ class PatchFormat:
 
     Patches are cut in the worker, not on the device. Images differ in size, so a device would launch several kernels
     for each of them; cut, they are one tensor and one lookup for all. A worker spends 6 % of its time on it, and five
-    times as much on resizing (bench/test_input_pipeline.py).
+    times as much on resizing (bench/data/test_input_pipeline.py).
 
     Attributes:
         side: of a patch, in pixels.
