@@ -1,78 +1,11 @@
-"""Dataclasses as parameters of commands: typer sees an option for each of their fields.
-
-So an option that several commands share has one name, one help text and one default: the dataclass's.
-"""
+"""Dataclasses as parameters of commands: typer sees an option for each of their fields, as fields.py describes them."""
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Annotated, get_args, get_origin
 
-from fastrm import cli_options as opts
-from fastrm.evaluate.options import ModelChoice, RowOptions, ScoringOptions
-from fastrm.forecast.assumed import PlanOptions
-from fastrm.limits import MediaLimits
-from fastrm.serve.settings import ServeSettings
-
-# How typer takes each field; fields without an entry keep their default, or are the command's own parameters.
-FIELDS = {
-    MediaLimits: {
-        "max_image_pixels": opts.MaxImagePixels,
-        "max_image_bytes": opts.MaxImageBytes,
-        "max_video_bytes": opts.MaxVideoBytes,
-        "max_video_seconds": opts.MaxVideoSeconds,
-    },
-    RowOptions: {
-        "images": opts.Images,
-        "data_format": opts.DataFormat,
-        "columns": opts.Columns,
-        "ignore": opts.Ignore,
-    },
-    ScoringOptions: {
-        "rows": RowOptions,
-        "tokens_per_pack": opts.TokensPerPack,
-        "num_workers": opts.NumWorkers,
-        "device": opts.DeviceChoice,
-        "dtype": opts.DtypeChoice,
-        "template_date": opts.TemplateDate,
-        "limits": MediaLimits,
-        "check_exactness": opts.CheckExactness,
-    },
-    ModelChoice: {
-        "combine": opts.EnsembleChoice,
-        "validation": opts.Validation,
-        "route": opts.RouteChoice,
-        "save": opts.SaveEnsemble,
-    },
-    ServeSettings: {
-        "host": opts.Host,
-        "port": opts.Port,
-        "token": opts.Token,
-        "workers": opts.ServeWorkers,
-        "max_queue": opts.MaxQueue,
-        "window_ms": opts.WindowMs,
-        "deterministic": opts.Deterministic,
-        "max_connections": opts.MaxConnections,
-        "max_body_bytes": opts.MaxBodyBytes,
-        "max_groups": opts.MaxGroups,
-        "max_responses": opts.MaxResponses,
-        "image_root": opts.ImageRoot,
-        "allow_image_urls": opts.AllowImageUrls,
-    },
-    PlanOptions: {
-        "gpus": opts.GpuCount,
-        "gpu": opts.GpuKind,
-        "pairs": opts.PairCount,
-        "imbalance": opts.Imbalance,
-        "nvlink_gbs": opts.NvlinkSpeed,
-        "network_gbs": opts.NetworkSpeed,
-        "latency_us": opts.Latency,
-        "overlap": opts.Overlap,
-        "rate_share": opts.RateShare,
-        "reserve_gb": opts.Reserve,
-        "results": opts.Results,
-    },
-}
+from fastrm.commands.fields import FIELDS
 
 
 @dataclasses.dataclass(frozen=True)
