@@ -122,7 +122,15 @@ ExportedModel = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Reward model: a folder, a run or a hub id, of fastrm or another trainer."),
 ]
-ExportFolder = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write, new or empty.")]
+ExportFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Folder to write, new or empty; with --step or --best it may be left out, and is exports/step-N in the "
+        "folder of the run.",
+    ),
+]
 Reader = Annotated[
     str,
     typer.Option("--for", metavar="READER", help="Program that is to load the folder: transformers or vllm."),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from fastrm.data_config import DataConfig
 from fastrm.names import device_name, dtype_name
 from fastrm.sections import Fraction, NonEmpty, NonNegative, Positive, Section
+from fastrm.stopping_config import ACCURACY, FIGURES, StoppingConfig
 from fastrm.yaml_files import apply_override, dump_yaml, lay_over, read_chain, validate
 
 Run = TypeVar("Run", bound=BaseModel)
@@ -47,6 +48,14 @@ class RunConfig(Section):
     """Steps between checkpoints; 0 = only after the last step and on interruption."""
     keep_checkpoints: Positive = 2
     """The number of newest checkpoints that are kept; the one with the best evaluation is kept too."""
+    export: Literal["last", "best"] = "last"
+    """The weights of the model that the run leaves: those of the last step, or of the best evaluation (by
+    eval/accuracy, or by early_stopping.metric)."""
+    early_stopping: StoppingConfig | None = None
+    """The rule by which a run stops before its last step, as {patience: 3} or {metric: eval/loss, patience: 2}."""
+    overwrite: bool = False
+    """Start over in the folder of a run: what the run there has left is deleted when the first step is about to begin,
+    its prepared data excepted. `--resume` goes on as ever. A folder that is no run is refused."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
     """Loggers that are used besides metrics.jsonl, which is always written."""
     device: Annotated[str, BeforeValidator(device_name)] = "auto"
@@ -54,6 +63,11 @@ class RunConfig(Section):
     num_processes: Positive | None = None
     """The number of ranks to start on this machine, one for each GPU. Default: all GPUs, or 1 on a CPU. Under torchrun
     or the deepspeed launcher, that launcher decides."""
+
+    @property
+    def best_metric(self) -> str:
+        """The figure of evaluations that chooses the best one."""
+        return ACCURACY if self.early_stopping is None else self.early_stopping.metric
 
 
 class HeadConfig(Section):
@@ -278,7 +292,27 @@ class Config(Section):
                 f"optim.lr_parts: {min(frozen)} has a learning rate, but model.freeze takes it out of training; leave "
                 "it out of one of them"
             )
+        self._check_evaluations()
         return self
+
+    def _check_evaluations(self) -> None:
+        """Refuse what waits for an evaluation that the run does not make."""
+        run, data = self.run, self.data
+        wanted = {"run.export: best": run.export == "best", "run.early_stopping": run.early_stopping is not None}
+        wanted = [name for name, is_set in wanted.items() if is_set]
+        if wanted and not data.eval and not any(source.held_out for source in data.train):
+            raise ValueError(f"{wanted[0]} needs evaluations, and there is no data.eval; name a source there")
+        if run.early_stopping is None:
+            return
+        if (metric := run.early_stopping.metric) not in (made := [f"eval/{name}" for name in FIGURES]):
+            raise ValueError(
+                f"run.early_stopping.metric: got {metric!r}, which no evaluation makes; there are {', '.join(made)}"
+            )
+        if not run.eval_every:
+            raise ValueError(
+                "run.early_stopping needs evaluations while the run trains, and run.eval_every 0 makes one after the "
+                "last step; set run.eval_every"
+            )
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML; loading it again gives an equal `Config`."""

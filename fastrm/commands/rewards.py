@@ -1,6 +1,7 @@
 """Commands that use reward models: score, eval, check-serving, serve, export."""
 
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,8 +9,17 @@ import typer
 
 from fastrm import cli_options as opts
 from fastrm.commands.grouped import Without, grouped
+from fastrm.errors import ConfigError
 from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.serve.settings import ServeSettings, check_installed
+
+
+class FileDtype(StrEnum):
+    """The choices of `fastrm export --dtype`."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
 
 
 @grouped
@@ -144,19 +154,42 @@ def serve(
 
 def export(
     model: opts.ExportedModel,
-    out: opts.ExportFolder,
-    reader: opts.Reader,
+    out: opts.ExportFolder = None,
+    reader: opts.Reader = "transformers",
+    step: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Export the checkpoint of this step of the run MODEL.")
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="Export the checkpoint of the run's best evaluation.")] = False,
+    dtype: Annotated[
+        FileDtype,
+        typer.Option(
+            metavar="DTYPE",
+            help="Precision of the backbone in the files: fp32, bf16 or auto, the run's own or that of its files.",
+        ),
+    ] = FileDtype.AUTO,
 ) -> None:
     """Write a reward model for transformers or vLLM.
 
     A trained reward model, of fastrm or of another trainer, is written as a folder that stock transformers or vLLM
-    reads. Printed is how it is loaded there. What would give other rewards there is refused.
+    reads; with --step or --best, a checkpoint of a run. Printed is how it is loaded there. What would give other
+    rewards there is refused. No GPU is needed.
 
     \b
-    Example: fastrm export runs/quickstart/model --out served --for vllm
+    Example: fastrm export runs/quickstart --best --out served
     """
+    from torch import bfloat16, float32
+
     from fastrm.model.export_command import export_model
+    from fastrm.train.export_checkpoint import export_checkpoint
     from fastrm.ui import Display
 
+    weights = {"auto": None, "fp32": float32, "bf16": bfloat16}[dtype]
+    if step is not None and best:
+        raise ConfigError("--step and --best: name one of them")
+    if (is_model := step is None and not best) and out is None:
+        raise ConfigError("--out: name the folder to write; only an export of --step or --best has a place by itself")
     with Display() as display:
-        export_model(model, out, reader, display)
+        if is_model:
+            export_model(model, out, reader, display, weights)
+        else:
+            export_checkpoint(Path(model), step, out, reader, display, weights)

@@ -116,10 +116,7 @@ def open_backbone(path: str) -> Backbone:
     place = locate(path)
     config = load_backbone_config(path)
     files = WeightFiles.open(place.base)
-    try:
-        full, model = _empty_models(config)
-    except Exception as error:
-        raise _refused(path, error) from error
+    full, model = _empty_models(path, config)
     find_name = _renamer(full)
     stored, rest = _assign(place, files, find_name)
     if place.adapter is not None:
@@ -292,16 +289,28 @@ class WeightsOnMeta(TorchFunctionMode):
         return function(*arguments, **(options | {"device": "meta"} if function is torch.empty else options))
 
 
-def _empty_models(config) -> tuple[nn.Module, nn.Module]:
+def empty_backbone(path: str) -> nn.Module:
+    """Make the backbone of a folder or hub id without memory for its weights, of which no file is read.
+
+    Raises:
+        ConfigError: as `load_backbone_config`, or if transformers refuses the configuration.
+    """
+    return _empty_models(path, load_backbone_config(path))[1]
+
+
+def _empty_models(path: str, config) -> tuple[nn.Module, nn.Module]:
     """Return the stock model whose class knows the names of published files, and its part that is used here."""
     from transformers import AutoModel, AutoModelForImageTextToText
 
     is_vision = config.model_type in VISION_FAMILIES
     # Only the full vision classes know both names of published weights, `visual.*` and `model.visual.*`.
     auto_class = AutoModelForImageTextToText if is_vision else AutoModel
-    with WeightsOnMeta():
-        # eager needs no package: `set_kernels` chooses the attention later.
-        full = auto_class.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    try:
+        with WeightsOnMeta():
+            # eager needs no package: `set_kernels` chooses the attention later.
+            full = auto_class.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    except Exception as error:
+        raise _refused(path, error) from error
     return full, full.model if is_vision else full
 
 

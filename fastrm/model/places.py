@@ -108,7 +108,7 @@ def _model_folder(folder: Path) -> str:
     if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
         raise ConfigError(
             f"{folder}: is a run that has exported no model yet; finish it with fastrm train CONFIG --resume auto, and "
-            f"then name {exported}"
+            f"then name {exported}, or make a model of a checkpoint: fastrm export {folder} --step N --out FOLDER"
         )
     return str(folder)
 
@@ -117,11 +117,10 @@ def _checkpoint_message(folder: Path) -> str:
     run = folder.parent.parent
     step = folder.name.removeprefix("step-").lstrip("0") or "0"
     exported = run / "model"
-    export = f"the model of the run's last step is {exported}" if exported.is_dir() else f"{run} has exported none yet"
+    export = f"the model of the run's end is {exported}" if exported.is_dir() else f"{run} has exported none yet"
     return (
         f"{folder}: is a checkpoint for going on with a run, not a model, and holds no config.json and no tokenizer; "
-        f"{export}. To export this step, end a new run there: fastrm train {run / 'config.yaml'} --resume {folder} "
-        f"run.dir=NEW run.max_steps={step}"
+        f"{export}. To make a model of this step: fastrm export {run} --step {step} --out FOLDER"
     )
 
 

@@ -33,6 +33,7 @@ from fastrm.train.ranks import ALONE, Ranks
 _NAME = re.compile(r"step-(\d{8,})")
 CHECKPOINTS = "checkpoints"  # folder in the run folder
 MODEL, OPTIMIZER, STATE, MANIFEST = "model", "optimizer", "state.json", "manifest.json"
+ABANDONED = "abandoned-"  # before the name of a checkpoint whose steps will run again
 _REPLACED = ".replaced"  # behind the name of a checkpoint that makes room for a second one of its step
 # The most bytes of a safetensors file. model.safetensors is followed by model.2.safetensors and so on.
 SHARD_BYTES = 4 * 2**30
@@ -229,6 +230,11 @@ class _Tensors(Mapping):
         return len(self._files)
 
 
+def model_tensors(path: Path) -> Mapping[str, torch.Tensor]:
+    """Return the weights in a checkpoint by their stock names, each read when it is asked for."""
+    return _Tensors(path, MODEL)
+
+
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor in the host's memory, contiguous, in storage of its own, as safetensors wants it.
 
@@ -246,7 +252,7 @@ def load_checkpoint(path: Path, engine) -> dict:
         StorageError: if its tensors are not those of this engine's network and optimizers.
     """
     try:
-        engine.load_tensors(_Tensors(path, MODEL), _Tensors(path, OPTIMIZER))
+        engine.load_tensors(model_tensors(path), _Tensors(path, OPTIMIZER))
     except StorageError as error:
         raise StorageError(f"{path}: {error}") from None
     return json.loads((path / STATE).read_text())
@@ -275,7 +281,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, by its folder's name."""
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def newest_checkpoint(folder: Path, report) -> Path | None:
@@ -319,8 +330,8 @@ def clean(folder: Path) -> None:
 def set_newer_aside(folder: Path, step: int) -> None:
     """Rename checkpoints after `step` to abandoned-*: they are damaged, or of steps that will run again."""
     for path in list_checkpoints(folder):
-        if int(_NAME.fullmatch(path.name)[1]) > step:
-            aside = path.with_name(f"abandoned-{path.name}")
+        if step_of(path) > step:
+            aside = path.with_name(f"{ABANDONED}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
 

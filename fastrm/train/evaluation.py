@@ -58,7 +58,7 @@ def evaluate(run: Run) -> bool:
     run.display.say(
         f"step {row['step']:,}: held-out accuracy {row['eval/accuracy']:.4f}, loss {row['eval/loss']:.4f}"
     )
-    return run.progress.note_evaluation(row)
+    return run.progress.note_evaluation(row, run.config.run)
 
 
 def _count_held_out(run: Run) -> _HeldOut:

@@ -22,9 +22,10 @@ from fastrm.train.engine import Update
 from fastrm.train.evaluation import count_fp8_flips, evaluate
 from fastrm.train.metrics import MetricsLog, check_loggers
 from fastrm.train.optim import learning_rate, part_rates
+from fastrm.train.overwrite import check_overwrite, delete_run
 from fastrm.train.progress import Progress, StepReport, StepTally
 from fastrm.train.ranks import Ranks, joined
-from fastrm.train.report import announce, finish, progress_note, versions
+from fastrm.train.report import announce, finish, progress_note, stopping_note, versions
 from fastrm.train.resume import find_start, restore
 from fastrm.train.run import INCIDENTS, Run, StepGuard, locked
 from fastrm.train.setup import check_exactness, make_engine, set_up
@@ -69,7 +70,9 @@ def train(
 def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks: Ranks, opened: ExitStack) -> Run:
     """Make everything that the first step needs; files that stay open are closed with `opened`."""
     run_dir = Path(config.run.dir)
-    start = ranks.on_first(lambda: find_start(run_dir, resume, display.say))
+    if starts_over := config.run.overwrite and resume == "no":
+        ranks.on_first(lambda: check_overwrite(config))
+    start = ranks.on_first(lambda: find_start(run_dir, resume, display.say, starts_over))
     # Checked before hours of other work: the files of model.path are there, whole, and fit the configuration.
     model, head = ranks.on_first(lambda: adopt(config.model))
     if head:
@@ -81,6 +84,8 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
     config, fingerprint = job.config, job.train.fingerprint
     engine = make_engine(job.network, config, ranks)
     saved = None if start is None else restore(start, config, fingerprint, engine, ranks)
+    if starts_over and ranks.is_first:  # only now: whatever might have stopped the new run has not
+        delete_run(run_dir, display.say)
     about = {"config": config.model_dump(mode="json"), "data_fingerprint": fingerprint, "versions": versions()}
     checkpoints = Checkpoints(
         run_dir / CHECKPOINTS, engine, about, config.run.keep_checkpoints,
@@ -99,6 +104,8 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
 
 def _run_to_the_end(run: Run) -> dict:
     _train_steps(run)
+    if run.progress.is_stopped_early(run.config.run):
+        run.display.say(stopping_note(run))
     if run.job.eval is not None and not run.progress.is_evaluated:
         evaluate(run)
     flips = count_fp8_flips(run)
@@ -116,6 +123,8 @@ def _train_steps(run: Run) -> None:
     if progress.step > 0 and not progress.is_evaluated:
         # The run was stopped during the evaluation that belongs to this step.
         _evaluate_and_save_when_due(run)
+    if progress.is_stopped_early(settings):
+        return
     show, waiting = run.display.task("training"), Waiting()
     with closing(_steps(run, waiting)) as steps:
         for step in steps:
@@ -138,6 +147,8 @@ def _train_steps(run: Run) -> None:
                 run.write(row)
                 show(progress.step, run.num_steps, progress_note(row))
             _evaluate_and_save_when_due(run)
+            if progress.is_stopped_early(settings):
+                return
             if report.stop:
                 run.interrupt()
 
@@ -183,10 +194,10 @@ def _guard(run: Run, done: Update, report: StepReport) -> None:
 def _evaluate_and_save_when_due(run: Run) -> None:
     progress, settings = run.progress, run.config.run
     if run.job.eval is not None and _is_due(progress.step, settings.eval_every):
-        before = progress.best_accuracy, progress.best_checkpoint
+        before = progress.best_accuracy, progress.best_checkpoint, progress.best_value
         # A checkpoint that is not on the disk cannot be the best one.
         if evaluate(run) and not run.checkpoints.try_to_save(progress):
-            progress.best_accuracy, progress.best_checkpoint = before
+            progress.best_accuracy, progress.best_checkpoint, progress.best_value = before
     if _is_due(progress.step, settings.save_every):
         run.checkpoints.try_to_save(progress)
 

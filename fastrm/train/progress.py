@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastrm.config import RunConfig
 from fastrm.data.loader import LoadedPack, RefusedGroup
 from fastrm.data.packing import Pack
 from fastrm.evaluate.accuracy import PreferenceMeter
+from fastrm.stopping_config import is_better
 
 if TYPE_CHECKING:  # the import would load transformers into commands that only read runs
     from fastrm.train.engine import Update
@@ -25,8 +27,12 @@ class Progress:
     tokens_unshared: int = 0
     train_seconds: float = 0.0
     skipped_in_a_row: int = 0
-    best_accuracy: float | None = None
+    best_accuracy: float | None = None  # at the best evaluation
     best_checkpoint: str | None = None
+    best_value: float | None = None  # the best figure, of run.best_metric
+    # Of run.early_stopping: the last figure that was an improvement, and the evaluations since then.
+    improved_value: float | None = None
+    evaluations_since: int = 0
     last_eval: dict = field(default_factory=dict)
     # The row of metrics.jsonl that is being collected: a resumed run writes the same one.
     window_losses: list[list[float]] = field(default_factory=list)  # (loss, gradient norm) of each step
@@ -44,6 +50,8 @@ class Progress:
         meter = PreferenceMeter()
         if saved := state.get("window_meter"):
             meter.restore(saved)
+        # Checkpoints of before have an accuracy alone, which chose the best.
+        state = {"best_value": state.get("best_accuracy"), **state}
         return cls(**{**state, "window_meter": meter})
 
     @property
@@ -51,14 +59,33 @@ class Progress:
         """True if the weights are still those of the last evaluation."""
         return self.last_eval.get("step") == self.step
 
-    def note_evaluation(self, row: dict[str, Any]) -> bool:
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation; None before the first."""
+        return None if self.best_checkpoint is None else int(self.best_checkpoint.removeprefix("step-"))
+
+    def note_evaluation(self, row: dict[str, Any], settings: RunConfig) -> bool:
         """Keep the row of an evaluation of this step; return whether it is the best so far."""
-        self.last_eval = row
-        accuracy = row["eval/accuracy"]
-        is_best = self.best_accuracy is None or accuracy > self.best_accuracy
+        metric, stopping = settings.best_metric, settings.early_stopping
+        self.last_eval, value = row, row[metric]
+        if stopping is not None:
+            self.evaluations_since += 1
+            if self.improved_value is None or is_better(metric, value, self.improved_value, stopping.min_delta):
+                self.improved_value, self.evaluations_since = value, 0
+        is_best = self.best_value is None or is_better(metric, value, self.best_value)
         if is_best:
-            self.best_accuracy, self.best_checkpoint = accuracy, f"step-{self.step:08d}"
+            self.best_value, self.best_accuracy = value, row["eval/accuracy"]
+            self.best_checkpoint = f"step-{self.step:08d}"
         return is_best
+
+    def forget_evaluations(self) -> None:
+        """Forget all evaluations: later ones are of other data, or compared by another figure."""
+        self.last_eval, self.best_accuracy, self.best_checkpoint, self.best_value = {}, None, None, None
+        self.improved_value, self.evaluations_since = None, 0
+
+    def is_stopped_early(self, settings: RunConfig) -> bool:
+        """Return whether run.early_stopping ends the run here."""
+        return settings.early_stopping is not None and self.evaluations_since >= settings.early_stopping.patience
 
     def count_step(self, position: int, meter: PreferenceMeter, done: "Update") -> None:
         """Count a step that has been taken.

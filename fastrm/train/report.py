@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
+from fastrm.errors import StorageError
 from fastrm.evaluate.accuracy import Flips
 from fastrm.json_files import to_json
 from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.stock_classes import padding_note
+from fastrm.stopping_config import ACCURACY
 from fastrm.storage import write_whole
 from fastrm.tables import Table
+from fastrm.train.checkpoint import CHECKPOINTS, verify
 from fastrm.train.metrics import read_rows
 from fastrm.train.run import Run
 from fastrm.train.setup import Job, export_model
@@ -65,6 +68,17 @@ def progress_note(row: dict) -> str:
     )
 
 
+def stopping_note(run: Run) -> str:
+    """Return a line that says why the run stopped before its last step."""
+    progress, stopping = run.progress, run.config.run.early_stopping
+    by = f" by more than {stopping.min_delta:g}" * (stopping.min_delta > 0)
+    return (
+        f"stopped early after step {progress.step:,} of {run.num_steps:,}: {stopping.metric} has not improved{by} in "
+        f"{progress.evaluations_since:,} evaluations; the best, {progress.best_value:.4f}, was at step "
+        f"{progress.best_step:,}"
+    )
+
+
 def finish(run: Run, flips: Flips | None) -> dict:
     """Export the model, write the report, and return the content of summary.json; called on all ranks.
 
@@ -77,7 +91,7 @@ def finish(run: Run, flips: Flips | None) -> dict:
     """
     run.leave_if_stopped()
     with run.breakable():
-        export_model(run.engine, run.folder / "model", run.ranks)
+        export_model(run.engine, run.folder / "model", run.ranks, _chosen_checkpoint(run))
     summary = _summary(run, flips)
     if run.ranks.is_first:
         write_report(run.folder, summary)
@@ -85,6 +99,21 @@ def finish(run: Run, flips: Flips | None) -> dict:
         for line in (*run.quarantine.reasons(), f"model, report.png and summary.json are in {run.folder}"):
             run.display.say(line)
     return summary
+
+
+def _chosen_checkpoint(run: Run) -> Path | None:
+    """Return the checkpoint that is exported: with run.export best the best one; None for the weights of the end."""
+    progress = run.progress
+    if run.config.run.export == "last" or progress.best_step == progress.step:
+        return None
+    best = run.folder / CHECKPOINTS / progress.best_checkpoint
+    if (problem := run.ranks.on_first(lambda: verify(best))) is not None:
+        run.checkpoints.save(progress)  # no step is lost
+        raise StorageError(
+            f"{best}: the best checkpoint, which run.export: best exports, is not intact: {problem}; restore it and "
+            "add --resume auto, or set run.export=last"
+        )
+    return best
 
 
 def _summary(run: Run, flips: Flips | None) -> dict:
@@ -105,6 +134,10 @@ def _summary(run: Run, flips: Flips | None) -> dict:
         "compiled_graphs": None if network.graphs is None else network.graphs.count,
         "best_checkpoint": progress.best_checkpoint,
         "best_accuracy": progress.best_accuracy,
+        "best_metric": run.config.run.best_metric,
+        "best_value": progress.best_value,
+        "exported_step": progress.step if run.config.run.export == "last" else progress.best_step,
+        "stopped_early": progress.is_stopped_early(run.config.run),
         "versions": versions(),
     }
 
@@ -176,8 +209,12 @@ def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
             table.add_row(f"  {source} ({values['preferences']:,})", f"{values['accuracy']:.4f}")
     if summary["best_checkpoint"] is not None:
         best_step = int(summary["best_checkpoint"].removeprefix("step-"))
-        table.add_row("best at an evaluation", f"{summary['best_accuracy']:.4f} (step {best_step:,})")
-    table.add_row("steps", f"{summary['steps']:,}")
+        metric = summary["best_metric"]
+        by = "" if metric == ACCURACY else f", by {metric}"
+        table.add_row(f"best at an evaluation{by}", f"{summary['best_value']:.4f} (step {best_step:,})")
+    if summary["exported_step"] != summary["steps"]:
+        table.add_row("model/ has the weights of", f"step {summary['exported_step']:,}")
+    table.add_row("steps", f"{summary['steps']:,}{', stopped early' * summary['stopped_early']}")
     table.add_row("preferences", f"{summary['preferences']:,}")
     table.add_row("preferences per second", f"{summary['preferences_per_second']:,.1f}")
     table.add_row("tokens processed", f"{summary['tokens_processed']:,}")

@@ -9,16 +9,17 @@ from pydantic import ValidationError
 
 from fastrm.config import Config, differences
 from fastrm.errors import ConfigError, StorageError
+from fastrm.stopping_config import ACCURACY
 from fastrm.train.checkpoint import (
     CHECKPOINTS,
     STATE,
     clean,
-    list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
     set_newer_aside,
     verify,
 )
+from fastrm.train.overwrite import holds_run
 from fastrm.train.progress import Progress
 from fastrm.train.ranks import Ranks
 from fastrm.train.run import INCIDENTS
@@ -28,13 +29,13 @@ from fastrm.train.run import INCIDENTS
 MAY_CHANGE = (
     "run.dir", "run.epochs", "run.max_steps", "run.log_every", "run.eval_every", "run.save_every",
     "run.keep_checkpoints", "run.report_to", "run.device", "data.eval", "data.prepared", "data.num_workers",
-    "run.num_processes", "engine", "compile", "kernels", "model.attention", "model.activation_checkpointing",
-    "model.export_dtype", "model.head.new",
+    "run.num_processes", "run.export", "run.early_stopping", "run.overwrite", "engine", "compile", "kernels",
+    "model.attention", "model.activation_checkpointing", "model.export_dtype", "model.head.new",
     "optim.tokens_per_pack", "check_exactness",
 )  # fmt: skip
 
 
-def find_start(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
+def find_start(run_dir: Path, resume: str, say: Callable[[str], None], over: bool = False) -> Path | None:
     """Find the checkpoint to start from; None for a fresh start.
 
     What a killed writer of checkpoints has left is removed, or put back in its place.
@@ -44,9 +45,10 @@ def find_start(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path |
     Args:
         resume: no, auto, required, or the path of a checkpoint.
         say: takes a line of text about what was passed over.
+        over: start over, whatever the folder holds, which `check_overwrite` has accepted.
 
     Raises:
-        ConfigError: if the folder holds a run and resume is no, or resume is required and there is
+        ConfigError: if the folder holds a run and resume is no without `over`, or resume is required and there is
             nothing to resume.
         StorageError: if checkpoints exist but none is intact, or what a killed writer has left cannot be removed.
     """
@@ -57,7 +59,7 @@ def find_start(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path |
             f"{error.filename}: is left of a checkpoint whose writing was interrupted, and cannot be removed: "
             f"{error.strerror}; remove it, then resume"
         ) from error
-    start = _find_checkpoint(run_dir, resume, say)
+    start = None if over else _find_checkpoint(run_dir, resume, say)
     if start is None:
         for name in ("quarantine.jsonl", INCIDENTS):
             (run_dir / name).unlink(missing_ok=True)
@@ -67,10 +69,10 @@ def find_start(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path |
 def _find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> Path | None:
     folder = run_dir / CHECKPOINTS
     if resume == "no":
-        metrics = run_dir / "metrics.jsonl"
-        if list_checkpoints(folder) or (metrics.exists() and metrics.stat().st_size):
+        if holds_run(run_dir):
             raise ConfigError(
-                f"{run_dir}: holds a run already; add --resume auto to continue it, or set run.dir to start another"
+                f"{run_dir}: holds a run already; add --resume auto to continue it, set run.dir to start another, or "
+                "run.overwrite=true to delete this one and start over"
             )
         return None
     if resume in ("auto", "required"):
@@ -107,11 +109,29 @@ def restore(checkpoint: Path, config: Config, fingerprint: str, engine, ranks: R
         )
     load_checkpoint(checkpoint, engine)
     progress = Progress.from_state(state["progress"])
-    if state["config"]["data"]["eval"] != config.model_dump(mode="json")["data"]["eval"]:
-        progress.last_eval, progress.best_accuracy, progress.best_checkpoint = {}, None, None
+    if _chooses_by(state["config"]) != _chooses_by(config.model_dump(mode="json")):
+        progress.forget_evaluations()
+    folder = Path(config.run.dir) / CHECKPOINTS
+    if config.run.export == "best" and progress.best_step not in (None, progress.step):
+        ranks.on_first(lambda: _check_best(folder / progress.best_checkpoint, checkpoint))
     if ranks.is_first:
-        set_newer_aside(Path(config.run.dir) / CHECKPOINTS, progress.step)
+        set_newer_aside(folder, progress.step)
     return progress
+
+
+def _chooses_by(config: dict) -> list:
+    """Return what the figures of evaluations can be compared by: their data, and the one that chooses."""
+    stopping = config["run"].get("early_stopping") or {"metric": ACCURACY}
+    return [config["data"]["eval"], stopping["metric"]]
+
+
+def _check_best(best: Path, start: Path) -> None:
+    """Refuse to go on without the best checkpoint so far, which the run would export at its end."""
+    if (problem := verify(best)) is not None:
+        raise ConfigError(
+            f"run.export: best: the best step so far, {best}, is not there or not intact ({problem}); copy it there "
+            f"from beside {start}, or set run.export: last"
+        )
 
 
 def check_config(saved: dict, config: Config) -> None:

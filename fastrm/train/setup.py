@@ -20,6 +20,7 @@ from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8, token_multiple
 from fastrm.model.stored_head import find_head
 from fastrm.model.text import longest_path
+from fastrm.train.checkpoint import model_tensors
 from fastrm.train.data import RunData
 from fastrm.train.encoder import make_data_encoder, make_tokenizer, prepared_folder
 from fastrm.train.engine import LocalEngine
@@ -158,26 +159,30 @@ def make_engine(network: RewardNetwork, config: Config, ranks: Ranks):
     return DeepSpeedEngine(network, config)
 
 
-def export_model(engine, folder: Path, ranks: Ranks = ALONE) -> None:
+def export_model(engine, folder: Path, ranks: Ranks = ALONE, checkpoint: Path | None = None) -> None:
     """Write the whole model as stock files; called on all ranks, of which the first writes, a tensor at a time.
+
+    Args:
+        checkpoint: an intact one of this run, whose weights are written; None: the engine's own.
 
     Raises:
         StorageError: on all ranks, if it cannot be written.
         DataError: on all ranks, if a weight is not finite; `folder` is then as it was.
     """
-    tensors, failure = engine.model_tensors(), None
+    tensors = engine.model_tensors() if checkpoint is None else model_tensors(checkpoint).items()
+    failure = None
     try:
         if ranks.is_first:
-            save_model(engine.network, folder, dtype=export_dtype(engine.config), tensors=_finite(tensors))
+            save_model(engine.network, folder, dtype=export_dtype(engine.config), tensors=finite(tensors))
     except (StorageError, DataError) as error:
         failure = error
-    for _ in tensors:  # other ranks only help to gather; so does the first after a failure
+    for _ in tensors if checkpoint is None else ():  # others only help to gather; so does the first after a failure
         pass
     if (failure := ranks.on_first(lambda: failure)) is not None:
         raise failure
 
 
-def _finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield weights up to one that is not finite, which raises: no model without finite rewards is written."""
     for name, tensor in tensors:
         # NaN passes through `aminmax`, which reads each weight once; on a CPU `isfinite` takes thirty times as long.

@@ -49,6 +49,12 @@ TINY = {
     "precision": {"dtype": "fp32"},
 }
 
+# For model.init: a text model that is smaller than the one of TINY.
+TEXT_MODEL = {
+    "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
 
 def tiny_config(folder: Path, train: Path | str, eval: Path | str | None = None, **sections) -> Path:
     """Write a configuration; `sections` update those of TINY."""

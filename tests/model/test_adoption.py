@@ -20,6 +20,7 @@ from fastrm.limits import MediaLimits
 from fastrm.model import weight_files
 from fastrm.model.adopt import adopt
 from fastrm.model.export import save_model
+from fastrm.train.export_checkpoint import export_checkpoint
 from fastrm.train.loop import train
 from fastrm.ui import Display
 from tests.helpers.foreign_models import (
@@ -289,11 +290,11 @@ class TestTraining:
         checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
         with pytest.raises(ConfigError, match="is a checkpoint for going on with a run, not a model") as refusal:
             rewards_of(checkpoint)
-        # As the message says, with a folder for NEW.
-        file, _, start, *overrides = str(refusal.value).partition("fastrm train ")[2].split()
-        overrides = [override.replace("NEW", str(tmp_path / "new")) for override in overrides]
-        train(load_config(file, overrides), start)
-        kept, made = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "new/model/model.safetensors")
+        # As the message says, with a folder for FOLDER.
+        run, _, step, _, folder = str(refusal.value).partition("fastrm export ")[2].split()
+        assert folder == "FOLDER"
+        export_checkpoint(Path(run), int(step), tmp_path / "new", "transformers", Display(silent=True))
+        kept, made = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "new" / "model.safetensors")
         assert kept.keys() == made.keys() and all(torch.equal(kept[name], made[name]) for name in kept)
 
     def test_the_token_before_the_padding_is_read_in_training_too(self, configuration, tmp_path, capsys):

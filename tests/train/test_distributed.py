@@ -14,8 +14,10 @@ from fastrm.model.export import load_model
 from fastrm.train import checkpoint as checkpoints
 from fastrm.train.checkpoint import load_checkpoint, save_checkpoint, verify
 from fastrm.train.engine import LocalEngine
+from fastrm.train.export_checkpoint import export_checkpoint
 from fastrm.train.metrics import read_rows
 from fastrm.train.ranks import ALONE
+from fastrm.ui import Display
 from tests.helpers import rank_jobs
 from tests.helpers.killed_runs import CLOCK
 from tests.helpers.own_process import JobServer
@@ -266,6 +268,10 @@ def test_runs_and_resumed_runs_are_those_of_one_process(server, mixed_data, one_
     codes = [json.loads(line)["code"] for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
     assert codes == ["IMAGE_DAMAGED"]
     assert_equal(exported(run_dir), checkpoint_of(run_dir / "checkpoints" / "step-00000006")[0])
+    # One process makes the same model of the last checkpoint, to the byte.
+    export_checkpoint(run_dir, 6, tmp_path / "six", "transformers", Display(silent=True))
+    written = {path.name: path.read_bytes() for path in (run_dir / "model").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "six").iterdir()} == written
     # Resumed on as many ranks: to the bit.
     middle = "checkpoints/step-00000003"
     server.run(tmp_path, "train", config, str(run_dir / middle), f"run.dir={tmp_path / 'again'}")

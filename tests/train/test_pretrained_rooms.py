@@ -100,6 +100,22 @@ def test_the_export_gives_the_same_rewards_as_stock_transformers(run_dir, export
                 assert reward == pytest.approx(float(stock(tokens).logits), rel=1e-4, abs=1e-4)
 
 
+def test_a_checkpoint_is_exported_as_the_run_itself_does_it(server, run_dir, tmp_path):
+    words = ["export", run_dir, "--step", 3, "--out", tmp_path / "whole"]
+    server.command(words, tmp_path / "log")
+    assert server.wait() == 0, (tmp_path / "log").read_text()
+    files = {path.name for path in (run_dir / "model").iterdir()}
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == files
+    assert all((tmp_path / "whole" / name).read_bytes() == (run_dir / "model" / name).read_bytes() for name in files)
+    server.command([*words[:-1], tmp_path / "half", "--best", "--dtype", "bf16"], tmp_path / "log")
+    assert server.wait() == 64  # --step and --best
+    server.command(["export", run_dir, "--best", "--dtype", "bf16", "--out", tmp_path / "half"], tmp_path / "log")
+    assert server.wait() == 0, (tmp_path / "log").read_text()
+    rewards = fastrm.RewardModel.from_pretrained(tmp_path / "half", dtype="fp32").score(GROUPS)
+    for group, found in zip(ROWS, rewards, strict=True):
+        assert all(found[winner] > found[loser] for winner, loser in group["preferences"])
+
+
 def test_eight_threads_that_share_one_model_score_as_one_does(exported):
     wanted = exported.score(GROUPS)
     with ThreadPoolExecutor(8) as pool:

@@ -1,0 +1,29 @@
+"""The settings of a run's best evaluation and of early stopping, and the figures by which they may choose."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from fastrm.sections import Positive, Section
+
+ACCURACY = "eval/accuracy"
+FIGURES = ("accuracy", "loss", "margin")  # of an evaluation, after eval/
+
+
+class StoppingConfig(Section):
+    """The rule by which a run stops before its last step, and chooses its best evaluation."""
+
+    metric: str = ACCURACY
+    """The figure of an evaluation, as metrics.jsonl names it: eval/accuracy, eval/loss or eval/margin. A loss is better
+    where it is lower, the others where they are higher. It also chooses the best evaluation."""
+    patience: Positive = 3
+    """Evaluations in a row without an improvement after which the run stops."""
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    """The change below or at which a better figure is no improvement, compared with the last one that was."""
+
+
+def is_better(metric: str, value: float, than: float, by: float = 0.0) -> bool:
+    """Return whether a figure of an evaluation is better than another, by more than `by`: losses lower, others higher.
+    """
+    gain = than - value if metric.endswith("loss") else value - than
+    return gain > by

@@ -1,0 +1,91 @@
+"""`fastrm export RUN --step N`: a model of any checkpoint of a run, without a GPU and without the weights in memory.
+
+A checkpoint holds all weights by their stock names, however many ranks wrote it and whatever ZeRO stage divided them.
+What it lacks, tokenizer, processor and config.json, follows from the configuration that it holds. So the network is
+made without memory for its weights, and each of them goes from file to file.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from fastrm.config import Config
+from fastrm.errors import ConfigError, StorageError
+from fastrm.model.export import export_dtype
+from fastrm.model.export_command import check_target, write_for
+from fastrm.model.loading import WeightsOnMeta, empty_backbone
+from fastrm.model.network import RewardNetwork, init_backbone
+from fastrm.train.checkpoint import CHECKPOINTS, STATE, list_checkpoints, model_tensors, step_of, verify
+from fastrm.train.encoder import make_data_encoder, make_tokenizer
+from fastrm.train.setup import finite
+from fastrm.ui import Display
+from fastrm.yaml_files import validate
+
+
+def export_checkpoint(
+    run_dir: Path, step: int | None, out: Path | None, reader: str, display: Display, dtype: torch.dtype | None = None
+) -> None:
+    """Write the model of a checkpoint for a reader, and say how it is loaded there.
+
+    Args:
+        step: of the checkpoint; None: the one with the best evaluation.
+        out: the folder to write; None: exports/step-N in the run's folder.
+        reader: transformers or vllm.
+        dtype: of the backbone's weights in the files; None: that of the run's own export (model.export_dtype).
+
+    Raises:
+        ConfigError: if there is no such checkpoint, or as `fastrm.model.export_command.export_model`.
+        StorageError: if the checkpoint is damaged, or files cannot be read or written.
+        DataError: if a weight is not finite.
+    """
+    path = _find(run_dir, step)
+    out = out or run_dir / "exports" / path.name
+    check_target(out, reader)
+    if (problem := verify(path)) is not None:
+        raise StorageError(f"{path}: not an intact checkpoint: {problem}; export another step")
+    stored = json.loads((path / STATE).read_text())["config"]
+    stored["run"]["dir"] = str(run_dir)  # which may have been moved
+    config = validate(Config, stored, {}, str(path / STATE))
+    weights = {"dtype": dtype or export_dtype(config), "tensors": finite(model_tensors(path).items())}
+    write_for(reader, _without_weights(config), out, display, **weights)
+    display.say(f"exported step {step_of(path):,} of {run_dir}")
+
+
+def _find(run_dir: Path, step: int | None) -> Path:
+    found = {step_of(path): path for path in list_checkpoints(run_dir / CHECKPOINTS)}
+    if not found:
+        raise ConfigError(
+            f"{run_dir}: holds no checkpoint; --step and --best are for the folder of a run (run.dir), with "
+            f"{CHECKPOINTS}/step-N in it"
+        )
+    steps = ", ".join(f"{number:,}" for number in sorted(found))
+    if step is not None:
+        if step not in found:
+            raise ConfigError(f"--step {step}: {run_dir} keeps no checkpoint of it; there are those of steps {steps}")
+        return found[step]
+    newest = found[max(found)]
+    best = json.loads((newest / STATE).read_text())["progress"]["best_checkpoint"]
+    if best is None:
+        raise ConfigError(
+            f"--best: no evaluation of {run_dir} has chosen a step yet (data.eval, run.eval_every); name one with "
+            f"--step: {steps}"
+        )
+    if not (newest.parent / best).is_dir():
+        raise ConfigError(f"--best: {best} is not in {newest.parent}; name another one with --step: {steps}")
+    return newest.parent / best
+
+
+def _without_weights(config: Config) -> RewardNetwork:
+    """Make the network of a run without memory for its backbone's weights."""
+    settings, tokenizer = config.model, make_tokenizer(config)
+    if settings.path is None:
+        with WeightsOnMeta():
+            backbone = init_backbone(settings, tokenizer)
+    else:
+        backbone = empty_backbone(settings.path)
+    encoder = make_data_encoder(config, backbone.config, tokenizer)
+    network = RewardNetwork(backbone, settings.head, encoder, settings.pooling)
+    if settings.fuse_projections:  # files have their tensors in the order of the run's own network
+        network.fuse_projections()
+    return network
