@@ -33,7 +33,9 @@ for name, command in {
     "export": rewards.export,
 }.items():  # fmt: skip
     app.command(name)(command)
-for name, command in {"prepare": data.prepare_data, "check": data.check_data, "sets": data.data_sets}.items():
+for name, command in {
+    "prepare": data.prepare_data, "check": data.check_data, "show": data.show_data, "sets": data.data_sets,
+}.items():  # fmt: skip
     data_app.command(name)(command)
 
 

@@ -111,6 +111,14 @@ CheckModel = Annotated[
         "model.path of a configuration.",
     ),
 ]
+ShowModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Folder or hub id of the model whose tokenizer reads the rows; without it, model.path of a "
+        "configuration, or words and characters are counted.",
+    ),
+]
 MaxRefused = Annotated[
     str,
     typer.Option(

@@ -1,5 +1,6 @@
-"""Commands on preference data: prepare, check, sets."""
+"""Commands on preference data: prepare, check, show, sets."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,8 +53,38 @@ def check_data(
     """
     from fastrm.train.check_command import check_data as check
 
-    reading = {"images": rows.images, "format": rows.data_format, "columns": rows.columns, "ignore": rows.ignore}
-    check(files, model=model, reading=reading, scoring=scoring, max_refused=max_refused, num_workers=workers)
+    check(files, model=model, reading=rows.as_source, scoring=scoring, max_refused=max_refused, num_workers=workers)
+
+
+@grouped
+def show_data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Data file or folder, digits:eval, the folder of a prepared set, or a YAML configuration of a run, of "
+            "which all sources are shown.",
+        ),
+    ],
+    rows: RowOptions,
+    count: Annotated[int, typer.Option("-n", min=1, metavar="ROWS", help="Number of rows of each source.")] = 20,
+    model: opts.ShowModel = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page with the images, in place of printing.")
+    ] = None,
+) -> None:
+    """Show rows of data as a model reads them.
+
+    The first rows are shown with what their responses share, chosen and rejected responses side by side with their
+    differences marked, the number of tokens, and the reason of a row that is refused. The page of --out also
+    shows the images.
+
+    \b
+    Example: fastrm data show train.jsonl -n 5 --out rows.html
+    """
+    from fastrm.train.show_command import show_data as show
+
+    show(source, model=model, reading=rows.as_source, count=count, out=out)
 
 
 def data_sets() -> None:

@@ -227,16 +227,17 @@ def example_turns(record: Record) -> Iterator[tuple[str, str]]:
     if record.responses[0].arguments:
         yield "for the chat template", record.responses[0].arguments
     for message in prompt:
-        yield message.role, _written(message)
+        yield message.role, written(message)
     for number, response in enumerate(record.responses):
         what = "chosen" if number in chosen - rejected else "rejected" if number in rejected - chosen else ""
         what = f"response {number + 1}" + (f", {what}" if what and len(record.responses) == 2 else "")
         for message in response.messages[:-1] if response.messages[:-1] != prompt else ():
-            yield f"{message.role} ({what} only)", _written(message)
-        yield f"{response.messages[-1].role} ({what})", _written(response.messages[-1])
+            yield f"{message.role} ({what} only)", written(message)
+        yield f"{response.messages[-1].role} ({what})", written(response.messages[-1])
 
 
-def _written(message: Message) -> str:
+def written(message: Message) -> str:
+    """Return a turn as text, with media as their names and what only the template renders as JSON."""
     parts = [part if isinstance(part, str) else f"<{part.noun} {nearby(part)}>" for part in message.parts]
     return " ".join(filter(None, ["".join(parts), message.fields]))
 

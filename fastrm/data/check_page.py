@@ -57,7 +57,7 @@ def _summary(found: SourceCheck) -> str:
     files = "1 file" if len(found.files) == 1 else f"{len(found.files):,} files"
     good = len(found.records)
     share = f" ({_percent(found.num_refused / found.num_rows)})" if found.num_refused else ""
-    return f"{_count(found.num_rows, 'row')} in {files}: {good:,} can be used, {found.num_refused:,} refused{share}"
+    return f"{counted(found.num_rows, 'row')} in {files}: {good:,} can be used, {found.num_refused:,} refused{share}"
 
 
 def _layouts(found: SourceCheck) -> Table | None:
@@ -109,7 +109,7 @@ def _contents(found: SourceCheck) -> Table | None:
         return None
     table = Table("", "", title="In the rows", text=(0, 1))
     pairs = found.preferences
-    ties = f", and {_count(found.num_ties, 'tie')}" if found.num_ties else ""
+    ties = f", and {counted(found.num_ties, 'tie')}" if found.num_ties else ""
     table.add_row("prompts", f"{found.num_prompts:,} different; rows of one prompt and source become one group")
     table.add_row("preferences", f"{pairs.num_pairs:,}{ties}")
     table.add_row("both ways", _contradictions(found, pairs))
@@ -131,7 +131,7 @@ def _contradictions(found: SourceCheck, pairs: PairFindings) -> str:
 
 def _against_scores(scores: Counter[str]) -> str:
     parts = {EQUAL: "with equal scores of both responses", REVERSED: "whose rejected response has the greater score"}
-    counted = (f"{_count(scores[kind], 'pair')} {what}" for kind, what in parts.items() if scores[kind])
+    counted = (f"{counted(scores[kind], 'pair')} {what}" for kind, what in parts.items() if scores[kind])
     said = "they are trained on as chosen and rejected say: remove them if the scores are right"
     return f"{' and '.join(counted)}; {said}"
 
@@ -142,7 +142,7 @@ def _copies(found: SourceCheck) -> str:
         return "no row repeats another"
     shown = "; ".join(f"{again} repeats {first}" for again, first in copies)
     more = f"; and {number - len(copies):,} more" if number > len(copies) else ""
-    return f"{_count(number, 'row')} with the prompt, responses and preferences of an earlier one: {shown}{more}"
+    return f"{counted(number, 'row')} with the prompt, responses and preferences of an earlier one: {shown}{more}"
 
 
 def _length(pairs: PairFindings) -> str:
@@ -159,7 +159,7 @@ def _media(found: SourceCheck) -> str:
     if not uses:
         return "none; text only"
     most, name = max(found.media.values(), key=lambda use: use[0])
-    line = f"{_count(len(found.media), 'different image or video', 'different images and videos')}"
+    line = f"{counted(len(found.media), 'different image or video', 'different images and videos')}"
     if most == 1:
         return f"{line}, each in one row"
     repeated = sum(number > 1 for number, _ in found.media.values())
@@ -177,7 +177,7 @@ def _first_row(record: Record, encoder: ConversationEncoder | None) -> Text:
             text.append(f"response {number + 1} is refused: {error.message} ({error.code})\n", style="red")
             continue
         text.append(f"response {number + 1}, {len(tokens):,} tokens\n", style="bold")
-        text.append(_shortened(_runs(encoder.tokenizer.decode(tokens)), 3 * _MAX_TEXT) + "\n")
+        text.append(_shortened(runs_counted(encoder.tokenizer.decode(tokens)), 3 * _MAX_TEXT) + "\n")
     return text
 
 
@@ -199,12 +199,13 @@ def _shortened(text: str, length: int) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
-def _runs(text: str) -> str:
+def runs_counted(text: str) -> str:
     """Replace a special token that stands many times in a row by one and the number."""
     return re.sub(r"(<[^<>\s]+>)\1{2,}", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])} ", text)
 
 
-def _count(number: int, one: str, many: str = "") -> str:
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with the name of what is counted, such as `1 row` or `2 rows`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 

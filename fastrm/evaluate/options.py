@@ -24,6 +24,11 @@ class RowOptions:
     columns: Mapping[str, str] = field(default_factory=dict)
     ignore: Sequence[str] = field(default_factory=list)
 
+    @property
+    def as_source(self) -> dict:
+        """The settings under their names in `SourceConfig`."""
+        return {"images": self.images, "format": self.data_format, "columns": self.columns, "ignore": self.ignore}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:

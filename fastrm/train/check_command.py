@@ -48,8 +48,8 @@ def check_data(
     """
     limit, console = _share(max_refused), make_console()
     checked, too_many, empty = [], [], []
-    for name, source, config in _sources(names, reading or {}):
-        encoder = _encoder(config, model)
+    for name, source, config in listed_sources(names, reading or {}):
+        encoder = encoder_of(config, model)
         with Display() as display:
             for line in filter(None, map(understood, open_source(source))):
                 display.say(line)
@@ -75,7 +75,7 @@ def check_data(
     return checked
 
 
-def _sources(names: Sequence[str], reading: dict) -> list[tuple[str, SourceConfig, Config | None]]:
+def listed_sources(names: Sequence[str], reading: dict) -> list[tuple[str, SourceConfig, Config | None]]:
     """Return (name in messages, source, its configuration) for every source that is named."""
     found: list[tuple[str, SourceConfig, Config | None]] = []
     for name in names:
@@ -89,7 +89,7 @@ def _sources(names: Sequence[str], reading: dict) -> list[tuple[str, SourceConfi
     return found
 
 
-def _encoder(config: Config | None, model: str | None) -> ConversationEncoder | None:
+def encoder_of(config: Config | None, model: str | None) -> ConversationEncoder | None:
     """Return the encoder that reads the rows as a model does; None: the first row is shown as turns."""
     if model is None and (config is None or config.model.path is None):
         return None
