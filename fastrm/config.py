@@ -5,12 +5,14 @@ to the working directory.
 """
 
 import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from fastrm.data_config import DataConfig
+from fastrm.errors import ConfigError
 from fastrm.names import device_name, dtype_name
 from fastrm.sections import Fraction, NonEmpty, NonNegative, Positive, Section
 from fastrm.stopping_config import ACCURACY, FIGURES, StoppingConfig
@@ -319,8 +321,10 @@ class Config(Section):
         return dump_yaml(self.model_dump(mode="json"))
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file and what it extends, apply `a.b=value` overrides (values are YAML), and validate.
+def load_config(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or its content as a dict, and what it extends; apply `a.b=value` overrides, and validate.
+
+    The values of overrides are YAML.
 
     Raises:
         ConfigError: naming the file and line, or the override, of every problem found.
@@ -328,15 +332,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return load_run(Config, path, overrides)
 
 
-def load_run(model: type[Run], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+def load_run(model: type[Run], path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
     """Read the file of a run as `model`: what its `extends` names, itself, then `a.b=value` overrides.
+
+    A dict stands for a file's content. It has no name to make run.dir of, and what it extends is relative to the
+    working folder.
 
     run.dir is each file's own, so that two runs never share a folder because one extends the other.
 
     Raises:
         ConfigError: naming the file and line, or the override, of every problem found.
     """
-    path = Path(path)
     *files, (_, tree, places) = read_chain(path)
     for _, own, own_places in reversed(files):
         if isinstance(tree.get("run"), dict):
@@ -348,8 +354,10 @@ def load_run(model: type[Run], path: str | Path, overrides: list[str] | tuple[st
     if isinstance(tree.get("run", {}), dict):
         run = tree.setdefault("run", {})
         if run.get("dir") is None:
-            run["dir"] = f"runs/{path.stem}"
-    return validate(model, tree, places, str(path))
+            if isinstance(path, Mapping):
+                raise ConfigError('config: run.dir is missing, which a file has by its name; add {"run": {"dir": ...}}')
+            run["dir"] = f"runs/{Path(path).stem}"
+    return validate(model, tree, places, "config" if isinstance(path, Mapping) else str(path))
 
 
 def describe_extended(path: str | Path) -> str | None:

@@ -8,6 +8,7 @@ nearest one that exists. A file that `extends` another holds what differs from i
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,19 +65,22 @@ def read_yaml(path: str | Path) -> tuple[dict, Places]:
     return _parse_yaml(text, str(path))
 
 
-def read_chain(path: str | Path) -> list[tuple[Path, dict, Places]]:
+def read_chain(path: str | Path | Mapping) -> list[tuple[Path, dict, Places]]:
     """Read a file, then the file that its `extends` names, relative to it, and so on; each without that key.
+
+    A dict stands for a file's content, and its `extends` is relative to the working folder.
 
     Raises:
         ConfigError: if a file cannot be read, naming the line that asks for it, or if the files go in a circle.
     """
-    path, where, chain = Path(path), "", []
+    given = path if isinstance(path, Mapping) else None
+    path, where, chain = Path() if given is not None else Path(path), "", []
     while True:
         if path.resolve() in [file.resolve() for file, _, _ in chain]:
             circle = " -> ".join(str(file) for file in [*(file for file, _, _ in chain), path])
             raise ConfigError(f"{where}files extend one another in a circle: {circle}; take one `extends` out")
         try:
-            tree, places = read_yaml(path)
+            tree, places = read_yaml(path) if chain or given is None else _document(given)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
         chain.append((path, tree, places))
@@ -86,6 +90,21 @@ def read_chain(path: str | Path) -> list[tuple[Path, dict, Places]]:
         if not (isinstance(name, str) and name):
             raise ConfigError(f"{line}: extends: got {name!r}, wanted the path of a file, relative to this one")
         where, path = f"{line}: extends: ", Path(os.path.normpath(path.parent / name))
+
+
+def _document(given: Mapping) -> Document:
+    """Return a configuration that was given as a dict like one that was read; later changes leave the dict as it is."""
+    places: Places = {(): "config"}
+
+    def plain(value: Any, key: tuple) -> Any:
+        places[key] = "config"
+        if isinstance(value, Mapping):
+            return {name: plain(item, (*key, name)) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item, (*key, number)) for number, item in enumerate(value)]
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    return plain(given, ()), places
 
 
 def lay_over(model: type[BaseModel], below: Document, above: Document, prefix: tuple = ()) -> None:

@@ -9,10 +9,11 @@ from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.evaluate.benchmarks.benchmark import PREFIX, Benchmark, load_benchmark, read_scores
 from fastrm.evaluate.benchmarks.report import Evaluation, comparison_table, draw, figures_table
 from fastrm.evaluate.ensemble import Ensemble, Rewards
-from fastrm.evaluate.files import CHUNK, describe, evaluate_file, print_refused
+from fastrm.evaluate.files import Load, describe, evaluate_file, print_refused
 from fastrm.evaluate.merging import score_merged
 from fastrm.evaluate.models import open_models
 from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.evaluate.scoring import CHUNK
 from fastrm.json_files import to_json
 from fastrm.storage import check_output, whole_file
 from fastrm.ui import Display, make_console, print_table
@@ -85,11 +86,22 @@ def evaluate_benchmark(
     outputs.check()
     if choice.save is not None:
         check_output(choice.save)
+    with Display() as display:
+        evaluation = run_benchmark(lambda: open_models(choice, options, display), name, data, options, display)
+    _finish(evaluation, outputs)
+
+
+def run_benchmark(load: Load, name: str, data: str | None, options: ScoringOptions, display: Display) -> Evaluation:
+    """Score a benchmark's rows with the models that `load` gives.
+
+    Raises:
+        ConfigError, StorageError: for models that cannot be used.
+        DataError: for a benchmark that cannot be read, or of which no row could be scored.
+    """
     benchmark = load_benchmark(name, data, options.rows.images)
     records = benchmark.records
-    with Display() as display:
-        ensemble = open_models(choice, options, display)
-        results = score_rows(ensemble, records, options, display)
+    ensemble = load()
+    results = score_rows(ensemble, records, options, display)
     rewards = {row: result for row, result in enumerate(results) if isinstance(result, Rewards)}
     refused = {
         row: f"{records[row].origin}: {result.message} ({result.code})"
@@ -102,12 +114,9 @@ def evaluate_benchmark(
         (name, {row: result.members[place] for row, result in rewards.items()})
         for place, name in enumerate(ensemble.names)
     ]
-    _finish(
-        Evaluation(
-            benchmark, " + ".join(ensemble.names), {row: result.combined for row, result in rewards.items()}, refused,
-            members if len(members) > 1 else [], describe(ensemble),
-        ),
-        outputs,
+    return Evaluation(
+        benchmark, " + ".join(ensemble.names), {row: result.combined for row, result in rewards.items()}, refused,
+        members if len(members) > 1 else [], describe(ensemble),
     )  # fmt: skip
 
 

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from fastrm.data.record import Record, VideoRef
 from fastrm.data.template import ConversationEncoder
-from fastrm.errors import ConfigError, DataError, GroupError, RecordError, option
+from fastrm.errors import ConfigError, DataError, RecordError, option
+from fastrm.evaluate.group_scorer import TOKENS_PER_PACK, GroupScorer
 from fastrm.evaluate.reward_model import RewardModel
-from fastrm.evaluate.scoring import score_dicts, score_with_each
+from fastrm.evaluate.scoring import score_with_each
 from fastrm.model.places import checked_path
 from fastrm.storage import write_whole
 from fastrm.yaml_files import dump_yaml, read_yaml, validate
@@ -86,14 +87,14 @@ class Rewards:
         return Rewards(combined, [[rewards[place] for place in places] for rewards in self.members])
 
 
-class Ensemble:
+class Ensemble(GroupScorer):
     """An ensemble that scores responses with several reward models, as `RewardModel` does with one.
 
         ensemble = fastrm.Ensemble.from_pretrained(["runs/a/model", "runs/b/model"])
         ensemble.score([{"prompt": "Which digit?", "images": ["7.png"], "responses": ["seven", "two"]}])
 
-    All models are held in memory on one device and run one after another. Members that read inputs alike
-    share decoding, tokenisation and packs.
+    A group that one member cannot score is not scored. All models are held in memory on one device and run one after
+    another. Members that read inputs alike share decoding, tokenisation and packs.
 
     Attributes:
         members: the reward models.
@@ -202,25 +203,15 @@ class Ensemble:
             tree["route"] = {"text": _relative(self.text_name, file)}
         write_whole(file, dump_yaml(tree))
 
-    def score(
+    def _score(
         self,
-        groups: Sequence[dict],
-        *,
-        tokens_per_pack: int = 32768,
+        records: Sequence[Record],
+        tokens_per_pack: int = TOKENS_PER_PACK,
         num_workers: int = 0,
-        on_error: Literal["raise", "return"] = "raise",
-    ) -> list[list[float] | GroupError]:
-        """Score groups as `RewardModel.score`. A group that one member cannot score is not scored.
-
-        Raises:
-            GroupError: a `DataError` that names the group and the reason.
-        """
-
-        def score(records: Sequence[Record]) -> list[list[float] | RecordError]:
-            results = self.score_records(records, tokens_per_pack, num_workers)
-            return [result if isinstance(result, RecordError) else result.combined for result in results]
-
-        return score_dicts(score, groups, on_error)
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[float] | RecordError]:
+        results = self.score_records(records, tokens_per_pack, num_workers, progress)
+        return [result if isinstance(result, RecordError) else result.combined for result in results]
 
     def score_records(
         self,

@@ -1,7 +1,7 @@
 """The commands `fastrm score` and `fastrm eval` on data files: rewards, or pair accuracy."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -9,24 +9,24 @@ from pathlib import Path
 from fastrm.data.record import Record
 from fastrm.data.sources import source_files, unread_lines
 from fastrm.data.sources.columns import understood
+from fastrm.data.sources.in_memory import Rows
 from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.accuracy import PairAccuracy
 from fastrm.evaluate.ensemble import Ensemble, Rewards
 from fastrm.evaluate.models import open_models
 from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.evaluate.reading import read_in_order
-from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite
+from fastrm.evaluate.scoring import CHUNK, NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json
 from fastrm.model.loading import shortened
 from fastrm.storage import check_output, whole_file
 from fastrm.tables import Table
 from fastrm.ui import Display, make_console, message, print_table
 
-# The number of records that are read, scored and written at a time.
-CHUNK = 512
 # The most refused rows that are named on the screen; files name all.
 _NAMED = 10
 
+Load = Callable[[], Ensemble]
 Scored = tuple[Record | str | None, Rewards | RecordError]
 
 
@@ -40,12 +40,15 @@ def score_file(choice: ModelChoice, data: str, out: Path, options: ScoringOption
         DataError: after everything is written, if no group has rewards or a reward was not finite.
     """
     choice.check()
+    if choice.save is not None:
+        check_output(choice.save)
     refused: list[str] = []
     broken: list[str] = []
     ids: Counter[str] = Counter()
     done = 0
     with whole_file(out) as write, Display() as display:
-        for record, result in Scoring(choice, data, options, display, "scoring").run(require_preferences=False):
+        scoring = Scoring(lambda: open_models(choice, options, display), data, options, display, "scoring")
+        for record, result in scoring.run(require_preferences=False):
             row = _score_row(record, result)
             write(to_json(row) + "\n")
             done += 1
@@ -75,8 +78,10 @@ def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options
     choice.check()
     # The output is opened before the work, so that a wrong name fails at once.
     with whole_file(json_out) if json_out is not None else nullcontext() as write:
+        if choice.save is not None:
+            check_output(choice.save)
         with Display() as display:
-            report = _evaluate(Scoring(choice, data, options, display, "evaluating"), data)
+            report = measure_file(lambda: open_models(choice, options, display), data, options, display)
         print_table(make_console(), _table(report))
         print_refused([f"{row['message']} ({row['code']})" for row in report["refused"]], "--json lists them all")
         if write is not None:
@@ -86,15 +91,18 @@ def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options
 class Scoring:
     """A pass of the models over a data file, chunk by chunk.
 
+    Args:
+        load: gives the models, when the data has been opened.
+
     Attributes:
         ensemble: the models, once the first row has been scored.
     """
 
-    def __init__(self, choice: ModelChoice, data: str, options: ScoringOptions, display: Display, description: str):
-        if choice.save is not None:
-            check_output(choice.save)
+    def __init__(
+        self, load: Load, data: str | Rows, options: ScoringOptions, display: Display, description: str
+    ):
         self.ensemble: Ensemble | None = None
-        self._choice, self._data, self._options = choice, data, options
+        self._load, self._data, self._options = load, data, options
         self._display, self._update = display, display.task(description)
 
     def run(self, *, require_preferences: bool) -> Iterator[Scored]:
@@ -111,7 +119,7 @@ class Scoring:
         chunk, done = list(islice(rows, CHUNK)), 0
         if not chunk:
             raise DataError(f"{self._data}: it has no rows; name a file with a row for each prompt")
-        self.ensemble = open_models(self._choice, self._options, self._display)
+        self.ensemble = self._load()
         while chunk:
             yield from self._score(chunk)
             done += len(chunk)
@@ -127,7 +135,13 @@ class Scoring:
             yield (row, next(results)) if isinstance(row, Record) else row
 
 
-def _evaluate(scoring: Scoring, data: str) -> dict:
+def measure_file(load: Load, data: str | Rows, options: ScoringOptions, display: Display) -> dict:
+    """Return pair accuracy overall and per source, as `fastrm eval --json` writes it.
+
+    Raises:
+        ConfigError, DataError, StorageError: for a model or data that cannot be used.
+    """
+    scoring = Scoring(load, data, options, display, "evaluating")
     accuracy, members, refused = PairAccuracy(), [], []
     for record, result in scoring.run(require_preferences=True):
         if isinstance(result, RecordError):

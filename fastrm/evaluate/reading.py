@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fastrm.data.record import Record
 from fastrm.data.sources import KeyTally, read_source
+from fastrm.data.sources.in_memory import Rows
 from fastrm.errors import RecordError
 
 
@@ -19,7 +20,7 @@ class _Refused:
 
 
 def read_in_order(
-    data: str,
+    data: str | Rows,
     images: str | None,
     data_format: str,
     *,

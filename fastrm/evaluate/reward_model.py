@@ -1,14 +1,15 @@
 """The public class `RewardModel`: a trained reward model as other programs use it."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from fastrm.errors import ConfigError, GroupError, option
-from fastrm.evaluate.scoring import score_groups
+from fastrm.data.record import Record
+from fastrm.errors import ConfigError, RecordError, option
+from fastrm.evaluate.group_scorer import TOKENS_PER_PACK, GroupScorer
+from fastrm.evaluate.scoring import score_records
 from fastrm.limits import MediaLimits
 from fastrm.model.export import kept_date, load_model
 from fastrm.model.first_use import FirstUse, weights_of
@@ -22,7 +23,7 @@ from fastrm.names import checked_dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class RewardModel:
+class RewardModel(GroupScorer):
     """A scorer of responses by an exported reward model.
 
         model = fastrm.RewardModel.from_pretrained("runs/quickstart/model")
@@ -92,32 +93,35 @@ class RewardModel:
         weights = _describe(network.model.dtype, stored_dtype(str(path)), dtype)
         return cls(network, weights, _describe_date(network.encoder.date, given, kept_date(path)))
 
-    def score(
-        self,
-        groups: Sequence[dict],
-        *,
-        tokens_per_pack: int = 32768,
-        num_workers: int = 0,
-        on_error: Literal["raise", "return"] = "raise",
-    ) -> list[list[float] | GroupError]:
-        """Return the rewards of every response, in the order of the groups.
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return self.network.device
 
-        All responses of a group share one pass over its prompt and images. Image files are read anew at
-        every call. Any number of threads may call it at once; each gets what it would get alone, to the bit.
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the backbone's weights."""
+        return self.network.model.dtype
 
-        Args:
-            groups: {"prompt": str or messages, "images": [path | bytes | PIL image], "responses":
-                [str, ...]}; images may be left out. Responses may be empty, equal, and any number from one on.
-            tokens_per_pack: token budget of one forward pass; the largest group must fit.
-            num_workers: processes that decode images ahead of the forward passes; 0 = in this one.
-            on_error: raise at the first group that cannot be scored, or return a `GroupError` in the place of its
-                rewards; the other groups get theirs. A reward that is not a finite number is such an error.
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of a prompt with one response: `max_position_embeddings` of config.json, None without.
 
-        Raises:
-            GroupError: a `DataError` that names the group and the reason.
-            ExactnessError: if the model's first rewards differ from those of the stock class (`check_exactness`).
+        A longer one is computed, as transformers does, unless the rotary embedding depends on the length (rope_type
+        dynamic), where it is refused.
         """
-        return score_groups(self.network, groups, tokens_per_pack, num_workers, on_error)
+        return getattr(self.network.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _score(
+        self,
+        records: Sequence[Record],
+        tokens_per_pack: int = TOKENS_PER_PACK,
+        num_workers: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[float] | RecordError]:
+        return score_records(
+            self.network, records, tokens_per_pack, num_workers, lambda done: progress(done, len(records))
+        )
 
 
 def _describe(used: torch.dtype, stored: torch.dtype, asked: str) -> str:

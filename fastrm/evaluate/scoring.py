@@ -5,9 +5,11 @@ reward that is not a finite number is such a refusal: nothing writes it, average
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,9 @@ from fastrm.data.group import GroupSize, check_distinct, encode_within
 from fastrm.data.loader import LoadedPack, PackBuilder, RefusedGroup, load_packs
 from fastrm.data.packing import EncodedGroup, Pack
 from fastrm.data.record import Record
+from fastrm.data.sources import KeyTally, RefusedRow, source_files, unread_lines
+from fastrm.data.sources.in_memory import Rows, RowsLike
+from fastrm.data.sources.layouts import LAYOUTS, messages
 from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.sources.values import describe
 from fastrm.data.template import ConversationEncoder
@@ -25,10 +30,13 @@ from fastrm.evaluate.merging import PromptGroup
 from fastrm.model.network import RewardNetwork
 from fastrm.model.text import longest_path
 
+# The number of records that are read and scored at a time.
+CHUNK = 512
 NON_FINITE = "NON_FINITE_REWARD"
 ON_ERROR = ("raise", "return")
 
 Forward = Callable[[Pack | None], torch.Tensor | None]
+ScoreRecords = Callable[[Sequence[Record]], list[list[float] | RecordError]]
 
 
 def run_packs(
@@ -98,10 +106,14 @@ def refuse_non_finite(name: str, error: RecordError | RefusedGroup) -> None:
 
 
 def score_records(
-    network: RewardNetwork, records: Sequence[Record], tokens_per_pack: int, num_workers: int = 0
+    network: RewardNetwork,
+    records: Sequence[Record],
+    tokens_per_pack: int,
+    num_workers: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[float] | RecordError]:
     """Return the rewards of each record's responses, or why it could not be scored, in order."""
-    results = score_with_each([network], records, tokens_per_pack, num_workers)
+    results = score_with_each([network], records, tokens_per_pack, num_workers, progress)
     return [result if isinstance(result, RecordError) else result[0] for result in results]
 
 
@@ -232,17 +244,40 @@ def _laid_out(pack: Pack, network: RewardNetwork, lay_out) -> Pack:
     return pack if network.lay_out == lay_out else replace(pack, layouts=network.lay_out(pack))
 
 
-def score_groups(
-    network: RewardNetwork, groups: Sequence[dict], tokens_per_pack: int, num_workers: int = 0, on_error: str = "raise"
-) -> list[list[float] | GroupError]:
-    """Score groups as `RewardModel.score` says."""
-    return score_dicts(lambda records: score_records(network, records, tokens_per_pack, num_workers), groups, on_error)
+def score_table(score: ScoreRecords, rows: RowsLike, on_error: str = "raise") -> list[list[float] | GroupError]:
+    """Return the rewards of the rows of a DataFrame or a Dataset, which are read as those of a file.
+
+    Keys that are not read are named in one warning.
+
+    Raises:
+        GroupError, ConfigError: as `score_dicts`.
+    """
+    _check_on_error(on_error)
+    keys, results = KeyTally(), []
+    file = source_files(Rows(rows))[0].requiring(False)
+    items = file.read(keys=keys)
+    while chunk := list(islice(items, CHUNK)):
+        scored = iter(score([item for item in chunk if isinstance(item, Record)]))
+        for item in chunk:
+            result = next(scored) if isinstance(item, Record) else RecordError(item.code, item.message)
+            if isinstance(result, RecordError):
+                name = item.id if isinstance(item, Record) else item.record_id
+                result = GroupError(len(results), name, result.code, result.message)
+                if on_error == "raise":
+                    raise result
+            results.append(result)
+    for line in unread_lines({file.path: keys}):
+        warnings.warn(line, stacklevel=3)
+    return results
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ON_ERROR:
+        raise ConfigError(f"on_error: got {on_error!r}, wanted one of {', '.join(ON_ERROR)}")
 
 
 def score_dicts(
-    score: Callable[[Sequence[Record]], list[list[float] | RecordError]],
-    groups: Sequence[dict],
-    on_error: str = "raise",
+    score: ScoreRecords, groups: Sequence[Mapping], on_error: str = "raise"
 ) -> list[list[float] | GroupError]:
     """Return the rewards of groups as the Python API takes them.
 
@@ -254,8 +289,7 @@ def score_dicts(
         GroupError: for the first group that cannot be scored.
         ConfigError: for another `on_error`.
     """
-    if on_error not in ON_ERROR:
-        raise ConfigError(f"on_error: got {on_error!r}, wanted one of {', '.join(ON_ERROR)}")
+    _check_on_error(on_error)
     if isinstance(groups, (dict, str, bytes)) or not isinstance(groups, Iterable):
         raise DataError(f"groups: got {describe(groups)}, wanted a list of groups: score([group])")
     groups = list(groups)
@@ -263,7 +297,7 @@ def score_dicts(
     records = []
     for number, group in enumerate(groups):
         try:
-            records.append(group_record(group, number, require_preferences=False))
+            records.append(_read_group(group, number))
             results.append([])
         except RecordError as error:
             results.append(group_error(number, group, error))
@@ -280,6 +314,17 @@ def score_dicts(
             if isinstance(result, GroupError):
                 raise result
     return results
+
+
+def _read_group(group: object, number: int) -> Record:
+    """Read a group of the Python API, or a row in another layout that data files have."""
+    is_own = not isinstance(group, dict) or "responses" in group or messages.matches(group)
+    if is_own or not any(layout.matches(group) for layout in LAYOUTS.values()):
+        return group_record(group, number, require_preferences=False)
+    (item,) = source_files(Rows([group]))[0].requiring(False).read()
+    if isinstance(item, RefusedRow):
+        raise RecordError(item.code, item.message)
+    return item
 
 
 def group_error(index: int, group: object, error: RecordError) -> GroupError:

@@ -44,7 +44,9 @@ RUN_ELSEWHERE = {
 # Words in place of what a reader has, in commands that are only read.
 READERS = {"MODEL", "FOLDER", "FILE", "my.yaml", "folder-or-file", "folder-or-archive"}
 # Pages whose Python blocks do not run as they stand.
-PYTHON_PAGES = ["docs/evaluation.md", "docs/exports.md", "docs/serving_engines.md", "kernels/README.md"]
+PYTHON_PAGES = [
+    "docs/evaluation.md", "docs/exports.md", "docs/python.md", "docs/serving_engines.md", "kernels/README.md"
+]  # fmt: skip
 
 
 def is_run_elsewhere(line):

@@ -18,9 +18,10 @@ from fastrm.data.sources.digits import DigitsFile
 from fastrm.data.sources.files import data_files
 from fastrm.data.sources.hub import PREFIX as HUB_PREFIX
 from fastrm.data.sources.hub import hub_files
+from fastrm.data.sources.in_memory import NAME, Rows, RowsFile
 from fastrm.data.sources.key_tally import KeyTally
 from fastrm.data.sources.layouts import FORMATS, keys_read_by
-from fastrm.data.sources.media import in_folder, path_resolver
+from fastrm.data.sources.media import any_path, in_folder, path_resolver
 from fastrm.data.sources.published import NONE, find_set, set_files
 from fastrm.data.sources.reader import RefusedRow, SourceFile
 from fastrm.errors import DataError
@@ -40,7 +41,7 @@ __all__ = [
 
 
 def source_files(
-    path: str | Path | None = None,
+    path: str | Path | Rows | None = None,
     *,
     set: str | None = None,
     format: str = "auto",
@@ -54,11 +55,12 @@ def source_files(
 
     Args:
         path: a .jsonl, .json or .parquet file, a folder of them, ``digits:train``, ``digits:eval``, or
-            ``hub:owner/name[/config][:split]``; with `set` the set's folder, None for the hub.
+            ``hub:owner/name[/config][:split]``, or rows in memory; with `set` the set's folder, None for the hub.
         set: a published set by its name in `PUBLISHED`.
         format: a name of FORMATS; ``auto`` decides for each row by its keys.
-        images: folder or .tar/.zip archive that image paths are relative to; default the file's folder; ``none``: the
-            rows have no images and videos, and ``<image>`` in them is text, as in published sets of text.
+        images: folder or .tar/.zip archive that image paths are relative to; default the file's folder, and for rows
+            in memory the working folder; ``none``: the rows have no images and videos, and ``<image>`` in them is
+            text, as in published sets of text.
         name: see `SourceFile`.
         pairs: see `SourceFile`; None: the set's own, else ``all``.
         columns: the file's name for each key that fastrm reads, where the two differ.
@@ -71,7 +73,7 @@ def source_files(
     if format not in FORMATS:
         wanted = ", ".join(FORMATS)
         raise DataError(f'data source "{path}": format "{format}" is unknown; wanted one of {wanted}')
-    path, images = (None if value is None else os.fspath(value) for value in (path, images))
+    path, images = (value if value is None or isinstance(value, Rows) else os.fspath(value) for value in (path, images))
     published = None if set is None else find_set(set)
     is_text = images == NONE or (images is None and published is not None and published.media == NONE)
     images = None if is_text else images
@@ -84,6 +86,9 @@ def source_files(
     if published is not None:
         layout = published.layout if format == "auto" else format
         return set_files(published, path, images, format=layout, pairs=pairs or published.pairs, **reading)
+    if isinstance(path, Rows):
+        resolve = any_path if images is None else path_resolver(images)
+        return [RowsFile(NAME, resolve, format, pairs=pairs or "all", values=path, **reading)]
     if path is None:
         raise DataError("a data source needs a path or the name of a published set")
     if path.startswith(DIGITS_PREFIX) and format in ("auto", "digits"):
@@ -110,7 +115,7 @@ def hub_name(path: str | None, set: str | None) -> str:
 
 
 def read_source(
-    path: str | Path | None = None,
+    path: str | Path | Rows | None = None,
     *,
     quarantine: Quarantine,
     keys: dict[str, KeyTally] | None = None,

@@ -3,7 +3,6 @@
 from itertools import islice
 
 from fastrm.data.sources.digits import DigitsFile
-from fastrm.data.sources.files import read_rows
 from fastrm.data.sources.key_tally import KeyTally
 from fastrm.data.sources.keys import METADATA, nearest
 from fastrm.data.sources.layouts import ALL_KEYS
@@ -29,10 +28,7 @@ def understood(file: SourceFile | DigitsFile) -> str | None:
             hint = f'did you mean "{near}"?' if near else f"keys: {', '.join(ALL_KEYS)}"
             raise ConfigError(f"columns: {file.path}: no layout reads the key {key!r}; {hint}")
     seen = dict.fromkeys(
-        name
-        for _, row in islice(read_rows(file.path, 0, FIRST_ROWS), FIRST_ROWS)
-        if isinstance(row, dict)
-        for name in row
+        name for _, row in islice(file.raw_rows(0, FIRST_ROWS), FIRST_ROWS) if isinstance(row, dict) for name in row
     )
     for key, column in columns.items():
         if column not in seen:

@@ -62,7 +62,8 @@ def _downloaded(file: str) -> str:
 def file_stem(file: str) -> str:
     """Return the name of a data file without folder, archive and suffix."""
     name = file.replace("!", "/").rpartition("/")[2]
-    return name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))]
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")  # rows in memory have none
+    return name[: len(name) - len(suffix)]
 
 
 def stored_in(file: str) -> list[str]:
@@ -245,7 +246,7 @@ def _parquet_rows(file: str, start: int, stop: int | None) -> Iterator[NumberedR
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, row_groups=groups):
                 wanted = batch.slice(max(0, start - first))[: max(0, stop - max(start, first))]
                 first += batch.num_rows
-                for row in _batch_rows(wanted):
+                for row in batch_rows(wanted):
                     number += 1
                     yield number, row
                 if first >= stop:
@@ -276,7 +277,8 @@ def _row_groups(table, start: int, stop: int) -> tuple[list[int], int]:
     return groups, first
 
 
-def _batch_rows(batch) -> list:
+def batch_rows(batch) -> list:
+    """Return the rows of an Arrow record batch as plain objects; a RecordError in place of an unreadable row."""
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError:

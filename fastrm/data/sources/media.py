@@ -182,7 +182,7 @@ def media_ref(value: object, resolve: Resolve, name: str, kind: type[MediaRef]) 
     if isinstance(value, bytes) and value:
         return kind(data=value)
     if kind is ImageRef and isinstance(value, Image.Image):
-        return ImageRef(data=_encoded(value, name))
+        return ImageRef(data=encoded(value, name))
     if kind is ImageRef and hasattr(value, "shape"):
         raise bad_row(name, value, "an image; make one of an array of pixels by PIL.Image.fromarray")
     article = "an" if kind is ImageRef else "a"
@@ -207,7 +207,12 @@ def _local_path(path: str, kind: type[MediaRef]) -> str:
     return path
 
 
-def _encoded(image: Image.Image, name: str) -> bytes:
+def encoded(image: Image.Image, name: str) -> bytes:
+    """Return the PNG of a Pillow image.
+
+    Raises:
+        RecordError: IMAGE_DAMAGED if its pixels cannot be read, naming the field.
+    """
     try:
         with _LOADING:
             image.load()

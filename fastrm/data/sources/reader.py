@@ -76,6 +76,10 @@ class SourceFile:
         """
         return count_rows(self.path)
 
+    def raw_rows(self, start: int = 0, stop: int | None = None) -> Iterator[NumberedRow]:
+        """Yield the rows as the file has them, as `read_rows`."""
+        return read_rows(self.path, start, stop)
+
     def read(
         self, start: int = 0, stop: int | None = None, keys: KeyTally | None = None
     ) -> Iterator[Record | RefusedRow]:
@@ -150,7 +154,7 @@ class SourceFile:
 
     def _rows(self, start: int, stop: int | None = None) -> Iterator[NumberedRow]:
         """Return the rows of the file under the keys that fastrm reads, without those to ignore."""
-        rows = read_rows(self.path, start, stop)
+        rows = self.raw_rows(start, stop)
         return ((number, self._renamed(row)) for number, row in rows) if self.columns or self.ignore else rows
 
     def _renamed(self, row: object) -> object:
