@@ -1,5 +1,6 @@
 """The free resources of this machine: memory of the host, and room on a disk."""
 
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,9 +63,12 @@ def free_disk(path: Path) -> int:
     """Return the bytes that may be written below `path`, which need not exist yet.
 
     Raises:
-        OSError: the disk cannot be asked.
+        OSError: the disk cannot be asked, or it stores no files, as /proc.
     """
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
-    return shutil.disk_usage(existing).free
+    usage = shutil.disk_usage(existing)
+    if not usage.total:
+        raise OSError(errno.EROFS, f"the file system of {existing} stores no files")
+    return usage.free

@@ -67,12 +67,15 @@ def read_questions(source: QuestionsSection) -> list[Question]:
     """Read all questions of a source; none may be missing, since accuracies are counted on all of them.
 
     Raises:
-        DataError: for a row that is no question, a video, or no rows at all.
+        DataError: for a row that is no question, a video, no rows at all, or fewer than `rows` names.
     """
     start, stop = source.rows or (0, None)
     found = list(islice(_read(source), start, stop))
     if not found:
         raise DataError(f"{source.path}: no questions in rows {start} to {stop or 'the end'}")
+    if stop is not None and start + len(found) < stop:
+        end = start + len(found)
+        raise DataError(f"{source.path}: has {end:,} rows, and rows: [{start}, {stop}] names more; write [{start}, {end}]")
     return found
 
 

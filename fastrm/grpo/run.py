@@ -43,6 +43,7 @@ def run_grpo(config: GrpoConfig) -> dict:
     policy, processor = load_policy(config.policy, [*taught, *train], config.run.seed)
     policy.to(process.device)
     _check_images((*taught, *train, *held_out), processor)
+    _check_length(policy, config.rollouts.max_tokens)
     with Display(silent=not process.is_main_process) as display:
 
         def measure(what: str) -> dict:
@@ -86,6 +87,16 @@ def _read_questions(config: GrpoConfig) -> tuple[list[Question], list[Question],
             "a step, so that there is none; lower optim.batch_prompts"
         )
     return train, held_out, read_questions(config.policy.fit.data) if config.policy.fit else []
+
+
+def _check_length(policy, max_tokens: int) -> None:
+    """Raise ConfigError if the longest rollout fills the policy's positions, so that none are left for a prompt."""
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_tokens >= positions:
+        raise ConfigError(
+            f"rollouts.max_tokens: {max_tokens:,}, but the policy has {positions:,} positions "
+            "(max_position_embeddings), for the prompt and its answer; lower it"
+        )
 
 
 def _check_images(questions: Iterable[Question], processor) -> None:

@@ -108,6 +108,15 @@ def test_available_memory_is_what_the_control_group_leaves(tmp_path, host, line,
     assert available_memory(tmp_path) == left
 
 
+@pytest.mark.skipif(not Path("/proc").is_mount(), reason="needs Linux's /proc")
+def test_a_file_system_that_stores_no_files_is_not_a_full_disk(tmp_path):
+    problem = disk_problem(load_config(tiny_config(tmp_path), ["run.dir=/proc/x"]), Disk(1, 1, 1))
+    assert problem == (
+        "/proc/x: the disk cannot be asked how much is free: the file system of /proc stores no files; choose another "
+        "run.dir"
+    )
+
+
 def test_the_free_disk_of_a_folder_that_is_not_there_is_that_of_the_one_above(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert abs(free_disk(Path("a/b/c")) - free_disk(tmp_path)) < GIB

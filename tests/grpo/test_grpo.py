@@ -284,6 +284,13 @@ def test_rows_that_are_no_questions_are_named(tmp_path, row, said):
         read_questions(source)
 
 
+def test_rows_beyond_the_file_are_named(tmp_path):
+    path = str(write_rows(tmp_path / "questions.jsonl", [{"prompt": f"{n}?", "solution": "4"} for n in range(3)]))
+    assert len(read_questions(QuestionsSection(path=path, rows=[1, 3]))) == 2
+    with pytest.raises(DataError, match=r"has 3 rows, and rows: \[1, 5000\] names more; write \[1, 3\]"):
+        read_questions(QuestionsSection(path=path, rows=[1, 5000]))
+
+
 @pytest.mark.parametrize(
     "overrides, said",
     [
@@ -314,6 +321,8 @@ def test_things_that_are_not_there_are_named(tmp_path):
         run(tmp_path, policy={**text, "init": {**TEXT, "model_type": "nosuch"}})
     with pytest.raises(ConfigError, match=r"digits:eval: has 8 questions, fewer than the 16 of a step"):
         run(tmp_path, optim={**SETTINGS["optim"], "batch_prompts": 16})
+    with pytest.raises(ConfigError, match=r"rollouts.max_tokens: 1,024, but the policy has 1,024 positions"):
+        run(tmp_path, policy=text, rollouts={"num": 2, "max_tokens": 1024})
     with pytest.raises(DataError, match="no questions in rows 5000 to 6000"):
         run(tmp_path, data=SETTINGS["data"] | {"eval": {"path": "digits:eval", "rows": [5000, 6000]}})
 
