@@ -75,7 +75,8 @@ def read_questions(source: QuestionsSection) -> list[Question]:
         raise DataError(f"{source.path}: no questions in rows {start} to {stop or 'the end'}")
     if stop is not None and start + len(found) < stop:
         end = start + len(found)
-        raise DataError(f"{source.path}: has {end:,} rows, and rows: [{start}, {stop}] names more; write [{start}, {end}]")
+        text = f"has {end:,} rows, and rows: [{start}, {stop}] names more; write [{start}, {end}]"
+        raise DataError(f"{source.path}: {text}")
     return found
 
 

@@ -20,8 +20,8 @@ from fastrm.forecast import room
 from fastrm.forecast.dry_run import dry_run
 from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.flops import typical_workload
-from fastrm.forecast.needs import LIBRARIES, needs_of, num_checkpoints
-from fastrm.forecast.room import check_room
+from fastrm.forecast.needs import LIBRARIES, Disk, needs_of, num_checkpoints
+from fastrm.forecast.room import check_room, disk_problem
 from fastrm.model import export
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.export import save_model

@@ -4,6 +4,7 @@ import json
 import math
 import tarfile
 import time
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from fastrm.grpo.run import timed_calls
 from fastrm.rl.client import ServerError
 from fastrm.rl.rewards import Rewards, sigmoid
 from fastrm.train.loop import train
+from pretrained.preferences import DATA, answer_pairs
 from tests.helpers.project import PROJECT
 from tests.helpers.reward_server import CountingScorer, Reply, reward_of, reward_server
 from tests.helpers.runs import TINY, fastrm_here, tiny_config, write_rows
@@ -413,6 +415,24 @@ def test_full_configuration_says_where_every_value_comes_from():
     lines = (PROJECT / "configs/grpo/full.yaml").read_text().splitlines()
     values = [line for line in lines if ":" in line and not line.lstrip().startswith("#") and line[-1] != ":"]
     assert len(values) > 20 and all(any(mark in line for mark in ("[P]", "[T]", "[ours]")) for line in values)
+
+
+def test_the_experiment_with_pretrained_weights_reads_what_the_commands_before_it_write():
+    config = load_grpo_config(PROJECT / "bench/pretrained/grpo.yaml")
+    trained = load_config(PROJECT / "bench/pretrained/human.yaml")
+    assert config.policy.path == trained.model.path
+    assert config.judge == config.rewards[0].model == f"{trained.run.dir}/model"
+    assert config.data.train.path == config.data.eval.path == trained.data.train[1].path
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder shared/data beside the project")
+def test_preferences_of_people_are_questions_whose_true_answer_is_the_preferred_one(tmp_path):
+    rows = list(islice(answer_pairs(), 3))
+    path = str(write_rows(tmp_path / "answers.jsonl", rows))
+    found = read_questions(QuestionsSection(path=path, truth="chosen"))
+    assert [(question.messages[0].text, question.truth) for question in found] == [
+        (row["prompt"], row["chosen"].strip()) for row in rows
+    ]
 
 
 def test_digits_configuration_measures_on_images_that_nothing_was_trained_on():
