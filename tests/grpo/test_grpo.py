@@ -418,7 +418,7 @@ def test_full_configuration_says_where_every_value_comes_from():
 
 
 def test_the_experiment_with_pretrained_weights_reads_what_the_commands_before_it_write():
-    config = load_grpo_config(PROJECT / "bench/pretrained/grpo.yaml")
+    config = load_run(GrpoConfig, PROJECT / "bench/pretrained/grpo.yaml")
     trained = load_config(PROJECT / "bench/pretrained/human.yaml")
     assert config.policy.path == trained.model.path
     assert config.judge == config.rewards[0].model == f"{trained.run.dir}/model"
