@@ -109,8 +109,8 @@ def test_available_memory_is_what_the_control_group_leaves(tmp_path, host, line,
 
 
 @pytest.mark.skipif(not Path("/proc").is_mount(), reason="needs Linux's /proc")
-def test_a_file_system_that_stores_no_files_is_not_a_full_disk(tmp_path):
-    problem = disk_problem(load_config(tiny_config(tmp_path), ["run.dir=/proc/x"]), Disk(1, 1, 1))
+def test_a_file_system_that_stores_no_files_is_not_a_full_disk(config_file):
+    problem = disk_problem(load_config(config_file, ["run.dir=/proc/x"]), Disk(1, 1, 1))
     assert problem == (
         "/proc/x: the disk cannot be asked how much is free: the file system of /proc stores no files; choose another "
         "run.dir"
