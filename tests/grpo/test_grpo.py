@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from bench.pretrained.preferences import DATA, answer_pairs
 from fastrm.config import load_config, load_run
 from fastrm.data.record import Message
 from fastrm.errors import ConfigError, DataError, GroupError, InterruptedRun, StorageError
@@ -25,7 +26,6 @@ from fastrm.grpo.run import timed_calls
 from fastrm.rl.client import ServerError
 from fastrm.rl.rewards import Rewards, sigmoid
 from fastrm.train.loop import train
-from pretrained.preferences import DATA, answer_pairs
 from tests.helpers.project import PROJECT
 from tests.helpers.reward_server import CountingScorer, Reply, reward_of, reward_server
 from tests.helpers.runs import TINY, fastrm_here, tiny_config, write_rows
