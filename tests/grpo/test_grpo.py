@@ -323,10 +323,17 @@ def test_things_that_are_not_there_are_named(tmp_path):
         run(tmp_path, policy={**text, "init": {**TEXT, "model_type": "nosuch"}})
     with pytest.raises(ConfigError, match=r"digits:eval: has 8 questions, fewer than the 16 of a step"):
         run(tmp_path, optim={**SETTINGS["optim"], "batch_prompts": 16})
-    with pytest.raises(ConfigError, match=r"rollouts.max_tokens: 1,024, but the policy has 1,024 positions"):
-        run(tmp_path, policy=text, rollouts={"num": 2, "max_tokens": 1024})
     with pytest.raises(DataError, match="no questions in rows 5000 to 6000"):
         run(tmp_path, data=SETTINGS["data"] | {"eval": {"path": "digits:eval", "rows": [5000, 6000]}})
+
+
+def test_rollouts_as_long_as_all_positions_are_refused(tmp_path):
+    path = str(write_rows(tmp_path / "questions.jsonl", [{"prompt": f"{n}?", "solution": "4"} for n in range(2)]))
+    with pytest.raises(ConfigError, match=r"rollouts.max_tokens: 1,024, but the policy has 1,024 positions"):
+        run(
+            tmp_path, policy={"init": TEXT, "tokenizer": {"train_vocab_size": 300}},
+            data={"train": {"path": path}, "eval": {"path": path}}, rollouts={"num": 2, "max_tokens": 1024},
+        )  # fmt: skip
 
 
 def test_vllm_that_is_not_installed_is_named(tmp_path, monkeypatch):
