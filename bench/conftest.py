@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.harness.results import RESULTS, cpu_name, file_stem, package_versions
+from bench.harness.results import RESULTS, cpu_name, file_of, package_versions, write_json
 from bench.kernels.run_kernels import BUDGET_SECONDS, Run
-from fastrm.json_files import to_json
 from fastrm.tables import Table
 
 COLUMNS = (
@@ -152,7 +151,6 @@ def _save(done) -> Path:
         "versions": {"python": platform.python_version()} | package_versions("torch", "transformers", "trl", "numpy"),
         "comparisons": [comparison.to_json() for comparison in done],
     }
-    file = RESULTS / f"{file_stem(device)}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(to_json(report, indent=2) + "\n")
+    file = file_of(device, ".json")
+    write_json(file, report, indent=2)
     return file

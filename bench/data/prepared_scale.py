@@ -24,7 +24,8 @@ import psutil
 
 from bench import ROOT
 from bench.data.prepared_rows import ROWS, write_sets
-from bench.harness.results import RESULTS, device_name, environment, file_stem
+from bench.harness.pages import table
+from bench.harness.results import RESULTS, device_name, environment, file_of, write_json
 from fastrm.json_files import to_json
 
 NUM_RANKS = 64
@@ -51,10 +52,9 @@ def main() -> None:
     }
     planned = subprocess.run([sys.executable, _PLAN, config, str(NUM_RANKS)], check=True, stdout=subprocess.PIPE)
     result |= json.loads(planned.stdout)
-    options.out.mkdir(parents=True, exist_ok=True)
     suffix = "" if options.rows == ROWS else f"-{options.rows}"
-    path = options.out / f"{file_stem(result['device'])}-prepared{suffix}.json"
-    path.write_text(to_json(result, indent=1) + "\n")
+    path = file_of(result["device"], f"-prepared{suffix}.json", options.out)
+    write_json(path, result)
     print(table_of(result))
     print(f"written to {path}")
 
@@ -80,7 +80,7 @@ def table_of(result: dict) -> str:
         ("groups that an epoch's packs hold other than once", f"{plan['groups_not_once']:,}"),
         ("packs over the token budget", f"{plan['packs_over_budget']:,}"),
     ]
-    return "\n".join(["| measure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(table(("measure", "value"), rows))
 
 
 def _prepare(config: Path, folder: Path, workers: int | None) -> dict:

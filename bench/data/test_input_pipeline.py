@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from bench import DATA
-from bench.harness.results import RESULTS, cpu_name, file_stem, package_versions
+from bench.harness.results import cpu_name, file_of, package_versions, write_json
 from fastrm.data import loader
 from fastrm.data.batching import PackPlan
 from fastrm.data.media import qwen2_vl
@@ -32,7 +32,6 @@ from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.sources import read_source
 from fastrm.data.tokenizer import train_tokenizer
-from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 from fastrm.model.export import make_encoder
 from fastrm.model.pack_layouts import LayoutBuilder
@@ -149,9 +148,8 @@ def save(images: Sequence[Images], work: Sequence[Work]) -> Path:
         "images": [asdict(case) for case in images],
         "work": [asdict(case) for case in work],
     }
-    file = RESULTS / f"{file_stem(device)}-input-pipeline.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(to_json(report, indent=2) + "\n")
+    file = file_of(device, "-input-pipeline.json")
+    write_json(file, report, indent=2)
     return file
 
 

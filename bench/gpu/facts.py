@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.harness.results import device_name, environment, package_versions, write_json
+from bench.harness.results import device_name, environment, write_json
 
 PACKAGES = (
     "transformers", "torchao", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4", "pydantic", "numpy",
@@ -17,22 +17,12 @@ PRODUCT = {"cuda": 8192, "cpu": 512}
 
 def matmul_flops(device: str) -> float:
     """Return FLOPs per second of the best of ten square bf16 products."""
-    import time
-
     import torch
 
-    from bench.harness.timing import synchronize
+    from bench.harness.rates import product_seconds
 
     size = PRODUCT[device]
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(12):
-        synchronize()
-        start = time.perf_counter()
-        a @ a
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[2:])
+    return 2 * size**3 / min(product_seconds(size, size, size, device, torch.bfloat16))
 
 
 def facts(device: str) -> dict:
@@ -41,10 +31,9 @@ def facts(device: str) -> dict:
 
     import torch
 
-    from bench.harness.timing import copy_bytes_per_second
+    from bench.harness.rates import copy_bytes_per_second
 
-    found = environment()
-    found["versions"] |= package_versions(*PACKAGES)
+    found = environment(*PACKAGES)
     found |= {"device": device_name(), "on_gpu": device == "cuda", "cores": len(os.sched_getaffinity(0))}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from bench.harness.gate import describe
+from bench.harness.memory import MIB, clean_memory
 from bench.harness.results import device_name, environment, write_json
-from bench.harness.timing import MIB, Budget, clean_memory, describe
+from bench.harness.timing import Budget
 from bench.training.measurement import timed
 from bench.training.models import make_network, training_config
 from bench.training.plan import planned_bytes

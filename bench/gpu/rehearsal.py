@@ -32,6 +32,7 @@ BACKEND = "aot_eager_decomp_partition"
 
 def shrink_models() -> None:
     """Put tiny models under the published names."""
+    from bench.harness.timing import Rounds
     from bench.training import measurement as training_run
     from bench.training import models as training_models
     from bench.training import plan as training_plan
@@ -50,7 +51,7 @@ def shrink_models() -> None:
     training_shapes.alternatives = lambda on_gpu: others(True)
     training_shapes.leave_one_out = lambda on_gpu: features(True)
     training_run.matmul_sizes = lambda model: [(64, 64, 64)]
-    training_run.VARIANT_SECONDS, training_run.MIN_ROUNDS, training_run.MAX_ROUNDS = 0, 1, 1
+    training_run.VARIANT_SECONDS, training_run.ROUNDS = 0, Rounds(1, 1)
     training_run.VARIANT_RESERVE_SECONDS = training_run.COMPILED_RESERVE_SECONDS = training_run.FP8_RESERVE_SECONDS = 5
     # gpu_memory.py looks for the largest size that fits: here two groups.
     training_plan.planned_bytes = lambda model, config, shape, variant: shape.num_groups << 30

@@ -11,9 +11,9 @@ from bench.gpu.results import (
     variants,
 )
 from bench.gpu.runner import DONE
+from bench.harness.pages import aligned_table
 from bench.kernels.results import ATTENTION, is_goal_device, ratio
 from bench.kernels.tables import report_lines as kernel_lines
-from bench.kernels.tables import table
 from bench.training.results import ALTERNATIVES, FASTRM, FP8, PAIRS, goal_lines
 from bench.training.tables import report_lines as training_lines
 
@@ -54,7 +54,7 @@ def _heading(record: dict) -> list[str]:
 def _stages(record: dict) -> list[str]:
     rows = [(s["name"], s["question"], s["status"], f"{s['seconds']:.0f} of {s['limit']:.0f}")
             for s in record["stages"]]  # fmt: skip
-    lines = table(("stage", "question", "how it ended", "seconds"), rows)
+    lines = aligned_table(("stage", "question", "how it ended", "seconds"), rows)
     for stage in record["stages"]:
         last = stage.get("tail", "").strip().splitlines()[-3:]
         if stage["status"] != DONE and last:
@@ -92,11 +92,12 @@ def _training(record: dict) -> list[str]:
 def _memory(record: dict) -> list[str]:
     rows = [(workload, name, f"{planned:,.0f}", f"{measured:,.0f}", f"{measured / planned:.3f}")
             for workload, name, planned, measured in planned_memory(training_report(record))]  # fmt: skip
-    lines = table(("workload", "variant", "planned MiB", "peak MiB", "measured / planned"), rows) if rows else []
+    columns = ("workload", "variant", "planned MiB", "peak MiB", "measured / planned")
+    lines = aligned_table(columns, rows) if rows else []
     if found := one_result(record, "memory.json"):
         rows = [_size_row(size) for size in found["sizes"]]
         lines += ["", f"The largest packs that the plan puts into {found['usable_mib']:,.0f} MiB:", ""] if lines else []
-        lines += table(("recomputing", "tokens", "planned MiB", "peak MiB", "fits"), rows)
+        lines += aligned_table(("recomputing", "tokens", "planned MiB", "peak MiB", "fits"), rows)
     return lines
 
 
@@ -118,7 +119,7 @@ def _update(record: dict) -> list[str]:
             over = f"{program['median'] / floor:.2f}x" if floor else "-"
             rows.append((name, f"{program['median']:.4f}", over, f"{program['first']:.1f}"))
     lines = [f"{found['model']}: {found['elements']:,} elements" + (f", floor {floor:.4f} s." if floor else ".")]
-    return [*lines, "", *table(("program", "s/update", "of the floor", "first, compiled, s"), rows)]
+    return [*lines, "", *aligned_table(("program", "s/update", "of the floor", "first, compiled, s"), rows)]
 
 
 def _kernels(record: dict) -> list[str]:

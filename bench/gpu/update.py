@@ -8,7 +8,6 @@ that an update must move, at the bandwidth of a large copy.
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from bench.harness.gate import describe
+from bench.harness.rates import copy_bytes_per_second
 from bench.harness.results import device_name, environment, write_json
-from bench.harness.timing import copy_bytes_per_second, describe, synchronize
+from bench.harness.timing import Stopwatch
 from bench.training.models import make_network
 from fastrm.train import compact_adamw
 from fastrm.train.compact_adamw import BLOCK, CompactAdamW
@@ -88,11 +89,9 @@ def measure(optimizer: CompactAdamW, program: Callable) -> dict:
     compact_adamw.compact_adamw = update
     seconds = []
     for _ in range(1 + ROUNDS):
-        synchronize()
-        start = time.perf_counter()
-        optimizer.step()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
+        with Stopwatch() as watch:
+            optimizer.step()
+        seconds.append(watch.wall)
     return {"failed": None, "first": seconds[0], "median": statistics.median(seconds[1:]), "rounds": ROUNDS}
 
 

@@ -56,8 +56,8 @@ def package_versions(*packages: str) -> dict[str, str | None]:
     return found
 
 
-def environment() -> dict:
-    """Return the date and the versions that decide a kernel's speed."""
+def environment(*packages: str) -> dict:
+    """Return the date, and the versions of what decides a kernel's speed and of these packages."""
     import torch
 
     return {
@@ -65,6 +65,7 @@ def environment() -> dict:
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__,
             "triton": package_versions("triton")["triton"], "cuda": torch.version.cuda, "driver": _driver(),
+            **package_versions(*packages),
         },
     }  # fmt: skip
 
@@ -77,9 +78,9 @@ def _driver() -> str | None:
         return None
 
 
-def write_json(file: Path, content: object) -> None:
+def write_json(file: Path, content: object, indent: int = 1) -> None:
     """Write JSON so that a reader finds the old content or the new one whole, also after a kill."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(to_json(content, indent=1) + "\n")
+    draft.write_text(to_json(content, indent=indent) + "\n")
     draft.replace(file)

@@ -8,8 +8,10 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from bench.harness.timing import Budget, Candidate, Named, attempt, check, error_limits, figures, host_ms
+from bench.harness.gate import Named, attempt, check, error_limits
+from bench.harness.timing import Budget
 from bench.kernels.head import DTYPES
+from bench.kernels.measurement import Candidate, figures, host_ms
 from bench.kernels.shapes import FORWARD, PACK_TOKENS, STEP, AttentionShape
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.flash_attn import flash_attn_obstacle

@@ -5,18 +5,10 @@ from functools import partial
 
 import torch
 
-from bench.harness.timing import (
-    MIB,
-    Budget,
-    Candidate,
-    Named,
-    attempt,
-    captured,
-    check,
-    error_limits,
-    figures,
-    synchronize,
-)
+from bench.harness.gate import Named, attempt, check, error_limits
+from bench.harness.memory import MIB
+from bench.harness.timing import Budget, synchronize
+from bench.kernels.measurement import Candidate, captured, figures
 from bench.kernels.shapes import STEP, HeadShape
 from fastrm_kernels.preference_head import preference_head_loss, reference
 

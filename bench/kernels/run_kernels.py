@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.harness.results import RESULTS, device_name, environment
 from bench.kernels.results import ATTENTION, HEAD, load_all, proposals, save
 from bench.kernels.shapes import attention_shapes, head_shapes
-from bench.kernels.tables import README, report_lines, updated_readme
+from bench.kernels.tables import PART, readme_section, report_lines
 
 BUDGET_SECONDS = 450  # the rest of 8 minutes after imports and the start of the device
 HEAD_SHARE = 0.4  # the head's share of the budget where both operations run
@@ -40,7 +40,8 @@ class Run:
     def __init__(self, seconds: float, quick: bool = False):
         import torch
 
-        from bench.harness.timing import Budget, copy_bytes_per_second
+        from bench.harness.rates import copy_bytes_per_second
+        from bench.harness.timing import Budget
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.quick = quick
@@ -54,7 +55,7 @@ class Run:
 
     def measure(self, op: str, shape, budget, drive=None, *, timed: bool = True) -> dict | None:
         """Gate and time one shape, or with `timed` False gate it alone; return None if no time was left."""
-        from bench.harness.timing import clean_memory
+        from bench.harness.memory import clean_memory
         from bench.kernels.attention import measure_attention
         from bench.kernels.head import measure_head
 
@@ -107,7 +108,8 @@ def wants_compile(shape) -> bool:
 
 def run_all(run: Run, only: str | None, out: Path) -> bool:
     """Measure all shapes; return whether every variant of every shape has its figures."""
-    from bench.harness.timing import Budget, DeviceLost, describe
+    from bench.harness.gate import DeviceLost, describe
+    from bench.harness.timing import Budget
 
     on_gpu, complete = run.device == "cuda", True
     shapes = {HEAD: head_shapes(on_gpu, run.quick), ATTENTION: attention_shapes(on_gpu, run.quick)}
@@ -156,8 +158,8 @@ def main() -> int:
     parser.add_argument("--readme", action="store_true", help="only make the tables of bench/README.md")
     arguments = parser.parse_args()
     if arguments.readme:
-        README.write_text(updated_readme(README.read_text(), load_all()))
-        print(f"wrote {README}")
+        PART.write(readme_section(load_all()))
+        print(f"wrote {PART.page}")
         return 0
     only = {"head": HEAD, "attention": ATTENTION, None: None}[arguments.only]
     if arguments.sweep:

@@ -17,9 +17,11 @@ from unittest import mock
 
 import torch
 
-from bench.harness.timing import Budget, Candidate, DeviceLost, attempt, captured, timed
+from bench.harness.gate import DeviceLost, attempt
+from bench.harness.timing import Budget
 from bench.kernels.attention import Pack
 from bench.kernels.head import Inputs, fused, num_sets, step
+from bench.kernels.measurement import Candidate, captured, one_pass
 from bench.kernels.results import ATTENTION, HEAD
 from bench.kernels.shapes import AttentionShape, HeadShape, attention_shapes, head_shapes
 from bench.kernels.tables import duration
@@ -162,7 +164,7 @@ def measure_trial(trial: Trial, wanted: list[torch.Tensor] | None) -> tuple[floa
     """
     run, results, steps = prepare(trial)
     candidate = Candidate(trial.text, {"run": run}, steps, queued=True)
-    times = [timed(candidate, "run", "cuda") for _ in range(REPEATS + 2)][2:]
+    times = [one_pass(candidate, "run", "cuda") for _ in range(REPEATS + 2)][2:]
     found = [x.clone() for x in results()]
     for a, b in zip(found, wanted or found, strict=True):
         # Two roundings of the dtype, or 1e-5, the error of reordered float32 sums.

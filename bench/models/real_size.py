@@ -23,8 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.harness.results import RESULTS, device_name, environment, file_stem, write_json
-from bench.training.comparison import reset_peak, status_bytes
+from bench.harness.memory import reset_peak, status_bytes
+from bench.harness.pages import table
+from bench.harness.results import RESULTS, device_name, environment, file_of, write_json
 from fastrm.json_files import to_json
 
 PARTS = ("make", "load", "step", "score", "score fp32")
@@ -52,7 +53,7 @@ def main() -> None:
         return
     result = {"device": device_name(), **environment()}
     suffix = "" if options.layers is None else f"-{options.layers}-layers"
-    path = options.out / f"{file_stem(result['device'])}-real-size{suffix}.json"
+    path = file_of(result["device"], f"-real-size{suffix}.json", options.out)
     rows = {tuple(row[key] for key in KEY): row for row in _earlier(path)}
     for model in options.models:
         for row in measure_model(model, options.layers, options.dir, options.parts, options.keep):
@@ -276,14 +277,14 @@ def make_checkpoint(model: str, layers: int | None, folder: Path) -> None:
 def table_of(rows: list[dict]) -> str:
     """Return the rows as a Markdown table; memory in GB of 10^9 bytes."""
     columns = ("model", "part", "seconds", "weights, GB", "peak resident, GB", "of it anonymous, GB")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    cells = []
     for row in rows:
         weights = f"{row['weight_bytes'] / GB:.2f}" if "weight_bytes" in row else ""
-        lines.append(
-            f"| {row['model']} | {row['part']} | {row['seconds']:.1f} | {weights} | {row['peak_bytes'] / GB:.2f} | "
-            f"{row['peak_anonymous_bytes'] / GB:.2f} |"
-        )
-    return "\n".join(lines)
+        cells.append((
+            row["model"], row["part"], f"{row['seconds']:.1f}", weights, f"{row['peak_bytes'] / GB:.2f}",
+            f"{row['peak_anonymous_bytes'] / GB:.2f}",
+        ))  # fmt: skip
+    return "\n".join(table(columns, cells))
 
 
 if __name__ == "__main__":

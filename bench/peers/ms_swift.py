@@ -25,7 +25,7 @@ from bench import ROOT
 from bench.harness.results import RESULTS, device_name, environment, package_versions
 from bench.peers.ms_swift_gate import check_batch, check_runs
 from bench.peers.ms_swift_inputs import SIZES, WORKLOADS, Sizes, Workload, make_inputs, step_flops
-from bench.peers.ms_swift_results import FASTRM, PAGE, SWIFT, load_all, report_lines, save, updated_page
+from bench.peers.ms_swift_results import FASTRM, PART, SWIFT, load_all, page_lines, report_lines, save
 from bench.peers.ms_swift_sides import Run, run_fastrm, run_swift
 
 PYTHON = ROOT / ".venv-ms-swift" / "bin" / "python"
@@ -88,8 +88,8 @@ def main() -> int:
     parser.add_argument("--docs", action="store_true", help="only make the tables of docs/lab/peers.md")
     arguments = parser.parse_args()
     if arguments.docs:
-        PAGE.write_text(updated_page(PAGE.read_text(), load_all()))
-        print(f"wrote {PAGE}")
+        PART.write(page_lines(load_all()))
+        print(f"wrote {PART.page}")
         return 0
     if not arguments.python.exists():
         parser.error(f"{arguments.python} is not there; make ms-swift makes it, or name another with --python")

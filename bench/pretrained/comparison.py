@@ -1,16 +1,18 @@
 """One workload with three trainers: gate, seconds, memory, and the held-out accuracy that each has reached."""
 
 import copy
+import functools
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from bench.harness.memory import resident_peak_mib
+from bench.harness.timing import Stopwatch, in_turns
 from bench.pretrained.batches import Batches, Workload
-from bench.training.comparison import Variant, check_agreement, peak_mib
+from bench.training.comparison import Variant, check_agreement
 from bench.training.plain import PlainEngine, collate, pairwise_rows
 from bench.training.profiling import profile_operations
 from bench.training.trl_step import TrlStep
@@ -76,19 +78,22 @@ def compare_workload(workload: Workload, loaded: tuple[RewardNetwork, Config], f
     variants: dict[str, Variant] = {variant.name: variant for variant in (trl, plain, fastrm)}
     agreements = [check_agreement(fastrm, rival) for rival in (trl, plain)]
     seconds = {name: [] for name in variants}
-    for number in range(ROUNDS):  # the gate has warmed up all variants
-        for name, variant in variants.items():
-            start = time.perf_counter()
-            variant.step(number)
-            seconds[name].append(time.perf_counter() - start)
-            print(f"  step {number + 1}, {name}: {seconds[name][-1]:.2f} s", flush=True)
+
+    def sample(name: str, variant: Variant) -> None:
+        with Stopwatch() as watch:
+            variant.step(len(seconds[name]))
+        seconds[name].append(watch.wall)
+        print(f"  step {len(seconds[name])}, {name}: {watch.wall:.2f} s", flush=True)
+
+    # The gate has warmed up all variants.
+    in_turns([functools.partial(sample, *item) for item in variants.items()], range(ROUNDS))
     models = {"trl": trl.trainer.model, "plain": plain.engine.network, "fastrm": fastrm.engine.network}
     rewards = {name: held_out_rewards(network, model, batches.held_out) for name, model in models.items()}
     figures = {
         name: {
             "seconds": statistics.median(seconds[name]),
             "all_seconds": seconds[name],
-            "peak_mib": peak_mib(lambda variant=variant: variant.step(0)),
+            "peak_mib": resident_peak_mib(lambda variant=variant: variant.step(0)),
             "tokens": statistics.median(variant.num_tokens(number) for number in range(ROUNDS)),
             "flops": agreements[0 if name != "plain" else 1].flops[name],
             "accuracy": accuracy(rewards[name], batches.held_out),

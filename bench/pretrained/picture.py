@@ -18,7 +18,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.harness.pages import between
 from bench.pretrained.tables import DOCS, LEARNING
 from fastrm.evaluate.accuracy import wilson_interval
 from fastrm.train.metrics import read_rows
@@ -155,7 +154,7 @@ def main() -> None:
             f"{summary['tokens_unshared']:,}."
         )
         body = [facts, "", *lines, "", f"![Curve and margins]({PICTURE.name})"]
-        DOCS.write_text(between(DOCS, DOCS.read_text(), LEARNING, body))
+        LEARNING.write(body)
 
 
 if __name__ == "__main__":

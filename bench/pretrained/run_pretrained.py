@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.harness.results import RESULTS, cpu_name, environment, file_stem, package_versions, write_json
+from bench.harness.results import RESULTS, cpu_name, environment, file_of, load_all, write_json
 from bench.pretrained.convert import FOLDER
-from bench.pretrained.tables import DOCS, updated_docs
+from bench.pretrained.tables import COMPARISON, DOCS, comparison_lines
 
 PACKAGES = ("transformers", "trl", "accelerate", "numpy")
 SUFFIX = "-pretrained.json"
@@ -36,15 +36,14 @@ def measure(model: Path, only: str | None, out: Path) -> Path:
     from bench.training.measurement import matmul_rate
 
     device = cpu_name()
-    file = out / (file_stem(device) + SUFFIX)
+    file = file_of(device, SUFFIX, out)
     report = json.loads(file.read_text()) if file.exists() else {"device": device, "workloads": {}}
     network = load_network(model)
     for name in [only] if only else WORKLOADS:
         rate = matmul_rate("small", "cpu")
         with tempfile.TemporaryDirectory() as folder:
             entry = compare_workload(WORKLOADS[name], network, Path(folder))
-        facts = {**environment(), "threads": torch.get_num_threads(), "matmul_flops": rate}
-        facts["versions"] |= package_versions(*PACKAGES)
+        facts = {**environment(*PACKAGES), "threads": torch.get_num_threads(), "matmul_flops": rate}
         report["workloads"][name] = {**facts, **entry}
         write_json(file, report)
         print("\n".join(lines_of(name, report["workloads"][name])), flush=True)
@@ -72,8 +71,8 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if arguments.tables:
-        reports = [json.loads(file.read_text()) for file in sorted(arguments.out.glob(f"*{SUFFIX}"))]
-        DOCS.write_text(updated_docs(DOCS.read_text(), reports))
+        reports = load_all(SUFFIX, arguments.out)
+        COMPARISON.write(comparison_lines(reports))
         print(f"wrote {DOCS}")
         return 0
     print(f"saved to {measure(arguments.model, arguments.only, arguments.out)}")

@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pytest
 
-from bench.harness.results import RESULTS
+from bench.harness.results import RESULTS, write_json
 from bench.ranks.workloads import DATA, MIXTURE, Pool, make_pools, recipe_config
 from fastrm.data.balance import CostModel, slowest_bound
 from fastrm.data.batching import divide_step, plan_packs
 from fastrm.data.group import GroupSize
-from fastrm.json_files import to_json
 from fastrm.model.architectures import find_architecture
 from fastrm.train.step_cost import make_cost_model
 
@@ -165,8 +164,7 @@ def save(cases: list[Case]):
         "mixture": [{"thousand_pairs": pairs, "set": name, "stand_in": data} for pairs, name, data in MIXTURE],
         "cases": [asdict(case) for case in cases],
     }
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(to_json(report, indent=2) + "\n")
+    write_json(file, report, indent=2)
     return file
 
 

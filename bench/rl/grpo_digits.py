@@ -16,15 +16,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import ROOT
-from bench.harness.results import RESULTS, device_name, environment, file_stem, package_versions
+from bench.harness.pages import table
+from bench.harness.results import RESULTS, device_name, environment, file_of, write_json
 from fastrm.ablate.statistics import Estimate, estimate
-from fastrm.json_files import to_json
 
 SCHEMES, SEEDS = ("rule", "model", "hybrid"), (0, 1, 2)
 CONFIG = ROOT / "configs/grpo/digits.yaml"
 SUFFIX = "-grpo-digits.json"
 PAGE_FILE = RESULTS / f"amd-epyc-2-cores{SUFFIX}"  # what docs/grpo.md shows
 FOLDER = Path("runs/grpo-digits")
+COLUMNS = ("reward", "held-out accuracy", "change", "reward model's mean reward", "change", "answer's length")
 KEYS = ("accuracy", "judge_reward", "mean_characters")
 
 
@@ -63,34 +64,28 @@ def collect() -> dict:
 
 def save() -> Path:
     """Write what the runs left, with the device and the versions, and return the file: of this device."""
-    device, facts = device_name(), environment()
-    facts["versions"] |= package_versions("transformers", "trl")
-    file = RESULTS / f"{file_stem(device)}{SUFFIX}"
-    file.write_text(to_json({"device": device, **facts, "schemes": collect()}, indent=1) + "\n")
+    device = device_name()
+    file = file_of(device, SUFFIX, RESULTS)
+    write_json(file, {"device": device, **environment("transformers", "trl"), "schemes": collect()})
     return file
 
 
-def table(results: dict) -> list[str]:
+def table_of(results: dict) -> list[str]:
     """Return the lines of the table: means over seeds with 95 % t-intervals."""
-    lines = [
-        "| reward | held-out accuracy | change | reward model's mean reward | change | answer's length |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
     first = {seed: entry["before"] for scheme in results.values() for seed, entry in scheme.items()}
-    lines.append(_line("none", list(first.values()), None))
+    rows = [_row("none", list(first.values()), None)]
     for scheme, entries in results.items():
-        lines.append(_line(scheme, [e["after"] for e in entries.values()], [e["before"] for e in entries.values()]))
-    return lines
+        rows.append(_row(scheme, [e["after"] for e in entries.values()], [e["before"] for e in entries.values()]))
+    return table(COLUMNS, rows)
 
 
-def _line(name: str, after: list[dict], before: list[dict] | None) -> str:
+def _row(name: str, after: list[dict], before: list[dict] | None) -> list[str]:
     cells = [name]
     for key in ("accuracy", "judge_reward"):
         cells.append(_cell(estimate([entry[key] for entry in after])))
         change = [a[key] - b[key] for a, b in zip(after, before, strict=True)] if before else None
         cells.append("" if change is None else _cell(estimate(change), sign="+"))
-    cells.append(f"{estimate([entry['mean_characters'] for entry in after]).mean:.1f}")
-    return f"| {' | '.join(cells)} |"
+    return [*cells, f"{estimate([entry['mean_characters'] for entry in after]).mean:.1f}"]
 
 
 def _cell(value: Estimate, sign: str = "") -> str:
@@ -108,7 +103,7 @@ def main() -> None:
     if chosen.save:
         print(f"wrote {save()}")
     if chosen.table:
-        print("\n".join(table(json.loads(PAGE_FILE.read_text())["schemes"])))
+        print("\n".join(table_of(json.loads(PAGE_FILE.read_text())["schemes"])))
 
 
 if __name__ == "__main__":

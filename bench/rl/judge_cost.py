@@ -13,16 +13,16 @@ number of tokens by transformers' `generate`, in batches. Whether its judgements
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from bench.harness.results import RESULTS, device_name, environment, file_stem, package_versions
+from bench.harness.pages import table
+from bench.harness.results import device_name, environment, file_of, write_json
+from bench.harness.timing import Stopwatch
 from fastrm.evaluate.reward_model import RewardModel
-from fastrm.json_files import to_json
 
 SUFFIX = "-judge-cost.json"
 ROLLOUTS = 8
@@ -74,13 +74,13 @@ def measure(folder: str, reward_model: str, tokens: int, batch: int, repeats: in
     judge(network, tokenizer, prompts[:batch], 2, batch)
     seconds: dict[str, list[float]] = {"packed": [], "judge": []}
     for turn in range(repeats + 1):
-        started = time.perf_counter()
-        scalar.score([group])
-        seconds["packed"].append(time.perf_counter() - started)
+        with Stopwatch() as watch:
+            scalar.score([group])
+        seconds["packed"].append(watch.wall)
         if turn < repeats:
-            started = time.perf_counter()
-            written = judge(network, tokenizer, prompts, tokens, batch)
-            seconds["judge"].append(time.perf_counter() - started)
+            with Stopwatch() as watch:
+                written = judge(network, tokenizer, prompts, tokens, batch)
+            seconds["judge"].append(watch.wall)
     lengths = [len(ids) for ids in tokenizer.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"]]
     return {
         "model": Path(folder).name, "rollouts": ROLLOUTS, "judgements": len(prompts), "written_tokens": written,
@@ -90,21 +90,21 @@ def measure(folder: str, reward_model: str, tokens: int, batch: int, repeats: in
     }  # fmt: skip
 
 
-def table(found: dict) -> list[str]:
+def table_of(found: dict) -> list[str]:
     """Return the lines of the table: seconds of the fastest repeat of each, and their ratio."""
     packed, judged = (min(found["seconds"][name]) for name in ("packed", "judge"))
     read = found["prompt_tokens"] + found["response_tokens"]
-    return [
-        "| way | tokens read | tokens written | seconds | |",
-        "| --- | --- | --- | --- | --- |",
-        f"| scalar model, one packed pass | {read:,} | 0 | {packed:.2f} | 1 |",
-        f"| judge, {found['judgements']} ordered pairs | {found['read_tokens']:,} | {found['written_tokens']:,} "
-        f"| {judged:.1f} | {judged / packed:.0f} times |",
+    judge = f"judge, {found['judgements']} ordered pairs"
+    tokens = f"{found['read_tokens']:,}", f"{found['written_tokens']:,}"
+    rows = [
+        ("scalar model, one packed pass", f"{read:,}", "0", f"{packed:.2f}", "1"),
+        (judge, *tokens, f"{judged:.1f}", f"{judged / packed:.0f} times"),
     ]
+    return table(("way", "tokens read", "tokens written", "seconds", "ratio"), rows)
 
 
 def results_file() -> Path:
-    return RESULTS / f"{file_stem(device_name())}{SUFFIX}"
+    return file_of(device_name(), SUFFIX)
 
 
 def main() -> None:
@@ -117,11 +117,9 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.folders:
         found = measure(*chosen.folders, chosen.tokens, chosen.batch, chosen.repeats)
-        facts = environment()
-        facts["versions"] |= package_versions("transformers")
-        results_file().write_text(to_json({"device": device_name(), **facts, **found}, indent=1) + "\n")
+        write_json(results_file(), {"device": device_name(), **environment("transformers"), **found})
     if chosen.table or chosen.folders:
-        print("\n".join(table(json.loads(results_file().read_text()))))
+        print("\n".join(table_of(json.loads(results_file().read_text()))))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import ROOT
-from bench.harness.results import RESULTS, device_name, environment, file_stem
+from bench.harness.results import device_name, environment, file_of, write_json
 from bench.serving.load import Load, closed_loop, open_loop
 from bench.serving.stock import StockModel
 from bench.serving.workload import RESPONSES, Group, make_groups, singles, whole
 from fastrm.evaluate.reward_model import RewardModel
-from fastrm.json_files import to_json
 
 CLIENTS = (1, 8, 64, 256, 1000)
 GATED = 8  # groups that the gate looks at
@@ -211,7 +210,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--warm-up", type=float, default=3.0, help="seconds before each load that do not count")
     parser.add_argument("--side", type=int, default=56, help="pixels of an image's side")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{file_stem(device_name())}-serving.json")
+    parser.add_argument("--out", type=Path, default=file_of(device_name(), "-serving.json"))
     options = parser.parse_args()
     gated = list(itertools.islice(make_groups(options.side), GATED))
     with serving(fastrm_command(options.model)) as ours, serving(stock_command(options.model)) as stock:
@@ -225,7 +224,7 @@ def main() -> None:
     found["goals"] = goals(found)
     for name, goal in found["goals"].items():
         print(f"{name} {goal['wanted']}: {goal['reached']:.2f}{'' if goal['met'] else ' (missed)'}")
-    options.out.write_text(to_json(found, indent=2) + "\n")
+    write_json(options.out, found, indent=2)
 
 
 if __name__ == "__main__":

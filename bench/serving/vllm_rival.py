@@ -27,13 +27,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import ROOT
-from bench.harness.results import RESULTS, device_name, environment, file_stem
+from bench.harness.results import device_name, environment, file_of, write_json
 from bench.serving.load import Answer, Load, closed_loop
 from bench.serving.run_serving import GATED, as_json, compare, fastrm_command, line, served, serving
 from bench.serving.vllm_process import vllm_serving
 from bench.serving.workload import RESPONSES, Group, classify, make_groups, singles, whole
 from fastrm.evaluate.reward_model import RewardModel
-from fastrm.json_files import to_json
 from fastrm.model.export_command import export_model
 from fastrm.ui import Display
 
@@ -140,7 +139,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=3.0, help="seconds before each load that do not count")
     parser.add_argument("--side", type=int, default=56, help="pixels of an image's side; a multiple of 28")
     parser.add_argument("--eager", action="store_true", help="vLLM without its compiler, where none is installed")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{file_stem(device_name())}-serving-vllm.json")
+    parser.add_argument("--out", type=Path, default=file_of(device_name(), "-serving-vllm.json"))
     options = parser.parse_args()
     gated = list(itertools.islice(make_groups(options.side), GATED))
     with tempfile.TemporaryDirectory() as place, Display(silent=True) as display:
@@ -162,7 +161,7 @@ def main() -> None:
         print(f"{name}: fastrm {one[FASTRM]:,.1f} rewards/s, vLLM {one[VLLM]:,.1f}, {one['ratio']:.2f} times")
     heads = {"device": device_name(), **environment(), "model": options.model, "side": options.side}
     heads |= {"vllm": version, "eager": options.eager}
-    options.out.write_text(to_json(heads | {"closed": found, "ratios": table}, indent=2) + "\n")
+    write_json(options.out, heads | {"closed": found, "ratios": table}, indent=2)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,19 @@
 """The measurement that compares any two variants of a step: agreement, time, memory, FLOPs."""
 
-import ctypes
 import functools
-import gc
 import math
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from bench.harness.gate import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from bench.harness.memory import resident_peak_mib
+from bench.harness.timing import Stats, Stopwatch
 from fastrm_kernels.tree_attention.eager import layout_of
 
 ROUNDS = 5
-LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
 
 
 class Variant(Protocol):
@@ -45,16 +40,16 @@ class Times:
 
     @property
     def median(self) -> float:
-        return statistics.median(self.wall)
+        return Stats.of(self.wall).median
 
     @property
     def cpu_median(self) -> float:
-        return statistics.median(self.cpu)
+        return Stats.of(self.cpu).median
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        low, _, high = statistics.quantiles(self.wall, n=4, method="inclusive")
-        return low, high
+        found = Stats.of(self.wall)
+        return found.low, found.high
 
 
 @dataclass(frozen=True)
@@ -154,9 +149,9 @@ def compare(workload: str, fastrm: Variant, rival: Variant, pairs_per_step: int,
         times = seconds[variant.name]
         # The first call is the warm-up round; round n then runs batch n.
         number = len(times)
-        wall, cpu = time.perf_counter(), time.process_time()
-        variant.step(number)
-        times.append((time.perf_counter() - wall, time.process_time() - cpu))
+        with Stopwatch() as watch:
+            variant.step(number)
+        times.append((watch.wall, watch.cpu))
 
     benchmark.pedantic(timed, args=(fastrm,), setup=lambda: timed(rival), rounds=ROUNDS, warmup_rounds=1)
     sides = [
@@ -165,7 +160,7 @@ def compare(workload: str, fastrm: Variant, rival: Variant, pairs_per_step: int,
             Times(*map(list, zip(*seconds[variant.name][1:], strict=True))),
             sum(variant.num_tokens(number) for number in range(1, ROUNDS + 1)),
             flops[variant.name],
-            peak_mib(lambda variant=variant: variant.step(0)),
+            resident_peak_mib(lambda variant=variant: variant.step(0)),
         )
         for variant in variants
     ]
@@ -220,28 +215,3 @@ def _tree_flops(operations: int, query, *arguments, **_) -> int:
     layout = layout_of(handle)
     pairs = sum(q * k for q, k in zip(layout.query_lengths, layout.key_lengths, strict=True))
     return operations * query.shape[1] * query.shape[2] * pairs
-
-
-def peak_mib(step: Callable[[], None]) -> float | None:
-    """Return how many MiB this process's resident memory rises in one step; None without Linux's /proc."""
-    if sys.platform != "linux":
-        return None
-    gc.collect()
-    # Pages that the allocator keeps from earlier steps would hide this step's rise.
-    ctypes.CDLL(None).malloc_trim(0)
-    reset_peak()
-    resting = status_bytes("VmRSS")
-    step()
-    return (status_bytes("VmHWM") - resting) / 2**20
-
-
-def reset_peak() -> None:
-    """Reset this process's VmHWM to its present size (Linux)."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
-def status_bytes(field: str, process: int | str = "self") -> int:
-    """Return a size of a process's memory, such as VmRSS or its peak VmHWM (Linux); by default this process's."""
-    with open(f"/proc/{process}/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))

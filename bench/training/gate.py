@@ -4,8 +4,7 @@ import math
 
 import torch
 
-from bench.harness.timing import RedGate
-from bench.training.comparison import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+from bench.harness.gate import GRADIENT_TOLERANCE, LOSS_TOLERANCE, RedGate
 from bench.training.models import checkpointing_modes, make_network, training_config
 from bench.training.shapes import PLAIN, TrainingShape, Variant
 from bench.training.variants import CompiledLayers, TrainingStep

@@ -2,14 +2,15 @@
 
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 
-from bench.harness.timing import MIB, Budget, RedGate, Stats, attempt, clean_memory, describe, synchronize
-from bench.training.comparison import peak_mib as resident_peak_mib
+from bench.harness.gate import RedGate, attempt, describe
+from bench.harness.memory import MIB, clean_memory, resident_peak_mib
+from bench.harness.rates import product_seconds
+from bench.harness.timing import Budget, Rounds, Stats, Stopwatch, in_turns
 from bench.training.gate import Gate
 from bench.training.models import checkpointing_modes, make_network, matmul_sizes, training_config
 from bench.training.plan import planned_bytes
@@ -17,8 +18,8 @@ from bench.training.profiling import profile_step
 from bench.training.shapes import TrainingShape, Variant
 from bench.training.variants import CompiledLayers, TrainingStep
 
-MIN_ROUNDS, MAX_ROUNDS = 3, 5
-VARIANT_SECONDS = 10  # of timing one variant; MIN_ROUNDS may take longer
+ROUNDS = Rounds(3, 5)
+VARIANT_SECONDS = 10  # of timing one variant; the least rounds may take longer
 # A variant of a large model is not begun with less, its gate, its network and its rounds included.
 VARIANT_RESERVE_SECONDS = 45
 # The same where layers have yet to be compiled. Estimates for 16 cores: FP8 makes four times the kernels of bf16.
@@ -108,9 +109,10 @@ class Measured:
         for step in steps.values():
             timed(step)
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-        for _ in rounds(VARIANT_SECONDS * len(steps)):
-            for name, step in steps.items():
-                samples[name].append(timed(step))
+        in_turns(
+            [lambda name=name, step=step: samples[name].append(timed(step)) for name, step in steps.items()],
+            ROUNDS.during(VARIANT_SECONDS * len(steps)),
+        )
         for trial in trials:
             if (step := steps.get(trial.name)) is not None:
                 peak = resident_peak_mib(lambda step=step: step.step(0))
@@ -207,7 +209,7 @@ class Measured:
             timed(step)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        samples = [timed(step) for _ in rounds(min(VARIANT_SECONDS, self.budget.left))]
+        samples = [timed(step) for _ in ROUNDS.during(min(VARIANT_SECONDS, self.budget.left))]
         peak = torch.cuda.max_memory_allocated() / MIB if self.device == "cuda" else None
         trial.figures |= self._figures(step, samples, peak)
         return step
@@ -216,10 +218,7 @@ class Measured:
         wall, cpu = ([sample[part] for sample in samples] for part in (0, 1))
         stats, num_tokens = Stats.of(wall), step.num_tokens(0)
         return {
-            "seconds": {
-                "median": stats.median, "quartiles": [stats.low, stats.high], "rounds": stats.rounds,
-                "cpu": statistics.median(cpu),
-            },
+            "seconds": {**stats.to_json(), "cpu": Stats.of(cpu).median},
             "peak_mib": peak,
             "planned_mib": self._planned_mib(step),
             "pairs_per_second": step.shape.num_pairs / stats.median,
@@ -248,35 +247,17 @@ def _profile(step: TrainingStep) -> dict:
         return {"profile_failed": describe(error)}
 
 
-def rounds(seconds: float) -> Iterator[int]:
-    """Yield the numbers of rounds: at least MIN_ROUNDS, and up to MAX_ROUNDS while the seconds last."""
-    end = time.monotonic() + seconds
-    for number in range(MAX_ROUNDS):
-        if number < MIN_ROUNDS or time.monotonic() < end:
-            yield number
-
-
 def timed(step: TrainingStep) -> tuple[float, float]:
     """Return the seconds by the clock, and of CPU time, of one step, which ends by reading the loss."""
-    synchronize()
-    wall, cpu = time.perf_counter(), time.process_time()
-    step.step(0)
-    synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    with Stopwatch() as watch:
+        step.step(0)
+    return watch.wall, watch.cpu
 
 
 def matmul_rate(model: str, device: str) -> float:
     """Return FLOPs per second of the best large matrix product, in the precision of the model."""
-    best, dtype = 0.0, torch.float32 if model == "small" else torch.bfloat16
-    for rows, inner, columns in matmul_sizes(model):
-        a = torch.randn(rows, inner, device=device, dtype=dtype)
-        b = torch.randn(inner, columns, device=device, dtype=dtype)
-        samples = []
-        for _ in range(12):
-            synchronize()
-            start = time.perf_counter()
-            a @ b
-            synchronize()
-            samples.append(time.perf_counter() - start)
-        best = max(best, 2 * rows * inner * columns / statistics.median(samples[2:]))
-    return best
+    dtype = torch.float32 if model == "small" else torch.bfloat16
+    return max(
+        2 * rows * inner * columns / statistics.median(product_seconds(rows, inner, columns, device, dtype))
+        for rows, inner, columns in matmul_sizes(model)
+    )

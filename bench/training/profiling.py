@@ -1,13 +1,12 @@
 """The parts of a training step's time: its phases, and the operations that take longest."""
 
-import time
 from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.harness.timing import synchronize
+from bench.harness.timing import Stopwatch, synchronize
 from bench.training.variants import TrainingStep
 
 LONGEST = 12  # operations that are named; the rest is one row
@@ -77,14 +76,11 @@ def shares_by_kind(seconds: dict[str, float]) -> dict[str, float]:
 def _phases(step: TrainingStep) -> dict[str, float]:
     """Return the seconds of each phase; they wait for the device between them, which a step does not do."""
     engine, pack, found = step.engine, step.pack, {}
-    clock = time.perf_counter
 
     def timed(name: str, action):
-        synchronize()
-        start = clock()
-        result = action()
-        synchronize()
-        found[name] = clock() - start
+        with Stopwatch() as watch:
+            result = action()
+        found[name] = watch.wall
         return result
 
     if not step.variant.plain:

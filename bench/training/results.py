@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness import results as device_results
+from bench.harness.pages import table
 from bench.harness.results import RESULTS, file_of, write_json
 from bench.kernels.results import NOT_MEASURED, is_goal_device
 
@@ -132,12 +133,12 @@ def goals_of(report: dict) -> list[tuple[Goal, dict, float]]:
 
 def goal_lines(reports: Sequence[dict]) -> list[str]:
     """Return a table of the goals, with figures only of the goals' devices."""
-    lines = ["| goal (7B, one H100 or H200) | wanted | measured | verdict |", "|---|---|---|---|"]
+    rows = []
     found = {goal.text: (value, report["device"]) for report in reports for goal, _, value in goals_of(report)}
     for goal in GOALS:
         shown, verdict = NOT_MEASURED, NOT_MEASURED
         if goal.text in found:
             value, device = found[goal.text]
             shown, verdict = f"{value:.2f} ({device})", "met" if value >= goal.at_least else "not met"
-        lines.append(f"| {goal.text} | at least {goal.at_least:g} | {shown} | {verdict} |")
-    return lines
+        rows.append((goal.text, f"at least {goal.at_least:g}", shown, verdict))
+    return table(("goal (7B, one H100 or H200)", "wanted", "measured", "verdict"), rows)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.harness.results import RESULTS, device_name, environment, package_versions
+from bench.harness.results import RESULTS, device_name, environment
 from bench.training.results import (
     ALTERNATIVES,
     FASTRM,
@@ -35,7 +35,7 @@ from bench.training.results import (
     was_left_out,
 )
 from bench.training.shapes import MODELS, alternatives, leave_one_out, main_variants, training_shapes
-from bench.training.tables import README, draw_all, report_lines, updated_readme
+from bench.training.tables import PART, draw_all, readme_section, report_lines
 
 # Without it, packs of varying size fragment the allocator's memory. torch reads it when it first uses the device.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -55,14 +55,13 @@ def run(
     """
     import torch
 
-    from bench.harness.timing import DeviceLost
+    from bench.harness.gate import DeviceLost
     from bench.training.measurement import Measured
 
     model = model or ("7B" if torch.cuda.is_available() else "small")
     on_gpu = torch.cuda.is_available()
     planned = parts(model, quick, only, names, on_gpu)
-    facts = {"device": device_name(), **environment(), "threads": torch.get_num_threads()}
-    facts["versions"] |= package_versions(*PACKAGES)
+    facts = {"device": device_name(), **environment(*PACKAGES), "threads": torch.get_num_threads()}
 
     def keep(entry: dict, name: str) -> None:
         _progress(entry, name)
@@ -142,8 +141,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.readme:
         reports = load_all()
-        README.write_text(updated_readme(README.read_text(), reports))
-        print("\n".join(f"wrote {file}" for file in [README, *draw_all(reports)]))
+        PART.write(readme_section(reports))
+        print("\n".join(f"wrote {file}" for file in [PART.page, *draw_all(reports)]))
         return 0
     report, file = run(
         arguments.model, arguments.quick, arguments.only, arguments.variant, arguments.budget_seconds, arguments.out

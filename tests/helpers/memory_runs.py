@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 
-from bench.training.comparison import reset_peak, status_bytes
+from bench.harness.memory import reset_peak, status_bytes
 from tests.helpers.own_process import environment
 from tests.helpers.waiting import PATIENCE
 

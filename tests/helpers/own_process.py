@@ -18,7 +18,7 @@ from multiprocessing import forkserver
 from typing import Any
 from unittest import mock
 
-from bench.training.comparison import status_bytes
+from bench.harness.memory import status_bytes
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastrm.train.loop
-from bench.training.comparison import reset_peak, status_bytes
+from bench.harness.memory import reset_peak, status_bytes
 from fastrm.config import Config, load_config
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.train import evaluation

@@ -173,7 +173,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from fastrm.model.export import save_model
-from bench.training.comparison import reset_peak, status_bytes
+from bench.harness.memory import reset_peak, status_bytes
 from tests.helpers.support import make_model
 save_model(make_model("qwen2"), Path(sys.argv[1]) / "tiny")
 from transformers import AutoConfig, AutoModel

@@ -261,7 +261,7 @@ class TestScoring:
 MEASURE = """
 import sys, torch
 from fastrm.model.loading import load_backbone
-from bench.training.comparison import reset_peak, status_bytes
+from bench.harness.memory import reset_peak, status_bytes
 load_backbone(sys.argv[1])  # imports and first calls
 torch.set_num_threads(1)
 before = status_bytes("VmRSS")

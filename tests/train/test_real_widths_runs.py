@@ -7,9 +7,9 @@ import time
 import pytest
 from pydantic import BaseModel
 
+from bench.harness.memory import status_bytes
 from bench.models import random_model
 from bench.models.random_model import write_model
-from bench.training.comparison import status_bytes
 from fastrm import cli
 from fastrm.config import load_config
 from fastrm.model.export import save_model

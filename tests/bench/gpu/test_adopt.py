@@ -145,7 +145,7 @@ def test_figures_go_where_they_are_read(project, record, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.startswith("NVIDIA H200; python 3.12, torch 2.11.0, triton 3.6.0") and "dispatch.py" in said
     readme = (project / "README.md").read_text()
-    table = readme[slice(*map(readme.index, adopt.README))]
+    table = readme[readme.index(adopt.FIGURES.begin) : readme.index(adopt.FIGURES.end)]
     assert "| pairs of 1300/300 tokens: fastrm over a plain pairwise trainer | 2.50x |" in table
     assert "| groups of 4, 1300/300: fastrm over a plain pairwise trainer | - |" in table
     assert "NVIDIA H200: measured 2026-12-01 10:00 UTC, torch 2.11.0, triton 3.6.0" in table

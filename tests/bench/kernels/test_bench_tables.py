@@ -1,16 +1,16 @@
 """The kernel benchmarks' counting, statistics and tables, and the generated part of bench/README.md."""
 
 import json
-import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bench.harness import timing as kernel_timing
 from bench.harness.results import file_stem
-from bench.harness.timing import Candidate, DeviceLost, RedGate, Stats, attempt, check, error_limits, num_rounds
+from bench.harness.timing import Budget, Rounds
 from bench.kernels import attention as kernel_attention
+from bench.kernels import measurement
 from bench.kernels.head import measure_head
 from bench.kernels.results import (
     ATTENTION,
@@ -40,16 +40,12 @@ from bench.kernels.shapes import (
     window_lengths,
 )
 from bench.kernels.tables import (
-    BEGIN,
-    END,
-    README,
+    PART,
     attention_table,
     duration,
     failures,
     head_table,
     readme_section,
-    table,
-    updated_readme,
 )
 from fastrm_kernels import TreeLayout
 from fastrm_kernels.tree_attention.reference import visible
@@ -168,63 +164,14 @@ def test_edges_pair_the_responses_of_a_group():
     assert all(a // 4 == b // 4 and a < b for a, b in HeadShape(8, 64, "fp32").edges())
 
 
-# Statistics and the gate
-
-
-def test_stats_are_median_and_inclusive_quartiles():
-    assert Stats.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Stats(3.0, 2.0, 4.0, 5)
-    assert Stats.of([2.0]) == Stats(2.0, 2.0, 2.0, 1)
-
-
-def test_rounds_fill_the_wanted_time_within_bounds():
-    assert num_rounds(0.01, 0.5, 100) == 50
-    assert num_rounds(1.0, 0.5, 100) == 20
-    assert num_rounds(1e-6, 0.5, 100) == 100
-    assert num_rounds(1.0, 0.5, 7) == 7
-    assert num_rounds(1.0, 0.5, 0) == 3
-
-
-def test_gate_allows_twice_the_error_of_eager_and_a_rounding():
-    truth = [{"x": torch.tensor([1.0, -4.0], dtype=torch.float64)}]
-    eager = [{"x": torch.tensor([1.0, -4.0 + 2**-10])}]
-    limits = error_limits(eager, truth)
-    assert limits["x"] == 2 * (2**-10 + 4 * 2**-23)
-    assert check([{"x": torch.tensor([1.0 + 2**-10, -4.0])}], truth, limits)["x"] < 0.5
-    for wrong in (1.0 + 2**-8, math.nan):
-        with pytest.raises(RedGate, match="x: error"):
-            check([{"x": torch.tensor([wrong, -4.0])}], truth, limits)
-
-
-def test_gate_takes_the_worst_draw():
-    truth = [{"x": torch.zeros(1, dtype=torch.float64)}] * 3
-    limits = {"x": 1.0}
-    with pytest.raises(RedGate):
-        check([{"x": torch.full((1,), value)} for value in (0.0, math.nan, 0.0)], truth, limits)
-    with pytest.raises(RedGate):
-        check([{"x": torch.full((1,), value)} for value in (0.0, 2.0, 0.0)], truth, limits)
-
-
-def test_failed_candidate_says_why_and_runs_no_more():
-    candidate = Candidate("flex", {})
-    assert attempt(candidate, lambda: 1 / 0) is None
-    assert candidate.failed == "ZeroDivisionError: division by zero"
-    assert attempt(candidate, lambda: pytest.fail("ran again")) is None
-
-
-def test_lost_device_ends_the_run(monkeypatch):
-    def lost():
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr("bench.harness.timing.synchronize", lost)
-    with pytest.raises(DeviceLost, match=r"after triton failed with ZeroDivisionError.*illegal memory access"):
-        attempt(Candidate("triton", {}), lambda: 1 / 0)
+# The gate
 
 
 def test_variant_that_computes_something_else_has_no_figures(monkeypatch):
-    monkeypatch.setattr(kernel_timing, "MIN_ROUNDS", 4)
-    monkeypatch.setattr(kernel_timing, "SHAPE_SECONDS", {"cpu": 0.0})
+    monkeypatch.setattr(measurement, "ROUNDS", Rounds(4, 4))
+    monkeypatch.setattr(measurement, "SHAPE_SECONDS", {"cpu": 0.0})
     monkeypatch.setattr(kernel_attention, "tree_attention_reference", lambda q, k, v, **_: q + 0 * (k.sum() + v.sum()))
-    entry = kernel_attention.measure_attention(SMALL_ATTENTION_SHAPES[0], "cpu", kernel_timing.Budget(60))
+    entry = kernel_attention.measure_attention(SMALL_ATTENTION_SHAPES[0], "cpu", Budget(60))
     assert entry["variants"]["dense"]["failed"].startswith("red gate: output: error")
     assert entry["variants"]["dense"]["seconds"] == {}
     for name in ("eager", "duplicated"):
@@ -234,11 +181,11 @@ def test_variant_that_computes_something_else_has_no_figures(monkeypatch):
 
 
 def test_the_gate_alone_times_nothing(monkeypatch):
-    monkeypatch.setattr(kernel_timing, "timed", lambda *_: pytest.fail("timed"))
-    monkeypatch.setattr(kernel_timing, "peak_mib", lambda *_: pytest.fail("peak measured"))
+    monkeypatch.setattr(measurement, "timed", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(measurement, "peak_mib", lambda *_: pytest.fail("peak measured"))
     measures = (kernel_attention.measure_attention, SMALL_ATTENTION_SHAPES[0]), (measure_head, SMALL_HEAD_SHAPES[0])
     for measure, shape in measures:
-        for variant in measure(shape, "cpu", kernel_timing.Budget(60), timed=False)["variants"].values():
+        for variant in measure(shape, "cpu", Budget(60), timed=False)["variants"].values():
             assert variant["failed"] is None and variant["seconds"] == {} and variant["peak_mib"] is None
             assert 0 < max(variant["error_over_limit"].values()) <= 1
 
@@ -303,10 +250,6 @@ def test_proposals_name_the_winner_of_the_geometric_mean():
 
 
 # Tables
-
-
-def test_table_pads_its_columns_and_keeps_them_apart():
-    assert table(("a", "long"), [("1|2", "x")]) == ["| a   | long |", "|-----|------|", "| 1/2 | x    |"]
 
 
 @pytest.mark.parametrize(
@@ -384,23 +327,18 @@ def test_readme_shows_each_device_with_its_goals():
 
 
 def test_readme_is_up_to_date():
-    text = README.read_text()
-    assert updated_readme(text, load_all()) == text, "run python bench/kernels/run_kernels.py --readme"
-
-
-def test_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match="markers"):
-        updated_readme(f"{END} {BEGIN}".replace(BEGIN, ""), [])
+    text = PART.page.read_text()
+    assert PART.replaced(text, readme_section(load_all())) == text, "run python bench/kernels/run_kernels.py --readme"
 
 
 def test_command_line_makes_the_readme(monkeypatch, tmp_path, capsys):
     from bench.kernels import run_kernels
 
     file = tmp_path / "README.md"
-    file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    monkeypatch.setattr(run_kernels, "README", file)
+    file.write_text(f"before\n{PART.begin}\nold\n{PART.end}\nafter\n")
+    monkeypatch.setattr(run_kernels, "PART", replace(PART, page=file))
     monkeypatch.setattr(run_kernels, "load_all", list)
     monkeypatch.setattr(sys, "argv", ["run_kernels.py", "--readme"])
     assert run_kernels.main() == 0
-    assert file.read_text() == "\n".join(["before", BEGIN, "", *readme_section([]), "", END, "after", ""])
+    assert file.read_text() == "\n".join(["before", PART.begin, "", *readme_section([]), "", PART.end, "after", ""])
     assert str(file) in capsys.readouterr().out

@@ -16,17 +16,15 @@ from bench.peers import ms_swift
 from bench.peers.ms_swift_gate import RedGate, check_batch, check_runs
 from bench.peers.ms_swift_inputs import SIZES, WORKLOADS, Sizes, make_inputs, step_flops
 from bench.peers.ms_swift_results import (
-    BEGIN,
-    END,
     FASTRM,
-    PAGE,
+    PART,
     SUFFIX,
     SWIFT,
     load_all,
+    page_lines,
     ratio,
     report_lines,
     save,
-    updated_page,
 )
 from bench.peers.ms_swift_sides import (
     Run,
@@ -230,14 +228,15 @@ def test_saving_replaces_one_workload(tmp_path):
 
 
 def test_page_keeps_what_is_around_the_tables():
-    page = updated_page(f"before\n{BEGIN}\nold\n{END}\nafter", [{"device": "A CPU", "entries": [entry() | FACTS]}])
-    assert page.startswith("before\n") and page.endswith(f"{END}\nafter") and "old" not in page
+    lines = page_lines([{"device": "A CPU", "entries": [entry() | FACTS]}])
+    page = PART.replaced(f"before\n{PART.begin}\nold\n{PART.end}\nafter", lines)
+    assert page.startswith("before\n") and page.endswith(f"{PART.end}\nafter") and "old" not in page
     assert "not measured" in page, "a goal without a figure"
 
 
 def test_page_shows_the_results_that_are_committed():
-    text = PAGE.read_text()
-    assert updated_page(text, load_all()) == text, "run: python bench/peers/ms_swift.py --docs"
+    text = PART.page.read_text()
+    assert PART.replaced(text, page_lines(load_all())) == text, "run: python bench/peers/ms_swift.py --docs"
 
 
 @pytest.mark.skipif(not ms_swift.PYTHON.exists(), reason="ms-swift is not installed here: make ms-swift")

@@ -16,7 +16,7 @@ pytest.importorskip("trl")
 def test_the_page_shows_the_table_of_the_results():
     results = json.loads(grpo_digits.PAGE_FILE.read_text())["schemes"]
     assert list(results) == list(grpo_digits.SCHEMES)
-    assert "\n".join(grpo_digits.table(results)) in text_of("docs/grpo.md")
+    assert "\n".join(grpo_digits.table_of(results)) in text_of("docs/grpo.md")
 
 
 def test_all_schemes_of_a_seed_begin_with_the_same_policy():
@@ -42,7 +42,7 @@ def test_results_are_collected_from_the_runs_that_are_there(tmp_path, monkeypatc
     saved = json.loads(file.read_text())
     assert saved["device"] == "Some CPU, 3 cores" and saved["date"]
     assert saved["versions"]["torch"] == torch.__version__ and saved["versions"]["trl"] == version("trl")
-    lines = grpo_digits.table(saved["schemes"])
+    lines = grpo_digits.table_of(saved["schemes"])
     assert len(lines) == 4  # the two of the heading, none, rule
     # Student's t for one degree of freedom: 12.706 times 0.1414 / sqrt(2).
     assert lines[-1].startswith("| rule | 0.700 ± 1.271 | +0.200 ± 1.271 | 1.000 ± 0.000 |")

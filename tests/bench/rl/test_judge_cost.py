@@ -1,7 +1,6 @@
 """The cost of a group's rewards against that of a generative judge: what is judged, and what the page shows."""
 
-import json
-
+from bench.harness.results import load_all
 from bench.rl import judge_cost
 from tests.helpers.documents import text_of
 
@@ -20,7 +19,6 @@ def _pairs(prompts, answers):
 
 
 def test_the_page_shows_the_table_of_the_results():
-    [file] = judge_cost.RESULTS.glob(f"*{judge_cost.SUFFIX}")
-    found = json.loads(file.read_text())
+    [found] = load_all(judge_cost.SUFFIX)
     assert found["written_tokens"] == found["judgements"] * found["new_tokens"]
-    assert "\n".join(judge_cost.table(found)) in text_of("docs/grpo.md")
+    assert "\n".join(judge_cost.table_of(found)) in text_of("docs/grpo.md")

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness.timing import RedGate
+from bench.harness.gate import RedGate
 from bench.training import measurement as training_run
 from bench.training import models as training_models
 from bench.training import variants as training_variants
 from bench.training.gate import Gate
-from bench.training.measurement import MIN_ROUNDS, OUT_OF_TIME, UNFINISHED, Measured
+from bench.training.measurement import OUT_OF_TIME, ROUNDS, UNFINISHED, Measured
 from bench.training.models import make_network, training_config
 from bench.training.plain import VARLEN
 from bench.training.profiling import LONGEST, profile_step
@@ -71,7 +71,7 @@ def test_large_models_are_measured_one_by_one(tiny_7b):
         "plain": (None, "full"), "packed rows": (None, "selective"), "fastrm": (None, "selective"),
         "fastrm FP8": (None, "selective"),
     }  # fmt: skip
-    assert main["fastrm"]["seconds"]["rounds"] == MIN_ROUNDS
+    assert main["fastrm"]["seconds"]["rounds"] == ROUNDS.least
     assert main["fastrm"]["processed_tokens"] == 300 + 2 * 40
     assert main["fastrm FP8"]["processed_tokens"] == 384, "no multiple of 16"
     assert main["plain"]["processed_tokens"] == 2 * 340

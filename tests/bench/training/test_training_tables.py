@@ -25,7 +25,7 @@ from bench.training.results import (
 )
 from bench.training.run_training import parts
 from bench.training.shapes import GRIDS, TrainingShape, leave_one_out, main_variants, training_shapes
-from bench.training.tables import BEGIN, END, README, chart_name, draw, draw_all, report_lines, updated_readme
+from bench.training.tables import PART, chart_name, draw, draw_all, readme_section, report_lines
 from bench.training.variants import make_pack
 from fastrm.forecast.hardware import GPUS, find_rate
 
@@ -252,14 +252,12 @@ def test_the_chart_is_drawn_with_missing_figures(tmp_path):
 
 
 def test_readme_tables_are_those_of_the_results():
-    text = README.read_text()
-    assert text.count(BEGIN) == text.count(END) == 1
-    reports = load_all()
-    assert updated_readme(text, reports) == text
+    text, reports = PART.page.read_text(), load_all()
+    assert PART.replaced(text, readme_section(reports)) == text
     for report in reports:
         for model in report["runs"]:
             assert entries_of(report, model, MAIN)
-            assert (README.parent / "results" / chart_name(report, model)).exists()
+            assert (PART.page.parent / "results" / chart_name(report, model)).exists()
 
 
 def test_large_models_have_the_published_shapes_and_a_recipe_that_fits():
