@@ -46,7 +46,7 @@ def _sections(prefix: str, model: type[BaseModel]) -> list[tuple[str, str, type[
             place = f"{prefix}{name}" + (".N" if typing.get_origin(field.annotation) is list else "")
             found += [(f"{place}.", f"`{place}`", inner), *_sections(f"{place}.", inner)]
     # `data.train` and `data.eval` hold the same kind of entries.
-    return [section for section in found if section[0] != "data.eval.N."]
+    return [section for section in found if section[0] not in ("data.eval.N.", "data.eval.")]
 
 
 def _table(prefix: str, title: str, model: type[BaseModel]) -> list[str]:

@@ -15,7 +15,7 @@ from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError
 from fastrm.names import device_name, dtype_name
 from fastrm.sections import Fraction, NonEmpty, NonNegative, Positive, Section
-from fastrm.stopping_config import ACCURACY, FIGURES, StoppingConfig
+from fastrm.stopping_config import ACCURACY, StoppingConfig, metric_names
 from fastrm.yaml_files import apply_override, dump_yaml, lay_over, read_chain, validate
 
 Run = TypeVar("Run", bound=BaseModel)
@@ -46,6 +46,11 @@ class RunConfig(Section):
     """Steps between rows of metrics.jsonl; a row holds the means since the last one."""
     eval_every: NonNegative = 0
     """Steps between evaluations on data.eval; 0 = only after the last step."""
+    eval_groups: Positive | None = None
+    """The most groups of each evaluation set that an evaluation reads, the same ones every time, drawn by a hash.
+    Default: all."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too, as step 0."""
     save_every: NonNegative = 0
     """Steps between checkpoints; 0 = only after the last step and on interruption."""
     keep_checkpoints: Positive = 2
@@ -261,7 +266,8 @@ class Config(Section):
         "gradient_checkpointing": "model.activation_checkpointing", "lr_scheduler_type": "optim.schedule",
         "logging_steps": "run.log_every", "save_steps": "run.save_every", "eval_steps": "run.eval_every",
         "save_total_limit": "run.keep_checkpoints", "model_name_or_path": "model.path",
-        "deepspeed": "engine.zero_stage",
+        "deepspeed": "engine.zero_stage", "overwrite_output_dir": "run.overwrite", "eval_on_start": "run.eval_at_start",
+        "load_best_model_at_end": "run.export, as best", "metric_for_best_model": "run.early_stopping, as its metric",
     }  # fmt: skip
     """The names here of keys of transformers' trainer, TRL, LLaMA-Factory and ms-swift, for a hint."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
@@ -301,12 +307,12 @@ class Config(Section):
         """Refuse what waits for an evaluation that the run does not make."""
         run, data = self.run, self.data
         wanted = {"run.export: best": run.export == "best", "run.early_stopping": run.early_stopping is not None}
-        wanted = [name for name, is_set in wanted.items() if is_set]
+        wanted = [name for name, is_set in (wanted | {"run.eval_at_start": run.eval_at_start}).items() if is_set]
         if wanted and not data.eval and not any(source.held_out for source in data.train):
             raise ValueError(f"{wanted[0]} needs evaluations, and there is no data.eval; name a source there")
         if run.early_stopping is None:
             return
-        if (metric := run.early_stopping.metric) not in (made := [f"eval/{name}" for name in FIGURES]):
+        if (metric := run.early_stopping.metric) not in (made := metric_names(data.eval_names)):
             raise ValueError(
                 f"run.early_stopping.metric: got {metric!r}, which no evaluation makes; there are {', '.join(made)}"
             )

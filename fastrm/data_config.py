@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from fastrm.limits import MediaLimits
 from fastrm.sections import NonNegative, Positive, Section
@@ -91,13 +91,25 @@ class DecontaminateConfig(Section):
     images, pairs of which both have fewer than 8 words do not count."""
 
 
+# Sources that stand in a list, or in lists by the names of evaluation sets. pydantic puts the tags into its errors.
+LIST, SETS = "<list>", "<sets>"
+HELD_OUT = "held_out"
+_SetName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+_NamedSets = dict[_SetName, Annotated[list[SourceConfig], Field(min_length=1)]]
+EvalSources = Annotated[
+    Annotated[list[SourceConfig], Tag(LIST)] | Annotated[_NamedSets, Tag(SETS)],
+    Discriminator(lambda value: SETS if isinstance(value, dict) else LIST),
+]
+
+
 class DataConfig(Section):
     """The data: sources, limits of sizes, and the way in which groups are made of rows."""
 
     train: list[SourceConfig] = []
     """Training sources, concatenated."""
-    eval: list[SourceConfig] = []
-    """Held-out sources, for evaluation."""
+    eval: EvalSources = []
+    """Held-out sources, for evaluation: a list, or lists of them by names, as {easy: [{path: a.jsonl}], hard: [...]},
+    which get figures of their own beside those of all."""
     prepared: str | None = None
     """The folder of the prepared set; several runs may share it. A set that was made under other settings is refused.
     Default: run.dir/prepared, which is made again when the settings or the files change."""
@@ -157,10 +169,29 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.video_min_pixels {self.video_min_pixels} is above data.video_max_pixels {self.video_max_pixels}"
             )
-        for number, source in enumerate(self.eval):
+        for place, source in self.sources("eval").items():
             if source.repeat != 1.0 or source.held_out:
-                raise ValueError(f"data.eval.{number}: repeat and held_out are for data.train; remove them here")
+                raise ValueError(f"{place}: repeat and held_out are for data.train; remove them here")
+        if HELD_OUT in self.eval:
+            raise ValueError(f"data.eval.{HELD_OUT}: is the name of what data.train holds out; take another one")
         return self
+
+    def sources(self, split: str) -> dict[str, SourceConfig]:
+        """Return the sources of train or eval in order, by their places: data.train.0, or data.eval.hard.0."""
+        found = getattr(self, split)
+        lists = found if isinstance(found, dict) else {"": found}
+        return {
+            f"data.{split}.{name}{'.' * bool(name)}{number}": source
+            for name, some in lists.items()
+            for number, source in enumerate(some)
+        }
+
+    @property
+    def eval_names(self) -> list[str]:
+        """The names of the evaluation sets, with that of what training holds out; none for a list without names."""
+        if not isinstance(self.eval, dict):
+            return []
+        return [*self.eval, *[HELD_OUT] * any(source.held_out for source in self.train)]
 
     @property
     def limits(self) -> MediaLimits:

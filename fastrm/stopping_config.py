@@ -7,19 +7,25 @@ from pydantic import Field
 from fastrm.sections import Positive, Section
 
 ACCURACY = "eval/accuracy"
-FIGURES = ("accuracy", "loss", "margin")  # of an evaluation, after eval/
 
 
 class StoppingConfig(Section):
     """The rule by which a run stops before its last step, and chooses its best evaluation."""
 
     metric: str = ACCURACY
-    """The figure of an evaluation, as metrics.jsonl names it: eval/accuracy, eval/loss or eval/margin. A loss is better
-    where it is lower, the others where they are higher. It also chooses the best evaluation."""
+    """The figure of an evaluation, as metrics.jsonl names it: eval/accuracy, eval/loss or eval/margin, or of one named
+    set, as eval/hard/accuracy. A loss is better where it is lower, the others where they are higher. It also chooses
+    the best evaluation."""
     patience: Positive = 3
     """Evaluations in a row without an improvement after which the run stops."""
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
     """The change below or at which a better figure is no improvement, compared with the last one that was."""
+
+
+def metric_names(sets: list[str]) -> list[str]:
+    """Return the names of the figures that an evaluation on sets of these names writes."""
+    prefixes = ("eval", *(f"eval/{name}" for name in sets))
+    return [f"{prefix}/{figure}" for prefix in prefixes for figure in ("accuracy", "loss", "margin")]
 
 
 def is_better(metric: str, value: float, than: float, by: float = 0.0) -> bool:

@@ -225,7 +225,8 @@ def validate(model: type[Model], tree: dict, places: Places, path: str) -> Model
 
 
 def _explain(model: type[BaseModel], problem: dict, places: Places, path: str) -> str:
-    location = tuple(problem["loc"])
+    # Tags of a union's members, as <list>, and [key], where a key itself is wrong, are no keys.
+    location = tuple(name for name in problem["loc"] if not str(name).startswith(("<", "[")))
     known = location
     while known and known not in places:
         known = known[:-1]
@@ -256,8 +257,15 @@ def _fields_at(model: type[BaseModel], location: tuple) -> list[str]:
             continue
         if not (isinstance(section, type) and issubclass(section, BaseModel)) or name not in section.model_fields:
             continue
-        section = _section_of(section.model_fields[name].annotation) or section
+        section = _section_in(section.model_fields[name].annotation) or section
     return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that an annotation mentions at any depth, as in lists by names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, getattr(annotation, "__args__", ()))), None)
 
 
 def _places_of(model: type[BaseModel], name: str, prefix: tuple = ()) -> list[tuple]:
@@ -266,9 +274,8 @@ def _places_of(model: type[BaseModel], name: str, prefix: tuple = ()) -> list[tu
     for field, info in model.model_fields.items():
         if field == name:
             found.append((*prefix, field))
-        for kind in [info.annotation, *getattr(info.annotation, "__args__", ())]:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found += _places_of(kind, name, (*prefix, field))
+        if (section := _section_in(info.annotation)) is not None:
+            found += _places_of(section, name, (*prefix, field))
     return found
 
 

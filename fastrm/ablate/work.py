@@ -154,7 +154,7 @@ def evaluation_commands(cell: Cell | EnsembleCell, evaluation: EvaluationConfig)
         return []
     return [
         _command(cell, evaluation.name, _path(source, cell), [("--images", source.images), ("--format", source.format)])
-        for source in cell.members[0].config.data.eval
+        for source in cell.members[0].config.data.sources("eval").values()
     ]
 
 

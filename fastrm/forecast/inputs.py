@@ -39,9 +39,8 @@ def check_inputs(config: Config) -> list[tuple[str, str, str]]:
     The state is found or missing; of a prepared set that a run would make, not yet.
     """
     rows = [("data.train", "missing", "no source is named")] if not config.data.train else []
-    for split, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        for number, source in enumerate(sources):
-            rows.append((f"data.{split}.{number}", *_check_source(source)))
+    for place, source in (config.data.sources("train") | config.data.sources("eval")).items():
+        rows.append((place, *_check_source(source)))
     if config.data.prepared is not None:
         rows.append(("data.prepared", *_check_prepared(config.data.prepared)))
     rows += _check_model(config.model)
@@ -130,11 +129,7 @@ def check_rows(config: Config) -> list[tuple[str, str, str]]:
     Raises:
         ConfigError: the tokenizer, its template or the image processor cannot be used, as in a run.
     """
-    sources = {
-        f"data.{split}.{number}": source
-        for split in ("train", "eval")
-        for number, source in enumerate(getattr(config.data, split))
-    }
+    sources = config.data.sources("train") | config.data.sources("eval")
     read = {name: _read(source) for name, source in sources.items() if not is_on_hub(source.path, source.set)}
     read = {name: rows for name, rows in read.items() if rows is not None}
     encoder = _encoder(config, [row for first in read.values() for row in first.rows if isinstance(row, Record)])

@@ -168,13 +168,13 @@ def num_checkpoints(config: Config) -> int:
     """Return the most checkpoints at a time: those that are kept, the best one, and the one that is written."""
     run, data, last = config.run, config.data, config.run.max_steps
     has_data = bool(data.eval) or any(source.held_out for source in data.train)
-    eval_every = run.eval_every if has_data else 0
+    eval_every, at_start = (run.eval_every, run.eval_at_start) if has_data else (0, False)
     if last is None:
-        saves = sys.maxsize if run.save_every or eval_every else 1
+        saves = sys.maxsize if run.save_every or eval_every else 1 + at_start
     else:
-        saves = len({last, *_multiples(run.save_every, last), *_multiples(eval_every, last)})
+        saves = at_start + len({last, *_multiples(run.save_every, last), *_multiples(eval_every, last)})
     # Without other saves, the best evaluation's is the newest.
-    is_best_apart = bool(run.save_every and eval_every)
+    is_best_apart = bool(run.save_every and (eval_every or at_start))
     return min(run.keep_checkpoints + is_best_apart + 1, saves)
 
 

@@ -84,8 +84,8 @@ def listed_sources(names: Sequence[str], reading: dict) -> list[tuple[str, Sourc
             continue
         config = load_config(name, [])
         for split in ("train", "eval"):
-            for number, source in enumerate(getattr(config.data, split)):
-                found.append((f"data.{split}.{number}: {source.name or source.set or source.path}", source, config))
+            for place, source in config.data.sources(split).items():
+                found.append((f"{place}: {source.name or source.set or source.path}", source, config))
     return found
 
 

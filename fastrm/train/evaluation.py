@@ -4,6 +4,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from fastrm.data.loader import LoadedPack, RefusedGroup
+from fastrm.data.prepared.stored import PreparedSet
 from fastrm.evaluate.accuracy import Flips, PreferenceMeter
 from fastrm.evaluate.flips import compare_fp8
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite, run_packs
@@ -30,6 +31,14 @@ class _HeldOut:
         self.loss += other.loss
         self.weight += other.weight
 
+    def figures(self, prefix: str) -> dict[str, float]:
+        """Return loss, accuracy and margin, as metrics.jsonl names them."""
+        return {
+            f"{prefix}/loss": self.loss / max(self.weight, 1e-12),
+            f"{prefix}/accuracy": self.meter.accuracy,
+            f"{prefix}/margin": self.meter.means()["rewards/margins"],
+        }
+
 
 def evaluate(run: Run) -> bool:
     """Evaluate the weights of this step on data.eval, on all ranks; return whether they are the best so far.
@@ -38,31 +47,32 @@ def evaluate(run: Run) -> bool:
         InterruptedRun: if a rank was asked to stop.
         DataError: if a reward is not finite; a checkpoint without figures has been saved then.
     """
-    network = run.job.network.eval()
-    total = _HeldOut()
-    for report in run.ranks.gather(_count_held_out(run)):
-        total.merge(report)
-    run.note_refusals(total.refused, run.job.eval)
-    if broken := [refusal for refusal in total.refused if refusal.code == NON_FINITE]:
-        run.checkpoints.save(run.progress)  # without figures: they would choose a checkpoint
-        refuse_non_finite(f"evaluation, {run.job.eval.members(broken[0].group)[0][1]}", broken[0])
+    network, parts = run.job.network.eval(), run.job.eval.parts(run.config.run.eval_groups)
+    found, total = {name: _HeldOut() for name in parts}, _HeldOut()
+    for report in run.ranks.gather({name: _count_held_out(run, prepared) for name, prepared in parts.items()}):
+        for name, counts in report.items():
+            found[name].merge(counts)
+    for name, counts in found.items():
+        total.merge(counts)
+        run.note_refusals(counts.refused, parts[name])
+        if broken := [refusal for refusal in counts.refused if refusal.code == NON_FINITE]:
+            run.checkpoints.save(run.progress)  # without figures: they would choose a checkpoint
+            refuse_non_finite(f"evaluation, {parts[name].members(broken[0].group)[0][1]}", broken[0])
     network.train()
-    row = {
-        "step": run.progress.step,
-        "eval/loss": total.loss / max(total.weight, 1e-12),
-        "eval/accuracy": total.meter.accuracy,
-        "eval/margin": total.meter.means()["rewards/margins"],
-        "eval/sources": total.meter.by_source(),
-    }
+    row = {"step": run.progress.step, **total.figures("eval"), "eval/sources": total.meter.by_source()}
+    lines = [f"step {row['step']:,}: held-out accuracy {row['eval/accuracy']:.4f}, loss {row['eval/loss']:.4f}"]
+    for name in filter(None, found):
+        own = found[name].figures(place := f"eval/{name}")
+        row |= own
+        lines.append(f"  {name}: accuracy {own[f'{place}/accuracy']:.4f}, loss {own[f'{place}/loss']:.4f}")
     run.write(row)
-    run.display.say(
-        f"step {row['step']:,}: held-out accuracy {row['eval/accuracy']:.4f}, loss {row['eval/loss']:.4f}"
-    )
+    for line in lines:
+        run.display.say(line)
     return run.progress.note_evaluation(row, run.config.run)
 
 
-def _count_held_out(run: Run) -> _HeldOut:
-    config, prepared, found = run.config, run.job.eval, _HeldOut()
+def _count_held_out(run: Run, prepared: PreparedSet) -> _HeldOut:
+    config, found = run.config, _HeldOut()
     packs = run_packs(
         run.engine.rewards, run.builder(prepared), prepared.groups, config.optim.tokens_per_pack,
         config.data.num_workers, run.ranks.rank, run.ranks.num_ranks,

@@ -120,8 +120,8 @@ def _train_steps(run: Run) -> None:
     progress, engine, settings = run.progress, run.engine, run.config.run
     if progress.step >= run.num_steps:
         return
-    if progress.step > 0 and not progress.is_evaluated:
-        # The run was stopped during the evaluation that belongs to this step.
+    if not progress.is_evaluated:
+        # At the start; or the run was stopped during the evaluation that belongs to this step.
         _evaluate_and_save_when_due(run)
     if progress.is_stopped_early(settings):
         return
@@ -193,12 +193,14 @@ def _guard(run: Run, done: Update, report: StepReport) -> None:
 
 def _evaluate_and_save_when_due(run: Run) -> None:
     progress, settings = run.progress, run.config.run
-    if run.job.eval is not None and _is_due(progress.step, settings.eval_every):
+    at_start = progress.step == 0
+    is_due = settings.eval_at_start if at_start else _is_due(progress.step, settings.eval_every)
+    if run.job.eval is not None and is_due:
         before = progress.best_accuracy, progress.best_checkpoint, progress.best_value
         # A checkpoint that is not on the disk cannot be the best one.
         if evaluate(run) and not run.checkpoints.try_to_save(progress):
             progress.best_accuracy, progress.best_checkpoint, progress.best_value = before
-    if _is_due(progress.step, settings.save_every):
+    if not at_start and _is_due(progress.step, settings.save_every):
         run.checkpoints.try_to_save(progress)
 
 

@@ -3,6 +3,7 @@
 import importlib
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from fastrm.train.metrics import read_rows
 from fastrm.train.run import Run
 from fastrm.train.setup import Job, export_model
 from fastrm.ui import new_figure, print_table
+
+MOST_SOURCES = 8  # in report.png, the largest ones
 
 
 def announce(run: Run, start: Path | None) -> None:
@@ -130,6 +133,7 @@ def _summary(run: Run, flips: Flips | None) -> dict:
         "peak_memory_bytes": max(run.ranks.gather(peak_memory_bytes(network.device))),
         "quarantined": run.quarantine.total,
         "eval_by_source": progress.last_eval.get("eval/sources", {}),
+        "eval_by_set": {name: progress.last_eval[f"eval/{name}/accuracy"] for name in run.config.data.eval_names},
         "fp8_flip_rate": flips.rate if flips else None,
         "compiled_graphs": None if network.graphs is None else network.graphs.count,
         "best_checkpoint": progress.best_checkpoint,
@@ -155,21 +159,24 @@ def write_report(run_dir: Path, summary: dict) -> None:
 
 
 def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: str) -> None:
-    """Draw report.png: loss, accuracy, margin and throughput over the steps.
+    """Draw report.png: loss, accuracy, margin and throughput over the steps, and held-out accuracies by set and source.
 
     Args:
         rows: of metrics.jsonl with a `loss`.
         evaluations: rows with `eval/accuracy`.
     """
-    figure = new_figure(11, 7)
+    parts = _accuracies(evaluations)
+    figure = new_figure(11, 10.5 if parts else 7)
     figure.suptitle(title)
+    grid = figure.add_gridspec(3 if parts else 2, 2)
     panels = [
         ("loss", "Loss (the objective, as the loss section sets it)", "eval/loss"),
         ("rewards/accuracies", "Pair accuracy", "eval/accuracy"),
         ("rewards/margins", "Margin (chosen - rejected reward)", "eval/margin"),
         ("preferences_per_second", "Preferences per second", None),
     ]
-    for axes, (name, label, evaluated) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for number, (name, label, evaluated) in enumerate(panels):
+        axes = figure.add_subplot(grid[number // 2, number % 2])
         steps = [row["step"] for row in rows]
         values = [row[name] for row in rows]
         axes.plot(steps, values, color="#9bb8d9", linewidth=0.8, label="each row")
@@ -186,7 +193,34 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
+    if parts:
+        _draw_parts(parts, *figure.add_subfigure(grid[2, :]).subplots(1, 2, width_ratios=(3, 1)))
     figure.savefig(path, dpi=110)
+
+
+def _accuracies(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Return (step, accuracy) at each of several evaluations, by named set and by source, the largest of them."""
+    points = defaultdict(list)
+    for row in evaluations if len(evaluations) > 1 else ():
+        sets = {key.split("/")[1]: row[key] for key in row if key.count("/") == 2 and key.endswith("/accuracy")}
+        sources = sorted(row.get("eval/sources", {}).items(), key=lambda item: -item[1]["preferences"])[:MOST_SOURCES]
+        found = {f"set {name}": value for name, value in sets.items()}
+        found |= {name: figures["accuracy"] for name, figures in sources if len(sources) > 1}
+        for name, value in found.items():
+            points[name].append((row["step"], value))
+    return points
+
+
+def _draw_parts(parts: dict[str, list[tuple[int, float]]], axes, beside) -> None:
+    """Draw the lines of `_accuracies` into `axes`, and their names into the axes `beside`."""
+    for name, points in parts.items():
+        width = 2.0 if name.startswith("set ") else 1.0
+        axes.plot(*zip(*points, strict=True), "o-", markersize=1.5 + width, linewidth=width, label=name)
+    axes.set_title("Held-out pair accuracy by set and source", fontsize=10)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    beside.axis("off")
+    beside.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="center left")
 
 
 def _smooth(values: list[float], share: float = 0.05) -> list[float]:
@@ -204,6 +238,8 @@ def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
     table = Table("", "", title="Training done")
     accuracy = summary["eval_accuracy"]
     table.add_row("held-out pair accuracy", "no data.eval" if accuracy is None else f"{accuracy:.4f}")
+    for name, value in summary["eval_by_set"].items():
+        table.add_row(f"  set {name}", f"{value:.4f}")
     if len(by_source) > 1:
         for source, values in by_source.items():
             table.add_row(f"  {source} ({values['preferences']:,})", f"{values['accuracy']:.4f}")

@@ -29,9 +29,9 @@ from fastrm.train.run import INCIDENTS
 MAY_CHANGE = (
     "run.dir", "run.epochs", "run.max_steps", "run.log_every", "run.eval_every", "run.save_every",
     "run.keep_checkpoints", "run.report_to", "run.device", "data.eval", "data.prepared", "data.num_workers",
-    "run.num_processes", "run.export", "run.early_stopping", "run.overwrite", "engine", "compile", "kernels",
-    "model.attention", "model.activation_checkpointing", "model.export_dtype", "model.head.new",
-    "optim.tokens_per_pack", "check_exactness",
+    "run.num_processes", "run.export", "run.early_stopping", "run.overwrite", "run.eval_groups", "run.eval_at_start",
+    "engine", "compile", "kernels", "model.attention", "model.activation_checkpointing", "model.export_dtype",
+    "model.head.new", "optim.tokens_per_pack", "check_exactness",
 )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def restore(checkpoint: Path, config: Config, fingerprint: str, engine, ranks: R
 def _chooses_by(config: dict) -> list:
     """Return what the figures of evaluations can be compared by: their data, and the one that chooses."""
     stopping = config["run"].get("early_stopping") or {"metric": ACCURACY}
-    return [config["data"]["eval"], stopping["metric"]]
+    return [config["data"]["eval"], config["run"].get("eval_groups"), stopping["metric"]]
 
 
 def _check_best(best: Path, start: Path) -> None:

@@ -147,6 +147,7 @@ def test_never_more_checkpoints_than_predicted_are_there_at_a_time(config_file, 
     rng = random.Random(seed)
     settings = {name: rng.choice([0, 1, 2, 3, 5]) for name in ("save_every", "eval_every")}
     settings |= {"keep_checkpoints": rng.randint(1, 4), "max_steps": rng.choice([1, 2, 4, 20])}
+    settings |= {"eval_at_start": rng.choice([False, True])}
     overrides = [f"run.{name}={value}" for name, value in settings.items()] + ["data.eval=[{path: text.jsonl}]"]
     predicted, most = num_checkpoints(load_config(config_file, overrides)), 0
     for _ in range(50):
@@ -155,13 +156,16 @@ def test_never_more_checkpoints_than_predicted_are_there_at_a_time(config_file, 
     assert most >= predicted - 1
 
 
-def _most_checkpoints(rng, save_every: int, eval_every: int, keep_checkpoints: int, max_steps: int) -> int:
+def _most_checkpoints(
+    rng, save_every: int, eval_every: int, keep_checkpoints: int, max_steps: int, eval_at_start: bool
+) -> int:
     """Plays a run with random accuracies: saves, the best evaluation's too, and what pruning leaves."""
     there: list[int] = []
     best, best_accuracy, most = None, -1.0, 0
-    for step in range(1, max_steps + 1):
-        due = bool(save_every) and step % save_every == 0
-        if eval_every and step % eval_every == 0 and (accuracy := rng.random()) > best_accuracy:
+    for step in range(max_steps + 1):
+        due = step > 0 and bool(save_every) and step % save_every == 0
+        is_evaluated = eval_every and step % eval_every == 0 if step else eval_at_start
+        if is_evaluated and (accuracy := rng.random()) > best_accuracy:
             best, best_accuracy, due = step, accuracy, True
         if (due or step == max_steps) and step not in there:
             there.append(step)

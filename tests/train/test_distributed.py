@@ -284,6 +284,34 @@ def test_runs_and_resumed_runs_are_those_of_one_process(server, mixed_data, one_
     assert_same_run(tmp_path / "more", one_process, after=3)
 
 
+def test_ranks_evaluate_named_sets_and_stop_early_at_the_same_step(server, mixed_data, stage, tmp_path):
+    stopping = {"metric": "eval/all/loss", "patience": 2, "min_delta": 9.0}  # which no later loss falls by
+    sources = {"all": [{"path": str(mixed_data)}], "few": [{"path": str(mixed_data), "cap": 7}]}
+    run = {"eval_every": 1, "eval_at_start": True, "eval_groups": 9, "early_stopping": stopping, "export": "best"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        path = run_config(folder, mixed_data, stage, **run)
+        tree = yaml.safe_load(path.read_text())
+        tree["data"]["eval"] = sources
+        path.write_text(yaml.safe_dump(tree))
+    rank_jobs.train(str(one / "config.yaml"))
+    server.run(tmp_path, "train", two / "config.yaml")
+    found, wanted = (json.loads((folder / "run" / "summary.json").read_text()) for folder in (two, one))
+    assert found["steps"] == wanted["steps"] == 2 and found["stopped_early"]
+    rows = [row for row in rows_of(two / "run", -1) if "eval/accuracy" in row]
+    others = [row for row in rows_of(one / "run", -1) if "eval/accuracy" in row]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row, other in zip(rows, others, strict=True):
+        assert row.pop("eval/sources") == other.pop("eval/sources")
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert_equal(exported(two / "run"), checkpoint_of(best_of(two / "run"))[0])
+    assert found["exported_step"] == wanted["exported_step"]
+
+
+def best_of(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / json.loads((run_dir / "summary.json").read_text())["best_checkpoint"]
+
+
 def test_a_skipped_step_names_the_records_of_all_ranks(server, mixed_data, tmp_path):
     found = {}
     for num_ranks in (1, 2):

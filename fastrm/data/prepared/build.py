@@ -102,7 +102,7 @@ class Preparation:
         """
         started = time.perf_counter()
         settings = read_settings(self.config)
-        listed = [u for split in SPLITS for u in list_units(split, getattr(self.config.data, split), settings)]
+        listed = [u for split in SPLITS for u in list_units(split, self.config.data.sources(split).values(), settings)]
         for file in {unit.file: None for unit in listed}:
             if (line := understood(file)) is not None:
                 self.display.say(line)
@@ -164,13 +164,14 @@ class Preparation:
                 refusals[refusal.code] += 1
                 first = first or f"first: {refusal.origin}: {refusal.message}; "
         self._check_used(splits, len(table), refusals, first or "")
-        weights = [[source.weight for source in getattr(self.config.data, split)] for split in SPLITS]
+        sets = self._sizes_of_sets(table, chosen["eval"], counted["eval"], len(splits["eval"]))
+        weights = [[source.weight for source in self.config.data.sources(split).values()] for split in SPLITS]
         index = make_index(table, counted, splits, weights)
         self._write_index(index)
         report = make_report(self.config, table, removed, chosen, counted, cost)
         self.seconds["index"] = time.perf_counter() - started
         write_report(report | {"seconds": self.seconds}, self.folder)
-        self._write_manifest(counted, splits, listed, index, encoder)
+        self._write_manifest(counted, splits, listed, index, encoder, sets)
         self._tidy([unit.name for unit in listed])
         return report
 
@@ -226,7 +227,8 @@ class Preparation:
         ties_weigh = 2 if self.config.loss.ties == "half" else 0
         return {
             split: select(
-                table, kept & table.is_of(split), getattr(data, split), merge=data.merge_groups, ties_weigh=ties_weigh
+                table, kept & table.is_of(split), list(data.sources(split).values()), merge=data.merge_groups,
+                ties_weigh=ties_weigh,
             )
             for split in SPLITS
         }
@@ -286,7 +288,20 @@ class Preparation:
             for name, array in index.items():
                 np.save(partial / f"{name}.npy", array)
 
-    def _write_manifest(self, counted, splits, listed, index, encoder) -> None:
+    def _sizes_of_sets(self, table: RecordTable, chosen: Selection, counted: Counted, total: int) -> dict[str, int]:
+        """Return the number of groups of each named evaluation set, which follow one another; none without names."""
+        names, data = self.config.data.eval_names, self.config.data
+        if not names:
+            return {}
+        owner = np.repeat(np.arange(len(data.eval)), [len(sources) for sources in data.eval.values()])
+        of_groups = owner[table.source[chosen.first[counted.counts["selected"]]]]
+        sizes = {name: int(np.sum(of_groups == number)) for number, name in enumerate(data.eval)}
+        sizes |= {name: total - sum(sizes.values()) for name in names[len(sizes) :]}  # what training holds out
+        if empty := [name for name, size in sizes.items() if not size]:
+            raise DataError(f"data.eval.{empty[0]}: no usable group; see {self.folder / REFUSED}")
+        return sizes
+
+    def _write_manifest(self, counted, splits, listed, index, encoder, sets) -> None:
         settings = set_settings(self.config)
         manifest = {
             "format": FORMAT,
@@ -305,6 +320,8 @@ class Preparation:
                 for split in SPLITS
             },
         }
+        if sets:
+            manifest["splits"]["eval"]["sets"] = sets
         write_whole(self.folder / MANIFEST, to_json(manifest, indent=1))
 
     def _tidy(self, names: Sequence[str]) -> None:

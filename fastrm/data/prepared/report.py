@@ -53,7 +53,7 @@ def make_report(
     rows = []
     for split, selection in chosen.items():
         is_split = table.is_of(split)
-        for number, source in enumerate(getattr(config.data, split)):
+        for number, source in enumerate(config.data.sources(split).values()):
             mine = is_split & (table.source == number)
             rows.append(
                 {"split": split, "source": source_label(source)}

@@ -86,7 +86,7 @@ def set_settings(config: Config) -> dict:
 
 def file_states(config: Config) -> dict[str, list[int]]:
     """Return the `file_status` of every data file of the sources that is there, in reading order."""
-    sources = [source for split in SPLITS for source in getattr(config.data, split)]
+    sources = [source for split in SPLITS for source in config.data.sources(split).values()]
     states = {file.path: file_status(file.path) for source in sources for file in open_source(source)}
     return {path: list(status) for path, status in states.items() if status is not None}
 
@@ -94,7 +94,7 @@ def file_states(config: Config) -> dict[str, list[int]]:
 def _new_files(manifest: dict, config: Config) -> list[str]:
     """Return the data files that a source has now and did not have when the set was made."""
     new = []
-    for source in (source for split in SPLITS for source in getattr(config.data, split)):
+    for source in (source for split in SPLITS for source in config.data.sources(split).values()):
         if source.path is None or not os.path.exists(source.path):
             continue  # on the hub, or gone: a set may be used without its sources
         with suppress(DataError):  # some of its files are gone

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from fastrm.config import Config
+from fastrm.data.batching import mix
 from fastrm.data.group import GroupMedium, GroupSize, join_records, resolve_preferences
 from fastrm.data.packing import EncodedGroup
 from fastrm.data.prepared.count import Counted
@@ -53,7 +54,7 @@ SIZE = np.dtype([("key", "<u4"), ("height", "<u2"), ("width", "<u2"), ("frames",
 
 
 class PreparedSet:
-    """A split of a prepared set.
+    """A split of a prepared set, or its groups of some numbers alone, whose counts are those of the split.
 
     Attributes:
         groups: the size of each, made on demand.
@@ -63,9 +64,9 @@ class PreparedSet:
         num_ties_ignored: preferences left out for `loss.ties`.
     """
 
-    def __init__(self, folder: Path, split: str, manifest: dict, config: Config):
+    def __init__(self, folder: Path, split: str, manifest: dict, config: Config, numbers: np.ndarray | None = None):
         arrays = _Arrays(folder)
-        entries = arrays.load(split)
+        entries = arrays.load(split) if numbers is None else arrays.load(split)[numbers]
         counts = manifest["splits"][split]
         self.groups: Sequence[GroupSize] = _Groups(arrays, entries)
         self.records: Sequence[Record] = _Records(folder, arrays, entries, manifest["units"], config)
@@ -74,6 +75,7 @@ class PreparedSet:
         self.num_ties_ignored: int = counts["num_ties_ignored"]
         self.num_preferences: int = counts["num_preferences"]
         self._entries, self._arrays = entries, arrays
+        self._made_of, self._sets = (folder, split, manifest, config), counts.get("sets", {})
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -82,6 +84,19 @@ class PreparedSet:
     def preference_counts(self) -> np.ndarray:
         """The number of preferences of each group, (len,) int64."""
         return self._arrays.groups["num_preferences"][self._entries].astype(np.int64)
+
+    def parts(self, most: int | None = None) -> dict[str, "PreparedSet"]:
+        """Return the named sets of an evaluation by their names; one whose name is "" where they have none.
+
+        Args:
+            most: groups of each, drawn by a hash of their numbers: the same ones every time; None: all.
+        """
+        found, start = {}, 0
+        for name, size in (self._sets or {"": len(self)}).items():
+            drawn = np.sort(np.argsort(mix(np.arange(size, dtype=np.uint64)), kind="stable")[:most])
+            found[name] = PreparedSet(*self._made_of, start + drawn)
+            start += size
+        return found
 
     def members(self, number: int) -> list[tuple[str, str, str]]:
         """Return (source, origin, id) of the records in a group."""
