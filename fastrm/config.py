@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError
+from fastrm.lora_config import LoraConfig, check_lora
 from fastrm.names import device_name, dtype_name
 from fastrm.sections import Fraction, NonEmpty, NonNegative, Positive, Section
 from fastrm.stopping_config import ACCURACY, StoppingConfig, metric_names
@@ -136,6 +137,9 @@ class ModelConfig(Section):
     but its matrix products and attention; full: whole layers. It saves memory and costs time."""
     fuse_projections: bool = False
     """Compute q, k and v in one matrix product, and gate and up in one. Files keep the stock names."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and the head, and leave the backbone as it is; `lora: {}` takes all defaults. Checkpoints
+    and the export then hold the adapters and the head, and not the backbone (docs/lora.md)."""
     export_dtype: Annotated[Literal["auto", "fp32", "bf16"], _Dtype] = "auto"
     """The precision of the backbone in the exported model; auto = precision.dtype, that of its products. The head is
     float32 in any case."""
@@ -150,6 +154,7 @@ class ModelConfig(Section):
             raise ValueError("model.init needs model.tokenizer: a folder, or {train_vocab_size: n}")
         if self.init is None and isinstance(self.tokenizer, TrainedTokenizer):
             raise ValueError("model.tokenizer {train_vocab_size: n} is for model.init; with model.path leave it out")
+        check_lora(self)
         return self
 
 
@@ -264,6 +269,8 @@ class Config(Section):
         "max_length": "data.max_tokens_per_group", "max_seq_length": "data.max_tokens_per_group",
         "cutoff_len": "data.max_tokens_per_group", "bf16": "precision.dtype", "torch_dtype": "precision.dtype",
         "gradient_checkpointing": "model.activation_checkpointing", "lr_scheduler_type": "optim.schedule",
+        "lora_rank": "model.lora, rank", "lora_alpha": "model.lora, alpha", "lora_target": "model.lora, targets",
+        "peft_config": "model.lora",
         "logging_steps": "run.log_every", "save_steps": "run.save_every", "eval_steps": "run.eval_every",
         "save_total_limit": "run.keep_checkpoints", "model_name_or_path": "model.path",
         "deepspeed": "engine.zero_stage", "overwrite_output_dir": "run.overwrite", "eval_on_start": "run.eval_at_start",

@@ -245,8 +245,9 @@ def call_checkpointed(mode: str, compiled: bool, layer: Callable, *arguments):
     """
     if mode == "none" or (mode == "selective" and compiled) or not torch.is_grad_enabled():
         return layer(*arguments)
-    # No module here draws random numbers; saving the generator's state would read it back from a GPU.
-    options = {"use_reentrant": False, "preserve_rng_state": False}
+    # Only dropout of adapters draws random numbers; saving the generator's state would read it back from a GPU.
+    draws_random = getattr(arguments[0], "draws_random", False)
+    options = {"use_reentrant": False, "preserve_rng_state": draws_random}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     return checkpoint(layer, *arguments, **options)

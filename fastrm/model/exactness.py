@@ -20,7 +20,7 @@ float32 a setting that is not read moves rewards by ten thousand times s.
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ from fastrm.errors import ExactnessError
 from fastrm.model.config_keys import unknown_keys
 from fastrm.model.families import FAMILIES, has_axes
 from fastrm.model.loading import WeightsOnMeta
+from fastrm.model.lora import add_lora, lora_modules
 from fastrm.model.network import RewardNetwork
 from fastrm.model.samples import Sample
 
@@ -115,13 +116,25 @@ def check_network(
     device, found = network.device, []
     options = {"share": share, "multiple": multiple}
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # for Triton's launches
-    with on_device, torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with on_device, forked, torch.no_grad(), _evaluating(network):
         if whole and (device.type != "cpu" or _num_operations(network, sample) <= CPU_OPERATIONS):
             with _autocast(device, autocast), suppress(torch.OutOfMemoryError):
                 found += _compare(network, sample, whole=True, **options)
         if not found or found[0].dtype != "fp32":
             found += _compare(first_layers(network) if whole else network, sample, whole=False, **options)
     return found
+
+
+@contextmanager
+def _evaluating(network: RewardNetwork) -> Iterator[None]:
+    """Leave out the dropout of adapters until the block ends."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None):
@@ -181,6 +194,9 @@ def first_layers(network: RewardNetwork, tensors: Iterable[tuple[str, torch.Tens
             _config_of_first_layers(network.model.config), dtype=torch.float32, attn_implementation="eager"
         )
         cut = RewardNetwork(model, network.head_settings, network.encoder, network.pooling)
+    there = dict(cut.named_modules())
+    if targets := [name for name in lora_modules(network) if name in there]:
+        add_lora(cut, network.lora, targets)
     embedding = model.get_input_embeddings().weight
     wanted = {name: parameter is embedding for name, parameter in cut.named_parameters()}
     wanted |= dict.fromkeys(cut.state_dict().keys() - wanted.keys(), False)
@@ -238,8 +254,14 @@ class StockModel:
         config = copy.deepcopy(network.model.config)  # the model writes its attention into its config
         with WeightsOnMeta():
             model = transformers.AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        # The tensors are shared: `assign` copies nothing, and a fused matrix is split into views.
-        model.load_state_dict(network.model.state_dict(), assign=True)
+        # The tensors are shared: `assign` copies nothing, and a fused matrix is split into views. PEFT's layers are
+        # what peft itself would put into this model.
+        own = lora_modules(network.model)
+        for name, module in own.items():
+            model.set_submodule(name, module)
+        inside = tuple(f"{name}." for name in own)
+        state = {name: value for name, value in network.model.state_dict().items() if not name.startswith(inside)}
+        model.load_state_dict(state, strict=not own, assign=True)
         self._model = model.to(network.device).eval()
         if network.model.get_input_embeddings()._forward_hooks:
             _widen(self._model)

@@ -9,11 +9,11 @@ model/
 
 import datetime
 import errno
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from fastrm.config import Config
 from fastrm.data.media.format import FormatSettings
@@ -22,11 +22,13 @@ from fastrm.data.tokenizer import load_tokenizer
 from fastrm.errors import ConfigError, StorageError, option
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
+from fastrm.model.adapters import WEIGHTS
 from fastrm.model.families import FAMILIES
 from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
+from fastrm.model.lora import adapter_files, kept_tensors
 from fastrm.model.network import RewardNetwork
-from fastrm.model.places import locate
+from fastrm.model.places import ADAPTER_CONFIG, locate
 from fastrm.model.stock_classes import (
     GUARD,
     StockReading,
@@ -35,10 +37,10 @@ from fastrm.model.stock_classes import (
     with_padding,
 )
 from fastrm.model.stored_head import OPENRLHF_KEYS, find_head, missing_head
-from fastrm.model.weight_files import CONFIG, finder
+from fastrm.model.weight_files import CONFIG, VALUE_HEAD, finder
 from fastrm.model.weight_writer import WeightWriter
 from fastrm.resources import available_memory
-from fastrm.storage import whole_folder
+from fastrm.storage import sync_path, whole_folder
 
 # In version 2 Qwen's vision models have published names, and heads that stock classifiers misread are under score.0.
 FORMAT = 2
@@ -65,20 +67,15 @@ def save_model(
     Raises:
         StorageError: if it cannot be written; `folder` is then as it was.
     """
-    reading, model_type = reading or read_by_stock(model), model.model.config.model_type
-    tensors = model.state_dict().items() if tensors is None else tensors
-    entries = ((name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model))
+    reading = reading or read_by_stock(model)
+    tensors = kept_tensors(model) if tensors is None else tensors
     try:
         with whole_folder(folder) as part:
-            writer = WeightWriter(part, reading.file_entries(entries, model_type))
-            try:
-                for name, tensor in tensors:
-                    writer.write(reading.file_name(name, model_type), tensor)
-                if reading.is_guarded:
-                    writer.write(GUARD, torch.empty(0))
-                writer.close()
-            finally:
-                writer.abandon()
+            if model.lora is None:
+                _write_weights(model, part, dtype, tensors, reading)
+            else:
+                # Each is valid until the next, where it comes from several ranks.
+                _write_adapter(model, part, {name: tensor.cpu().clone() for name, tensor in tensors}, reading)
             tokenizer = with_padding(model.encoder.tokenizer, reading.pad_token)
             config = _config_of(model, dtype, reading, tokenizer.pad_token_id)
             (part / "config.json").write_text(to_json(config, indent=2, sort_keys=True) + "\n")
@@ -89,6 +86,43 @@ def save_model(
     except OSError as error:
         hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
         raise StorageError(f"{folder}: the model could not be written: {error.strerror or error}; {hint}") from error
+
+
+def _write_weights(
+    model: RewardNetwork,
+    folder: Path,
+    dtype: torch.dtype | None,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    reading: StockReading,
+) -> None:
+    model_type = model.model.config.model_type
+    entries = ((name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model))
+    writer = WeightWriter(folder, reading.file_entries(entries, model_type))
+    try:
+        for name, tensor in tensors:
+            writer.write(reading.file_name(name, model_type), tensor)
+        if reading.is_guarded:
+            writer.write(GUARD, torch.empty(0))
+        writer.close()
+    finally:
+        writer.abandon()
+
+
+def _write_adapter(
+    model: RewardNetwork, folder: Path, tensors: dict[str, torch.Tensor], reading: StockReading
+) -> None:
+    """Write PEFT's two files, and the head: among them if a stock class reads it, else in a file of its own."""
+    head = {name: tensor.contiguous() for name, tensor in tensors.items() if name.startswith("score.")}
+    whole = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if reading.classifies else {}
+    settings, weights = adapter_files(model, tensors, **whole)
+    if reading.classifies:
+        weights |= {f"base_model.model.{name}": tensor for name, tensor in head.items()}
+    else:
+        save_file(head, folder / VALUE_HEAD)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(settings)
+    for name in (WEIGHTS, ADAPTER_CONFIG, *([] if reading.classifies else [VALUE_HEAD])):
+        sync_path(folder / name)
 
 
 def export_dtype(config: Config) -> torch.dtype:
@@ -194,8 +228,8 @@ def scoring_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 def kept_date(path: str | Path) -> datetime.date | None:
     """Return the date that the chat template of a reward model had in training; None if the model keeps none."""
-    file = finder(locate(path).base)(CONFIG)
-    section = {} if file is None else json.loads(file.read_text()).get("fastrm", {})
+    place = locate(path)
+    section = {} if finder(place.base)(CONFIG) is None else place.read_config().get("fastrm", {})
     return datetime.date.fromisoformat(section["template_date"]) if "template_date" in section else None
 
 

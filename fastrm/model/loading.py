@@ -137,7 +137,9 @@ def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> 
     for name, tensor in files.items():
         found = find_name(name)
         (rest if found is None else stored)[found or name] = tensor
-    for where in dict.fromkeys((place.base, place.adapter or place.base)):
+    if place.has_own_head:
+        rest = {}
+    for where in [place.adapter] if place.has_own_head else dict.fromkeys((place.base, place.adapter or place.base)):
         if (file := finder(where)(VALUE_HEAD)) is not None:
             rest |= read_header(file)
     return stored, rest
@@ -154,7 +156,8 @@ def _merge(
     for name, tensor in adapter.replaced.items():
         found = find_name(name)
         (rest if found is None else stored)[found or name] = tensor
-    for module, (down, up, scale) in adapter.products.items():
+    for module, product in adapter.products.items():
+        down, up = product.down, product.up
         name = f"{module}.weight"
         found = find_name(name)
         if found is None and UNUSED.fullmatch(name):
@@ -173,7 +176,7 @@ def _merge(
                 f"{adapter.where}: changes {name} by {[up.shape[0], down.shape[1]]}, which is {got}; was the adapter "
                 "trained on this base model?"
             )
-        weights[found] = MergedTensor(base.file, base.dtype, base.shape, base.start, down, up, scale)
+        weights[found] = MergedTensor(base.file, base.dtype, base.shape, base.start, base, product)
 
 
 def _check_all_there(path: str, tensors: Mapping[str, StoredTensor], wanted: Mapping[str, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ from fastrm.config import HeadConfig, LossConfig, ModelConfig
 from fastrm.data.packing import Pack
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError
+from fastrm.lora_config import LoraConfig
 from fastrm.model.backbone import CHECKPOINTING, BackboneRunner
 from fastrm.model.compiled import CompiledGraphs
 from fastrm.model.families import FAMILIES, check_family, gated_activations
@@ -39,6 +40,7 @@ class RewardNetwork(nn.Module):
         norm_and_gate: what RMSNorm and SwiGLU are in use, and why.
         lay_out: makes the layouts of packs, in a data worker or where the network runs.
         fp8: which layers compute in FP8 and why others do not; None without FP8.
+        lora: the settings of its adapters (lora.py); None: all of its weights have stock names.
         graphs: what torch.compile has made of the layers; None where they are not compiled.
         first_use: compares rewards with stock's before they are given away (first_use.py); None: nothing does.
         adopted: in words, how a head that others trained was read; empty for a new one and for an export's.
@@ -62,6 +64,7 @@ class RewardNetwork(nn.Module):
         self.head_kernels = Choice("eager", "not chosen yet")
         self.norm_and_gate = "not chosen yet"
         self.fp8: Fp8Report | None = None
+        self.lora: LoraConfig | None = None
         self.graphs: CompiledGraphs | None = None
         self.adopted = ""
         self._runner = BackboneRunner(model, pooling)
@@ -75,6 +78,11 @@ class RewardNetwork(nn.Module):
     @property
     def is_vision(self) -> bool:
         return self._runner.tower is not None
+
+    @property
+    def language(self) -> nn.Module:
+        """The language model, without its vision tower."""
+        return self._runner.language
 
     @property
     def tower(self) -> VisionTower | None:

@@ -44,12 +44,25 @@ class ModelPlace:
         return self.adapter if any(find(name) is not None for name in names) else self.base
 
     def read_config(self) -> dict:
-        """Read config.json of the base as plain objects, with keys that transformers does not know.
+        """Read config.json as plain objects, with keys that transformers does not know.
+
+        It is that of an adapter that a run has saved, else the base's.
 
         Raises:
             ConfigError: if there is none.
         """
-        return read_json(self.base, CONFIG)
+        return self._read_own_config() or read_json(self.base, CONFIG)
+
+    @property
+    def has_own_head(self) -> bool:
+        """True for an adapter that a run of fastrm has saved with its head, whatever head the base has."""
+        return bool(self._read_own_config())
+
+    def _read_own_config(self) -> dict:
+        if self.adapter is None or self.adapter == self.base or finder(self.adapter)(CONFIG) is None:
+            return {}
+        config = read_json(self.adapter, CONFIG)
+        return config if "fastrm" in config else {}
 
 
 def checked_path(path: object) -> str | os.PathLike:
@@ -74,6 +87,8 @@ def locate(path: str | Path) -> ModelPlace:
             model, or a path that does not exist.
     """
     given, folder = str(checked_path(path)), Path(path)
+    if not (folder / CONFIG).is_file() and (folder / "model" / ADAPTER_CONFIG).is_file():
+        folder = folder / "model"  # a run's, with an adapter in it
     check_format(folder)
     if not folder.exists() and not _may_be_on_hub(given):
         raise ConfigError(
@@ -82,13 +97,14 @@ def locate(path: str | Path) -> ModelPlace:
         )
     if folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file():
         return ModelPlace(given, _model_folder(folder))
-    find = finder(given)
+    where = str(folder) if folder.is_dir() else given
+    find = finder(where)
     if find(ADAPTER_CONFIG) is None:
         find(CONFIG)  # names a folder that is not there where the hub cannot be reached
         return ModelPlace(given, given)
     if find(SINGLE) is not None or (folder / INDEX).is_file():
-        return ModelPlace(given, given, given)
-    return ModelPlace(given, _base_of(given), given)
+        return ModelPlace(given, where, where)
+    return ModelPlace(given, _base_of(where), where)
 
 
 def _may_be_on_hub(name: str) -> bool:

@@ -131,7 +131,17 @@ class DeepSpeedEngine:
         self._forget_sums()
 
     def model_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (stock state-dict name, full tensor) of all weights, each valid until the next."""
+        """Yield (stock state-dict name, full tensor) of what a run keeps, as `kept_tensors`, each valid until the next.
+        """
+        if self.network.lora is None:
+            yield from self.all_tensors()
+            return
+        for name, parameter in self._trained.items():
+            with _gathered(parameter):
+                yield name, parameter.detach()
+
+    def all_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (state-dict name, full tensor) of all weights, frozen ones too, each valid until the next."""
         for name, parameter in self._names.items():
             with _gathered(parameter):
                 yield from split_fused(self.network, name, parameter.detach())
@@ -154,9 +164,10 @@ class DeepSpeedEngine:
             StorageError: if they are not those of this network and this optimizer.
         """
         try:
-            for name, parameter in self._names.items():
+            kept = self._names if self.network.lora is None else self._trained
+            for name, parameter in kept.items():
                 _fill(parameter, join_parts(self.network, name, model), name)
-            for name, buffer in stored_buffers(self.network):
+            for name, buffer in stored_buffers(self.network) if self.network.lora is None else ():
                 buffer.copy_(model[name])
         except KeyError as error:
             raise StorageError(f"not a checkpoint of this model: {error.args[0]} is missing") from None

@@ -15,8 +15,8 @@ import torch
 
 from fastrm.config import Config
 from fastrm.data.packing import Pack
-from fastrm.errors import StorageError
 from fastrm.model.head import loss_options
+from fastrm.model.lora import kept_tensors, load_kept_tensors
 from fastrm.model.network import RewardNetwork
 from fastrm.train.compact_adamw import CompactAdamW
 from fastrm.train.optim import load_state_tensors, make_optimizers, state_tensors, store_matrices_in_bf16
@@ -139,8 +139,8 @@ class LocalEngine:
         self._weight_sum = 0.0
 
     def model_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (stock state-dict name, tensor) of all weights."""
-        yield from self.network.state_dict().items()
+        """Yield (stock state-dict name, tensor) of all weights, or under adapters what is trained (`kept_tensors`)."""
+        yield from kept_tensors(self.network)
 
     def optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (`<state>.<parameter name>`, tensor) of the optimizers' states, such as exp_avg.score.0.weight."""
@@ -152,9 +152,5 @@ class LocalEngine:
         Raises:
             StorageError: if they are not those of this network and these optimizers.
         """
-        try:
-            self.network.load_state_dict(model)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise StorageError(f"not a checkpoint of this model: {reason}") from None
+        load_kept_tensors(self.network, model)
         load_state_tensors(self.optimizers, optimizer)

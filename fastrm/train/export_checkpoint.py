@@ -7,15 +7,18 @@ made without memory for its weights, and each of them goes from file to file.
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError, StorageError
-from fastrm.model.export import export_dtype
-from fastrm.model.export_command import check_target, write_for
+from fastrm.model.export import export_dtype, save_model
+from fastrm.model.export_command import check_target, export_model, write_for
 from fastrm.model.loading import WeightsOnMeta, empty_backbone
+from fastrm.model.lora import add_lora, base_of
 from fastrm.model.network import RewardNetwork, init_backbone
+from fastrm.model.places import locate
 from fastrm.train.checkpoint import CHECKPOINTS, STATE, list_checkpoints, model_tensors, step_of, verify
 from fastrm.train.encoder import make_data_encoder, make_tokenizer
 from fastrm.train.setup import finite
@@ -47,8 +50,14 @@ def export_checkpoint(
     stored = json.loads((path / STATE).read_text())["config"]
     stored["run"]["dir"] = str(run_dir)  # which may have been moved
     config = validate(Config, stored, {}, str(path / STATE))
-    weights = {"dtype": dtype or export_dtype(config), "tensors": finite(model_tensors(path).items())}
-    write_for(reader, _without_weights(config), out, display, **weights)
+    network, weights = _without_weights(config), finite(model_tensors(path).items())
+    dtype = dtype or export_dtype(config)
+    if network.lora is None:
+        write_for(reader, network, out, display, dtype=dtype, tensors=weights)
+    else:  # a checkpoint holds adapters, and reading them merges
+        with TemporaryDirectory(prefix="adapter-", dir=run_dir) as folder:
+            save_model(network, Path(folder) / "model", tensors=weights)
+            export_model(folder, out, reader, display, dtype)
     display.say(f"exported step {step_of(path):,} of {run_dir}")
 
 
@@ -88,4 +97,6 @@ def _without_weights(config: Config) -> RewardNetwork:
     network = RewardNetwork(backbone, settings.head, encoder, settings.pooling)
     if settings.fuse_projections:  # files have their tensors in the order of the run's own network
         network.fuse_projections()
+    if settings.lora is not None:
+        add_lora(network, settings.lora, base=base_of(locate(settings.path)))
     return network

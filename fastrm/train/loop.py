@@ -133,6 +133,7 @@ def _train_steps(run: Run) -> None:
                 if run.stop.signal and run.ranks.num_ranks == 1:
                     run.interrupt()  # alone, a run stops inside a step; several ranks at its end
                 run.note_refusals(loaded.refused, run.job.train)
+                run.seed_dropout(loaded.plan)
                 with run.breakable():
                     rewards = engine.accumulate(loaded.pack)
                 tally.add(loaded, rewards)

@@ -11,6 +11,7 @@ from fastrm.config import Config, OptimConfig, PrecisionConfig
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.fusion import whole_shape
 from fastrm.model.loading import PickDtype, stored_dtype
+from fastrm.model.lora import is_adapter_weight
 from fastrm.train.compact_adamw import BLOCK, CompactAdamW, is_quantizable
 
 _OTHER = "the checkpoint is of another model, or of other settings of model or optim; use those, or a new run.dir"
@@ -59,7 +60,7 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def backbone_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights of the backbone's linear and convolution layers, frozen ones too, by name.
+    """Return the weights of the backbone's linear and convolution layers, frozen ones and adapters' too, by name.
 
     They are 93 % of Qwen2.5-VL-7B, and all that may be stored in bfloat16 or have 8-bit moments:
     autocast reads them in bfloat16 in any case. Norms and biases are small, and their values near 1 are
@@ -95,7 +96,7 @@ def storage_dtype(network: nn.Module, precision: PrecisionConfig, alone: bool) -
     keeps = precision.weights == "auto" and precision.dtype == "bf16" and alone
 
     def pick(name: str, parameter: nn.Parameter, stored: torch.dtype) -> torch.dtype:
-        if precision.weights == "bf16" and name in matrices:
+        if precision.weights == "bf16" and name in matrices and not is_adapter_weight(name):
             return torch.bfloat16
         is_kept = keeps and stored.itemsize == 2 and id(parameter) in multiplied and not parameter.requires_grad
         return stored if is_kept else torch.float32
@@ -104,12 +105,14 @@ def storage_dtype(network: nn.Module, precision: PrecisionConfig, alone: bool) -
 
 
 def store_matrices_in_bf16(network: nn.Module) -> None:
-    """Round `backbone_matrices` to bfloat16, in place; their gradients accumulate in float32.
+    """Round `backbone_matrices` but adapters to bfloat16, in place; their gradients accumulate in float32.
 
     A pack's gradient of a matrix is a bfloat16 product of autocast with either storage. Summed over
     packs in bfloat16, it would depend on how a step is cut into packs.
     """
-    for parameter in backbone_matrices(network).values():
+    for name, parameter in backbone_matrices(network).items():
+        if is_adapter_weight(name) or not parameter.is_floating_point():
+            continue
         parameter.data = parameter.data.to(torch.bfloat16)
         if parameter.requires_grad:
             parameter.grad_dtype = torch.float32

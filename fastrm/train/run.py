@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+import torch
+
 from fastrm.config import Config
-from fastrm.data.batching import StepOrder
+from fastrm.data.batching import PackPlan, StepOrder
 from fastrm.data.loader import PackBuilder, RefusedGroup
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.data.quarantine import Quarantine
@@ -126,6 +129,12 @@ class Run:
             prepared.records, network.encoder, self.config.data.share_prefixes, check=prepared.check,
             multiple=token_multiple(self.config.precision.fp8), lay_out=network.lay_out,
         )  # fmt: skip
+
+    def seed_dropout(self, plan: PackPlan) -> None:
+        """Set torch's seed for the dropout of adapters in a pack, by run.seed, the step and the pack's first group."""
+        if self.config.model.lora is not None and self.config.model.lora.dropout:
+            key = self.config.run.seed, self.progress.step, *plan.groups[:1]
+            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
     def write(self, row: dict) -> None:
         """Append a row to metrics.jsonl, on the first rank."""

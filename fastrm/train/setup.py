@@ -16,6 +16,7 @@ from fastrm.model.exactness import first_layers
 from fastrm.model.export import export_dtype, save_model
 from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.loading import Backbone, open_backbone
+from fastrm.model.lora import add_lora, base_of
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8, token_multiple
 from fastrm.model.stored_head import find_head
@@ -84,7 +85,8 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
     if files is not None and not settings.head.new and (found := find_head(files, tokenizer, settings)) is not None:
         found.load_into(network.score)
     network.freeze(settings.freeze)
-    check_lr_parts(network, config.optim)
+    if settings.lora is not None:
+        network.model.requires_grad_(False)  # known before weights are read: frozen ones are kept in two bytes
     if settings.fuse_projections:
         network.fuse_projections()
     device = pick_device(config.run.device)
@@ -93,6 +95,9 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
     network.to(device)
     fp8 = config.precision.fp8
     network.fp8 = convert_to_fp8(network, fp8) if fp8 != "off" else None
+    if settings.lora is not None:
+        add_lora(network, settings.lora, base=base_of(files.place))
+    check_lr_parts(network, config.optim)
     if config.compile == "layers":
         network.compile_layers()
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
@@ -139,9 +144,9 @@ def _first_use(network: RewardNetwork, engine, config: Config, ranks: Ranks, say
     if ranks.num_ranks == 1 or config.engine.zero_stage < 3:
         options["autocast"] = torch.bfloat16 if config.precision.dtype == "bf16" else None
     elif ranks.is_first:
-        network, options["whole"] = first_layers(network, engine.model_tensors()), False
+        network, options["whole"] = first_layers(network, engine.all_tensors()), False
     else:
-        for _ in engine.model_tensors():  # this rank only helps to gather
+        for _ in engine.all_tensors():  # this rank only helps to gather
             pass
     return FirstUse(network, weights, options, say)
 

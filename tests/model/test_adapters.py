@@ -54,7 +54,10 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(settings, scale, tmp_p
 
 def test_an_adapter_beside_its_base_is_not_ignored(tmp_path):
     save_backbone(tmp_path)
-    stock = merged(tmp_path, save_adapter(tmp_path, tmp_path), lambda module: 2.0)
+    # Beside its base, transformers would put it into the stock model here.
+    stock = merged(tmp_path, save_adapter(tmp_path / "apart", tmp_path), lambda module: 2.0)
+    for file in (tmp_path / "apart").iterdir():
+        file.rename(tmp_path / file.name)
     wanted = stock_rewards(tmp_path, lambda ids: stock(ids).last_hidden_state[0, -1] @ ROW[0])
     assert_same(rewards_of(tmp_path)[0], wanted)
 
@@ -62,7 +65,8 @@ def test_an_adapter_beside_its_base_is_not_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, r"use_dora is True; only plain LoRA .* merge_and_unload"),
+        ({"use_bdlora": True}, r"use_bdlora is True; only plain LoRA .* merge_and_unload"),
+        ({"use_dora": True}, r"model.layers.0.mlp.down_proj.lora_\*, .*: not the matrices of a linear layer's LoRA"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"a_setting_of_tomorrow": [1]}, r"a_setting_of_tomorrow is \[1\]"),

@@ -188,6 +188,13 @@ def test_file_that_cannot_be_read(tmp_path, monkeypatch):
             "set exactly one of model.path and model.init",
         ),
         ("model:\n  init: {hidden_size: 8}\n  tokenizer: t\n", "model.init needs model_type"),
+        (
+            "model:\n  init: {model_type: qwen2}\n  tokenizer: t\n  lora: {}\n",
+            "model.lora needs model.path: an adapter belongs to a base model whose weights are in files",
+        ),
+        (MINIMAL + "  lora: {}\n  fuse_projections: true\n", "set model.fuse_projections: false"),
+        (MINIMAL + "  lora: {vision: true}\n  freeze: [vision]\n", "remove vision from model.freeze"),
+        (MINIMAL + "  lora: {}\n  freeze: [language]\n", "remove language from model.freeze"),
         ("model:\n  init: {model_type: qwen2}\n", "model.init needs model.tokenizer"),
         (
             MINIMAL + "data: {min_pixels: 4000, max_pixels: 3000}\n",
@@ -198,7 +205,10 @@ def test_file_that_cannot_be_read(tmp_path, monkeypatch):
             "optim.tokens_per_pack 1000 is below data.max_tokens_per_group 32768",
         ),
     ],
-    ids=["neither", "both", "no-type", "no-tokenizer", "pixels", "pack"],
+    ids=[
+        "neither", "both", "no-type", "lora-random", "lora-fused", "lora-frozen-tower", "lora-frozen", "no-tokenizer",
+        "pixels", "pack",
+    ],
 )
 def test_combination_that_cannot_work(load, body, expected):
     message = complaint(load, body)

@@ -312,6 +312,27 @@ def best_of(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / json.loads((run_dir / "summary.json").read_text())["best_checkpoint"]
 
 
+def test_a_run_with_adapters_is_that_of_one_process_and_goes_on_to_the_bit(server, mixed_data, stage, tmp_path):
+    pytest.importorskip("peft")
+    save_stock_checkpoint(tmp_path / "base", make_model("qwen2_5_vl"), torch.float32)
+
+    def config_of(name: str, zero_stage: int) -> Path:
+        path = run_config(tmp_path / name, mixed_data, zero_stage)
+        tree = yaml.safe_load(path.read_text())
+        tree["model"] = {"path": str(tmp_path / "base"), "lora": {"rank": 4, "vision": True}}
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    rank_jobs.train(str(config_of("one", 1)))
+    config, found = config_of("two", stage), tmp_path / "two" / "run"
+    server.run(tmp_path, "train", config)
+    assert_same_run(found, tmp_path / "one" / "run")
+    weights = checkpoint_of(found / "checkpoints" / "step-00000006")[0]
+    assert weights and all(name.startswith("score.") or ".lora_" in name for name in weights)
+    server.run(tmp_path, "train", config, str(found / "checkpoints/step-00000003"), f"run.dir={tmp_path / 'again'}")
+    assert_equal(exported(tmp_path / "again"), exported(found))
+
+
 def test_a_skipped_step_names_the_records_of_all_ranks(server, mixed_data, tmp_path):
     found = {}
     for num_ranks in (1, 2):

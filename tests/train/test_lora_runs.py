@@ -1,0 +1,112 @@
+"""Runs with adapters: what they save, who can load it, and that a resumed run is the run."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from fastrm import RewardModel
+from fastrm.model.export import load_model
+from fastrm.train.export_checkpoint import export_checkpoint
+from fastrm.ui import Display
+from tests.helpers.foreign_models import GROUPS, assert_same, tokens_of
+from tests.helpers.lora_runs import lora_config, peft_rewards
+from tests.helpers.runs import run
+from tests.helpers.support import make_image, make_record, pack_of
+
+peft = pytest.importorskip("peft")
+IMAGE = make_image(80, 60, 1)
+
+
+def adapter_of(folder):
+    return {
+        **load_file(folder / "run" / "model" / "adapter_model.safetensors"),
+        **load_file(folder / "run" / "model" / "value_head.safetensors"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [("llama", {}), ("qwen2_5_vl", {"vision": True}), ("llama", {"dora": True, "rslora": True, "targets": ["v_proj"]})],
+    ids=["text", "images", "dora"],
+)
+def test_what_a_run_saves_is_the_same_model_in_peft_and_merged_in_fastrm(family, lora, tmp_path):
+    run(lora_config(tmp_path, family, {"lora": {"rank": 4, **lora}}))
+    records = [make_record(n, images=[IMAGE] if "vl" in family and n else ()) for n in range(3)]
+    merged = load_model(tmp_path / "run")
+    assert merged.lora is None, "loading merges"
+    rewards = merged(pack_of(merged, records)).detach()
+    torch.testing.assert_close(rewards, peft_rewards(tmp_path / "run", records), rtol=1e-5, atol=2e-6)
+    assert rewards.max() - rewards.min() > 0.02
+    trained = [name for name in adapter_of(tmp_path) if ".lora_B." in name]
+    assert all(adapter_of(tmp_path)[name].abs().max() > 0 for name in trained) and trained
+
+
+def test_a_head_that_stock_classes_read_is_in_the_adapter_and_peft_gives_the_rewards(tmp_path):
+    head = {"layers": 1, "bias": False}
+    run(lora_config(tmp_path, model={"head": head}))
+    model = tmp_path / "run" / "model"
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1, dtype=torch.float32)
+    stock = peft.PeftModel.from_pretrained(stock, model).eval()
+    stock.config.pad_token_id = None
+    with torch.no_grad():
+        wanted = [[float(stock(input_ids=ids).logits) for ids in group] for group in tokens_of(model)]
+    found = RewardModel.from_pretrained(tmp_path / "run", device="cpu", dtype="fp32").score(GROUPS)
+    assert_same(found, wanted)
+
+
+def test_checkpoints_and_export_hold_no_weight_of_the_base(tmp_path):
+    run(lora_config(tmp_path))
+    names = []
+    for file in (tmp_path / "run").rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names += tensors.keys()
+    assert names and all("lora_" in name or "score." in name for name in names)
+
+
+def test_a_checkpoint_is_exported_as_a_plain_model_with_the_rewards_of_the_run(tmp_path):
+    run(lora_config(tmp_path))
+    export_checkpoint(tmp_path / "run", 6, tmp_path / "plain", "transformers", Display(silent=True))
+    assert not (tmp_path / "plain" / "adapter_config.json").exists()
+    wanted = RewardModel.from_pretrained(tmp_path / "run", device="cpu", dtype="fp32").score(GROUPS)
+    found = RewardModel.from_pretrained(tmp_path / "plain", device="cpu", dtype="fp32").score(GROUPS)
+    assert_same(found, wanted)
+
+
+SETTINGS = {
+    "plain": {},
+    "dropout": {"model": {"lora": {"rank": 4, "dropout": 0.3}, "activation_checkpointing": "full"}},
+    "bf16 weights, 8-bit states": {
+        "model": {"lora": {"rank": 64}}, "precision": {"dtype": "bf16", "weights": "bf16"}, "optim": {"states": "8bit"},
+    },
+    "fp8": {"precision": {"dtype": "bf16", "fp8": "rowwise"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_resumed_run_is_the_run_to_the_bit(settings, tmp_path):
+    path = lora_config(tmp_path, **settings)
+    run(path)
+    wanted = adapter_of(tmp_path)
+    assert {tensor.dtype for tensor in wanted.values()} == {torch.float32}
+    shutil.rmtree(tmp_path / "run" / "model")
+    run(path, resume=str(tmp_path / "run" / "checkpoints" / "step-00000003"))
+    found = adapter_of(tmp_path)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_dropout_changes_a_run_and_not_its_evaluation(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder, rate in ((one, 0.0), (other, 0.3)):
+        folder.mkdir()
+        run(lora_config(folder, model={"lora": {"rank": 4, "dropout": rate}}))
+    assert not torch.equal(*(next(iter(adapter_of(folder).values())) for folder in (one, other)))
+    network = load_model(other / "run")
+    records = [make_record(n) for n in range(2)]
+    torch.testing.assert_close(
+        network(pack_of(network, records)).detach(), peft_rewards(other / "run", records), rtol=1e-5, atol=2e-6
+    )
