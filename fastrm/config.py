@@ -64,8 +64,14 @@ class RunConfig(Section):
     overwrite: bool = False
     """Start over in the folder of a run: what the run there has left is deleted when the first step is about to begin,
     its prepared data excepted. `--resume` goes on as ever. A folder that is no run is refused."""
-    report_to: list[Literal["tensorboard", "wandb"]] = []
-    """Loggers that are used besides metrics.jsonl, which is always written."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Trackers that get the rows of metrics.jsonl, which is always written, and the settings (docs/training.md)."""
+    name: NonEmpty | None = None
+    """The name of the run in trackers. Default: that of its folder."""
+    project: NonEmpty = "fastrm"
+    """The project of the run in trackers; MLflow calls it an experiment."""
+    tags: list[NonEmpty] = []
+    """Tags of the run in trackers."""
     device: Annotated[str, BeforeValidator(device_name)] = "auto"
     """The device: auto (a GPU if there is one), cpu, cuda, or one GPU by its number, such as cuda:1."""
     num_processes: Positive | None = None
@@ -270,8 +276,8 @@ class Config(Section):
         "cutoff_len": "data.max_tokens_per_group", "bf16": "precision.dtype", "torch_dtype": "precision.dtype",
         "gradient_checkpointing": "model.activation_checkpointing", "lr_scheduler_type": "optim.schedule",
         "lora_rank": "model.lora, rank", "lora_alpha": "model.lora, alpha", "lora_target": "model.lora, targets",
-        "peft_config": "model.lora",
-        "logging_steps": "run.log_every", "save_steps": "run.save_every", "eval_steps": "run.eval_every",
+        "peft_config": "model.lora", "run_name": "run.name", "logging_steps": "run.log_every",
+        "save_steps": "run.save_every", "eval_steps": "run.eval_every",
         "save_total_limit": "run.keep_checkpoints", "model_name_or_path": "model.path",
         "deepspeed": "engine.zero_stage", "overwrite_output_dir": "run.overwrite", "eval_on_start": "run.eval_at_start",
         "load_best_model_at_end": "run.export, as best", "metric_for_best_model": "run.early_stopping, as its metric",
@@ -383,7 +389,7 @@ def describe_extended(path: str | Path) -> str | None:
     if not bases:
         return None
     chain = ", which extends ".join(str(file) for file, _, _ in bases)
-    return f"{path} extends {chain}; its own are {', '.join(_flat(own, False)) or 'no settings'}"
+    return f"{path} extends {chain}; its own are {', '.join(flat(own)) or 'no settings'}"
 
 
 def differences(old: dict, new: dict, in_lists: bool = False) -> dict[str, tuple]:
@@ -392,14 +398,20 @@ def differences(old: dict, new: dict, in_lists: bool = False) -> dict[str, tuple
     Args:
         in_lists: compare the entries of lists of mappings one by one; else a list is one value.
     """
-    old, new = _flat(old, in_lists), _flat(new, in_lists)
+    old, new = flat(old, in_lists), flat(new, in_lists)
     keys = sorted(old.keys() | new.keys())
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def _flat(tree, in_lists: bool, prefix: str = "") -> dict:
+def flat(tree, in_lists: bool = False, prefix: str = "") -> dict:
+    """Return the values of a plain configuration by dotted keys.
+
+    Args:
+        in_lists: number the entries of lists of mappings; else a list is one value.
+        prefix: put before each key.
+    """
     if in_lists and isinstance(tree, list) and tree and isinstance(tree[0], dict):
         tree = dict(enumerate(tree))
     if isinstance(tree, dict) and tree:
-        return {k: v for name, value in tree.items() for k, v in _flat(value, in_lists, f"{prefix}{name}.").items()}
+        return {k: v for name, value in tree.items() for k, v in flat(value, in_lists, f"{prefix}{name}.").items()}
     return {prefix.rstrip("."): tree}

@@ -3,7 +3,6 @@
 Of the first rows, images are opened for their headers, and conversations are tokenised; nothing is decoded or written.
 """
 
-import importlib.util
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from fastrm.model.architectures import find_architecture
 from fastrm.model.families import chat_layout
 from fastrm.model.places import locate
 from fastrm.train.encoder import make_data_encoder
+from fastrm.train.trackers import check_trackers
 
 # Larger sources take minutes to read, which a plan should not.
 MOST_BYTES_TO_COUNT = 256 * 2**20
@@ -44,10 +44,17 @@ def check_inputs(config: Config) -> list[tuple[str, str, str]]:
     if config.data.prepared is not None:
         rows.append(("data.prepared", *_check_prepared(config.data.prepared)))
     rows += _check_model(config.model)
-    for logger in config.run.report_to:
-        found = importlib.util.find_spec(logger) is not None
-        rows.append(("run.report_to", "found" if found else "missing", f"Python package {logger}"))
+    rows += [("run.report_to", *_check_tracker(name)) for name in config.run.report_to]
     return rows
+
+
+def _check_tracker(name: str) -> tuple[str, str]:
+    """Return state and detail of a tracker: installed, and logged in or reachable."""
+    try:
+        check_trackers([name])
+    except ConfigError as error:
+        return "missing", str(error).removeprefix("run.report_to: ")
+    return "found", name
 
 
 def _check_source(source: SourceConfig) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from fastrm.stop import StopFlag, StopRequest
 from fastrm.train.checkpoint import CHECKPOINTS, Checkpoints
 from fastrm.train.engine import Update
 from fastrm.train.evaluation import count_fp8_flips, evaluate
-from fastrm.train.metrics import MetricsLog, check_loggers
+from fastrm.train.metrics import MetricsLog
 from fastrm.train.optim import learning_rate, part_rates
 from fastrm.train.overwrite import check_overwrite, delete_run
 from fastrm.train.progress import Progress, StepReport, StepTally
@@ -30,6 +30,7 @@ from fastrm.train.resume import find_start, restore
 from fastrm.train.run import INCIDENTS, Run, StepGuard, locked
 from fastrm.train.setup import check_exactness, make_engine, set_up
 from fastrm.train.step_cost import make_cost_model
+from fastrm.train.trackers import check_trackers
 from fastrm.ui import Display
 
 
@@ -79,7 +80,7 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
         display.say(head)
     config = config.model_copy(update={"model": model})
     quarantine = opened.enter_context(Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None))
-    check_loggers(config.run.report_to)
+    ranks.on_first(lambda: check_trackers(config.run.report_to))
     job = set_up(config, quarantine, display, ranks)
     config, fingerprint = job.config, job.train.fingerprint
     engine = make_engine(job.network, config, ranks)
@@ -94,12 +95,19 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
     progress = saved or Progress()
     order = StepOrder(job.train.preference_counts, config.optim.batch_pairs, config.run.seed)
     num_steps = config.run.max_steps or sum(order.steps_in_epoch(epoch) for epoch in range(config.run.epochs))
-    log = opened.enter_context(closing(MetricsLog(config, progress))) if ranks.is_first else None
+    log = _open_log(config, progress, display, ranks, opened)
     guard = StepGuard(run_dir / INCIDENTS if ranks.is_first else None, progress.step, progress.skipped_in_a_row)
     run = Run(job, engine, order, num_steps, progress, checkpoints, guard, log, quarantine, display, stop, ranks)
     announce(run, start)
     check_exactness(job, engine, ranks, display.say)
     return run
+
+
+def _open_log(config: Config, progress: Progress, display: Display, ranks: Ranks, opened: ExitStack):
+    """Open metrics.jsonl and the trackers on the first rank; return None on the others, which learn of a failure."""
+    logs = []
+    ranks.on_first(lambda: logs.append(opened.enter_context(MetricsLog(config, progress, display.say))))
+    return logs[0] if logs else None
 
 
 def _run_to_the_end(run: Run) -> dict:

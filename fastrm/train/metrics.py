@@ -1,45 +1,48 @@
-"""The outputs for a run's numbers: metrics.jsonl, and loggers."""
+"""The outputs for a run's numbers: metrics.jsonl, and trackers."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from fastrm.config import Config
-from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
 from fastrm.storage import write_whole
+from fastrm.train.trackers import Trackers
 
 
 class MetricsLog:
-    """The file metrics.jsonl, and the optional loggers of run.report_to.
+    """The file metrics.jsonl, and the trackers of run.report_to; a context that closes them.
 
     Rows that the run is going to write again are removed first, so that a resumed run's file reads like that of an
     unbroken one.
 
     Args:
         progress: where the run continues from: its `step`, and its `last_eval`.
+        say: takes a line of text about a tracker that fails.
+
+    Raises:
+        ConfigError: if a tracker cannot be opened.
     """
 
-    def __init__(self, config: Config, progress):
-        run_dir = Path(config.run.dir)
-        path = run_dir / "metrics.jsonl"
+    def __init__(self, config: Config, progress, say: Callable[[str], None]):
+        path = Path(config.run.dir) / "metrics.jsonl"
         evaluated = progress.last_eval.get("step", -1)
         keep_rows(path, lambda row: row["step"] <= (evaluated if "eval/accuracy" in row else progress.step))
+        self._trackers = Trackers(config, progress.step, read_rows(path), say)
         self._file = path.open("a")
-        self._sinks = [_SINKS[name](run_dir, config.model_dump(mode="json")) for name in config.run.report_to]
 
     def write(self, row: dict) -> None:
         """Append one row; `row["step"]` is the number of steps done."""
         self._file.write(to_json(row) + "\n")
         self._file.flush()
-        for sink in self._sinks:
-            sink(row)
+        self._trackers.write(row)
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self._file.close()
-        for sink in self._sinks:
-            sink(None)
+        self._trackers.close(failed=kind is not None)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -59,39 +62,3 @@ def keep_rows(path: Path, wanted: Callable[[dict], bool]) -> None:
     if path.exists():
         kept = "".join(to_json(row) + "\n" for row in read_rows(path) if wanted(row))
         write_whole(path, kept)
-
-
-def check_loggers(report_to: list[str]) -> None:
-    """Check, before any work is done, that every logger of run.report_to is installed.
-
-    Raises:
-        ConfigError: naming the package to install.
-    """
-    for name in report_to:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"run.report_to: {name} is not installed; pip install {name}")
-
-
-def _tensorboard(run_dir: Path, config: dict):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(run_dir / "tensorboard")
-
-    def sink(row):
-        if row is None:
-            return writer.close()
-        for name, value in row.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(name, value, row["step"])
-
-    return sink
-
-
-def _wandb(run_dir: Path, config: dict):
-    import wandb
-
-    run = wandb.init(dir=run_dir, config=config)
-    return lambda row: run.finish() if row is None else run.log(row, step=row["step"])
-
-
-_SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}

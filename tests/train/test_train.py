@@ -208,20 +208,6 @@ def test_a_model_that_cannot_be_made_is_a_configuration_error(colours, tmp_path,
         run(tiny_config(tmp_path, colours), override)
 
 
-def test_tensorboard_gets_the_rows(colours, tmp_path):
-    path = tiny_config(tmp_path, colours, run={"max_steps": 1, "report_to": ["tensorboard"]})
-    run(path)
-    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
-
-
-def test_a_missing_logger_is_named_before_any_work(colours, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    path = tiny_config(tmp_path, colours, run={"report_to": ["wandb"]})
-    with pytest.raises(ConfigError, match=r"run\.report_to: wandb is not installed; pip install wandb"):
-        run(path)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
 def test_a_run_folder_in_use_or_used_is_refused(finished, colours, tmp_path):
     path = tiny_config(tmp_path, colours)
     with pytest.raises(ConfigError, match="holds a run already; add --resume auto"):
