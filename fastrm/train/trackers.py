@@ -33,7 +33,7 @@ CLOSE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run.
+    """The facts about a run that a tracker is told.
 
     Attributes:
         folder: of the run.
