@@ -15,7 +15,7 @@ from fastrm.errors import ConfigError
 from fastrm.train.metrics import read_rows
 from fastrm.train.trackers import IDS, Trackers, check_trackers
 from tests.helpers.runs import run, text_rows, tiny_config, write_rows
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import PATIENCE, wait_until
 
 NAMES = ["tensorboard", "wandb", "mlflow", "trackio"]
 TAGS = ["small", "text"]
@@ -75,10 +75,16 @@ def _wandb(folder):
     """Read the records of the runs that `wandb sync` would send, which are one: of one id."""
     from wandb.proto.wandb_internal_pb2 import Record
 
+
+    def read() -> list[list[Record]]:
+        files = sorted((folder / "run" / "wandb").glob("offline-run-*/*.wandb"))
+        return [[Record.FromString(data) for data in _leveldb_log(file.read_bytes()[7:])] for file in files]
+
+    # Its own process writes the files, and may still do so when the run has ended.
+    wait_until(lambda: all(any(record.HasField("exit") for record in file) for file in read()))
     rows, ids, about = {}, set(), None
-    for path in sorted((folder / "run" / "wandb").glob("offline-run-*/*.wandb")):
-        for data in _leveldb_log(path.read_bytes()[7:]):
-            record = Record.FromString(data)
+    for file in read():
+        for record in file:
             if record.HasField("run"):
                 about = record.run
                 ids.add(about.run_id)
