@@ -108,6 +108,8 @@ def _leveldb_log(data: bytes):
             place += left
             continue
         size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + 7 + size > len(data):  # it is being written
+            return
         record += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # the whole record, or its last part
