@@ -21,7 +21,7 @@ from fastrm.evaluate.reward_model import RewardModel
 from fastrm.json_files import to_json
 from fastrm.train.engine import LocalEngine
 from fastrm.train.loop import train
-from fastrm.train.setup import _finite
+from fastrm.train.setup import finite
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import fastrm, text_rows, tiny_config, write_rows
 from tests.helpers.support import make_model
@@ -240,12 +240,12 @@ def test_a_weight_that_is_not_finite_is_found_wherever_it_stands(dtype, value):
     """In any lane of a vector register, and in what is left behind the last whole one."""
     for size in (1, 7, 16, 33, 4099):
         weight = torch.linspace(-2, 2, size).to(dtype)
-        assert [name for name, _ in _finite([("weight", weight)])] == ["weight"]
+        assert [name for name, _ in finite([("weight", weight)])] == ["weight"]
         for place in {0, size // 3, size // 2, size - 1}:
             bad = weight.clone()
             bad[place] = value
             with pytest.raises(DataError, match="weight: 1 of"):
-                list(_finite([("weight", bad)]))
+                list(finite([("weight", bad)]))
 
 
 @pytest.mark.parametrize("margin", [1e300, -3.5e38, float("nan"), float("inf"), 10**400])
