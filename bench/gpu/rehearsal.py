@@ -33,7 +33,7 @@ BACKEND = "aot_eager_decomp_partition"
 def shrink_models() -> None:
     """Put tiny models under the published names."""
     from bench.harness.timing import Rounds
-    from bench.training import measurement as training_run
+    from bench.training import measurement
     from bench.training import models as training_models
     from bench.training import plan as training_plan
     from bench.training import shapes as training_shapes
@@ -50,10 +50,10 @@ def shrink_models() -> None:
     training_shapes.main_variants = lambda on_gpu: variants(True)
     training_shapes.alternatives = lambda on_gpu: others(True)
     training_shapes.leave_one_out = lambda on_gpu: features(True)
-    training_run.matmul_sizes = lambda model: [(64, 64, 64)]
-    training_run.VARIANT_SECONDS, training_run.ROUNDS = 0, Rounds(1, 1)
-    training_run.VARIANT_RESERVE_SECONDS = training_run.COMPILED_RESERVE_SECONDS = training_run.FP8_RESERVE_SECONDS = 5
-    # gpu_memory.py looks for the largest size that fits: here two groups.
+    measurement.matmul_sizes = lambda model: [(64, 64, 64)]
+    measurement.VARIANT_SECONDS, measurement.ROUNDS = 0, Rounds(1, 1)
+    measurement.VARIANT_RESERVE_SECONDS = measurement.COMPILED_RESERVE_SECONDS = measurement.FP8_RESERVE_SECONDS = 5
+    # memory.py looks for the largest size that fits: here two groups.
     training_plan.planned_bytes = lambda model, config, shape, variant: shape.num_groups << 30
 
 
@@ -82,7 +82,7 @@ def shrink_shapes() -> None:
 def emulate_operators():
     """Make every attention backend run here, and stop before machine code; keep the returned object."""
     import fastrm.model.network as network
-    from bench.gpu import emulation as gpu_emulation
+    from bench.gpu import emulation
     from bench.training import variants as training_variants
     from fastrm_kernels.dispatch import Choice
     from fastrm_kernels.tree_attention import api
@@ -101,7 +101,7 @@ def emulate_operators():
     network.pick_backend = picked
     for function in (network.RewardNetwork.compile_layers, training_variants.CompiledLayers.__init__):
         function.__defaults__ = (BACKEND,)
-    return gpu_emulation.register()
+    return emulation.register()
 
 
 def main() -> None:

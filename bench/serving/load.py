@@ -20,8 +20,8 @@ class Answer:
     """An answer of the server.
 
     Attributes:
-        began: when the request was due, in seconds of `time.perf_counter`; where all connections were busy it was sent
-            later, and the wait counts.
+        began: when the request was due, in seconds of `time.perf_counter`. Every request that waits has a connection of
+            its own; one that this client or the server was too busy for is sent later, and the wait counts.
         seconds: from then to the whole answer.
         status: of HTTP; 0 where the connection broke.
         body: the JSON of a 200, else None.
@@ -39,7 +39,7 @@ class Load:
 
     Attributes:
         seconds: of the measured part.
-        answers: to requests that were due in it.
+        answers: of a closed loop those that came in it, of an open loop those to requests that were due in it.
     """
 
     seconds: float

@@ -1,6 +1,6 @@
 """Rewards per second and latency of `fastrm serve`, beside the same model as transformers computes it.
 
-    python bench/serving/run_serving.py MODEL                 all loads; ten minutes on two cores with a small model
+    python bench/serving/run_serving.py MODEL                 all loads; seven minutes with a small model
     python bench/serving/run_serving.py MODEL --gate          only that all sides give the same rewards
     python bench/serving/run_serving.py MODEL --seconds 5 --clients 1,8
 

@@ -11,7 +11,7 @@ import types
 
 import torch
 
-from bench.gpu import emulation as gpu_emulation
+from bench.gpu import emulation
 from fastrm_kernels.tree_attention import flash_attn, varlen
 from fastrm_kernels.tree_attention.flash_attn_versions import find_version
 
@@ -73,7 +73,7 @@ def _add(monkeypatch, *modules):
 def _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, causal):
     """Output (Tq, H, K) and log-sum-exp (H, Tq), by the emulation of torch's own operator."""
     CALLS["forward"] += 1
-    return gpu_emulation.flash_forward(
+    return emulation.flash_forward(
         query, key, value, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale
     )[:2]  # fmt: skip
 
@@ -82,7 +82,7 @@ def _forward(query, key, value, cu_q, cu_k, max_q, max_k, scale, causal):
 def _backward(upstream, query, key, value, output, lse, cu_q, cu_k, max_q, max_k, scale, causal):
     CALLS["backward"] += 1
     assert lse.shape == (query.shape[1], query.shape[0]) and output.shape == query.shape
-    return gpu_emulation.flash_backward(
+    return emulation.flash_backward(
         upstream, query, key, value, output, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, None, None, scale=scale
     )  # fmt: skip
 

@@ -14,14 +14,14 @@ EMULATED = """
 import math, sys
 sys.path[:0] = [".", "kernels"]
 import torch
-from bench.gpu import emulation as gpu_emulation
+from bench.gpu import emulation
 from fastrm_kernels import TreeLayout, tree_attention
 from fastrm_kernels.tree_attention.autograd import tree_attention_triton
 from fastrm_kernels.tree_attention.gather import take_rows
 from fastrm_kernels.tree_attention.varlen import varlen_arguments, varlen_options
 from torch.nn.attention.varlen import varlen_attn
 
-operators = gpu_emulation.register()
+operators = emulation.register()
 layout = TreeLayout.build([9, 4, 7, 5], [-1, 0, 0, 2])
 torch.manual_seed(0)
 leaves = [torch.randn(25, heads, 16, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2)]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness.gate import RedGate
-from bench.training import measurement as training_run
+from bench.training import measurement
 from bench.training import models as training_models
 from bench.training import variants as training_variants
 from bench.training.gate import Gate
@@ -60,8 +60,8 @@ def tiny_7b(monkeypatch):
     options["text_config"] = {**options["text_config"], **TINY_TEXT}
     options["vision_config"] = {**options["vision_config"], **TINY_VISION}
     monkeypatch.setitem(PUBLISHED, name, replace(PUBLISHED[name], options=options))
-    monkeypatch.setattr(training_run, "matmul_sizes", lambda model: [(64, 64, 64)])
-    monkeypatch.setattr(training_run, "VARIANT_SECONDS", 0)
+    monkeypatch.setattr(measurement, "matmul_sizes", lambda model: [(64, 64, 64)])
+    monkeypatch.setattr(measurement, "VARIANT_SECONDS", 0)
 
 
 def test_large_models_are_measured_one_by_one(tiny_7b):
@@ -126,7 +126,7 @@ def test_a_gate_that_finds_no_memory_is_tried_again_by_the_next_variant(tiny_7b,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Gate, "_gradients", no_memory_at_first)
-    monkeypatch.setattr(training_run, "matmul_rate", no_rate)
+    monkeypatch.setattr(measurement, "matmul_rate", no_rate)
     measured = Measured("7B", 1000.0)
     found = measured.measure(SHAPE, [PLAIN, FASTRM], "main")["variants"]
     assert found["plain"]["failed"] == "OutOfMemoryError: CUDA out of memory"
@@ -138,7 +138,7 @@ KILLED_AFTER = """
 import os, signal, sys
 from pathlib import Path
 from unittest import mock
-from bench.training import measurement as training_run, run_training
+from bench.training import measurement, run_training
 from bench.training.results import save
 from bench.training.shapes import PACKED, PLAIN, TrainingShape, Variant
 
@@ -156,9 +156,9 @@ def save_and_die(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
 
 with (
-    mock.patch.object(training_run.Measured, "_check", Trials._check),
-    mock.patch.object(training_run.Measured, "_alone", Trials._alone),
-    mock.patch.object(training_run, "matmul_rate", lambda *_: 1.0),
+    mock.patch.object(measurement.Measured, "_check", Trials._check),
+    mock.patch.object(measurement.Measured, "_alone", Trials._alone),
+    mock.patch.object(measurement, "matmul_rate", lambda *_: 1.0),
     mock.patch.object(run_training, "save", save_and_die),
 ):
     run_training.run("7B", False, [], [], 1000.0, Path({out!r}))
@@ -181,7 +181,7 @@ def test_figures_stand_without_a_profile(tiny_7b, monkeypatch):
     def no_profiler(step):
         raise RuntimeError("CUPTI is not there")
 
-    monkeypatch.setattr(training_run, "profile_step", no_profiler)
+    monkeypatch.setattr(measurement, "profile_step", no_profiler)
     found = Measured("7B", 1000.0).measure(SHAPE, [FASTRM], "main", {"fastrm"})["variants"]["fastrm"]
     assert found["failed"] is None and found["seconds"] and "profile" not in found
     assert found["profile_failed"] == "RuntimeError: CUPTI is not there"
@@ -237,7 +237,7 @@ def test_variants_that_alternate_compile_once(tiny_7b, monkeypatch):
         made.append(graph)
         return graph
 
-    monkeypatch.setattr(training_run, "CompiledLayers", functools.partial(CompiledLayers, backend))
+    monkeypatch.setattr(measurement, "CompiledLayers", functools.partial(CompiledLayers, backend))
     fastrm = replace(FASTRM, compile=True)
     variants = [fastrm, replace(fastrm, name="fastrm FP8", fp8="rowwise")]
     measured, counts = Measured("7B", 1000.0), []
@@ -251,7 +251,7 @@ def test_variants_that_alternate_compile_once(tiny_7b, monkeypatch):
 
 
 def test_a_variant_that_has_to_be_compiled_needs_more_time_to_begin(tiny_7b, monkeypatch):
-    monkeypatch.setattr(training_run, "CompiledLayers", functools.partial(CompiledLayers, "eager"))
+    monkeypatch.setattr(measurement, "CompiledLayers", functools.partial(CompiledLayers, "eager"))
     fastrm = replace(FASTRM, compile=True)
     variants = [PLAIN, fastrm, replace(fastrm, fp8="rowwise")]
     measured = Measured("7B", 1000.0)
