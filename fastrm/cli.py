@@ -30,7 +30,7 @@ app.add_typer(data_app, name="data")
 for name, command in {
     "train": training.train, "plan": training.plan, "ablate": training.ablate, "grpo": training.grpo,
     "score": rewards.score, "eval": rewards.evaluate, "check-serving": rewards.check_serving, "serve": rewards.serve,
-    "export": rewards.export,
+    "export": rewards.export, "push": rewards.push,
 }.items():  # fmt: skip
     app.command(name)(command)
 for name, command in {

@@ -1,4 +1,4 @@
-"""Commands that use reward models: score, eval, check-serving, serve, export."""
+"""Commands that use reward models: score, eval, check-serving, serve, export, push."""
 
 from dataclasses import replace
 from enum import StrEnum
@@ -193,3 +193,34 @@ def export(
             export_model(model, out, reader, display, weights)
         else:
             export_checkpoint(Path(model), step, out, reader, display, weights)
+
+
+def push(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a finished run, or of a model that fastrm exported.")
+    ],
+    repo: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub, which is made if it is not there.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the files, their sizes and the card, and send nothing.")
+    ] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository public; without it, it is private.")
+    ] = False,
+    licence: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="Licence for the card, as apache-2.0.")
+    ] = None,
+) -> None:
+    """Send a trained model and a model card to the hub.
+
+    The model's own files are sent, and a README.md made of the run: recipe, data with licences, accuracy with
+    intervals, how to load it, limits. Checkpoints, data and the quarantine are never sent. The hub's account is that
+    of hf auth login, or of HF_TOKEN.
+
+    \b
+    Example: fastrm push runs/quickstart me/digits-reward --dry-run
+    """
+    from fastrm.share.push import push as run_push
+
+    run_push(run, repo, public=public, licence=licence, dry_run=dry_run)

@@ -22,6 +22,7 @@ import torch
 
 from fastrm.data.sources.files import LFS_POINTER
 from fastrm.errors import ConfigError, StorageError, looked_for
+from fastrm.hub_errors import explain
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 VALUE_HEAD = "value_head.safetensors"  # LLaMA-Factory's file beside a model or an adapter
@@ -286,11 +287,13 @@ def _hub_finder(repository: str):
             # Offline: what is not in the cache may still be on the hub; only what every model has must be there.
             if name not in (INDEX, CONFIG):
                 return None
-            reason = problem or str(error).strip().splitlines()[0]
+            reason = explain(repository, error) if "HF_HUB_OFFLINE" in os.environ or problem is None else problem
+            if name == INDEX:  # CONFIG was asked for before
+                reason = f"its download was not finished: the cache has its {CONFIG} and not its weights; {reason}"
         except EntryNotFoundError:
             return None
         except Exception as error:  # the hub client raises many types; all mean the same to the user
-            reason = str(error).strip().splitlines()[0]
+            reason = explain(repository, error)
         raise ConfigError(
             f"{repository!r}: no such folder here{looked_for(repository)}, and {name} does not come from the hub "
             f"({reason}); wanted a folder with config.json and safetensors, or a reachable hub id"

@@ -5,12 +5,12 @@
 list there, and rows can be read by range only from files that are here.
 """
 
-import os
 import re
 from pathlib import Path
 
 from fastrm.data.sources.files import SUFFIXES
 from fastrm.errors import DataError
+from fastrm.hub_errors import explain
 
 PREFIX = "hub:"
 _SPEC = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<config>[\w.-]+))?(?::(?P<split>\w+))?")
@@ -83,9 +83,7 @@ def _download(url: str) -> str:
 
 
 def _unreachable(name: str, error: Exception) -> DataError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return DataError(
-        f'data set "{name}" cannot be read from the hub{offline}: {reason}; without access to the hub copy the '
-        "set's files to this machine and set `path` to their folder"
+        f'data set "{name}" cannot be read from the hub: {explain(name, error, "dataset")}; without access to the hub '
+        "copy the set's files to this machine and set `path` to their folder"
     )
