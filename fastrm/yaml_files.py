@@ -281,3 +281,41 @@ def _places_of(model: type[BaseModel], name: str, prefix: tuple = ()) -> list[tu
 
 def _dotted(names) -> str:
     return ".".join(str(name) for name in names)
+
+
+def describe_extended(path: str | Path) -> str | None:
+    """Return what a file extends and which settings are its own, in words; None for a file that extends none.
+
+    Raises:
+        ConfigError: as `read_chain`.
+    """
+    (_, own, _), *bases = read_chain(path)
+    if not bases:
+        return None
+    chain = ", which extends ".join(str(file) for file, _, _ in bases)
+    return f"{path} extends {chain}; its own are {', '.join(flat(own)) or 'no settings'}"
+
+
+def differences(old: dict, new: dict, in_lists: bool = False) -> dict[str, tuple]:
+    """Return every dotted key that differs between two plain configurations, with its old and new value.
+
+    Args:
+        in_lists: compare the entries of lists of mappings one by one; else a list is one value.
+    """
+    old, new = flat(old, in_lists), flat(new, in_lists)
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def flat(tree, in_lists: bool = False, prefix: str = "") -> dict:
+    """Return the values of a plain configuration by dotted keys.
+
+    Args:
+        in_lists: number the entries of lists of mappings; else a list is one value.
+        prefix: put before each key.
+    """
+    if in_lists and isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        tree = dict(enumerate(tree))
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, value in tree.items() for k, v in flat(value, in_lists, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): tree}

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastrm.ablate.grid import HELD_OUT, Cell, EnsembleCell, EvaluationConfig, Grid
-from fastrm.config import Config, differences, load_config
+from fastrm.config import Config, load_config
 from fastrm.data_config import SourceConfig
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
 from fastrm.storage import write_whole
+from fastrm.yaml_files import differences
 
 SUMMARY = "summary.json"
 # The only file that the grid itself writes to a cell's folder: its seconds, summed over interruptions.

@@ -31,11 +31,12 @@ def train(
     \b
     Example: fastrm train configs/quickstart.yaml optim.lr=1e-4
     """
-    from fastrm.config import describe_extended, load_config
+    from fastrm.config import load_config
 
     resolved = load_config(config, overrides or [])
     if dry_run:
         from fastrm.forecast.dry_run import dry_run as check
+        from fastrm.yaml_files import describe_extended
 
         if (line := describe_extended(config)) is not None:
             typer.echo(f"{line}.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fastrm.config import Config, differences
+from fastrm.config import Config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.stopping_config import ACCURACY
 from fastrm.train.checkpoint import (
@@ -24,6 +24,7 @@ from fastrm.train.progress import Progress
 from fastrm.train.ranks import Ranks
 from fastrm.train.run import INCIDENTS
 from fastrm.train.trackers import IDS as TRACKER_IDS
+from fastrm.yaml_files import differences
 
 # Keys that may differ on resume: they do not change what a step computes. More or fewer steps in all
 # change the learning rates that follow, which is what a user who sets them wants.

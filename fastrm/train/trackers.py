@@ -20,10 +20,11 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from fastrm.config import Config, flat
+from fastrm.config import Config
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
 from fastrm.storage import write_whole
+from fastrm.yaml_files import flat
 
 # In the run folder: the id of the run in each tracker, by which a resumed run goes on there.
 IDS = "trackers.json"

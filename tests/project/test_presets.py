@@ -6,8 +6,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fastrm.config import differences, load_config
+from fastrm.config import load_config
 from fastrm.forecast.dry_run import dry_run
+from fastrm.yaml_files import differences
 from tests.helpers import runs
 from tests.helpers.project import PROJECT
 from tests.helpers.support import FAMILIES

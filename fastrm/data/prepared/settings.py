@@ -6,12 +6,13 @@ from contextlib import suppress
 
 from PIL import Image
 
-from fastrm.config import Config, differences
+from fastrm.config import Config
 from fastrm.data.prepared.stored import SPLITS, fingerprint_of
 from fastrm.data.prepared.units import ReadSettings, file_status, open_source
 from fastrm.data.record import ImageRef
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import DataError, RecordError
+from fastrm.yaml_files import differences
 
 FORMAT = 4  # format of the index, and of the rules by which rows are read; sets of another format are refused
 # The keys of `data` that do not change a prepared set.
