@@ -1,0 +1,82 @@
+"""What judges wrote: JSON Lines of {"id", "order", "text"}, each for one question of one row."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastrm.data.record import Record
+from fastrm.errors import DataError, StorageError
+
+WANTED = '{"id": row\'s id, "order": [numbers of the responses as they are shown], "text": "..."}'
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A text of a judge.
+
+    Attributes:
+        id: of the row that was judged.
+        order: the numbers of the responses in the order shown, from 0; one number for a pointwise judge.
+    """
+
+    id: str
+    order: tuple[int, ...]
+    text: str
+
+
+def read_generations(
+    path: Path, records: Sequence[Record], shown: int, refused: list[str]
+) -> Iterator[Generation]:
+    """Yield the generations of a file that belong to `records`, in the order of the file.
+
+    Lines that cannot be used (half a line, an id that no row has, numbers that no response has) are added to
+    `refused`, each with its place and reason.
+
+    Args:
+        shown: responses that the judge sees at a time: 2, or 1.
+
+    Raises:
+        DataError: for a file that is not there.
+        StorageError: for one that cannot be read.
+    """
+    sizes = {record.id: len(record.responses) for record in records}
+    try:
+        with path.open(encoding="utf-8", errors="strict") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                found = _parse(line, sizes, shown)
+                if isinstance(found, str):
+                    refused.append(f"{path}:{number}: {found}")
+                else:
+                    yield found
+    except FileNotFoundError:
+        raise DataError(f"--from {path}: there is no such file; wanted JSON Lines of {WANTED}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"--from {path}: not UTF-8 ({error.reason}); write it in UTF-8") from None
+    except OSError as error:
+        raise StorageError(f"--from {path}: {error.strerror}") from None
+
+
+def _parse(line: str, sizes: dict[str, int], shown: int) -> Generation | str:
+    """Return the generation of a line, or why it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return f"not JSON, or half a line; wanted {WANTED}"
+    if not isinstance(row, dict) or not {"id", "order", "text"} <= row.keys():
+        return f"wanted {WANTED}"
+    name, order, text = row["id"], row["order"], row["text"]
+    if not isinstance(text, str):
+        return f'"text": got {type(text).__name__}, wanted a text'
+    # Rows may have numbers as ids, which a record holds as text.
+    name = str(name) if isinstance(name, int) and not isinstance(name, bool) else name
+    if not isinstance(name, str) or name not in sizes:
+        return f'"id": no row of the data has {name!r}'
+    size = sizes[name]
+    if not isinstance(order, list) or len(order) != shown or len(set(map(str, order))) != shown:
+        return f'"order": got {order!r}, wanted {shown} different numbers, of the responses that were shown'
+    if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < size for one in order):
+        return f'"order": got {order!r}; row {name!r} has responses 0 to {size - 1}'
+    return Generation(name, tuple(order), text)
