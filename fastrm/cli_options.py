@@ -96,6 +96,14 @@ Scores = Annotated[
         help="Scores to measure in place of models: JSON Lines with {rewards} for each row of the benchmark.",
     ),
 ]
+Generations = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="FILE",
+        help="What a judge:SPEC wrote: JSON Lines of {id, order, text}, order being the responses' numbers as shown.",
+    ),
+]
 FiguresJson = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this JSON file too.")
 ]

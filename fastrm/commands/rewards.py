@@ -60,7 +60,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="[MODEL]... DATA",
-            help="Reward models as for fastrm score, then a file of preferences, or bench:NAME with NAME one of "
+            help="Reward models as for fastrm score, or one judge:SPEC with --from, then a file of preferences, or "
+            "bench:NAME with NAME one of "
             "vl_rewardbench, mm_rlhf_rewardbench, multimodal_rewardbench, rewardbench, rewardbench2, rm_bench.",
         ),
     ],
@@ -68,6 +69,7 @@ def evaluate(
     options: ScoringOptions,
     bench_data: opts.BenchData = None,
     scores: opts.Scores = None,
+    generations: opts.Generations = None,
     json_out: opts.FiguresJson = None,
     png_out: opts.FiguresPng = None,
 ) -> None:
@@ -80,9 +82,18 @@ def evaluate(
     \b
     Example: fastrm eval runs/quickstart/model eval.jsonl
     """
+    *models, data = models_and_data
+    if any(name.startswith("judge:") for name in models):
+        from fastrm.judge.command import evaluate_judge
+
+        if choice != ModelChoice() or scores is not None or png_out is not None:
+            raise ConfigError(f"{models[0]}: options of reward models, --scores and --png are not for a judge")
+        evaluate_judge(models, data, options.rows, generations, json_out, bench_data)
+        return
+    if generations is not None:
+        raise ConfigError(f"--from is for what a judge wrote; got {models_and_data[0]}, wanted judge:SPEC")
     from fastrm.evaluate.command import evaluate as run
 
-    *models, data = models_and_data
     choice = replace(choice, models=tuple(map(Path, models)))
     run(choice, data, options, bench_data=bench_data, scores=scores, json_out=json_out, png_out=png_out)
 

@@ -12,10 +12,10 @@ from fastrm.evaluate.benchmarks.benchmark import load_benchmark
 from fastrm.evaluate.files import print_refused
 from fastrm.evaluate.options import RowOptions
 from fastrm.evaluate.reading import read_in_order
+from fastrm.json_files import to_json
 from fastrm.judge.generations import read_generations
 from fastrm.judge.metrics import measure
 from fastrm.judge.spec import PREFIX, load_spec
-from fastrm.json_files import to_json
 from fastrm.model.loading import shortened
 from fastrm.storage import whole_file
 from fastrm.tables import Table

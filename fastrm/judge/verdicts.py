@@ -14,11 +14,12 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([^{}]*?)\}")
 _BETTER = re.compile(r"(?:answer|response|assistant)\s*([12])\s+is\s+(?:\w+\s+)?better", re.IGNORECASE)
 _EQUAL = re.compile(
-    r"(?:answers?|responses?|assistants?|both|two)\b[^.\n]{0,40}\bequally\s+(?:good|bad|well)|\b(?:it(?: is|'s)) a tie\b",
+    r"(?:answers?|responses?|assistants?|both|two)\b[^.\n]{0,40}\bequally\s+(?:good|bad|well)"
+    r"|\b(?:it(?: is|'s)) a tie\b",
     re.IGNORECASE,
 )
 _TIES = frozenset({"tie", "equal", "both", "0", "1=2", "1 = 2"})
-_SCORE = re.compile(r"\bscore\b\W{0,6}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_SCORE = re.compile(r"\bscore\b\W{0,6}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 class Verdict(Enum):
