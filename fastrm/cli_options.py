@@ -101,7 +101,7 @@ Generations = Annotated[
     typer.Option(
         "--from",
         metavar="FILE",
-        help="What a judge:SPEC wrote: JSON Lines of {id, order, text}, order being the responses' numbers as shown.",
+        help="Texts of a judge:SPEC: JSON Lines of {id, order, text}, order being the responses' numbers as shown.",
     ),
 ]
 FiguresJson = Annotated[

@@ -89,7 +89,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Rounds:
-    """How many rounds are run: at least `least`, and up to `most` while the time lasts."""
+    """A number of rounds: at least `least`, and up to `most` while the time lasts."""
 
     least: int
     most: int

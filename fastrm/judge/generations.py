@@ -1,4 +1,4 @@
-"""What judges wrote: JSON Lines of {"id", "order", "text"}, each for one question of one row."""
+"""Texts of judges: JSON Lines of {"id", "order", "text"}, each for one question of one row."""
 
 import json
 from collections.abc import Iterator, Sequence

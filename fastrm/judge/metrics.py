@@ -18,7 +18,7 @@ _Outcome = int | None
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge said of one preference.
+    """The outcomes of one preference.
 
     Attributes:
         source: of the row.
