@@ -6,7 +6,6 @@ The head is trained whole. A network with adapters has no weights by stock names
 checkpoint or an export holds of it.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from fastrm.errors import ConfigError, StorageError
+from fastrm.json_files import to_json
 from fastrm.lora_config import LoraConfig
 from fastrm.model.places import ModelPlace
 
@@ -176,7 +176,7 @@ def adapter_files(network: "RewardNetwork", tensors: Mapping[str, torch.Tensor],
     adapter = {name: tensor for name, tensor in tensors.items() if is_adapter_weight(name)}
     named = peft.get_peft_model_state_dict(network, adapter, NAME, save_embedding_layers=False)
     files = {f"base_model.model.{name}": tensor for name, tensor in named.items()}
-    return json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n", files
+    return to_json(config, indent=2, sort_keys=True, default=_plain) + "\n", files
 
 
 def _plain(value):

@@ -6,7 +6,6 @@ processes read and which may go on another day, they are written to a file (`wri
 
 import base64
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from fastrm.data.sources.media import encoded, media_kind
 from fastrm.data.sources.reader import SourceFile
 from fastrm.data.sources.values import describe
 from fastrm.errors import DataError, RecordError
+from fastrm.json_files import to_json
 from fastrm.storage import whole_file
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def write_rows(values: RowsLike, folder: Path) -> Path:
 
 def _line(number: int, row: object) -> str:
     try:
-        return json.dumps(_as_json(row)) + "\n"
+        return to_json(_as_json(row)) + "\n"
     except (TypeError, ValueError, RecursionError, RecordError) as error:
         raise DataError(f"{NAME}:{number}: cannot be written as JSON: {error}; wanted texts, numbers, images") from None
 
