@@ -32,6 +32,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings that replace those of the file, as optim.lr=1e-5.", metavar="SECTION.KEY=VALUE"),
 ]
+
+
+def _be_quiet(value: bool) -> bool:
+    from fastrm.ui import be_quiet
+
+    be_quiet(value)
+    return value
+
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", callback=_be_quiet, help="Show no progress and no remarks; errors alone.")
+]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, metavar="COUNT", help="Number of processes that read rows; without it, one for each core."),

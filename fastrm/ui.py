@@ -31,9 +31,18 @@ PIPE_WIDTH = 140
 _BAR_WIDTH = 24
 
 
+_is_quiet = False
+
+
+def be_quiet(value: bool) -> None:
+    """Let consoles on standard error that are made from now on print nothing, as --quiet asks for, or print again."""
+    global _is_quiet
+    _is_quiet = value
+
+
 def make_console(stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console on standard output or error, as wide as its terminal; PIPE_WIDTH where it is none."""
-    console = Console(stderr=stderr, quiet=quiet)
+    console = Console(stderr=stderr, quiet=quiet or (stderr and _is_quiet))
     if not console.is_terminal:
         console.width = given_columns() or PIPE_WIDTH
     elif console.is_dumb_terminal:  # rich takes 80 for any
@@ -63,6 +72,9 @@ def is_live(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
+_open: list["Display"] = []  # the innermost last
+
+
 class Display:
     """The progress of a command, on standard error.
 
@@ -72,21 +84,28 @@ class Display:
 
     def __init__(self, console: Console | None = None, silent: bool = False):
         self.console = console or make_console(stderr=True, quiet=silent)
-        self._progress = _Progress(console=self.console, transient=True, disable=not is_live(self.console))
+        is_shown = is_live(self.console) and not self.console.quiet
+        self._progress = _Progress(console=self.console, transient=True, disable=not is_shown)
 
     def __enter__(self) -> "Display":
         self._progress.start()
+        _open.append(self)
         return self
 
     def __exit__(self, *_) -> None:
+        _open.remove(self)
         self._progress.stop()
 
     def say(self, text: str) -> None:
         """Print plain text: in lines broken at words on a terminal, in one line in a file."""
         message(self.console, text)
 
-    def task(self, description: str) -> Callable[..., None]:
-        """Return a function update(done, total, note="") for one piece of work."""
+    def task(self, description: str, is_brief: bool = False) -> Callable[..., None]:
+        """Return a function update(done, total, note="") for one piece of work.
+
+        Args:
+            is_brief: leave no line if the work is done within PLAIN_SECONDS.
+        """
         task = self._progress.add_task(description, total=None, note="")
         started = last = time.monotonic()
         first: tuple[int, float] | None = None  # (done, time) of the first call: earlier work does not count
@@ -98,6 +117,8 @@ class Display:
             self._progress.update(task, completed=done, total=total, **fields)
             now = time.monotonic()
             first = first or (done, now)
+            if is_done and is_brief and now - started < PLAIN_SECONDS:
+                return
             if is_done or (not is_live(self.console) and now - last >= PLAIN_SECONDS):
                 last = now
                 rate = (done - first[0]) / max(1e-9, now - first[1])
@@ -116,6 +137,18 @@ class Display:
                 self._progress.update(self._progress.task_ids[-1], completed=number)
             yield item
         update(number, number)
+
+
+def counted(description: str, items: Iterable, total: int) -> Iterator:
+    """Pass items on, and count them in the display that is open; where none is, nothing is shown.
+
+    For work far below a command, such as the reading of weights.
+    """
+    update = _open[-1].task(description, is_brief=True) if _open else lambda done, total: None
+    for number, item in enumerate(items):
+        update(number, total)
+        yield item
+    update(total, total)
 
 
 class _Progress(Progress):

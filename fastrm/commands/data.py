@@ -10,7 +10,9 @@ from fastrm.commands.grouped import grouped
 from fastrm.evaluate.options import RowOptions
 
 
-def prepare_data(config: opts.RunFile, overrides: opts.Overrides = None, workers: opts.Workers = None) -> None:
+def prepare_data(
+    config: opts.RunFile, overrides: opts.Overrides = None, workers: opts.Workers = None, quiet: opts.Quiet = False
+) -> None:
     """Read, check, group and count a run's data ahead of time.
 
     A YAML file names the data. The folder data.prepared, or run.dir/prepared, then holds the set that runs train

@@ -40,6 +40,7 @@ def score(
     ],
     choice: ModelChoice,
     options: ScoringOptions,
+    quiet: opts.Quiet = False,
 ) -> None:
     """Write the rewards of a file's responses.
 
@@ -72,6 +73,7 @@ def evaluate(
     generations: opts.Generations = None,
     json_out: opts.FiguresJson = None,
     png_out: opts.FiguresPng = None,
+    quiet: opts.Quiet = False,
 ) -> None:
     """Measure how well reward models agree with preferences.
 
@@ -178,6 +180,7 @@ def export(
             help="Precision of the backbone in the files: fp32, bf16 or auto, the run's own or that of its files.",
         ),
     ] = FileDtype.AUTO,
+    quiet: opts.Quiet = False,
 ) -> None:
     """Write a reward model for transformers or vLLM.
 

@@ -21,6 +21,7 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check the configuration and its inputs, print what the run needs, and end."),
     ] = False,
+    quiet: opts.Quiet = False,
 ) -> None:
     """Train a reward model on preferences.
 
@@ -45,10 +46,10 @@ def train(
     from fastrm.train.launch import FAILURE, launch, num_ranks_to_start
 
     is_watched = FAILURE in os.environ
-    if os.environ.get("RANK", "0") == "0" and not is_watched:
+    if os.environ.get("RANK", "0") == "0" and not is_watched and not quiet:
         typer.echo(resolved.to_yaml(), err=True)
     if (num_ranks := num_ranks_to_start(resolved)) > 1:
-        launch(num_ranks, ["train", str(config), *(overrides or []), "--resume", resume])
+        launch(num_ranks, ["train", str(config), *(overrides or []), "--resume", resume, *["--quiet"] * quiet])
         return
     if is_watched:
         end_with_parent(os.getppid(), signal.SIGTERM)

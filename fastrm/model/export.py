@@ -41,6 +41,7 @@ from fastrm.model.weight_files import CONFIG, VALUE_HEAD, finder
 from fastrm.model.weight_writer import WeightWriter
 from fastrm.resources import available_memory
 from fastrm.storage import sync_path, whole_folder
+from fastrm.ui import counted
 
 # In version 2 Qwen's vision models have published names, and heads that stock classifiers misread are under score.0.
 FORMAT = 2
@@ -96,10 +97,10 @@ def _write_weights(
     reading: StockReading,
 ) -> None:
     model_type = model.model.config.model_type
-    entries = ((name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model))
+    entries = [(name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model)]
     writer = WeightWriter(folder, reading.file_entries(entries, model_type))
     try:
-        for name, tensor in tensors:
+        for name, tensor in counted("writing weights", tensors, len(entries)):
             writer.write(reading.file_name(name, model_type), tensor)
         if reading.is_guarded:
             writer.write(GUARD, torch.empty(0))

@@ -21,6 +21,7 @@ from fastrm.model.families import VISION_FAMILIES, check_family
 from fastrm.model.fusion import stock_names
 from fastrm.model.places import ModelPlace, locate
 from fastrm.model.weight_files import INDEX, SINGLE, VALUE_HEAD, StoredTensor, WeightFiles, finder, read_header
+from fastrm.ui import counted
 
 # Weights of published files that a reward model has no use for: the LM head, and buffers that are computed from the
 # configuration. Every other weight of a checkpoint that is left out is named.
@@ -82,7 +83,8 @@ class Backbone:
             name: [self.tensors[part] for part in stock_names(self.model, name)]
             for name, _ in self.model.named_parameters()
         }
-        for name in sorted(parts, key=lambda name: (parts[name][0].file, parts[name][0].start)):
+        in_order = sorted(parts, key=lambda name: (parts[name][0].file, parts[name][0].start))
+        for name in counted("loading weights", in_order, len(in_order)):
             path, _, attribute = name.rpartition(".")
             owner = self.model.get_submodule(path)
             empty = getattr(owner, attribute)

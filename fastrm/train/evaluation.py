@@ -78,9 +78,12 @@ def _count_held_out(run: Run, prepared: PreparedSet) -> _HeldOut:
         config.data.num_workers, run.ranks.rank, run.ranks.num_ranks,
         pin_memory=run.job.network.device.type != "cpu",
     )  # fmt: skip
+    show, done, total = run.display.task("evaluating", is_brief=True), 0, len(prepared.groups)
     with run.breakable(), closing(packs):
         for loaded, rewards in packs:
             run.leave_if_stopped()
+            done += len(loaded.plan.groups) * run.ranks.num_ranks  # others do as much
+            show(min(done, total), total)
             found.refused += loaded.refused
             if loaded.pack is not None:
                 found.add(loaded, rewards, run.engine.loss(rewards, loaded.pack))

@@ -154,7 +154,7 @@ def _train_steps(run: Run) -> None:
             if _is_due(progress.step, settings.log_every) or progress.step == run.num_steps:
                 row = progress.take_row(run.order.num_groups, rate) | part_rates(rate, run.config.optim)
                 run.write(row)
-                show(progress.step, run.num_steps, progress_note(row))
+                show(progress.step, run.num_steps, progress_note(row, run.job.network.device))
             _evaluate_and_save_when_due(run)
             if progress.is_stopped_early(settings):
                 return

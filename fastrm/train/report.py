@@ -21,7 +21,7 @@ from fastrm.train.checkpoint import CHECKPOINTS, verify
 from fastrm.train.metrics import read_rows
 from fastrm.train.run import Run
 from fastrm.train.setup import Job, export_model
-from fastrm.ui import new_figure, print_table
+from fastrm.ui import gib, new_figure, print_table
 
 MOST_SOURCES = 8  # in report.png, the largest ones
 
@@ -61,13 +61,14 @@ def _opening_lines(job: Job, num_ranks: int, num_quarantined: int) -> Iterator[s
         f"{num_quarantined:,} records in quarantine"
     )
 
-def progress_note(row: dict) -> str:
-    """Return the part of a row of metrics.jsonl that is shown during the run."""
+def progress_note(row: dict, device: torch.device) -> str:
+    """Return what is shown during the run: the part of a row of metrics.jsonl that matters, and the peak of memory."""
     if row["loss"] is None:
         return "no step was finite"
     return (
-        f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  margin {row['rewards/margins']:+.3f}  "
-        f"{row['preferences_per_second']:,.0f} pairs/s"
+        f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  {row['preferences_per_second']:,.3g} pairs/s  "
+        f"{row['tokens_per_second']:,.0f} tok/s  wait {row['data_wait_share']:.0%}  "
+        f"{gib(peak_memory_bytes(device))} GiB"
     )
 
 
