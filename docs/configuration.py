@@ -1,5 +1,5 @@
-"""The page docs/configuration.md, made from the settings' types, defaults and docstrings in fastrm/config.py and
-fastrm/data_config.py.
+"""The page docs/configuration.md, made from the settings' types, defaults and docstrings in fastrm/config.py,
+fastrm/data_config.py and fastrm/loss_config.py.
 
 python docs/configuration.py           print it
 python docs/configuration.py --write   write it
@@ -18,8 +18,9 @@ from fastrm.config import Config
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Settings
 
-Made by `python docs/configuration.py --write` from [fastrm/config.py](../fastrm/config.py) and
-[fastrm/data_config.py](../fastrm/data_config.py); a test fails when it is old.
+Made by `python docs/configuration.py --write` from [fastrm/config.py](../fastrm/config.py),
+[fastrm/data_config.py](../fastrm/data_config.py) and [fastrm/loss_config.py](../fastrm/loss_config.py); a test fails
+when it is old.
 
 A configuration is one YAML file. Each setting has a default here, unless it is *required*; a file holds what differs.
 On the command line `section.key=value` changes a setting, as in `optim.lr=1e-5`; values are YAML, and entries of lists

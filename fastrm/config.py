@@ -1,7 +1,7 @@
 """The typed, checked `Config`: one YAML file plus `a.b=c` overrides.
 
-Files are read strictly, as yaml_files.py says; the data's sections are in data_config.py. Relative paths are relative
-to the working directory.
+Files are read strictly, as yaml_files.py says; the data's sections are in data_config.py, those of a step in
+loss_config.py. Relative paths are relative to the working directory.
 """
 
 import datetime
@@ -14,8 +14,9 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from fastrm.data_config import DataConfig
 from fastrm.errors import ConfigError
 from fastrm.lora_config import LoraConfig, check_lora
+from fastrm.loss_config import LossConfig, OptimConfig
 from fastrm.names import device_name, dtype_name
-from fastrm.sections import Fraction, NonEmpty, NonNegative, Positive, Section
+from fastrm.sections import NonEmpty, NonNegative, Positive, Section
 from fastrm.stopping_config import ACCURACY, StoppingConfig, metric_names
 from fastrm.yaml_files import apply_override, dump_yaml, lay_over, read_chain, validate
 
@@ -78,10 +79,10 @@ class RunConfig(Section):
     """The number of ranks to start on this machine, one for each GPU. Default: all GPUs, or 1 on a CPU. Under torchrun
     or the deepspeed launcher, that launcher decides."""
 
-    @property
-    def best_metric(self) -> str:
-        """The figure of evaluations that chooses the best one."""
-        return ACCURACY if self.early_stopping is None else self.early_stopping.metric
+    def best_metric(self, row: dict) -> str:
+        """Return the figure that chooses the best evaluation, of which `row` is one."""
+        usual = "eval/loss" if "eval/mse" in row else ACCURACY
+        return usual if self.early_stopping is None else self.early_stopping.metric
 
 
 class HeadConfig(Section):
@@ -161,67 +162,6 @@ class ModelConfig(Section):
         if self.init is None and isinstance(self.tokenizer, TrainedTokenizer):
             raise ValueError("model.tokenizer {train_vocab_size: n} is for model.init; with model.path leave it out")
         check_lora(self)
-        return self
-
-
-class LossConfig(Section):
-    """The training objective.
-
-    `loss` and, on held-out data, `eval/loss` in metrics.jsonl are this objective with all that is set here, so that
-    one run's two curves can be compared; runs of different settings are compared by accuracy.
-    """
-
-    center: Annotated[float, Field(ge=0.0)] = 0.0
-    """The coefficient of mean((r_w + r_l)^2), the zero-coefficient regulariser: an ablation in the paper."""
-    length_normalization: bool = False
-    """Divide each reward by log(response tokens + 1) before the loss. An ablation in the paper."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    """The probability that a preference label is flipped."""
-    ties: Literal["ignore", "half"] = "ignore"
-    """The treatment of ties: ignore leaves them out; half makes each two opposite preferences of half weight."""
-
-
-class OptimConfig(Section):
-    """The optimizer AdamW, its learning rate, and the size of a step."""
-
-    lr: Annotated[float, Field(gt=0.0)] = 3e-6
-    """The peak learning rate of AdamW. The default is the paper's best of 1e-5, 3e-6, 1e-6 and 3e-7."""
-    betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """AdamW's decay rates of the first and the second moment; the defaults are AdamW's usual ones."""
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    """AdamW's eps, which is added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """The decay of weight matrices, as in AdamW; biases, norms and embeddings have none."""
-    lr_parts: dict[Literal["vision", "projector", "language", "head"], Annotated[float, Field(gt=0.0)]] = {}
-    """Peak learning rates of parts, in place of lr, as {head: 1e-4, vision: 1e-6}: the parts of model.freeze, and the
-    head. All follow one schedule."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """The learning rate after warm-up: down to min_lr_ratio * lr by half a cosine or a line; wsd (warm-up, stable,
-    decay) = constant, then half a cosine down over the last decay_ratio of all steps; or constant."""
-    warmup_ratio: Fraction = 0.1
-    """The share of all steps over which the rate rises linearly from 0."""
-    min_lr_ratio: Fraction = 0.0
-    """The rate after the last step, as a share of lr (cosine, linear, wsd)."""
-    decay_ratio: Fraction = 0.1
-    """The share of all steps over which wsd decays, at the end."""
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
-    """The global gradient norm above which a step's gradient is scaled down to it; 0 = never."""
-    batch_pairs: Positive = 128
-    """Preferences of a step, over all ranks: it takes whole groups until it has so many. The paper has 128."""
-    group_weight: Literal["preference", "group"] = "preference"
-    """The weight of a preference. preference: each counts 1. group: each group counts 1, shared by its preferences."""
-    tokens_per_pack: Positive = 32768
-    """The token budget of one forward pass. It bounds the memory; the gradient of a step does not depend on it."""
-    states: Literal["fp32", "8bit"] = "fp32"
-    """The storage of AdamW's two moments: float32, or for the backbone's matrices torchao's 8-bit code."""
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1.0:
-            raise ValueError(
-                f"optim.warmup_ratio {self.warmup_ratio} and optim.decay_ratio {self.decay_ratio} are more than all "
-                "steps together; lower one of them"
-            )
         return self
 
 
@@ -314,6 +254,7 @@ class Config(Section):
                 "it out of one of them"
             )
         self._check_evaluations()
+        self._check_ratings()
         return self
 
     def _check_evaluations(self) -> None:
@@ -325,7 +266,8 @@ class Config(Section):
             raise ValueError(f"{wanted[0]} needs evaluations, and there is no data.eval; name a source there")
         if run.early_stopping is None:
             return
-        if (metric := run.early_stopping.metric) not in (made := metric_names(data.eval_names)):
+        made = metric_names(data.eval_names, is_rating=self.loss.is_rating)
+        if (metric := run.early_stopping.metric) not in made:
             raise ValueError(
                 f"run.early_stopping.metric: got {metric!r}, which no evaluation makes; there are {', '.join(made)}"
             )
@@ -334,6 +276,25 @@ class Config(Section):
                 "run.early_stopping needs evaluations while the run trains, and run.eval_every 0 makes one after the "
                 "last step; set run.eval_every"
             )
+
+    def _check_ratings(self) -> None:
+        """Refuse sources of ratings for a loss of preferences, and the other way round."""
+        kind = self.loss.kind
+        if kind == "plackett_luce" and self.optim.group_weight == "group":
+            raise ValueError(
+                "optim.group_weight group shares out the weight of preferences, and loss.kind plackett_luce has one "
+                "term for each place of a ranking; set optim.group_weight: preference"
+            )
+        for split in ("train", "eval"):
+            for number, source in enumerate(getattr(self.data, split)):
+                name = f"data.{split}.{number}"
+                if kind == "mse" and source.pairs != "ratings":
+                    raise ValueError(f"loss.kind mse is of ratings, and {name} gives pairs; set {name}.pairs: ratings")
+                if kind != "mse" and source.pairs == "ratings":
+                    raise ValueError(
+                        f"{name}.pairs: ratings gives no preferences, which loss.kind {kind} is of; set loss.kind: "
+                        f"mse, or leave {name}.pairs out"
+                    )
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML; loading it again gives an equal `Config`."""

@@ -30,9 +30,13 @@ class SourceConfig(Section):
     chosen: better, images: img}. They are checked against the file's first rows."""
     ignore: list[str] = []
     """Keys of the rows that are metadata: they are not read, and not reported as unread."""
-    pairs: Literal["all", "hard"] | None = None
-    """The preferences that scored responses give: all pairs, or hard: only the pair with the largest gap. Default:
-    all, or what belongs to `set`."""
+    pairs: Literal["all", "hard", "ratings"] | None = None
+    """The preferences that scored responses give: all pairs, or hard: only the pair with the largest gap. ratings: no
+    pairs, but each score by itself, for loss.kind mse; one response with a score is enough. Default: all, or what
+    belongs to `set`."""
+    margin: Annotated[float, Field(gt=0.0)] | None = None
+    """The margin of a preference by the difference of two scores, which this factor multiplies (0.5: half of it), or by
+    the strength that a row states. The loss subtracts it from the difference of the rewards. Default: no margin."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """A factor of the loss weight of every preference of this source."""
     repeat: Annotated[float, Field(gt=0.0)] = 1.0
@@ -50,6 +54,8 @@ class SourceConfig(Section):
     def _check_origin(self):
         if "" in (self.path, self.images):
             raise ValueError("path and images of a source must not be empty: an empty path would be the working folder")
+        if self.margin is not None and self.pairs == "ratings":
+            raise ValueError("margin is of pairs, and pairs: ratings makes none; leave one of them out")
         if self.path is None and self.set is None:
             raise ValueError("a source needs path, or set: one of the names that `fastrm data sets` lists")
         return self

@@ -14,22 +14,26 @@ class StoppingConfig(Section):
 
     metric: str = ACCURACY
     """The figure of an evaluation, as metrics.jsonl names it: eval/accuracy, eval/loss or eval/margin, or of one named
-    set, as eval/hard/accuracy. A loss is better where it is lower, the others where they are higher. It also chooses
-    the best evaluation."""
+    set, as eval/hard/accuracy; with ratings eval/loss or eval/mse. A loss or an error is better where it is lower, the
+    others where they are higher. It also chooses the best evaluation."""
     patience: Positive = 3
     """Evaluations in a row without an improvement after which the run stops."""
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
     """The change below or at which a better figure is no improvement, compared with the last one that was."""
 
 
-def metric_names(sets: list[str]) -> list[str]:
-    """Return the names of the figures that an evaluation on sets of these names writes."""
+def metric_names(sets: list[str], is_rating: bool) -> list[str]:
+    """Return the names of the figures that an evaluation on sets of these names writes, of preferences or of ratings.
+
+    Correlations with ratings are not among them, since they may be not defined.
+    """
+    figures = ("loss", "mse") if is_rating else ("accuracy", "loss", "margin")
     prefixes = ("eval", *(f"eval/{name}" for name in sets))
-    return [f"{prefix}/{figure}" for prefix in prefixes for figure in ("accuracy", "loss", "margin")]
+    return [f"{prefix}/{figure}" for prefix in prefixes for figure in figures]
 
 
 def is_better(metric: str, value: float, than: float, by: float = 0.0) -> bool:
     """Return whether a figure of an evaluation is better than another, by more than `by`: losses lower, others higher.
     """
-    gain = than - value if metric.endswith("loss") else value - than
+    gain = than - value if metric.endswith(("loss", "mse")) else value - than
     return gain > by

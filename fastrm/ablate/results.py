@@ -88,13 +88,18 @@ def _evaluated(cell: Cell | EnsembleCell, evaluation: EvaluationConfig) -> dict[
     return flat_report(reports[0]) if len(reports) == 1 else {"accuracy": _pooled(reports)}
 
 
+_COUNTS = ("preferences", "ratings")
+
+
 def _held_out(run_dir: Path) -> dict[str, float]:
     """Return the figures of the run's last evaluation."""
-    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "eval/accuracy" in row]
+    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "eval/loss" in row]
     if not rows:
         return {}
-    by_source = {f"{source}/accuracy": found["accuracy"] for source, found in rows[-1]["eval/sources"].items()}
-    return {name: rows[-1][f"eval/{name}"] for name in ("accuracy", "loss", "margin")} | by_source
+    found = {key.removeprefix("eval/"): value for key, value in rows[-1].items() if key.startswith("eval/")}
+    for source, figures in found["sources"].items():
+        found |= {f"{source}/{name}": value for name, value in figures.items() if name not in _COUNTS}
+    return {name: value for name, value in found.items() if _is_number(value)}
 
 
 def flat_report(report: dict) -> dict[str, float]:

@@ -167,7 +167,8 @@ def check_distinct(group: EncodedGroup) -> None:
     for preference in group.preferences:
         winner, loser = group.responses[preference.winner], group.responses[preference.loser]
         same_media = [span.ref.key for span in winner.media] == [span.ref.key for span in loser.media]
-        if not preference.tie and same_media and np.array_equal(winner.tokens, loser.tokens):
+        is_pair = not (preference.tie or preference.is_rating)
+        if is_pair and same_media and np.array_equal(winner.tokens, loser.tokens):
             raise RecordError(
                 "IDENTICAL_RESPONSES",
                 f"response {preference.winner} is preferred to response {preference.loser}, but the chat template "

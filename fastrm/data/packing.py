@@ -38,9 +38,9 @@ class EncodedGroup:
 
     @property
     def num_unshared_tokens(self) -> int:
-        """The tokens of a plain pairwise trainer: both conversations of every preference, whole."""
+        """The tokens of a plain pairwise trainer: both conversations of every preference, or the rated one, whole."""
         lengths = [len(response.tokens) for response in self.responses]
-        return sum(lengths[p.winner] + lengths[p.loser] for p in self.preferences)
+        return sum(lengths[number] for p in self.preferences for number in p.responses)
 
     def tree(self, share: bool = True) -> Tree:
         """Return the prefix tree of the group by itself."""
@@ -72,7 +72,7 @@ class Pack:
             and reading them back from a GPU would wait for all that it has been given to do.
         anchors: (R,) int64, the same.
         edges: (E, 2) int64 winner and loser; margin, weight: (E,) float32.
-        is_tie: (E,) bool, edges that stand for a tie and do not count for accuracy.
+        is_tie: (E,) bool, edges that stand for a tie, or for a rating, and do not count for accuracy.
         response_lengths: (R,) int64 tokens of each response's own text.
         patches: (patches of all images, channels * side^2) uint8, or None without images.
         video_patches: (patches of all videos, channels * frames * side^2) uint8, or None without videos.
@@ -258,7 +258,7 @@ def _edges(groups):
             edges.append((first + p.winner, first + p.loser))
             margins.append(p.margin)
             weights.append(p.weight)
-            ties.append(p.tie)
+            ties.append(p.tie or p.is_rating)
         stop = first + len(group.responses)
         placed.append(GroupInPack(group.id, group.source, group.origin, slice(first, stop), slice(begin, len(edges))))
         first = stop

@@ -121,7 +121,8 @@ class Preference:
     """A preference for `winner` over `loser` (indices into the responses).
 
     `margin` is subtracted from the reward difference, `weight` multiplies the loss term. A tie says
-    that neither is preferred; `loss.ties` decides what happens with it.
+    that neither is preferred; `loss.ties` decides what happens with it. The rating of a single response
+    is its preference over itself, with the rating as margin: what `loss.kind: mse` trains on.
     """
 
     winner: int
@@ -129,6 +130,15 @@ class Preference:
     margin: float = 0.0
     weight: float = 1.0
     tie: bool = False
+
+    @property
+    def is_rating(self) -> bool:
+        return self.winner == self.loser
+
+    @property
+    def responses(self) -> tuple[int, ...]:
+        """The responses that it is about: two, or the one that is rated."""
+        return (self.winner,) if self.is_rating else (self.winner, self.loser)
 
 
 @dataclass(frozen=True)

@@ -102,14 +102,19 @@ class PreferenceMeter(_BySource):
         }
 
     def means(self) -> dict[str, float]:
-        """Return the means: rewards/{chosen,rejected,margins,accuracies}, accuracies by source, sharing factor."""
-        count = max(1, self.num_scored)
+        """Return the means: rewards/{chosen,rejected,margins,accuracies}, accuracies by source, sharing factor.
+
+        Without a preference that counts, as in a run on ratings, there is the sharing factor alone.
+        """
+        sharing = {"sharing_factor": self.num_unshared_tokens / max(1, self.num_tokens)}
+        if not (count := self.num_scored):
+            return sharing
         row = {
             "rewards/chosen": self._chosen / count,
             "rewards/rejected": self._rejected / count,
             "rewards/margins": (self._chosen - self._rejected) / count,
             "rewards/accuracies": self.accuracy,
-            "sharing_factor": self.num_unshared_tokens / max(1, self.num_tokens),
+            **sharing,
         }
         sources = self.by_source()
         if len(sources) > 1:

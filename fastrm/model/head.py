@@ -5,7 +5,8 @@ from torch import nn
 
 from fastrm.config import HeadConfig, LossConfig
 from fastrm.data.packing import Pack
-from fastrm_kernels import preference_head_loss, reward_head
+from fastrm.model.losses import choice_weights, other_loss_sum
+from fastrm_kernels import preference_head_loss, preference_loss, reward_head
 
 _MODULES = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -45,16 +46,42 @@ def head_loss(
     score: nn.Module, activation: str, states: torch.Tensor, norm: nn.Module | None, impl: str,
     pack: Pack, settings: LossConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Compute (sum of the weighted loss terms, rewards (R,)), float32: `head_rewards` and the pack's loss in one.
+    """Compute (sum of the weighted loss terms, rewards (R,)), float32: `head_rewards` and `loss_sum`.
 
-    A sum and not a mean, because the packs of a step are added up before they are divided by its whole weight.
+    With loss.kind bradley_terry they are one operation.
 
     Args:
         pack: on the device of the states.
     """
+    if settings.kind != "bradley_terry":
+        rewards = head_rewards(score, activation, states, norm, impl)
+        return other_loss_sum(rewards, pack, settings), rewards
     with torch.autocast(states.device.type, enabled=False):
         arguments, options = _inputs(score, activation, states, norm)
         return preference_head_loss(*arguments, pack.edges, **options, **loss_options(pack, settings), impl=impl)
+
+
+def loss_sum(rewards: torch.Tensor, pack: Pack, settings: LossConfig) -> torch.Tensor:
+    """Compute the sum of a pack's weighted loss terms, a float32 scalar, from rewards (R,), as an evaluation has them.
+
+    Args:
+        pack: on the device of the rewards.
+    """
+    if settings.kind != "bradley_terry":
+        return other_loss_sum(rewards, pack, settings)
+    # Eager on every machine: an evaluation's rewards are a few numbers on the CPU.
+    return preference_loss(rewards, pack.edges, **loss_options(pack, settings), impl="eager")
+
+
+def total_weight(pack: Pack, settings: LossConfig) -> float:
+    """Return the weight of a pack's terms, by whose sum over a step its loss is divided.
+
+    Args:
+        pack: on the CPU, so that nothing waits for a GPU.
+    """
+    is_ranking = settings.kind == "plackett_luce"
+    weight = choice_weights(pack, len(pack.response_lengths)) if is_ranking else pack.weight
+    return float(weight.double().sum())
 
 
 def loss_options(pack: Pack, settings: LossConfig) -> dict:

@@ -30,6 +30,7 @@ from fastrm.data.packing import EncodedGroup, Pack, build_pack
 from fastrm.data.template import EncodedResponse
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.fusion import join_parts, split_fused, stored_buffers, whole_shape
+from fastrm.model.head import total_weight
 from fastrm.model.loading import Backbone, PickDtype
 from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.model.precision import token_multiple
@@ -82,7 +83,7 @@ class DeepSpeedEngine:
 
         The rewards are being copied from the device: read them after `update`, which waits for that.
         """
-        weight = 0.0 if pack is None else float(pack.weight.double().sum())
+        weight = 0.0 if pack is None else total_weight(pack, self.config.loss)
         total, rewards = self.loss_and_rewards(pack)
         self._deepspeed.backward(total, scale_wrt_gas=False)
         if pack is None:

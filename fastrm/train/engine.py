@@ -15,12 +15,11 @@ import torch
 
 from fastrm.config import Config
 from fastrm.data.packing import Pack
-from fastrm.model.head import loss_options
+from fastrm.model.head import loss_sum, total_weight
 from fastrm.model.lora import kept_tensors, load_kept_tensors
 from fastrm.model.network import RewardNetwork
 from fastrm.train.compact_adamw import CompactAdamW
 from fastrm.train.optim import load_state_tensors, make_optimizers, state_tensors, store_matrices_in_bf16
-from fastrm_kernels import preference_loss
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,7 @@ class LocalEngine:
 
     def loss(self, rewards: torch.Tensor, pack: Pack) -> torch.Tensor:
         """Sum a pack's weighted loss terms, float32, from rewards (R,) on any device, as an evaluation has them."""
-        # Eager on every machine: an evaluation's rewards are a few numbers on the CPU.
-        pack = pack.to(rewards.device)
-        return preference_loss(rewards, pack.edges, **loss_options(pack, self.config.loss), impl="eager")
+        return loss_sum(rewards, pack.to(rewards.device), self.config.loss)
 
     def accumulate(self, pack: Pack | None) -> torch.Tensor | None:
         """Add a pack's gradient; return its rewards (R,) on the CPU, or None for no pack.
@@ -71,7 +68,7 @@ class LocalEngine:
         """
         if pack is None:
             return None
-        weight = float(pack.weight.double().sum())  # read before it is on a GPU, which would be waited for
+        weight = total_weight(pack, self.config.loss)  # read before it is on a GPU, which would be waited for
         total, rewards = self.loss_and_rewards(pack)
         total.backward()
         self._loss_sum += total.detach()

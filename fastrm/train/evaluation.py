@@ -3,11 +3,17 @@
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from fastrm.data.loader import LoadedPack, RefusedGroup
+import torch
+
+from fastrm.data.loader import RefusedGroup
+from fastrm.data.packing import Pack
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.evaluate.accuracy import Flips, PreferenceMeter
 from fastrm.evaluate.flips import compare_fp8
+from fastrm.evaluate.ratings import FIGURES, RatingMeter, shown
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite, run_packs
+from fastrm.model.head import total_weight
+from fastrm.train.engine import LocalEngine
 from fastrm.train.run import Run
 
 
@@ -15,15 +21,15 @@ from fastrm.train.run import Run
 class _HeldOut:
     """The counts of one rank, or of all together, on the held-out preferences."""
 
-    meter: PreferenceMeter = field(default_factory=PreferenceMeter)
+    meter: PreferenceMeter | RatingMeter
     refused: list[RefusedGroup] = field(default_factory=list)
     loss: float = 0.0
     weight: float = 0.0
 
-    def add(self, loaded: LoadedPack, rewards, loss) -> None:
-        self.meter.add(loaded.pack, rewards)
-        self.loss += float(loss)
-        self.weight += float(loaded.pack.weight.sum())
+    def add(self, pack: Pack, rewards: torch.Tensor, engine: LocalEngine) -> None:
+        self.meter.add(pack, rewards)
+        self.loss += float(engine.loss(rewards, pack))
+        self.weight += total_weight(pack, engine.config.loss)
 
     def merge(self, other: "_HeldOut") -> None:
         self.meter.merge(other.meter)
@@ -31,13 +37,14 @@ class _HeldOut:
         self.loss += other.loss
         self.weight += other.weight
 
-    def figures(self, prefix: str) -> dict[str, float]:
-        """Return loss, accuracy and margin, as metrics.jsonl names them."""
-        return {
-            f"{prefix}/loss": self.loss / max(self.weight, 1e-12),
-            f"{prefix}/accuracy": self.meter.accuracy,
-            f"{prefix}/margin": self.meter.means()["rewards/margins"],
-        }
+    def figures(self, prefix: str) -> dict[str, float | None]:
+        """Return loss, accuracy and margin, or agreement with ratings, as metrics.jsonl names them."""
+        if isinstance(self.meter, RatingMeter):
+            figures = self.meter.figures()
+        else:
+            figures = {"accuracy": self.meter.accuracy, "margin": self.meter.means().get("rewards/margins", 0.0)}
+        figures = {"loss": self.loss / max(self.weight, 1e-12), **figures}
+        return {f"{prefix}/{name}": value for name, value in figures.items()}
 
 
 def evaluate(run: Run) -> bool:
@@ -48,7 +55,7 @@ def evaluate(run: Run) -> bool:
         DataError: if a reward is not finite; a checkpoint without figures has been saved then.
     """
     network, parts = run.job.network.eval(), run.job.eval.parts(run.config.run.eval_groups)
-    found, total = {name: _HeldOut() for name in parts}, _HeldOut()
+    found, total = {name: _nothing_yet(run) for name in parts}, _nothing_yet(run)
     for report in run.ranks.gather({name: _count_held_out(run, prepared) for name, prepared in parts.items()}):
         for name, counts in report.items():
             found[name].merge(counts)
@@ -60,19 +67,29 @@ def evaluate(run: Run) -> bool:
             refuse_non_finite(f"evaluation, {parts[name].members(broken[0].group)[0][1]}", broken[0])
     network.train()
     row = {"step": run.progress.step, **total.figures("eval"), "eval/sources": total.meter.by_source()}
-    lines = [f"step {row['step']:,}: held-out accuracy {row['eval/accuracy']:.4f}, loss {row['eval/loss']:.4f}"]
+    lines = [f"step {row['step']:,}: held-out {_in_words(row, 'eval')}"]
     for name in filter(None, found):
         own = found[name].figures(place := f"eval/{name}")
         row |= own
-        lines.append(f"  {name}: accuracy {own[f'{place}/accuracy']:.4f}, loss {own[f'{place}/loss']:.4f}")
+        lines.append(f"  {name}: {_in_words(own, place)}")
     run.write(row)
     for line in lines:
         run.display.say(line)
     return run.progress.note_evaluation(row, run.config.run)
 
 
+def _nothing_yet(run: Run) -> _HeldOut:
+    return _HeldOut(RatingMeter() if run.config.loss.is_rating else PreferenceMeter())
+
+
+def _in_words(row: dict, place: str) -> str:
+    if f"{place}/accuracy" in row:
+        return f"accuracy {row[f'{place}/accuracy']:.4f}, loss {row[f'{place}/loss']:.4f}"
+    return ", ".join(f"{text} {shown(row[f'{place}/{name}'])}" for name, text in FIGURES.items())
+
+
 def _count_held_out(run: Run, prepared: PreparedSet) -> _HeldOut:
-    config, found = run.config, _HeldOut()
+    config, found = run.config, _nothing_yet(run)
     packs = run_packs(
         run.engine.rewards, run.builder(prepared), prepared.groups, config.optim.tokens_per_pack,
         config.data.num_workers, run.ranks.rank, run.ranks.num_ranks,
@@ -86,14 +103,14 @@ def _count_held_out(run: Run, prepared: PreparedSet) -> _HeldOut:
             show(min(done, total), total)
             found.refused += loaded.refused
             if loaded.pack is not None:
-                found.add(loaded, rewards, run.engine.loss(rewards, loaded.pack))
+                found.add(loaded.pack, rewards, run.engine)
     return found
 
 
 def count_fp8_flips(run: Run) -> Flips | None:
     """Compare FP8 with bf16 under the final weights on the held-out preferences; None if either is missing."""
     network, prepared, config = run.job.network, run.job.eval, run.config
-    if network.fp8 is None or prepared is None:
+    if network.fp8 is None or prepared is None or config.loss.is_rating:
         return None
     with run.breakable():
         flips = compare_fp8(

@@ -27,7 +27,7 @@ class MetricsLog:
     def __init__(self, config: Config, progress, say: Callable[[str], None]):
         path = Path(config.run.dir) / "metrics.jsonl"
         evaluated = progress.last_eval.get("step", -1)
-        keep_rows(path, lambda row: row["step"] <= (evaluated if "eval/accuracy" in row else progress.step))
+        keep_rows(path, lambda row: row["step"] <= (evaluated if "eval/loss" in row else progress.step))
         self._trackers = Trackers(config, progress.step, read_rows(path), say)
         self._file = path.open("a")
 

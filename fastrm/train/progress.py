@@ -66,7 +66,7 @@ class Progress:
 
     def note_evaluation(self, row: dict[str, Any], settings: RunConfig) -> bool:
         """Keep the row of an evaluation of this step; return whether it is the best so far."""
-        metric, stopping = settings.best_metric, settings.early_stopping
+        metric, stopping = settings.best_metric(row), settings.early_stopping
         self.last_eval, value = row, row[metric]
         if stopping is not None:
             self.evaluations_since += 1
@@ -74,7 +74,7 @@ class Progress:
                 self.improved_value, self.evaluations_since = value, 0
         is_best = self.best_value is None or is_better(metric, value, self.best_value)
         if is_best:
-            self.best_value, self.best_accuracy = value, row["eval/accuracy"]
+            self.best_value, self.best_accuracy = value, row.get("eval/accuracy")
             self.best_checkpoint = f"step-{self.step:08d}"
         return is_best
 

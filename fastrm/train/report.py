@@ -11,6 +11,7 @@ import torch
 
 from fastrm.errors import StorageError
 from fastrm.evaluate.accuracy import Flips
+from fastrm.evaluate.ratings import FIGURES, shown
 from fastrm.json_files import to_json
 from fastrm.model.config_keys import describe_unknown_keys
 from fastrm.model.stock_classes import padding_note
@@ -65,6 +66,8 @@ def progress_note(row: dict, device: torch.device) -> str:
     """Return what is shown during the run: the part of a row of metrics.jsonl that matters, and the peak of memory."""
     if row["loss"] is None:
         return "no step was finite"
+    if "rewards/accuracies" not in row:
+        return f"loss {row['loss']:.4f}  {row['preferences_per_second']:,.0f} ratings/s"
     return (
         f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  {row['preferences_per_second']:,.3g} pairs/s  "
         f"{row['tokens_per_second']:,.0f} tok/s  wait {row['data_wait_share']:.0%}  "
@@ -122,8 +125,11 @@ def _chosen_checkpoint(run: Run) -> Path | None:
 
 def _summary(run: Run, flips: Flips | None) -> dict:
     progress, network = run.progress, run.job.network
+    last = progress.last_eval
+    figure = "mse" if "eval/mse" in last else "accuracy"
     return {
-        "eval_accuracy": progress.last_eval.get("eval/accuracy"),
+        "eval_accuracy": last.get("eval/accuracy"),
+        **{f"eval_{name}": last[key] for name in FIGURES if (key := f"eval/{name}") in last},
         "steps": progress.step,
         "preferences": progress.preferences,
         "tokens_processed": progress.tokens_processed,
@@ -133,13 +139,13 @@ def _summary(run: Run, flips: Flips | None) -> dict:
         "num_processes": run.ranks.num_ranks,
         "peak_memory_bytes": max(run.ranks.gather(peak_memory_bytes(network.device))),
         "quarantined": run.quarantine.total,
-        "eval_by_source": progress.last_eval.get("eval/sources", {}),
-        "eval_by_set": {name: progress.last_eval[f"eval/{name}/accuracy"] for name in run.config.data.eval_names},
+        "eval_by_source": last.get("eval/sources", {}),
+        "eval_by_set": {name: last[f"eval/{name}/{figure}"] for name in run.config.data.eval_names},
         "fp8_flip_rate": flips.rate if flips else None,
         "compiled_graphs": None if network.graphs is None else network.graphs.count,
         "best_checkpoint": progress.best_checkpoint,
         "best_accuracy": progress.best_accuracy,
-        "best_metric": run.config.run.best_metric,
+        "best_metric": run.config.run.best_metric(last),
         "best_value": progress.best_value,
         "exported_step": progress.step if run.config.run.export == "last" else progress.best_step,
         "stopped_early": progress.is_stopped_early(run.config.run),
@@ -162,9 +168,11 @@ def write_report(run_dir: Path, summary: dict) -> None:
 def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: str) -> None:
     """Draw report.png: loss, accuracy, margin and throughput over the steps, and held-out accuracies by set and source.
 
+    Of ratings it shows correlations with them.
+
     Args:
         rows: of metrics.jsonl with a `loss`.
-        evaluations: rows with `eval/accuracy`.
+        evaluations: rows with `eval/loss`.
     """
     parts = _accuracies(evaluations)
     figure = new_figure(11, 10.5 if parts else 7)
@@ -176,13 +184,15 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
         ("rewards/margins", "Margin (chosen - rejected reward)", "eval/margin"),
         ("preferences_per_second", "Preferences per second", None),
     ]
+    if not any("rewards/accuracies" in row for row in rows):
+        panels[1:3] = [(f"eval/{name}", f"{FIGURES[name]} with ratings", f"eval/{name}") for name in FIGURES][1:]
     for number, (name, label, evaluated) in enumerate(panels):
         axes = figure.add_subplot(grid[number // 2, number % 2])
-        steps = [row["step"] for row in rows]
-        values = [row[name] for row in rows]
-        axes.plot(steps, values, color="#9bb8d9", linewidth=0.8, label="each row")
-        axes.plot(steps, _smooth(values), color="#1f5fa8", linewidth=1.8, label="running mean")
-        held_out = [(row["step"], row[evaluated]) for row in evaluations if evaluated in row]
+        if drawn := [row for row in rows if name in row]:
+            steps, values = [row["step"] for row in drawn], [row[name] for row in drawn]
+            axes.plot(steps, values, color="#9bb8d9", linewidth=0.8, label="each row")
+            axes.plot(steps, _smooth(values), color="#1f5fa8", linewidth=1.8, label="running mean")
+        held_out = [(row["step"], row[evaluated]) for row in evaluations if row.get(evaluated) is not None]
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color="#d1662a", markersize=4, label="held out")
         if name == "rewards/accuracies":
@@ -193,7 +203,8 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     if parts:
         _draw_parts(parts, *figure.add_subfigure(grid[2, :]).subplots(1, 2, width_ratios=(3, 1)))
     figure.savefig(path, dpi=110)
@@ -201,7 +212,7 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
 
 def _accuracies(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:
     """Return (step, accuracy) at each of several evaluations, by named set and by source, the largest of them."""
-    points = defaultdict(list)
+    points, evaluations = defaultdict(list), [row for row in evaluations if "eval/accuracy" in row]
     for row in evaluations if len(evaluations) > 1 else ():
         sets = {key.split("/")[1]: row[key] for key in row if key.count("/") == 2 and key.endswith("/accuracy")}
         sources = sorted(row.get("eval/sources", {}).items(), key=lambda item: -item[1]["preferences"])[:MOST_SOURCES]
@@ -238,10 +249,16 @@ def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
     """Return the short table at the end of a run."""
     table = Table("", "", title="Training done")
     accuracy = summary["eval_accuracy"]
-    table.add_row("held-out pair accuracy", "no data.eval" if accuracy is None else f"{accuracy:.4f}")
-    for name, value in summary["eval_by_set"].items():
-        table.add_row(f"  set {name}", f"{value:.4f}")
-    if len(by_source) > 1:
+    if "eval_mse" in summary:
+        for name, text in FIGURES.items():
+            table.add_row(f"held-out {text}", shown(summary[f"eval_{name}"]))
+            for source, values in by_source.items() if len(by_source) > 1 else ():
+                table.add_row(f"  {source} ({values['ratings']:,})", shown(values[name]))
+    else:
+        table.add_row("held-out pair accuracy", "no data.eval" if accuracy is None else f"{accuracy:.4f}")
+        for name, value in summary["eval_by_set"].items():
+            table.add_row(f"  set {name}", f"{value:.4f}")
+    if len(by_source) > 1 and accuracy is not None:
         for source, values in by_source.items():
             table.add_row(f"  {source} ({values['preferences']:,})", f"{values['accuracy']:.4f}")
     if summary["best_checkpoint"] is not None:

@@ -42,6 +42,17 @@ def test_rated_lists_train_as_groups_of_sixteen(tmp_path):
     assert summary["tokens_unshared"] > 10 * summary["tokens_processed"]
 
 
+@pytest.mark.parametrize("kind, options", [("plackett_luce", {"margin": 0.5}), ("mse", {"pairs": "ratings"})])
+def test_rated_lists_train_as_rankings_and_as_ratings(tmp_path, kind, options):
+    source = {"path": str(DATA / "caption_contest" / "rated_lists.jsonl"), **options}
+    path = tiny_config(
+        tmp_path, "unused", data={"train": [source], "max_tokens_per_group": 8192, "max_pixels": 28 * 28 * 16},
+        loss={"kind": kind}, run={"max_steps": 2}, optim={"batch_pairs": 100, "tokens_per_pack": 8192},
+    )  # fmt: skip
+    summary = train(load_config(path))
+    assert summary["preferences"] >= 200 and summary["quarantined"] == 0
+
+
 def test_photos_score_in_input_order_and_a_missing_one_keeps_its_line(tmp_path):
     train(load_config(tiny_config(tmp_path, "digits:train", run={"max_steps": 1})))
     questions = [json.loads(line) for line in (DATA / "owleval" / "questions.jsonl").open()][:8]

@@ -156,7 +156,7 @@ def _row(number: int, fit: _Fit) -> tuple:
         counted.num_attention_pairs,
         counted.num_lead_tokens,
         group.num_unshared_tokens,
-        sum(pairs[p.winner] + pairs[p.loser] for p in group.preferences),
+        sum(pairs[number] for p in group.preferences for number in p.responses),
         fit.num_ties_ignored,
         len(group.responses),
         fit.num_members,

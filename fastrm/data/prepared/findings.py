@@ -86,7 +86,7 @@ def pair_rows(record: Record, responses: Sequence[bytes]) -> Iterator[tuple]:
     row = record.origin.rpartition(":")[2]
     row = int(row) if row.isdecimal() else 0
     for p in record.preferences:
-        if not p.tie:
+        if not (p.tie or p.is_rating):
             winner, loser = responses[p.winner], responses[p.loser]
             key = hashlib.blake2b(min(winner, loser) + max(winner, loser), digest_size=8).digest()
             lengths = (len(record.responses[number].text) for number in (p.winner, p.loser))

@@ -71,7 +71,7 @@ def make_report(
     return {
         "sources": rows,
         "histograms": {name: _histogram(found[trained]) for name, found in values.items()},
-        "sharing": _sharing(train, times, cost),
+        "sharing": _sharing(train, times, cost, 1 if config.loss.is_rating else 2),
     }
 
 
@@ -153,13 +153,17 @@ def _grouping(table: RecordTable, selection: Selection, counted: Counted, number
     }
 
 
-def _sharing(counted: Counted, times: np.ndarray, cost: CostModel) -> dict:
-    """Return tokens of an epoch, exact, and its FLOPs as float64, as pairwise trainer and as prefix trees."""
+def _sharing(counted: Counted, times: np.ndarray, cost: CostModel, per_preference: int) -> dict:
+    """Return tokens of an epoch, exact, and its FLOPs as float64, as pairwise trainer and as prefix trees.
+
+    Args:
+        per_preference: conversations of a preference: 2, or 1 where it is a rating.
+    """
     counts = counted.counts
     pictures = _sums(_image_costs(counted.images, cost), counts["num_images"])
     shared = _text_costs(counts["num_tokens"], counts["num_attention_pairs"], cost) + pictures
     unshared = _text_costs(counts["num_unshared_tokens"], counts["num_unshared_pairs"], cost)
-    unshared += 2 * counts["num_preferences"] * pictures
+    unshared += per_preference * counts["num_preferences"] * pictures
     tokens, unshared_tokens = (int((times * counts[name]).sum()) for name in ("num_tokens", "num_unshared_tokens"))
     return {
         "tokens": tokens,

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ from fastrm.data.record import ImageRef, Record
 from fastrm.data.sources import DigitsFile, KeyTally, RefusedRow, SourceFile, source_files
 from fastrm.data.sources.files import stored_in
 from fastrm.data_config import SourceConfig
-from fastrm.errors import RecordError, StorageError
+from fastrm.errors import DataError, RecordError, StorageError
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 from fastrm.storage import whole_folder
@@ -140,9 +140,9 @@ def open_source(source: SourceConfig) -> list[SourceFile | DigitsFile]:
     """Return the data files of a source.
 
     Raises:
-        DataError: as `source_files`.
+        DataError: as `source_files`, or for digits as ratings.
     """
-    return source_files(
+    files = source_files(
         source.path,
         set=source.set,
         format=source.format,
@@ -152,11 +152,17 @@ def open_source(source: SourceConfig) -> list[SourceFile | DigitsFile]:
         columns=source.columns,
         ignore=source.ignore,
     )
+    if source.margin is None and source.pairs != "ratings":
+        return files
+    if isinstance(files[0], DigitsFile):
+        raise DataError(f"{source.path}: its preferences have no scores; leave pairs: ratings and margin out")
+    return [replace(file, margin=source.margin) for file in files]
 
 
 def source_key(source: SourceConfig) -> dict:
     """Return the settings of a source that decide which records its files give."""
-    return source.model_dump(include={"path", "set", "format", "images", "name", "pairs", "columns", "ignore"})
+    keys = {"path", "set", "format", "images", "name", "pairs", "columns", "ignore"}
+    return source.model_dump(include=keys if source.margin is None else keys | {"margin"})
 
 
 def file_status(path: str) -> tuple[int, int] | None:

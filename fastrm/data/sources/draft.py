@@ -17,6 +17,7 @@ class Draft:
 
     Attributes:
         scores: one for each response, instead of preferences, which `to_record` makes of them.
+        strength: how much better the winner of the one preference is, where the row says so.
         left_out: errors of the parts of a row that are left out, while the rest is used.
         all_responses: all responses of the row, in order, where `left_out` names some; scoring takes them.
         problem: the reason why the row has no preference; it can be scored nevertheless.
@@ -26,6 +27,7 @@ class Draft:
     responses: tuple[Response, ...]
     preferences: tuple[Preference, ...] = ()
     scores: tuple[float, ...] | None = None
+    strength: float = 0.0
     left_out: tuple[RecordError, ...] = ()
     all_responses: tuple[Response, ...] = ()
     problem: RecordError | None = None
@@ -109,8 +111,9 @@ def pair(chosen: Response, rejected: Response, row: dict) -> Draft:
 
 
 def to_record(
-    draft: Draft, *, record_id: str, source: str, origin: str, require_preferences: bool, pairs: str = "all"
-) -> Record:
+    draft: Draft, *, record_id: str, source: str, origin: str, require_preferences: bool, pairs: str = "all",
+    margin: float | None = None,
+) -> Record:  # fmt: skip
     """Convert a draft to a record.
 
     What a policy produces can be scored: empty responses, equal ones, one alone. Preferences need more.
@@ -118,29 +121,36 @@ def to_record(
     Args:
         require_preferences: False for scoring, whose records have every response and no preference.
         pairs: of scored responses, ``all``: a preference for each two, equal scores a tie; ``hard``: only
-            the pair with the largest gap, the first best and the first worst where several are equal.
+            the pair with the largest gap, the first best and the first worst where several are equal;
+            ``ratings``: no pair, but the rating of each.
+        margin: of a preference for each unit by which scores differ, or of its strength; None: no margin.
 
     Raises:
         RecordError: where preferences are required: the draft's own problem; EMPTY_RESPONSE; NO_PREFERENCE;
-            NO_SCORES for ``hard`` without scores; IDENTICAL_RESPONSES for a preference between equal responses.
+            NO_SCORES for ``hard`` and ``ratings`` without scores; IDENTICAL_RESPONSES for a preference between
+            equal responses.
     """
     if not require_preferences:
         return Record(record_id, draft.all_responses or draft.responses, (), source, origin)
     if draft.problem is not None:
         raise draft.problem
     _check_not_empty(draft)
+    if pairs != "all" and draft.scores is None:
+        raise RecordError(
+            "NO_SCORES", f"`pairs: {pairs}` needs scored responses, the row has none; leave `pairs` out for such rows"
+        )
     if pairs == "hard":
         draft = _hardest(draft)
-    preferences = draft.preferences if draft.scores is None else _ranked(draft.scores)
+    preferences = _preferences(draft, pairs, margin or 0.0)
     if not preferences:
         raise RecordError(
             "NO_PREFERENCE",
             f"there is no preference between the responses (found {len(draft.responses)}); "
-            "add `preferences` or scores, or read the row for scoring only",
+            "add `preferences` or scores, read the row for scoring only, or train on scores alone: pairs: ratings",
         )
     for preference in preferences:
         winner, loser = draft.responses[preference.winner], draft.responses[preference.loser]
-        if not preference.tie and winner == loser:
+        if not (preference.tie or preference.is_rating) and winner == loser:
             raise RecordError(
                 "IDENTICAL_RESPONSES",
                 f"response {preference.winner} is preferred to response {preference.loser}, "
@@ -156,20 +166,24 @@ def _check_not_empty(draft: Draft) -> None:
             raise RecordError("EMPTY_RESPONSE", f'"{name}" is empty; write or remove it')
 
 
-def _ranked(scores: tuple[float, ...]) -> tuple[Preference, ...]:
-    return tuple(_preference(a, b, scores) for a, b in combinations(range(len(scores)), 2))
+def _preferences(draft: Draft, pairs: str, margin: float) -> tuple[Preference, ...]:
+    if draft.scores is None:
+        extra = margin * draft.strength
+        return tuple(replace(p, margin=p.margin + extra) if extra and not p.tie else p for p in draft.preferences)
+    if pairs == "ratings":
+        return tuple(Preference(number, number, score) for number, score in enumerate(draft.scores))
+    return tuple(_preference(a, b, draft.scores, margin) for a, b in combinations(range(len(draft.scores)), 2))
 
 
-def _preference(a: int, b: int, scores: tuple[float, ...]) -> Preference:
+def _preference(a: int, b: int, scores: tuple[float, ...], margin: float) -> Preference:
     if scores[a] == scores[b]:
         return Preference(a, b, tie=True)
-    return Preference(a, b) if scores[a] > scores[b] else Preference(b, a)
+    winner, loser = (a, b) if scores[a] > scores[b] else (b, a)
+    return Preference(winner, loser, check_number(margin * (scores[winner] - scores[loser]), "margin"))
 
 
 def _hardest(draft: Draft) -> Draft:
     """Return a draft of the best and the worst response alone; of the first two if all are equally good."""
-    if draft.scores is None:
-        raise RecordError("NO_SCORES", "`pairs: hard` needs scored responses, the row has none; set `pairs: all`")
     best, worst = draft.scores.index(max(draft.scores)), draft.scores.index(min(draft.scores))
     kept = (best, worst) if best != worst else tuple(range(min(2, len(draft.scores))))
     return replace(

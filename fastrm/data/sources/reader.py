@@ -42,7 +42,8 @@ class SourceFile:
         resolve: from the paths of media in its rows.
         format: a name of FORMATS but ``digits``.
         name: `Record.source` of every row; None: the row's own `source`, else the file's stem.
-        pairs: ``all`` or ``hard``: which pairs of scored responses become preferences.
+        pairs: ``all`` or ``hard``: which pairs of scored responses become preferences; or ``ratings``.
+        margin: see `to_record`.
         require_preferences: refuse rows without preferences, which only scoring can use.
         repeat: how often the set's authors use the file in an epoch (MMPR's `repeat_time`).
         columns: (key that fastrm reads, column of the file that holds it), where the two have other names.
@@ -57,6 +58,7 @@ class SourceFile:
     format: str = "auto"
     name: str | None = None
     pairs: str = "all"
+    margin: float | None = None
     require_preferences: bool = True
     repeat: float = 1.0
     rows: str = "all"
@@ -113,6 +115,7 @@ class SourceFile:
                 source=source,
                 origin=origin,
                 pairs=self.pairs,
+                margin=self.margin,
                 require_preferences=self.require_preferences,
             )
         except RecordError as error:

@@ -1,6 +1,7 @@
-"""HelpSteer2: one rated response a row, the responses to one prompt in consecutive rows.
+"""One rated response a row, as in HelpSteer2, the responses to one prompt in consecutive rows.
 
-The score is `helpfulness` [ours]; correctness, coherence, complexity and verbosity are not used.
+The score is `score`, `rating` or HelpSteer2's `helpfulness` [ours]; its correctness, coherence, complexity and
+verbosity are not used.
 """
 
 from fastrm.data.sources.conversation import prompt_messages, text_turn
@@ -11,11 +12,13 @@ from fastrm.data.sources.values import check_number, check_text
 
 _JOINED = "joined_rows"
 
-KEYS = ("prompt", "response", "helpfulness", _JOINED, *MEDIA_KEYS)
+_SCORES = ("helpfulness", "score", "rating")
+
+KEYS = ("prompt", "response", _SCORES, _JOINED, *MEDIA_KEYS)
 
 
 def matches(row: dict) -> bool:
-    return all(key in row for key in ("prompt", "response", "helpfulness"))
+    return "prompt" in row and "response" in row and any(key in row for key in _SCORES)
 
 
 def continues(previous: dict, row: dict) -> bool:
@@ -34,6 +37,5 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     prompt = prompt_messages(row, turns, row_media(row, resolve))
     rows = [(one, f" of row {i + 1} of the prompt" if i else "") for i, one in enumerate(row.get(_JOINED, [row]))]
     responses = [answer(prompt, check_text(one.get("response"), "response" + where)) for one, where in rows]
-    return rated(
-        responses, lambda: [check_number(one.get("helpfulness"), "helpfulness" + where) for one, where in rows]
-    )
+    name = next((key for key in _SCORES if key in row), _SCORES[0])
+    return rated(responses, lambda: [check_number(one.get(name), name + where) for one, where in rows])

@@ -7,10 +7,12 @@
 | HelpSteer2's preferences | `prompt` | `response_1`, `response_2` | `preference_strength`, -3 to 3 |
 | PandaLM | `instruction`, a line break, `input` | `response1`, `response2` | `annotator1`, ...: 1, 2 or 0 = a tie |
 
-A strength below 0 prefers the first, above 0 the second; 0 is a tie. Its size is not used [ours]. PandaLM's annotators
+A strength below 0 prefers the first, above 0 the second; 0 is a tie. Its size gives a margin where the source has a
+`margin` by which it is multiplied, and else is not used [ours]. PandaLM's annotators
 decide by more than half of their votes, otherwise the row is a tie [ours].
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastrm.data.record import Preference
@@ -34,6 +36,7 @@ _COLUMNS = (
     _Columns("prompt", "response_1", "response_2", "preference_strength"),
     _Columns("instruction", "response1", "response2", "annotator1"),
 )
+_STRENGTHS = ("overall_preference", "preference_strength")
 _VOTES = tuple(f"annotator{number}" for number in range(1, 6))
 
 KEYS = (*dict.fromkeys(name for columns in _COLUMNS for name in columns), "input", *_VOTES[1:], *MEDIA_KEYS)
@@ -58,7 +61,9 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     prompt = prompt_messages(context, turns, row_media(row, resolve))
     texts = [check_text(row.get(name), name) for name in (columns.first, columns.second)]
     responses = tuple(answer(prompt, text) for text in texts)
-    return judged(responses, lambda: (_labelled(row, columns.label),), columns[1:3])
+    draft = judged(responses, lambda: (_labelled(row, columns.label),), columns[1:3])
+    is_strength = draft.problem is None and columns.label in _STRENGTHS
+    return replace(draft, strength=abs(row[columns.label])) if is_strength else draft
 
 
 def _labelled(row: dict, label: str) -> Preference:
