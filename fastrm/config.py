@@ -285,16 +285,14 @@ class Config(Section):
                 "optim.group_weight group shares out the weight of preferences, and loss.kind plackett_luce has one "
                 "term for each place of a ranking; set optim.group_weight: preference"
             )
-        for split in ("train", "eval"):
-            for number, source in enumerate(getattr(self.data, split)):
-                name = f"data.{split}.{number}"
-                if kind == "mse" and source.pairs != "ratings":
-                    raise ValueError(f"loss.kind mse is of ratings, and {name} gives pairs; set {name}.pairs: ratings")
-                if kind != "mse" and source.pairs == "ratings":
-                    raise ValueError(
-                        f"{name}.pairs: ratings gives no preferences, which loss.kind {kind} is of; set loss.kind: "
-                        f"mse, or leave {name}.pairs out"
-                    )
+        for name, source in (self.data.sources("train") | self.data.sources("eval")).items():
+            if kind == "mse" and source.pairs != "ratings":
+                raise ValueError(f"loss.kind mse is of ratings, and {name} gives pairs; set {name}.pairs: ratings")
+            if kind != "mse" and source.pairs == "ratings":
+                raise ValueError(
+                    f"{name}.pairs: ratings gives no preferences, which loss.kind {kind} is of; set loss.kind: mse, or "
+                    f"leave {name}.pairs out"
+                )
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML; loading it again gives an equal `Config`."""

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 
+from fastrm.config import load_config
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.sources import read_source
+from fastrm.errors import ConfigError
 from fastrm.evaluate.ratings import RatingMeter
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.train.metrics import read_rows
@@ -194,3 +196,18 @@ def test_the_best_evaluation_on_ratings_has_the_least_loss(tmp_path):
     best = min(losses, key=losses.get)
     assert (summary["best_metric"], summary["best_value"]) == ("eval/loss", losses[best])
     assert summary["exported_step"] == best and summary["best_accuracy"] is None
+
+
+def test_named_sets_of_ratings_have_figures_of_their_own(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", rated_rows(12))
+    train, one, two = ([{"path": str(data), "pairs": "ratings"}] for _ in range(3))
+    path = tiny_config(
+        tmp_path, "unused", data={"train": train, "eval": {"one": one, "two": two}}, loss={"kind": "mse"},
+        run={"max_steps": 2, "eval_every": 1, "early_stopping": {"metric": "eval/two/mse"}},
+    )  # fmt: skip
+    summary = run(path)
+    last = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval/mse" in row][-1]
+    assert summary["eval_by_set"] == {"one": last["eval/one/mse"], "two": last["eval/two/mse"]}
+    assert last["eval/one/mse"] == pytest.approx(last["eval/mse"]) and "eval/one/accuracy" not in last
+    with pytest.raises(ConfigError, match=r"data\.eval\.two\.0\.pairs: ratings gives no preferences"):
+        load_config(path, ["loss.kind=hinge", "data.train.0.pairs=all", f"data.eval.one=[{{path: {data}}}]"])
