@@ -131,9 +131,9 @@ def _contradictions(found: SourceCheck, pairs: PairFindings) -> str:
 
 def _against_scores(scores: Counter[str]) -> str:
     parts = {EQUAL: "with equal scores of both responses", REVERSED: "whose rejected response has the greater score"}
-    counted = (f"{counted(scores[kind], 'pair')} {what}" for kind, what in parts.items() if scores[kind])
+    found = (f"{counted(scores[kind], 'pair')} {what}" for kind, what in parts.items() if scores[kind])
     said = "they are trained on as chosen and rejected say: remove them if the scores are right"
-    return f"{' and '.join(counted)}; {said}"
+    return f"{' and '.join(found)}; {said}"
 
 
 def _copies(found: SourceCheck) -> str:
