@@ -173,6 +173,12 @@ def export(
         int | None, typer.Option(min=0, metavar="N", help="Export the checkpoint of this step of the run MODEL.")
     ] = None,
     best: Annotated[bool, typer.Option("--best", help="Export the checkpoint of the run's best evaluation.")] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="Write adapters of a checkpoint (model.lora) as a whole model; those of MODEL always are."
+        ),
+    ] = False,
     dtype: Annotated[
         FileDtype,
         typer.Option(
@@ -194,6 +200,7 @@ def export(
     from torch import bfloat16, float32
 
     from fastrm.model.export_command import export_model
+    from fastrm.model.places import locate
     from fastrm.train.export_checkpoint import export_checkpoint
     from fastrm.ui import Display
 
@@ -202,11 +209,13 @@ def export(
         raise ConfigError("--step and --best: name one of them")
     if (is_model := step is None and not best) and out is None:
         raise ConfigError("--out: name the folder to write; only an export of --step or --best has a place by itself")
+    if is_model and merge and locate(model).adapter is None:
+        raise ConfigError(f"--merge: {model} is no adapter and whole already; leave it out")
     with Display() as display:
         if is_model:
             export_model(model, out, reader, display, weights)
         else:
-            export_checkpoint(Path(model), step, out, reader, display, weights)
+            export_checkpoint(Path(model), step, out, reader, display, weights, merge)
 
 
 def push(

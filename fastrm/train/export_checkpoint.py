@@ -27,8 +27,9 @@ from fastrm.yaml_files import validate
 
 
 def export_checkpoint(
-    run_dir: Path, step: int | None, out: Path | None, reader: str, display: Display, dtype: torch.dtype | None = None
-) -> None:
+    run_dir: Path, step: int | None, out: Path | None, reader: str, display: Display, dtype: torch.dtype | None = None,
+    merge: bool = False,
+) -> None:  # fmt: skip
     """Write the model of a checkpoint for a reader, and say how it is loaded there.
 
     Args:
@@ -36,6 +37,7 @@ def export_checkpoint(
         out: the folder to write; None: exports/step-N in the run's folder.
         reader: transformers or vllm.
         dtype: of the backbone's weights in the files; None: that of the run's own export (model.export_dtype).
+        merge: write the adapters of a run with model.lora as a whole model, and not as adapters.
 
     Raises:
         ConfigError: if there is no such checkpoint, or as `fastrm.model.export_command.export_model`.
@@ -51,13 +53,21 @@ def export_checkpoint(
     stored["run"]["dir"] = str(run_dir)  # which may have been moved
     config = validate(Config, stored, {}, str(path / STATE))
     network, weights = _without_weights(config), finite(model_tensors(path).items())
+    if network.lora is None and merge:
+        raise ConfigError(f"--merge: {run_dir} trains no adapters (model.lora): its checkpoints are whole; omit it")
+    if network.lora is not None and not merge and (dtype is not None or reader == "vllm"):
+        option = "--dtype" if dtype is not None else "--for vllm"
+        raise ConfigError(f"{option} is for whole models, and {run_dir} trains adapters (model.lora); add --merge")
     dtype = dtype or export_dtype(config)
     if network.lora is None:
         write_for(reader, network, out, display, dtype=dtype, tensors=weights)
-    else:  # a checkpoint holds adapters, and reading them merges
+    elif merge:
         with TemporaryDirectory(prefix="adapter-", dir=run_dir) as folder:
             save_model(network, Path(folder) / "model", tensors=weights)
-            export_model(folder, out, reader, display, dtype)
+            export_model(folder, out, reader, display, dtype)  # reading adapters merges them
+    else:
+        save_model(network, out, dtype=dtype, tensors=weights)
+        display.say(f"{out}: adapters, which PEFT and fastrm put on {config.model.path}; --merge writes a whole model")
     display.say(f"exported step {step_of(path):,} of {run_dir}")
 
 

@@ -123,6 +123,8 @@ def test_a_damaged_checkpoint_is_refused(unevaluated, tmp_path):
         (["RUN/model", "--step", "1"], "holds no checkpoint; --step and --best are for the folder of a run"),
         (["RUN", "--step", "1", "--best"], "--step and --best: name one of them"),
         (["RUN"], "--out: name the folder to write"),
+        (["RUN", "--step", "1", "--merge"], "--merge: RUN trains no adapters (model.lora): its checkpoints are whole"),
+        (["RUN/model", "--merge", "--out", "OUT"], "--merge: RUN/model is no adapter and whole already"),
         (["RUN", "--step", "1", "--dtype", "fp16"], "'fp16' is not one of 'auto', 'fp32', 'bf16'"),
         (["RUN/checkpoints/step-00000001", "--out", "OUT"], "fastrm export RUN --step 1 --out FOLDER"),
     ],

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from fastrm import RewardModel
+from fastrm import RewardModel, cli
 from fastrm.model.export import load_model
 from fastrm.train.export_checkpoint import export_checkpoint
 from fastrm.ui import Display
@@ -69,11 +69,41 @@ def test_checkpoints_and_export_hold_no_weight_of_the_base(tmp_path):
 
 def test_a_checkpoint_is_exported_as_a_plain_model_with_the_rewards_of_the_run(tmp_path):
     run(lora_config(tmp_path))
-    export_checkpoint(tmp_path / "run", 6, tmp_path / "plain", "transformers", Display(silent=True))
+    export_checkpoint(tmp_path / "run", 6, tmp_path / "plain", "transformers", Display(silent=True), merge=True)
     assert not (tmp_path / "plain" / "adapter_config.json").exists()
     wanted = RewardModel.from_pretrained(tmp_path / "run", device="cpu", dtype="fp32").score(GROUPS)
     found = RewardModel.from_pretrained(tmp_path / "plain", device="cpu", dtype="fp32").score(GROUPS)
     assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("head", [{}, {"layers": 1, "bias": False}], ids=["two layers", "one"])
+def test_a_checkpoint_is_exported_as_the_adapters_that_the_run_leaves(head, tmp_path):
+    settings = {"save_every": 3, "eval_every": 3, "export": "best", "keep_checkpoints": 9}
+    path = lora_config(tmp_path, model={"head": head}, run=settings)
+    rows = str(tmp_path / "rows.jsonl")
+    summary = run(path, "data.eval=[{path: " + rows + ", cap: 8}]", "run.early_stopping={metric: eval/margin}")
+    for name, step in (("six", 6), ("three", 3), ("best", None)):
+        export_checkpoint(tmp_path / "run", step, tmp_path / name, "transformers", Display(silent=True))
+    six, three, best, left = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        for name in ("six", "three", "best", "run/model")
+    )
+    assert left == best == (six if summary["exported_step"] == 6 else three) and six != three
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--step", "6", "--for", "vllm"], "--for vllm is for whole models"),
+        (["--step", "6", "--dtype", "bf16"], "--dtype is for whole models"),
+    ],
+)
+def test_what_adapters_cannot_be_exported_as_is_refused(words, message, tmp_path, monkeypatch, capsys):
+    run(lora_config(tmp_path))
+    monkeypatch.setattr("sys.argv", ["fastrm", "export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
+    assert leave.value.code == 64 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 SETTINGS = {
