@@ -8,10 +8,12 @@ from fastrm.config import Config
 from fastrm.errors import ConfigError
 from fastrm.model.places import read_json
 from fastrm.train.checkpoint import ABANDONED, CHECKPOINTS, list_checkpoints, set_newer_aside
+from fastrm.train.trackers import IDS
 from fastrm.yaml_files import read_yaml
 
 # What a run leaves besides its checkpoints and its model. config.yaml is written anew, prepared data are used again.
-_FILES = ("metrics.jsonl", "summary.json", "report.png", "report.html")
+# Without the ids in trackers.json, trackers begin a run as well.
+_FILES = ("metrics.jsonl", "summary.json", "report.png", "report.html", IDS)
 _SECTIONS = {"run", "data", "model", "optim"}
 
 

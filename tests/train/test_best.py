@@ -213,6 +213,7 @@ def test_starting_over_deletes_the_run_and_nothing_else(stopped, rows, tmp_path,
     (copy / "notes.txt").write_text("mine")
     (copy / "checkpoints" / "notes.txt").write_text("mine too")
     (copy / "exports").mkdir()
+    (copy / "trackers.json").write_text('{"tensorboard": "of the old run"}')
     overrides = f"run.dir={copy}", "run.overwrite=true", "run.max_steps=1", "run.eval_every=0"
     run(path, *overrides, "run.early_stopping=null", "run.export=last")
     said = capsys.readouterr().err
@@ -221,7 +222,7 @@ def test_starting_over_deletes_the_run_and_nothing_else(stopped, rows, tmp_path,
     assert [step_of(kept) for kept in list_checkpoints(copy / "checkpoints")] == [1]
     assert max(row["step"] for row in read_rows(copy / "metrics.jsonl")) == 1
     assert (copy / "notes.txt").read_text() == "mine" and (copy / "checkpoints" / "notes.txt").exists()
-    assert (copy / "exports").is_dir()
+    assert (copy / "exports").is_dir() and not (copy / "trackers.json").exists()
     # A resumed run goes on.
     assert run(path, *overrides[:2], "run.max_steps=2", resume="auto")["steps"] == 2
 
