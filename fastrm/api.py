@@ -65,9 +65,9 @@ def train(
 
     Args:
         config: a YAML file, or its content as a dict, which may have `extends`. In a dict a source of data may be
-            {"rows": list of dicts, DataFrame or Dataset} in the place of a path, and data.train and data.eval may be a
-            DataFrame or a Dataset. Such rows are written to rows/ in the run's folder, from which the run reads them;
-            paths of images are relative to the working folder, or to the source's `images`.
+            {"rows": list of dicts, DataFrame or Dataset} in the place of a path, and data.train, data.eval and each
+            of its named sets may be a DataFrame or a Dataset. Such rows are written to rows/ in the run's folder, from
+            which the run reads them; paths of images are relative to the working folder, or to the source's `images`.
         overrides: settings that replace those of the configuration, as "optim.lr=1e-5".
         resume: no, auto, required, or the folder of a checkpoint.
         quiet: print nothing.
@@ -165,19 +165,23 @@ def _without_rows(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple
     if not isinstance(data, Mapping):
         return tree, found
     data = tree["data"] = dict(data)
-    for split in ("train", "eval"):
-        given = data.get(split)
+    lists = [(data, split, f"data.{split}") for split in ("train", "eval")]
+    if isinstance(named := data.get("eval"), Mapping) and not is_table(named):
+        data["eval"] = named = dict(named)
+        lists[1:] = [(named, name, f"data.eval.{name}") for name in named]
+    for holder, key, place in lists:
+        given = holder.get(key)
         sources = [{"rows": given}] if is_table(given) else given
         if not isinstance(sources, (list, tuple)):
             continue
-        data[split] = [dict(source) if isinstance(source, Mapping) else source for source in sources]
-        for number, source in enumerate(data[split]):
+        holder[key] = [dict(source) if isinstance(source, Mapping) else source for source in sources]
+        for number, source in enumerate(holder[key]):
             if not isinstance(source, dict) or not source.keys().isdisjoint(("path", "set")):
                 continue
             if "rows" not in source:
                 raise ConfigError(
-                    f"config: data.{split}.{number}: got {', '.join(map(str, source)) or 'no keys'}; a source needs "
-                    f'path, set or rows; rows in memory are {{"{split}": [{{"rows": [row, ...]}}]}}'
+                    f"config: {place}.{number}: got {', '.join(map(str, source)) or 'no keys'}; a source needs "
+                    f'path, set or rows; rows in memory are {{"{key}": [{{"rows": [row, ...]}}]}}'
                 )
             found.append((source, source.pop("rows")))
             source["path"] = NAME

@@ -58,11 +58,11 @@ def delete_run(run_dir: Path, say: Callable[[str], None]) -> None:
         return
     num_checkpoints = len(list_checkpoints(checkpoints))
     set_newer_aside(checkpoints, -1)  # first: none of them may be taken for one of the new run, whatever happens now
-    for path in checkpoints.glob(f"{ABANDONED}*"):
-        shutil.rmtree(path)
-    exported = run_dir / "model"
+    folders, exported = list(checkpoints.glob(f"{ABANDONED}*")), run_dir / "model"
     if (exported / "config.json").is_file() and "fastrm" in read_json(str(exported), "config.json"):
-        exported.unlink() if exported.is_symlink() else shutil.rmtree(exported)
+        folders.append(exported)
+    for path in folders:
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
     for name in _FILES:
         (run_dir / name).unlink(missing_ok=True)
     say(f"run.overwrite: deleted the run in {run_dir}, with {num_checkpoints:,} checkpoints")

@@ -55,6 +55,17 @@ def test_a_file_a_dict_and_rows_in_memory_train_the_same_weights(tmp_path):
         assert weights(run) == weights(by_file) and repr(config) == before
 
 
+def test_rows_in_memory_may_be_named_evaluation_sets(tmp_path):
+    config = tree(tmp_path, run={"max_steps": 1}, data={"train": [{"rows": ROWS}]})
+    config["data"]["eval"] = {"frame": pandas.DataFrame(ROWS[:6]), "rows": [{"rows": ROWS[6:9]}]}
+    run = fastrm.train(config, quiet=True)
+    assert run.metrics["eval_by_set"].keys() == {"frame", "rows"}
+    assert sum(figures["preferences"] for figures in run.metrics["eval_by_source"].values()) == 9
+    config["data"]["eval"] = {"rows": [{"row": ROWS}]}
+    with pytest.raises(ConfigError, match=r"config: data\.eval\.rows\.0: got row"):
+        fastrm.train(config, quiet=True)
+
+
 def test_rows_are_kept_so_that_a_run_goes_on(tmp_path):
     config = tree(tmp_path, run={"max_steps": 2}, data={"train": [{"rows": ROWS, "name": "mine"}]})
     first = fastrm.train(config, quiet=True)
