@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationTable:
     """The figures of an evaluation, the overall one first.
 
@@ -27,7 +27,7 @@ class EvaluationTable:
 
     rows: list[dict[str, Any]]
     refused: list[str] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict, repr=False)
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -49,7 +49,7 @@ class EvaluationTable:
 
         return pandas.DataFrame(self.rows)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.to_pandas().to_string(index=False)
 
     def _repr_html_(self) -> str:

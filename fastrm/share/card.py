@@ -186,11 +186,11 @@ def _figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _recipe(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
     optim, model = config.optim, config.model
+    adapters = {} if model.lora is None else {"adapters": _listed(model.lora.model_dump(exclude_none=True))}
     return {
-        "loss": "Bradley-Terry on preferences" + "".join(
-            f", {key} {value}" for key, value in config.loss.model_dump(exclude_defaults=True).items()
-        ),
-        "head": ", ".join(f"{key} {value}" for key, value in model.head.stored().items()),
+        "loss": _listed({"kind": "bradley_terry", **config.loss.model_dump()}),
+        "head": _listed(model.head.stored()),
+        **adapters,
         "frozen": ", ".join(model.freeze) or "nothing",
         "steps": summary.get("exported_step", summary.get("steps", UNKNOWN)),
         "preferences trained on": summary.get("preferences", UNKNOWN),
@@ -198,4 +198,8 @@ def _recipe(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
         "learning rate": f"{optim.lr:g}, {optim.schedule}, warm-up {optim.warmup_ratio:g}",
         "precision": config.precision.dtype,
         "seed": config.run.seed,
-    }  # fmt: skip
+    }
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastrm.errors import ConfigError, ServerError
 from fastrm.hub_errors import explain
-from fastrm.model.places import ADAPTER_CONFIG, checked_path, locate
+from fastrm.model.places import ADAPTER_CONFIG, checked_path, locate, read_json
 from fastrm.model.weight_files import CONFIG
 from fastrm.share.card import make_card
 from fastrm.tables import Table
@@ -81,6 +81,12 @@ def _model_folder(run: Path) -> Path:
         raise ConfigError(f"{run}: no such folder; wanted that of a run, or of a model that fastrm exported")
     model = run / "model" if (run / "model" / ADAPTER_CONFIG).is_file() else run
     if (model / ADAPTER_CONFIG).is_file():
+        base = str(read_json(str(model), ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+        if Path(base).is_absolute() or (model / base).exists() or Path(base).exists():
+            raise ConfigError(
+                f"{model}: its base model, {base}, is a folder that nobody else has; push a whole model, of fastrm "
+                f"export {run} --out FOLDER, or set base_model_name_or_path in {ADAPTER_CONFIG} to its hub id"
+            )
         return model
     model = Path(locate(run).base)
     file = model / CONFIG
