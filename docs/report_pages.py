@@ -1,6 +1,6 @@
 """The pictures of reports in docs: rows of the digits as a page, and the quick start's model on them.
 
-python docs/report_pages.py [MODEL]     draw docs/data_show.png; needs Chromium, and the model of `make quickstart`
+python docs/report_pages.py [MODEL]     draw data_show.png and eval_report.png with Chromium, by the model of a run
 """
 
 import io
@@ -13,21 +13,24 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
 from PIL import Image  # noqa: E402
 
+from fastrm.evaluate.files import evaluate_file  # noqa: E402
+from fastrm.evaluate.options import ModelChoice, Outputs, ScoringOptions  # noqa: E402
 from fastrm.train.show_command import show_data  # noqa: E402
 from tests.helpers.browser import Browser  # noqa: E402
 
 MODEL = "runs/quickstart/model"
 
 
-def draw(page: Path, name: str, width: int = 1000) -> None:
-    """Draw a page as a PNG of docs, in 64 colours."""
+def draw(page: Path, name: str, height: int, width: int = 1000) -> None:
+    """Draw the upper part of a page as a PNG of docs, in 64 colours."""
     with tempfile.TemporaryDirectory() as folder:
         browser = Browser(Path(folder))
         try:
             browser.resize(width)
             browser.open(page.as_uri())
             image = Image.open(io.BytesIO(browser.picture())).convert("RGB")
-            image.quantize(64).save(Path(__file__).with_name(name), optimize=True)
+            upper = image.crop((0, 0, width, min(height, image.height)))
+            upper.quantize(64).save(Path(__file__).with_name(name), optimize=True)
         finally:
             browser.close()
 
@@ -37,7 +40,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "rows.html"
         show_data("digits:eval", model=model, reading={}, count=3, out=page)
-        draw(page, "data_show.png")
+        draw(page, "data_show.png", 1500)
+        page = Path(folder) / "report.html"
+        options = ScoringOptions(num_workers=0, device="cpu")
+        evaluate_file(ModelChoice((Path(model),)), "digits:eval", Outputs(report=page), options)
+        draw(page, "eval_report.png", 1500, width=1160)
 
 
 if __name__ == "__main__":

@@ -116,13 +116,6 @@ Generations = Annotated[
         help="Texts of a judge:SPEC: JSON Lines of {id, order, text}, order being the responses' numbers as shown.",
     ),
 ]
-FiguresJson = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this JSON file too.")
-]
-FiguresPng = Annotated[
-    Path | None,
-    typer.Option("--png", metavar="FILE", help="Draw the figures of a benchmark into this PNG file."),
-]
 CheckModel = Annotated[
     str | None,
     typer.Option(

@@ -12,7 +12,7 @@ import typer
 
 from fastrm import cli_options as opts
 from fastrm.errors import ConfigError
-from fastrm.evaluate.options import ModelChoice, RowOptions, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, Outputs, RowOptions, ScoringOptions
 from fastrm.forecast.assumed import PlanOptions
 from fastrm.limits import MediaLimits
 from fastrm.serve.settings import ServeSettings
@@ -168,6 +168,25 @@ _CHOICE = {
             help="Write the ensemble to this YAML file, which can be named in place of a model.",
         ),
     ],
+    "compare": Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Set two models side by side, with McNemar's exact test, in place of an ensemble."
+        ),
+    ],
+}
+_OUTPUTS = {
+    "json": Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures to this JSON file too.")],
+    "png": Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the figures of a benchmark into this PNG file.")
+    ],
+    "report": Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write an HTML page: accuracy, rewards, calibration, length, and the most confident mistakes.",
+        ),
+    ],
 }
 _SERVING = {
     "host": Annotated[
@@ -312,6 +331,7 @@ FIELDS = {
     RowOptions: _ROWS,
     ScoringOptions: _SCORING,
     ModelChoice: _CHOICE,
+    Outputs: _OUTPUTS,
     ServeSettings: _SERVING,
     PlanOptions: _PLANNING,
 }

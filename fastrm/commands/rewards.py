@@ -10,7 +10,7 @@ import typer
 from fastrm import cli_options as opts
 from fastrm.commands.grouped import Without, grouped
 from fastrm.errors import ConfigError
-from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, Outputs, ScoringOptions
 from fastrm.serve.settings import ServeSettings, check_installed
 
 
@@ -38,7 +38,7 @@ def score(
             help="JSON Lines file to write, with {id, rewards} for each group in the order of the data.",
         ),
     ],
-    choice: ModelChoice,
+    choice: Annotated[ModelChoice, Without("compare")],
     options: ScoringOptions,
     quiet: opts.Quiet = False,
 ) -> None:
@@ -68,18 +68,18 @@ def evaluate(
     ],
     choice: ModelChoice,
     options: ScoringOptions,
+    outputs: Outputs,
     bench_data: opts.BenchData = None,
     scores: opts.Scores = None,
     generations: opts.Generations = None,
-    json_out: opts.FiguresJson = None,
-    png_out: opts.FiguresPng = None,
     quiet: opts.Quiet = False,
 ) -> None:
     """Measure how well reward models agree with preferences.
 
     Reward models score a file of preferences or a published benchmark. Printed are the share of preferences
     whose preferred response has the larger reward (equal rewards count as wrong), in all and for each source, or the
-    benchmark's own metrics beside published figures.
+    benchmark's own metrics beside published figures. Several models are one ensemble, unless --compare sets two side
+    by side.
 
     \b
     Example: fastrm eval runs/quickstart/model eval.jsonl
@@ -88,16 +88,16 @@ def evaluate(
     if any(name.startswith("judge:") for name in models):
         from fastrm.judge.command import evaluate_judge
 
-        if choice != ModelChoice() or scores is not None or png_out is not None:
-            raise ConfigError(f"{models[0]}: options of reward models, --scores and --png are not for a judge")
-        evaluate_judge(models, data, options.rows, generations, json_out, bench_data)
+        if choice != ModelChoice() or scores is not None or replace(outputs, json=None) != Outputs():
+            raise ConfigError(f"{models[0]}: reward models' options, --scores, --png and --report are not for a judge")
+        evaluate_judge(models, data, options.rows, generations, outputs.json, bench_data)
         return
     if generations is not None:
         raise ConfigError(f"--from is for what a judge wrote; got {models_and_data[0]}, wanted judge:SPEC")
     from fastrm.evaluate.command import evaluate as run
 
     choice = replace(choice, models=tuple(map(Path, models)))
-    run(choice, data, options, bench_data=bench_data, scores=scores, json_out=json_out, png_out=png_out)
+    run(choice, data, options, outputs, bench_data=bench_data, scores=scores)
 
 
 def check_serving(
@@ -147,7 +147,7 @@ def check_serving(
 def serve(
     models: opts.ServedModels,
     settings: ServeSettings,
-    choice: Annotated[ModelChoice, Without("save")],
+    choice: Annotated[ModelChoice, Without("save", "compare")],
     options: Annotated[ScoringOptions, Without("rows", "num_workers")],
 ) -> None:
     """Answer requests for rewards by HTTP.

@@ -188,6 +188,13 @@ class Flips:
         return (self.lost + self.gained) / max(1, self.num_preferences)
 
     @property
+    def p_value(self) -> float:
+        """The two-sided p-value of McNemar's exact test (1947): the binomial test of lost against gained."""
+        from scipy.stats import binomtest
+
+        return float(binomtest(self.gained, self.gained + self.lost).pvalue) if self.gained + self.lost else 1.0
+
+    @property
     def accuracies(self) -> tuple[float, float]:
         """The pair accuracies by the first and by the second rewards."""
         total = max(1, self.num_preferences)

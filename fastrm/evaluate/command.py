@@ -1,7 +1,6 @@
 """The command `fastrm eval`: models on a file of preferences or on a benchmark, or a file of scores on a benchmark."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastrm.data.record import Record
@@ -10,42 +9,26 @@ from fastrm.evaluate.benchmarks.benchmark import PREFIX, Benchmark, load_benchma
 from fastrm.evaluate.benchmarks.report import Evaluation, comparison_table, draw, figures_table
 from fastrm.evaluate.ensemble import Ensemble, Rewards
 from fastrm.evaluate.files import Load, describe, evaluate_file, print_refused
+from fastrm.evaluate.judged import Judged, side_by_side
 from fastrm.evaluate.merging import score_merged
 from fastrm.evaluate.models import open_models
-from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, Outputs, ScoringOptions
+from fastrm.evaluate.report_page import evaluation_page
 from fastrm.evaluate.scoring import CHUNK
 from fastrm.json_files import to_json
-from fastrm.storage import check_output, whole_file
+from fastrm.limits import MediaLimits
+from fastrm.storage import check_output, whole_file, write_whole
 from fastrm.ui import Display, make_console, print_table
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The files to write besides what is printed."""
-
-    json: Path | None = None
-    png: Path | None = None
-
-    def check(self) -> None:
-        """Refuse files that cannot be written, before the work that they are for.
-
-        Raises:
-            StorageError: naming the file.
-        """
-        for path in (self.json, self.png):
-            if path is not None:
-                check_output(path)
 
 
 def evaluate(
     choice: ModelChoice,
     data: str,
     options: ScoringOptions,
+    outputs: Outputs,
     *,
     bench_data: str | None,
     scores: Path | None,
-    json_out: Path | None,
-    png_out: Path | None,
 ) -> None:
     """Evaluate models on a file of preferences or on a benchmark, or a file of scores on a benchmark.
 
@@ -54,16 +37,15 @@ def evaluate(
         DataError, StorageError: as the evaluations.
     """
     if not data.startswith(PREFIX):
-        for option, value in (("--scores", scores), ("--data", bench_data), ("--png", png_out)):
+        for option, value in (("--scores", scores), ("--data", bench_data), ("--png", outputs.png)):
             if value is not None:
                 raise ConfigError(f"{option} is for a benchmark; got {data} as the last argument, wanted bench:NAME")
-        evaluate_file(choice, data, json_out, options)
+        evaluate_file(choice, data, outputs, options)
         return
     if options.rows.data_format != "auto":
         raise ConfigError(f"--format is for preferences of your own; {data} has its published layout")
     if options.rows.columns or options.rows.ignore:
         raise ConfigError(f"--columns and --ignore are for preferences of your own; {data} has its published layout")
-    outputs = Outputs(json_out, png_out)
     if scores is None:
         evaluate_benchmark(choice, data, bench_data, options, outputs)
         return
@@ -84,11 +66,14 @@ def evaluate_benchmark(
     """
     choice.check()
     outputs.check()
+    if choice.compare and outputs.png is not None:
+        raise ConfigError("--png draws one model; leave it out of --compare, whose --report has pictures of both")
     if choice.save is not None:
         check_output(choice.save)
     with Display() as display:
         evaluation = run_benchmark(lambda: open_models(choice, options, display), name, data, options, display)
-    _finish(evaluation, outputs)
+    compared = [Evaluation(evaluation.benchmark, *member, evaluation.refused) for member in evaluation.members]
+    _finish(compared if choice.compare else [evaluation], outputs, options.limits)
 
 
 def run_benchmark(load: Load, name: str, data: str | None, options: ScoringOptions, display: Display) -> Evaluation:
@@ -149,21 +134,37 @@ def measure_scores(scores: Path, name: str, data: str | None, outputs: Outputs) 
     outputs.check()
     benchmark = load_benchmark(name, data)
     rewards = dict(enumerate(read_scores(scores, benchmark)))
-    _finish(Evaluation(benchmark, scores.stem, rewards, settings={"scores_file": str(scores)}), outputs)
+    evaluation = Evaluation(benchmark, scores.stem, rewards, settings={"scores_file": str(scores)})
+    _finish([evaluation], outputs, MediaLimits())
 
 
-def _finish(evaluation: Evaluation, outputs: Outputs) -> None:
-    console = make_console()
-    for table in (figures_table(evaluation), comparison_table(evaluation)):
-        print_table(console, table)
+def _finish(evaluations: Sequence[Evaluation], outputs: Outputs, limits: MediaLimits) -> None:
+    """Show and write the figures of one evaluation, or of two that are compared."""
+    console, evaluation = make_console(), evaluations[0]
+    names, benchmark, refused = [one.name for one in evaluations], evaluation.benchmark, evaluation.refused
+    for one in evaluations:
+        for table in (figures_table(one), comparison_table(one)):
+            print_table(console, table)
+    figures = evaluation.to_json()
+    if outputs.report is not None or len(evaluations) > 1:
+        judged = Judged(len(evaluations))
+        for row in sorted(evaluation.rewards):
+            rewards = [one.rewards[row] for one in evaluations]
+            judged.add(benchmark.records[row], rewards, benchmark.rows[row].category)
+        if len(evaluations) > 1:
+            print_table(console, side_by_side(judged, names))
+            figures = {"models": [one.to_json() for one in evaluations], "comparison": judged.comparison()}
+        if outputs.report is not None:
+            text = evaluation_page(judged, names, f"bench:{benchmark.name}", limits, len(refused))
+            write_whole(outputs.report, text)
     if outputs.json is not None:
         with whole_file(outputs.json) as write:
-            write(to_json(evaluation.to_json(), indent=1) + "\n")
+            write(to_json(figures, indent=1) + "\n")
     if outputs.png is not None:
         draw(evaluation, outputs.png)
-    if evaluation.refused:
-        print_refused(list(evaluation.refused.values()), "--json lists them all")
-        raise DataError(_partial(evaluation.benchmark, evaluation))
+    if refused:
+        print_refused(list(refused.values()), "--json lists them all")
+        raise DataError(_partial(benchmark, evaluation))
 
 
 def _partial(benchmark: Benchmark, evaluation: Evaluation) -> str:

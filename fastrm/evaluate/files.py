@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from fastrm.data.sources.in_memory import Rows
 from fastrm.errors import DataError, RecordError
 from fastrm.evaluate.accuracy import PairAccuracy
 from fastrm.evaluate.ensemble import Ensemble, Rewards
+from fastrm.evaluate.judged import Judged, side_by_side
 from fastrm.evaluate.models import open_models
-from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, Outputs, ScoringOptions
 from fastrm.evaluate.reading import read_in_order
+from fastrm.evaluate.report_page import evaluation_page
 from fastrm.evaluate.scoring import CHUNK, NON_FINITE, refuse_non_finite
 from fastrm.json_files import to_json
 from fastrm.model.loading import shortened
@@ -69,23 +71,31 @@ def score_file(choice: ModelChoice, data: str, out: Path, options: ScoringOption
         raise DataError(f"{data}: no group has rewards; first: {refused[0]}; {out} has the reason of each")
 
 
-def evaluate_file(choice: ModelChoice, data: str, json_out: Path | None, options: ScoringOptions) -> None:
-    """Print pair accuracy overall and per source; optionally write it as JSON.
+def evaluate_file(choice: ModelChoice, data: str, outputs: Outputs, options: ScoringOptions) -> None:
+    """Print pair accuracy overall and per source; optionally write it as JSON and as a page.
 
     Raises:
         ConfigError, DataError, StorageError: for a model, data or output that cannot be used.
     """
     choice.check()
-    # The output is opened before the work, so that a wrong name fails at once.
-    with whole_file(json_out) if json_out is not None else nullcontext() as write:
+    judged = Judged(2 if choice.compare else 1) if choice.compare or outputs.report is not None else None
+    # The outputs are opened before the work, so that a wrong name fails at once.
+    with ExitStack() as files:
+        figures, html = (path and files.enter_context(whole_file(path)) for path in (outputs.json, outputs.report))
         if choice.save is not None:
             check_output(choice.save)
         with Display() as display:
-            report = measure_file(lambda: open_models(choice, options, display), data, options, display)
-        print_table(make_console(), _table(report))
+            report = measure_file(lambda: open_models(choice, options, display), data, options, display, judged)
+        names = report["models"]
+        print_table(make_console(), side_by_side(judged, names) if choice.compare else _table(report))
         print_refused([f"{row['message']} ({row['code']})" for row in report["refused"]], "--json lists them all")
-        if write is not None:
-            write(to_json(report, indent=2) + "\n")
+        if figures is not None:
+            if choice.compare:
+                kept = {name: report[name] for name in ("members", "refused")}
+                report = {"models": names, "comparison": judged.comparison(), **kept}
+            figures(to_json(report, indent=2) + "\n")
+        if html is not None:
+            html(evaluation_page(judged, names, data, options.limits, len(report["refused"])))
 
 
 class Scoring:
@@ -135,8 +145,13 @@ class Scoring:
             yield (row, next(results)) if isinstance(row, Record) else row
 
 
-def measure_file(load: Load, data: str | Rows, options: ScoringOptions, display: Display) -> dict:
+def measure_file(
+    load: Load, data: str | Rows, options: ScoringOptions, display: Display, judged: Judged | None = None
+) -> dict:
     """Return pair accuracy overall and per source, as `fastrm eval --json` writes it.
+
+    Args:
+        judged: takes every preference, by the two models that it compares, or by all as one.
 
     Raises:
         ConfigError, DataError, StorageError: for a model or data that cannot be used.
@@ -152,6 +167,8 @@ def measure_file(load: Load, data: str | Rows, options: ScoringOptions, display:
             refused.append({"code": result.code, "message": message})
             continue
         accuracy.add(record, result.combined)
+        if judged is not None:
+            judged.add(record, result.members if judged.num_models > 1 else [result.combined])
         members = members or [PairAccuracy() for _ in result.members]
         for member, rewards in zip(members, result.members, strict=True):
             member.add(record, rewards)

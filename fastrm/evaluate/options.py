@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastrm.errors import ConfigError
 from fastrm.limits import MediaLimits
+from fastrm.storage import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,24 @@ class ScoringOptions:
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """The files to write besides what is printed: figures, their picture, and a page."""
+
+    json: Path | None = None
+    png: Path | None = None
+    report: Path | None = None
+
+    def check(self) -> None:
+        """Refuse files that cannot be written, before the work that they are for.
+
+        Raises:
+            StorageError: naming the file.
+        """
+        for path in filter(None, (self.json, self.png, self.report)):
+            check_output(path)
+
+
+@dataclass(frozen=True)
 class ModelChoice:
     """The models, and the way to combine their rewards.
 
@@ -61,6 +80,7 @@ class ModelChoice:
         validation: preferences that give the weights of accuracy and margin.
         route: ``text=MODEL``, or None.
         save: the file to write the ensemble to, or None.
+        compare: two models stand side by side and are no ensemble.
     """
 
     models: tuple[Path, ...] = ()
@@ -68,6 +88,7 @@ class ModelChoice:
     validation: str | None = None
     route: str | None = None
     save: Path | None = None
+    compare: bool = False
 
     def check(self) -> None:
         """Refuse a choice that cannot work, before anything is loaded.
@@ -77,6 +98,11 @@ class ModelChoice:
         """
         if not self.models:
             raise ConfigError("name a model: fastrm eval MODEL... DATA, or --scores FILE for somebody else's scores")
+        if self.compare and (len(self.models) != 2 or self != ModelChoice(self.models, compare=True)):
+            raise ConfigError(
+                f"--compare sets two models side by side, which are no ensemble: got {len(self.models)}, wanted fastrm "
+                "eval A B DATA --compare, without --ensemble, --validation, --route and --save-ensemble"
+            )
         weighted = self.combine in ("accuracy", "margin")
         if weighted and self.validation is None:
             raise ConfigError(f"--ensemble {self.combine} takes its weights from --validation FILE; name one")

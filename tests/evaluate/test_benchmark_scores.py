@@ -9,8 +9,8 @@ import pytest
 from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.evaluate.benchmarks import values_of
 from fastrm.evaluate.benchmarks.published import published_rows
-from fastrm.evaluate.command import Outputs, evaluate, measure_scores
-from fastrm.evaluate.options import ModelChoice, RowOptions, ScoringOptions
+from fastrm.evaluate.command import evaluate, measure_scores
+from fastrm.evaluate.options import ModelChoice, Outputs, RowOptions, ScoringOptions
 from fastrm.limits import MediaLimits
 from tests.helpers import benchmark_files as published
 from tests.helpers.benchmark_files import NAMES, VL_IDS, random_rewards, small
@@ -92,7 +92,7 @@ OPTIONS = ScoringOptions(
     ("models", "data", "given", "message"),
     [
         ((), "pairs.jsonl", {}, "name a model: fastrm eval MODEL... DATA"),
-        (("m",), "pairs.jsonl", {"png_out": Path("a.png")}, "--png is for a benchmark"),
+        (("m",), "pairs.jsonl", {"png": Path("a.png")}, "--png is for a benchmark"),
         (("m",), "pairs.jsonl", {"bench_data": "x"}, "--data is for a benchmark"),
         ((), "pairs.jsonl", {"scores": Path("s")}, "--scores is for a benchmark"),
         (("m",), "bench:rm_bench", {"scores": Path("s")}, "--scores takes the place of models"),
@@ -102,9 +102,10 @@ OPTIONS = ScoringOptions(
 )
 def test_options_that_do_not_go_together_are_refused(models, data, given, message):
     options = replace(OPTIONS, rows=RowOptions(images=given.pop("images", None)))
-    given = {"bench_data": None, "scores": None, "json_out": None, "png_out": None} | given
+    outputs = Outputs(png=given.pop("png", None))
+    given = {"bench_data": None, "scores": None} | given
     with pytest.raises(ConfigError, match=message):
-        evaluate(ModelChoice(models), data, options, **given)
+        evaluate(ModelChoice(models), data, options, outputs, **given)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,11 +17,11 @@ from fastrm.data.record import Record
 from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.evaluate import ensemble as ensembles
-from fastrm.evaluate.command import Outputs, evaluate_benchmark
+from fastrm.evaluate.command import evaluate_benchmark
 from fastrm.evaluate.ensemble import Ensemble, Rewards, validation_weights
 from fastrm.evaluate.files import evaluate_file, score_file
 from fastrm.evaluate.merging import merge_prompts, score_merged
-from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, Outputs, ScoringOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.limits import MediaLimits
 from fastrm.train.loop import train
@@ -212,7 +212,7 @@ def test_evaluation_shows_members_and_weights_from_validation_pairs(folder, mode
     values = first.mean(axis=1) if how == "margin" else (first > 0).mean(axis=1)
     assert len(pairs) > 20 and values[0] != values[1]
     chosen = choice(folder, "a", "b", combine=how, validation=str(data), save=tmp_path / "both.yaml")
-    evaluate_file(chosen, str(data), tmp_path / "out.json", OPTIONS)
+    evaluate_file(chosen, str(data), Outputs(tmp_path / "out.json"), OPTIONS)
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["weights"] == pytest.approx((values / values.sum()).tolist(), rel=1e-4)
     right = np.array(pairs) > 0

@@ -13,10 +13,10 @@ from fastrm.config import load_config
 from fastrm.data.sources.layouts.groups import group_record
 from fastrm.data.sources.values import check_number
 from fastrm.errors import DataError, RecordError
-from fastrm.evaluate.command import Outputs, evaluate_benchmark
+from fastrm.evaluate.command import evaluate_benchmark
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.files import evaluate_file, score_file
-from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, Outputs, ScoringOptions
 from fastrm.evaluate.reward_model import RewardModel
 from fastrm.json_files import to_json
 from fastrm.train.engine import LocalEngine
@@ -118,14 +118,14 @@ def test_score_refuses_the_group_alone(folder, tmp_path):
 def test_eval_has_no_figures(folder, model, tmp_path, capsys):
     data, out = write_rows(tmp_path / "g.jsonl", GROUPS), tmp_path / "eval.json"
     with pytest.raises(DataError, match=r"g.jsonl:\d: a reward is nan.*NON_FINITE_REWARD"):
-        evaluate_file(ModelChoice((folder / model,)), str(data), out, OPTIONS)
+        evaluate_file(ModelChoice((folder / model,)), str(data), Outputs(out), OPTIONS)
     assert "accuracy" not in capsys.readouterr().out and not out.exists()
 
 
 def test_eval_names_the_row_of_every_refusal(folder, tmp_path):
     rows = [GROUPS[0], {**GROUPS[0], "images": ["no.png"]}, '{"torn"']
     data, out = write_rows(tmp_path / "g.jsonl", rows), tmp_path / "eval.json"
-    evaluate_file(ModelChoice((folder / "run" / "model",)), str(data), out, OPTIONS)
+    evaluate_file(ModelChoice((folder / "run" / "model",)), str(data), Outputs(out), OPTIONS)
     refused = strictly(out.read_text())["refused"]
     assert [row["code"] for row in refused] == ["IMAGE_MISSING", "BAD_JSON"]
     assert [f"g.jsonl:{number}" in row["message"] for number, row in zip((2, 3), refused, strict=True)] == [True, True]
@@ -157,7 +157,7 @@ def test_weights_of_an_ensemble_are_not_taken_from_such_rewards(folder, tmp_path
     data = write_rows(tmp_path / "g.jsonl", GROUPS)
     choice = ModelChoice((folder / "run" / "model", folder / "partly"), combine="margin", validation=str(data))
     with pytest.raises(DataError, match=r"g\.jsonl:2: a reward is nan"):
-        evaluate_file(choice, str(data), None, OPTIONS)
+        evaluate_file(choice, str(data), Outputs(), OPTIONS)
 
 
 def test_the_check_is_one_look_at_each_pack(monkeypatch):

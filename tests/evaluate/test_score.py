@@ -18,7 +18,7 @@ from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.evaluate import files
 from fastrm.evaluate.accuracy import PairAccuracy, wilson_interval
 from fastrm.evaluate.ensemble import Ensemble
-from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import ModelChoice, Outputs, ScoringOptions
 from fastrm.limits import MediaLimits
 from fastrm.model.export import save_model
 from fastrm.train.loop import train
@@ -174,6 +174,11 @@ def test_the_commands_defaults_are_those_of_the_api_and_of_training():
         assert defaults["num_workers"] == 1
 
 
+def evaluate_into(choice, data, out, options):
+    """`evaluate_file` with its figures as the one output, called as `score_file` is."""
+    files.evaluate_file(choice, data, Outputs(out), options)
+
+
 def chosen(*models, **settings) -> ModelChoice:
     return ModelChoice(models, **settings)
 
@@ -183,7 +188,7 @@ def options(**changes) -> ScoringOptions:
     return ScoringOptions(**usual | changes)
 
 
-@pytest.mark.parametrize("run", [files.score_file, files.evaluate_file], ids=["score", "eval"])
+@pytest.mark.parametrize("run", [files.score_file, evaluate_into], ids=["score", "eval"])
 def test_an_output_that_cannot_be_made_fails_before_the_work(tmp_path, run):
     """The model and the data do not exist either: what is named is what was looked at first."""
     with pytest.raises(StorageError, match=f"there is no folder {tmp_path}/none; make it"):
@@ -192,7 +197,7 @@ def test_an_output_that_cannot_be_made_fails_before_the_work(tmp_path, run):
         run(chosen(tmp_path / "model"), "data.jsonl", tmp_path, options())
 
 
-@pytest.mark.parametrize("run", [files.score_file, files.evaluate_file], ids=["score", "eval"])
+@pytest.mark.parametrize("run", [files.score_file, evaluate_into], ids=["score", "eval"])
 @pytest.mark.parametrize("error", [OSError(5, "broken disk of images"), KeyboardInterrupt()], ids=["io", "ctrl-c"])
 def test_an_error_while_scoring_leaves_no_file_and_keeps_its_name(folder, tmp_path, monkeypatch, run, error):
     def fail(*_):
@@ -217,7 +222,7 @@ def test_a_full_disk_is_named_and_leaves_no_file(folder, tmp_path, monkeypatch):
 
 def test_evaluation_as_json_counts_what_scoring_orders(folder, model):
     data, out = folder / "colours.jsonl", folder / "eval.json"
-    files.evaluate_file(chosen(folder / "run" / "model"), str(data), out, options())
+    evaluate_into(chosen(folder / "run" / "model"), str(data), out, options())
     report = json.loads(out.read_text())
     groups = groups_of(folder)
     pairs = [
@@ -239,7 +244,7 @@ def test_a_preference_between_equal_tokens_is_named_and_not_counted(tmp_path, ca
     save_model(network, tmp_path / "model")
     rows = [{"prompt": "a", "chosen": "yes", "rejected": rejected} for rejected in ("yes\n", "no", "blue")]
     data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.json"
-    files.evaluate_file(chosen(tmp_path / "model"), str(data), out, options())
+    evaluate_into(chosen(tmp_path / "model"), str(data), out, options())
     report = json.loads(out.read_text())
     assert report["preferences"] == 2
     assert [row["code"] for row in report["refused"]] == ["IDENTICAL_RESPONSES"]
@@ -278,7 +283,7 @@ def test_scoring_without_a_reward_is_an_error_that_says_why(folder, tmp_path):
     assert last.startswith(f"{blind}: no group has rewards; first: {blind}:1: ") and "no.png" in last
     assert json.loads(out.read_text())["error"]["code"] == "IMAGE_MISSING"
     (tmp_path / "empty.jsonl").write_text("")
-    for run in (files.score_file, files.evaluate_file):
+    for run in (files.score_file, evaluate_into):
         with pytest.raises(DataError, match=r"empty\.jsonl: it has no rows; name a file with a row for each prompt"):
             run(chosen(model), str(tmp_path / "empty.jsonl"), tmp_path / "none.jsonl", options())
     assert not (tmp_path / "none.jsonl").exists()
