@@ -147,6 +147,9 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """Train low-rank adapters and the head, and leave the backbone as it is; `lora: {}` takes all defaults. Checkpoints
     and the export then hold the adapters and the head, and not the backbone (docs/lora.md)."""
+    quantize: Literal["nf4"] | None = None
+    """The storage of the linear layers of the language model's layers under lora: nf4 = 4.5 bits a weight (QLoRA,
+    Dettmers et al., arXiv 2305.14314), by bitsandbytes. Default: by precision.weights."""
     export_dtype: Annotated[Literal["auto", "fp32", "bf16"], _Dtype] = "auto"
     """The precision of the backbone in the exported model; auto = precision.dtype, that of its products. The head is
     float32 in any case."""
@@ -216,8 +219,8 @@ class Config(Section):
         "cutoff_len": "data.max_tokens_per_group", "bf16": "precision.dtype", "torch_dtype": "precision.dtype",
         "gradient_checkpointing": "model.activation_checkpointing", "lr_scheduler_type": "optim.schedule",
         "lora_rank": "model.lora, rank", "lora_alpha": "model.lora, alpha", "lora_target": "model.lora, targets",
-        "peft_config": "model.lora", "run_name": "run.name", "logging_steps": "run.log_every",
-        "save_steps": "run.save_every", "eval_steps": "run.eval_every",
+        "peft_config": "model.lora", "load_in_4bit": "model.quantize", "run_name": "run.name",
+        "logging_steps": "run.log_every", "save_steps": "run.save_every", "eval_steps": "run.eval_every",
         "save_total_limit": "run.keep_checkpoints", "model_name_or_path": "model.path",
         "deepspeed": "engine.zero_stage", "overwrite_output_dir": "run.overwrite", "eval_on_start": "run.eval_at_start",
         "load_best_model_at_end": "run.export, as best", "metric_for_best_model": "run.early_stopping, as its metric",
@@ -248,6 +251,13 @@ class Config(Section):
                 f"data.max_tokens_per_group {self.data.max_tokens_per_group}: the largest group would "
                 "not fit a pack; raise the first or lower the second"
             )
+        for key, unlike in (("fp8", ("off",)), ("weights", ("auto", "fp32"))):
+            value = getattr(self.precision, key)
+            if self.model.quantize is not None and value not in unlike:
+                raise ValueError(
+                    f"precision.{key} {value} with model.quantize {self.model.quantize}: they are for the same layers; "
+                    f"set precision.{key}: {unlike[0]}, or remove model.quantize"
+                )
         if frozen := set(self.optim.lr_parts) & set(self.model.freeze):
             raise ValueError(
                 f"optim.lr_parts: {min(frozen)} has a learning rate, but model.freeze takes it out of training; leave "

@@ -34,14 +34,23 @@ class LoraConfig(Section):
 
 
 def check_lora(model: Any) -> None:
-    """Check the model section's `lora` beside its other keys.
+    """Check the model section's `lora` and `quantize` beside its other keys.
 
     Raises:
         ValueError: naming the keys that contradict each other.
     """
     lora = model.lora
     if lora is None:
+        if model.quantize is not None:
+            raise ValueError(
+                f"model.quantize {model.quantize} without model.lora: rounded weights cannot be trained; add "
+                "model.lora: {} to train adapters on them, or remove model.quantize"
+            )
         return
+    if lora.dora and model.quantize is not None:
+        raise ValueError(
+            f"model.lora.dora with model.quantize {model.quantize}: DoRA reads whole weights in every step; remove one"
+        )
     if model.path is None:
         raise ValueError("model.lora needs model.path: an adapter belongs to a base model whose weights are in files")
     if model.fuse_projections:

@@ -260,7 +260,7 @@ _SERVING = {
 }
 _PLANNING = {
     "gpus": Annotated[int, typer.Option(min=1, metavar="COUNT", help="Number of GPUs of the run, in nodes of eight.")],
-    "gpu": Annotated[str, typer.Option(metavar="NAME", help="Kind of GPU: a100, h100, h200 or b200.")],
+    "gpu": Annotated[str, typer.Option(metavar="NAME", help="Kind of GPU: a100, h100, h200, rtx4090 or b200.")],
     "pairs": Annotated[
         int | None,
         typer.Option(

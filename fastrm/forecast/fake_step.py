@@ -34,6 +34,7 @@ from fastrm.forecast.parameters import parts_of
 from fastrm.forecast.stand_ins import norm_and_gate
 from fastrm.model.layers import stock_gate, stock_norm
 from fastrm.model.loading import stored_dtype
+from fastrm.model.lora import nf4_layers
 from fastrm.model.network import RewardNetwork
 from fastrm.model.precision import convert_to_fp8
 from fastrm.train.engine import LocalEngine
@@ -94,7 +95,8 @@ class FakeSteps:
             precision = config.precision.model_copy(update={"weights": "fp32"})
             config = config.model_copy(update={"precision": precision})
         on_cpu = attention == "eager"
-        kind = narrow, config.model.fuse_projections, config.precision.fp8, on_cpu and config.precision.fp8 != "off"
+        emulate = on_cpu and config.precision.fp8 != "off"
+        kind = narrow, config.model.fuse_projections, config.precision.fp8, emulate, config.model.quantize is not None
         functions = (stock_norm, stock_gate) if on_cpu else norm_and_gate(config, self.network)
         key = *kind, shape, attention, config.precision.dtype, functions, config.model.activation_checkpointing
         if key not in self._found:
@@ -114,7 +116,7 @@ class FakeSteps:
         return frozenset((name, dtype) for name, dtype in dtypes.items() if dtype != torch.float32)
 
     def _fake_network(
-        self, narrow: frozenset[tuple[str, torch.dtype]], fused: bool, recipe: str, emulate: bool
+        self, narrow: frozenset[tuple[str, torch.dtype]], fused: bool, recipe: str, emulate: bool, nf4: bool
     ) -> RewardNetwork:
         network, dtypes = copy.deepcopy(self.network), dict(narrow)
         for name, parameter in network.named_parameters():
@@ -126,7 +128,11 @@ class FakeSteps:
         if recipe != "off" and importlib.util.find_spec("torchao") is not None:
             convert_to_fp8(network, recipe, emulate=emulate)
         with self._mode:
-            return network.to_empty(device="cpu").train()
+            network.to_empty(device="cpu")
+            # Without bitsandbytes no such run begins; its layers are then forecast in bfloat16, which holds more.
+            if nf4 and importlib.util.find_spec("bitsandbytes") is not None:
+                _quantize(network)
+            return network.train()
 
     def _run(
         self, network: RewardNetwork, config: Config, shape: PackShape, attention: str, functions: tuple
@@ -181,6 +187,13 @@ def _bodies(layouts: Sequence[TreeLayout]) -> dict[object, Callable]:
 
     names = torch.ops.fastrm
     return {names.tree_attention_eager.default: forward, names.tree_attention_eager_backward.default: backward}
+
+
+def _quantize(network: RewardNetwork) -> None:
+    from fastrm.model.nf4 import Nf4Linear
+
+    for name, layer in nf4_layers(network.language).items():
+        network.language.set_submodule(name, Nf4Linear(layer))
 
 
 def _kinds(engine: LocalEngine, pack: Pack) -> list[int]:

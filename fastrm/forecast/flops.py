@@ -138,7 +138,7 @@ def _matrices(network: RewardNetwork) -> Iterator[_Matrix]:
         product for layer in (*layers, *(tower.blocks if tower else ())) for product in list(_products(layer))[:-1]
     }
     last = layers[-1]
-    pruned = set(_products(last)) - {last.self_attn.k_proj, last.self_attn.v_proj}
+    pruned = set(_products(last)) - {*_products(last.self_attn.k_proj), *_products(last.self_attn.v_proj)}
     for module in _products(network):
         part = parts[module.weight]
         rows = "patches" if module in of_pixels else _ROWS[part]

@@ -26,7 +26,7 @@ class Gpu:
         memory_bytes: 10^9 bytes for each GB of the datasheet.
         bf16, fp8: dense floating-point operations per second; 0 where there is no such unit.
         memory_bandwidth: bytes per second.
-        nvlink: bytes per second in each direction, half of the datasheet's total.
+        nvlink: bytes per second in each direction, half of the datasheet's total; PCIe's where there is no NVLink.
         source: of all figures.
     """
 
@@ -43,6 +43,7 @@ GPUS = {
     "a100": Gpu("A100", 80 * 10**9, 312e12, 0, 2.039e12, 300e9, "NVIDIA A100 80GB SXM datasheet"),
     "h100": Gpu("H100", 80 * 10**9, 989e12, 1979e12, 3.35e12, 450e9, "NVIDIA H100 SXM datasheet"),
     "h200": Gpu("H200", 141 * 10**9, 989e12, 1979e12, 4.8e12, 450e9, "NVIDIA H200 SXM datasheet"),
+    "rtx4090": Gpu("RTX 4090", 24 * 10**9, 165.2e12, 330.3e12, 1.008e12, 32e9, "NVIDIA Ada whitepaper; PCIe 4.0 x16"),
     "b200": Gpu("B200", 180 * 10**9, 2250e12, 4500e12, 8e12, 900e9, "NVIDIA DGX B200 datasheet, an eighth"),
 }
 GPUS_PER_NODE = 8

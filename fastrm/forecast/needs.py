@@ -107,7 +107,7 @@ def needs_of(steps: FakeSteps, config: Config, load: Workload, num_gpus: int = 1
     placed, made = _placed(config, network, state, num_gpus)
     largest = _largest(network)
     kept = state.weights + state.states + (state.gradients if num_gpus > 1 else 0)
-    shard = min(SHARD_BYTES, kept)
+    shard = min(SHARD_BYTES, kept if config.model.lora is None else disk_of(config, network).checkpoint)
     shape = full_pack(config, load, network)
     waiting = _waiting_packs(config, network, shape)
     on_cpu = peak_memory(steps, config, shape, "eager", num_gpus, num_packs)
@@ -157,10 +157,16 @@ def _waiting_packs(config: Config, network: RewardNetwork, shape: PackShape) -> 
 
 
 def disk_of(config: Config, network: RewardNetwork) -> Disk:
-    """Compute the disk space of a run below run.dir. Checkpoints hold weights and states as one process does."""
+    """Compute the disk space of a run below run.dir. Checkpoints hold weights and states as one process does.
+
+    Under adapters they hold what is trained alone.
+    """
     state = training_state(network, config, 1)
     backbone, head = (sum(p.numel() for p in part.parameters()) for part in (network.model, network.score))
     export = export_dtype(config).itemsize * backbone + FLOAT * head
+    if config.model.lora is not None:  # adapters and head, in float32
+        trained = FLOAT * sum_parameters(count_parameters(network)).trainable
+        return Disk(trained + state.states, num_checkpoints(config), trained)
     return Disk(state.weights + state.states, num_checkpoints(config), export)
 
 

@@ -228,6 +228,11 @@ def _check(config: Config, assumptions: Assumptions) -> None:
                 f"{key}: {value} is for one rank, got --gpus {assumptions.num_gpus}; add {key}=fp32, or plan with "
                 "--gpus 1"
             )
+    if config.model.quantize is not None:
+        raise ConfigError(
+            f"model.quantize: {config.model.quantize} is for one rank, got --gpus {assumptions.num_gpus}; plan with "
+            "--gpus 1, or without the key"
+        )
     if config.engine.zero_stage == 3 and config.compile != "off":
         raise ConfigError("compile: layers does not run with engine.zero_stage 3; add compile=off, or another stage")
 

@@ -46,12 +46,15 @@ class Fit:
 def ways(config: Config, num_gpus: int) -> list[Way]:
     """Return all ways on this number of GPUs: the formats that one process stores, or the stages of ZeRO.
 
-    Several processes store only float32.
+    Several processes store only float32, and nothing in NF4.
     """
+    if num_gpus > 1 and config.model.quantize is not None:
+        return []
     if num_gpus > 1:
         return [Way({"engine.zero_stage": stage}, num_gpus) for stage in (1, 2, 3)]
     exact = "auto" if config.precision.weights == "auto" else "fp32"
-    weights = (exact, "bf16") if config.precision.dtype == "bf16" else (exact,)
+    is_open = config.precision.dtype == "bf16" and config.model.quantize is None
+    weights = (exact, "bf16") if is_open else (exact,)
     return [
         Way({"precision.weights": weight, "optim.states": states}, 1)
         for weight in weights

@@ -9,6 +9,7 @@ from fastrm.config import ModelConfig, TrainedTokenizer
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.errors import ConfigError
 from fastrm.model.families import check_family
+from fastrm.model.lora import add_lora
 from fastrm.model.network import RewardNetwork, refusal
 from fastrm.model.places import locate
 
@@ -152,7 +153,7 @@ def find_architecture(settings: ModelConfig) -> tuple[object, str]:
 
 
 def meta_network(config, settings: ModelConfig) -> RewardNetwork:
-    """Make the network of a training run with its frozen parts on torch's meta device: shapes, no memory.
+    """Make the network of a training run, its parts frozen, with its adapters, on torch's meta device without memory.
 
     Raises:
         ConfigError: if the architecture's sizes make no model, or model.freeze does not fit it.
@@ -168,6 +169,8 @@ def meta_network(config, settings: ModelConfig) -> RewardNetwork:
     except Exception as error:
         raise refusal("model.init" if settings.path is None else f"model.path {settings.path!r}", error) from error
     network.freeze(settings.freeze)
+    if settings.lora is not None:
+        add_lora(network, settings.lora)
     return network
 
 

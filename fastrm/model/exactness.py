@@ -36,7 +36,7 @@ from fastrm.errors import ExactnessError
 from fastrm.model.config_keys import unknown_keys
 from fastrm.model.families import FAMILIES, has_axes
 from fastrm.model.loading import WeightsOnMeta
-from fastrm.model.lora import add_lora, lora_modules
+from fastrm.model.lora import add_lora, lora_modules, plain_state, quantised_modules
 from fastrm.model.network import RewardNetwork
 from fastrm.model.samples import Sample
 
@@ -173,8 +173,9 @@ def _compare(network: RewardNetwork, sample: Sample, *, whole: bool, share: bool
     difference = _distance(ours[worst], wanted[worst])
     if not difference <= bound:
         raise ExactnessError(_complaint(network, stock.name, sample, worst, ours[worst], wanted[worst], bound))
-    linear = next(module for module in network.model.modules() if isinstance(module, nn.Linear))
-    dtype = _NAMES[product_dtype(linear.weight, linear.weight)]
+    weights = (module.weight for module in network.model.modules() if isinstance(module, nn.Linear))
+    weight = next(weight for weight in weights if weight.is_floating_point())
+    dtype = _NAMES[product_dtype(weight, weight)]
     return [Agreement(len(wanted), difference, bound, dtype, whole, stock.name)]
 
 
@@ -201,7 +202,7 @@ def first_layers(network: RewardNetwork, tensors: Iterable[tuple[str, torch.Tens
     wanted = {name: parameter is embedding for name, parameter in cut.named_parameters()}
     wanted |= dict.fromkeys(cut.state_dict().keys() - wanted.keys(), False)
     state = {}
-    for name, tensor in network.state_dict().items() if tensors is None else tensors:
+    for name, tensor in plain_state(network) if tensors is None else tensors:
         if name in wanted:
             tensor = tensor if tensors is None else tensor.detach().clone()
             state[name] = tensor if wanted[name] else tensor.float()
@@ -256,8 +257,8 @@ class StockModel:
             model = transformers.AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         # The tensors are shared: `assign` copies nothing, and a fused matrix is split into views. PEFT's layers are
         # what peft itself would put into this model.
-        own = lora_modules(network.model)
-        for name, module in own.items():
+        own = quantised_modules(network.model) | lora_modules(network.model)
+        for name, module in own.items():  # a quantised layer comes before the adapter around it
             model.set_submodule(name, module)
         inside = tuple(f"{name}." for name in own)
         state = {name: value for name, value in network.model.state_dict().items() if not name.startswith(inside)}
@@ -341,9 +342,11 @@ class StockModel:
 
 
 def product_dtype(states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which the product of the two is computed."""
+    """Return the dtype in which the product of the two is computed; a quantised weight takes that of the states."""
     device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype if weight.is_floating_point() else states.dtype
 
 
 def _complaint(

@@ -157,6 +157,8 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockRe
         "format": FORMAT, "head": model.head_settings.stored(), "anchor": model.encoder.anchor,
         "pooling": model.pooling,
     }  # fmt: skip
+    if model.quantize is not None:
+        config["fastrm"]["quantize"] = model.quantize
     if (anchor_id := anchor_token_id(model.encoder)) is not None:
         config["fastrm"]["anchor_token_id"] = anchor_id
     if model.encoder.date is not None:

@@ -19,6 +19,7 @@ from fastrm.errors import ConfigError, StorageError
 from fastrm.model.adapters import Adapter, MergedTensor
 from fastrm.model.families import VISION_FAMILIES, check_family
 from fastrm.model.fusion import stock_names
+from fastrm.model.lora import nf4_layers, require_bitsandbytes
 from fastrm.model.places import ModelPlace, locate
 from fastrm.model.weight_files import INDEX, SINGLE, VALUE_HEAD, StoredTensor, WeightFiles, finder, read_header
 from fastrm.ui import counted
@@ -66,7 +67,7 @@ class Backbone:
         device: torch.device,
         *,
         reads: bool = True,
-        placed: Callable[[nn.Parameter], None] = lambda parameter: None,
+        placed: Callable[[str, nn.Parameter], None] = lambda name, parameter: None,
     ) -> nn.Module:
         """Give every parameter its memory and fill it from the files; return the model in evaluation mode.
 
@@ -74,7 +75,7 @@ class Backbone:
 
         Args:
             reads: fill the parameters; False leaves that to what `placed` does.
-            placed: called with each parameter when it is filled, before the next has memory.
+            placed: called with each name and parameter when it is filled, before the next has memory.
 
         Raises:
             StorageError: if a file cannot be read to the end.
@@ -98,7 +99,7 @@ class Backbone:
             parameter = nn.Parameter(filled, requires_grad=empty.requires_grad)
             setattr(owner, attribute, parameter)
             del filled
-            placed(parameter)
+            placed(name, parameter)
         for name, buffer in self.model.named_buffers():
             if name in self.tensors:
                 buffer.copy_(self.tensors[name].read())
@@ -121,6 +122,8 @@ def open_backbone(path: str) -> Backbone:
     full, model = _empty_models(path, config)
     find_name = _renamer(full)
     stored, rest = _assign(place, files, find_name)
+    if place.quantize is not None:
+        _quantize(stored, full, model)
     if place.adapter is not None:
         _merge(Adapter.open(place), stored, rest, find_name, _part_names(full, model))
     prefix = "model." if full is not model else ""
@@ -145,6 +148,18 @@ def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> 
         if (file := finder(where)(VALUE_HEAD)) is not None:
             rest |= read_header(file)
     return stored, rest
+
+
+def _quantize(stored: dict[str, StoredTensor], full: nn.Module, model: nn.Module) -> None:
+    """Read the base's weights as the layers of the run had them on which the adapter was trained."""
+    require_bitsandbytes()
+    from fastrm.model.nf4 import Nf4Tensor
+
+    language = getattr(model, "language_model", model)
+    prefix = next(f"{name}." if name else "" for name, module in full.named_modules() if module is language)
+    for name in nf4_layers(language):
+        if (base := stored.get(key := f"{prefix}{name}.weight")) is not None:
+            stored[key] = Nf4Tensor(base.file, base.dtype, base.shape, base.start)
 
 
 def _merge(

@@ -3,12 +3,12 @@
 PEFT replaces a linear layer by a module that computes `base_layer(x) + scale * B(A(x))`; the layers of layers.py call
 it as they call any linear layer, and nothing of LoRA is computed here. All other weights of the backbone are frozen.
 The head is trained whole. A network with adapters has no weights by stock names; `kept_tensors` gives what a
-checkpoint or an export holds of it.
+checkpoint or an export holds of it. A network is a RewardNetwork (network.py) throughout.
 """
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,14 +18,11 @@ from fastrm.json_files import to_json
 from fastrm.lora_config import LoraConfig
 from fastrm.model.places import ModelPlace
 
-if TYPE_CHECKING:
-    from fastrm.model.network import RewardNetwork
-
 NAME = "default"  # PEFT's name of an adapter
 
 
 def add_lora(
-    network: "RewardNetwork", settings: LoraConfig, targets: Sequence[str] | None = None, base: str | None = None
+    network: nn.Module, settings: LoraConfig, targets: Sequence[str] | None = None, base: str | None = None
 ) -> None:
     """Put adapters on linear layers of a network, in place, and freeze its backbone; their weights are float32.
 
@@ -85,7 +82,7 @@ def base_of(place: ModelPlace) -> str:
     return str(Path(place.base).absolute()) if Path(place.base).exists() else place.base
 
 
-def choose_targets(network: "RewardNetwork", settings: LoraConfig) -> list[str]:
+def choose_targets(network: nn.Module, settings: LoraConfig) -> list[str]:
     """Return the names in a network of the linear layers that the settings give adapters to.
 
     Raises:
@@ -113,7 +110,7 @@ def _ends_with(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def linear_layers(network: "RewardNetwork", vision: bool = False) -> dict[str, nn.Linear]:
+def linear_layers(network: nn.Module, vision: bool = False) -> dict[str, nn.Linear]:
     """Return the linear layers of the language model's layers by name, without what adapters have brought.
 
     Args:
@@ -126,8 +123,52 @@ def linear_layers(network: "RewardNetwork", vision: bool = False) -> dict[str, n
     return {name: module for name, module in network.named_modules() if id(module) in inside and ".lora_" not in name}
 
 
+def nf4_layers(language: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers that model.quantize stores in NF4, by their names in a stock language model.
+
+    Those whose inputs are no multiple of 64 are left as they are: bitsandbytes on a CPU reads their blocks wrongly.
+    """
+    found = {name: part for name, part in language.named_modules() if isinstance(part, nn.Linear)}
+    return {
+        name: part
+        for name, part in found.items()
+        if name.startswith("layers.") and not is_adapter_weight(name) and part.in_features % 64 == 0
+    }
+
+
+def nf4_weights(network: nn.Module) -> set[int]:
+    """Return the ids of the weights that model.quantize stores in NF4, of a network that is not quantised yet."""
+    return {id(layer.weight) for layer in nf4_layers(network.language).values()}
+
+
+def require_bitsandbytes() -> None:
+    """Raise ConfigError if bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            'model.quantize nf4 needs bitsandbytes, which is not installed here; pip install "fastrm[qlora]", or '
+            "remove the key"
+        )
+
+
+def plain_state(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of the state dict, with weights as their layers multiply with them where these quantise."""
+    quantised = {f"{name}.weight": module for name, module in quantised_modules(network).items()}
+    for name, tensor in network.state_dict().items():
+        yield name, quantised[name].dequantize() if name in quantised else tensor
+
+
+def num_elements(parameter: nn.Parameter) -> int:
+    """Return the number of a parameter's elements, of which NF4 packs two into a byte."""
+    return parameter.numel() * (2 if parameter.dtype is torch.uint8 else 1)
+
+
+def quantised_modules(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers in NF4 of a network, or of a part of one, by name."""
+    return {name: module for name, module in network.named_modules() if hasattr(module, "quant_state")}
+
+
 def is_adapter_weight(name: str) -> bool:
-    """Return whether a parameter's name in a network is that of an adapter's weight."""
+    """Return whether a parameter's or module's name in a network is that of an adapter's part."""
     return ".lora_" in name
 
 
@@ -136,7 +177,7 @@ def lora_modules(network: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
 
 
-def kept_tensors(network: "RewardNetwork") -> Iterator[tuple[str, torch.Tensor]]:
+def kept_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of all that a run keeps: the state dict, or under adapters the trained weights alone."""
     if network.lora is None:
         yield from network.state_dict().items()
@@ -144,7 +185,7 @@ def kept_tensors(network: "RewardNetwork") -> Iterator[tuple[str, torch.Tensor]]
         yield from ((name, p.detach()) for name, p in network.named_parameters() if p.requires_grad)
 
 
-def load_kept_tensors(network: "RewardNetwork", tensors: Mapping[str, torch.Tensor]) -> None:
+def load_kept_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Load what `kept_tensors` gave.
 
     Raises:
@@ -160,7 +201,7 @@ def load_kept_tensors(network: "RewardNetwork", tensors: Mapping[str, torch.Tens
         raise StorageError(f"not a checkpoint of this model: {reason}") from None
 
 
-def adapter_files(network: "RewardNetwork", tensors: Mapping[str, torch.Tensor], **settings) -> tuple[str, dict]:
+def adapter_files(network: nn.Module, tensors: Mapping[str, torch.Tensor], **settings) -> tuple[str, dict]:
     """Return the text of adapter_config.json, and the adapter's tensors by PEFT's names in files.
 
     The names are those in a stock model whose base model is `model`: transformers' classes for causal language models,

@@ -41,6 +41,7 @@ class RewardNetwork(nn.Module):
         lay_out: makes the layouts of packs, in a data worker or where the network runs.
         fp8: which layers compute in FP8 and why others do not; None without FP8.
         lora: the settings of its adapters (lora.py); None: all of its weights have stock names.
+        quantize: the format of the frozen layers below adapters, nf4; None: they are as they were loaded.
         graphs: what torch.compile has made of the layers; None where they are not compiled.
         first_use: compares rewards with stock's before they are given away (first_use.py); None: nothing does.
         adopted: in words, how a head that others trained was read; empty for a new one and for an export's.
@@ -65,6 +66,7 @@ class RewardNetwork(nn.Module):
         self.norm_and_gate = "not chosen yet"
         self.fp8: Fp8Report | None = None
         self.lora: LoraConfig | None = None
+        self.quantize: str | None = None
         self.graphs: CompiledGraphs | None = None
         self.adopted = ""
         self._runner = BackboneRunner(model, pooling)

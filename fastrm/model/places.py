@@ -58,6 +58,11 @@ class ModelPlace:
         """True for an adapter that a run of fastrm has saved with its head, whatever head the base has."""
         return bool(self._read_own_config())
 
+    @property
+    def quantize(self) -> str | None:
+        """The format in which a run held the weights of the base below the adapter that it saved; None: its files'."""
+        return self._read_own_config().get("fastrm", {}).get("quantize")
+
     def _read_own_config(self) -> dict:
         if self.adapter is None or self.adapter == self.base or finder(self.adapter)(CONFIG) is None:
             return {}

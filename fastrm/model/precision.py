@@ -39,6 +39,7 @@ import torch
 from torch import nn
 
 from fastrm.errors import ConfigError
+from fastrm.model.lora import is_adapter_weight
 
 # Configuration value -> torchao's name.
 RECIPES = {"tensorwise": "tensorwise", "rowwise": "rowwise", "rowwise_gw_hp": "rowwise_with_gw_hp"}
@@ -169,9 +170,9 @@ def _choose(network: nn.Module) -> Iterator[Fp8Choice]:
     last = {id(module) for module in language.layers[-1].modules()} if network.pooling == "anchor" else set()
     layers = {id(module) for layer in language.layers for module in layer.modules()}
     for name, module in network.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or is_adapter_weight(name):
             continue
-        is_kv = name.endswith((".k_proj", ".v_proj"))
+        is_kv = name.removesuffix(".base_layer").endswith((".k_proj", ".v_proj"))
         counts = id(module) in layers and (id(module) not in last or is_kv)
         if id(module) not in layers:
             reason = HEAD if name.partition(".")[0] == "score" else VISION

@@ -249,7 +249,7 @@ def load_divided(network: RewardNetwork, files: Backbone, pick_dtype: PickDtype,
     head = next(network.score.parameters())
     files.load(
         pick_dtype, device, reads=dist.get_rank() == 0,
-        placed=lambda parameter: head.convert_to_zero_parameters(param_list=[parameter]),
+        placed=lambda _, parameter: head.convert_to_zero_parameters(param_list=[parameter]),
     )  # fmt: skip
 
 
@@ -302,6 +302,8 @@ def _refuse(config: Config) -> None:
         ConfigError: naming the key and what to set.
     """
     wanted = {"optim.states": (config.optim.states, "fp32", "it divides flat float32 states over the ranks")}
+    if config.model.quantize is not None:
+        wanted["model.quantize"] = (config.model.quantize, None, "it divides float32 weights")
     if config.precision.weights == "bf16":
         wanted["precision.weights"] = ("bf16", "fp32", "it keeps float32 weights")
     if config.engine.zero_stage == 3:
@@ -309,7 +311,8 @@ def _refuse(config: Config) -> None:
         wanted["compile"] = (config.compile, "off", why)
     for key, (found, needed, why) in wanted.items():
         if found != needed:
-            raise ConfigError(f"{key}: {found} is not possible on several ranks ({why}); set {key}: {needed}")
+            way = "remove the key" if needed is None else f"set {key}: {needed}"
+            raise ConfigError(f"{key}: {found} is not possible on several ranks ({why}); {way}")
 
 
 def _pack_of_one_token(multiple: int) -> Pack:

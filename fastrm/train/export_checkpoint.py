@@ -109,4 +109,5 @@ def _without_weights(config: Config) -> RewardNetwork:
         network.fuse_projections()
     if settings.lora is not None:
         add_lora(network, settings.lora, base=base_of(locate(settings.path)))
+        network.quantize = settings.quantize
     return network

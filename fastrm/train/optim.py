@@ -11,7 +11,7 @@ from fastrm.config import Config, OptimConfig, PrecisionConfig
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.fusion import whole_shape
 from fastrm.model.loading import PickDtype, stored_dtype
-from fastrm.model.lora import is_adapter_weight
+from fastrm.model.lora import is_adapter_weight, nf4_weights
 from fastrm.train.compact_adamw import BLOCK, CompactAdamW, is_quantizable
 
 _OTHER = "the checkpoint is of another model, or of other settings of model or optim; use those, or a new run.dir"
@@ -184,8 +184,12 @@ def training_bytes(network: nn.Module, config: Config) -> TrainingBytes:
     matrices = backbone_matrices(network)
     pick_dtype, stored = storage_dtype(network, config.precision, alone=True), stored_dtype(config.model.path)
     weights = gradients = states = 0
+    packed = nf4_weights(network) if config.model.quantize is not None else set()
     for name, parameter in network.named_parameters():
         size, is_matrix = parameter.numel(), name in matrices
+        if id(parameter) in packed:
+            weights += size // 2 + 4 * size // 64  # and a float32 scale for each block
+            continue
         is_backbone = name.startswith("model.")
         weights += size * (pick_dtype(name.removeprefix("model."), parameter, stored).itemsize if is_backbone else 4)
         if parameter.requires_grad:

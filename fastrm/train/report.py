@@ -14,6 +14,7 @@ from fastrm.evaluate.accuracy import Flips
 from fastrm.evaluate.ratings import FIGURES, shown
 from fastrm.json_files import to_json
 from fastrm.model.config_keys import describe_unknown_keys
+from fastrm.model.lora import num_elements
 from fastrm.model.stock_classes import padding_note
 from fastrm.stopping_config import ACCURACY
 from fastrm.storage import write_whole
@@ -42,7 +43,7 @@ def _opening_lines(job: Job, num_ranks: int, num_quarantined: int) -> Iterator[s
     """Yield lines on the model, on each decision about how it computes, and on the training data."""
     network, config, train = job.network, job.config, job.train
     # If weights are divided over ranks, this one holds a part.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in network.parameters()]
+    sizes = [(getattr(p, "ds_numel", num_elements(p)), p.requires_grad) for p in network.parameters()]
     parameters, trainable = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
     yield f"model: {parameters:,} parameters, {trainable:,} trained, on {network.device}"
     if (line := describe_unknown_keys(network.model.config)) is not None:

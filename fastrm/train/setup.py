@@ -16,7 +16,7 @@ from fastrm.model.exactness import first_layers
 from fastrm.model.export import export_dtype, save_model
 from fastrm.model.first_use import FirstUse, weights_of
 from fastrm.model.loading import Backbone, open_backbone
-from fastrm.model.lora import add_lora, base_of
+from fastrm.model.lora import add_lora, base_of, nf4_layers, require_bitsandbytes
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8, token_multiple
 from fastrm.model.stored_head import find_head
@@ -97,6 +97,7 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
     network.fp8 = convert_to_fp8(network, fp8) if fp8 != "off" else None
     if settings.lora is not None:
         add_lora(network, settings.lora, base=base_of(files.place))
+        network.quantize = settings.quantize
     check_lr_parts(network, config.optim)
     if config.compile == "layers":
         network.compile_layers()
@@ -113,7 +114,17 @@ def _read_weights(network: RewardNetwork, files: Backbone, config: Config, devic
 
         load_divided(network, files, pick_dtype, config)
     else:
-        files.load(pick_dtype, device)
+        files.load(pick_dtype, device, **({} if config.model.quantize is None else {"placed": _quantizer(files)}))
+
+
+def _quantizer(files: Backbone) -> Callable[[str, torch.nn.Parameter], None]:
+    """Return what quantises the weights of a backbone as they are read, so that they are never there whole."""
+    require_bitsandbytes()
+    from fastrm.model.nf4 import quantize_when_placed
+
+    language = getattr(files.model, "language_model", files.model)
+    prefix = "" if language is files.model else "language_model."
+    return quantize_when_placed(files.model, {f"{prefix}{name}" for name in nf4_layers(language)})
 
 
 def check_exactness(job: Job, engine, ranks: Ranks, say: Callable[[str], None]) -> None:

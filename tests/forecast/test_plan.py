@@ -253,7 +253,7 @@ class TestPlan:
             plan_of(recipe_with("compile=layers", "engine.zero_stage=3"))
 
     def test_unknown_gpu_and_unknown_model(self, recipe):
-        with pytest.raises(ConfigError, match="--gpu v100: not one of a100, h100, h200, b200"):
+        with pytest.raises(ConfigError, match="--gpu v100: not one of a100, h100, h200, rtx4090, b200"):
             find_gpu("v100")
         with pytest.raises(ConfigError, match=r"the model cannot be sized: no config\.json"):
             plan_of(recipe_with("model.path=someone/some-model"))

@@ -192,6 +192,16 @@ def test_file_that_cannot_be_read(tmp_path, monkeypatch):
             "model:\n  init: {model_type: qwen2}\n  tokenizer: t\n  lora: {}\n",
             "model.lora needs model.path: an adapter belongs to a base model whose weights are in files",
         ),
+        (MINIMAL + "  quantize: nf4\n", "model.quantize nf4 without model.lora: rounded weights cannot be trained"),
+        (MINIMAL + "  lora: {dora: true}\n  quantize: nf4\n", "model.lora.dora with model.quantize nf4: DoRA reads"),
+        (
+            MINIMAL + "  lora: {}\n  quantize: nf4\nprecision: {fp8: rowwise}\n",
+            "precision.fp8 rowwise with model.quantize nf4: they are for the same layers; set precision.fp8: off",
+        ),
+        (
+            MINIMAL + "  lora: {}\n  quantize: nf4\nprecision: {weights: bf16}\n",
+            "precision.weights bf16 with model.quantize nf4: they are for the same layers; set precision.weights: auto",
+        ),
         (MINIMAL + "  lora: {}\n  fuse_projections: true\n", "set model.fuse_projections: false"),
         (MINIMAL + "  lora: {vision: true}\n  freeze: [vision]\n", "remove vision from model.freeze"),
         (MINIMAL + "  lora: {}\n  freeze: [language]\n", "remove language from model.freeze"),
@@ -206,8 +216,8 @@ def test_file_that_cannot_be_read(tmp_path, monkeypatch):
         ),
     ],
     ids=[
-        "neither", "both", "no-type", "lora-random", "lora-fused", "lora-frozen-tower", "lora-frozen", "no-tokenizer",
-        "pixels", "pack",
+        "neither", "both", "no-type", "lora-random", "nf4-alone", "nf4-dora", "nf4-fp8", "nf4-bf16",
+        "lora-fused", "lora-frozen-tower", "lora-frozen", "no-tokenizer", "pixels", "pack",
     ],
 )
 def test_combination_that_cannot_work(load, body, expected):

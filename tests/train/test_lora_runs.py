@@ -18,6 +18,7 @@ from tests.helpers.runs import run
 from tests.helpers.support import make_image, make_record, pack_of
 
 peft = pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
 IMAGE = make_image(80, 60, 1)
 
 
@@ -112,6 +113,7 @@ SETTINGS = {
     "bf16 weights, 8-bit states": {
         "model": {"lora": {"rank": 64}}, "precision": {"dtype": "bf16", "weights": "bf16"}, "optim": {"states": "8bit"},
     },
+    "nf4": {"model": {"quantize": "nf4"}, "precision": {"dtype": "bf16"}},
     "fp8": {"precision": {"dtype": "bf16", "fp8": "rowwise"}},
 }  # fmt: skip
 
