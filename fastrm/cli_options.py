@@ -108,12 +108,20 @@ Scores = Annotated[
         help="Scores to measure in place of models: JSON Lines with {rewards} for each row of the benchmark.",
     ),
 ]
-Generations = Annotated[
+Written = Annotated[
     Path | None,
     typer.Option(
         "--from",
         metavar="FILE",
-        help="Texts of a judge:SPEC: JSON Lines of {id, order, text}, order being the responses' numbers as shown.",
+        help="Texts of a judge:SPEC to measure without generating: JSON Lines of {id, order, text}, order being the "
+        "responses' numbers as shown.",
+    ),
+]
+Generations = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="File that keeps what a judge:SPEC generates, and from which it goes on; default: runs/judges/SPEC.jsonl.",
     ),
 ]
 CheckModel = Annotated[

@@ -61,7 +61,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="[MODEL]... DATA",
-            help="Reward models as for fastrm score, or one judge:SPEC with --from, then a file of preferences, or "
+            help="Reward models as for fastrm score, or one judge:SPEC, then a file of preferences, or "
             "bench:NAME with NAME one of "
             "vl_rewardbench, mm_rlhf_rewardbench, multimodal_rewardbench, rewardbench, rewardbench2, rm_bench.",
         ),
@@ -71,6 +71,7 @@ def evaluate(
     outputs: Outputs,
     bench_data: opts.BenchData = None,
     scores: opts.Scores = None,
+    written: opts.Written = None,
     generations: opts.Generations = None,
     quiet: opts.Quiet = False,
 ) -> None:
@@ -86,14 +87,14 @@ def evaluate(
     """
     *models, data = models_and_data
     if any(name.startswith("judge:") for name in models):
-        from fastrm.judge.command import evaluate_judge
+        from fastrm.judge.command import JudgeOptions, evaluate_judge
 
         if choice != ModelChoice() or scores is not None or replace(outputs, json=None) != Outputs():
             raise ConfigError(f"{models[0]}: reward models' options, --scores, --png and --report are not for a judge")
-        evaluate_judge(models, data, options.rows, generations, outputs.json, bench_data)
+        evaluate_judge(models, data, JudgeOptions(options.rows, bench_data, written, generations, outputs.json))
         return
-    if generations is not None:
-        raise ConfigError(f"--from is for what a judge wrote; got {models_and_data[0]}, wanted judge:SPEC")
+    if written is not None or generations is not None:
+        raise ConfigError(f"--from and --generations are for a judge; got {models_and_data[0]}, wanted judge:SPEC")
     from fastrm.evaluate.command import evaluate as run
 
     choice = replace(choice, models=tuple(map(Path, models)))

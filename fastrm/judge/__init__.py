@@ -1,5 +1,5 @@
 """Generative judges, whose verdicts stand in texts.
 
-Texts about the responses of rows come in; verdicts and figures go out. It stands above `evaluate`, whose readers and
-benchmarks it uses. Open `command.py` first.
+Rows of preferences and texts about them come in; verdicts and figures go out. It stands above `grpo`, whose reading of
+language models it uses. Open `command.py` first.
 """

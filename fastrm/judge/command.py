@@ -3,33 +3,55 @@
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastrm.data.record import Record
-from fastrm.errors import ConfigError, DataError
+from fastrm.errors import ConfigError, DataError, InterruptedRun
 from fastrm.evaluate.benchmarks.benchmark import PREFIX as BENCHMARK
 from fastrm.evaluate.benchmarks.benchmark import load_benchmark
 from fastrm.evaluate.files import print_refused
 from fastrm.evaluate.options import RowOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.json_files import to_json
-from fastrm.judge.generations import read_generations
+from fastrm.judge.generations import Generation, read_generations
 from fastrm.judge.metrics import measure
-from fastrm.judge.spec import PREFIX, load_spec
+from fastrm.judge.questions import make_questions
+from fastrm.judge.spec import PREFIX, JudgeSpec, load_spec
+from fastrm.judge.store import GenerationStore
 from fastrm.model.loading import shortened
 from fastrm.storage import whole_file
 from fastrm.tables import Table
 from fastrm.ui import Display, make_console, message, print_table
 
 
-def evaluate_judge(
-    models: Sequence[str], data: str, rows: RowOptions, generations: Path | None, json_out: Path | None,
-    bench_data: str | None = None,
-) -> None:  # fmt: skip
-    """Print the figures of a judge from stored generations; optionally write them as JSON.
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The options of a judge.
+
+    Attributes:
+        rows: the ways to read the data.
+        bench_data: the folder of a benchmark's files; None: from the hub.
+        written: a file of texts to measure without generating; None: the SPEC's generator writes.
+        store: the file in which generated texts are kept; None: runs/judges/NAME.jsonl.
+        json_out: the file to write the figures to, or None.
+    """
+
+    rows: RowOptions
+    bench_data: str | None = None
+    written: Path | None = None
+    store: Path | None = None
+    json_out: Path | None = None
+
+
+def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> None:
+    """Print the figures of a judge, from texts that are there or that it writes now; optionally write them as JSON.
 
     Raises:
         ConfigError: for a SPEC that cannot be used, or options that do not go together.
+        ServerError: for a server that gives no answer; texts that came before are kept.
+        InterruptedRun: where it was stopped; texts are kept.
         DataError: for data or generations that cannot be read, or, after everything is written, if a line of the
             generations could not be used or a preference was not judged.
     """
@@ -38,24 +60,71 @@ def evaluate_judge(
         raise ConfigError(f"{PREFIX}SPEC is evaluated alone; got {others} beside it: run the command for each")
     name = models[0].removeprefix(PREFIX)
     spec = load_spec(name)
-    if generations is None:
-        raise ConfigError(f"{models[0]}: name the file of what it wrote: --from generations.jsonl")
+    if options.written is None and spec.generator is None:
+        raise ConfigError(
+            f"{models[0]}: it names no generator; add one in a YAML file with extends: {name} (docs/judges.md), or "
+            "name texts that it wrote: --from generations.jsonl"
+        )
+    if options.written is not None and options.store is not None:
+        raise ConfigError("--from measures texts that are there, --generations keeps new ones; name one of them")
     refused: list[str] = []
-    with whole_file(json_out) if json_out is not None else nullcontext() as write:
+    with whole_file(options.json_out) if options.json_out is not None else nullcontext() as write:
         with Display() as display:
-            records = _records(data, rows, bench_data, refused)
-            shown = 2 if spec.kind == "pairwise" else 1
-            found = read_generations(generations, records, shown, refused)
-            report = {"judge": name, "data": data} | measure(spec, records, display.count("reading", found))
+            records = _records(data, options.rows, options.bench_data, refused)
+            if options.written is not None:
+                shown = 2 if spec.kind == "pairwise" else 1
+                found = display.count("reading", read_generations(options.written, records, shown, refused))
+            else:
+                store = options.store or Path("runs", "judges", f"{Path(name).stem}.jsonl")
+                found = generate(spec, records, store, display)
+            report = {"judge": name, "data": data} | measure(spec, records, found)
         if report["accuracy"] is None:
-            reason = refused[0] if refused else f"{generations} has none of its {len(records):,} rows"
+            reason = refused[0] if refused else f"{options.written} has none of its {len(records):,} rows"
             raise DataError(f"{data}: no preference was judged; {reason}")
         report["refused"] = refused
         print_table(make_console(), _table(report))
         if write is not None:
             write(to_json(report, indent=2) + "\n")
     print_refused(refused, "--json lists them all")
-    _complain(report, json_out)
+    _complain(report, options.json_out)
+
+
+def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Display) -> list[Generation]:
+    """Return what a judge writes about records; what the file has already is not written again.
+
+    Raises:
+        ConfigError, DataError: for a model, template or row that cannot be used.
+        ServerError: for a server that gives no answer.
+        InterruptedRun: where it was stopped. In each case the file keeps the texts so far.
+    """
+    questions = list(make_questions(spec, records))
+    store = GenerationStore(path)
+    try:
+        missing = store.missing(questions)
+        if done := len(questions) - len(missing):
+            display.say(f"{done:,} of {len(questions):,} texts are in {path} already")
+        if missing:
+            update = display.task("judging")
+            for number, (question, text) in enumerate(_writer(spec).write(missing), done + 1):
+                store.add(question, text)
+                update(number, len(questions))
+        return store.generations(questions)
+    except KeyboardInterrupt:
+        raise InterruptedRun(f"stopped; {path} keeps the texts so far: run the command again to go on") from None
+    finally:
+        store.close()
+
+
+def _writer(spec: JudgeSpec):
+    if spec.generator.url is not None:
+        if find_spec("httpx") is None:
+            raise ConfigError('generator.url needs httpx, which is not installed: pip install "fastrm[rl]"')
+        from fastrm.judge.endpoint import Endpoint
+
+        return Endpoint(spec.generator, spec.decoding)
+    from fastrm.judge.local import LocalModel
+
+    return LocalModel(spec.generator, spec.decoding)
 
 
 def _records(data: str, rows: RowOptions, bench_data: str | None, refused: list[str]) -> list[Record]:

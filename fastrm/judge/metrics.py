@@ -1,7 +1,8 @@
 """Figures of a judge from what it wrote; docs/judges.md defines each."""
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,9 +72,33 @@ def measure(spec: JudgeSpec, records: Sequence[Record], generations: Iterable[Ge
             source: _accuracy([one for one in judged if one.source == source])
             for source in sorted({one.source for one in judged})
         },
+        "rewards": tournaments(texts, records) if spec.kind == "pairwise" else [],
         "failures": failures,
         "missing": missing,
     }
+
+
+def tournaments(texts: Mapping[tuple[str, tuple[int, ...]], Sequence], records: Sequence[Record]) -> list[dict]:
+    """Return {"id", "rewards"} for each row of more than two responses of which all ordered pairs were judged.
+
+    The reward of a response is the share of its 2 (n - 1) comparisons that it won, a tie counting one half, as
+    R1-Reward's are made for GRPO (BaseReward, arXiv 2509.16127, section 5.4: preferences summed).
+    """
+    found = []
+    for record in records:
+        size = len(record.responses)
+        pairs = list(itertools.permutations(range(size), 2))
+        if size < 3 or not all((record.id, pair) in texts for pair in pairs):
+            continue
+        won = [0.0] * size
+        for first, second in pairs:
+            verdict = majority(texts[record.id, (first, second)])
+            if verdict is not None:
+                share = {Verdict.FIRST: 1.0, Verdict.SECOND: 0.0, Verdict.TIE: 0.5}[verdict]
+                won[first] += share
+                won[second] += 1 - share
+        found.append({"id": record.id, "rewards": [wins / (2 * (size - 1)) for wins in won]})
+    return found
 
 
 def _outcomes(spec: JudgeSpec, texts: dict, name: str, winner: int, loser: int) -> dict[bool | None, _Outcome]:

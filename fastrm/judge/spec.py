@@ -2,16 +2,44 @@
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from fastrm.errors import ConfigError
 from fastrm.judge.verdicts import PAIRWISE, POINTWISE, Parser
-from fastrm.sections import NonEmpty, Section
-from fastrm.yaml_files import read_yaml, validate
+from fastrm.sections import NonEmpty, NonNegative, Positive, Section
+from fastrm.yaml_files import lay_over, read_yaml, validate
 
 PREFIX = "judge:"
+
+
+class GeneratorSection(Section):
+    """The model that writes."""
+
+    model: NonEmpty
+    """A folder or hub id, which transformers loads here; with `url`, the model's name there."""
+    url: NonEmpty | None = None
+    """An OpenAI-compatible server, such as http://127.0.0.1:8000/v1: vLLM, SGLang, a vendor. Default: none."""
+    key_env: NonEmpty = "OPENAI_API_KEY"
+    """The environment variable with the server's key, if it wants one."""
+    batch: Positive = 8
+    """Texts that are written together here; with `url`, requests at a time."""
+    timeout: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds for one answer of the server."""
+    tries: Positive = 8
+    """Tries of one request, where the server is away, overloaded, limits the rate or breaks off."""
+
+
+class DecodingSection(Section):
+    """The way in which texts are written."""
+
+    max_tokens: Positive = 1024
+    """The longest text in tokens; a longer one is cut, and has no verdict if that stood at its end."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0: always the likeliest token."""
+    seed: NonNegative = 0
+    """The seed of drawing; of the order too where that is random."""
 
 
 class JudgeSpec(Section):
@@ -22,14 +50,28 @@ class JudgeSpec(Section):
     parser: NonEmpty
     """The way to read verdicts (docs/judges.md). pairwise: r1_reward, boxed, better, better_in_answer; pointwise:
     score."""
-    prompt: NonEmpty = Field()
+    prompt: NonEmpty
     """A jinja2 template of the user's turn, with `question`, and `first` and `second` (pairwise) or `response`
     (pointwise). Images of the prompt come before it."""
     system: str = ""
     """The system turn; empty: none."""
 
+    generator: GeneratorSection | None = None
+    """The model that writes; default: none, for texts that are there already (--from)."""
+    decoding: DecodingSection = DecodingSection()
+    """The way in which it writes."""
+    order: Literal["both", "as_given", "random", "round_robin"] = "both"
+    """The order in which a pairwise judge sees two responses: both, one after the other; as_given: as in the row;
+    random: one of them, by the seed; round_robin: all ordered pairs of a row's responses, n (n - 1) of n."""
+    votes: Positive = 1
+    """Texts for each question; the majority decides."""
+
     @model_validator(mode="after")
     def _check(self):
+        if self.votes > 1 and not self.decoding.temperature:
+            raise ValueError("votes: more than one at temperature 0 are all the same; set decoding.temperature: 1.0")
+        if self.kind == "pointwise" and self.order != "both":
+            raise ValueError("order: a pointwise judge sees one response at a time; leave it out")
         known = PAIRWISE if self.kind == "pairwise" else POINTWISE
         if self.parser not in known:
             raise ValueError(f"parser: got {self.parser!r}; a {self.kind} judge has one of: {', '.join(known)}")
@@ -53,11 +95,21 @@ def load_spec(name: str) -> JudgeSpec:
         ConfigError: for a name that is neither, or a file with problems, each with its line.
     """
     if name in shipped_names():
-        path = Path(str(files("fastrm.judge").joinpath("specs", f"{name}.yaml")))
+        path = _shipped(name)
     elif not (path := Path(name)).is_file():
         raise ConfigError(
             f"{PREFIX}{name}: neither a shipped judge nor a file; wanted one of {', '.join(shipped_names())}, or the "
             "path of a YAML file (docs/judges.md)"
         )
     tree, places = read_yaml(path)
+    if (base := tree.pop("extends", None)) is not None:
+        if base not in shipped_names():
+            raise ConfigError(f"{path}: extends: got {base!r}, wanted a shipped judge: {', '.join(shipped_names())}")
+        below = read_yaml(_shipped(base))
+        lay_over(JudgeSpec, below, (tree, places))
+        tree, places = below
     return validate(JudgeSpec, tree, places, str(path))
+
+
+def _shipped(name: str) -> Path:
+    return Path(str(files("fastrm.judge").joinpath("specs", f"{name}.yaml")))

@@ -92,7 +92,7 @@ def _encode(group: Mapping, reader: ImageReader) -> tuple[bytes, int]:
     sent = {name: value for name, value in group.items() if value is not None and name not in ("prompt", "images")}
     sent |= {"messages": messages, "responses": list(responses)}
     if images:
-        sent["images"] = [_as_text(image) for image in images]
+        sent["images"] = [image_url(image) for image in images]
     try:
         part = json.dumps(sent).encode()
     except (TypeError, ValueError) as error:
@@ -102,7 +102,7 @@ def _encode(group: Mapping, reader: ImageReader) -> tuple[bytes, int]:
     return part, len(responses)
 
 
-def _as_text(image: bytes | str) -> str:
+def image_url(image: bytes | str) -> str:
     """Return a URL itself, and an image's bytes or file as a data URI."""
     if isinstance(image, str):
         if image[:8].lower().startswith(("http://", "https://")):

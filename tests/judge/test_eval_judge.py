@@ -6,7 +6,7 @@ import pytest
 
 from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.options import RowOptions
-from fastrm.judge.command import evaluate_judge
+from fastrm.judge.command import JudgeOptions, evaluate_judge
 from tests.helpers.runs import fastrm_here, write_rows
 
 ROWS = [{"id": f"r{n}", "prompt": f"{n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(5)]
@@ -18,6 +18,10 @@ BOTH_ORDERS = {
     "r3": (TWO, ONE),  # wrong in both
     "r4": (TIE, TWO),  # a tie, and right
 }
+
+
+def options(written=None, out=None):
+    return JudgeOptions(RowOptions(), written=written, json_out=out)
 
 
 def lines(texts):
@@ -35,7 +39,7 @@ def run(tmp_path, capsys):
         data, out = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "out.json"
         written, error = write_rows(tmp_path / "generations.jsonl", generations), None
         try:
-            evaluate_judge([judge], str(data), RowOptions(), written, out)
+            evaluate_judge([judge], str(data), options(written, out))
         except DataError as found:
             error = str(found)
         printed = capsys.readouterr()
@@ -104,9 +108,7 @@ def test_what_cannot_be_used_is_named_and_nothing_else_is_lost(run, tmp_path):
     with (tmp_path / "generations.jsonl").open("a") as file:
         file.write('{"id": "r4", "order": [0,')
     with pytest.raises(DataError, match="8 lines or rows could not be used"):
-        evaluate_judge(
-            ["judge:r1_reward"], str(tmp_path / "pairs.jsonl"), RowOptions(), tmp_path / "generations.jsonl", None
-        )
+        evaluate_judge(["judge:r1_reward"], str(tmp_path / "pairs.jsonl"), options(tmp_path / "generations.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_what_cannot_be_used_is_named_and_nothing_else_is_lost(run, tmp_path):
 )
 def test_judges_that_cannot_be_are_named(tmp_path, models, said):
     with pytest.raises(ConfigError, match=said):
-        evaluate_judge(models, str(write_rows(tmp_path / "a.jsonl", ROWS)), RowOptions(), tmp_path / "b", None)
+        evaluate_judge(models, str(write_rows(tmp_path / "a.jsonl", ROWS)), options(tmp_path / "b"))
 
 
 def test_data_that_cannot_be_joined_is_named(tmp_path, run):
@@ -128,9 +130,7 @@ def test_data_that_cannot_be_joined_is_named(tmp_path, run):
     _, error, _ = run([], ROWS)
     assert "no preference was judged" in error
     with pytest.raises(DataError, match=r"nothing.jsonl: there is no such file; wanted JSON Lines of"):
-        evaluate_judge(
-            ["judge:r1_reward"], str(tmp_path / "pairs.jsonl"), RowOptions(), tmp_path / "nothing.jsonl", None
-        )
+        evaluate_judge(["judge:r1_reward"], str(tmp_path / "pairs.jsonl"), options(tmp_path / "nothing.jsonl"))
 
 
 def test_the_command(tmp_path, capfd):
@@ -140,4 +140,4 @@ def test_the_command(tmp_path, capfd):
     code, error = fastrm_here(capfd, "eval", "judge:r1_reward", data, "--from", written, "--json", out)
     assert code == 0 and json.loads(out.read_text())["accuracy"] == pytest.approx(0.4), error
     code, error = fastrm_here(capfd, "eval", "somewhere", data, "--from", written)
-    assert code == 64 and "--from is for what a judge wrote" in error
+    assert code == 64 and "--from and --generations are for a judge" in error

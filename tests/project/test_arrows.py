@@ -19,8 +19,8 @@ FOUNDATION = {"errors", "limits", "lines", "names", "yaml_files", "json_files", 
 FOUNDATION |= {"stop", "sections", "data_config", "loss_config", "stopping_config", "lora_config", "config"}
 FOUNDATION |= {"hub_errors"}
 TOP = {"cli_options", "commands", "cli", "api", "__init__"}
-LOWER = [FOUNDATION, {"report"}, {"data"}, {"model"}, {"hf"}, {"evaluate"}, {"judge"}, {"rl"}, {"serve"}]
-ORDER = [*LOWER, {"train"}, {"share"}, {"ablate"}, {"forecast"}, {"grpo"}, TOP]
+LOWER = [FOUNDATION, {"report"}, {"data"}, {"model"}, {"hf"}, {"evaluate"}, {"rl"}, {"serve"}]
+ORDER = [*LOWER, {"train"}, {"share"}, {"ablate"}, {"forecast"}, {"grpo"}, {"judge"}, TOP]
 
 
 def _module(file: Path, parent: Path) -> str:

@@ -1,0 +1,121 @@
+"""Texts from an OpenAI-compatible server: /v1/chat/completions of vLLM, SGLang or a vendor."""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+import httpx
+
+from fastrm.data.media.images import read_bytes
+from fastrm.errors import DataError, FastrmError, RecordError, ServerError
+from fastrm.judge.questions import JudgeQuestion
+from fastrm.judge.spec import DecodingSection, GeneratorSection
+from fastrm.limits import MediaLimits
+from fastrm.rl.client import MAX_WAIT, check_url
+from fastrm.rl.wire import image_url
+
+# The server is away, overloaded, or wants fewer requests: the next try may succeed.
+_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+Written = tuple[JudgeQuestion, str]
+
+
+class Endpoint:
+    """A writer of texts by URL, several at a time.
+
+    A server that is away, says so (429, 5xx), or breaks off an answer is asked again, `tries` times in all, after a
+    time that doubles and is no shorter than its Retry-After. What it refuses is not asked again.
+    """
+
+    def __init__(self, generator: GeneratorSection, decoding: DecodingSection):
+        """Choose a server; nothing is sent yet.
+
+        Raises:
+            ConfigError: for a URL that is none.
+        """
+        check_url(generator.url, "generator.url")
+        self._place = generator.url.rstrip("/") + "/chat/completions"
+        self._settings = generator
+        self._body = {
+            "model": generator.model, "max_tokens": decoding.max_tokens, "temperature": decoding.temperature,
+        }  # fmt: skip
+        self._seed = decoding.seed if decoding.temperature else None
+
+    def write(self, questions: Sequence[JudgeQuestion]) -> Iterator[Written]:
+        """Yield each question with its text, as answers come.
+
+        Raises:
+            ServerError: when a question has no answer after all tries, or is refused; those that are answered meanwhile
+                are yielded before.
+            DataError: for an image that cannot be read, in the same way.
+        """
+        key = os.environ.get(self._settings.key_env)
+        self._stopped = threading.Event()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=self._settings.batch)
+        pool = ThreadPoolExecutor(self._settings.batch)
+        waiting, running, failed = list(reversed(questions)), {}, None
+        with httpx.Client(timeout=self._settings.timeout, headers=headers, limits=limits) as client:
+            try:
+                while running or (waiting and failed is None):
+                    while waiting and failed is None and len(running) < self._settings.batch:
+                        question = waiting.pop()
+                        running[pool.submit(self._ask, client, question)] = question
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        question = running.pop(done)
+                        try:
+                            yield question, done.result()
+                        except FastrmError as error:
+                            failed = failed or error
+                            self._stopped.set()
+            finally:
+                self._stopped.set()
+                pool.shutdown(cancel_futures=True)
+        if failed is not None:
+            raise failed
+
+    def _ask(self, client: httpx.Client, question: JudgeQuestion) -> str:
+        body = self._body | {"messages": _messages(question)}
+        if self._seed is not None:  # each vote draws its own text
+            body["seed"] = (self._seed + int(question.key[:8], 16)) % 2**31
+        for tried in range(1, self._settings.tries + 1):
+            asked = 0.0
+            try:
+                answer = client.post(self._place, json=body)
+            except httpx.TransportError as error:
+                said = f"{type(error).__name__}: {error}"
+            else:
+                if answer.status_code == 200:
+                    try:
+                        return answer.json()["choices"][0]["message"]["content"] or ""
+                    except (ValueError, LookupError, TypeError):
+                        said = f"half an answer, or none of this API: {answer.text[:200]!r}"
+                else:
+                    said = f"HTTP {answer.status_code}: {answer.text.strip()[:500] or answer.reason_phrase}"
+                    if answer.status_code not in _AGAIN:
+                        raise ServerError(f"{self._place}: {question.origin}: {said}; correct the SPEC or the row")
+                after = answer.headers.get("Retry-After", "")
+                asked = float(after) if after.isascii() and after.isdigit() else 0.0
+            seconds = min(max(asked, 0.5 * 2.0 ** min(tried - 1, 9)), MAX_WAIT)
+            if tried < self._settings.tries and self._stopped.wait(seconds):
+                raise ServerError(f"{self._place}: {question.origin}: not asked again, as others failed")
+        raise ServerError(
+            f"{self._place}: {question.origin}: no answer in {self._settings.tries} tries, at last {said}; is the "
+            "server running? Run the command again to go on where it ended"
+        )
+
+
+def _messages(question: JudgeQuestion) -> list[dict]:
+    """Return the conversation, with images as data URLs.
+
+    Raises:
+        DataError: for an image that cannot be read.
+    """
+    try:
+        urls = [image_url(read_bytes(image, MediaLimits())) for image in question.images]
+    except RecordError as error:
+        raise DataError(f"{question.origin}: {error.message} ({error.code})") from None
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content = [*parts, {"type": "text", "text": question.text}] if parts else question.text
+    system = [{"role": "system", "content": question.system}] if question.system else []
+    return [*system, {"role": "user", "content": content}]

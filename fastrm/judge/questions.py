@@ -1,0 +1,110 @@
+"""The questions that a judge is asked about rows: what it is shown, and in which order."""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from fastrm.data.record import ImageRef, MediaRef, Record
+from fastrm.errors import ConfigError, DataError
+from fastrm.json_files import to_json
+from fastrm.judge.spec import JudgeSpec
+
+
+@dataclass(frozen=True)
+class JudgeQuestion:
+    """One text that a judge is to write.
+
+    Attributes:
+        id, order: of the row, and of its responses as they are shown.
+        images: of the prompt, which come before the text.
+        writer: what else the text depends on: the model, its decoding, and the number of the vote.
+        origin: `file:row`, for messages.
+    """
+
+    id: str
+    order: tuple[int, ...]
+    system: str
+    text: str
+    images: tuple[ImageRef, ...]
+    writer: str
+    origin: str
+
+    @cached_property
+    def key(self) -> str:
+        """The key of all that the answer depends on: equal keys need not be answered twice."""
+        shown = [self.system, self.text, [image.key for image in self.images], self.writer]
+        return hashlib.sha256(to_json(shown).encode()).hexdigest()
+
+
+def make_questions(spec: JudgeSpec, records: Iterable[Record]) -> Iterator[JudgeQuestion]:
+    """Yield the questions about all preferences of records that are no ties, each once for each vote.
+
+    Raises:
+        ConfigError: for a template that cannot be filled in.
+        DataError: for a row that a judge cannot be shown: with a video, or media in a response.
+    """
+    template = _template(spec.prompt)
+    model = None if spec.generator is None else [spec.generator.model, spec.generator.url]
+    for record in records:
+        images = _images(record)
+        for order in _orders(spec, record):
+            shown = [record.responses[number].text for number in order]
+            names = ("response",) if spec.kind == "pointwise" else ("first", "second")
+            try:
+                text = template.render(question=_prompt(record), **dict(zip(names, shown, strict=True)))
+            except TemplateError as error:
+                raise ConfigError(f"prompt: {error}; it has question, {' and '.join(names)}") from None
+            for vote in range(spec.votes):
+                writer = to_json([model, spec.decoding.model_dump(), vote])
+                yield JudgeQuestion(record.id, order, spec.system, text, images, writer, record.origin)
+
+
+def _template(text: str):
+    try:
+        # In a sandbox: a SPEC may be somebody else's.
+        return SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
+    except TemplateError as error:
+        raise ConfigError(f"prompt: {error}") from None
+
+
+def _orders(spec: JudgeSpec, record: Record) -> list[tuple[int, ...]]:
+    pairs = [tuple(sorted((one.winner, one.loser))) for one in record.preferences if not one.tie]
+    if spec.kind == "pointwise":
+        return [(number,) for number in sorted({number for pair in pairs for number in pair})]
+    if spec.order == "round_robin":
+        return list(itertools.permutations(range(len(record.responses)), 2))
+    found: list[tuple[int, ...]] = []
+    for pair in dict.fromkeys(pairs):
+        turned = pair[::-1]
+        if spec.order == "random":
+            is_turned = random.Random(f"{spec.decoding.seed} {record.id} {pair}").random() < 0.5
+            found.append(turned if is_turned else pair)
+        else:
+            found += [pair, turned] if spec.order == "both" else [pair]
+    return found
+
+
+def _images(record: Record) -> tuple[ImageRef, ...]:
+    prompt, *others = record.responses[0].messages[:-1], *(r.messages[-1:] for r in record.responses)
+    media = [part for message in prompt for part in message.parts if isinstance(part, MediaRef)]
+    inside = any(isinstance(part, MediaRef) for turn in others for message in turn for part in message.parts)
+    if inside or not all(isinstance(one, ImageRef) for one in media):
+        raise DataError(
+            f"{record.origin}: a judge is shown texts and the prompt's images; leave rows out that have a video, or an "
+            "image in a response"
+        )
+    return tuple(media)
+
+
+def _prompt(record: Record) -> str:
+    """Return the text of a prompt; of several turns, each behind its role."""
+    turns: Sequence = record.responses[0].messages[:-1]
+    if len(turns) == 1:
+        return turns[0].text.strip()
+    return "\n".join(f"{turn.role}: {turn.text.strip()}" for turn in turns)

@@ -1,0 +1,242 @@
+"""A judge that writes: what is asked, what is kept, and what becomes of servers that fail."""
+
+import base64
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from fastrm.errors import ConfigError, DataError, InterruptedRun, ServerError, StorageError
+from fastrm.evaluate.options import RowOptions
+from fastrm.evaluate.reading import read_in_order
+from fastrm.judge.command import JudgeOptions, evaluate_judge
+from fastrm.judge.endpoint import Endpoint
+from fastrm.judge.questions import make_questions
+from fastrm.judge.spec import load_spec
+from tests.helpers.runs import write_rows
+
+pytest.importorskip("httpx")
+ROWS = [{"id": f"r{n}", "prompt": f"{n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(3)]
+HANG_UP, HALF = "hang up", "half"
+
+
+@contextmanager
+def chat_server(answer, failures=()):
+    """Serve /v1/chat/completions; yield (URL, the bodies that came).
+
+    Args:
+        answer: the text for a body.
+        failures: in place of the first answers: a status with headers, HANG_UP or HALF.
+    """
+    waiting, bodies, lock = list(failures), [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                bodies.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
+                failure = waiting.pop(0) if waiting else None
+            if failure == HANG_UP:
+                self.connection.close()
+                return
+            status, headers = failure if isinstance(failure, tuple) else (200, {})
+            text = json.dumps({"choices": [{"message": {"content": answer(body)}}]}).encode()
+            text = text[:20] if failure == HALF else text
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(text))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", bodies
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def text_of(body):
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def prefers_good(body):
+    """Prefer the response that begins with good; of the third row what is shown first."""
+    text = text_of(body)
+    first = text.index("good") < text.index("bad") or "good 2" in text
+    return f"<think>...</think><answer>{1 if first else 2}</answer>"
+
+
+def write_spec(folder, url, **others):
+    generator = {"model": "judge", "url": url, "tries": others.pop("tries", 3), "batch": others.pop("batch", 4)}
+    spec = folder / "spec.yaml"
+    spec.write_text(json.dumps({"extends": "r1_reward", "generator": generator, **others}))
+    return f"judge:{spec}"
+
+
+def run(folder, judge, rows=ROWS):
+    data = str(write_rows(folder / "pairs.jsonl", rows))
+    out, store = folder / "out.json", folder / "texts.jsonl"
+    evaluate_judge([judge], data, JudgeOptions(RowOptions(), store=store, json_out=out))
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr("fastrm.judge.endpoint.MAX_WAIT", 0.01)
+
+
+def test_both_orders_are_asked_and_nothing_is_asked_twice(tmp_path):
+    with chat_server(prefers_good) as (url, bodies):
+        judge = write_spec(tmp_path, url)
+        figures = run(tmp_path, judge)
+        assert figures["accuracy"] == pytest.approx(5 / 6) and figures["accuracy_as_released"] == 1
+        assert figures["position_flip_rate"] == pytest.approx(1 / 3)
+        assert len(bodies) == 6 and {body["path"] for body in bodies} == {"/v1/chat/completions"}
+        assert all((body["model"], body["temperature"]) == ("judge", 0) for body in bodies)
+        again = run(tmp_path, judge)
+        assert len(bodies) == 6 and again == figures
+        changed = [*ROWS[:2], {**ROWS[2], "rejected": "bad 2, and long"}]
+        run(tmp_path, judge, changed)
+        assert len(bodies) == 8
+    # What was kept is measured by --from too.
+    options = JudgeOptions(RowOptions(), written=tmp_path / "texts.jsonl", json_out=tmp_path / "again.json")
+    (tmp_path / "texts.jsonl").write_text("".join((tmp_path / "texts.jsonl").read_text().splitlines(True)[:6]))
+    evaluate_judge(["judge:r1_reward"], str(write_rows(tmp_path / "pairs.jsonl", ROWS)), options)
+    assert json.loads((tmp_path / "again.json").read_text())["accuracy"] == figures["accuracy"]
+
+
+def test_servers_that_fail_for_a_while_are_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    failures = [(429, {"Retry-After": "1"}), HANG_UP, HALF, (503, {})]
+    with chat_server(prefers_good, failures) as (url, bodies):
+        assert run(tmp_path, write_spec(tmp_path, url, batch=1, tries=5))["num_generations"] == 6
+        assert len(bodies) == 6 + len(failures) and {body["key"] for body in bodies} == {"Bearer secret"}
+
+
+def test_what_was_written_before_a_server_failed_is_kept(tmp_path):
+    def answer(body):
+        if "good 1" in text_of(body):
+            raise BrokenPipeError  # the connection is closed without an answer
+        return prefers_good(body)
+
+    with chat_server(answer) as (url, bodies):
+        with pytest.raises(ServerError, match=r"pairs.jsonl:2: no answer in 3 tries, at last .*Run the command again"):
+            run(tmp_path, write_spec(tmp_path, url, batch=1))
+        assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 2 and not (tmp_path / "out.json").exists()
+    with chat_server(prefers_good) as (other, bodies):
+        spec = write_spec(tmp_path, url, batch=1)
+        (tmp_path / "spec.yaml").write_text((tmp_path / "spec.yaml").read_text().replace(url, other))
+        assert run(tmp_path, spec)["num_generations"] == 6
+        assert len(bodies) == 6  # another server may hold another model
+
+
+def test_a_refused_request_is_not_repeated(tmp_path):
+    with chat_server(prefers_good, [(400, {})]) as (url, bodies):
+        with pytest.raises(ServerError, match=r"pairs.jsonl:1: HTTP 400: .*correct the SPEC or the row"):
+            run(tmp_path, write_spec(tmp_path, url, batch=1))
+        assert len(bodies) == 1
+
+
+def test_votes_have_texts_of_their_own(tmp_path):
+    with chat_server(prefers_good) as (url, bodies):
+        judge = write_spec(tmp_path, url, votes=3, decoding={"temperature": 1.0})
+        assert run(tmp_path, judge, ROWS[:1])["num_generations"] == 6
+        assert len({body["seed"] for body in bodies}) == 6
+
+
+def test_images_of_the_prompt_are_sent_before_the_text(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    row = {"id": "1", "prompt": "Which colour?", "images": ["a.png"], "chosen": "good", "rejected": "bad"}
+    with chat_server(prefers_good) as (url, bodies):
+        run(tmp_path, write_spec(tmp_path, url), [row])
+    image, text = bodies[0]["messages"][-1]["content"]
+    kind, data = image["image_url"]["url"].split(";base64,")
+    assert kind == "data:image/png" and base64.b64decode(data) == (tmp_path / "a.png").read_bytes()
+    assert "Which colour?" in text["text"]
+
+
+def test_a_tournament_gives_rewards(tmp_path):
+    def longest(body):
+        first, second = text_of(body).split("[Response 1]:")[1].split("###### [Response 2]:")
+        return f"<answer>{1 if len(first.strip()) > len(second.split('######')[0].strip()) else 2}</answer>"
+
+    row = {"id": "1", "prompt": "?", "responses": ["aa", "aaaa", "a", "aaa"], "preferences": [[1, 0]]}
+    with chat_server(longest) as (url, bodies):
+        figures = run(tmp_path, write_spec(tmp_path, url, order="round_robin"), [row])
+    assert len(bodies) == 4 * 3
+    assert figures["rewards"] == [{"id": "1", "rewards": [pytest.approx(wins / 3) for wins in (1, 3, 0, 2)]}]
+
+
+def test_orders(tmp_path):
+    url = "http://127.0.0.1:1/v1"
+
+    data = str(write_rows(tmp_path / "a.jsonl", [{**ROWS[0], "id": str(n)} for n in range(64)]))
+    records = list(read_in_order(data, None, "auto", require_preferences=True))
+    found = {}
+    for order in ("both", "as_given", "random"):
+        spec = load_spec(write_spec(tmp_path, url, order=order).removeprefix("judge:"))
+        found[order] = [question.order for question in make_questions(spec, records)]
+        assert found[order] == [question.order for question in make_questions(spec, records)]
+    assert set(found["as_given"]) == {(0, 1)} and found["both"] == [(0, 1), (1, 0)] * 64
+    assert 16 < found["random"].count((1, 0)) < 48
+
+
+def test_a_stop_keeps_the_texts(tmp_path, monkeypatch):
+    write = Endpoint.write
+
+    def stopping(self, questions):
+        for number, answered in enumerate(write(self, questions)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield answered
+
+    monkeypatch.setattr(Endpoint, "write", stopping)
+    with chat_server(prefers_good) as (url, _):
+        with pytest.raises(InterruptedRun, match="keeps the texts so far: run the command again"):
+            run(tmp_path, write_spec(tmp_path, url))
+        with (tmp_path / "texts.jsonl").open("a") as file:
+            file.write('{"id": "r0", "ord')  # as a power failure leaves it
+        monkeypatch.undo()
+        assert run(tmp_path, write_spec(tmp_path, url))["num_generations"] == 6
+    assert all(json.loads(line)["key"] for line in (tmp_path / "texts.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    "others, said",
+    [
+        ({"votes": 3}, "more than one at temperature 0 are all the same"),
+        ({"order": "twice"}, "order"),
+        ({"prompt": "{{ question"}, "prompt: "),
+        ({"prompt": "{{ answer }}"}, "prompt: 'answer' is undefined; it has question, first and second"),
+        ({"parser": "score"}, "parser: got 'score'; a pairwise judge has one of: r1_reward"),
+        ({"extends": "nobody"}, "extends: got 'nobody', wanted a shipped judge: llava_critic"),
+        ({"generator": {"model": "m", "url": "localhost:8000"}}, "generator.url: got 'localhost:8000', wanted"),
+        ({"generator": {"model": "nowhere/at/all"}}, "generator.model: "),
+    ],
+)
+def test_specs_that_cannot_be_are_named(tmp_path, others, said):
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path, write_spec(tmp_path, "http://127.0.0.1:1/v1", **others))
+
+
+def test_files_and_rows_that_cannot_be_used_are_named(tmp_path):
+    judge = write_spec(tmp_path, "http://127.0.0.1:1/v1")
+    (tmp_path / "texts.jsonl").write_text('{"id": "r0"}\n')
+    with pytest.raises(StorageError, match=r'texts.jsonl:1: wanted a line with "key" and "text"'):
+        run(tmp_path, judge)
+    (tmp_path / "texts.jsonl").unlink()
+    row = {"id": "1", "prompt": "?", "images": ["none.png"], "chosen": "good", "rejected": "bad"}
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: .*IMAGE_MISSING"):
+        run(tmp_path, judge, [row])
+    with pytest.raises(ConfigError, match="r1_reward: it names no generator; add one in a YAML file with extends"):
+        run(tmp_path, "judge:r1_reward")

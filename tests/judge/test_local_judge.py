@@ -1,0 +1,66 @@
+"""A judge that transformers loads here: a tiny one that reads images, and SmolLM2's real weights."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from fastrm.data.record import Message
+from fastrm.errors import ConfigError
+from fastrm.evaluate.options import RowOptions
+from fastrm.grpo.config import PolicySection
+from fastrm.grpo.policy import load_policy, save_policy
+from fastrm.grpo.questions import Question
+from fastrm.judge.command import JudgeOptions, evaluate_judge
+from tests.helpers.runs import TINY, write_rows
+from tests.helpers.smollm2 import needs_smollm2
+
+
+def judge(folder, model, rows, **others):
+    spec = {"extends": "r1_reward", "generator": {"model": str(model), "batch": 4}, "decoding": {"max_tokens": 4}}
+    (folder / "spec.yaml").write_text(json.dumps(spec | others))
+    options = JudgeOptions(RowOptions(), store=folder / "texts.jsonl", json_out=folder / "out.json")
+    evaluate_judge([f"judge:{folder / 'spec.yaml'}"], str(write_rows(folder / "pairs.jsonl", rows)), options)
+    return json.loads((folder / "out.json").read_text())
+
+
+def image_rows(folder):
+    rows = []
+    for number, colour in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (56, 56), colour).save(folder / f"{number}.png")
+        rows.append({"id": str(number), "prompt": "Which colour?", "images": [f"{number}.png"], "chosen": colour,
+                     "rejected": "grey"})  # fmt: skip
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random Qwen2.5-VL as a policy, in a folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    settings = PolicySection(
+        init=TINY["model"]["init"], tokenizer={"train_vocab_size": 300}, min_pixels=784, max_pixels=3136
+    )
+    save_policy(*load_policy(settings, [Question((Message("user", ("Which?",)),), "red", "x:1")], 0), folder)
+    return folder
+
+
+def test_a_model_that_reads_images_is_shown_them(tmp_path, tiny):
+    figures = judge(tmp_path, tiny, image_rows(tmp_path))
+    assert (figures["num_generations"], figures["preferences"]) == (6, 3)
+    lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == 6 and all(isinstance(line["text"], str) for line in lines)
+
+
+@needs_smollm2
+def test_smollm2_writes_texts(tmp_path, smollm2_folder):
+    rows = [{"id": "1", "prompt": "What is 2 + 2?", "chosen": "It is 4.", "rejected": "It is 5."}]
+    figures = judge(tmp_path, smollm2_folder, rows, decoding={"max_tokens": 8})
+    assert figures["num_generations"] == 2
+    texts = [json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert all(text.strip() and text.isprintable() for text in map(str.strip, texts))
+
+
+@needs_smollm2
+def test_a_text_model_is_not_asked_about_images(tmp_path, smollm2_folder):
+    with pytest.raises(ConfigError, match=r"generator.model: a text model, but .*pairs.jsonl:1 has an image"):
+        judge(tmp_path, smollm2_folder, image_rows(tmp_path))
