@@ -26,6 +26,7 @@ from fastrm.ablate.grid import load_grid
 from fastrm.config import load_config, load_run
 from fastrm.evaluate.ensemble import EnsembleFile
 from fastrm.grpo.config import GrpoConfig
+from fastrm.judge.spec import load_spec
 from fastrm.train.loop import train
 from fastrm.yaml_files import read_yaml, validate
 from tests.helpers.documents import PAGES, blocks, commands_to_read, commands_to_run, text_of, words_of
@@ -140,6 +141,8 @@ def test_settings_exist(page, tmp_path):
             validate(EnsembleFile, tree, places, page)
         elif "axes" in tree:
             load_grid(file)
+        elif "generator" in tree:
+            load_spec(str(file))
         else:
             if not {"path", "init"} & tree.setdefault("model", {}).keys():
                 file.write_text(yaml.safe_dump({**tree, "model": {**tree["model"], "path": "somewhere"}}))
