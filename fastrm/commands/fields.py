@@ -12,7 +12,7 @@ import typer
 
 from fastrm import cli_options as opts
 from fastrm.errors import ConfigError
-from fastrm.evaluate.options import ModelChoice, Outputs, RowOptions, ScoringOptions
+from fastrm.evaluate.options import JudgeTexts, ModelChoice, Outputs, RowOptions, ScoringOptions
 from fastrm.forecast.assumed import PlanOptions
 from fastrm.limits import MediaLimits
 from fastrm.serve.settings import ServeSettings
@@ -332,6 +332,7 @@ FIELDS = {
     ScoringOptions: _SCORING,
     ModelChoice: _CHOICE,
     Outputs: _OUTPUTS,
+    JudgeTexts: {"written": opts.Written, "generations": opts.Generations},
     ServeSettings: _SERVING,
     PlanOptions: _PLANNING,
 }

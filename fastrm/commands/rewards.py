@@ -10,7 +10,7 @@ import typer
 from fastrm import cli_options as opts
 from fastrm.commands.grouped import Without, grouped
 from fastrm.errors import ConfigError
-from fastrm.evaluate.options import ModelChoice, Outputs, ScoringOptions
+from fastrm.evaluate.options import JudgeTexts, ModelChoice, Outputs, ScoringOptions
 from fastrm.serve.settings import ServeSettings, check_installed
 
 
@@ -69,10 +69,9 @@ def evaluate(
     choice: ModelChoice,
     options: ScoringOptions,
     outputs: Outputs,
+    texts: JudgeTexts,
     bench_data: opts.BenchData = None,
     scores: opts.Scores = None,
-    written: opts.Written = None,
-    generations: opts.Generations = None,
     quiet: opts.Quiet = False,
 ) -> None:
     """Measure how well reward models agree with preferences.
@@ -91,9 +90,9 @@ def evaluate(
 
         if choice != ModelChoice() or scores is not None or replace(outputs, json=None) != Outputs():
             raise ConfigError(f"{models[0]}: reward models' options, --scores, --png and --report are not for a judge")
-        evaluate_judge(models, data, JudgeOptions(options.rows, bench_data, written, generations, outputs.json))
+        evaluate_judge(models, data, JudgeOptions(options.rows, texts, bench_data, outputs.json))
         return
-    if written is not None or generations is not None:
+    if texts != JudgeTexts():
         raise ConfigError(f"--from and --generations are for a judge; got {models_and_data[0]}, wanted judge:SPEC")
     from fastrm.evaluate.command import evaluate as run
 

@@ -125,3 +125,25 @@ class ModelChoice:
         if kind != "text" or not model:
             raise ConfigError(f"--route: got {self.route!r}, wanted text=MODEL, for inputs without images")
         return Path(model)
+
+
+@dataclass(frozen=True)
+class JudgeTexts:
+    """The texts of a judge: those that are there, or the place of new ones.
+
+    Attributes:
+        written: a file of texts to measure without generating; None: the SPEC's generator writes.
+        generations: the file in which generated texts are kept; None: runs/judges/NAME.jsonl.
+    """
+
+    written: Path | None = None
+    generations: Path | None = None
+
+    def check(self) -> None:
+        """Refuse both at once.
+
+        Raises:
+            ConfigError: naming both options.
+        """
+        if self.written is not None and self.generations is not None:
+            raise ConfigError("--from measures texts that are there, --generations keeps new ones; name one of them")

@@ -12,7 +12,7 @@ from fastrm.errors import ConfigError, DataError, InterruptedRun
 from fastrm.evaluate.benchmarks.benchmark import PREFIX as BENCHMARK
 from fastrm.evaluate.benchmarks.benchmark import load_benchmark
 from fastrm.evaluate.files import print_refused
-from fastrm.evaluate.options import RowOptions
+from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.json_files import to_json
 from fastrm.judge.generations import Generation, read_generations
@@ -32,16 +32,14 @@ class JudgeOptions:
 
     Attributes:
         rows: the ways to read the data.
+        texts: what it wrote, or the place of what it writes.
         bench_data: the folder of a benchmark's files; None: from the hub.
-        written: a file of texts to measure without generating; None: the SPEC's generator writes.
-        store: the file in which generated texts are kept; None: runs/judges/NAME.jsonl.
         json_out: the file to write the figures to, or None.
     """
 
     rows: RowOptions
+    texts: JudgeTexts = JudgeTexts()
     bench_data: str | None = None
-    written: Path | None = None
-    store: Path | None = None
     json_out: Path | None = None
 
 
@@ -59,27 +57,26 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
         others = ", ".join(name for name in models if not name.startswith(PREFIX)) or "several judges"
         raise ConfigError(f"{PREFIX}SPEC is evaluated alone; got {others} beside it: run the command for each")
     name = models[0].removeprefix(PREFIX)
-    spec = load_spec(name)
-    if options.written is None and spec.generator is None:
+    spec, texts = load_spec(name), options.texts
+    if texts.written is None and spec.generator is None:
         raise ConfigError(
             f"{models[0]}: it names no generator; add one in a YAML file with extends: {name} (docs/judges.md), or "
             "name texts that it wrote: --from generations.jsonl"
         )
-    if options.written is not None and options.store is not None:
-        raise ConfigError("--from measures texts that are there, --generations keeps new ones; name one of them")
+    texts.check()
     refused: list[str] = []
     with whole_file(options.json_out) if options.json_out is not None else nullcontext() as write:
         with Display() as display:
             records = _records(data, options.rows, options.bench_data, refused)
-            if options.written is not None:
+            if texts.written is not None:
                 shown = 2 if spec.kind == "pairwise" else 1
-                found = display.count("reading", read_generations(options.written, records, shown, refused))
+                found = display.count("reading", read_generations(texts.written, records, shown, refused))
             else:
-                store = options.store or Path("runs", "judges", f"{Path(name).stem}.jsonl")
+                store = texts.generations or Path("runs", "judges", f"{Path(name).stem}.jsonl")
                 found = generate(spec, records, store, display)
             report = {"judge": name, "data": data} | measure(spec, records, found)
         if report["accuracy"] is None:
-            reason = refused[0] if refused else f"{options.written} has none of its {len(records):,} rows"
+            reason = refused[0] if refused else f"{texts.written} has none of its {len(records):,} rows"
             raise DataError(f"{data}: no preference was judged; {reason}")
         report["refused"] = refused
         print_table(make_console(), _table(report))

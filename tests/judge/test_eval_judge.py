@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastrm.errors import ConfigError, DataError
-from fastrm.evaluate.options import RowOptions
+from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from tests.helpers.runs import fastrm_here, write_rows
 
@@ -21,7 +21,7 @@ BOTH_ORDERS = {
 
 
 def options(written=None, out=None):
-    return JudgeOptions(RowOptions(), written=written, json_out=out)
+    return JudgeOptions(RowOptions(), JudgeTexts(written), json_out=out)
 
 
 def lines(texts):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastrm.errors import ConfigError, DataError, InterruptedRun, ServerError, StorageError
-from fastrm.evaluate.options import RowOptions
+from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.judge.endpoint import Endpoint
@@ -86,7 +86,7 @@ def write_spec(folder, url, **others):
 def run(folder, judge, rows=ROWS):
     data = str(write_rows(folder / "pairs.jsonl", rows))
     out, store = folder / "out.json", folder / "texts.jsonl"
-    evaluate_judge([judge], data, JudgeOptions(RowOptions(), store=store, json_out=out))
+    evaluate_judge([judge], data, JudgeOptions(RowOptions(), JudgeTexts(generations=store), json_out=out))
     return json.loads(out.read_text())
 
 
@@ -109,7 +109,7 @@ def test_both_orders_are_asked_and_nothing_is_asked_twice(tmp_path):
         run(tmp_path, judge, changed)
         assert len(bodies) == 8
     # What was kept is measured by --from too.
-    options = JudgeOptions(RowOptions(), written=tmp_path / "texts.jsonl", json_out=tmp_path / "again.json")
+    options = JudgeOptions(RowOptions(), JudgeTexts(tmp_path / "texts.jsonl"), json_out=tmp_path / "again.json")
     (tmp_path / "texts.jsonl").write_text("".join((tmp_path / "texts.jsonl").read_text().splitlines(True)[:6]))
     evaluate_judge(["judge:r1_reward"], str(write_rows(tmp_path / "pairs.jsonl", ROWS)), options)
     assert json.loads((tmp_path / "again.json").read_text())["accuracy"] == figures["accuracy"]

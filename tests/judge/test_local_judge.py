@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastrm.data.record import Message
 from fastrm.errors import ConfigError
-from fastrm.evaluate.options import RowOptions
+from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.grpo.config import PolicySection
 from fastrm.grpo.policy import load_policy, save_policy
 from fastrm.grpo.questions import Question
@@ -19,7 +19,7 @@ from tests.helpers.smollm2 import needs_smollm2
 def judge(folder, model, rows, **others):
     spec = {"extends": "r1_reward", "generator": {"model": str(model), "batch": 4}, "decoding": {"max_tokens": 4}}
     (folder / "spec.yaml").write_text(json.dumps(spec | others))
-    options = JudgeOptions(RowOptions(), store=folder / "texts.jsonl", json_out=folder / "out.json")
+    options = JudgeOptions(RowOptions(), JudgeTexts(generations=folder / "texts.jsonl"), json_out=folder / "out.json")
     evaluate_judge([f"judge:{folder / 'spec.yaml'}"], str(write_rows(folder / "pairs.jsonl", rows)), options)
     return json.loads((folder / "out.json").read_text())
 
