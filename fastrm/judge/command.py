@@ -38,7 +38,7 @@ class JudgeOptions:
     """
 
     rows: RowOptions
-    texts: JudgeTexts = JudgeTexts()
+    texts: JudgeTexts
     bench_data: str | None = None
     json_out: Path | None = None
 
