@@ -29,6 +29,7 @@ app.add_typer(data_app, name="data")
 
 for name, command in {
     "train": training.train, "plan": training.plan, "ablate": training.ablate, "grpo": training.grpo,
+    "compare": training.compare,
     "score": rewards.score, "eval": rewards.evaluate, "check-serving": rewards.check_serving, "serve": rewards.serve,
     "export": rewards.export, "push": rewards.push,
 }.items():  # fmt: skip

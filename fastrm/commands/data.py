@@ -6,13 +6,12 @@ from typing import Annotated
 import typer
 
 from fastrm import cli_options as opts
-from fastrm.commands.grouped import grouped
+from fastrm.commands.grouped import can_be_quiet, grouped
 from fastrm.evaluate.options import RowOptions
 
 
-def prepare_data(
-    config: opts.RunFile, overrides: opts.Overrides = None, workers: opts.Workers = None, quiet: opts.Quiet = False
-) -> None:
+@can_be_quiet
+def prepare_data(config: opts.RunFile, overrides: opts.Overrides = None, workers: opts.Workers = None) -> None:
     """Read, check, group and count a run's data ahead of time.
 
     A YAML file names the data. The folder data.prepared, or run.dir/prepared, then holds the set that runs train

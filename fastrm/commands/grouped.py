@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Annotated, get_args, get_origin
 
+from fastrm import cli_options as opts
 from fastrm.commands.fields import FIELDS
 
 
@@ -16,6 +17,17 @@ class Without:
 
     def __init__(self, *fields: str):
         object.__setattr__(self, "fields", fields)
+
+
+def can_be_quiet(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with the option --quiet, whose callback does what it asks for."""
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=opts.Quiet)
+
+    def call(quiet: bool, **values) -> None:
+        command(**values)
+
+    return _as(call, command, signature, [*signature.parameters.values(), option])
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -35,6 +47,11 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         own = {name: values[name] for name in signature.parameters if name not in groups}
         command(**own, **{name: _build(kind, left_out, values) for name, (kind, left_out) in groups.items()})
 
+    return _as(call, command, signature, parameters)
+
+
+def _as(call, command, signature: inspect.Signature, parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """Return `call` under the name and text of `command`, with other parameters."""
     call.__doc__, call.__name__, call.__module__ = command.__doc__, command.__name__, command.__module__
     call.__signature__ = signature.replace(parameters=parameters)
     call.__annotations__ = {one.name: one.annotation for one in parameters}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastrm import cli_options as opts
-from fastrm.commands.grouped import Without, grouped
+from fastrm.commands.grouped import Without, can_be_quiet, grouped
 from fastrm.errors import ConfigError
 from fastrm.evaluate.options import JudgeTexts, ModelChoice, Outputs, ScoringOptions
 from fastrm.serve.settings import ServeSettings, check_installed
@@ -22,6 +22,7 @@ class FileDtype(StrEnum):
     BF16 = "bf16"
 
 
+@can_be_quiet
 @grouped
 def score(
     models: opts.Models,
@@ -40,7 +41,6 @@ def score(
     ],
     choice: Annotated[ModelChoice, Without("compare")],
     options: ScoringOptions,
-    quiet: opts.Quiet = False,
 ) -> None:
     """Write the rewards of a file's responses.
 
@@ -55,6 +55,7 @@ def score(
     score_file(replace(choice, models=tuple(models)), data, out, options)
 
 
+@can_be_quiet
 @grouped
 def evaluate(
     models_and_data: Annotated[
@@ -72,7 +73,6 @@ def evaluate(
     texts: JudgeTexts,
     bench_data: opts.BenchData = None,
     scores: opts.Scores = None,
-    quiet: opts.Quiet = False,
 ) -> None:
     """Measure how well reward models agree with preferences.
 
@@ -165,6 +165,7 @@ def serve(
     run(models, choice, options, settings)
 
 
+@can_be_quiet
 def export(
     model: opts.ExportedModel,
     out: opts.ExportFolder = None,
@@ -186,7 +187,6 @@ def export(
             help="Precision of the backbone in the files: fp32, bf16 or auto, the run's own or that of its files.",
         ),
     ] = FileDtype.AUTO,
-    quiet: opts.Quiet = False,
 ) -> None:
     """Write a reward model for transformers or vLLM.
 

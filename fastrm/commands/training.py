@@ -26,8 +26,8 @@ def train(
     """Train a reward model on preferences.
 
     A YAML file names the data, the model and the settings. The folder run.dir then holds the model (model/), the
-    metrics (metrics.jsonl), a picture of them (report.png), the rows that were refused (quarantine.jsonl) and the
-    checkpoints.
+    metrics (metrics.jsonl), a page and a picture of them (report.html, report.png), the rows that were refused
+    (quarantine.jsonl) and the checkpoints.
 
     \b
     Example: fastrm train configs/quickstart.yaml optim.lr=1e-4
@@ -114,6 +114,27 @@ def ablate(
         command.dry_run(grid, overrides or [])
     else:
         command.ablate(grid, overrides or [])
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Folders of two or more runs, ended or not, as runs/my.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page with the curves of all runs too.")
+    ] = None,
+) -> None:
+    """Show runs side by side.
+
+    Printed are the figures of the runs, and the settings in which they differ. The page of --out also lays their
+    curves over one another, and has the accuracy by source.
+
+    \b
+    Example: fastrm compare runs/quickstart runs/my --out compare.html
+    """
+    from fastrm.train.run_pages import compare_runs
+
+    compare_runs(runs, out)
 
 
 def grpo(experiment: opts.GrpoFile, overrides: opts.Overrides = None) -> None:

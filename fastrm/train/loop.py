@@ -28,6 +28,7 @@ from fastrm.train.ranks import Ranks, joined
 from fastrm.train.report import announce, finish, progress_note, stopping_note, versions
 from fastrm.train.resume import find_start, restore
 from fastrm.train.run import INCIDENTS, Run, StepGuard, locked
+from fastrm.train.run_pages import try_to_write_run_page
 from fastrm.train.setup import check_exactness, make_engine, set_up
 from fastrm.train.step_cost import make_cost_model
 from fastrm.train.trackers import check_trackers
@@ -120,6 +121,8 @@ def _run_to_the_end(run: Run) -> dict:
     # The export comes before the checkpoint: if the disk has room for only one of them, it is the one to keep.
     summary = finish(run, flips)
     run.checkpoints.save(run.progress)
+    if run.ranks.is_first:
+        try_to_write_run_page(run.folder, run.display.say)
     return summary
 
 

@@ -1,10 +1,12 @@
 """The report at the end of a run: a table, report.png, and the versions and memory of the run."""
 
 import importlib
+import os
 import resource
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -67,11 +69,11 @@ def progress_note(row: dict, device: torch.device) -> str:
     """Return what is shown during the run: the part of a row of metrics.jsonl that matters, and the peak of memory."""
     if row["loss"] is None:
         return "no step was finite"
-    if "rewards/accuracies" not in row:
-        return f"loss {row['loss']:.4f}  {row['preferences_per_second']:,.0f} ratings/s"
+    is_of_pairs = "rewards/accuracies" in row
+    accuracy, unit = (f"acc {row['rewards/accuracies']:.3f}  ", "pairs") if is_of_pairs else ("", "ratings")
     return (
-        f"loss {row['loss']:.4f}  acc {row['rewards/accuracies']:.3f}  {row['preferences_per_second']:,.3g} pairs/s  "
-        f"{row['tokens_per_second']:,.0f} tok/s  wait {row['data_wait_share']:.0%}  "
+        f"loss {row['loss']:.4f}  {accuracy}{row['preferences_per_second']:,.3g} {unit}/s"
+        f"  {row['tokens_per_second']:,.0f} tok/s  wait {row['data_wait_share']:.0%}  "
         f"{gib(peak_memory_bytes(device))} GiB"
     )
 
@@ -104,7 +106,7 @@ def finish(run: Run, flips: Flips | None) -> dict:
     if run.ranks.is_first:
         write_report(run.folder, summary)
         print_table(run.display.console, summary_table(summary, summary["eval_by_source"]))
-        for line in (*run.quarantine.reasons(), f"model, report.png and summary.json are in {run.folder}"):
+        for line in (*run.quarantine.reasons(), f"model, report.html, report.png and summary.json are in {run.folder}"):
             run.display.say(line)
     return summary
 
@@ -151,6 +153,7 @@ def _summary(run: Run, flips: Flips | None) -> dict:
         "exported_step": progress.step if run.config.run.export == "last" else progress.best_step,
         "stopped_early": progress.is_stopped_early(run.config.run),
         "versions": versions(),
+        "hardware": hardware(network.device),
     }
 
 
@@ -175,7 +178,7 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
         rows: of metrics.jsonl with a `loss`.
         evaluations: rows with `eval/loss`.
     """
-    parts = _accuracies(evaluations)
+    parts = accuracies(evaluations)
     figure = new_figure(11, 10.5 if parts else 7)
     figure.suptitle(title)
     grid = figure.add_gridspec(3 if parts else 2, 2)
@@ -192,7 +195,7 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
         if drawn := [row for row in rows if name in row]:
             steps, values = [row["step"] for row in drawn], [row[name] for row in drawn]
             axes.plot(steps, values, color="#9bb8d9", linewidth=0.8, label="each row")
-            axes.plot(steps, _smooth(values), color="#1f5fa8", linewidth=1.8, label="running mean")
+            axes.plot(steps, smooth(values), color="#1f5fa8", linewidth=1.8, label="running mean")
         held_out = [(row["step"], row[evaluated]) for row in evaluations if row.get(evaluated) is not None]
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color="#d1662a", markersize=4, label="held out")
@@ -211,7 +214,7 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
     figure.savefig(path, dpi=110)
 
 
-def _accuracies(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:
+def accuracies(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:
     """Return (step, accuracy) at each of several evaluations, by named set and by source, the largest of them."""
     points, evaluations = defaultdict(list), [row for row in evaluations if "eval/accuracy" in row]
     for row in evaluations if len(evaluations) > 1 else ():
@@ -225,10 +228,8 @@ def _accuracies(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 
 def _draw_parts(parts: dict[str, list[tuple[int, float]]], axes, beside) -> None:
-    """Draw the lines of `_accuracies` into `axes`, and their names into the axes `beside`."""
-    for name, points in parts.items():
-        width = 2.0 if name.startswith("set ") else 1.0
-        axes.plot(*zip(*points, strict=True), "o-", markersize=1.5 + width, linewidth=width, label=name)
+    """Draw the lines of `accuracies` into `axes`, and their names into the axes `beside`."""
+    draw_lines(parts, axes)
     axes.set_title("Held-out pair accuracy by set and source", fontsize=10)
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
@@ -236,7 +237,14 @@ def _draw_parts(parts: dict[str, list[tuple[int, float]]], axes, beside) -> None
     beside.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="center left")
 
 
-def _smooth(values: list[float], share: float = 0.05) -> list[float]:
+def draw_lines(parts: dict[str, list[tuple[int, float]]], axes) -> None:
+    """Draw the lines of `accuracies`, those of named sets broader than those of sources."""
+    for name, points in parts.items():
+        width = 2.0 if name.startswith("set ") else 1.0
+        axes.plot(*zip(*points, strict=True), "o-", markersize=1.5 + width, linewidth=width, label=name)
+
+
+def smooth(values: list[float], share: float = 0.05) -> list[float]:
     """Return the exponential running mean, started at the first value, over about `share` of the run."""
     decay = 1.0 - 1.0 / max(1.0, share * len(values))
     smooth, mean = [], None
@@ -288,6 +296,20 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def hardware(device: torch.device) -> dict[str, str]:
+    """Return what the run computes with, in words."""
+    import psutil
+
+    found = {"processor": "unknown", "cores": f"{len(os.sched_getaffinity(0)):,}"}
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        found["processor"] = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    found["host memory"] = f"{gib(psutil.virtual_memory().total)} GiB"
+    if device.type == "cuda":
+        found["GPU"] = torch.cuda.get_device_name(device)
+        found["GPU memory"] = f"{gib(torch.cuda.get_device_properties(device).total_memory)} GiB"
+    return found
 
 
 def versions() -> dict[str, str]:

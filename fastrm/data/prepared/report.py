@@ -271,15 +271,22 @@ def _draw_histogram(axes, histogram: dict, label: str) -> None:
 
 def report_tables(report: dict) -> list[Table]:
     """Return the tables that a preparation ends with: what is trained on, and what became of the other rows."""
-    kept = Table("source", *_table_row(report["sources"][0]), title="Prepared data")
+    headings, rows = describe_sources(report)
+    kept = Table(*headings, title="Prepared data")
     left = Table("source", "what", "number", title="Rows and parts that are not trained on as they were", text=(0, 1))
-    for row in report["sources"]:
-        label = ("eval: " if row["split"] == "eval" else "") + row["source"]
-        kept.add_row(label, *(f"{number:,}" for number in _table_row(row).values()))
+    for (label, *numbers), row in zip(rows, report["sources"], strict=True):
+        kept.add_row(label, *(f"{number:,}" for number in numbers))
         for what, number in _losses(row).items():
             left.add_row(label, what, f"{number:,}")
             label = ""
     return [kept] if left.is_empty else [kept, left]
+
+
+def describe_sources(report: dict) -> tuple[list[str], list[tuple]]:
+    """Return headings, and for each source of a report its name and its numbers."""
+    labels = [("eval: " if row["split"] == "eval" else "") + row["source"] for row in report["sources"]]
+    numbers = [_table_row(row) for row in report["sources"]]
+    return ["source", *numbers[0]], [(label, *row.values()) for label, row in zip(labels, numbers, strict=True)]
 
 
 def _table_row(row: dict) -> dict[str, int]:
