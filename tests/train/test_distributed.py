@@ -285,7 +285,7 @@ def test_runs_and_resumed_runs_are_those_of_one_process(server, mixed_data, one_
 
 
 def test_ranks_evaluate_named_sets_and_stop_early_at_the_same_step(server, mixed_data, stage, tmp_path):
-    stopping = {"metric": "eval/all/loss", "patience": 2, "min_delta": 9.0}  # which no later loss falls by
+    stopping = {"metric": "eval/few/accuracy", "patience": 2, "min_delta": 9.0}  # which none rises by
     sources = {"all": [{"path": str(mixed_data)}], "few": [{"path": str(mixed_data), "cap": 7}]}
     run = {"eval_every": 1, "eval_at_start": True, "eval_groups": 9, "early_stopping": stopping, "export": "best"}
     one, two = tmp_path / "one", tmp_path / "two"
@@ -306,7 +306,7 @@ def test_ranks_evaluate_named_sets_and_stop_early_at_the_same_step(server, mixed
         figures = [name for name, value in other.items() if isinstance(value, float)]
         assert [row[name] for name in figures] == pytest.approx([other[name] for name in figures], rel=1e-4, abs=1e-6)
     assert_equal(exported(two / "run"), checkpoint_of(best_of(two / "run"))[0])
-    assert found["exported_step"] == wanted["exported_step"]
+    assert found["exported_step"] == wanted["exported_step"] < 2, (rows, "the data no longer give an early best")
 
 
 def best_of(run_dir: Path) -> Path:
