@@ -115,7 +115,7 @@ def restore(checkpoint: Path, config: Config, fingerprint: str, engine, ranks: R
     if _chooses_by(state["config"]) != _chooses_by(config.model_dump(mode="json")):
         progress.forget_evaluations()
     folder = Path(config.run.dir) / CHECKPOINTS
-    if config.run.export == "best" and progress.best_step not in (None, progress.step):
+    if config.run.export == "best" and progress.best_checkpoint is not None:
         ranks.on_first(lambda: _check_best(folder / progress.best_checkpoint, checkpoint))
     if ranks.is_first:
         set_newer_aside(folder, progress.step)
@@ -133,7 +133,7 @@ def _check_best(best: Path, start: Path) -> None:
     if (problem := verify(best)) is not None:
         raise ConfigError(
             f"run.export: best: the best step so far, {best}, is not there or not intact ({problem}); copy it there "
-            f"from beside {start}, or set run.export: last"
+            f"from {start.parent}, or set run.export: last"
         )
 
 

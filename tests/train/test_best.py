@@ -169,6 +169,10 @@ def test_a_best_checkpoint_that_is_missing_or_damaged_is_named(stopped, tmp_path
     with pytest.raises(ConfigError, match=r"run\.export: best: the best step so far, .* is not there or not intact"):
         run(path, f"run.dir={copy}", resume="auto")
     run(path, f"run.dir={copy}", "run.export=last", resume="auto")
+    # A run that goes on in another folder has not the checkpoint there that it starts from.
+    best = path.parent / "run" / "checkpoints" / f"step-{summary['exported_step']:08d}"
+    with pytest.raises(ConfigError, match=f"copy it there from {best.parent}"):
+        run(path, f"run.dir={tmp_path / 'new'}", resume=str(best))
 
 
 def test_a_best_checkpoint_that_is_damaged_at_the_end_costs_no_step(rows, tmp_path, monkeypatch):
