@@ -218,3 +218,24 @@ def test_a_card_beside_the_model_is_sent_as_it_is(run, tmp_path, capsys):
     (tmp_path / "model" / "README.md").write_text("# Mine\n")
     push(tmp_path / "model", "me/x", dry_run=True)
     assert capsys.readouterr().out.endswith("# Mine\n\n")
+
+
+def adapter(folder: Path, base: str) -> Path:
+    """Make the files of a run's adapter."""
+    model = folder / "model"
+    model.mkdir(parents=True)
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (model / "adapter_model.safetensors").write_bytes(b"weights")
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "fastrm": {}}))
+    return folder
+
+
+def test_an_adapter_needs_a_base_that_others_have(tmp_path, capsys):
+    from fastrm.share.push import push
+
+    with pytest.raises(fastrm.ConfigError, match=r"its base model, .*, is a folder that nobody else has; push a whole"):
+        push(adapter(tmp_path / "local", str(tmp_path)), "me/x", dry_run=True)
+    push(adapter(tmp_path / "known", "Qwen/Qwen2.5-0.5B"), "me/x", dry_run=True)
+    said = capsys.readouterr().out
+    assert "The files are an adapter and a head" in said and "adapter_model.safetensors" in said
+    assert "AutoModelForSequenceClassification.from_pretrained" not in said
