@@ -3,8 +3,10 @@
 import asyncio
 import inspect
 import json
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas
 import pytest
@@ -17,7 +19,7 @@ from tests.helpers.documents import blocks
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import colour_rows, text_rows, tiny_config, write_rows
 from tests.helpers.runs import fastrm as command
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import PATIENCE, wait_until
 
 ROWS = text_rows(24)
 NAMED = {"run": {"dir": "r"}, "model": {"path": "x"}}
@@ -171,6 +173,30 @@ def test_a_script_needs_no_main_guard(tmp_path):
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and done.stdout == "2 1\n", done.stderr
+
+
+def test_an_interrupt_saves_and_the_program_goes_on(tmp_path):
+    """As when a notebook's user stops a cell: the kernel lives, and the next cell resumes."""
+    config = tree(tmp_path, run={"max_steps": 100_000}, data={"train": [{"rows": ROWS}]})
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import re, fastrm\nconfig = {config!r}\ntry:\n    fastrm.train(config, quiet=True)\n"
+        "except fastrm.InterruptedRun as error:\n    step = int(re.search('step ([0-9]+)', str(error))[1])\n"
+        "run = fastrm.train(config, f'run.max_steps={step + 1}', resume='auto', quiet=True)\n"
+        "print(run.metrics['steps'] - step)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    said, problem = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, said) == (0, "1\n"), problem
+
+
+def test_a_thread_may_train(tmp_path):
+    config = tree(tmp_path, run={"max_steps": 1}, data={"train": [{"rows": ROWS}]})
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fastrm.train, config, quiet=True).result().metrics["steps"] == 1
 
 
 def test_functions_and_packages_share_their_names():
