@@ -31,11 +31,17 @@ def score(model):
 def evaluate(data):
     return fastrm.evaluate(sys.argv[2], data, quiet=True).accuracy
 
+def train(model, folder):
+    rows = [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}]
+    config = {"run": {"dir": folder, "max_steps": 1}, "data": {"train": [{"rows": rows}], "num_workers": 0},
+              "model": {"path": model}, "precision": {"dtype": "fp32"}}
+    return fastrm.train(config, quiet=True).metrics["steps"]
+
 for name, *arguments in json.loads(sys.argv[1]):
     try:
-        answer = {"score": score, "evaluate": evaluate, "push": lambda a, b, **k: push(a, b, **k)}[name](
-            *[one for one in arguments if not isinstance(one, dict)],
-            **{k: v for one in arguments if isinstance(one, dict) for k, v in one.items()})
+        options = arguments.pop() if isinstance(arguments[-1], dict) else {}
+        call = {"score": score, "evaluate": evaluate, "train": train, "push": push}[name]
+        answer = call(*arguments, **options)
     except fastrm.FastrmError as error:
         answer = f"{type(error).__name__}: {error}"
     print("\\nANSWER", json.dumps(answer))
@@ -69,11 +75,12 @@ def answers(home: Path, url: str, *calls, **environment) -> list:
 def test_a_pushed_model_is_loaded_by_its_id_and_gives_the_same_rewards(run, hub, tmp_path):
     folder = str(run.folder)
     (run.folder / "model" / "notes.bin").write_bytes(b"optimizer")
-    before, sent, here, there, public = answers(
+    before, sent, here, there, public, steps = answers(
         tmp_path, hub.url, ["push", folder, "me/tiny", {"dry_run": True}], ["push", folder, "me/tiny"],
-        ["score", folder], ["score", "me/tiny"], ["push", folder, "me/tiny", {"public": True}], HF_TOKEN=TOKEN,
+        ["score", folder], ["score", "me/tiny"], ["push", folder, "me/tiny", {"public": True}],
+        ["train", "me/tiny", str(tmp_path / "run")], HF_TOKEN=TOKEN,
     )  # fmt: skip
-    assert before is None and sent is None and public is None and here == there
+    assert (before, sent, public, steps) == (None, None, None, 1) and here == there
     files = hub.files["me/tiny"]
     model = run.folder / "model"
     sent_names = {"README.md"} | {file.name for file in model.iterdir()} - {"notes.bin"}
