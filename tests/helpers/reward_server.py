@@ -42,6 +42,20 @@ class Reply:
 
 
 @contextmanager
+def answering(handler: type[BaseHTTPRequestHandler]):
+    """Answer requests by a handler, which logs nothing, on a free port in threads; yield the server's URL."""
+    handler.log_message = lambda *_: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
 def reward_server(scorer, replies=()):
     """Serve `POST /v1/rewards` on a free port; yield (URL, list of the bodies that came).
 
@@ -68,17 +82,8 @@ def reward_server(scorer, replies=()):
             self.end_headers()
             self.wfile.write(reply.body)
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", bodies
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(Handler) as url:
+        yield url, bodies
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import base64
 import json
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from PIL import Image
@@ -16,6 +16,7 @@ from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.judge.endpoint import Endpoint
 from fastrm.judge.questions import make_questions
 from fastrm.judge.spec import load_spec
+from tests.helpers.reward_server import answering
 from tests.helpers.runs import write_rows
 
 pytest.importorskip("httpx")
@@ -51,17 +52,8 @@ def chat_server(answer, failures=()):
             self.end_headers()
             self.wfile.write(text)
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", bodies
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(Handler) as url:
+        yield f"{url}/v1", bodies
 
 
 def text_of(body):
