@@ -32,7 +32,7 @@ from fastrm.train.run_pages import try_to_write_run_page
 from fastrm.train.setup import check_exactness, make_engine, set_up
 from fastrm.train.step_cost import make_cost_model
 from fastrm.train.trackers import check_trackers
-from fastrm.ui import Display
+from fastrm.ui import Display, counted
 
 
 def train(
@@ -100,7 +100,8 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
     guard = StepGuard(run_dir / INCIDENTS if ranks.is_first else None, progress.step, progress.skipped_in_a_row)
     run = Run(job, engine, order, num_steps, progress, checkpoints, guard, log, quarantine, display, stop, ranks)
     announce(run, start)
-    check_exactness(job, engine, ranks, display.say)
+    for _ in counted("comparing with the stock model", range(1), 1):
+        check_exactness(job, engine, ranks, display.say)
     return run
 
 
@@ -136,7 +137,8 @@ def _train_steps(run: Run) -> None:
         _evaluate_and_save_when_due(run)
     if progress.is_stopped_early(settings):
         return
-    show, waiting = run.display.task("training"), Waiting()
+    show, note, waiting = run.display.task("training"), "", Waiting()
+    show(progress.step, run.num_steps)
     with closing(_steps(run, waiting)) as steps:
         for step in steps:
             started, tally = time.perf_counter(), StepTally()
@@ -157,7 +159,8 @@ def _train_steps(run: Run) -> None:
             if _is_due(progress.step, settings.log_every) or progress.step == run.num_steps:
                 row = progress.take_row(run.order.num_groups, rate) | part_rates(rate, run.config.optim)
                 run.write(row)
-                show(progress.step, run.num_steps, progress_note(row, run.job.network.device))
+                note = progress_note(row, run.job.network.device)
+            show(progress.step, run.num_steps, note)
             _evaluate_and_save_when_due(run)
             if progress.is_stopped_early(settings):
                 return
