@@ -108,39 +108,40 @@ class Scoring:
         ensemble: the models, once the first row has been scored.
     """
 
-    def __init__(
-        self, load: Load, data: str | Rows, options: ScoringOptions, display: Display, description: str
-    ):
+    def __init__(self, load: Load, data: str | Rows, options: ScoringOptions, display: Display, description: str):
         self.ensemble: Ensemble | None = None
         self._load, self._data, self._options = load, data, options
-        self._display, self._update = display, display.task(description)
+        self._display, self._update = display, display.task(description, is_brief=True)
 
     def run(self, *, require_preferences: bool) -> Iterator[Scored]:
         """Yield (record, rewards), or (record or id, RecordError), for each row in order."""
         asked, keys = self._options.rows, {}
         reading = {"columns": asked.columns, "ignore": asked.ignore}
-        for file in source_files(self._data, images=asked.images, format=asked.data_format, **reading):
+        files = source_files(self._data, images=asked.images, format=asked.data_format, **reading)
+        for file in files:
             if (line := understood(file.requiring(require_preferences))) is not None:
                 self._display.say(line)
         rows = read_in_order(
             self._data, asked.images, asked.data_format, require_preferences=require_preferences, keys=keys, **reading
         )
         # The data is opened before the models are loaded, so that an unreadable file fails at once.
-        chunk, done = list(islice(rows, CHUNK)), 0
+        chunk, done, total = list(islice(rows, CHUNK)), 0, sum(file.count_rows() for file in files)
         if not chunk:
             raise DataError(f"{self._data}: it has no rows; name a file with a row for each prompt")
         self.ensemble = self._load()
         while chunk:
-            yield from self._score(chunk)
+            yield from self._score(chunk, done, total)
             done += len(chunk)
-            self._update(done, None)
             chunk = list(islice(rows, CHUNK))
         for line in unread_lines(keys):
             self._display.say(line)
 
-    def _score(self, chunk: list) -> Iterator[Scored]:
-        records = [row for row in chunk if isinstance(row, Record)]
-        results = iter(self.ensemble.score_records(records, self._options.tokens_per_pack, self._options.num_workers))
+    def _score(self, chunk: list, before: int, total: int) -> Iterator[Scored]:
+        def progress(done: int, of: int) -> None:
+            self._update(before + len(chunk) * done // of, total)
+
+        options, records = self._options, [row for row in chunk if isinstance(row, Record)]
+        results = iter(self.ensemble.score_records(records, options.tokens_per_pack, options.num_workers, progress))
         for row in chunk:
             yield (row, next(results)) if isinstance(row, Record) else row
 

@@ -37,6 +37,18 @@ def test_training_shows_pace_memory_and_waiting_in_a_file(config, capfd):
     assert code == 0 and re.search(figures, shown), shown
 
 
+def test_every_long_step_counts_what_it_does(config, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(ui, "PLAIN_SECONDS", 0.0)  # as if each took long
+    code, shown = fastrm_here(capfd, "train", config)
+    steps = ["reading rows", "counting groups", "comparing with the stock model", "training", "evaluating"]
+    steps += ["writing weights"]
+    ends = {name: re.search(rf"^{name}: (\d+)/\1 ", shown, re.MULTILINE) for name in steps}
+    assert code == 0 and all(ends.values()), (ends, shown)
+    code, shown = fastrm_here(capfd, "eval", tmp_path / "run" / "model", tmp_path / "rows.jsonl")
+    ends = {name: re.search(rf"^{name}: (\d+)/\1 ", shown, re.MULTILINE) for name in ("loading weights", "evaluating")}
+    assert code == 0 and all(ends.values()) and ends["evaluating"][1] == "24", (ends, shown)
+
+
 def test_quiet_commands_print_nothing(config, tmp_path, capfd):
     model, rows = tmp_path / "run" / "model", tmp_path / "rows.jsonl"
     for line in (
