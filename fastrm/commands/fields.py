@@ -133,6 +133,13 @@ _SCORING = {
             "more than rounding.",
         ),
     ],
+    "normalize": Annotated[
+        bool,
+        typer.Option(
+            "--normalize",
+            help="Subtract the mean of held-out rewards and divide by their deviation, both stored with the model.",
+        ),
+    ],
 }
 _CHOICE = {
     "combine": Annotated[

@@ -22,6 +22,9 @@ class FileDtype(StrEnum):
     BF16 = "bf16"
 
 
+_NOT_OF_LOADING = ("rows", "tokens_per_pack", "num_workers", "template_date", "limits", "check_exactness")
+
+
 @can_be_quiet
 @grouped
 def score(
@@ -100,12 +103,14 @@ def evaluate(
     run(choice, data, options, outputs, bench_data=bench_data, scores=scores)
 
 
+@grouped
 def check_serving(
     model: Annotated[
         Path,
         typer.Argument(metavar="MODEL", help="Reward model that the server is said to serve: its folder."),
     ],
     url: Annotated[str, typer.Option(metavar="URL", help="Address of the server, as http://127.0.0.1:8000.")],
+    options: Annotated[ScoringOptions, Without(*_NOT_OF_LOADING)],
     api: Annotated[
         str, typer.Option(metavar="NAME", help="Requests that the server takes: fastrm, vllm, sglang or openrlhf.")
     ] = "fastrm",
@@ -125,8 +130,6 @@ def check_serving(
     timeout: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="Longest time for one answer, in seconds.")
     ] = 120.0,
-    device: opts.DeviceChoice = "auto",
-    dtype: opts.DtypeChoice = "auto",
 ) -> None:
     """Compare a server's rewards with those of its model.
 
@@ -140,7 +143,8 @@ def check_serving(
     """
     from fastrm.serve.check.command import check_serving as run
 
-    run(model, url, api, token=token, timeout=timeout, band=band, device=device, dtype=dtype)
+    loading = {"device": options.device, "dtype": options.dtype, "normalize": options.normalize}
+    run(model, url, api, token=token, timeout=timeout, band=band, loading=loading)
 
 
 @grouped

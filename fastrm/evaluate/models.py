@@ -33,6 +33,7 @@ def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) 
         template_date=options.template_date,
         limits=options.limits,
         check_exactness=options.check_exactness,
+        normalize=options.normalize,
     )
     for member in ensemble.models:
         if member.network.first_use is not None:

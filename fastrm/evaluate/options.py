@@ -39,7 +39,7 @@ class ScoringOptions:
         rows: the ways to read the data.
         tokens_per_pack: token budget of one forward pass.
         num_workers: processes that decode images ahead of the forward passes; 0: this one does.
-        device, dtype, template_date, limits, check_exactness: as for `RewardModel.from_pretrained`.
+        device, dtype, template_date, limits, check_exactness, normalize: as for `RewardModel.from_pretrained`.
     """
 
     rows: RowOptions = field(default_factory=RowOptions)
@@ -50,6 +50,7 @@ class ScoringOptions:
     template_date: str | None = None
     limits: MediaLimits = field(default_factory=MediaLimits)
     check_exactness: bool = True
+    normalize: bool = False
 
 
 @dataclass(frozen=True)

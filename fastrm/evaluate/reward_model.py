@@ -18,6 +18,7 @@ from fastrm.model.layers import BACKENDS
 from fastrm.model.loading import stored_dtype
 from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.model.places import checked_path
+from fastrm.model.reward_statistics import normalization_of
 from fastrm.names import checked_dtype
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,6 +54,7 @@ class RewardModel(GroupScorer):
         template_date: datetime.date | str | None = None,
         limits: MediaLimits = MediaLimits(),
         check_exactness: bool = True,
+        normalize: bool = False,
     ) -> "RewardModel":
         """Load the `model/` folder of a run, or a reward model that others trained (docs/models.md).
 
@@ -70,6 +72,8 @@ class RewardModel(GroupScorer):
             check_exactness: before the first rewards of text, of images and of videos, compare two with those of the
                 stock transformers class with the same weights. The result is kept in the user's cache
                 (first_use.py), so that a model is checked once.
+            normalize: subtract the mean of the model's held-out rewards and divide by their deviation, which a run
+                stores with its model (`network.reward_statistics`).
 
         Raises:
             ConfigError: for a value that is none of the choices, if the folder is not a reward model, or
@@ -87,6 +91,8 @@ class RewardModel(GroupScorer):
         given = _date(template_date)
         network = load_model(Path(checked_path(path)), min_pixels, max_pixels, dtype=wanted, device=target, date=given)
         network.encoder.limits = limits
+        if normalize:
+            network.normalization = normalization_of(network.reward_statistics, path)
         network.set_kernels(network.model.dtype, kernels=kernels, attention=attention)
         if check_exactness:
             network.first_use = FirstUse(network, weights_of(path))

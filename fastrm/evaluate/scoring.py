@@ -184,7 +184,8 @@ def score_encoded(
     def forward(pack: Pack) -> torch.Tensor:
         pack = pack.to(device)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # each thread has its own
-            return torch.stack([network(_laid_out(pack, network, lay_out)) for network in networks])  # (M, R)
+            found = [network.normalized(network(_laid_out(pack, network, lay_out))) for network in networks]
+            return torch.stack(found)  # (M, R)
 
     for loaded, rewards in run_packs(
         forward, builder, groups, tokens_per_pack, num_workers, pin_memory=device.type != "cpu"

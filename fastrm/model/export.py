@@ -29,6 +29,7 @@ from fastrm.model.loading import open_backbone
 from fastrm.model.lora import adapter_files, kept_tensors
 from fastrm.model.network import RewardNetwork
 from fastrm.model.places import ADAPTER_CONFIG, locate
+from fastrm.model.reward_statistics import SECTION
 from fastrm.model.stock_classes import (
     GUARD,
     StockReading,
@@ -163,6 +164,8 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockRe
         config["fastrm"]["anchor_token_id"] = anchor_id
     if model.encoder.date is not None:
         config["fastrm"]["template_date"] = str(model.encoder.date)
+    if model.reward_statistics is not None:
+        config["fastrm"][SECTION] = model.reward_statistics
     return config
 
 
@@ -203,6 +206,8 @@ def load_model(
     model = RewardNetwork(backbone, found.head, encoder, found.pooling or "anchor")
     found.load_into(model.score)
     model.adopted = "" if found.is_export else found.describe()
+    if place.adapter is None or place.has_own_head:  # an adapter of others changes the rewards of its base
+        model.reward_statistics = place.read_config().get("fastrm", {}).get(SECTION)
     if dtype is None:
         dtype = scoring_dtype(opened.dtype, device)
     if device.type == "cpu":

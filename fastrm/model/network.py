@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +45,8 @@ class RewardNetwork(nn.Module):
         quantize: the format of the frozen layers below adapters, nf4; None: they are as they were loaded.
         graphs: what torch.compile has made of the layers; None where they are not compiled.
         first_use: compares rewards with stock's before they are given away (first_use.py); None: nothing does.
+        reward_statistics: of held-out rewards (reward_statistics.py), as an export stores them; None: none are known.
+        normalization: (mean, std) that scoring applies to rewards; None: they are given away as they are.
         adopted: in words, how a head that others trained was read; empty for a new one and for an export's.
     """
 
@@ -69,6 +72,8 @@ class RewardNetwork(nn.Module):
         self.quantize: str | None = None
         self.graphs: CompiledGraphs | None = None
         self.adopted = ""
+        self.reward_statistics: dict[str, Any] | None = None
+        self.normalization: tuple[float, float] | None = None
         self._runner = BackboneRunner(model, pooling)
         self.lay_out = self._runner.layout_builder(torch.float32)
         self.first_use: Callable | None = None
@@ -104,6 +109,13 @@ class RewardNetwork(nn.Module):
             states, norm = self._runner.anchor_states(pack), self._runner.language.norm
         head = self.score, self.head_settings.activation, states, norm, self.head_kernels.name
         return head_rewards(*head) if loss is None else head_loss(*head, pack, loss)
+
+    def normalized(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Return rewards as scoring gives them away: less the mean and divided by the std of `normalization`."""
+        if self.normalization is None:
+            return rewards
+        mean, std = self.normalization
+        return (rewards - mean) / std
 
     def fuse_projections(self) -> int:
         """Compute q, k, v in one product and gate, up in one; return the number of fused matrices.

@@ -53,12 +53,13 @@ class Arguments(BaseModel):
     image_root: str | None = None
     allow_image_urls: bool = False
     check_exactness: bool = True
+    normalize: bool = False
 
     def options(self) -> ScoringOptions:
         """Return the options of the models."""
         return ScoringOptions(
             tokens_per_pack=self.tokens_per_pack, device=self.device, dtype=self.dtype,
-            check_exactness=self.check_exactness,
+            check_exactness=self.check_exactness, normalize=self.normalize,
         )  # fmt: skip
 
     def settings(self, token: str) -> ServeSettings:

@@ -13,6 +13,7 @@ from fastrm.evaluate.flips import compare_fp8
 from fastrm.evaluate.ratings import FIGURES, RatingMeter, shown
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite, run_packs
 from fastrm.model.head import total_weight
+from fastrm.model.reward_statistics import reward_statistics
 from fastrm.train.engine import LocalEngine
 from fastrm.train.run import Run
 
@@ -25,9 +26,11 @@ class _HeldOut:
     refused: list[RefusedGroup] = field(default_factory=list)
     loss: float = 0.0
     weight: float = 0.0
+    rewards: list[float] = field(default_factory=list)
 
     def add(self, pack: Pack, rewards: torch.Tensor, engine: LocalEngine) -> None:
         self.meter.add(pack, rewards)
+        self.rewards += rewards.tolist()
         self.loss += float(engine.loss(rewards, pack))
         self.weight += total_weight(pack, engine.config.loss)
 
@@ -36,6 +39,7 @@ class _HeldOut:
         self.refused += other.refused
         self.loss += other.loss
         self.weight += other.weight
+        self.rewards += other.rewards
 
     def figures(self, prefix: str) -> dict[str, float | None]:
         """Return loss, accuracy and margin, or agreement with ratings, as metrics.jsonl names them."""
@@ -72,6 +76,8 @@ def evaluate(run: Run) -> bool:
         own = found[name].figures(place := f"eval/{name}")
         row |= own
         lines.append(f"  {name}: {_in_words(own, place)}")
+    if (statistics := reward_statistics(total.rewards)) is not None:
+        row["eval/rewards"] = statistics
     run.write(row)
     for line in lines:
         run.display.say(line)

@@ -21,6 +21,7 @@ from fastrm.model.network import RewardNetwork, init_backbone
 from fastrm.model.places import locate
 from fastrm.train.checkpoint import CHECKPOINTS, STATE, list_checkpoints, model_tensors, step_of, verify
 from fastrm.train.encoder import make_data_encoder, make_tokenizer
+from fastrm.train.metrics import statistics_of_step
 from fastrm.train.setup import finite
 from fastrm.ui import Display
 from fastrm.yaml_files import validate
@@ -58,6 +59,7 @@ def export_checkpoint(
     if network.lora is not None and not merge and (dtype is not None or reader == "vllm"):
         option = "--dtype" if dtype is not None else "--for vllm"
         raise ConfigError(f"{option} is for whole models, and {run_dir} trains adapters (model.lora); add --merge")
+    network.reward_statistics = statistics_of_step(run_dir, step_of(path))
     dtype = dtype or export_dtype(config)
     if network.lora is None:
         write_for(reader, network, out, display, dtype=dtype, tensors=weights)

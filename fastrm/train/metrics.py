@@ -57,6 +57,12 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def statistics_of_step(run_dir: Path, step: int) -> dict | None:
+    """Return the statistics of rewards that a run's evaluation of a step has written; None if there are none."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return next((row.get("eval/rewards") for row in rows if row["step"] == step and "eval/loss" in row), None)
+
+
 def keep_rows(path: Path, wanted: Callable[[dict], bool]) -> None:
     """Remove the other rows of a JSON Lines file, if it exists."""
     if path.exists():

@@ -22,7 +22,7 @@ from fastrm.stopping_config import ACCURACY
 from fastrm.storage import write_whole
 from fastrm.tables import Table
 from fastrm.train.checkpoint import CHECKPOINTS, verify
-from fastrm.train.metrics import read_rows
+from fastrm.train.metrics import read_rows, statistics_of_step
 from fastrm.train.run import Run
 from fastrm.train.setup import Job, export_model
 from fastrm.ui import gib, new_figure, print_table
@@ -100,8 +100,11 @@ def finish(run: Run, flips: Flips | None) -> dict:
         StorageError, DataError: as `export_model`.
     """
     run.leave_if_stopped()
+    chosen = _chosen_checkpoint(run)
+    step = run.progress.step if chosen is None else run.progress.best_step
+    run.job.network.reward_statistics = statistics_of_step(run.folder, step)
     with run.breakable():
-        export_model(run.engine, run.folder / "model", run.ranks, _chosen_checkpoint(run))
+        export_model(run.engine, run.folder / "model", run.ranks, chosen)
     summary = _summary(run, flips)
     if run.ranks.is_first:
         write_report(run.folder, summary)

@@ -254,7 +254,7 @@ def test_prompts_that_the_server_refuses_are_counted(model, monkeypatch):
 def test_a_server_that_is_away_and_bad_options_are_named(model, monkeypatch, url, api, kind, said):
     monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_, **__: model)
     with pytest.raises(kind, match=said):
-        check_serving(Path("model"), url, api, token=None, timeout=5, band=None, device="cpu", dtype="auto")
+        check_serving(Path("model"), url, api, token=None, timeout=5, band=None, loading={"device": "cpu"})
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,8 @@ def test_the_command_compares_a_folder_with_a_url(model, tmp_path, capsys, monke
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)  # a path of more than 80 letters would be a line of its own
     app = make_app(Scheduler([Scorer("tiny", Ensemble([model]), 32768)]), ServeSettings())
-    options = {"token": None, "timeout": PATIENCE, "band": 1e-3, "device": "cpu", "dtype": precision}
+    loading = {"device": "cpu", "dtype": precision}
+    options = {"token": None, "timeout": PATIENCE, "band": 1e-3, "loading": loading}
     with running(app) as url, nullcontext() if precision == "fp32" else pytest.raises(ExactnessError, match="differ"):
         check_serving(Path("model"), url, "fastrm", **options)
     said = capsys.readouterr().out

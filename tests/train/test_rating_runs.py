@@ -210,4 +210,7 @@ def test_named_sets_of_ratings_have_figures_of_their_own(tmp_path):
     assert summary["eval_by_set"] == {"one": last["eval/one/mse"], "two": last["eval/two/mse"]}
     assert last["eval/one/mse"] == pytest.approx(last["eval/mse"]) and "eval/one/accuracy" not in last
     with pytest.raises(ConfigError, match=r"data\.eval\.two\.0\.pairs: ratings gives no preferences"):
-        load_config(path, ["loss.kind=hinge", "data.train.0.pairs=all", f"data.eval.one=[{{path: {data}}}]"])
+        load_config(
+            path,
+            ["loss.kind=hinge", "data.train.0.pairs=all", "data.eval.one.0.pairs=all", "run.early_stopping=null"],
+        )

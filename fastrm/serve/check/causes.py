@@ -102,7 +102,8 @@ class Explainer:
         if self._is_near(cells, factor * ours + offset):
             return (
                 f"scale: the server's rewards are {factor:.4g} of ours and {offset:.4g} more, as logit_mean and "
-                "logit_sigma of its pooler make them; order is kept where the factor is positive"
+                "logit_sigma of its pooler, or `serve --normalize`, make them; order is kept where the factor is "
+                "positive"
             )
         return None
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -71,10 +72,12 @@ def check_serving(
     token: str | None,
     timeout: float,
     band: float | None,
-    device: str,
-    dtype: str,
+    loading: dict[str, Any],
 ) -> None:
     """Compare a server with a model, print a table, and name the likely cause of a difference.
+
+    Args:
+        loading: arguments of `RewardModel.from_pretrained`.
 
     Raises:
         ConfigError, StorageError: for a model that cannot be loaded, or options that are none.
@@ -85,7 +88,7 @@ def check_serving(
     if api not in APIS:
         raise ConfigError(f"--api: got {api!r}, wanted one of {', '.join(APIS)}")
     check_url(url, "--url")
-    model = RewardModel.from_pretrained(path, device=device, dtype=dtype)
+    model = RewardModel.from_pretrained(path, **loading)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout) as client, Display() as display:
         found = compare(model, client, api, band, display)
@@ -97,7 +100,7 @@ def check_serving(
     if found.agrees:
         say(console, f"the server agrees: no reward differs by more than {found.band:g}")
         return
-    for line in verdict(found, model, lambda name: RewardModel.from_pretrained(path, device=device, dtype=name)):
+    for line in verdict(found, model, lambda name: RewardModel.from_pretrained(path, **loading | {"dtype": name})):
         say(console, line)
     raise ExactnessError(summary(found))
 
