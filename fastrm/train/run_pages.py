@@ -270,4 +270,9 @@ def _differing(runs: Sequence[StoredRun]) -> Iterator[tuple[str, list]]:
 
 
 def _as_text(value) -> str:
+    """Return a setting as it is written in YAML."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_text, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

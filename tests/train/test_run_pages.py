@@ -65,6 +65,7 @@ def test_runs_are_compared_in_the_terminal_and_in_a_page(folders, tmp_path, caps
     assert re.search(r"optim\.lr +0\.0001 +0\.001\n", printed), printed
     assert "data.eval.0.path" in printed and "run.dir" not in printed and "run.seed" not in printed
     assert re.search(rf"held-out pair accuracy +{low.summary['eval_accuracy']:.4f}\s", printed)
+    assert re.search(r"data\.eval +none +\[\]\n", printed)
     page = (tmp_path / "compare.html").read_text()
     assert page.count("<svg") == 6 and "low, training" in page and "high, training" in page
     assert "low, held out" in page and "high, held out" not in page
