@@ -9,10 +9,10 @@ from tests.helpers.smollm2 import needs_smollm2
 
 @needs_smollm2
 def test_a_run_of_real_weights_is_tracked_shown_and_compared(smollm2_folder, tmp_path, capsys):
-    rows = write_rows(tmp_path / "rows.jsonl", text_rows(16))
+    rows = write_rows(tmp_path / "rows.jsonl", text_rows(8))
     for name, rate in (("low", 1e-6), ("high", 1e-5)):
         tree = {
-            "run": {"dir": str(tmp_path / name), "max_steps": 2, "eval_every": 1, "report_to": ["tensorboard"]},
+            "run": {"dir": str(tmp_path / name), "max_steps": 1, "report_to": ["tensorboard"]},
             "data": {"train": [{"path": str(rows)}], "eval": [{"path": str(rows)}], "num_workers": 0},
             "model": {"path": str(smollm2_folder)},
             "optim": {"lr": rate, "batch_pairs": 4, "schedule": "constant"},
