@@ -158,8 +158,8 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockRe
         "format": FORMAT, "head": model.head_settings.stored(), "anchor": model.encoder.anchor,
         "pooling": model.pooling,
     }  # fmt: skip
-    if model.quantize is not None:
-        config["fastrm"]["quantize"] = model.quantize
+    below = {"quantize": model.quantize, "base_digest": model.base_digest}
+    config["fastrm"] |= {name: value for name, value in below.items() if value is not None}
     if (anchor_id := anchor_token_id(model.encoder)) is not None:
         config["fastrm"]["anchor_token_id"] = anchor_id
     if model.encoder.date is not None:

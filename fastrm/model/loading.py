@@ -6,6 +6,7 @@ anything is read. Then each parameter gets its memory and is filled from its fil
 more than 16 MiB (weight_files.py).
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from fastrm.model.adapters import Adapter, MergedTensor
 from fastrm.model.families import VISION_FAMILIES, check_family
 from fastrm.model.fusion import stock_names
 from fastrm.model.lora import nf4_layers, require_bitsandbytes
-from fastrm.model.places import ModelPlace, locate
+from fastrm.model.places import ADAPTER_CONFIG, ModelPlace, locate
 from fastrm.model.weight_files import INDEX, SINGLE, VALUE_HEAD, StoredTensor, WeightFiles, finder, read_header
 from fastrm.ui import counted
 
@@ -122,12 +123,15 @@ def open_backbone(path: str) -> Backbone:
     full, model = _empty_models(path, config)
     find_name = _renamer(full)
     stored, rest = _assign(place, files, find_name)
+    prefix = "model." if full is not model else ""
+    wanted = model.state_dict()
+    if place.base_digest is not None:
+        own = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
+        _check_base(place, digest_of(own))
     if place.quantize is not None:
         _quantize(stored, full, model)
     if place.adapter is not None:
         _merge(Adapter.open(place), stored, rest, find_name, _part_names(full, model))
-    prefix = "model." if full is not model else ""
-    wanted = model.state_dict()
     tensors = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
     _check_all_there(path, tensors, wanted)
     # A tensor without elements holds nothing: exports have one that stock classifiers refuse (stock_classes.py).
@@ -148,6 +152,25 @@ def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> 
         if (file := finder(where)(VALUE_HEAD)) is not None:
             rest |= read_header(file)
     return stored, rest
+
+
+def digest_of(tensors: Mapping[str, StoredTensor]) -> str:
+    """Return a digest of a backbone's weights: of their names, shapes, dtypes and first 64 elements."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        first = torch.empty(min(64, tensors[name].numel), dtype=tensors[name].dtype)
+        tensors[name].read_into(first)
+        digest.update(f"{name} {tensors[name].shape} {first.dtype}".encode())
+        digest.update(first.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_base(place: ModelPlace, found: str) -> None:
+    if found != place.base_digest:
+        raise ConfigError(
+            f"{place.given}: is an adapter of another base: the weights in {place.base} are not those that it was "
+            f"trained on; set base_model_name_or_path in {ADAPTER_CONFIG} to that model"
+        )
 
 
 def _quantize(stored: dict[str, StoredTensor], full: nn.Module, model: nn.Module) -> None:

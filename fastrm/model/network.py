@@ -43,6 +43,7 @@ class RewardNetwork(nn.Module):
         fp8: which layers compute in FP8 and why others do not; None without FP8.
         lora: the settings of its adapters (lora.py); None: all of its weights have stock names.
         quantize: the format of the frozen layers below adapters, nf4; None: they are as they were loaded.
+        base_digest: what tells the weights below adapters from others (loading.py); None: it has no adapters.
         graphs: what torch.compile has made of the layers; None where they are not compiled.
         first_use: compares rewards with stock's before they are given away (first_use.py); None: nothing does.
         reward_statistics: of held-out rewards (reward_statistics.py), as an export stores them; None: none are known.
@@ -70,6 +71,7 @@ class RewardNetwork(nn.Module):
         self.fp8: Fp8Report | None = None
         self.lora: LoraConfig | None = None
         self.quantize: str | None = None
+        self.base_digest: str | None = None
         self.graphs: CompiledGraphs | None = None
         self.adopted = ""
         self.reward_statistics: dict[str, Any] | None = None

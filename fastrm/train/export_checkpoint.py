@@ -50,10 +50,12 @@ def export_checkpoint(
     check_target(out, reader)
     if (problem := verify(path)) is not None:
         raise StorageError(f"{path}: not an intact checkpoint: {problem}; export another step")
-    stored = json.loads((path / STATE).read_text())["config"]
+    state = json.loads((path / STATE).read_text())
+    stored = state["config"]
     stored["run"]["dir"] = str(run_dir)  # which may have been moved
     config = validate(Config, stored, {}, str(path / STATE))
     network, weights = _without_weights(config), finite(model_tensors(path).items())
+    network.base_digest = state.get("base_digest")
     if network.lora is None and merge:
         raise ConfigError(f"--merge: {run_dir} trains no adapters (model.lora): its checkpoints are whole; omit it")
     if network.lora is not None and not merge and (dtype is not None or reader == "vllm"):

@@ -89,6 +89,7 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
     if starts_over and ranks.is_first:  # only now: whatever might have stopped the new run has not
         delete_run(run_dir, display.say)
     about = {"config": config.model_dump(mode="json"), "data_fingerprint": fingerprint, "versions": versions()}
+    about["base_digest"] = job.network.base_digest
     checkpoints = Checkpoints(
         run_dir / CHECKPOINTS, engine, about, config.run.keep_checkpoints,
         saved=saved, stop=stop, ranks=ranks, say=display.say,

@@ -110,6 +110,11 @@ def restore(checkpoint: Path, config: Config, fingerprint: str, engine, ranks: R
             f"{checkpoint}: the training data has changed since (texts, images, preferences, order); "
             "restore it, or start a new run.dir"
         )
+    if state.get("base_digest") != engine.network.base_digest:
+        raise ConfigError(
+            f"{checkpoint}: holds adapters of other weights than {config.model.path} has now; restore them, or start a "
+            "new run.dir"
+        )
     load_checkpoint(checkpoint, engine)
     progress = Progress.from_state(state["progress"])
     if _chooses_by(state["config"]) != _chooses_by(config.model_dump(mode="json")):

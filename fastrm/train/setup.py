@@ -15,7 +15,7 @@ from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.model.exactness import first_layers
 from fastrm.model.export import export_dtype, save_model
 from fastrm.model.first_use import FirstUse, weights_of
-from fastrm.model.loading import Backbone, open_backbone
+from fastrm.model.loading import Backbone, digest_of, open_backbone
 from fastrm.model.lora import add_lora, base_of, nf4_layers, require_bitsandbytes
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8, token_multiple
@@ -97,7 +97,7 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
     network.fp8 = convert_to_fp8(network, fp8) if fp8 != "off" else None
     if settings.lora is not None:
         add_lora(network, settings.lora, base=base_of(files.place))
-        network.quantize = settings.quantize
+        network.quantize, network.base_digest = settings.quantize, digest_of(files.tensors)
     check_lr_parts(network, config.optim)
     if config.compile == "layers":
         network.compile_layers()

@@ -7,16 +7,20 @@ pytest.importorskip("peft")
 from fastrm.config import load_config
 from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.flops import typical_workload
+from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.memory import peak_of
 from fastrm.forecast.needs import disk_of
 from fastrm.forecast.parameters import count_parameters, sum_parameters
+from fastrm.forecast.plan import Assumptions
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.lora import num_elements, quantised_modules
 from fastrm.train.encoder import make_tokenizer
 from fastrm.train.engine import LocalEngine
 from fastrm.train.optim import training_bytes
 from fastrm.train.setup import make_network
+from fastrm.ui import gib
 from tests.helpers.lora_runs import lora_config
+from tests.helpers.project import PROJECT
 from tests.helpers.runs import run
 
 SETTINGS = {
@@ -64,3 +68,24 @@ def test_a_step_with_adapters_holds_less_than_one_of_the_whole_model_and_nf4_les
     assert totals[0].gradients > 4 * totals[1].gradients and totals[0].states > 4 * totals[1].states
     assert totals[1].weights > totals[2].weights
     assert all(isinstance(peak.activations, int) and peak.activations > 0 for peak in totals)
+
+
+SMALL = ["model.quantize=nf4", "optim.tokens_per_pack=8192", "data.max_tokens_per_group=8192"]
+ROWS = [("80 GB (h100)", "h100", []), ("80 GB (h100)", "h100", SMALL[:1]), ("24 GB (rtx4090)", "rtx4090", SMALL)]
+
+
+def test_the_table_of_the_page_is_that_of_the_plan():
+    rows = []
+    for name, gpu, overrides in ROWS:
+        config = load_config(PROJECT / "configs" / "lora.yaml", overrides)
+        network = planned(config)
+        peak = peak_of(FakeSteps(network), config, 1, typical_workload(config, network))
+        usable = Assumptions(1, find_gpu(gpu), 1, "").usable_bytes
+        assert peak.total < usable
+        pack = peak.total - peak.weights - peak.gradients - peak.states
+        cells = [
+            name, f"{config.optim.tokens_per_pack:,}", config.model.quantize or "bf16",
+            *map(gib, (peak.weights, peak.gradients + peak.states, pack, peak.total, usable)),
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    assert "\n".join(rows) in (PROJECT / "docs" / "lora.md").read_text(), "\n".join(rows)

@@ -37,6 +37,7 @@ from tests.helpers.waiting import PATIENCE
 # Console lines that another test runs, or compares with what it computes.
 RUN_ELSEWHERE = {
     "fastrm plan configs/full.yaml": "tests/forecast/test_room.py makes the table that docs/memory.md shows",
+    "fastrm plan configs/lora.yaml": "tests/forecast/test_plan_lora.py makes the table that docs/lora.md shows",
     "fastrm serve runs/quickstart/model": "tests/serve/test_command.py runs the page's commands",
     "curl -s http://127.0.0.1:8000/v1/rewards": "tests/serve/test_command.py runs the page's commands",
     "python bench/models/random_model.py": "tests/train/test_real_widths_runs.py, whole with -m slow",

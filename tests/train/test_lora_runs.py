@@ -5,10 +5,11 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from fastrm import RewardModel, cli
+from fastrm.errors import ConfigError
 from fastrm.model.export import load_model
 from fastrm.train.export_checkpoint import export_checkpoint
 from fastrm.ui import Display
@@ -129,6 +130,28 @@ def test_a_resumed_run_is_the_run_to_the_bit(settings, tmp_path):
     found = adapter_of(tmp_path)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_adapters_of_another_base_are_refused_when_they_are_loaded_and_when_a_run_goes_on(tmp_path):
+    path = lora_config(tmp_path)
+    run(path)
+    export_checkpoint(tmp_path / "run", 3, tmp_path / "step-3", "transformers", Display(silent=True))
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, tmp_path / "base" / "model.safetensors")
+    for folder in ("run", "step-3"):
+        with pytest.raises(ConfigError, match=r"is an adapter of another base: the weights in .* are not those that"):
+            load_model(tmp_path / folder)
+    with pytest.raises(ConfigError, match=r"holds adapters of other weights than .*base has now; restore them"):
+        run(path, resume=str(tmp_path / "run" / "checkpoints" / "step-00000003"))
+
+
+def test_an_adapter_is_not_put_on_an_adapter(tmp_path):
+    run(lora_config(tmp_path))
+    other = tmp_path / "other"
+    other.mkdir()
+    path = lora_config(other, model={"path": str(tmp_path / "run" / "model")})
+    with pytest.raises(ConfigError, match=r"is an adapter, and model.lora would put another one on it; merge it first"):
+        run(path)
 
 
 def test_dropout_changes_a_run_and_not_its_evaluation(tmp_path):
