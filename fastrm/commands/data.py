@@ -63,8 +63,8 @@ def show_data(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Data file or folder, digits:eval, the folder of a prepared set, or a YAML configuration of a run, of "
-            "which all sources are shown.",
+            help="Data file or folder, digits:eval, the folder of a prepared set or of a run that has one, or a YAML "
+            "configuration of a run, of which all sources are shown.",
         ),
     ],
     rows: RowOptions,

@@ -6,7 +6,7 @@ named; nothing is written.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from fastrm.data.prepared.content import prompt_hash, record_hash, response_hash
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pair_rows
 from fastrm.data.prepared.units import ReadSettings, Unit, list_units
 from fastrm.data.prepared.workers import run_pieces
-from fastrm.data.record import MediaRef, Message, Record
+from fastrm.data.record import MediaRef, Record
 from fastrm.data.sources import KeyTally, RefusedRow
 from fastrm.data.template import ConversationEncoder
 from fastrm.data_config import SourceConfig
@@ -215,31 +215,6 @@ def check_source(
     for number in sorted(found):
         joined.merge(found[number])
     return joined
-
-
-def example_turns(record: Record) -> Iterator[tuple[str, str]]:
-    """Yield (who, text) of a record's prompt and of all its responses, with media as their names.
-
-    What only the chat template renders, such as calls of tools, follows the text as JSON.
-    """
-    chosen, rejected = {p.winner for p in record.preferences if not p.tie}, {p.loser for p in record.preferences}
-    prompt = record.responses[0].messages[:-1]
-    if record.responses[0].arguments:
-        yield "for the chat template", record.responses[0].arguments
-    for message in prompt:
-        yield message.role, written(message)
-    for number, response in enumerate(record.responses):
-        what = "chosen" if number in chosen - rejected else "rejected" if number in rejected - chosen else ""
-        what = f"response {number + 1}" + (f", {what}" if what and len(record.responses) == 2 else "")
-        for message in response.messages[:-1] if response.messages[:-1] != prompt else ():
-            yield f"{message.role} ({what} only)", written(message)
-        yield f"{response.messages[-1].role} ({what})", written(response.messages[-1])
-
-
-def written(message: Message) -> str:
-    """Return a turn as text, with media as their names and what only the template renders as JSON."""
-    parts = [part if isinstance(part, str) else f"<{part.noun} {nearby(part)}>" for part in message.parts]
-    return " ".join(filter(None, ["".join(parts), message.fields]))
 
 
 def nearby(ref: MediaRef) -> str:

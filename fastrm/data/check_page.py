@@ -1,34 +1,37 @@
 """The page that `fastrm data check` prints about a source."""
 
-import re
 from collections import Counter
-from collections.abc import Iterable
 
 from rich.console import Console
 from rich.text import Text
 
-from fastrm.data.check import Refusals, SourceCheck, example_turns
+from fastrm.data.check import Refusals, SourceCheck
 from fastrm.data.prepared.findings import PairFindings
-from fastrm.data.record import Record
+from fastrm.data.show import counted, print_row, show_or_refuse
 from fastrm.data.sources.key_tally import EQUAL, REVERSED
 from fastrm.data.sources.keys import ignore_setting, nearest
 from fastrm.data.sources.layouts import keys_read_by
 from fastrm.data.template import ConversationEncoder
-from fastrm.errors import RecordError
+from fastrm.limits import MediaLimits
 from fastrm.tables import Table
 from fastrm.ui import print_table, say
 
-_MAX_TEXT = 400  # the most characters of a turn that are shown
-_MAX_TURNS = 6
 _MAX_COPIES = 3
 
 
-def print_page(console: Console, name: str, found: SourceCheck, encoder: ConversationEncoder | None = None) -> None:
+def print_page(
+    console: Console,
+    name: str,
+    found: SourceCheck,
+    encoder: ConversationEncoder | None = None,
+    limits: MediaLimits | None = None,
+) -> None:
     """Print the findings in the rows of a source.
 
     Args:
         name: what the user calls the source.
         encoder: of the model that will read the rows: the first one is shown as it reads it.
+        limits: of the bytes of images and videos.
     """
     console.print(Text(name, style="bold"), soft_wrap=True)
     say(console, _summary(found))
@@ -44,13 +47,8 @@ def print_page(console: Console, name: str, found: SourceCheck, encoder: Convers
             say(console, part)
     console.print()
     if found.first is not None:
-        say(console, f"The first row as it is read, {found.first.origin}")
-        text = _first_row(found.first, encoder)
-        text.rstrip()
-        for line in text.wrap(console, console.width - 2):
-            line.rstrip()
-            console.print(Text("  ") + line if line else "")
-        console.print()
+        say(console, "The first row as it is read")
+        print_row(console, show_or_refuse(found.first, limits or MediaLimits(), encoder))
 
 
 def _summary(found: SourceCheck) -> str:
@@ -164,49 +162,6 @@ def _media(found: SourceCheck) -> str:
         return f"{line}, each in one row"
     repeated = sum(number > 1 for number, _ in found.media.values())
     return f"{line} in {uses:,} places; {repeated:,} of them in several rows, most often {name}, in {most:,}"
-
-
-def _first_row(record: Record, encoder: ConversationEncoder | None) -> Text:
-    if encoder is None:
-        return _turns(example_turns(record))
-    text = Text()
-    for number, response in enumerate(record.responses[:2]):
-        try:
-            tokens = encoder.encode(response).tokens.tolist()
-        except RecordError as error:
-            text.append(f"response {number + 1} is refused: {error.message} ({error.code})\n", style="red")
-            continue
-        text.append(f"response {number + 1}, {len(tokens):,} tokens\n", style="bold")
-        text.append(_shortened(runs_counted(encoder.tokenizer.decode(tokens)), 3 * _MAX_TEXT) + "\n")
-    return text
-
-
-def _turns(turns: Iterable[tuple[str, str]]) -> Text:
-    text, turns = Text(), list(turns)
-    for who, said in turns[:_MAX_TURNS]:
-        text.append(f"{who}: ", style="bold")
-        text.append(_shortened(said, _MAX_TEXT) + "\n")
-    if len(turns) > _MAX_TURNS:
-        text.append(f"and {len(turns) - _MAX_TURNS:,} more\n", style="italic")
-    return text
-
-
-def _shortened(text: str, length: int) -> str:
-    """Return the beginning and the end of a long text."""
-    if len(text) <= length:
-        return text
-    half = length // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-
-
-def runs_counted(text: str) -> str:
-    """Replace a special token that stands many times in a row by one and the number."""
-    return re.sub(r"(<[^<>\s]+>)\1{2,}", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])} ", text)
-
-
-def counted(number: int, one: str, many: str = "") -> str:
-    """Return a number with the name of what is counted, such as `1 row` or `2 rows`."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _percent(share: float) -> str:

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from fastrm.data.check import nearby, written
-from fastrm.data.check_page import counted, runs_counted
+from fastrm.data.check import nearby
 from fastrm.data.group import check_distinct, encode_group
 from fastrm.data.media.images import decode_image
 from fastrm.data.prepared.content import with_digests
 from fastrm.data.prepared.units import open_source
-from fastrm.data.record import ImageRef, MediaRef, Record
+from fastrm.data.record import ImageRef, MediaRef, Message, Record
 from fastrm.data.sources import KeyTally, RefusedRow
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tree import Tree
@@ -125,10 +124,10 @@ def _as_written(record: Record) -> tuple[list[Labelled], list[Labelled], list[st
     common = 0
     while common < min(map(len, turns)) - 1 and len({messages[common].key for messages in turns}) == 1:
         common += 1
-    prompt = [(message.role, written(message)) for message in turns[0][:common]]
+    prompt = [(message.role, _written(message)) for message in turns[0][:common]]
     if record.responses[0].arguments:
         prompt.insert(0, ("for the chat template", record.responses[0].arguments))
-    texts = ["\n".join(map(written, messages[common:])) for messages in turns]
+    texts = ["\n".join(map(_written, messages[common:])) for messages in turns]
     note = f"prompt: {_length(' '.join(text for _, text in prompt))}, shared by all responses"
     return prompt, [(_length(text), text) for text in texts], [note], [(ref, _name(ref)) for ref in record.media]
 
@@ -143,12 +142,12 @@ def _as_read(record: Record, encoder: ConversationEncoder):
     while lead and decode(tokens[0][:lead]).endswith("\ufffd"):  # the border is inside a character
         lead -= 1
     texts = [
-        (f"{counted(alone, 'token')} of its own", runs_counted(decode(ids[lead:])))
+        (f"{counted(alone, 'token')} of its own", _runs_counted(decode(ids[lead:])))
         for alone, ids in zip(own, tokens, strict=True)
     ]
     kept, apart = sum(tree.lengths), sum(map(len, tokens))
     note = f"{kept:,} tokens in the prefix tree, {apart:,} in separate conversations ({apart / kept:.2f} times)"
-    prompt = [(f"shared by all: {shared:,} tokens", runs_counted(decode(tokens[0][:lead])))] if shared else []
+    prompt = [(f"shared by all: {shared:,} tokens", _runs_counted(decode(tokens[0][:lead])))] if shared else []
     sizes = {span.ref.key: span.size for response in group.responses for span in response.media}
     media = [
         (ref, f"{_name(ref)}: {sizes[key].frames * sizes[key].height * sizes[key].width:,} tokens")
@@ -178,6 +177,22 @@ def _length(text: str) -> str:
 
 def _name(ref: MediaRef) -> str:
     return f"{ref.noun} {nearby(ref)}"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with the name of what is counted, such as `1 row` or `2 rows`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _written(message: Message) -> str:
+    """Return a turn as text, with media as their names and what only the template renders as JSON."""
+    parts = [part if isinstance(part, str) else f"<{part.noun} {nearby(part)}>" for part in message.parts]
+    return " ".join(filter(None, ["".join(parts), message.fields]))
+
+
+def _runs_counted(text: str) -> str:
+    """Replace a special token that stands many times in a row by one and the number."""
+    return re.sub(r"(<[^<>\s]+>)\1{2,}", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])} ", text)
 
 
 def differences(first: str, second: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -85,7 +85,7 @@ def _gap(gap: int) -> str:
     if gap == 0:
         return "equally long"
     low, high = next(bounds for bounds in _GAPS if bounds[1] is None or abs(gap) <= bounds[1])
-    size = f"{low} or more" if high is None else f"{low} to {high}"
+    size = f"more than {low - 1}" if high is None else f"{low} to {high}"
     return f"{'longer' if gap > 0 else 'shorter'} by {size} characters"
 
 

@@ -58,7 +58,7 @@ def check_data(
                 require_preferences=not scoring, num_workers=num_workers or len(os.sched_getaffinity(0)),
                 progress=display.task("reading rows"),
             )  # fmt: skip
-        print_page(console, name, found, encoder)
+        print_page(console, name, found, encoder, MediaLimits() if config is None else config.data.limits)
         checked.append(found)
         if not found.num_rows:
             empty.append(f"{name} has no rows")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fastrm.config import Config, LossConfig, ModelConfig, OptimConfig
 from fastrm.data.prepared.records import read_refusals
 from fastrm.data.prepared.settings import FORMAT
-from fastrm.data.prepared.stored import REFUSED, SPLITS, PreparedSet, read_manifest
+from fastrm.data.prepared.stored import MANIFEST, REFUSED, SPLITS, PreparedSet, read_manifest
 from fastrm.data.show import ShownRow, as_example, first_rows, print_row, refused_row, show_or_refuse
 from fastrm.data_config import DataConfig
 from fastrm.errors import DataError, StorageError
@@ -32,7 +32,8 @@ def show_data(name: str, *, model: str | None = None, reading: dict, count: int 
     """Print the first rows of data, or write them as a page.
 
     Args:
-        name: a data file or folder, a prepared set's folder, or a configuration (.yaml), whose sources are all shown.
+        name: a data file or folder, the folder of a prepared set or of a run that has one, or a configuration (.yaml),
+            whose sources are all shown.
         model: folder or hub id whose tokenizer reads the rows. Default: model.path of a configuration.
         reading: further settings of the source, as `SourceConfig` names them.
         count: rows of each source.
@@ -43,8 +44,8 @@ def show_data(name: str, *, model: str | None = None, reading: dict, count: int 
     """
     if out is not None:
         check_output(out)
-    manifest = read_manifest(Path(name)) if Path(name).is_dir() else None
-    parts = list(_parts(name, model, reading, count) if manifest is None else _prepared(name, manifest, model, count))
+    folders = [folder for folder in (Path(name), Path(name) / "prepared") if (folder / MANIFEST).is_file()]
+    parts = list(_prepared(folders[0], model, count) if folders else _parts(name, model, reading, count))
     if not any(part.rows for part in parts):
         raise DataError(f"{name}: has no rows; name a file with rows")
     console = make_console()
@@ -72,10 +73,11 @@ def _parts(name: str, model: str | None, reading: dict, count: int) -> Iterator[
         yield _Part(title, f"first rows: {len(rows):,}; {counted}", rows, limits)
 
 
-def _prepared(name: str, manifest: dict, model: str | None, count: int) -> Iterator[_Part]:
+def _prepared(folder: Path, model: str | None, count: int) -> Iterator[_Part]:
     """Yield the groups of each split, read with the settings of the set, and what was refused."""
+    manifest = read_manifest(folder)
     if manifest["format"] != FORMAT:
-        raise StorageError(f"{name}: has format {manifest['format']}, wanted {FORMAT}; prepare the data again")
+        raise StorageError(f"{folder}: has format {manifest['format']}, wanted {FORMAT}; prepare the data again")
     settings = manifest["settings"]
     data = DataConfig(**settings["data"])
     config = Config(
@@ -84,7 +86,7 @@ def _prepared(name: str, manifest: dict, model: str | None, count: int) -> Itera
     )  # fmt: skip
     encoder = None if model is None else encoder_of(config, model)
     for split in SPLITS:
-        groups, rows = PreparedSet(Path(name), split, manifest, config), []
+        groups, rows = PreparedSet(folder, split, manifest, config), []
         for number in range(min(count, len(groups))):
             notes = [f"{groups.groups[number].num_tokens:,} tokens in the prefix tree when it was prepared"]
             if others := [origin for _, origin, _ in groups.members(number)[1:]]:
@@ -92,7 +94,7 @@ def _prepared(name: str, manifest: dict, model: str | None, count: int) -> Itera
             rows.append(show_or_refuse(groups.records[number], data.limits, encoder, notes))
         title = f"first groups: {len(rows):,} of {len(groups):,}; {_counted(model)}"
         yield _Part(split, title, rows, data.limits)
-    refused = islice(read_refusals(Path(name) / REFUSED), count)
+    refused = islice(read_refusals(folder / REFUSED), count)
     rows = [refused_row(row.origin, row.code, row.message) for row in refused]
     yield _Part("refused", f"first refused rows and parts of rows: {len(rows):,}", rows, data.limits)
 

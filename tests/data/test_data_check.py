@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastrm.data.check import check_source, example_turns
+from fastrm.data.check import check_source
 from fastrm.data.check_page import print_page
 from fastrm.data.prepared import units
 from fastrm.data.prepared.findings import PAIR, find_in_pairs
@@ -64,9 +64,7 @@ def test_findings_are_what_is_in_the_rows(tmp_path):
     assert (pairs.num_pairs, pairs.contradicting, pairs.example) == (7, 1, ((0, 1), (0, 4)))
     assert (pairs.longer, pairs.shorter) == (4, 1)
     assert sorted(uses for uses, _ in found.media.values()) == [1, 3]
-    assert list(example_turns(found.first))[1:] == [
-        ("assistant (response 1, chosen)", "a long answer"), ("assistant (response 2, rejected)", "no"),
-    ]  # fmt: skip
+    assert "chosen: 3 words, 13 characters\n  {+a long answer+}\n" in page(found)
 
 
 def test_findings_do_not_depend_on_who_reads_the_rows(tmp_path, monkeypatch):
@@ -95,7 +93,7 @@ def test_page_says_what_was_found_in_80_columns(tmp_path, monkeypatch):
         "1 pair of responses is preferred both ways, first at row 1 and row 4: nothing can be learned from them",
         "1 row with the prompt, responses and preferences of an earlier one: row 3 repeats row 1",
         "2 different images and videos in 4 places; 1 of them in several rows",
-        "assistant (response 1, chosen): a long answer",
+        "chosen: 3 words, 13 characters {+a long answer+}",
     ):
         assert part in said, part
 
@@ -196,7 +194,7 @@ def test_first_row_is_shown_as_the_model_reads_it(tmp_path):
     assert {code: refused.number for code, refused in found.refused.items()} == {"IMAGE_UNSUPPORTED": 1}
     text = page(found, width=200, encoder=encoder)
     assert "<|im_start|>user\n" in text.replace("  ", "") and "Is 0 even?<|im_end|>" in text
-    assert "response 1, " in text and " tokens" in text
+    assert "tokens in the prefix tree" in text and "tokens of its own" in text
 
 
 def test_preparing_says_what_a_model_may_learn_from_lengths_and_contradictions(tmp_path):

@@ -155,7 +155,10 @@ def test_a_prepared_set_is_shown_with_what_it_refused(tmp_path, capsys):
     rows = [*text_rows(5), {"prompt": "Is 0 even?", "chosen": "yes", "rejected": "never"}, text_rows(1)[0]]
     made = Made(tiny_config(tmp_path, write_rows(tmp_path / "rows.jsonl", rows)))
     show_data(str(made.folder), reading={})
-    text = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    show_data(str(tmp_path / "run"), reading={})  # the run that has the set
+    assert capsys.readouterr().out == printed
+    text = " ".join(printed.split())
     assert f"train: first groups: 5 of {len(made.train)}" in text
     assert f"{made.train.groups[0].num_tokens} tokens in the prefix tree when it was prepared" in text
     assert "merged with" in text and "rows.jsonl:6" in text
