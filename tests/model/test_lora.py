@@ -6,9 +6,13 @@ import sys
 import pytest
 import torch
 
-from fastrm.errors import ConfigError
+from fastrm.data.group import GroupSize, encode_group
+from fastrm.errors import ConfigError, ExactnessError
 from fastrm.lora_config import LoraConfig
+from fastrm.model import layers
+from fastrm.model.exactness import check_network
 from fastrm.model.lora import add_lora
+from fastrm.model.samples import pick_samples
 from tests.helpers.stock import CENTER, stock_loss
 from tests.helpers.support import make_image, make_model, make_record, pack_of
 
@@ -141,3 +145,22 @@ def test_a_run_without_peft_is_refused_before_anything_is_changed(monkeypatch):
     with pytest.raises(ConfigError, match=r'model.lora needs PEFT, .* pip install "fastrm\[lora\]"'):
         add_lora(network, LoraConfig())
     assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+def test_the_check_before_training_reads_adapters_and_finds_a_fault_beside_them(family, monkeypatch):
+    """In bf16 the first two layers are compared in float32 besides, with their adapters."""
+    network = with_adapters(family, {"rank": 4, "dropout": 0.5}).train()
+    groups = [encode_group(record, network.encoder) for record in RECORDS[family]]
+    samples = pick_samples([GroupSize.of(group) for group in groups], groups.__getitem__, network.encoder)
+    assert set(samples) == ({"text", "image"} if family == "qwen2_5_vl" else {"text"})
+    for sample in samples.values():
+        assert [part.dtype for part in check_network(network, sample)] == ["fp32"]
+        found = check_network(network, sample, autocast=torch.bfloat16)
+        assert [(part.dtype, part.whole) for part in found] == [("bf16", True), ("fp32", False)]
+        assert network.training
+    monkeypatch.setattr(layers, "stock_gate", lambda activation, gate, up: gate * activation(up))
+    network.set_kernels(torch.float32, attention="sdpa")
+    for sample in samples.values():
+        with pytest.raises(ExactnessError, match="not exact"):
+            check_network(network, sample)
