@@ -102,18 +102,19 @@ def show_record(record: Record, encoder: ConversationEncoder | None, notes: Sequ
         RecordError: the encoder refuses it.
     """
     prompt, texts, sizes, media = _as_written(record) if encoder is None else _as_read(record, encoder)
-    wins = Counter(p.winner for p in record.preferences if not p.tie)
-    losses = Counter(p.loser for p in record.preferences if not p.tie)
+    pairs = [p for p in record.preferences if not (p.tie or p.is_rating)]
+    wins, losses = Counter(p.winner for p in pairs), Counter(p.loser for p in pairs)
     order = sorted(range(len(texts)), key=lambda number: losses[number] - wins[number])
     responses = []
     for number in order:
-        beaten = sorted(p.loser + 1 for p in record.preferences if p.winner == number and not p.tie)
+        beaten = sorted(p.loser + 1 for p in pairs if p.winner == number)
         label = f"response {number + 1}" + (f", preferred to {', '.join(map(str, beaten))}" if beaten else "")
+        label += "".join(f", rated {p.margin:g}" for p in record.preferences if p.is_rating and p.winner == number)
         if len(texts) == 2 and wins.total() and not (wins[number] and losses[number]):
             label = "chosen" if wins[number] else "rejected"
         responses.append((f"{label}: {texts[number][0]}", texts[number][1]))
     ties = sum(p.tie for p in record.preferences)
-    about = [f"source: {record.source}", f"preferences: {len(record.preferences) - ties:,}"]
+    about = [f"source: {record.source}", f"preferences: {len(pairs):,}"]
     about += [f"ties: {ties:,}"] if ties else []
     return ShownRow(record.origin, [*notes, *about, *sizes], prompt, responses, media)
 

@@ -15,6 +15,7 @@ from fastrm.data.sources.hub import PREFIX
 from fastrm.data.sources.published import PUBLISHED
 from fastrm.data_config import SourceConfig
 from fastrm.evaluate.accuracy import wilson_interval
+from fastrm.evaluate.ratings import FIGURES, shown
 from fastrm.evaluate.table import ALL
 from fastrm.model.places import ADAPTER_CONFIG
 from fastrm.model.weight_files import CONFIG
@@ -38,6 +39,8 @@ Pair accuracy on held-out preferences, with 95 % intervals (Wilson); equal rewar
 {% for figure in figures %}
 | {{ figure.source }} | {{ figure.preferences }} | {{ "%.4f" % figure.accuracy }} | {{ figure.interval }} |
 {% endfor %}
+{% elif ratings %}
+On held-out ratings, which it was trained to give: {{ ratings }}.
 {% else %}
 Not measured: the run had no held-out preferences, or its files are not beside the model.
 {% endif %}
@@ -134,7 +137,7 @@ def make_card(repo: str, model: Path, run: Path | None, licence: str | None) -> 
     text = _CARD.render(
         name=repo.rpartition("/")[2], repo=repo, base=base, sources=sources, config=config,
         has_images="vision_config" in settings, is_adapter=(model / ADAPTER_CONFIG).is_file(),
-        figures=_figures(summary), recipe={} if config is None else _recipe(config, summary),
+        figures=_figures(summary), ratings=_ratings(summary), recipe={} if config is None else _recipe(config, summary),
         versions={"fastrm": "(version unknown)", **summary.get("versions", {})},
     )  # fmt: skip
     return f"---\n{about.to_yaml()}\n---\n{text}\n"
@@ -170,8 +173,11 @@ def _describe(source: SourceConfig) -> dict[str, str | None]:
 
 def _figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the accuracy of the exported step; by source only if the last evaluation, which has them, is its own."""
-    found = {name: (one["accuracy"], one["preferences"]) for name, one in (summary.get("eval_by_source") or {}).items()}
+    sources = {} if "eval_mse" in summary else summary.get("eval_by_source") or {}
+    found = {name: (one["accuracy"], one["preferences"]) for name, one in sources.items()}
     count = sum(preferences for _, preferences in found.values())
+    if not found:
+        return []
     if summary.get("exported_step", summary.get("steps")) != summary.get("steps"):
         found = {ALL: (summary["best_accuracy"], count)}
     elif len(found) > 1:
@@ -182,6 +188,13 @@ def _figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
         interval = f"{low:.4f} - {high:.4f}"
         rows.append({"source": name, "preferences": preferences, "accuracy": accuracy, "interval": interval})
     return rows
+
+
+def _ratings(summary: dict[str, Any]) -> str:
+    """Return the agreement with ratings in words, if the last evaluation is of the exported step; else empty."""
+    if "eval_mse" not in summary or summary.get("exported_step", summary.get("steps")) != summary.get("steps"):
+        return ""
+    return ", ".join(f"{text} {shown(summary[f'eval_{name}'])}" for name, text in FIGURES.items())
 
 
 def _recipe(config: Config, summary: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from scipy.stats import pearsonr, spearmanr
 
 from fastrm.config import load_config
 from fastrm.data.quarantine import Quarantine
+from fastrm.data.show import show_record
 from fastrm.data.sources import read_source
 from fastrm.errors import ConfigError
 from fastrm.evaluate.ratings import RatingMeter
 from fastrm.evaluate.reward_model import RewardModel
+from fastrm.share.card import make_card
 from fastrm.train.metrics import read_rows
 from tests.helpers.runs import fastrm, fastrm_here, run, text_rows, tiny_config, write_rows
 
@@ -214,3 +216,14 @@ def test_named_sets_of_ratings_have_figures_of_their_own(tmp_path):
             path,
             ["loss.kind=hinge", "data.train.0.pairs=all", "data.eval.one.0.pairs=all", "run.early_stopping=null"],
         )
+
+
+def test_pages_and_cards_tell_ratings(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", rated_rows(4))
+    path, overrides = rating_config(tmp_path, data, data, run={"max_steps": 1})
+    summary = run(path, *overrides)
+    card = make_card("org/name", tmp_path / "run" / "model", tmp_path / "run", None)
+    assert f"mean squared error {summary['eval_mse']:.4f}" in card and "Pair accuracy" not in card
+    (record, *_), _ = read(data, pairs="ratings")
+    labels = [label.partition(":")[0] for label, _ in show_record(record, None).responses]
+    assert labels == ["response 1, rated 1", "response 2, rated 3", "response 3, rated 4"]
