@@ -223,7 +223,7 @@ def test_rows_before_a_range_are_not_parsed(tmp_path, name, monkeypatch):
     file = write_rows(tmp_path / name, 100)
     parsed = []
     monkeypatch.setattr(files, "_parse_line", lambda line: parsed.append(line))
-    monkeypatch.setattr(files, "_batch_rows", lambda batch: parsed.extend(range(batch.num_rows)) or [])
+    monkeypatch.setattr(files, "batch_rows", lambda batch: parsed.extend(range(batch.num_rows)) or [])
     list(read_rows(file, 90, 93))
     assert len(parsed) == 3
 

@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
 from fastrm.data.media.images import decode_image
@@ -207,8 +208,9 @@ def test_unreachable_hub_says_what_to_do(monkeypatch):
     with pytest.raises(DataError) as caught:
         source_files(set="rlaif-v")
     assert str(caught.value) == (
-        'data set "openbmb/RLAIF-V-Dataset" cannot be read from the hub: no route to host; without access to the hub '
-        "copy the set's files to this machine and set `path` to their folder"
+        'data set "openbmb/RLAIF-V-Dataset" cannot be read from the hub: '
+        f"{constants.ENDPOINT}: no route to host; without access to the hub copy the set's files to this machine "
+        "and set `path` to their folder"
     )
 
 
