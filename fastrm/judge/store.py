@@ -1,7 +1,6 @@
 """The file in which generated texts are kept: one line for each, by the key of what it depends on."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from fastrm.errors import StorageError
 from fastrm.json_files import to_json
 from fastrm.judge.generations import Generation
 from fastrm.judge.questions import JudgeQuestion
-from fastrm.storage import writing
+from fastrm.storage import sync_path, writing
 
 
 class GenerationStore:
@@ -70,6 +69,7 @@ class GenerationStore:
         ]
 
     def close(self) -> None:
+        """Close the file, which is on the disk then."""
         with writing(self.path):
-            os.fsync(self._file.fileno())
             self._file.close()
+            sync_path(self.path)

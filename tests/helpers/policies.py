@@ -4,8 +4,8 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from fastrm.config import ModelConfig
-from fastrm.grpo.image_processor import make_processor
 from fastrm.model.network import init_backbone
+from fastrm.model.vision.qwen_processor import make_processor
 from tests.helpers.support import FAMILIES, make_tokenizer
 
 
