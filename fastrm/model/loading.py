@@ -125,10 +125,10 @@ def open_backbone(path: str) -> Backbone:
     stored, rest = _assign(place, files, find_name)
     prefix = "model." if full is not model else ""
     wanted = model.state_dict()
-    if place.base_digest is not None:
+    if "base_digest" in place.below:
         own = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
         _check_base(place, digest_of(own))
-    if place.quantize is not None:
+    if "quantize" in place.below:
         _quantize(stored, full, model)
     if place.adapter is not None:
         _merge(Adapter.open(place), stored, rest, find_name, _part_names(full, model))
@@ -166,7 +166,7 @@ def digest_of(tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def _check_base(place: ModelPlace, found: str) -> None:
-    if found != place.base_digest:
+    if found != place.below["base_digest"]:
         raise ConfigError(
             f"{place.given}: is an adapter of another base: the weights in {place.base} are not those that it was "
             f"trained on; set base_model_name_or_path in {ADAPTER_CONFIG} to that model"

@@ -89,9 +89,7 @@ def choose_targets(network: nn.Module, settings: LoraConfig) -> list[str]:
         ConfigError: for a target that matches none, naming those that there are, or `vision` without a tower.
     """
     if settings.vision and network.tower is None:
-        raise ConfigError(
-            f"model.lora.vision: {network.model.config.model_type} has no vision tower; remove the key"
-        )
+        raise ConfigError(f"model.lora.vision: {network.model.config.model_type} has no vision tower; remove the key")
     names = list(linear_layers(network, settings.vision))
     if settings.targets == "all-linear":
         return names
@@ -129,11 +127,8 @@ def nf4_layers(language: nn.Module) -> dict[str, nn.Linear]:
     Those whose inputs are no multiple of 64 are left as they are: bitsandbytes on a CPU reads their blocks wrongly.
     """
     found = {name: part for name, part in language.named_modules() if isinstance(part, nn.Linear)}
-    return {
-        name: part
-        for name, part in found.items()
-        if name.startswith("layers.") and not is_adapter_weight(name) and part.in_features % 64 == 0
-    }
+    inside = {name: part for name, part in found.items() if name.startswith("layers.") and not is_adapter_weight(name)}
+    return {name: part for name, part in inside.items() if part.in_features % 64 == 0}
 
 
 def nf4_weights(network: nn.Module) -> set[int]:

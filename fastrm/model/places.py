@@ -59,14 +59,9 @@ class ModelPlace:
         return bool(self._read_own_config())
 
     @property
-    def quantize(self) -> str | None:
-        """The format in which a run held the weights of the base below the adapter that it saved; None: its files'."""
-        return self._read_own_config().get("fastrm", {}).get("quantize")
-
-    @property
-    def base_digest(self) -> str | None:
-        """The digest of the base's weights on which a run trained the adapter that it saved; None: none is known."""
-        return self._read_own_config().get("fastrm", {}).get("base_digest")
+    def below(self) -> dict:
+        """The settings `quantize` and `base_digest` of the base below an adapter that a run has saved, if known."""
+        return self._read_own_config().get("fastrm", {})
 
     def _read_own_config(self) -> dict:
         if self.adapter is None or self.adapter == self.base or finder(self.adapter)(CONFIG) is None:
