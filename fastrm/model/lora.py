@@ -7,6 +7,7 @@ checkpoint or an export holds of it. A network is a RewardNetwork (network.py) t
 """
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def add_lora(
 
 
 def _import_peft():
+    # PEFT imports bitsandbytes where it is, which warns on CPUs of a faster product that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError as error:
