@@ -33,8 +33,8 @@ from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.sources import read_source
 from fastrm.data.tokenizer import train_tokenizer
 from fastrm.limits import MediaLimits
+from fastrm.model.backbone import LayoutBuilder
 from fastrm.model.export import make_encoder
-from fastrm.model.pack_layouts import LayoutBuilder
 from fastrm.model.vision.qwen2_vl import VisionShape
 
 LIMITS = MediaLimits()

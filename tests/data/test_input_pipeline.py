@@ -23,8 +23,8 @@ from fastrm.data.record import ImageRef
 from fastrm.errors import ConfigError
 from fastrm.evaluate.accuracy import PreferenceMeter
 from fastrm.limits import MediaLimits
+from fastrm.model.backbone import PackLayouts
 from fastrm.model.export import make_encoder
-from fastrm.model.pack_layouts import PackLayouts
 from fastrm.train.loop import train
 from fastrm.train.metrics import read_rows
 from fastrm_kernels import preference_loss

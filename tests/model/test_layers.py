@@ -16,9 +16,9 @@ from fastrm.data.media import format
 from fastrm.data.packing import Pack
 from fastrm.errors import ConfigError
 from fastrm.model import layers
+from fastrm.model.backbone import PackLayouts
 from fastrm.model.export import load_model, save_model
 from fastrm.model.fusion import FusedLinear, join_parts, split_fused
-from fastrm.model.pack_layouts import PackLayouts
 from fastrm.model.pooling import MeanLayout
 from fastrm.model.vision.internvl import TileLayout
 from fastrm.model.vision.qwen2_vl import VisionLayout, VisionShape
