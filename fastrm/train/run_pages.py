@@ -145,15 +145,18 @@ def _curves(runs: Sequence[StoredRun]) -> Iterator[Chart]:
             colour, own = f"C{number % 10}", f"{run.name}, " * (len(runs) > 1)
             points = run.points(name)
             steps, values = [step for step, _ in points], [value for _, value in points]
-            if len(runs) == 1:
+            is_noisy = name != "lr"
+            if len(runs) == 1 and is_noisy:
                 axes.plot(steps, values, color=colour, alpha=0.35, linewidth=0.8)
             if values:
-                axes.plot(steps, smooth(values), color=colour, linewidth=1.6, label=f"{own}training")
+                line = smooth(values) if is_noisy else values
+                axes.plot(steps, line, color=colour, linewidth=1.6, label=f"{own}training")
             if (held_out := run.points(evaluated)):
                 axes.plot(*zip(*held_out, strict=True), "o--", color=colour if own else "C1", markersize=4,
                           linewidth=1.0, label=f"{own}held out")  # fmt: skip
         _finish(axes, label)
-        yield chart(figure, f"{label.capitalize()} over the steps; training as a running mean.")
+        mean = "; training as a running mean" if name not in ("", "lr") else ""
+        yield chart(figure, f"{label.capitalize()} over the steps{mean}.")
     if len(runs) == 1 and (parts := accuracies([row for row in runs[0].rows if "eval/accuracy" in row])):
         figure = new_figure(5.2, 3.1)
         axes = figure.subplots()
