@@ -1,9 +1,9 @@
 """The command `fastrm eval judge:SPEC`: a judge's figures on preferences or on a benchmark."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -131,7 +131,7 @@ def _records(data: str, rows: RowOptions, bench_data: str | None, refused: list[
         DataError: if none can be read, or two have one id, so that it cannot be said which one a text is about.
     """
     if data.startswith(BENCHMARK):
-        records = load_benchmark(data, bench_data, rows.images).records
+        records = list(_numbered(load_benchmark(data, bench_data, rows.images).records))
     else:
         records = []
         reading = {"columns": rows.columns, "ignore": rows.ignore}
@@ -147,6 +147,15 @@ def _records(data: str, rows: RowOptions, bench_data: str | None, refused: list[
             f"{shortened(repeated)}; give each row an id of its own"
         )
     return records
+
+
+def _numbered(records: Sequence[Record]) -> Iterator[Record]:
+    """Yield a benchmark's rows; where one repeats an id, as published files do, its number follows: a, a#2, a#3."""
+    seen: Counter[str] = Counter()
+    for record in records:
+        seen[record.id] += 1
+        number = seen[record.id]
+        yield record if number == 1 else replace(record, id=f"{record.id}#{number}")
 
 
 def _complain(report: dict, json_out: Path | None) -> None:

@@ -1,10 +1,13 @@
 """`fastrm eval judge:SPEC --from`: figures of stored generations, computed by hand here."""
 
 import json
+from collections import Counter
 
 import pytest
 
+from bench.pretrained.preferences import DATA
 from fastrm.errors import ConfigError, DataError
+from fastrm.evaluate.benchmarks.benchmark import load_benchmark
 from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from tests.helpers.runs import fastrm_here, write_rows
@@ -141,3 +144,24 @@ def test_the_command(tmp_path, capfd):
     assert code == 0 and json.loads(out.read_text())["accuracy"] == pytest.approx(0.4), error
     code, error = fastrm_here(capfd, "eval", "somewhere", data, "--from", written)
     assert code == 64 and "--from and --generations are for a judge" in error
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder shared/data beside the project")
+def test_a_benchmark_whose_published_file_repeats_ids(tmp_path):
+    """The judge always calls what is first better."""
+    name, file = "bench:vl_rewardbench", DATA / "reward_benches" / "vl_rewardbench.jsonl"
+    records = load_benchmark(name, str(file)).records
+    seen = Counter()
+    texts = []
+    for record in records:
+        seen[record.id] += 1
+        one = record.id if seen[record.id] == 1 else f"{record.id}#{seen[record.id]}"
+        texts += [{"id": one, "order": order, "text": ONE} for order in ([0, 1], [1, 0])]
+    assert max(seen.values()) > 1
+    out = tmp_path / "out.json"
+    written = write_rows(tmp_path / "generations.jsonl", texts)
+    evaluate_judge(["judge:r1_reward"], name, JudgeOptions(RowOptions(), JudgeTexts(written), str(file), out))
+    figures = json.loads(out.read_text())
+    assert (figures["accuracy"], figures["accuracy_as_released"]) == (0.5, 1.0)
+    assert (figures["position_flip_rate"], figures["first_place_rate"]) == (1.0, 1.0)
+    assert (figures["preferences"], figures["num_generations"]) == (len(records), len(texts)) == (1250, 2500)
