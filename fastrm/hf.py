@@ -23,7 +23,7 @@ from fastrm.model.families import FAMILIES, STEMS, check_family, has_axes
 from fastrm.model.head import make_head
 from fastrm.model.loading import shortened
 from fastrm.model.stored_head import read_section
-from fastrm.model.text import longest_path
+from fastrm.model.text import longest_path, path_limit_key
 from fastrm.model.vllm_classes import WHOLE
 
 # The head of a vision model in a folder for stock vLLM (fastrm/model/vllm_classes.py).
@@ -121,7 +121,8 @@ class RewardModelForSequenceClassification:
         mask = _checked_mask(given, attention_mask)
         limit = longest_path(self.config)
         if limit is not None and int(mask.sum(-1).max()) > limit:
-            raise ValueError(f"a conversation of more than {limit} tokens would change the rewards of the others")
+            key = path_limit_key(self.config)
+            raise ValueError(f"a conversation of more than {limit} tokens: with {key} rewards are exact up to that")
         if position_ids is None and not has_axes(self.config):  # models with axes count their own
             position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs.setdefault("use_cache", False)

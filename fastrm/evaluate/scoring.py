@@ -4,7 +4,6 @@ A group that cannot be scored is refused by itself, with a code and a message, a
 reward that is not a finite number is such a refusal: nothing writes it, averages it or compares it.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -28,7 +27,7 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.errors import ConfigError, DataError, GroupError, RecordError, option
 from fastrm.evaluate.merging import PromptGroup
 from fastrm.model.network import RewardNetwork
-from fastrm.model.text import longest_path
+from fastrm.model.text import longest_path, path_limit_key
 
 # The number of records that are read and scored at a time.
 CHUNK = 512
@@ -224,14 +223,15 @@ def make_ready(
     distinct = replace(record, responses=tuple(merged.responses.values()), preferences=())
     group = encode_within(distinct, encoder, tokens_per_pack)
     check_distinct(replace(group, responses=tuple(group.responses[n] for n in places), preferences=record.preferences))
-    limits = [longest_path(network.model.config) for network in networks]
-    limit = min((limit for limit in limits if limit is not None), default=math.inf)
     longest = max(len(response.tokens) for response in group.responses)
-    if longest > limit:
+    for config in (network.model.config for network in networks):
+        limit = longest_path(config)
+        if limit is None or longest <= limit:
+            continue
         raise RecordError(
             "TOO_LONG",
-            f"a response has {longest:,} tokens with its prompt; with its rope_type dynamic the model is exact up to "
-            f"{limit:,}; shorten it",
+            f"a response has {longest:,} tokens with its prompt; with its {path_limit_key(config)} the model is exact "
+            f"up to {limit:,}; shorten it",
         )
     counted = GroupSize.of(group)
     if counted.num_tokens > tokens_per_pack:

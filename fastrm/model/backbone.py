@@ -34,7 +34,7 @@ from fastrm.model.layers import (
     stock_norm,
 )
 from fastrm.model.pooling import MeanLayout, mean_of_paths
-from fastrm.model.text import longest_path
+from fastrm.model.text import longest_path, path_limit_key
 from fastrm.model.vision.tower import MediaFeatures, MediaLayout, MediaShape
 from fastrm_kernels import TreeLayout
 from fastrm_kernels.tree_attention.tiles import build_work_lists
@@ -236,8 +236,9 @@ class BackboneRunner:
         limit, longest = self._longest_path, max(layouts.tree.key_lengths)
         if limit is not None and longest > limit:
             raise ConfigError(
-                f"a response of {longest:,} tokens with its prompt: {self.model.config.model_type} with rope_type "
-                f"dynamic is exact up to {limit:,}; lower data.max_tokens_per_group, or tokens_per_pack when scoring"
+                f"a response of {longest:,} tokens with its prompt: {self.model.config.model_type} with "
+                f"{path_limit_key(self.model.config)} is exact up to {limit:,}; lower data.max_tokens_per_group, or "
+                "tokens_per_pack when scoring"
             )
         return layouts.to(pack.input_ids.device)
 

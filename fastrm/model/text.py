@@ -3,7 +3,9 @@
 from fastrm.errors import ConfigError
 
 # The text models that are known by themselves, with their part of transformers' and vLLM's names of classes.
-TEXT_STEMS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+TEXT_STEMS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
+# Those of them whose exports for vLLM are known (vllm_classes.py).
+IN_VLLM = {"qwen2", "qwen3", "llama"}
 SILU = {"silu", "swish"}  # swish is an older name of silu
 # Rotary embeddings whose frequencies are the stock module's, whatever a pack holds; dynamic up to `longest_path`.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
@@ -17,6 +19,7 @@ TEXT_KEYS = {
 # The keys of each text model, by its model_type.
 KNOWN_TEXT = {
     "llama": TEXT_KEYS | {"attention_bias", "mlp_bias", "pretraining_tp"},
+    "mistral": TEXT_KEYS,
     "qwen2": TEXT_KEYS,
     "qwen3": TEXT_KEYS | {"attention_bias"},
 }
@@ -78,10 +81,24 @@ def longest_path(config) -> int | None:
     """Return the tokens that a prompt with one response may have; None without a limit that others would feel.
 
     The rotary frequencies of rope_type dynamic (InternVL's text models) are constant up to this length and
-    follow the longest sequence beyond it: of a pack, so that one response would change another's reward.
+    follow the longest sequence beyond it: of a pack, so that one response would change another's reward. Mistral's
+    attention reaches `sliding_window` tokens back, the token itself among them, which is all of a path of that length.
     """
-    text = config.get_text_config()
-    return text.max_position_embeddings if _rope_type(text) == "dynamic" else None
+    return min((limit for _, limit in _path_limits(config)), default=None)
+
+
+def path_limit_key(config) -> str:
+    """Return what sets `longest_path`, as config.json says it, for messages."""
+    return min(_path_limits(config), key=lambda found: found[1])[0]
+
+
+def _path_limits(config) -> list[tuple[str, int]]:
+    text, found = config.get_text_config(), []
+    if _rope_type(text) == "dynamic":
+        found.append(("rope_type dynamic", text.max_position_embeddings))
+    if text.model_type == "mistral" and text.sliding_window is not None:
+        found.append((f"sliding_window {text.sliding_window}", text.sliding_window))
+    return found
 
 
 def rope_parameters(part) -> dict:

@@ -12,6 +12,7 @@ from fastrm.errors import ConfigError
 from fastrm.model.families import FAMILIES, STEMS, VISION_FAMILIES
 from fastrm.model.network import RewardNetwork
 from fastrm.model.stock_classes import StockReading, anchors_end, read_by_stock
+from fastrm.model.text import IN_VLLM
 
 # Names of the plugin's classes begin with it; those that need a whole conversation at once, with WHOLE.
 _PLUGIN, WHOLE = "Fastrm", "FastrmWhole"
@@ -93,7 +94,7 @@ def read_by_vllm(network: RewardNetwork) -> VllmReading:
 def _check_is_read(config) -> None:
     """Refuse values that vLLM 0.32 passes over, or for which it has no layer."""
     text, family = config.get_text_config(), config.model_type
-    of_vision = FAMILIES[family].fixed_in_vllm(config) if family in FAMILIES else {}
+    of_vision = FAMILIES[family].fixed_in_vllm(config) if family in FAMILIES else ({} if family in IN_VLLM else None)
     if of_vision is None:
         raise ConfigError(
             f"{family}: how vLLM would read its exports is not known here. Serve it with transformers: "

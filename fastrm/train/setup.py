@@ -20,7 +20,7 @@ from fastrm.model.lora import add_lora, base_of, nf4_layers, require_bitsandbyte
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8, token_multiple
 from fastrm.model.stored_head import find_head
-from fastrm.model.text import longest_path
+from fastrm.model.text import longest_path, path_limit_key
 from fastrm.train.checkpoint import model_tensors
 from fastrm.train.data import RunData
 from fastrm.train.encoder import make_data_encoder, make_tokenizer, prepared_folder
@@ -77,7 +77,7 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
     if longest is not None and data.max_tokens_per_group > longest:
         raise ConfigError(
             f"data.max_tokens_per_group: got {data.max_tokens_per_group:,}, but {backbone.config.model_type} with "
-            f"rope_type dynamic is exact up to {longest:,} tokens; set it to at most that"
+            f"{path_limit_key(backbone.config)} is exact up to {longest:,} tokens; set it to at most that"
         )
     encoder = make_data_encoder(config, backbone.config, tokenizer)
     encoder.counts_responses = config.loss.length_normalization

@@ -65,6 +65,7 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", **TEXT},
     "qwen3": {"model_type": "qwen3", **TEXT, "head_dim": 16},
     "llama": {"model_type": "llama", **TEXT},
+    "mistral": {"model_type": "mistral", **TEXT, "head_dim": 16, "sliding_window": None},
 }  # fmt: skip
 # For what the interpreter alone can do, or what would only compile for minutes on a GPU.
 needs_interpreter = pytest.mark.skipif(
