@@ -6,11 +6,13 @@ them. Norms, softmax, activations and the optimizer are left out.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import nn
 
 from fastrm.config import Config
 from fastrm.forecast.parameters import PARTS, count_parameters, language_of, parts_of
+from fastrm.model.experts import has_experts
 from fastrm.model.network import RewardNetwork
 
 
@@ -133,20 +135,23 @@ def _matrices(network: RewardNetwork) -> Iterator[_Matrix]:
     tower, layers = network.tower, language_of(network).layers
     parts, reached = parts_of(network), _gradient_reaches(network)
     of_pixels = set() if tower is None else set(_products(tower.embedding))
-    # A layer's last product stands last in it, and is not computed again.
+    # A layer's last product stands last in it, and is not computed again; the sum of experts needs that of each.
     repeated = {
-        product for layer in (*layers, *(tower.blocks if tower else ())) for product in list(_products(layer))[:-1]
+        product
+        for layer in (*layers, *(tower.blocks if tower else ()))
+        for product in list(_products(layer))[: None if has_experts(getattr(layer, "mlp", layer)) else -1]
     }
     last = layers[-1]
     pruned = set(_products(last)) - {*_products(last.self_attn.k_proj), *_products(last.self_attn.v_proj)}
     for module in _products(network):
-        part = parts[module.weight]
+        weights = list(module.parameters(recurse=False))
+        part = parts[weights[0]]
         rows = "patches" if module in of_pixels else _ROWS[part]
         yield _Matrix(
-            num_parameters=module.weight.numel(),
+            num_parameters=int(_used(module) * sum(weight.numel() for weight in weights if weight.ndim > 1)),
             rows=rows,
             rows_pruned="anchors" if module in pruned else rows,
-            trainable=module.weight.requires_grad,
+            trainable=weights[0].requires_grad,
             # Pixels need no gradient.
             input_gradient=reached[part] and module not in of_pixels,
             repeatable=module in repeated,
@@ -154,8 +159,18 @@ def _matrices(network: RewardNetwork) -> Iterator[_Matrix]:
 
 
 def _products(module: nn.Module) -> Iterator[nn.Module]:
-    """Return the linear and convolution layers, in order."""
-    return (part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d))
+    """Return the linear and convolution layers, and those of experts with their routers, in order."""
+    linear = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    experts = {part for mlp in module.modules() if has_experts(mlp) for part in (mlp.gate, mlp.experts)}
+    return (part for part in module.modules() if isinstance(part, linear) or part in experts)
+
+
+def _used(module: nn.Module) -> Fraction:
+    """Return the share of a module's matrices that a row is multiplied with: of experts, those it goes through."""
+    if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+        return Fraction(1)
+    config = module.config
+    return Fraction(config.num_experts_per_tok, config.num_experts)
 
 
 def _gradient_reaches(network: RewardNetwork) -> dict[str, bool]:

@@ -63,6 +63,13 @@ def _qwen3(*text, num_parameters: int, tied: bool = False) -> Published:
     return Published({"model_type": "qwen3", **options}, num_parameters)
 
 
+def _qwen3_moe(*text, experts: int, per_token: int, width: int) -> Published:
+    options = _text(*text, False, 40_960) | {"head_dim": 128, "vocab_size": 151_936, "norm_topk_prob": True}
+    options["rope_parameters"] = {"rope_type": "default", "rope_theta": 1_000_000.0}
+    sizes = {"num_experts": experts, "num_experts_per_tok": per_token, "moe_intermediate_size": width}
+    return Published({"model_type": "qwen3_moe", **options, **sizes})
+
+
 def _mistral(*text, vocabulary: int) -> Published:
     rope = {"rope_type": "default", "rope_theta": 1_000_000.0}
     sizes = {"head_dim": 128, "vocab_size": vocabulary, "rms_norm_eps": 1e-5, "sliding_window": None}
@@ -122,6 +129,7 @@ PUBLISHED = {
     "Qwen2-VL-2B-Instruct": _qwen2_vl(1536, 8960, 28, 12, 2, num_parameters=2_208_985_600, tied=True),
     "Qwen2-VL-7B-Instruct": _qwen2_vl(3584, 18944, 28, 28, 4, num_parameters=8_291_375_616),
     "Qwen3-8B": _qwen3(4096, 12288, 36, 32, 8, num_parameters=8_190_735_360),
+    "Qwen3-30B-A3B": _qwen3_moe(2048, 6144, 48, 32, 4, experts=128, per_token=8, width=768),
     "Mistral-7B-Instruct-v0.3": _mistral(4096, 14336, 32, 32, 8, vocabulary=32_768),
     "Qwen3-VL-2B-Instruct": _qwen3_vl(2048, 6144, 28, 16, 8, tied=True, vision=_QWEN3_VL_SMALL),
     "Qwen3-VL-4B-Instruct": _qwen3_vl(2560, 9728, 36, 32, 8, tied=True, vision=_QWEN3_VL_SMALL),

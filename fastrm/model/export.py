@@ -23,6 +23,7 @@ from fastrm.errors import ConfigError, StorageError, option
 from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 from fastrm.model.adapters import WEIGHTS
+from fastrm.model.experts import expert_parts
 from fastrm.model.families import FAMILIES
 from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
@@ -98,10 +99,15 @@ def _write_weights(
     reading: StockReading,
 ) -> None:
     model_type = model.model.config.model_type
-    entries = [(name, shape, _export_dtype(name, own, dtype)) for name, shape, own in stock_entries(model)]
+    entries = [
+        (part, tuple(piece.shape), _export_dtype(name, own, dtype))
+        for name, shape, own in stock_entries(model)
+        for part, piece in expert_parts(name, torch.empty(shape, device="meta"))
+    ]
     writer = WeightWriter(folder, reading.file_entries(entries, model_type))
     try:
-        for name, tensor in counted("writing weights", tensors, len(entries)):
+        parts = (part for name, tensor in tensors for part in expert_parts(name, tensor))
+        for name, tensor in counted("writing weights", parts, len(entries)):
             writer.write(reading.file_name(name, model_type), tensor)
         if reading.is_guarded:
             writer.write(GUARD, torch.empty(0))

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
+from fastrm.model.experts import has_experts
+
 QKV, GATE_UP = "qkv_proj", "gate_up_proj"
 # Fused projection -> stock ones, in the order of their rows.
 PARTS = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
@@ -50,7 +52,8 @@ def fuse_projections(layers: Iterable[nn.Module]) -> int:
     for number, layer in enumerate(layers):
         if number < len(layers) - 1:
             before += _fuse(layer.self_attn, QKV)
-        before += _fuse(layer.mlp, GATE_UP)
+        if not has_experts(layer.mlp):  # whose gate and up are one tensor in the stock module
+            before += _fuse(layer.mlp, GATE_UP)
     return before
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastrm.errors import ConfigError
+from fastrm.model.experts import has_experts
 from fastrm.model.fusion import GATE_UP, QKV
 from fastrm.model.text import SILU
 from fastrm_kernels import TreeLayout, tree_attention
@@ -163,7 +164,12 @@ def apply_norm(module: nn.Module, states: torch.Tensor, kernels: LayerKernels) -
 
 
 def apply_mlp(mlp: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> torch.Tensor:
-    """Apply a stock MLP: a gated one by the kernels, with its matrices fused or not; any other as it is."""
+    """Apply a stock MLP: a gated one by the kernels, with its matrices fused or not; any other as it is.
+
+    A layer's experts are the stock module: which of them a token goes through depends on that token alone.
+    """
+    if has_experts(mlp):
+        return mlp(states[None])[0]
     if hasattr(mlp, GATE_UP):
         gate, up = mlp.gate_up_proj(states).chunk(2, dim=-1)
     elif hasattr(mlp, "gate_proj"):

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.adapters import Adapter, MergedTensor
+from fastrm.model.experts import is_of_expert, stack_experts
 from fastrm.model.families import VISION_FAMILIES, check_family
 from fastrm.model.fusion import stock_names
 from fastrm.model.lora import nf4_layers, require_bitsandbytes
@@ -126,12 +127,14 @@ def open_backbone(path: str) -> Backbone:
     prefix = "model." if full is not model else ""
     wanted = model.state_dict()
     if "base_digest" in place.below:
-        own = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
+        whole = stored | stack_experts(dict(rest), find_name)
+        own = {name: whole[prefix + name] for name in wanted if prefix + name in whole}
         _check_base(place, digest_of(own))
     if "quantize" in place.below:
         _quantize(stored, full, model)
     if place.adapter is not None:
         _merge(Adapter.open(place), stored, rest, find_name, _part_names(full, model))
+    stored |= stack_experts(rest, find_name)
     tensors = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
     _check_all_there(path, tensors, wanted)
     # A tensor without elements holds nothing: exports have one that stock classifiers refuse (stock_classes.py).
@@ -147,7 +150,7 @@ def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> 
         found = find_name(name)
         (rest if found is None else stored)[found or name] = tensor
     if place.has_own_head:
-        rest = {}
+        rest = {name: tensor for name, tensor in rest.items() if is_of_expert(name)}
     for where in [place.adapter] if place.has_own_head else dict.fromkeys((place.base, place.adapter or place.base)):
         if (file := finder(where)(VALUE_HEAD)) is not None:
             rest |= read_header(file)
@@ -365,8 +368,8 @@ def _renamer(full: nn.Module) -> Callable[[str], str | None]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    # Weights computed from several tensors (a WeightConverter) do not occur in these families; if one ever does,
-    # the weight is named as missing.
+    # Weights computed from several tensors (a WeightConverter) are those of experts alone, which `stack_experts` joins;
+    # any other would be named as missing.
     renamings = [entry for entry in get_model_conversion_mapping(full) if isinstance(entry, WeightRenaming)]
     state, prefix = full.state_dict(), full.base_model_prefix
 

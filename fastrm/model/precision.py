@@ -39,6 +39,7 @@ import torch
 from torch import nn
 
 from fastrm.errors import ConfigError
+from fastrm.model.experts import has_experts
 from fastrm.model.lora import is_adapter_weight
 
 # Configuration value -> torchao's name.
@@ -129,6 +130,11 @@ def convert_to_fp8(network: nn.Module, recipe: str, *, emulate: bool | None = No
     Raises:
         ConfigError: if torchao is not installed, the device has no FP8, or no layer can be converted.
     """
+    if any(map(has_experts, network.modules())):
+        raise ConfigError(
+            f"precision.fp8: {recipe}: the experts of {network.model.config.model_type} are no linear layers, and "
+            "cannot be converted; set it to off"
+        )
     emulate = network.device.type != "cuda" if emulate is None else emulate
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(f'precision.fp8: {recipe} needs torchao, not installed here; pip install "fastrm[torchao]"')

@@ -3,7 +3,10 @@
 from fastrm.errors import ConfigError
 
 # The text models that are known by themselves, with their part of transformers' and vLLM's names of classes.
-TEXT_STEMS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
+TEXT_STEMS = {
+    "qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral", "qwen2_moe": "Qwen2Moe",
+    "qwen3_moe": "Qwen3Moe",
+}  # fmt: skip
 # Those of them whose exports for vLLM are known (vllm_classes.py).
 IN_VLLM = {"qwen2", "qwen3", "llama"}
 SILU = {"silu", "swish"}  # swish is an older name of silu
@@ -16,12 +19,19 @@ TEXT_KEYS = {
     "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window",
     "vocab_size",
 }  # fmt: skip
+# Those of models with experts besides. The last two are of losses and outputs of transformers' LM class alone.
+_EXPERT_KEYS = {
+    "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts",
+    "num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef",
+}  # fmt: skip
 # The keys of each text model, by its model_type.
 KNOWN_TEXT = {
     "llama": TEXT_KEYS | {"attention_bias", "mlp_bias", "pretraining_tp"},
     "mistral": TEXT_KEYS,
     "qwen2": TEXT_KEYS,
+    "qwen2_moe": TEXT_KEYS | _EXPERT_KEYS | {"qkv_bias", "shared_expert_intermediate_size"},
     "qwen3": TEXT_KEYS | {"attention_bias"},
+    "qwen3_moe": TEXT_KEYS | _EXPERT_KEYS | {"attention_bias"},
 }
 
 
@@ -63,6 +73,10 @@ def check_text(family: str, text) -> None:
     if others := layer_types - {"full_attention"}:
         raise ConfigError(f"{family}: layer_types has {sorted(others)}, only 'full_attention' is supported")
     check_activation(family, "hidden_act", text.hidden_act)
+    if text.model_type.endswith("_moe") and not 1 <= text.num_experts_per_tok <= max(text.num_experts, 1):
+        raise ConfigError(
+            f"{family}: num_experts_per_tok is {text.num_experts_per_tok}, wanted 1 to num_experts, {text.num_experts}"
+        )
 
 
 def check_activation(family: str, name: str, value) -> None:
@@ -82,7 +96,8 @@ def longest_path(config) -> int | None:
 
     The rotary frequencies of rope_type dynamic (InternVL's text models) are constant up to this length and
     follow the longest sequence beyond it: of a pack, so that one response would change another's reward. Mistral's
-    attention reaches `sliding_window` tokens back, the token itself among them, which is all of a path of that length.
+    and Qwen3-MoE's attention reaches `sliding_window` tokens back, the token itself among them, which is all of a path
+    of that length.
     """
     return min((limit for _, limit in _path_limits(config)), default=None)
 
@@ -96,7 +111,7 @@ def _path_limits(config) -> list[tuple[str, int]]:
     text, found = config.get_text_config(), []
     if _rope_type(text) == "dynamic":
         found.append(("rope_type dynamic", text.max_position_embeddings))
-    if text.model_type == "mistral" and text.sliding_window is not None:
+    if text.model_type in ("mistral", "qwen3_moe") and text.sliding_window is not None:
         found.append((f"sliding_window {text.sliding_window}", text.sliding_window))
     return found
 

@@ -7,6 +7,7 @@ anchors' part of the last layer) is left out.
 
 from fastrm.config import ModelConfig
 from fastrm.data.balance import CostModel
+from fastrm.model.experts import expert_matrices
 from fastrm.model.families import FAMILIES
 from fastrm.model.vision.tower import Passes
 
@@ -37,12 +38,16 @@ def _language_costs(text, passes: Passes, pruned: bool) -> dict:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     key_value = 2 * text.hidden_size * keys
+    attention = 2 * text.hidden_size * queries + key_value
     product = text.hidden_size * text.intermediate_size  # gate, up or down
-    layer = 2 * text.hidden_size * queries + key_value + 3 * product
-    whole_layers = text.num_hidden_layers - pruned
+    layers = [
+        passes.matrices(attention + sparse, last=0) if (sparse := expert_matrices(text, number)) else
+        passes.matrices(attention + 3 * product, last=product)
+        for number in range(text.num_hidden_layers - pruned)
+    ]  # fmt: skip
     # A pruned last layer computes only keys and values, except for the anchors.
     last_layer = passes.matrices(key_value, last=0) if pruned else 0
     return {
-        "per_token": whole_layers * passes.matrices(layer, last=product) + last_layer,
-        "per_attention_pair": whole_layers * passes.attention(queries),
+        "per_token": sum(layers) + last_layer,
+        "per_attention_pair": len(layers) * passes.attention(queries),
     }

@@ -65,6 +65,15 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", **TEXT},
     "qwen3": {"model_type": "qwen3", **TEXT, "head_dim": 16},
     "llama": {"model_type": "llama", **TEXT},
+    # The second layer of both has no experts.
+    "qwen2_moe": {
+        "model_type": "qwen2_moe", **TEXT, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40, "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", **TEXT, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [1],
+    },
     "mistral": {"model_type": "mistral", **TEXT, "head_dim": 16, "sliding_window": None},
 }  # fmt: skip
 # For what the interpreter alone can do, or what would only compile for minutes on a GPU.
