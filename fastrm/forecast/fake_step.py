@@ -32,6 +32,7 @@ from fastrm.forecast.full_pack import PackShape, make_pack
 from fastrm.forecast.lifetimes import Fullest, Life, Meter, enough, fullest, repeated, storage_of
 from fastrm.forecast.parameters import parts_of
 from fastrm.forecast.stand_ins import norm_and_gate
+from fastrm.model.experts import has_experts
 from fastrm.model.layers import stock_gate, stock_norm
 from fastrm.model.loading import stored_dtype
 from fastrm.model.lora import nf4_layers
@@ -63,6 +64,11 @@ class FakeSteps:
     def __init__(
         self, network: RewardNetwork, progress: Callable[[int, None], None] = lambda *_: None, whole: bool = False
     ):
+        if any(has_experts(layer.mlp) for layer in network.language.layers):
+            raise ConfigError(
+                f"{network.model.config.model_type}: the memory of experts cannot be planned: torch knows no shapes of "
+                "their products in float32; try a short run instead (run.max_steps: 3)"
+            )
         self.network = network
         self._progress = progress
         self._whole = whole

@@ -26,8 +26,9 @@ def has_experts(mlp: nn.Module) -> bool:
 
 
 def expert_matrices(text, number: int) -> int:
-    """Return the elements of the matrices that a token goes through in a layer of experts: the router's, those of its
-    own experts, and of the shared one; 0 for a layer without experts.
+    """Return the elements of the matrices that a token goes through in a layer of experts.
+
+    They are the router's, those of the token's own experts, and of the shared one; 0 for a layer without experts.
 
     Args:
         text: a text config; layers have experts as transformers' decoder layers decide it.

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from fastrm.config import ModelConfig, TrainedTokenizer, load_config
 from fastrm.errors import ConfigError, RecordError, StorageError
 from fastrm.evaluate.scoring import make_ready
+from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.flops import Workload, step_flops
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.export import save_model
@@ -126,6 +127,10 @@ class TestExperts:
     def test_fp8_is_refused(self, family):
         with pytest.raises(ConfigError, match=f"the experts of {family} are no linear layers"):
             convert_to_fp8(make_model(family), "rowwise", emulate=True)
+
+    def test_a_plan_of_memory_is_refused(self, family):
+        with pytest.raises(ConfigError, match=f"{family}: the memory of experts cannot be planned"):
+            FakeSteps(make_model(family))
 
     def test_more_experts_for_a_token_than_there_are_is_refused(self, family):
         options = FAMILIES[family] | {"num_experts_per_tok": 9}
