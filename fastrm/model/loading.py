@@ -127,8 +127,7 @@ def open_backbone(path: str) -> Backbone:
     prefix = "model." if full is not model else ""
     wanted = model.state_dict()
     if "base_digest" in place.below:
-        whole = stored | stack_experts(dict(rest), find_name)
-        own = {name: whole[prefix + name] for name in wanted if prefix + name in whole}
+        own = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
         _check_base(place, digest_of(own))
     if "quantize" in place.below:
         _quantize(stored, full, model)

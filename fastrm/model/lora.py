@@ -17,6 +17,7 @@ from torch import nn
 from fastrm.errors import ConfigError, StorageError
 from fastrm.json_files import to_json
 from fastrm.lora_config import LoraConfig
+from fastrm.model.experts import has_experts
 from fastrm.model.places import ModelPlace
 
 NAME = "default"  # PEFT's name of an adapter
@@ -36,8 +37,13 @@ def add_lora(
         base: the folder or hub id of the base model, which adapter_config.json is to name.
 
     Raises:
-        ConfigError: if PEFT is missing, or a target matches no layer.
+        ConfigError: if PEFT is missing, the model has experts, or a target matches no layer.
     """
+    if any(map(has_experts, network.modules())):
+        raise ConfigError(
+            f"model.lora: {network.model.config.model_type} has experts, for which PEFT would take the adapters of other "
+            "layers; leave model.lora out, and train it whole"
+        )
     names = choose_targets(network, settings) if targets is None else list(targets)
     peft = _import_peft()
     alpha = settings.alpha_or_default

@@ -10,10 +10,12 @@ from fastrm.errors import ConfigError, RecordError, StorageError
 from fastrm.evaluate.scoring import make_ready
 from fastrm.forecast.fake_step import FakeSteps
 from fastrm.forecast.flops import Workload, step_flops
+from fastrm.lora_config import LoraConfig
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.export import save_model
 from fastrm.model.families import check_family
 from fastrm.model.loading import load_backbone
+from fastrm.model.lora import add_lora
 from fastrm.model.precision import convert_to_fp8
 from fastrm.model.text import longest_path
 from fastrm.train.optim import make_optimizers
@@ -123,6 +125,10 @@ class TestExperts:
         network.set_kernels(torch.float32, attention="sdpa")
         for name, gradient in _gradients(network, records).items():
             assert (gradient - wanted[name]).abs().max() <= 1e-5 * max(1, wanted[name].abs().max()), name
+
+    def test_lora_is_refused(self, family):
+        with pytest.raises(ConfigError, match=f"model.lora: {family} has experts, .* train it whole"):
+            add_lora(make_model(family), LoraConfig())
 
     def test_fp8_is_refused(self, family):
         with pytest.raises(ConfigError, match=f"the experts of {family} are no linear layers"):
