@@ -41,7 +41,7 @@ def add_lora(
     """
     if any(map(has_experts, network.modules())):
         raise ConfigError(
-            f"model.lora: {network.model.config.model_type} has experts, for which PEFT would take the adapters of other "
+            f"model.lora: {network.model.config.model_type} has experts, for which PEFT would take adapters of other "
             "layers; leave model.lora out, and train it whole"
         )
     names = choose_targets(network, settings) if targets is None else list(targets)
