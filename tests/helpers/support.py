@@ -74,7 +74,7 @@ FAMILIES = {
         "model_type": "qwen3_moe", **TEXT, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
         "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [1],
     },
-    "mistral": {"model_type": "mistral", **TEXT, "head_dim": 16, "sliding_window": None},
+    "mistral": {"model_type": "mistral", **TEXT, "sliding_window": None},
 }  # fmt: skip
 # For what the interpreter alone can do, or what would only compile for minutes on a GPU.
 needs_interpreter = pytest.mark.skipif(
