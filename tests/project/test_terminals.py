@@ -108,7 +108,7 @@ LONG = {
     "train {config} --dry-run": ("One step of 8 preferences (estimate)", "its inputs are here."),
     "train {config} run.max_steps=6 --resume auto": ("resumed from", "Training done"),
     "data prepare {second} --workers 1": ("refused: {bad}:17: image", "rows refused, BAD_JSON"),
-    "data check {bad} {rows} --max-refused 50% --model {model}": ("response 1, ",),
+    "data check {bad} {rows} --max-refused 50% --model {model}": ("rejected: ",),
     "train {config} --resume {folder}/run/checkpoints/step-9": ("not an intact checkpoint: manifest.json is missing",),
     "score {model} {bad} --out {folder}/rewards.jsonl --no-check-exactness": ("18 groups: 16 scored, 2 refused",),
     "eval {model} {model} {model} {bad}": ("Pair accuracy", "3 {model}"),
