@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastrm.errors import ConfigError
-from fastrm.model.experts import has_experts
 from fastrm.model.fusion import GATE_UP, QKV
 from fastrm.model.text import SILU
 from fastrm_kernels import TreeLayout, tree_attention
@@ -168,7 +167,7 @@ def apply_mlp(mlp: nn.Module, states: torch.Tensor, kernels: LayerKernels) -> to
 
     A layer's experts are the stock module: which of them a token goes through depends on that token alone.
     """
-    if has_experts(mlp):
+    if hasattr(mlp, "experts"):
         return mlp(states[None])[0]
     if hasattr(mlp, GATE_UP):
         gate, up = mlp.gate_up_proj(states).chunk(2, dim=-1)

@@ -114,7 +114,7 @@ class TestExperts:
             optimizer.step()
         assert not any(torch.equal(p, old) for p, old in zip(experts, before, strict=True))
 
-    def test_compiled_layers_and_recomputation_change_nothing(self, family):
+    def test_compiled_layers_and_recomputation_change_nothing(self, family, one_thread):
         network, records = make_model(family), [make_record(1, num_responses=3), make_record(2)]
         wanted = _gradients(network, records)
         network.use_activation_checkpointing("selective")
@@ -153,6 +153,15 @@ class TestExperts:
         assert many[0] - few[0] == per_token
         load = Workload(1, 0, 50, 20)
         assert many[1] - few[1] == per_token * (load.num_tokens(True) + 2), "and layer 2 for the anchors"
+
+
+@pytest.fixture
+def one_thread():
+    """Several threads add the gradients of the stock experts in no fixed order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _gradients(network, records):
