@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,7 @@ def pyright(file) -> list[str]:
     return [one["message"] for one in found["generalDiagnostics"]]
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="pyright needs node, and would fetch it from the network")
 def test_pyright_finds_nothing_in_the_page_and_knows_what_comes_back(tmp_path):
     file = tmp_path / "page.py"
     file.write_text("\n".join([*blocks("docs/python.md", "python"), TYPES]))
