@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastrm import RewardModel, cli
 from fastrm.errors import ConfigError
@@ -67,6 +67,21 @@ def test_checkpoints_and_export_hold_no_weight_of_the_base(tmp_path):
         with safe_open(file, "pt") as tensors:
             names += tensors.keys()
     assert names and all("lora_" in name or "score." in name for name in names)
+
+
+def test_a_merge_in_float32_keeps_changes_that_two_byte_weights_would_round_away(tmp_path):
+    config = lora_config(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    run(config)
+    export_checkpoint(
+        tmp_path / "run", 6, tmp_path / "plain", "transformers", Display(silent=True), torch.float32, merge=True
+    )
+    found, wanted = (load_model(tmp_path / name).state_dict() for name in ("plain", "run"))
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+    rounded = {name for name, tensor in wanted.items() if not torch.equal(tensor.bfloat16().float(), tensor)}
+    assert any("q_proj" in name for name in rounded)
 
 
 def test_a_checkpoint_is_exported_as_a_plain_model_with_the_rewards_of_the_run(tmp_path):
