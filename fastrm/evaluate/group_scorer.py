@@ -1,5 +1,6 @@
 """The methods that a reward model and an ensemble share: the rewards of groups, and the choices that these allow."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
@@ -35,9 +36,10 @@ class Best(NamedTuple):
     rewards: list[float]
 
 
-class GroupScorer:
+class GroupScorer(ABC):
     """A scorer of groups; the reward model or ensemble that it is scores records."""
 
+    @abstractmethod
     def _score(
         self,
         records: Sequence[Record],
@@ -46,7 +48,6 @@ class GroupScorer:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[list[float] | RecordError]:
         """Return the rewards of each record, or why it has none; `progress` is called with (done, total)."""
-        raise NotImplementedError
 
     @overload
     def score(
