@@ -2,24 +2,20 @@
 
 import json
 import math
-import tarfile
 import time
-from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from bench.pretrained.preferences import DATA, answer_pairs
 from fastrm.config import load_config, load_run
 from fastrm.data.record import Message
 from fastrm.errors import ConfigError, DataError, GroupError, InterruptedRun, StorageError
 from fastrm.grpo.config import FitSection, GrpoConfig, QuestionsSection, RewardSection
-from fastrm.grpo.evaluation import as_samples, evaluate_policy
-from fastrm.grpo.questions import Question, as_dataset, read_questions
+from fastrm.grpo.evaluation import evaluate_policy
+from fastrm.grpo.questions import Question, read_questions
 from fastrm.grpo.report import show_report
 from fastrm.grpo.rewarding import RewardFunction
 from fastrm.grpo.run import timed_calls
@@ -192,34 +188,6 @@ def test_the_supervised_start_teaches(tmp_path):
     assert before < 1 and evaluate_policy(policy, processor, questions, 4, "auto", None)["accuracy"] == 1
 
 
-def test_questions_keep_their_images_on_the_way_to_trl(tmp_path):
-    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
-    rows = [
-        {"prompt": "So <image> or so?", "images": ["a.png"], "solution": "yes"},
-        {"messages": [{"role": "system", "content": "Short."}, {"role": "user", "content": "So?"}], "solution": "no"},
-    ]
-    questions = read_questions(QuestionsSection(path=str(write_rows(tmp_path / "questions.jsonl", rows))))
-    first, second = as_dataset(questions)
-    parts = [{k: v for k, v in part.items() if v is not None} for part in first["prompt"][0]["content"]]
-    assert parts == [{"type": "text", "text": "So "}, {"type": "image"}, {"type": "text", "text": " or so?"}]
-    assert [image.size for image in first["images"]] == [(30, 20)] and second["images"] == []
-    assert [message["role"] for message in second["prompt"]] == ["system", "user"] and second["solution"] == "no"
-
-
-def test_images_of_an_archive_reach_the_policy_and_the_judge(tmp_path):
-    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
-    with tarfile.open(tmp_path / "images.tar", "w") as archive:
-        archive.add(tmp_path / "a.png", "a.png")
-    rows = write_rows(tmp_path / "questions.jsonl", [{"prompt": "So?", "images": ["a.png"], "solution": "yes"}])
-    questions = read_questions(QuestionsSection(path=str(rows), images=str(tmp_path / "images.tar")))
-    (asked,) = as_dataset(questions)
-    assert [image.size for image in asked["images"]] == [(30, 20)]
-    assert as_samples(questions, ["yes"])[0].images == [(tmp_path / "a.png").read_bytes()]
-    (tmp_path / "images.tar").unlink()
-    with pytest.raises(DataError, match=r"questions.jsonl:1: .*IMAGE_MISSING"):
-        as_dataset(questions)
-
-
 def test_answers_are_matched_once_and_within_the_logged_time(monkeypatch):
     matched, logged = [], {}
 
@@ -262,35 +230,6 @@ def test_processes_share_the_questions_of_an_evaluation(monkeypatch):
     found = [evaluate_policy(None, None, questions, 4, "text", judge, process) for process in processes]
     assert found[-1] == alone and alone["questions"] == 5 and 0 < alone["accuracy"] < 1
     assert sorted(shares[1] + shares[2]) == shares[0] and abs(len(shares[1]) - len(shares[2])) == 1
-
-
-@pytest.mark.parametrize(
-    "row, said",
-    [
-        ({"prompt": "So?"}, r'questions.jsonl:1: "solution" is missing'),
-        ({"solution": "yes"}, r'questions.jsonl:1: "prompt" is missing'),
-        ("{", r"questions.jsonl:1: .*BAD_JSON"),
-        ({"prompt": "So?", "videos": ["a.mp4"], "solution": "yes"}, "the prompt has a video"),
-        ({"prompt": "So?", "solution": {"target": "4"}}, r"jsonl:1: true answer: got dict \{'target': '4'\}, wanted"),
-        ({"prompt": "So?", "solution": ["4", "four"]}, '"solution" holds 2 true answers, wanted one'),
-        ({"prompt": "So?", "solution": float("nan")}, r'jsonl:1: "solution" is missing or empty; name the column'),
-        ({"prompt": "So?", "solution": "  "}, r'jsonl:1: "solution" is missing or empty; name the column'),
-        ({"prompt": "So?", "imags": ["a.png"], "solution": "4"}, r'"imags" holds an image.*the key is "images"'),
-        ({"prompt": "So?", "images": ["a.png"], "solution": "4"}, r"jsonl:1: image .*a\.png.*IMAGE_MISSING"),
-        ({"prompt": "So?", "tools": [{"name": "f"}], "solution": "4"}, "tools, documents or calls, which no policy is"),
-    ],
-)
-def test_rows_that_are_no_questions_are_named(tmp_path, row, said):
-    source = QuestionsSection(path=str(write_rows(tmp_path / "questions.jsonl", [row])))
-    with pytest.raises(DataError, match=said):
-        read_questions(source)
-
-
-def test_rows_beyond_the_file_are_named(tmp_path):
-    path = str(write_rows(tmp_path / "questions.jsonl", [{"prompt": f"{n}?", "solution": "4"} for n in range(3)]))
-    assert len(read_questions(QuestionsSection(path=path, rows=[1, 3]))) == 2
-    with pytest.raises(DataError, match=r"has 3 rows, and rows: \[1, 5000\] names more; write \[1, 3\]"):
-        read_questions(QuestionsSection(path=path, rows=[1, 5000]))
 
 
 @pytest.mark.parametrize(
@@ -430,16 +369,6 @@ def test_the_experiment_with_pretrained_weights_reads_what_the_commands_before_i
     assert config.policy.path == trained.model.path
     assert config.judge == config.rewards[0].model == f"{trained.run.dir}/model"
     assert config.data.train.path == config.data.eval.path == trained.data.train[1].path
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the folder shared/data beside the project")
-def test_preferences_of_people_are_questions_whose_true_answer_is_the_preferred_one(tmp_path):
-    rows = list(islice(answer_pairs(), 3))
-    path = str(write_rows(tmp_path / "answers.jsonl", rows))
-    found = read_questions(QuestionsSection(path=path, truth="chosen"))
-    assert [(question.messages[0].text, question.truth) for question in found] == [
-        (row["prompt"], row["chosen"].strip()) for row in rows
-    ]
 
 
 def test_digits_configuration_measures_on_images_that_nothing_was_trained_on():
