@@ -16,6 +16,7 @@ from fastrm.errors import ConfigError
 from fastrm.lora_config import LoraConfig, check_lora
 from fastrm.loss_config import LossConfig, OptimConfig
 from fastrm.names import device_name, dtype_name
+from fastrm.paradigm_config import CriticConfig, JudgeConfig, Paradigm, check_paradigm
 from fastrm.sections import NonEmpty, NonNegative, Positive, Section
 from fastrm.stopping_config import ACCURACY, StoppingConfig, metric_names
 from fastrm.yaml_files import apply_override, dump_yaml, lay_over, read_chain, validate
@@ -235,6 +236,11 @@ class Config(Section):
     """Compare, before the first step, rewards of two of the run's own groups, an image among them if there are any,
     with those of the stock transformers class with the same weights, in the precision of the run; a difference that
     rounding does not explain ends the run. A model is checked once (fastrm/model/first_use.py)."""
+    paradigm: Paradigm = "reward"
+    """What is trained: reward = a model that rewards a response directly; critic = one that writes a critique first and
+    rewards behind it; judge = one that writes which of two responses is better (docs/paradigms.md)."""
+    critic: CriticConfig | None = None
+    judge: JudgeConfig | None = None
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig
@@ -263,6 +269,7 @@ class Config(Section):
                 f"optim.lr_parts: {min(frozen)} has a learning rate, but model.freeze takes it out of training; leave "
                 "it out of one of them"
             )
+        check_paradigm(self)
         self._check_evaluations()
         self._check_ratings()
         return self

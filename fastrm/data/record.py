@@ -91,10 +91,13 @@ class Response:
     """A response with the conversation that it ends: the last message is the assistant's.
 
     `arguments` are further arguments of the chat template (tools, documents, ...): JSON in text; empty if none.
+    `critique` is a text about it that its row holds, empty if none: what critics and judges learn to write. It is no
+    part of the conversation.
     """
 
     messages: tuple[Message, ...]
     arguments: str = ""
+    critique: str = ""
 
     @property
     def key(self) -> tuple:

@@ -18,9 +18,9 @@ from fastrm.json_files import to_json
 from fastrm.judge.generations import Generation, read_generations
 from fastrm.judge.metrics import measure
 from fastrm.judge.questions import make_questions
-from fastrm.judge.spec import PREFIX, JudgeSpec, load_spec
 from fastrm.judge.store import GenerationStore
 from fastrm.model.loading import shortened
+from fastrm.prompts.spec import PREFIX, JudgeSpec, load_spec
 from fastrm.storage import whole_file
 from fastrm.tables import Table
 from fastrm.ui import Display, make_console, message, print_table

@@ -10,8 +10,8 @@ import httpx
 from fastrm.data.media.images import read_bytes
 from fastrm.errors import DataError, FastrmError, RecordError, ServerError
 from fastrm.judge.questions import JudgeQuestion
-from fastrm.judge.spec import DecodingSection, GeneratorSection
 from fastrm.limits import MediaLimits
+from fastrm.prompts.spec import DecodingSection, GeneratorSection
 from fastrm.rl.client import MAX_WAIT, check_url
 from fastrm.rl.wire import image_url
 

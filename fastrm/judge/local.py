@@ -11,8 +11,8 @@ from fastrm.grpo.policy import encode, is_visual, load_policy
 from fastrm.grpo.questions import Question
 from fastrm.judge.endpoint import Written
 from fastrm.judge.questions import JudgeQuestion
-from fastrm.judge.spec import DecodingSection, GeneratorSection
 from fastrm.model.network import pick_device
+from fastrm.prompts.spec import DecodingSection, GeneratorSection
 
 
 class LocalModel:

@@ -9,8 +9,8 @@ import numpy as np
 
 from fastrm.data.record import Record
 from fastrm.judge.generations import Generation
-from fastrm.judge.spec import JudgeSpec
-from fastrm.judge.verdicts import Verdict, majority
+from fastrm.prompts.spec import JudgeSpec
+from fastrm.prompts.verdicts import Verdict, majority
 
 # What a judge said of a preference: the winner is better, the loser is, or neither; None: nothing that can be read.
 _RIGHT, _WRONG, _TIE = 1, -1, 0

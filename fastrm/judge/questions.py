@@ -7,13 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
-
 from fastrm.data.record import ImageRef, MediaRef, Record
-from fastrm.errors import ConfigError, DataError
+from fastrm.errors import DataError
 from fastrm.json_files import to_json
-from fastrm.judge.spec import JudgeSpec
+from fastrm.prompts.spec import JudgeSpec
+from fastrm.prompts.template import PromptTemplate
 
 
 @dataclass(frozen=True)
@@ -49,28 +47,16 @@ def make_questions(spec: JudgeSpec, records: Iterable[Record]) -> Iterator[Judge
         ConfigError: for a template that cannot be filled in.
         DataError: for a row that a judge cannot be shown: with a video, or media in a response.
     """
-    template = _template(spec.prompt)
+    template = PromptTemplate(spec.prompt, spec.shown)
     model = None if spec.generator is None else [spec.generator.model, spec.generator.url]
     for record in records:
         images = _images(record)
         for order in _orders(spec, record):
             shown = [record.responses[number].text for number in order]
-            names = ("response",) if spec.kind == "pointwise" else ("first", "second")
-            try:
-                text = template.render(question=_prompt(record), **dict(zip(names, shown, strict=True)))
-            except TemplateError as error:
-                raise ConfigError(f"prompt: {error}; it has question, {' and '.join(names)}") from None
+            text = template.fill(question=_prompt(record), **dict(zip(spec.shown, shown, strict=True)))
             for vote in range(spec.votes):
                 writer = to_json([model, spec.decoding.model_dump(), vote])
                 yield JudgeQuestion(record.id, order, spec.system, text, images, writer, record.origin)
-
-
-def _template(text: str):
-    try:
-        # In a sandbox: a SPEC may be somebody else's.
-        return SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
-    except TemplateError as error:
-        raise ConfigError(f"prompt: {error}") from None
 
 
 def _orders(spec: JudgeSpec, record: Record) -> list[tuple[int, ...]]:

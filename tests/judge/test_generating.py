@@ -15,7 +15,7 @@ from fastrm.evaluate.reading import read_in_order
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.judge.endpoint import Endpoint
 from fastrm.judge.questions import make_questions
-from fastrm.judge.spec import load_spec
+from fastrm.prompts.spec import load_spec
 from tests.helpers.reward_server import answering
 from tests.helpers.runs import write_rows
 

@@ -26,7 +26,7 @@ from fastrm.ablate.grid import load_grid
 from fastrm.config import load_config, load_run
 from fastrm.evaluate.ensemble import EnsembleFile
 from fastrm.grpo.config import GrpoConfig
-from fastrm.judge.spec import load_spec
+from fastrm.prompts.spec import load_spec
 from fastrm.train.loop import train
 from fastrm.yaml_files import read_yaml, validate
 from tests.helpers.documents import PAGES, blocks, commands_to_read, commands_to_run, text_of, words_of

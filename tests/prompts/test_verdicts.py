@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastrm.judge.spec import load_spec, shipped_names
-from fastrm.judge.verdicts import (
+from fastrm.prompts.spec import load_spec, shipped_names
+from fastrm.prompts.verdicts import (
     Verdict,
     majority,
     parse_better,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from fastrm.errors import ConfigError
-from fastrm.judge.verdicts import PAIRWISE, POINTWISE, Parser
+from fastrm.prompts.verdicts import PAIRWISE, POINTWISE, Parser
 from fastrm.sections import NonEmpty, NonNegative, Positive, Section
 from fastrm.yaml_files import lay_over, read_yaml, validate
 
@@ -78,6 +78,11 @@ class JudgeSpec(Section):
         return self
 
     @property
+    def shown(self) -> tuple[str, ...]:
+        """The names that its prompt has for the responses."""
+        return ("response",) if self.kind == "pointwise" else ("first", "second")
+
+    @property
     def parse(self) -> Parser:
         """The parser itself."""
         return (PAIRWISE | POINTWISE)[self.parser]
@@ -85,7 +90,7 @@ class JudgeSpec(Section):
 
 def shipped_names() -> list[str]:
     """Return the names of the SPECs that fastrm brings."""
-    return sorted(file.name.removesuffix(".yaml") for file in files("fastrm.judge").joinpath("specs").iterdir())
+    return sorted(file.name.removesuffix(".yaml") for file in files("fastrm.prompts").joinpath("specs").iterdir())
 
 
 def load_spec(name: str) -> JudgeSpec:
@@ -112,4 +117,4 @@ def load_spec(name: str) -> JudgeSpec:
 
 
 def _shipped(name: str) -> Path:
-    return Path(str(files("fastrm.judge").joinpath("specs", f"{name}.yaml")))
+    return Path(str(files("fastrm.prompts").joinpath("specs", f"{name}.yaml")))

@@ -1,0 +1,58 @@
+"""The sections of the configuration for models that write: critics and judges."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fastrm.sections import NonEmpty, NonNegative, Section
+
+Paradigm = Literal["reward", "critic", "judge"]
+
+
+class CriticConfig(Section):
+    """A critic writes a critique of a response; its reward is read behind the critique (MM-RLHF, arXiv 2502.10391).
+
+    It trains on critiques that rows hold, such as `chosen_reason` and `rejected_reason`.
+    """
+
+    spec: NonEmpty = "mm_rlhf_reward"
+    """The prompt that asks for a critique of one response: a shipped SPEC of kind critic, or the path of one
+    (docs/judges.md)."""
+    lm_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """The factor of the critiques' loss beside that of the preferences: for each preference the mean cross entropy of
+    the tokens of its two critiques, added."""
+    missing: Literal["refuse", "empty"] = "refuse"
+    """Rows without a critique: refuse names them in the quarantine; empty trains on their preference behind an empty
+    critique, which adds nothing to the critiques' loss."""
+
+
+class JudgeConfig(Section):
+    """A judge reads two responses and writes which one is better. It trains on such texts, and has no reward head."""
+
+    spec: NonEmpty = "r1_reward"
+    """The prompt, and the form of the verdict: a shipped SPEC of kind pairwise, or the path of one (docs/judges.md)."""
+    order: Literal["random", "both"] = "random"
+    """The order in which a preference's responses are shown: random, by the seed and the row, or both, one text each.
+    """
+    seed: NonNegative = 0
+    """The seed of random orders."""
+
+
+def check_paradigm(config: Any) -> None:
+    """Check `paradigm` and the sections that belong to it.
+
+    Raises:
+        ValueError: naming the keys that contradict each other.
+    """
+    for name in ("critic", "judge"):
+        if getattr(config, name) is not None and config.paradigm != name:
+            raise ValueError(f"{name}: is for paradigm: {name}, got paradigm: {config.paradigm}; set one of them")
+    if config.paradigm == "reward":
+        return
+    model = config.model
+    if model.pooling != "anchor":
+        raise ValueError(f"paradigm {config.paradigm} with model.pooling {model.pooling}; set model.pooling: anchor")
+    if config.loss.kind != "bradley_terry":
+        raise ValueError(
+            f"paradigm {config.paradigm} with loss.kind {config.loss.kind}; set loss.kind: bradley_terry"
+        )
