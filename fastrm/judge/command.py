@@ -16,7 +16,7 @@ from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.json_files import to_json
 from fastrm.judge.generations import Generation, read_generations
-from fastrm.judge.metrics import measure
+from fastrm.judge.metrics import measure, read_verdicts
 from fastrm.judge.questions import make_questions
 from fastrm.judge.store import GenerationStore
 from fastrm.model.loading import shortened
@@ -75,7 +75,7 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
                 store = texts.generations or Path("runs", "judges", f"{Path(name).stem}.jsonl")
                 found = generate(spec, records, store, display)
             report = {"judge": name, "data": data} | measure(spec, records, found)
-        if report["accuracy"] is None:
+        if report["accuracy"] is None and not report["rewards"]:
             reason = refused[0] if refused else f"{texts.written} has none of its {len(records):,} rows"
             raise DataError(f"{data}: no preference was judged; {reason}")
         report["refused"] = refused
@@ -96,16 +96,22 @@ def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Di
     """
     questions = list(make_questions(spec, records))
     store = GenerationStore(path)
+    found, writer = [], None
     try:
-        missing = store.missing(questions)
-        if done := len(questions) - len(missing):
-            display.say(f"{done:,} of {len(questions):,} texts are in {path} already")
-        if missing:
-            update = display.task("judging")
-            for number, (question, text) in enumerate(_writer(spec).write(missing), done + 1):
-                store.add(question, text)
-                update(number, len(questions))
-        return store.generations(questions)
+        while questions:
+            missing = store.missing(questions)
+            if done := len(questions) - len(missing):
+                display.say(f"{done:,} of {len(questions):,} texts are in {path} already")
+            if missing:
+                writer, update = writer or _writer(spec), display.task("judging")
+                for number, (question, text) in enumerate(writer.write(missing), done + 1):
+                    store.add(question, text)
+                    update(number, len(questions))
+            found += store.generations(questions)
+            # What a bracket's next round asks depends on the verdicts of this one.
+            rounds = spec.order == "bracket"
+            questions = list(make_questions(spec, records, read_verdicts(spec, found))) if rounds else []
+        return found
     except KeyboardInterrupt:
         raise InterruptedRun(f"stopped; {path} keeps the texts so far: run the command again to go on") from None
     finally:
@@ -190,6 +196,8 @@ def _table(report: dict) -> Table:
     table.add_row("verdicts for what is shown first", share(report["first_place_rate"]))
     table.add_row("ties", f"{report['ties']:,}")
     table.add_row("texts without a verdict", f"{report['num_parse_failures']:,} of {report['num_generations']:,}")
+    if report["preferences_not_met"]:
+        table.add_row("preferences whose responses did not meet", f"{report['preferences_not_met']:,}")
     if len(report["sources"]) > 1:
         table.add_section()
         for source, figures in report["sources"].items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastrm.data.record import Record
+from fastrm.judge.bracket import play
 from fastrm.judge.generations import Generation
 from fastrm.prompts.spec import JudgeSpec
 from fastrm.prompts.verdicts import Verdict, majority
@@ -45,14 +46,13 @@ def measure(spec: JudgeSpec, records: Sequence[Record], generations: Iterable[Ge
     Args:
         generations: of these records; those with the same id and order are votes.
     """
-    texts: dict[tuple[str, tuple[int, ...]], list] = defaultdict(list)
-    failures, number = [], 0
-    for number, generation in enumerate(generations, 1):  # noqa: B007
-        said = spec.parse(generation.text)
-        texts[generation.id, generation.order].append(said)
-        if said is None:
-            failures.append({"id": generation.id, "order": list(generation.order)})
-    judged, missing, tied = [], [], 0
+    texts = read_verdicts(spec, generations)
+    failures = [
+        {"id": name, "order": list(order)} for (name, order), said in texts.items() for one in said if one is None
+    ]
+    rewards = _rewards(spec, texts, records)
+    ended = {row["id"] for row in rewards} if spec.order == "bracket" else set()
+    judged, missing, tied, not_met = [], [], 0, 0
     for record in records:
         for preference in record.preferences:
             if preference.tie:
@@ -61,21 +61,41 @@ def measure(spec: JudgeSpec, records: Sequence[Record], generations: Iterable[Ge
             outcomes = _outcomes(spec, texts, record.id, preference.winner, preference.loser)
             if outcomes:
                 judged.append(Judged(record.source, outcomes))
+            elif record.id in ended:
+                not_met += 1
             else:
                 missing.append(record.id)
     return {
         **_figures(judged),
         "preferences_tied": tied,
-        "num_generations": number,
+        "preferences_not_met": not_met,
+        "num_generations": sum(map(len, texts.values())),
         "num_parse_failures": len(failures),
         "sources": {
             source: _accuracy([one for one in judged if one.source == source])
             for source in sorted({one.source for one in judged})
         },
-        "rewards": tournaments(texts, records) if spec.kind == "pairwise" else [],
+        "rewards": rewards,
         "failures": failures,
         "missing": missing,
     }
+
+
+def read_verdicts(spec: JudgeSpec, generations: Iterable[Generation]) -> dict[tuple[str, tuple[int, ...]], list]:
+    """Return what texts say by (row's id, order), a list with an entry for each vote; None for no verdict."""
+    texts = defaultdict(list)
+    for generation in generations:
+        texts[generation.id, generation.order].append(spec.parse(generation.text))
+    return dict(texts)
+
+
+def _rewards(spec: JudgeSpec, texts: Mapping[tuple[str, tuple[int, ...]], Sequence], records: Sequence[Record]) -> list:
+    if spec.kind != "pairwise":
+        return []
+    if spec.order != "bracket":
+        return tournaments(texts, records)
+    played = [(record.id, play(record, spec.decoding.seed, texts).rewards) for record in records]
+    return [{"id": name, "rewards": rewards} for name, rewards in played if rewards is not None]
 
 
 def tournaments(texts: Mapping[tuple[str, tuple[int, ...]], Sequence], records: Sequence[Record]) -> list[dict]:

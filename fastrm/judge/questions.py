@@ -10,6 +10,7 @@ from functools import cached_property
 from fastrm.data.record import ImageRef, MediaRef, Record
 from fastrm.errors import DataError
 from fastrm.json_files import to_json
+from fastrm.judge.bracket import Verdicts, play
 from fastrm.prompts.spec import JudgeSpec
 from fastrm.prompts.template import PromptTemplate
 
@@ -40,8 +41,15 @@ class JudgeQuestion:
         return hashlib.sha256(to_json(shown).encode()).hexdigest()
 
 
-def make_questions(spec: JudgeSpec, records: Iterable[Record]) -> Iterator[JudgeQuestion]:
+def make_questions(
+    spec: JudgeSpec, records: Iterable[Record], texts: Verdicts | None = None
+) -> Iterator[JudgeQuestion]:
     """Yield the questions about all preferences of records that are no ties, each once for each vote.
+
+    Of a bracket these are the questions of each row's next round.
+
+    Args:
+        texts: what the rounds of a bracket said so far.
 
     Raises:
         ConfigError: for a template that cannot be filled in.
@@ -51,7 +59,7 @@ def make_questions(spec: JudgeSpec, records: Iterable[Record]) -> Iterator[Judge
     model = None if spec.generator is None else [spec.generator.model, spec.generator.url]
     for record in records:
         images = _images(record)
-        for order in _orders(spec, record):
+        for order in _orders(spec, record, texts or {}):
             shown = [record.responses[number].text for number in order]
             text = template.fill(question=_prompt(record), **dict(zip(spec.shown, shown, strict=True)))
             for vote in range(spec.votes):
@@ -59,12 +67,14 @@ def make_questions(spec: JudgeSpec, records: Iterable[Record]) -> Iterator[Judge
                 yield JudgeQuestion(record.id, order, spec.system, text, images, writer, record.origin)
 
 
-def _orders(spec: JudgeSpec, record: Record) -> list[tuple[int, ...]]:
+def _orders(spec: JudgeSpec, record: Record, texts: Verdicts) -> list[tuple[int, ...]]:
     pairs = [tuple(sorted((one.winner, one.loser))) for one in record.preferences if not one.tie]
     if spec.kind == "pointwise":
         return [(number,) for number in sorted({number for pair in pairs for number in pair})]
     if spec.order == "round_robin":
         return list(itertools.permutations(range(len(record.responses)), 2))
+    if spec.order == "bracket":
+        return play(record, spec.decoding.seed, texts).next_round
     found: list[tuple[int, ...]] = []
     for pair in dict.fromkeys(pairs):
         turned = pair[::-1]

@@ -60,9 +60,10 @@ class JudgeSpec(Section):
     """The model that writes; default: none, for texts that are there already (--from)."""
     decoding: DecodingSection = DecodingSection()
     """The way in which it writes."""
-    order: Literal["both", "as_given", "random", "round_robin"] = "both"
+    order: Literal["both", "as_given", "random", "round_robin", "bracket"] = "both"
     """The order in which a pairwise judge sees two responses: both, one after the other; as_given: as in the row;
-    random: one of them, by the seed; round_robin: all ordered pairs of a row's responses, n (n - 1) of n."""
+    random: one of them, by the seed; round_robin: all ordered pairs of a row's responses, n (n - 1) of n; bracket: a
+    single elimination between them, 2 (n - 1)."""
     votes: Positive = 1
     """Texts for each question; the majority decides."""
 
