@@ -54,8 +54,8 @@ def parse_better(text: str) -> Verdict | None:
     A judge is asked to end with that sentence: of several the last one counts, and a sentence that calls both equally
     good is a tie if none comes behind it.
     """
-    found = [(match.start(), Verdict(int(match[1]))) for match in _BETTER.finditer(text)]
-    found += [(match.start(), Verdict.TIE) for match in _EQUAL.finditer(text)]
+    found = [(match.end(), Verdict(int(match[1]))) for match in _BETTER.finditer(text)]
+    found += [(match.end(), Verdict.TIE) for match in _EQUAL.finditer(text)]
     return max(found, key=lambda place: place[0])[1] if found else None
 
 

@@ -25,7 +25,7 @@ def reward_function(rewards: Rewards) -> Callable[..., dict]:
         found = rewards([_sample(*one) for one in zip(prompts, texts, labels, strict=True)])
         if None in found:  # it would stop the step; raised, OpenRLHF logs it and leaves the rollout without a reward
             raise DataError(f"rollouts without a reward: {dict(rewards.num_failed)}")
-        values, scores = torch.tensor(found), torch.tensor([_score(reward, rewards.scheme) for reward in found])
+        values, scores = torch.tensor(found), torch.tensor([_score(reward, rewards) for reward in found])
         return {"rewards": values, "scores": scores, "extra_logs": {"reward": values}}
 
     return reward_func
@@ -50,7 +50,7 @@ class RewardedAgent:
         sample = await asyncio.to_thread(_sample, prompt, text, label, images)
         (reward,) = await self.rewards.compute_async([sample])
         if reward is not None:
-            output.update(reward=reward, scores=_score(reward, self.rewards.scheme), extra_logs={"reward": reward})
+            output.update(reward=reward, scores=_score(reward, self.rewards), extra_logs={"reward": reward})
         return output
 
 
@@ -61,6 +61,8 @@ def _sample(prompt: str, text: str, label: object, images: Sequence | None = Non
     )
 
 
-def _score(reward: float, scheme: str) -> float:
+def _score(reward: float, rewards: Rewards) -> float:
     """Return a reward as a score from 0 to 1, by which OpenRLHF filters prompts."""
-    return sigmoid(reward) if scheme == "model" else reward
+    if rewards.judge is not None:
+        return min(max(reward / rewards.judge.best, 0.0), 1.0)
+    return sigmoid(reward) if rewards.scheme == "model" else reward

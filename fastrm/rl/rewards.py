@@ -2,6 +2,7 @@
 
 The schemes are those of BaseReward's experiment (Zhang et al., arXiv 2509.16127, section 5.4): ``rule`` is 1 if the
 answer is right, else 0; ``model`` is the model's reward r; ``hybrid`` is 1 if the answer is right, else sigmoid(r).
+``judge`` is for a policy that is a judge itself (`judging.py`).
 """
 
 import asyncio
@@ -14,9 +15,10 @@ from pathlib import Path
 
 from fastrm.errors import ConfigError, DataError, GroupError
 from fastrm.rl.answers import check_kind, is_match, read_truth
+from fastrm.rl.judging import JudgeReward
 from fastrm.rl.samples import Sample, check_samples, group_samples
 
-SCHEMES = ("rule", "model", "hybrid")
+SCHEMES = ("rule", "model", "hybrid", "judge")
 # Reasons that one response of a group may have alone: the others get their rewards.
 _ONE_RESPONSE = ("TOO_LONG", "BAD_TEXT", "NON_FINITE_REWARD")
 _HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/|$)")
@@ -42,16 +44,18 @@ class Rewards:
         scheme: str = "model",
         answers: str = "auto",
         token: str | None = None,
+        judge: JudgeReward | None = None,
         **options,
     ):
         """Choose a reward model and a scheme.
 
         Args:
             model: the URL of a fastrm server; a folder, which is loaded into this process; a `fastrm.RewardModel`,
-                `fastrm.Ensemble` or `Client`. The scheme ``rule`` needs none.
+                `fastrm.Ensemble` or `Client`. The schemes ``rule`` and ``judge`` need none.
             scheme: one of `SCHEMES`.
             answers: how answers are compared (`answers.KINDS`).
             token: of the server.
+            judge: how the texts of the scheme ``judge`` are rewarded.
             options: further arguments of `Client`, or of `RewardModel.from_pretrained` for a folder.
 
         Raises:
@@ -59,10 +63,13 @@ class Rewards:
         """
         if scheme not in SCHEMES:
             raise ConfigError(f"scheme: got {scheme!r}, wanted one of {', '.join(SCHEMES)}")
-        if model is None and scheme != "rule":
+        if (scheme == "judge") != (judge is not None):
+            raise ConfigError('judge: belongs to the scheme "judge", which needs it: judge=JudgeReward("r1_reward")')
+        has_model = scheme in ("model", "hybrid")
+        if model is None and has_model:
             raise ConfigError(f"scheme {scheme!r} needs a reward model: name a URL or a folder")
-        self.scheme, self.answers, self.num_failed = scheme, check_kind(answers), Counter()
-        self.scorer = None if scheme == "rule" else open_scorer(model, token=token, **options)
+        self.scheme, self.answers, self.judge, self.num_failed = scheme, check_kind(answers), judge, Counter()
+        self.scorer = open_scorer(model, token=token, **options) if has_model else None
 
     def __call__(self, samples: Sequence[Sample], matched: list[bool | None] | None = None) -> list[float | None]:
         """Compute a reward for each rollout, in order; None where it has none.
@@ -119,8 +126,17 @@ class Rewards:
         return columns.get(name)
 
     def match(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """Return whether each answer is right, whatever the scheme; None without a true answer."""
-        return [is_match(s.response, s.truth, self.answers) if read_truth(s.truth) else None for s in samples]
+        """Return whether each answer is right, whatever the scheme; None without a true answer.
+
+        Raises:
+            DataError: for a true answer of the scheme ``judge`` that is no place.
+        """
+        return [self._is_right(s.response, s.truth) if read_truth(s.truth) else None for s in samples]
+
+    def _is_right(self, text: str, truth: object) -> bool:
+        if self.judge is None:
+            return is_match(text, truth, self.answers)
+        return any(self.judge.is_right(text, one) for one in read_truth(truth))
 
     def _steps(
         self, samples: Sequence[Sample], matched: list[bool | None]
@@ -130,12 +146,13 @@ class Rewards:
         Of the scheme hybrid, rollouts with the right answer are not asked about. Responses that may have cost their
         group its rewards are asked about once more, each alone.
         """
-        if self.scheme == "rule":
+        if self.scorer is None:
             yield []
             for number, right in enumerate(matched):
                 if right is None:
                     self._fail("NO_TRUTH", "it has no true answer", number)
-            return [None if right is None else float(right) for right in matched]
+            pairs = zip(samples, matched, strict=True)
+            return [None if right is None else self._by_rule(sample.response, right) for sample, right in pairs]
         is_known = [right is True and self.scheme == "hybrid" for right in matched]
         rewards: list[float | None] = [1.0 if known else None for known in is_known]
         asked = [number for number, known in enumerate(is_known) if not known]
@@ -162,6 +179,9 @@ class Rewards:
             else:
                 rewards[number] = self._value(result[0])
         return rewards
+
+    def _by_rule(self, text: str, right: bool) -> float:
+        return float(right) if self.judge is None else self.judge.value(text, right)
 
     def _value(self, reward: float) -> float:
         return sigmoid(reward) if self.scheme == "hybrid" else reward

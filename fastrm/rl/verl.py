@@ -57,7 +57,7 @@ def score_function(rewards: Rewards, *, unscored: float | None = None) -> Callab
 
     async def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_) -> dict:
         extra = extra_info or {}
-        if rewards.scheme != "rule" and extra.get("prompt") is None:
+        if rewards.scorer is not None and extra.get("prompt") is None:
             raise DataError('extra_info has no "prompt", which the reward model needs; verl passes no other')
         sample = Sample(extra.get("prompt") or "", solution_str, extra.get("images"), ground_truth)
         score, is_unscored = await _score(rewards, sample, unscored)

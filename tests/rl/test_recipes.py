@@ -48,10 +48,10 @@ def server():
 
 
 def run_recipe(words, url, **names):
-    """Run the recipe that holds all of some words, with a server's URL in place of the page's."""
+    """Run the recipe that holds all of some words, with a server's URL in place of the page's; None: it has none."""
     (recipe,) = [recipe for recipe in RECIPES if all(word in recipe for word in words)]
-    assert 'Rewards("http://127.0.0.1:8000"' in recipe
-    exec(compile(recipe.replace("http://127.0.0.1:8000", url), "docs/rl.md", "exec"), names)
+    assert ('Rewards("http://127.0.0.1:8000"' in recipe) == (url is not None)
+    exec(compile(recipe.replace("http://127.0.0.1:8000", url or ""), "docs/rl.md", "exec"), names)
     return names
 
 
@@ -73,7 +73,7 @@ def stand_in(monkeypatch):
 def test_every_recipe_is_run():
     tested = inspect.getsource(sys.modules[__name__])
     words = [
-        "Sample(", "GRPOTrainer", "ScoredRollouts", "score_function", "RewardedAgent",
+        "Sample(", "JudgeReward", "GRPOTrainer", "ScoredRollouts", "score_function", "RewardedAgent",
         "openrlhf import reward_function", "RewardPlugin", "slime", "areal_function", "easyr1_function",
     ]  # fmt: skip
     assert len(RECIPES) == len(words)
@@ -85,6 +85,12 @@ def test_every_recipe_is_run():
 def test_first_example(server):
     names = run_recipe(["Sample("], server[0])
     assert names["rewards"]([names["Sample"]("2 + 2?", "4", truth="4")]) == [1.0]
+
+
+def test_a_judge_that_learns():
+    reward = run_recipe(["JudgeReward"], None)["reward"]
+    said = "<think>Response 1 is better.</think><answer>1</answer>"
+    assert reward(["?", "?"], [said, said], answer=["1", "2"]) == [2.0, 0.5]
 
 
 def test_trl(server, tmp_path):

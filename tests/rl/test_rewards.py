@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.reward_model import RewardModel
-from fastrm.rl import Client, Rewards, Sample
+from fastrm.rl import Client, JudgeReward, Rewards, Sample
 from fastrm.rl.client import ServerError
 from fastrm.rl.functions import areal_function
 from fastrm.rl.rewards import sigmoid
@@ -156,7 +156,9 @@ def test_no_rollouts_get_no_rewards():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ({"scheme": "paper"}, "scheme: got 'paper', wanted one of rule, model, hybrid"),
+        ({"scheme": "paper"}, "scheme: got 'paper', wanted one of rule, model, hybrid, judge"),
+        ({"scheme": "judge"}, 'judge: belongs to the scheme "judge", which needs it'),
+        ({"scheme": "rule", "judge": JudgeReward("r1_reward")}, 'judge: belongs to the scheme "judge"'),
         ({"scheme": "hybrid"}, "scheme 'hybrid' needs a reward model: name a URL or a folder"),
         ({"scheme": "rule", "answers": "maths"}, "answers: got 'maths'"),
         ({"model": 7}, "model: got int, wanted a URL, a folder"),
