@@ -112,10 +112,15 @@ Block = Paragraph | Facts | SortableTable | Charts | Example
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with the blocks below it."""
+    """A heading with the blocks below it.
+
+    Attributes:
+        anchor: the name by which an address leads to the section, as report.html#NAME; empty for none.
+    """
 
     title: str
     blocks: Sequence[Block] = field(default_factory=list)
+    anchor: str = ""
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:

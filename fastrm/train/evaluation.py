@@ -42,11 +42,12 @@ class _HeldOut:
         self.rewards += other.rewards
 
     def figures(self, prefix: str) -> dict[str, float | None]:
-        """Return loss, accuracy and margin, or agreement with ratings, as metrics.jsonl names them."""
+        """Return loss, accuracy, margin and preferences, or agreement with ratings, as metrics.jsonl names them."""
         if isinstance(self.meter, RatingMeter):
             figures = self.meter.figures()
         else:
-            figures = {"accuracy": self.meter.accuracy, "margin": self.meter.means().get("rewards/margins", 0.0)}
+            margin = self.meter.means().get("rewards/margins", 0.0)
+            figures = {"accuracy": self.meter.accuracy, "margin": margin, "preferences": self.meter.num_scored}
         figures = {"loss": self.loss / max(self.weight, 1e-12), **figures}
         return {f"{prefix}/{name}": value for name, value in figures.items()}
 
@@ -70,7 +71,8 @@ def evaluate(run: Run) -> bool:
             run.checkpoints.save(run.progress)  # without figures: they would choose a checkpoint
             refuse_non_finite(f"evaluation, {parts[name].members(broken[0].group)[0][1]}", broken[0])
     network.train()
-    row = {"step": run.progress.step, **total.figures("eval"), "eval/sources": total.meter.by_source()}
+    row = {"step": run.progress.step, "preferences": run.progress.preferences, **total.figures("eval")}
+    row["eval/sources"] = total.meter.by_source()
     lines = [f"step {row['step']:,}: held-out {_in_words(row, 'eval')}"]
     for name in filter(None, found):
         own = found[name].figures(place := f"eval/{name}")

@@ -18,6 +18,7 @@ from fastrm.storage import check_output
 from fastrm.tables import Table
 from fastrm.train.metrics import read_rows
 from fastrm.train.report import accuracies, draw_lines, smooth
+from fastrm.train.reward_curves import reward_curves
 from fastrm.ui import make_console, new_figure, print_table, say
 from fastrm.yaml_files import flat, read_yaml
 
@@ -124,6 +125,7 @@ def write_run_page(folder: Path) -> None:
     run = StoredRun.read(folder)
     sections = [
         Section("Result", [Facts(list(run.facts().items()))]),
+        *reward_curves({run.name: run.rows}),
         Section("Curves", [Charts(list(_curves([run])))]),
         *_by_part([run]),
         *_data(run),
@@ -251,6 +253,7 @@ def compare_runs(folders: Sequence[Path], out: Path | None) -> None:
             Section(title, [SortableTable(said, [heading or "figure", *names], rows) if rows else Paragraph("None.")])
             for (title, heading, rows), said in zip(tables, _CAPTIONS, strict=True)
         ]
+        sections += reward_curves({run.name: run.rows for run in runs})
         sections += [Section("Curves", [Charts(list(_curves(runs)))]), *_by_part(runs)]
         write_page(out, "Runs compared", ", ".join(str(run.folder) for run in runs), sections)
         say(console, f"curves are in {out}")

@@ -101,7 +101,7 @@ def test_the_evaluation_before_the_first_step_is_that_of_the_weights_before_it(f
     run(path, "optim.lr=1e-30")
     unmoved = evaluations(tmp_path / "run")[-1]
     assert unmoved["eval/sources"] == rows[0]["eval/sources"]
-    assert numbers(unmoved) | {"step": 0} == pytest.approx(numbers(rows[0]))
+    assert numbers(unmoved) | {"step": 0, "preferences": 0} == pytest.approx(numbers(rows[0]))
 
 
 def test_a_run_that_stopped_after_any_step_goes_on_to_the_bit(finished, data, tmp_path):

@@ -37,7 +37,8 @@ def text_of(page) -> str:
 def test_a_run_leaves_a_page_of_all_that_it_has(folders):
     page = folders[0] / "report.html"
     text, summary = text_of(page), StoredRun.read(folders[0]).summary
-    parts = ["Result", "Curves", "Accuracy by source", "Data", "Refused rows", "Machine and versions", "Configuration"]
+    parts = ["Result", "reward-curves", "Curves", "Accuracy by source", "Data", "Refused rows", "Machine and versions"]
+    parts += ["Configuration"]
     assert [part for part in parts if f" {part} " not in text] == []
     assert f"held-out pair accuracy {summary['eval_accuracy']:.4f}" in text
     for source in ("even", "odd"):
@@ -46,7 +47,7 @@ def test_a_run_leaves_a_page_of_all_that_it_has(folders):
     assert "rows.jsonl:25 IMAGE_MISSING" in text and "max_steps: 4" in text
     assert summary["versions"]["torch"] in text and summary["hardware"]["processor"] in text
     # Each figure that is drawn, and the accuracy by source; nothing is fetched from elsewhere.
-    assert page.read_text().count("<svg") == 7
+    assert page.read_text().count("<svg") == 8
     assert not re.search(r'(src|href)="(?!#|data:)', page.read_text())
 
 
@@ -67,7 +68,7 @@ def test_runs_are_compared_in_the_terminal_and_in_a_page(folders, tmp_path, caps
     assert re.search(rf"held-out pair accuracy +{low.summary['eval_accuracy']:.4f}\s", printed)
     assert re.search(r"data\.eval +none +\[\]\n", printed)
     page = (tmp_path / "compare.html").read_text()
-    assert page.count("<svg") == 6 and "low, training" in page and "high, training" in page
+    assert page.count("<svg") == 7 and "low, training" in page and "high, training" in page
     assert "low, held out" in page and "high, held out" not in page
 
 
