@@ -1,6 +1,7 @@
 """The digits of the quick start."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,7 +54,17 @@ def test_digits_answers_are_true(digits):
         winners = {record.responses[p.winner].text for p in record.preferences}
         texts = [r.text for r in record.responses]
         assert winners == {truth}
+        for response in record.responses:
+            verdict = "right" if response.text == truth else "wrong"
+            said = f"The image shows a {names[digit]}. The response says {response.text}, which is {verdict}."
+            assert response.critique == said
         assert len(set(texts)) == len(texts) == len(record.preferences) + 1
+
+
+def test_critiques_of_digits_change_nothing_that_a_model_of_rewards_reads(digits):
+    for response in digits["eval"][0].responses:
+        bare = replace(response, critique="")
+        assert response.critique and response.key == bare.key and response.messages == bare.messages
 
 
 def test_digits_number_and_order_of_responses_vary(digits):

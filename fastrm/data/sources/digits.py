@@ -1,7 +1,8 @@
 """The quick start data: questions about the 1,797 handwritten digits that ship with scikit-learn.
 
 They need no download and can be learned in minutes on a CPU, but only from the images: over a split every answer to a
-question is chosen about as often against another answer as it is rejected for it.
+question is chosen about as often against another answer as it is rejected for it. Each response has a critique, which
+is true: it says which digit the image shows, what the response says, and whether that is right.
 """
 
 import io
@@ -78,7 +79,7 @@ def digit_records(split: str) -> Iterator[Record]:
         digit = int(label)
         ref = ImageRef(data=_png(image))
         wrong = _wrong_digits(digit, place, wins)
-        yield _record(split, place, "which", ref, _NAMES[digit], [_NAMES[other] for other in wrong])
+        yield _record(split, place, "which", ref, digit, _NAMES[digit], [_NAMES[other] for other in wrong])
         kind = "size" if place % 2 else "parity"
         truth = digit > 4 if kind == "size" else digit % 2 == 0
         asked = num_asked[kind]
@@ -86,7 +87,7 @@ def digit_records(split: str) -> Iterator[Record]:
         if asked[truth] <= asked[not truth]:
             asked[truth] += 1
             answers = ("yes", "no") if kind == "size" else ("even", "odd")
-            yield _record(split, place, kind, ref, answers[not truth], [answers[truth]])
+            yield _record(split, place, kind, ref, digit, answers[not truth], [answers[truth]])
 
 
 def _load(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -117,13 +118,20 @@ def _wrong_digits(digit: int, place: int, wins: np.ndarray) -> list[int]:
     return wrong
 
 
-def _record(split: str, place: int, kind: str, image: ImageRef, truth: str, wrong: list[str]) -> Record:
+def _critique(digit: int, answer: str, is_true: bool) -> str:
+    return f"The image shows a {_NAMES[digit]}. The response says {answer}, which is {'right' if is_true else 'wrong'}."
+
+
+def _record(split: str, place: int, kind: str, image: ImageRef, digit: int, truth: str, wrong: list[str]) -> Record:
     true_at = (place // 3) % (len(wrong) + 1)
     answers = [*wrong[:true_at], truth, *wrong[true_at:]]
     prompt = Message("user", (image, _QUESTIONS[kind]))
     return Record(
         id=f"digits-{split}-{place}-{kind}",
-        responses=tuple(Response((prompt, Message("assistant", (answer,)))) for answer in answers),
+        responses=tuple(
+            Response((prompt, Message("assistant", (answer,))), critique=_critique(digit, answer, answer == truth))
+            for answer in answers
+        ),
         preferences=tuple(Preference(true_at, i) for i in range(len(answers)) if i != true_at),
         source=f"digits/{kind}",
         origin=f"{PREFIX}{split}:{place + 1}",
