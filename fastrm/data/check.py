@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastrm.data.group import check_distinct, encode_group
+from fastrm.data.paradigm import TextReading
 from fastrm.data.prepared.content import prompt_hash, record_hash, response_hash, with_digests
 from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs, pair_rows
 from fastrm.data.prepared.units import ReadSettings, Unit, list_units
@@ -164,17 +165,17 @@ class _RowChecker:
     def _add(self, found: SourceCheck, record: Record, pairs: list[tuple]) -> tuple:
         """Count a record; return its row of `_RECORD`."""
         responses = [response_hash(response) for response in record.responses]
-        pairs += pair_rows(record, responses)
+        row = record.original or record
+        pairs += pair_rows(row, responses if row is record else [response_hash(one) for one in row.responses])
         found.num_ties += sum(p.tie for p in record.preferences)
         found.first = found.first or record
         for ref in record.media:
             own = f"that of {record.origin}" if ref.data is not None else nearby(ref)
             uses, name = found.media.get(ref.digest, (0, own))
             found.media[ref.digest] = (uses + 1, name)
-        prompt = prompt_hash(record)
+        prompt = prompt_hash(row)
         content = record_hash([*responses, prompt], record.preferences)
-        row = record.origin.rpartition(":")[2]
-        return _word(content), _word(prompt), int(row), 0
+        return _word(content), _word(prompt), int(record.origin.rpartition(":")[2]), 0
 
 
 def _word(value: bytes) -> int:
@@ -186,6 +187,7 @@ def check_source(
     limits: MediaLimits,
     encoder: ConversationEncoder | None = None,
     *,
+    reading: TextReading | None = None,
     require_preferences: bool = True,
     num_workers: int = 1,
     progress=lambda done, total: None,
@@ -195,13 +197,14 @@ def check_source(
     Args:
         limits: of the bytes of images and videos.
         encoder: of a model, which refuses what it cannot read; None: rows are not tokenised.
+        reading: how rows become conversations of a critic or a judge.
         require_preferences: refuse rows that only scoring can use.
         progress: called with rows done and all rows.
 
     Raises:
         ConfigError, DataError: the source cannot be read at all.
     """
-    settings = ReadSettings.within(limits)
+    settings = ReadSettings.within(limits, reading=reading)
     units = list_units("train", [source], settings)
     files = list(dict.fromkeys(unit.file.path for unit in units))
     total, done = sum(unit.stop - unit.start for unit in units), 0

@@ -97,7 +97,7 @@ class Response:
 
     messages: tuple[Message, ...]
     arguments: str = ""
-    critique: str = ""
+    critique: str = field(default="", compare=False)
 
     @property
     def key(self) -> tuple:
@@ -148,7 +148,9 @@ class Preference:
 class Record:
     """A prompt, its responses, and the preferences between them.
 
-    `origin` is `file:row` for messages and reports; `source` names the set for per-source metrics.
+    `origin` is `file:row` for messages and reports; `source` names the set for per-source metrics. `original` is the
+    record as its row has it, where this one holds a critic's or a judge's conversations about it (paradigm.py); it is
+    not stored.
     """
 
     id: str
@@ -156,6 +158,7 @@ class Record:
     preferences: tuple[Preference, ...]
     source: str
     origin: str
+    original: "Record | None" = field(default=None, compare=False, repr=False)
 
     @property
     def prompt_key(self) -> tuple:

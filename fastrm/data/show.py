@@ -15,6 +15,7 @@ from rich.text import Text
 from fastrm.data.check import nearby
 from fastrm.data.group import check_distinct, encode_group
 from fastrm.data.media.images import decode_image
+from fastrm.data.paradigm import TextReading
 from fastrm.data.prepared.content import with_digests
 from fastrm.data.prepared.units import open_source
 from fastrm.data.record import ImageRef, MediaRef, Message, Record
@@ -54,15 +55,16 @@ class ShownRow:
 
 
 def first_rows(
-    source: SourceConfig, limits: MediaLimits, encoder: ConversationEncoder | None, count: int
-) -> list[ShownRow]:
+    source: SourceConfig, limits: MediaLimits, encoder: ConversationEncoder | None, count: int,
+    reading: TextReading | None = None,
+) -> list[ShownRow]:  # fmt: skip
     """Return the first rows of a source, those that are refused among them.
 
     Raises:
         ConfigError, DataError: the source cannot be read at all.
     """
     rows: list[ShownRow] = []
-    for file in open_source(source):
+    for file in open_source(source, reading):
         tally, before, notes = KeyTally(), Counter(), []
         for item in file.read(keys=tally):
             notes += [f"layout: {name}" for name in tally.layouts - before]
@@ -109,7 +111,8 @@ def show_record(record: Record, encoder: ConversationEncoder | None, notes: Sequ
     for number in order:
         beaten = sorted(p.loser + 1 for p in pairs if p.winner == number)
         label = f"response {number + 1}" + (f", preferred to {', '.join(map(str, beaten))}" if beaten else "")
-        label += "".join(f", rated {p.margin:g}" for p in record.preferences if p.is_rating and p.winner == number)
+        rated = [p for p in record.preferences if p.is_rating and p.winner == number and record.original is None]
+        label += "".join(f", rated {p.margin:g}" for p in rated)
         if len(texts) == 2 and wins.total() and not (wins[number] and losses[number]):
             label = "chosen" if wins[number] else "rejected"
         responses.append((f"{label}: {texts[number][0]}", texts[number][1]))

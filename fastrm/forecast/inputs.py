@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fastrm.config import Config, ModelConfig, TrainedTokenizer
 from fastrm.data.group import GroupSize, check_length, encode_group
+from fastrm.data.paradigm import TextReading, reading_of
 from fastrm.data.prepared.stored import read_manifest
 from fastrm.data.prepared.units import open_source
 from fastrm.data.record import Record
@@ -116,7 +117,8 @@ def count_preferences(config: Config) -> int | None:
         return None
     if config.data.prepared is not None and (manifest := read_manifest(Path(config.data.prepared))) is not None:
         return manifest["splits"]["train"]["num_preferences"]
-    files = [file for source in sources for file in open_source(source)]
+    reading = reading_of(config)
+    files = [file for source in sources for file in open_source(source, reading)]
     if sum(path.stat().st_size for path in _paths(files)) > MOST_BYTES_TO_COUNT:
         return None
     return sum(
@@ -137,7 +139,8 @@ def check_rows(config: Config) -> list[tuple[str, str, str]]:
         ConfigError: the tokenizer, its template or the image processor cannot be used, as in a run.
     """
     sources = config.data.sources("train") | config.data.sources("eval")
-    read = {name: _read(source) for name, source in sources.items() if not is_on_hub(source.path, source.set)}
+    reading = reading_of(config)
+    read = {name: _read(source, reading) for name, source in sources.items() if not is_on_hub(source.path, source.set)}
     read = {name: rows for name, rows in read.items() if rows is not None}
     encoder = _encoder(config, [row for first in read.values() for row in first.rows if isinstance(row, Record)])
     return [(name, *_judge(rows, encoder, config)) for name, rows in read.items()]
@@ -151,10 +154,10 @@ class _FirstRows(NamedTuple):
     problem: str | None = None
 
 
-def _read(source: SourceConfig) -> _FirstRows | None:
+def _read(source: SourceConfig, reading: TextReading | None) -> _FirstRows | None:
     """Read the first rows of a source; None if it is missing, which is reported elsewhere."""
     try:
-        files, keys = open_source(source), {}
+        files, keys = open_source(source, reading), {}
         read = chain.from_iterable(file.read(keys=keys.setdefault(file.path, KeyTally())) for file in files)
         rows = list(islice((row for row in read if isinstance(row, Record) or not row.partial), ROWS))
     except DataError:

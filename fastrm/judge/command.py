@@ -58,6 +58,8 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
         raise ConfigError(f"{PREFIX}SPEC is evaluated alone; got {others} beside it: run the command for each")
     name = models[0].removeprefix(PREFIX)
     spec, texts = load_spec(name), options.texts
+    if spec.kind == "critic":
+        raise ConfigError(f"{models[0]}: a critic gives no verdicts; its SPEC is for `paradigm: critic`")
     if texts.written is None and spec.generator is None:
         raise ConfigError(
             f"{models[0]}: it names no generator; add one in a YAML file with extends: {name} (docs/judges.md), or "

@@ -3,12 +3,13 @@
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastrm.data.record import ImageRef, MediaRef, Record
-from fastrm.errors import DataError
+from fastrm.data.paradigm import prompt_media, question_text
+from fastrm.data.record import ImageRef, Record
+from fastrm.errors import DataError, RecordError
 from fastrm.json_files import to_json
 from fastrm.judge.bracket import Verdicts, play
 from fastrm.prompts.spec import JudgeSpec
@@ -59,9 +60,10 @@ def make_questions(
     model = None if spec.generator is None else [spec.generator.model, spec.generator.url]
     for record in records:
         images = _images(record)
+        question = question_text(record.responses[0])
         for order in _orders(spec, record, texts or {}):
             shown = [record.responses[number].text for number in order]
-            text = template.fill(question=_prompt(record), **dict(zip(spec.shown, shown, strict=True)))
+            text = template.fill(question=question, **dict(zip(spec.shown, shown, strict=True)))
             for vote in range(spec.votes):
                 writer = to_json([model, spec.decoding.model_dump(), vote])
                 yield JudgeQuestion(record.id, order, spec.system, text, images, writer, record.origin)
@@ -87,20 +89,12 @@ def _orders(spec: JudgeSpec, record: Record, texts: Verdicts) -> list[tuple[int,
 
 
 def _images(record: Record) -> tuple[ImageRef, ...]:
-    prompt, *others = record.responses[0].messages[:-1], *(r.messages[-1:] for r in record.responses)
-    media = [part for message in prompt for part in message.parts if isinstance(part, MediaRef)]
-    inside = any(isinstance(part, MediaRef) for turn in others for message in turn for part in message.parts)
-    if inside or not all(isinstance(one, ImageRef) for one in media):
+    try:
+        media, *_ = [prompt_media(response) for response in record.responses]
+    except RecordError as error:
+        raise DataError(f"{record.origin}: {error.message}") from error
+    if not all(isinstance(one, ImageRef) for one in media):
         raise DataError(
-            f"{record.origin}: a judge is shown texts and the prompt's images; leave rows out that have a video, or an "
-            "image in a response"
+            f"{record.origin}: a judge is shown texts and the prompt's images; leave rows out that have a video"
         )
-    return tuple(media)
-
-
-def _prompt(record: Record) -> str:
-    """Return the text of a prompt; of several turns, each behind its role."""
-    turns: Sequence = record.responses[0].messages[:-1]
-    if len(turns) == 1:
-        return turns[0].text.strip()
-    return "\n".join(f"{turn.role}: {turn.text.strip()}" for turn in turns)
+    return media

@@ -1,4 +1,4 @@
-"""The SPEC of a judge: one YAML file, as the shipped ones in specs/, or one of your own."""
+"""The SPEC of a judge or critic: one YAML file, as the shipped ones in specs/, or one of your own."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -43,16 +43,17 @@ class DecodingSection(Section):
 
 
 class JudgeSpec(Section):
-    """A judge: what it is shown, and how its verdicts are read."""
+    """A judge or critic: what it is shown, and how its verdicts are read."""
 
-    kind: Literal["pairwise", "pointwise"] = "pairwise"
-    """pairwise: a text compares two responses; pointwise: a text scores one."""
-    parser: NonEmpty
+    kind: Literal["pairwise", "pointwise", "critic"] = "pairwise"
+    """pairwise: a text compares two responses; pointwise: a text scores one; critic: a text is a critique of one, and a
+    reward is read behind it."""
+    parser: str = ""
     """The way to read verdicts (docs/judges.md). pairwise: r1_reward, boxed, better, better_in_answer; pointwise:
-    score."""
+    score; critic: none."""
     prompt: NonEmpty
     """A jinja2 template of the user's turn, with `question`, and `first` and `second` (pairwise) or `response`
-    (pointwise). Images of the prompt come before it."""
+    (pointwise, critic). Images of the prompt come before it."""
     system: str = ""
     """The system turn; empty: none."""
 
@@ -71,21 +72,23 @@ class JudgeSpec(Section):
     def _check(self):
         if self.votes > 1 and not self.decoding.temperature:
             raise ValueError("votes: more than one at temperature 0 are all the same; set decoding.temperature: 1.0")
-        if self.kind == "pointwise" and self.order != "both":
-            raise ValueError("order: a pointwise judge sees one response at a time; leave it out")
-        known = PAIRWISE if self.kind == "pairwise" else POINTWISE
-        if self.parser not in known:
+        if self.kind != "pairwise" and self.order != "both":
+            raise ValueError(f"order: a {self.kind} judge sees one response at a time; leave it out")
+        known = {"pairwise": PAIRWISE, "pointwise": POINTWISE, "critic": {}}[self.kind]
+        if self.kind == "critic" and self.parser:
+            raise ValueError(f"parser: got {self.parser!r}; a critic writes no verdict: leave it out")
+        if known and self.parser not in known:
             raise ValueError(f"parser: got {self.parser!r}; a {self.kind} judge has one of: {', '.join(known)}")
         return self
 
     @property
     def shown(self) -> tuple[str, ...]:
         """The names that its prompt has for the responses."""
-        return ("response",) if self.kind == "pointwise" else ("first", "second")
+        return ("first", "second") if self.kind == "pairwise" else ("response",)
 
     @property
     def parse(self) -> Parser:
-        """The parser itself."""
+        """The parser itself; a critic has none."""
         return (PAIRWISE | POINTWISE)[self.parser]
 
 

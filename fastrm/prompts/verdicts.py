@@ -13,6 +13,8 @@ Parser = Callable[[str], "Verdict | float | None"]
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([^{}]*?)\}")
 _BETTER = re.compile(r"(?:answer|response|assistant)\s*([12])\s+is\s+(?:\w+\s+)?better", re.IGNORECASE)
+_NAMED = re.compile(r"\bbetter response: \[?(first|second|[12ab])\b", re.IGNORECASE)
+_FIRST = ("first", "1", "a")
 _EQUAL = re.compile(
     r"(?:answers?|responses?|assistants?|both|two)\b[^.\n]{0,40}\bequally\s+(?:good|bad|well)"
     r"|\b(?:it(?: is|'s)) a tie\b",
@@ -51,10 +53,13 @@ def parse_boxed(text: str) -> Verdict | None:
 def parse_better(text: str) -> Verdict | None:
     """Return the verdict of UnifiedReward and LLaVA-Critic: "Answer 1 is better", or with Response.
 
+    LLaVA-Critic's published answers have "The better response: [first]".
     A judge is asked to end with that sentence: of several the last one counts, and a sentence that calls both equally
     good is a tie if none comes behind it.
     """
     found = [(match.end(), Verdict(int(match[1]))) for match in _BETTER.finditer(text)]
+    places = ((match.end(), match[1].lower() in _FIRST) for match in _NAMED.finditer(text))
+    found += [(end, Verdict.FIRST if is_first else Verdict.SECOND) for end, is_first in places]
     found += [(match.end(), Verdict.TIE) for match in _EQUAL.finditer(text)]
     return max(found, key=lambda place: place[0])[1] if found else None
 
@@ -79,6 +84,27 @@ PAIRWISE: dict[str, Parser] = {
     "better_in_answer": parse_better_in_answer,
 }
 POINTWISE: dict[str, Parser] = {"score": parse_score}
+
+
+# What each parser reads, as judges learn to write it.
+_FORMS = {
+    "r1_reward": "<think>{thinking}</think><answer>{number}</answer>",
+    "boxed": "<think>{thinking}</think>\\boxed{{{number}}}",
+    "better": "{thinking}\n{noun} {number} is better",
+    "better_in_answer": "<think>{thinking}</think><answer>{noun} {number} is better</answer>",
+}
+
+
+def write_verdict(parser: str, verdict: Verdict, thinking: str = "", noun: str = "Response") -> str:
+    """Return a judge's text with a verdict, FIRST or SECOND, in the form that a parser reads.
+
+    Args:
+        parser: a name of PAIRWISE.
+        thinking: what comes before the verdict, with or without <think> tags around it.
+        noun: what the judge's prompt calls a response, for verdicts in words.
+    """
+    thinking = thinking.strip().removeprefix("<think>").removesuffix("</think>").strip()
+    return _FORMS[parser].format(thinking=thinking, number=verdict.value, noun=noun).strip()
 
 
 def majority(verdicts: Sequence[Verdict | None]) -> Verdict | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fastrm.config import Config, ModelConfig, load_config
 from fastrm.data.check import SourceCheck, check_source
 from fastrm.data.check_page import print_page
+from fastrm.data.paradigm import reading_of
 from fastrm.data.prepared.units import open_source
 from fastrm.data.sources.columns import understood
 from fastrm.data.template import ConversationEncoder
@@ -51,12 +52,13 @@ def check_data(
     for name, source, config in listed_sources(names, reading or {}):
         encoder = encoder_of(config, model)
         with Display() as display:
-            for line in filter(None, map(understood, open_source(source))):
+            reading = None if config is None else reading_of(config)
+            for line in filter(None, map(understood, open_source(source, reading))):
                 display.say(line)
             found = check_source(
                 source, MediaLimits() if config is None else config.data.limits, encoder,
-                require_preferences=not scoring, num_workers=num_workers or len(os.sched_getaffinity(0)),
-                progress=display.task("reading rows"),
+                reading=reading, require_preferences=not scoring, progress=display.task("reading rows"),
+                num_workers=num_workers or len(os.sched_getaffinity(0)),
             )  # fmt: skip
         print_page(console, name, found, encoder, MediaLimits() if config is None else config.data.limits)
         checked.append(found)

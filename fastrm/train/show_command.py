@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastrm.config import Config, LossConfig, ModelConfig, OptimConfig
+from fastrm.data.paradigm import reading_of
 from fastrm.data.prepared.records import read_refusals
 from fastrm.data.prepared.settings import FORMAT
 from fastrm.data.prepared.stored import MANIFEST, REFUSED, SPLITS, PreparedSet, read_manifest
@@ -68,7 +69,7 @@ def _parts(name: str, model: str | None, reading: dict, count: int) -> Iterator[
     for title, source, config in listed_sources([name], reading):
         encoder = encoder_of(config, model)
         limits = MediaLimits() if config is None else config.data.limits
-        rows = first_rows(source, limits, encoder, count)
+        rows = first_rows(source, limits, encoder, count, None if config is None else reading_of(config))
         counted = _counted(None if encoder is None else model or config.model.path)
         yield _Part(title, f"first rows: {len(rows):,}; {counted}", rows, limits)
 

@@ -4,6 +4,7 @@ import pytest
 
 from fastrm.prompts.spec import load_spec, shipped_names
 from fastrm.prompts.verdicts import (
+    PAIRWISE,
     Verdict,
     majority,
     parse_better,
@@ -11,6 +12,7 @@ from fastrm.prompts.verdicts import (
     parse_boxed,
     parse_r1_reward,
     parse_score,
+    write_verdict,
 )
 
 FIRST, SECOND, TIE = Verdict.FIRST, Verdict.SECOND, Verdict.TIE
@@ -42,6 +44,8 @@ FIRST, SECOND, TIE = Verdict.FIRST, Verdict.SECOND, Verdict.TIE
         (parse_better, "Answer 1 is good, answer 2 too", None),
         (parse_better_in_answer, "<think>Answer 1 is better</think><answer>Answer 2 is better</answer>", SECOND),
         (parse_better_in_answer, "Answer 2 is better", None),
+        (parse_better, "It is true. The better response: [first]", FIRST),
+        (parse_better, "The better response: [second].", SECOND),
         (parse_score, "Score: 7 at first. **Final Score**: 72.5/100", 72.5),
         (parse_score, "score is -1", None),
         (parse_score, "Score: -1", -1.0),
@@ -66,10 +70,30 @@ def test_the_majority_of_votes_that_can_be_read_decides(votes, wanted):
     assert majority(votes) is wanted
 
 
+@pytest.mark.parametrize("name", [name for name in shipped_names() if load_spec(name).kind == "pairwise"])
+@pytest.mark.parametrize("thinking", ["", "{1} is \\boxed{2}\n", "<think>Response 2 names it.</think>"])
+@pytest.mark.parametrize("verdict", [FIRST, SECOND])
+def test_a_verdict_that_is_written_is_read_by_the_same_parser(name, thinking, verdict):
+    parser = load_spec(name).parser
+    assert PAIRWISE[parser](write_verdict(parser, verdict, thinking)) is verdict
+
+
+def test_every_parser_has_a_form_that_is_written():
+    assert {parser: write_verdict(parser, SECOND, "<think>why</think>", "Answer") for parser in PAIRWISE} == {
+        "r1_reward": "<think>why</think><answer>2</answer>",
+        "boxed": r"<think>why</think>\boxed{2}",
+        "better": "why\nAnswer 2 is better",
+        "better_in_answer": "<think>why</think><answer>Answer 2 is better</answer>",
+    }
+
+
 def test_every_shipped_judge_can_be_read():
     assert {"r1_reward", "unified_reward", "unified_reward_think"} <= set(shipped_names())
     for name in shipped_names():
         spec = load_spec(name)
+        if spec.kind == "critic":
+            assert all(mark in spec.prompt for mark in ("{{ question }}", "{{ response }}"))
+            continue
         shown = ("{{ first }}", "{{ second }}") if spec.kind == "pairwise" else ("{{ response }}",)
         assert all(mark in spec.prompt for mark in ("{{ question }}", *shown))
         said = {"r1_reward": "<answer>2</answer>", "better": "Answer 2 is better", "score": "Score: 3"}

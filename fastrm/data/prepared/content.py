@@ -36,7 +36,8 @@ def with_digests(record: Record, limits: MediaLimits) -> Record:
     Raises:
         RecordError: the codes of `read_bytes`.
     """
-    refs = {ref for response in record.responses for ref in response.media}
+    every = [*record.responses, *(record.original.responses if record.original else ())]
+    refs = {ref for response in every for ref in response.media}
     if not refs:
         return record
     known = {ref: replace(ref, digest=_digest(ref, limits)) for ref in refs}
@@ -44,10 +45,11 @@ def with_digests(record: Record, limits: MediaLimits) -> Record:
     def message(old: Message) -> Message:
         return replace(old, parts=tuple(part if isinstance(part, str) else known[part] for part in old.parts))
 
-    responses = tuple(
-        replace(response, messages=tuple(message(old) for old in response.messages)) for response in record.responses
-    )
-    return replace(record, responses=responses)
+    def digested(old: Record) -> Record:
+        responses = tuple(replace(one, messages=tuple(map(message, one.messages))) for one in old.responses)
+        return replace(old, responses=responses, original=old.original and digested(old.original))
+
+    return digested(record)
 
 
 def _digest(ref: MediaRef, limits: MediaLimits) -> str:

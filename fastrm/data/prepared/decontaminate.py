@@ -116,7 +116,7 @@ def _near(hashes: np.ndarray, wanted: np.ndarray, distance: int) -> np.ndarray:
 def _same_pairs(table: RecordTable, wanted: np.ndarray) -> np.ndarray:
     """Return the records with a pair of responses among `wanted`; records of equally many responses together."""
     found = np.zeros(len(table), dtype=bool)
-    counts = table.columns["num_responses"]
+    counts = table.columns["num_texts"]
     for count in np.unique(counts[counts > 1]):
         members = np.flatnonzero(counts == count)
         texts = table.texts[table.first_text[members, None] + np.arange(count)]

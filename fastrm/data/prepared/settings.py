@@ -3,10 +3,12 @@
 import io
 import os
 from contextlib import suppress
+from dataclasses import asdict
 
 from PIL import Image
 
 from fastrm.config import Config
+from fastrm.data.paradigm import reading_of
 from fastrm.data.prepared.stored import SPLITS, fingerprint_of
 from fastrm.data.prepared.units import ReadSettings, file_status, open_source
 from fastrm.data.record import ImageRef
@@ -72,12 +74,14 @@ def read_settings(config: Config) -> ReadSettings:
         texts=wanted is not None and (wanted.image_question or wanted.response_pair),
         # True is 1, and a distance of 0 needs the hashes too.
         looks=wanted is not None and wanted.perceptual_hash is not False,
+        reading=reading_of(config),
     )
 
 
 def set_settings(config: Config) -> dict:
     """Return the part of the configuration that a prepared set depends on, without the encoder's."""
-    return {
+    reading = reading_of(config)
+    return ({} if reading is None else {"paradigm": asdict(reading)}) | {
         "data": config.data.model_dump(mode="json", exclude=_FREE_KEYS),
         "loss": {"ties": config.loss.ties},
         "optim": {"group_weight": config.optim.group_weight},

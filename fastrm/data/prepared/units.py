@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastrm.data.paradigm import TextReading
 from fastrm.data.prepared.content import (
     HASH,
     first_word,
@@ -54,7 +55,7 @@ from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 from fastrm.storage import whole_folder
 
-FORMAT = 4  # format of a unit's files, and of the rules by which rows are read; with another all are read again
+FORMAT = 5  # format of a unit's files, and of the rules by which rows are read; with another all are read again
 # A unit is work of a second or two: a kill loses it, and one worker takes it at a time.
 ROWS_PER_UNIT = 8192
 COLUMNS, MEDIA, TEXTS, REFUSED = "columns.npy", "media.npy", "texts.npy", "refused.jsonl"
@@ -71,6 +72,7 @@ RECORD = np.dtype(
         ("question", "<u8"),
         ("source", "<u8"),  # hash of `Record.source`
         ("num_responses", "<u4"),
+        ("num_texts", "<u4"),  # responses of the row, whatever conversations are made of them; 0 unless wanted
         ("num_media", "<u4"),
         ("num_preferences", "<u4"),  # without ties
         ("num_ties", "<u4"),
@@ -86,6 +88,7 @@ class ReadSettings:
 
     Attributes:
         texts, looks: compute the hashes that decontamination by texts, and by the looks of images, needs.
+        reading: how rows become conversations of a critic or a judge; None: they are taken as they are.
     """
 
     max_image_bytes: int
@@ -93,11 +96,12 @@ class ReadSettings:
     max_video_bytes: int
     texts: bool = False
     looks: bool = False
+    reading: TextReading | None = None
 
     @classmethod
-    def within(cls, limits: MediaLimits, *, texts: bool = False, looks: bool = False) -> "ReadSettings":
+    def within(cls, limits: MediaLimits, **settings) -> "ReadSettings":
         """Return the settings of reading with limits, of which that of a video's seconds is kept elsewhere."""
-        return cls(limits.max_image_bytes, limits.max_image_pixels, limits.max_video_bytes, texts, looks)
+        return cls(limits.max_image_bytes, limits.max_image_pixels, limits.max_video_bytes, **settings)
 
     @property
     def limits(self) -> MediaLimits:
@@ -124,7 +128,7 @@ def list_units(split: str, sources: Iterable[SourceConfig], settings: ReadSettin
     """
     units = []
     for number, source in enumerate(sources):
-        for place, file in enumerate(open_source(source)):
+        for place, file in enumerate(open_source(source, settings.reading)):
             num_rows = file.count_rows()
             # A JSON document is parsed whole, whichever rows are wanted, so that it is one unit.
             size = num_rows if file.path.lower().endswith(".json") else ROWS_PER_UNIT
@@ -136,8 +140,8 @@ def list_units(split: str, sources: Iterable[SourceConfig], settings: ReadSettin
     return units
 
 
-def open_source(source: SourceConfig) -> list[SourceFile | DigitsFile]:
-    """Return the data files of a source.
+def open_source(source: SourceConfig, reading: TextReading | None = None) -> list[SourceFile | DigitsFile]:
+    """Return the data files of a source, whose rows are read as a critic or a judge needs them.
 
     Raises:
         DataError: as `source_files`, or for digits as ratings.
@@ -152,6 +156,8 @@ def open_source(source: SourceConfig) -> list[SourceFile | DigitsFile]:
         columns=source.columns,
         ignore=source.ignore,
     )
+    if reading is not None:
+        files = [replace(file, reading=reading) for file in files]
     if source.margin is None and source.pairs != "ratings":
         return files
     if isinstance(files[0], DigitsFile):
@@ -241,17 +247,19 @@ class _UnitWriter:
         line = encode_record(record, self._embed) + b"\n"
         self._records.write(line)
         responses = [response_hash(response) for response in record.responses]
+        row = record.original or record
         num_ties = sum(p.tie for p in record.preferences)
         self._columns.append(
             (
                 self._offset,
                 len(line),
-                two_words(prompt_hash(record)),
+                two_words(prompt_hash(row)),
                 two_words(record_hash(responses, record.preferences)),
                 first_word(ordered_hash(responses, record.preferences)),
-                first_word(question_hash(record)) if self.settings.texts else 0,
+                first_word(question_hash(row)) if self.settings.texts else 0,
                 first_word(name_hash(record.source)),
                 len(responses),
+                len(row.responses) if self.settings.texts else 0,
                 len(media),
                 len(record.preferences) - num_ties,
                 num_ties,
@@ -259,11 +267,10 @@ class _UnitWriter:
         )
         self._offset += len(line)
         self._media += media
-        self._pairs += pair_rows(record, responses)
+        own = responses if row is record else [response_hash(response) for response in row.responses]
+        self._pairs += pair_rows(row, own)
         if self.settings.texts:
-            self._texts += [
-                (first_word(text_hash(response.text)), is_short(response.text)) for response in record.responses
-            ]
+            self._texts += [(first_word(text_hash(one.text)), is_short(one.text)) for one in row.responses]
 
     def _medium(self, ref) -> tuple:
         looks = None
@@ -302,7 +309,7 @@ class RecordTable:
         units: in reading order.
         columns: (N,) `RECORD`.
         media: `MEDIUM`, num_media for each record.
-        texts: `TEXT`, num_responses for each record; empty unless wanted.
+        texts: `TEXT`, num_texts for each record; empty unless wanted.
         first_text: (N,) int64, place of a record's first response among `texts`.
         unit: (N,) int32, number of its unit.
         source: (N,) int32, number of its source in the configuration.
@@ -356,7 +363,7 @@ def load_table(folder: Path, units: Sequence[Unit]) -> RecordTable:
         columns=columns,
         media=_joined([np.load(folder / unit.name / MEDIA) for unit in units]),
         texts=_joined([np.load(folder / unit.name / TEXTS) for unit in units]),
-        first_text=np.cumsum(columns["num_responses"], dtype=np.int64) - columns["num_responses"],
+        first_text=np.cumsum(columns["num_texts"], dtype=np.int64) - columns["num_texts"],
         unit=of_units(range(len(units)), "<i4"),
         source=of_units((unit.source for unit in units), "<i4"),
         repeat=of_units((unit.file.repeat for unit in units), "<f4"),

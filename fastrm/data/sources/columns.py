@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+from fastrm.data.sources.critiques import CRITIQUE_KEYS
 from fastrm.data.sources.digits import DigitsFile
 from fastrm.data.sources.key_tally import KeyTally
 from fastrm.data.sources.keys import METADATA, nearest
@@ -23,7 +24,7 @@ def understood(file: SourceFile | DigitsFile) -> str | None:
     if not columns:
         return None
     for key in columns:
-        if key not in ALL_KEYS and key not in METADATA:
+        if key not in ALL_KEYS and key not in METADATA and key not in CRITIQUE_KEYS:
             near = nearest(key, ALL_KEYS)
             hint = f'did you mean "{near}"?' if near else f"keys: {', '.join(ALL_KEYS)}"
             raise ConfigError(f"columns: {file.path}: no layout reads the key {key!r}; {hint}")

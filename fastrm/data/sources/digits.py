@@ -13,9 +13,11 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
+from fastrm.data.paradigm import TextReading
 from fastrm.data.record import ImageRef, Message, Preference, Record, Response
 from fastrm.data.sources.key_tally import KeyTally
-from fastrm.errors import DataError
+from fastrm.data.sources.reader import RefusedRow
+from fastrm.errors import DataError, RecordError
 
 PREFIX = "digits:"
 NUM_TRAIN_IMAGES = 1_437  # the first of 1,797; the others are the eval split
@@ -36,6 +38,7 @@ class DigitsFile:
     split: str
     name: str | None = None
     repeat: float = 1.0
+    reading: TextReading | None = None
 
     def __post_init__(self):
         if self.split not in ("train", "eval"):
@@ -52,12 +55,21 @@ class DigitsFile:
     def count_rows(self) -> int:
         return sum(1 for _ in self.read())
 
-    def read(self, start: int = 0, stop: int | None = None, keys: KeyTally | None = None) -> Iterator[Record]:
-        """Yield the records from number `start` up to, not including, `stop` (0-based); `keys` counts them."""
+    def read(
+        self, start: int = 0, stop: int | None = None, keys: KeyTally | None = None
+    ) -> Iterator[Record | RefusedRow]:
+        """Yield the records from number `start` up to, not including, `stop` (0-based); `keys` counts them.
+
+        One that a critic or a judge cannot be trained on is a refusal.
+        """
         for record in islice(digit_records(self.split), start, stop):
             if keys is not None:
                 keys.add("digits", (), {})
-            yield replace(record, source=self.name) if self.name else record
+            record = replace(record, source=self.name) if self.name else record
+            try:
+                yield record if self.reading is None else self.reading.convert(record)
+            except RecordError as error:
+                yield RefusedRow(record.source, record.origin, record.id, error.code, error.message)
 
 
 def digit_records(split: str) -> Iterator[Record]:

@@ -22,6 +22,8 @@ class Draft:
         all_responses: all responses of the row, in order, where `left_out` names some; scoring takes them.
         problem: the reason why the row has no preference; it can be scored nevertheless.
         names: names of the responses in messages; ``responses[i]`` without them.
+        judgement: reads a judge's whole conversation, which the row is as others wrote it; may raise RecordError. None
+            for other rows.
     """
 
     responses: tuple[Response, ...]
@@ -32,6 +34,7 @@ class Draft:
     all_responses: tuple[Response, ...] = ()
     problem: RecordError | None = None
     names: tuple[str, ...] = ()
+    judgement: Callable[[], Response] | None = None
 
 
 def answer(prompt: tuple[Message, ...], said: str | Message) -> Response:
@@ -71,11 +74,14 @@ def read_draft(
             if response.media:
                 raise RecordError("IMAGE_COUNT", "the row has an image or a video, but its source says `images: none`")
             messages = [replace(message, fields=unescaped(message.fields)) for message in messages]
-        return Response(tuple(messages), response.arguments or arguments)
+        return replace(response, messages=tuple(messages), arguments=response.arguments or arguments)
 
     # Responses that training leaves out are not checked for it.
     wanted = "all_responses" if is_scored and draft.all_responses else "responses"
-    return replace(draft, **{wanted: tuple(finished(n, one) for n, one in enumerate(getattr(draft, wanted)))})
+    done = {wanted: tuple(finished(n, one) for n, one in enumerate(getattr(draft, wanted)))}
+    if (read := draft.judgement) is not None:
+        done["judgement"] = lambda: finished(0, read())
+    return replace(draft, **done)
 
 
 def judged(

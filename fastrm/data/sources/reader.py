@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
 
+from fastrm.data.paradigm import TextReading
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record, VideoRef
+from fastrm.data.sources.critiques import CRITIQUE_KEYS, thinking_of, with_critiques
 from fastrm.data.sources.draft import Draft, read_draft, to_record
 from fastrm.data.sources.files import NumberedRow, count_rows, file_stem, read_rows
 from fastrm.data.sources.key_tally import KeyTally
@@ -49,6 +51,7 @@ class SourceFile:
         columns: (key that fastrm reads, column of the file that holds it), where the two have other names.
         ignore: keys that are metadata of these rows: they are not read, and not mentioned.
         placeholders_are_text: the rows have no media, and ``<image>`` in them is text.
+        reading: rows with preferences become conversations of a critic or a judge; None: they stay as they are.
         rows: ``all``; ``with_media`` refuses rows that have lost their image or video, in a set where each has one;
             ``with_images`` also rows with videos, as not part of the set.
     """
@@ -65,6 +68,7 @@ class SourceFile:
     columns: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
     placeholders_are_text: bool = False
+    reading: TextReading | None = None
 
     def requiring(self, preferences: bool) -> "SourceFile":
         """Return the same file, whose rows are refused without preferences, or not."""
@@ -109,15 +113,7 @@ class SourceFile:
             if own_source and isinstance(own_source, str):
                 source = check_text(own_source, "source")
             draft = self._draft(present, keys)
-            record = to_record(
-                draft,
-                record_id=check_text(record_id, "id"),
-                source=source,
-                origin=origin,
-                pairs=self.pairs,
-                margin=self.margin,
-                require_preferences=self.require_preferences,
-            )
+            record = self._record(draft, present, record_id=check_text(record_id, "id"), source=source, origin=origin)
         except RecordError as error:
             yield RefusedRow(source, origin, record_id, error.code, error.message + _null_keys(row, error))
             return
@@ -125,10 +121,24 @@ class SourceFile:
             yield RefusedRow(source, origin, record_id, error.code, error.message, partial=True)
         yield record
 
+    def _record(self, draft: Draft, row: dict, **names: str) -> Record:
+        making = {**names, "pairs": self.pairs, "margin": self.margin}
+        reading = self.reading if self.require_preferences else None
+        if reading is None:
+            return to_record(draft, **making, require_preferences=self.require_preferences)
+        if reading.kind == "judge" and draft.judgement is not None:
+            is_pair = bool(draft.preferences or draft.problem)  # a problem is raised
+            record = to_record(draft, **making, require_preferences=is_pair)
+            return reading.convert(record, judgement=draft.judgement())
+        record = to_record(with_critiques(draft, row), **making, require_preferences=True)
+        return reading.convert(record, thinking_of(row) if reading.kind == "judge" else "")
+
     def _draft(self, row: dict, keys: KeyTally) -> Draft:
         layout = self._layout(row)
-        unread = unread_keys(row, layout.KEYS, self.ignore)
-        keys.add(layout.__name__.rpartition(".")[2], read_keys(row, layout.KEYS), unread)
+        about = () if self.reading is None else CRITIQUE_KEYS
+        unread = unread_keys(row, layout.KEYS, (*self.ignore, *about))
+        read = dict.fromkeys((*read_keys(row, layout.KEYS), *(key for key in about if key in row)))
+        keys.add(layout.__name__.rpartition(".")[2], tuple(read), unread)
         keys.add_scores(row)
         check_unread(row, unread, layout.KEYS)
         draft = read_draft(

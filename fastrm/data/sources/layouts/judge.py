@@ -6,15 +6,18 @@
 - LLaVA-Critic, pairwise: `conversations` of a judge's question with ``Question: [...]`` and the two responses
   in brackets, and its answer with ``The better response: [first]``, or that they are equally good.
 
+With `paradigm: judge` such a row is trained on as it stands: its own prompt, and its own answer as the judge's text.
+
 A judge's prompt is text, in which a response could look like a section. So each section must stand exactly
 once, in order; every other row is refused.
 """
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastrm.data.record import ImageRef, MediaRef, Preference
-from fastrm.data.sources.conversation import prompt_messages, read_turns, text_turn
+from fastrm.data.sources.conversation import Turn, prompt_messages, read_turns, text_turn
 from fastrm.data.sources.draft import Draft, answer, judged
 from fastrm.data.sources.media import MAX_PATH_CHARS, Resolve, decode_base64, image_refs
 from fastrm.data.sources.values import bad_row, check_list, check_text, decode_json
@@ -45,11 +48,13 @@ def parse(row: dict, resolve: Resolve) -> Draft:
 
 
 def _parse_r1_reward(row: dict, resolve: Resolve) -> Draft:
-    text, images = _message(row, resolve)
+    turns, places, images = _message(row, resolve)
+    text = "".join(part for turn in turns for part in turn.parts if isinstance(part, str))
     question, first, second = (part.strip() for part in _parts(text, _SECTIONS, "message"))
     if "question" in row and check_text(row["question"], "question").strip() != question:
         raise RecordError("BAD_JUDGE_TEXT", '"question" is not the [Question] of "message"; correct the row')
-    return _draft(row, question, (first, second), images, lambda: _answered(row.get("answer")))
+    draft = _draft(row, question, (first, second), images, lambda: _answered(row.get("answer")))
+    return replace(draft, judgement=lambda: answer(prompt_messages(row, turns, places), row["answer"][0].strip()))
 
 
 def _answered(value: object) -> Preference:
@@ -60,8 +65,11 @@ def _answered(value: object) -> Preference:
     return Preference(0, 1) if match[1] == "1" else Preference(1, 0)
 
 
-def _message(row: dict, resolve: Resolve) -> tuple[str, list[MediaRef]]:
-    """Return the text of the chat and its images; the column `image` replaces those of the chat."""
+def _message(row: dict, resolve: Resolve) -> tuple[list[Turn], list[MediaRef], list[MediaRef]]:
+    """Return the turns of the chat, the images for places in them, and all images.
+
+    Those of the column `image` replace those of the chat.
+    """
     written = check_text(row.get("message"), "message")
     try:
         chat = decode_json(written)
@@ -73,9 +81,14 @@ def _message(row: dict, resolve: Resolve) -> tuple[str, list[MediaRef]]:
     # Paths inside the message are those of the authors' machine; beside embedded images they are not opened.
     ignore = image is not None and image != ""
     turns = read_turns(chat, _no_file if ignore else resolve, "message")
-    parts = [part for turn in turns for part in turn.parts]
-    text = "".join(part for part in parts if isinstance(part, str))
-    return text, image_refs(image, resolve, "image") if ignore else [p for p in parts if isinstance(p, MediaRef)]
+    if not ignore:
+        return turns, [], [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
+    images = image_refs(image, resolve, "image")
+    emptied = [
+        turn._replace(parts=tuple(type(part) if isinstance(part, MediaRef) else part for part in turn.parts))
+        for turn in turns
+    ]
+    return emptied, images, images
 
 
 def _no_file(path: str, kind: type[MediaRef] = ImageRef) -> MediaRef:
@@ -92,7 +105,8 @@ def _parse_llava_critic(row: dict, resolve: Resolve) -> Draft:
         raise RecordError("BAD_JUDGE_TEXT", '"conversations" has a bracket that is not closed; remove the row')
     question, first = (part.rstrip().removesuffix("]") for part in (question, first))
     images = image_refs(row.get("image"), resolve, "image")
-    return _draft(row, question, (first, second), images, lambda: _verdict(said))
+    draft = _draft(row, question, (first, second), images, lambda: _verdict(said))
+    return replace(draft, judgement=lambda: answer(prompt_messages(row, turns[:1], images), said))
 
 
 def _verdict(said: str) -> Preference:

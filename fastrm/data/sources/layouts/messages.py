@@ -1,7 +1,7 @@
 """A finished conversation, for scoring: the last turn of its messages, the assistant's, is the response.
 
 ``{"messages": [{"role", "content"}, ...]}`` with the row's images and videos. Such a row has no preference, so
-training refuses it (NO_PREFERENCE).
+training refuses it (NO_PREFERENCE), but with `paradigm: judge`: there its last turn is the text that the judge learns.
 """
 
 from fastrm.data.sources.conversation import prompt_messages, read_turns, response_message
@@ -25,4 +25,5 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     key = next((key for key in _MESSAGES if key in row), "messages")
     *turns, last = read_turns(row.get(key), resolve, key)
     said = response_message(last, key)
-    return Draft((answer(prompt_messages(row, turns, row_media(row, resolve)), said),))
+    conversation = answer(prompt_messages(row, turns, row_media(row, resolve)), said)
+    return Draft((conversation,), judgement=lambda: conversation)

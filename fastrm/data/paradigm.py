@@ -1,0 +1,210 @@
+"""Rows as conversations for models that write: what a critic or a judge is shown, and what it learns to answer.
+
+    critic   one conversation for each response: [prompt's media, SPEC's prompt with question and response], [critique]
+    judge    one for each preference and order: [prompt's media, SPEC's prompt with question and two responses],
+             [thinking and verdict, in the form that the SPEC's parser reads]
+
+Rows become such conversations as they are read, and all that comes later takes them as any others. Grouping, held-out
+prompts and benchmarks' rows are decided on the rows as they were (`Record.original`).
+"""
+
+import functools
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from reprlib import Repr
+
+from fastrm.data.record import MediaRef, Message, Preference, Record, Response
+from fastrm.errors import ConfigError, RecordError
+from fastrm.paradigm_config import CriticConfig, JudgeConfig
+from fastrm.prompts.spec import load_spec
+from fastrm.prompts.template import PromptTemplate
+from fastrm.prompts.verdicts import PAIRWISE, Verdict, write_verdict
+
+_brief = Repr()
+_brief.maxstring = 60
+
+
+@dataclass(frozen=True)
+class TextReading:
+    """The settings by which rows become conversations of a critic or a judge.
+
+    Attributes:
+        kind: ``critic`` or ``judge``.
+        prompt, system, parser: those of the SPEC; a critic has no parser.
+        missing: of a critic: ``refuse`` or ``empty``, see `CriticConfig`.
+        order, seed: of a judge: see `JudgeConfig`.
+    """
+
+    kind: str
+    prompt: str
+    system: str = ""
+    parser: str = ""
+    missing: str = "refuse"
+    order: str = "random"
+    seed: int = 0
+
+    def convert(self, record: Record, thinking: str = "", judgement: Response | None = None) -> Record:
+        """Return the conversations that are trained on in place of a record; its `original` is the record.
+
+        Args:
+            thinking: of a judge about the record's two responses, in their order.
+            judgement: a judge's whole conversation, which the row has as others wrote it.
+
+        Raises:
+            RecordError: NO_CRITIQUE; ONLY_TIES without a preference; BAD_VERDICT for a text in which the parser does
+                not find the row's verdict; NOT_SHOWN for what a conversation in text and media cannot show.
+            ConfigError: for a prompt that cannot be filled in.
+        """
+        if self.kind == "critic":
+            responses, preferences = self._criticised(record), record.preferences
+        elif judgement is not None:
+            self._check_verdict(judgement.text, _stated(record))
+            responses, preferences = (judgement,), (Preference(0, 0),)
+        else:
+            responses, preferences = self._judged(record, thinking)
+        return replace(record, responses=tuple(responses), preferences=tuple(preferences), original=record)
+
+    def _criticised(self, record: Record) -> list[Response]:
+        compared = {number for preference in record.preferences for number in preference.responses}
+        missing = [n for n in sorted(compared) if not record.responses[n].critique.strip()]
+        if missing and self.missing == "refuse":
+            names = ", ".join(f"response {n} ({_brief.repr(record.responses[n].text)})" for n in missing)
+            raise RecordError(
+                "NO_CRITIQUE",
+                f"the row has no critique of {names}; fill in chosen_reason and rejected_reason of a pair, or "
+                "critiques of a list of responses, or set critic.missing: empty",
+            )
+        return [
+            self._conversation(one, one.critique if one.critique.strip() else "", response=_said(one))
+            for one in record.responses
+        ]
+
+    def _judged(self, record: Record, thinking: str) -> tuple[list[Response], list[Preference]]:
+        if thinking and len(record.responses) != 2:
+            raise RecordError(
+                "BAD_ROW",
+                f'"thinking" is about two responses, and the row has {len(record.responses)}; write a row for each two',
+            )
+        numbers: dict[tuple, int] = {}
+        responses, preferences = [], []
+        for one in record.preferences:
+            if one.tie or one.is_rating:
+                continue
+            for shown in self._orders(record, one, is_fixed=bool(thinking)):
+                verdict = Verdict.FIRST if shown[0] == one.winner else Verdict.SECOND
+                response = self._comparison([record.responses[number] for number in shown], verdict, thinking)
+                if (number := numbers.setdefault(response.key, len(responses))) == len(responses):
+                    responses.append(response)
+                preferences.append(Preference(number, number, weight=one.weight))
+        if not preferences:
+            raise RecordError("ONLY_TIES", "every preference is a tie, and a judge learns which response is better")
+        return responses, preferences
+
+    def _orders(self, record: Record, preference: Preference, *, is_fixed: bool) -> list[tuple[int, int]]:
+        given = tuple(sorted(preference.responses))
+        if is_fixed:
+            return [given]
+        if self.order == "both":
+            return [given, given[::-1]]
+        # By texts, not by id: copies of a row have the same order, and can be recognised as copies.
+        texts = [question_text(record.responses[given[0]]), *(record.responses[number].text for number in given)]
+        is_turned = random.Random("\0".join([str(self.seed), *texts])).random() < 0.5
+        return [given[::-1] if is_turned else given]
+
+    def _comparison(self, shown: Sequence[Response], verdict: Verdict, thinking: str) -> Response:
+        first, second = shown
+        if first.prompt_key != second.prompt_key:
+            raise RecordError(
+                "NOT_SHOWN", "the two responses have different prompts, and a judge is shown one; leave the row out"
+            )
+        if not thinking:
+            named = [(number, one.critique.strip()) for number, one in enumerate(shown, 1)]
+            thinking = "\n".join(f"{self._noun} {number}: {critique}" for number, critique in named if critique)
+        text = write_verdict(self.parser, verdict, thinking, self._noun)
+        self._check_verdict(text, verdict)
+        return self._conversation(first, text, first=_said(first), second=_said(second))
+
+    @property
+    def _noun(self) -> str:
+        """The word by which the prompt calls a response: "Response", or in "Answer 1 is better" "Answer"."""
+        found = re.search(r"\b(\w+) 1 is better", self.prompt)
+        return found[1] if found else "Response"
+
+    def _check_verdict(self, text: str, wanted: Verdict | None) -> None:
+        found = PAIRWISE[self.parser](text)
+        if found is None or wanted not in (None, found):
+            read = "no verdict" if found is None else f"the verdict {found.name.lower()}"
+            raise RecordError(
+                "BAD_VERDICT",
+                f"the judge's text {_brief.repr(text)} holds {read} for the parser {self.parser} of judge.spec; "
+                "correct it, or set the SPEC that it was written for",
+            )
+
+    def _conversation(self, shown: Response, said: str, **texts: str) -> Response:
+        template = _template(self.prompt, tuple(texts))
+        asked = template.fill(question=question_text(shown), **texts)
+        system = (Message("system", (self.system,)),) if self.system else ()
+        user = Message("user", (*prompt_media(shown), asked))
+        return Response((*system, user, Message("assistant", (said,))))
+
+
+def reading_of(config) -> TextReading | None:
+    """Return how a configuration's `paradigm` reads rows; None for reward, which takes them as they are.
+
+    Raises:
+        ConfigError: for a SPEC that cannot be used, or is of another kind.
+    """
+    if config.paradigm == "reward":
+        return None
+    section = getattr(config, config.paradigm) or (CriticConfig() if config.paradigm == "critic" else JudgeConfig())
+    spec, kind = load_spec(section.spec), "critic" if config.paradigm == "critic" else "pairwise"
+    if spec.kind != kind:
+        raise ConfigError(
+            f"{config.paradigm}.spec {section.spec}: is a SPEC of kind {spec.kind}, wanted one of kind {kind} "
+            "(docs/judges.md)"
+        )
+    PromptTemplate(spec.prompt, spec.shown).fill(question="", **dict.fromkeys(spec.shown, ""))
+    own = section.model_dump(include={"missing", "order", "seed"})
+    return TextReading(config.paradigm, spec.prompt, spec.system, spec.parser, **own)
+
+
+def question_text(response: Response) -> str:
+    """Return the text of a response's prompt; of several turns, each behind its role."""
+    turns = response.messages[:-1]
+    if len(turns) == 1:
+        return turns[0].text.strip()
+    return "\n".join(f"{turn.role}: {turn.text.strip()}" for turn in turns)
+
+
+def prompt_media(response: Response) -> tuple[MediaRef, ...]:
+    """Return the images and videos of a response's prompt, in order.
+
+    Raises:
+        RecordError: NOT_SHOWN for a response that holds one itself.
+    """
+    if any(isinstance(part, MediaRef) for part in response.messages[-1].parts):
+        raise RecordError("NOT_SHOWN", "a response holds an image or a video, and only its text is shown; leave it out")
+    return tuple(part for message in response.messages[:-1] for part in message.parts if isinstance(part, MediaRef))
+
+
+def _said(response: Response) -> str:
+    """Return the text of a response that is nothing but text."""
+    unshown = "tools or documents" if response.arguments else "tool calls or the like"
+    if response.arguments or any(message.fields for message in response.messages):
+        raise RecordError("NOT_SHOWN", f"the row has {unshown}, and only texts and media are shown; leave it out")
+    return response.text
+
+
+def _stated(record: Record) -> Verdict | None:
+    """Return the verdict that a record's preference states; None without one."""
+    if not record.preferences:
+        return None
+    first = record.preferences[0]
+    return Verdict.TIE if first.tie else (Verdict.FIRST if first.winner == 0 else Verdict.SECOND)
+
+
+@functools.lru_cache(maxsize=4)
+def _template(prompt: str, names: tuple[str, ...]) -> PromptTemplate:
+    return PromptTemplate(prompt, names)

@@ -1,0 +1,48 @@
+"""Texts about responses that rows hold beside them, which critics and judges learn to write.
+
+| key | what it holds |
+|---|---|
+| `chosen_reason`, `rejected_reason` | a critique of each response of a pair, as MM-RLHF has them |
+| `critiques` | a list of texts, one for each response of a list |
+| `thinking` | a judge's comparison of the row's two responses, in their order |
+
+A text may be empty. Where no critic and no judge is trained, these keys are not read.
+"""
+
+from dataclasses import replace
+
+from fastrm.data.sources.draft import Draft
+from fastrm.data.sources.values import bad_row, check_text
+
+_OF_PAIRS = {"chosen": "chosen_reason", "rejected": "rejected_reason"}
+_OF_LISTS, _THINKING = "critiques", "thinking"
+CRITIQUE_KEYS = (*_OF_PAIRS.values(), _OF_LISTS, _THINKING)
+
+
+def with_critiques(draft: Draft, row: dict) -> Draft:
+    """Return a draft whose responses have the critiques of its row.
+
+    Raises:
+        RecordError: BAD_ROW for a critique that is not text, or a list of another length; BAD_TEXT.
+    """
+    if _OF_LISTS in row:
+        values, number = row[_OF_LISTS], len(draft.responses)
+        if not isinstance(values, (list, tuple)) or len(values) != number:
+            raise bad_row(_OF_LISTS, values, f"a list of {number} texts, one for each response")
+        named = [(f"{_OF_LISTS}[{place}]", value) for place, value in enumerate(values)]
+    elif draft.names == tuple(_OF_PAIRS):
+        named = [(key, row.get(key)) for key in _OF_PAIRS.values()]
+    else:
+        return draft
+    texts = ["" if value is None else check_text(value, name) for name, value in named]
+    responses = zip(draft.responses, texts, strict=True)
+    return replace(draft, responses=tuple(replace(one, critique=text or one.critique) for one, text in responses))
+
+
+def thinking_of(row: dict) -> str:
+    """Return the comparison of a row's two responses; empty if it has none.
+
+    Raises:
+        RecordError: BAD_ROW if it is not text; BAD_TEXT.
+    """
+    return check_text(row.get(_THINKING, ""), _THINKING)
