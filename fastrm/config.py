@@ -16,7 +16,7 @@ from fastrm.errors import ConfigError
 from fastrm.lora_config import LoraConfig, check_lora
 from fastrm.loss_config import LossConfig, OptimConfig
 from fastrm.names import device_name, dtype_name
-from fastrm.paradigm_config import CriticConfig, JudgeConfig, Paradigm, check_paradigm
+from fastrm.paradigm_config import CriticConfig, JudgeConfig, Paradigm, check_paradigm, with_loss
 from fastrm.sections import NonEmpty, NonNegative, Positive, Section
 from fastrm.stopping_config import ACCURACY, StoppingConfig, metric_names
 from fastrm.yaml_files import apply_override, dump_yaml, lay_over, read_chain, validate
@@ -237,8 +237,9 @@ class Config(Section):
     with those of the stock transformers class with the same weights, in the precision of the run; a difference that
     rounding does not explain ends the run. A model is checked once (fastrm/model/first_use.py)."""
     paradigm: Paradigm = "reward"
-    """What is trained: reward = a model that rewards a response directly; critic = one that writes a critique first and
-    rewards behind it; judge = one that writes which of two responses is better (docs/paradigms.md)."""
+    """The kind of model that is trained: reward = one that rewards a response directly; critic = one that writes a
+    critique first and rewards behind it; judge = one that writes which of two responses is better (docs/paradigms.md).
+    """
     critic: CriticConfig | None = None
     judge: JudgeConfig | None = None
     run: RunConfig = RunConfig()
@@ -248,6 +249,11 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     precision: PrecisionConfig = PrecisionConfig()
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, tree):
+        return with_loss(tree)
 
     @model_validator(mode="after")
     def _check(self):

@@ -14,10 +14,11 @@ class LossConfig(Section):
     one run's two curves can be compared; runs of different settings are compared by accuracy.
     """
 
-    kind: Literal["bradley_terry", "hinge", "plackett_luce", "mse"] = "bradley_terry"
+    kind: Literal["bradley_terry", "hinge", "plackett_luce", "mse", "cross_entropy"] = "bradley_terry"
     """bradley_terry: -log sigmoid of the difference of rewards, for each preference; hinge: how much the difference is
     below 1; plackett_luce: the log-likelihood of each prompt's whole ranking; mse: squared difference of a reward and
-    its response's rating (sources with pairs: ratings). The formulas are in fastrm/model/losses.py."""
+    its response's rating (sources with pairs: ratings); cross_entropy: that of the tokens of a judge's texts (paradigm:
+    judge, of which it is the default). The formulas are in fastrm/model/losses.py."""
     center: Annotated[float, Field(ge=0.0)] = 0.0
     """The coefficient of mean((r_w + r_l)^2), the zero-coefficient regulariser: an ablation in the paper."""
     length_normalization: bool = False
@@ -39,6 +40,7 @@ class LossConfig(Section):
             "hinge": ("label_smoothing",),
             "plackett_luce": ("label_smoothing", "center", "ties"),
             "mse": ("label_smoothing", "center", "ties", "length_normalization"),
+            "cross_entropy": ("label_smoothing", "center", "ties", "length_normalization"),
         }
         for name in others[self.kind]:
             if getattr(self, name) != type(self).model_fields[name].default:

@@ -32,10 +32,22 @@ class JudgeConfig(Section):
     spec: NonEmpty = "r1_reward"
     """The prompt, and the form of the verdict: a shipped SPEC of kind pairwise, or the path of one (docs/judges.md)."""
     order: Literal["random", "both"] = "random"
-    """The order in which a preference's responses are shown: random, by the seed and the row, or both, one text each.
-    """
+    """The order in which two responses are shown: random, by the seed and the row; or both, one text each."""
     seed: NonNegative = 0
     """The seed of random orders."""
+
+
+def spec_name(config: Any) -> str | None:
+    """Return the name or path of the SPEC of a model that writes; None for one that does not."""
+    sections = {"critic": config.critic or CriticConfig(), "judge": config.judge or JudgeConfig()}
+    return sections[config.paradigm].spec if config.paradigm in sections else None
+
+
+def with_loss(tree: Any) -> Any:
+    """Return the raw values of a configuration with the loss of its paradigm, where they name none."""
+    if isinstance(tree, dict) and tree.get("paradigm") == "judge" and isinstance(tree.get("loss", {}), dict):
+        return tree | {"loss": {"kind": "cross_entropy"} | tree.get("loss", {})}
+    return tree
 
 
 def check_paradigm(config: Any) -> None:
@@ -47,12 +59,20 @@ def check_paradigm(config: Any) -> None:
     for name in ("critic", "judge"):
         if getattr(config, name) is not None and config.paradigm != name:
             raise ValueError(f"{name}: is for paradigm: {name}, got paradigm: {config.paradigm}; set one of them")
+    if (config.loss.kind == "cross_entropy") != (config.paradigm == "judge"):
+        raise ValueError(
+            f"loss.kind {config.loss.kind} with paradigm {config.paradigm}: cross_entropy is the loss of paradigm "
+            "judge, and its only one; leave loss.kind out"
+        )
     if config.paradigm == "reward":
         return
     model = config.model
     if model.pooling != "anchor":
         raise ValueError(f"paradigm {config.paradigm} with model.pooling {model.pooling}; set model.pooling: anchor")
-    if config.loss.kind != "bradley_terry":
-        raise ValueError(
-            f"paradigm {config.paradigm} with loss.kind {config.loss.kind}; set loss.kind: bradley_terry"
-        )
+    if config.loss.length_normalization:
+        raise ValueError(f"paradigm {config.paradigm} with loss.length_normalization; remove it")
+    has_head = config.model.head != type(config.model.head)() or "head" in config.optim.lr_parts
+    if config.paradigm == "judge" and has_head:
+        raise ValueError("paradigm judge has no reward head; remove model.head, and head from optim.lr_parts")
+    if config.paradigm == "critic" and config.loss.kind != "bradley_terry":
+        raise ValueError(f"paradigm critic with loss.kind {config.loss.kind}; set loss.kind: bradley_terry")

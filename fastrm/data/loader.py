@@ -121,7 +121,8 @@ class PackBuilder(torch.utils.data.Dataset):
         if not groups:
             return LoadedPack(plan, None, refused)
         pixels = {key: decoded[key] for group in groups for key in group.media}
-        pack = build_pack(groups, pixels, self._format, share=self.share, multiple=self.multiple)
+        options = {"share": self.share, "multiple": self.multiple, "turns": self.encoder.turns}
+        pack = build_pack(groups, pixels, self._format, **options)
         if self.lay_out is not None:
             pack.layouts = self.lay_out(pack)
         packed = tuple(number for number in plan.groups if number not in {refusal.group for refusal in refused})

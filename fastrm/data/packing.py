@@ -17,7 +17,7 @@ import torch
 
 from fastrm.data.media.format import Grid, Patches, PatchFormat
 from fastrm.data.record import MediaRef, Preference, VideoRef
-from fastrm.data.template import EncodedResponse
+from fastrm.data.template import EncodedResponse, TurnLoss
 from fastrm.data.tree import Tree, build_tree
 
 
@@ -81,6 +81,9 @@ class Pack:
             integers for the same reason.
         media_rows, media_features: (media tokens in the row,) int64: row, and number of its vision
             feature. An image that stands in two trees is encoded once and placed twice.
+        turn_rows, turn_targets: (N,) int64, of each token that a model learns to write: the row before it, and the
+            token; None where it writes nothing.
+        turn_owners, turn_weights: (N,) int64 and float32, the response that each is of, and its weight in the loss.
         groups: the groups, in order of their responses.
         num_unshared_tokens: what a plain pairwise trainer would process for the same preferences:
             both conversations of each, whole, without padding.
@@ -105,6 +108,10 @@ class Pack:
     media_rows: torch.Tensor | None
     media_features: torch.Tensor | None
     patch_format: PatchFormat | None = None
+    turn_rows: torch.Tensor | None = None
+    turn_targets: torch.Tensor | None = None
+    turn_owners: torch.Tensor | None = None
+    turn_weights: torch.Tensor | None = None
     groups: list[GroupInPack] = field(default_factory=list)
     num_unshared_tokens: int = 0
     num_padding_tokens: int = 0
@@ -152,6 +159,7 @@ def build_pack(
     *,
     share: bool = True,
     multiple: int = 1,
+    turns: TurnLoss | None = None,
 ) -> Pack:
     """Pack groups into one row.
 
@@ -162,6 +170,7 @@ def build_pack(
         share: build prefix trees; False packs every response whole.
         multiple: the row is padded to a multiple of this many tokens, with a tree of its own that no
             response belongs to (FP8 products want 16).
+        turns: how the tokens of the responses' turns weigh; None: they are not learnt.
     """
     responses = [response for group in groups for response in group.responses]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(k for g in groups for k in g.media))}
@@ -170,6 +179,7 @@ def build_pack(
     for members in _clusters(groups, owner, share):
         row.add_tree(members, share)
     edges, margin, weight, is_tie, placed = _edges(groups)
+    turn_fields = {"weight": weight} if turns is None else _turn_tensors(row, responses, edges, weight, turns)
     vision = _vision_tensors(row, responses, pixels, patch_format)
     padding = -row.num_tokens % multiple
     # Padding has token 0, whatever it is: nothing reads these rows.
@@ -186,13 +196,13 @@ def build_pack(
         anchors=torch.tensor(row.anchors, dtype=torch.int64),
         edges=edges,
         margin=margin,
-        weight=weight,
         is_tie=is_tie,
         response_lengths=torch.tensor([r.num_response_tokens for r in responses], dtype=torch.int64),
         groups=placed,
         num_unshared_tokens=sum(group.num_unshared_tokens for group in groups),
         num_padding_tokens=padding,
         **vision,
+        **turn_fields,
     )
 
 
@@ -209,6 +219,7 @@ class _Row:
         self.starts: list[int] = []
         self.num_tokens = 0
         self.anchors = [0] * len(responses)
+        self.last_segments = [0] * len(responses)
 
     @property
     def lengths(self) -> list[int]:
@@ -224,6 +235,16 @@ class _Row:
             self.num_tokens += stop - start
         for member, (segment, offset) in zip(members, tree.ends, strict=True):
             self.anchors[member] = self.starts[first + segment] + offset
+            self.last_segments[member] = first + segment
+
+    def rows_of(self, member: int) -> np.ndarray:
+        """Return the rows of the tokens of a response's path, of which its own are the first."""
+        parts, segment = [], self.last_segments[member]
+        while segment >= 0:
+            _, first, stop = self.spans[segment]
+            parts.append(np.arange(self.starts[segment], self.starts[segment] + stop - first))
+            segment = self.parents[segment]
+        return np.concatenate(parts[::-1])
 
     def gather(self, of_response) -> np.ndarray:
         """Concatenate the segments' parts of a per-response array, over its last axis."""
@@ -269,6 +290,32 @@ def _edges(groups):
         torch.tensor(ties, dtype=torch.bool),
         placed,
     )
+
+
+def _turn_tensors(
+    row: _Row, responses: list[EncodedResponse], edges: torch.Tensor, weight: torch.Tensor, turns: TurnLoss
+) -> dict[str, torch.Tensor]:
+    """Return the pack's fields for what a model learns to write; each token is predicted from the row before it.
+
+    A text counts once for each preference that its response is in. With `turns.per_token` the preferences, which are
+    then ratings, get the weight of their tokens.
+    """
+    lengths = np.asarray([stop - start for start, stop in (response.turn for response in responses)])
+    counts = np.zeros(len(responses))
+    for place in (0, 1):
+        others = edges[:, 0] != edges[:, 1] if place else slice(None)  # a rating is of one response
+        np.add.at(counts, edges[others, place].numpy(), weight[others].double().numpy())
+    owners = np.repeat(np.arange(len(responses)), lengths)
+    each = turns.factor * counts / (1 if turns.per_token else np.maximum(lengths, 1))
+    rows = [row.rows_of(r)[start - 1 : stop - 1] for r, (start, stop) in enumerate(r.turn for r in responses)]
+    targets = [response.tokens[slice(*response.turn)] for response in responses]
+    return {
+        "weight": weight * torch.from_numpy(lengths)[edges[:, 0]] if turns.per_token else weight,
+        "turn_rows": torch.from_numpy(np.concatenate(rows)),
+        "turn_targets": torch.from_numpy(np.concatenate(targets)),
+        "turn_owners": torch.from_numpy(owners),
+        "turn_weights": torch.from_numpy(each[owners]).float(),
+    }
 
 
 def _vision_tensors(row, responses, pixels: Pixels, patch_format) -> dict:

@@ -37,6 +37,8 @@ class EncodedResponse:
         media: its images and videos, in order.
         num_response_tokens: of the response's own text, and of what the template writes for its calls and reasoning.
         positions: (3, n) int64; None: numbered from 0 on all axes.
+        turn: (start, stop) of the tokens that a model writes: the last turn's text and the token that ends the turn;
+            start = stop for an empty text. None unless the encoder has `turns`.
 
     An encoder made by `counting_only` leaves `num_response_tokens` 0 and `positions` None.
     """
@@ -45,6 +47,21 @@ class EncodedResponse:
     media: tuple[MediaSpan, ...]
     num_response_tokens: int
     positions: np.ndarray | None = None
+    turn: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class TurnLoss:
+    """The weights of the tokens that a model learns to write.
+
+    Attributes:
+        per_token: a text's weight is the number of its tokens, so that every token of a step weighs the same, as in
+            supervised fine-tuning; else a text weighs the same however long it is.
+        factor: of the loss.
+    """
+
+    per_token: bool
+    factor: float = 1.0
 
 
 class ConversationEncoder:
@@ -61,6 +78,7 @@ class ConversationEncoder:
     Attributes:
         date: that the template is given; None if it does not read the clock.
         counts_responses: tokenise each response's text once more for its length (see `num_text_tokens`).
+        turns: the weights of what a model learns to write; None: it writes nothing.
 
     Raises:
         ConfigError: if our tokens differ from the stock ones on a sample conversation, or if its anchor comes before
@@ -84,6 +102,7 @@ class ConversationEncoder:
         self.limits = limits or MediaLimits()
         self.pad_token_id = pad_token_id
         self.counts_responses = True
+        self.turns: TurnLoss | None = None
         self.special_ids = {
             token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -132,14 +151,16 @@ class ConversationEncoder:
         if (ref := next(media, None)) is not None:
             raise RecordError("TEMPLATE", f"the chat template left a {ref.noun} out")
         tokens = np.concatenate(pieces)
+        turn = None if self.turns is None or self._counts_only else self._turn(response, rendered, length)
         if self.anchor == "before_padding":
             tokens = tokens[: np.flatnonzero(tokens != self.pad_token_id)[-1] + 1]
             length = len(tokens)
+            turn = None if turn is None else (min(turn[0], length), min(turn[1], length))
         if self._counts_only:
             return EncodedResponse(tokens, tuple(spans), 0)
         positions = self.vision.positions(length, spans) if spans else None
         num_response_tokens = self._num_response_tokens(response, rendered) if self.counts_responses else 0
-        return EncodedResponse(tokens, tuple(spans), num_response_tokens, positions)
+        return EncodedResponse(tokens, tuple(spans), num_response_tokens, positions, turn)
 
     def rendered_text(self, response: Response) -> str:
         """Return a conversation as the chat template renders it, one placeholder for each image and video.
@@ -198,8 +219,23 @@ class ConversationEncoder:
         if not response.messages[-1].fields:
             return num_tokens
         plain = _with_last(response, replace(response.messages[-1], fields=""))
-        lengths = [_num_tokens(self._tokenize(one)) for one in (rendered, self._renderer.render(plain))]
+        lengths = [len(_flat(self._tokenize(one))) for one in (rendered, self._renderer.render(plain))]
         return num_tokens + max(0, lengths[0] - lengths[1])
+
+    def _turn(self, response: Response, rendered: Rendered, length: int) -> tuple[int, int]:
+        """Return the (start, stop) of the tokens of the last turn's text among a conversation's `length` tokens.
+
+        They are counted from its end, since media, whose placeholders become many tokens, lie before them.
+        """
+        text, num_characters = self._up_to_anchor(rendered), self._renderer.prompt_length(response, rendered)
+        whole, prompt = (_flat(self._tokens_of(part, rendered)) for part in (text, rendered.text[:num_characters]))
+        ends = [match.end() for match in self._special.finditer(text) if match.start() >= num_characters]
+        stop = length - (len(_flat(self._tokens_of(text[ends[-1] :], rendered))) if ends else 0)
+        if not response.text:
+            return stop, stop
+        # A text that begins with a blank may share a token with the prompt's end.
+        common = next((n for n, pair in enumerate(zip(whole, prompt, strict=False)) if pair[0] != pair[1]), len(prompt))
+        return min(length - len(whole) + max(1, common), stop), stop
 
     def measure(self, ref: MediaRef) -> MediaSize:
         """Return the tokens of an image or a video, from headers alone; the latest are remembered.
@@ -250,7 +286,10 @@ class ConversationEncoder:
 
     def _tokenize(self, rendered: Rendered) -> list:
         """Return special-token ids (int) and token lists of the text runs between them, in order."""
-        items, at, text = [], 0, self._up_to_anchor(rendered)
+        return self._tokens_of(self._up_to_anchor(rendered), rendered)
+
+    def _tokens_of(self, text: str, rendered: Rendered) -> list:
+        items, at = [], 0
         for match in self._special.finditer(text):
             items += [text[at : match.start()], self.special_ids[match.group()]]
             at = match.end()
@@ -315,7 +354,7 @@ class ConversationEncoder:
                 "all responses to a prompt would have one reward: set model.anchor: last_token, or change the template"
             )
         items = self._tokenize(rendered)
-        ours = [token for item in items for token in (item if isinstance(item, list) else [item])]
+        ours = _flat(items)
         if ours != stock[: len(ours)] or (self.anchor != "end_of_turn" and len(ours) != len(stock)):
             raise ConfigError(
                 f"{type(self.tokenizer).__name__}: tokens cut at special tokens differ from the tokenizer's own on a "
@@ -349,5 +388,5 @@ def _with_last(response: Response, message: Message) -> Response:
     return replace(response, messages=(*response.messages[:-1], message))
 
 
-def _num_tokens(items: list) -> int:
-    return sum(1 if isinstance(item, int) else len(item) for item in items)
+def _flat(items: list) -> list[int]:
+    return [token for item in items for token in (item if isinstance(item, list) else [item])]

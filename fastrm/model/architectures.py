@@ -12,6 +12,7 @@ from fastrm.model.families import check_family
 from fastrm.model.lora import add_lora
 from fastrm.model.network import RewardNetwork, refusal
 from fastrm.model.places import locate
+from fastrm.paradigm_config import Paradigm
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def find_architecture(settings: ModelConfig) -> tuple[object, str]:
     return config, origin
 
 
-def meta_network(config, settings: ModelConfig) -> RewardNetwork:
+def meta_network(config, settings: ModelConfig, paradigm: Paradigm = "reward") -> RewardNetwork:
     """Make the network of a training run, its parts frozen, with its adapters, on torch's meta device without memory.
 
     Raises:
@@ -178,7 +179,7 @@ def meta_network(config, settings: ModelConfig) -> RewardNetwork:
     try:
         with torch.device("meta"):
             backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")
-            network = RewardNetwork(backbone, settings.head, pooling=settings.pooling)
+            network = RewardNetwork(backbone, settings.head, pooling=settings.pooling, paradigm=paradigm)
     except ConfigError:
         raise
     except Exception as error:

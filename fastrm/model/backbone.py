@@ -55,7 +55,7 @@ class PackLayouts:
 
     Attributes:
         tree: of all its tokens.
-        anchors: of queries at the anchors, for the last layer; None where the head reads means.
+        anchors: of queries at the anchors, for the last layer; None where states of other tokens are read too.
         vision: order, positions and layouts of its patches; None without images.
         mean: how rows make the means of responses; None where the head reads anchors.
     """
@@ -101,7 +101,7 @@ class LayoutBuilder:
         vision: shape of the vision tower; None for a text model.
         triton: (dtype, head dimension of the language model, of the vision tower or 0), if the Triton
             kernels are going to run: their work lists are then made here too.
-        pooling: anchor or mean, what the head reads.
+        pooling: anchor or mean, what the head reads; all: the states of all tokens are read.
     """
 
     vision: MediaShape | None
@@ -113,6 +113,8 @@ class LayoutBuilder:
         vision = self.vision.lay_out(pack.media_grids) if pack.media_grids else None
         if self.pooling == "mean":
             layouts = PackLayouts(tree, None, vision, MeanLayout.build(tree, pack.anchor_rows))
+        elif self.pooling == "all":
+            layouts = PackLayouts(tree, None, vision)
         else:
             layouts = PackLayouts(tree, tree.at_rows(pack.anchor_rows), vision)
         if self.triton is not None:
@@ -134,7 +136,7 @@ class BackboneRunner:
         always_run_tower: run the vision tower also for packs without images. ZeRO needs every rank to run the
             same modules: else ranks would wait for each other's parameters or gradients for ever.
         compiled: layers run as graphs of torch.compile.
-        pooling: anchor or mean, which of `anchor_states` and `mean_states` layouts are made for.
+        pooling: anchor, mean or all, which of `anchor_states`, `mean_states` and `all_states` layouts are made for.
         watch: called for each whole decoder layer and each vision block in place of running it, as
             watch(run, layer, hidden, arguments) -> hidden, where run() runs it; None: nobody watches.
     """
@@ -228,6 +230,12 @@ class BackboneRunner:
         norm = self.language.norm
         means = call_checkpointed(self.checkpointing, False, mean_of_paths, hidden, norm, layouts.mean)
         return keep_alive(means, layouts.trees) if self.compiled else means
+
+    def all_states(self, pack: Pack) -> torch.Tensor:
+        """Return hidden states (T, D) of all tokens after the last layer, before the final norm."""
+        layouts = self._layouts(pack)
+        hidden, _, _ = self._run_layers(self.language.layers, pack, layouts)
+        return keep_alive(hidden, layouts.trees) if self.compiled else hidden
 
     def _layouts(self, pack: Pack) -> PackLayouts:
         layouts = pack.layouts

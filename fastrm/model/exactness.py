@@ -194,7 +194,7 @@ def first_layers(network: RewardNetwork, tensors: Iterable[tuple[str, torch.Tens
         model = transformers.AutoModel.from_config(
             _config_of_first_layers(network.model.config), dtype=torch.float32, attn_implementation="eager"
         )
-        cut = RewardNetwork(model, network.head_settings, network.encoder, network.pooling)
+        cut = RewardNetwork(model, network.head_settings, network.encoder, network.pooling, network.paradigm)
     there = dict(cut.named_modules())
     if targets := [name for name in lora_modules(network) if name in there]:
         add_lora(cut, network.lora, targets)
@@ -236,7 +236,8 @@ def _packed_rewards(network: RewardNetwork, sample: Sample, share: bool, multipl
     """Return the rewards of the chosen responses, from one pack of the whole group."""
     vision = network.encoder.vision
     patch_format = None if vision is None else vision.patch_format
-    pack = build_pack([sample.group], sample.pixels, patch_format, share=share, multiple=multiple)
+    options = {"share": share, "multiple": multiple, "turns": network.encoder.turns}
+    pack = build_pack([sample.group], sample.pixels, patch_format, **options)
     pack.layouts = network.lay_out(pack)
     with network.plain_layers():
         rewards = network(pack.to(network.device)).float().tolist()
@@ -274,11 +275,21 @@ class StockModel:
         for number in sample.chosen:
             inputs = self._inputs(sample.group.responses[number], sample.pixels)
             hidden = self._model(**inputs, use_cache=False).last_hidden_state[0]  # (n, D)
+            if self._network.paradigm == "judge":
+                found.append(self._mean_log_probability(hidden, sample.group.responses[number]))
+                continue
             state = hidden.float().mean(0) if self._network.pooling == "mean" else hidden[-1]
             with torch.autocast(state.device.type, enabled=False):
                 head = next(self._network.score.parameters())
                 found.append(float(self._network.score(state.to(head.dtype))))
         return found
+
+    def _mean_log_probability(self, hidden: torch.Tensor, response: EncodedResponse) -> float:
+        start, stop = response.turn
+        rows = hidden[start - 1 : stop - 1]
+        logits = nn.functional.linear(rows, self._network.lm_weight.to(rows.dtype)).float()
+        targets = torch.from_numpy(response.tokens[start:stop]).to(rows.device)
+        return -float(nn.functional.cross_entropy(logits, targets))
 
     def moved_rewards(self, sample: Sample, seed: int) -> list[float]:
         """Return these rewards with every product's factors off by a unit of rounding, up or down by chance."""

@@ -1,7 +1,7 @@
 """Reading and writing model folders: stock key names, safetensors only, nothing that runs code.
 
 model/
-  config.json               stock config and a `fastrm` section: head, anchor, pooling
+  config.json               stock config and a `fastrm` section: head, anchor, pooling; paradigm of a model that writes
   model.safetensors         the weights by published names, and score.* (stock_classes.py); of more than 5 GB in shards,
                             with the index that transformers reads
   tokenizer files, chat template, preprocessor_config.json
@@ -164,7 +164,9 @@ def _config_of(model: RewardNetwork, dtype: torch.dtype | None, reading: StockRe
         "format": FORMAT, "head": model.head_settings.stored(), "anchor": model.encoder.anchor,
         "pooling": model.pooling,
     }  # fmt: skip
-    below = {"quantize": model.quantize, "base_digest": model.base_digest}
+    if model.paradigm == "judge":
+        del config["fastrm"]["head"]
+    below = {"quantize": model.quantize, "base_digest": model.base_digest, "paradigm": model.writer}
     config["fastrm"] |= {name: value for name, value in below.items() if value is not None}
     if (anchor_id := anchor_token_id(model.encoder)) is not None:
         config["fastrm"]["anchor_token_id"] = anchor_id

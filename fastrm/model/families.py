@@ -108,6 +108,11 @@ def gated_activations(config) -> set[str]:
     return {config.get_text_config().hidden_act} | of_tower
 
 
+def has_tied_embeddings(config) -> bool:
+    """Return whether a stock model that writes takes its embeddings for its LM head's weight."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def make_tower(model: nn.Module) -> VisionTower | None:
     """Make the tower of a stock base model; None for a text model."""
     family = model.config.model_type

@@ -97,7 +97,7 @@ class FirstUse:
             network.model.config.to_dict(), self._weights, kind, self._options, network.pooling, network.encoder.anchor,
             str(network.score), network.head_settings.activation, network.attention.name, network.head_kernels.name,
             network.norm_and_gate, sorted({str(parameter.dtype) for parameter in network.parameters()}),
-            str(network.lora),
+            str(network.lora), network.paradigm,
             any(isinstance(module, FusedLinear) for module in network.modules()), _device_name(network.device),
             torch.__version__, transformers.__version__, _code(),
         ]  # fmt: skip

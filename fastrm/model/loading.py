@@ -26,11 +26,12 @@ from fastrm.model.places import ADAPTER_CONFIG, ModelPlace, locate
 from fastrm.model.weight_files import INDEX, SINGLE, VALUE_HEAD, StoredTensor, WeightFiles, finder, read_header
 from fastrm.ui import counted
 
-# Weights of published files that a reward model has no use for: the LM head, and buffers that are computed from the
-# configuration. Every other weight of a checkpoint that is left out is named.
+# Weights of published files that a model which only rewards has no use for: the LM head, and buffers that are computed
+# from the configuration. Every other weight of a checkpoint that is left out is named.
 UNUSED = re.compile(r"(.*\.)?(lm_head\.(weight|bias)|inv_freq|position_ids)")
 # The prefix that TRL's wrapper class adds to the names of a model that a Trainer saves.
 _WRAPPER = "pretrained_model."
+LM_HEAD = "lm_head.weight"
 
 # A function (name in the backbone, parameter, most frequent dtype of the files) -> dtype in memory.
 PickDtype = Callable[[str, nn.Parameter, torch.dtype], torch.dtype]
@@ -45,6 +46,8 @@ class Backbone:
         tensors: of the files, by the names of the model's state dict.
         dtype: that most elements of the files have.
         place: of its files.
+        lm_head: the weight of the LM head, which models that write have; None: it is tied to the embeddings, or not
+            in the files.
         rest: by their names in the files, weights that are not of the backbone, such as a reward head's; without those
             that are of no use (UNUSED).
     """
@@ -53,6 +56,7 @@ class Backbone:
     tensors: dict[str, StoredTensor]
     dtype: torch.dtype
     place: ModelPlace
+    lm_head: StoredTensor | None = None
     rest: dict[str, StoredTensor] = field(default_factory=dict)
 
     def num_bytes(self, pick_dtype: PickDtype) -> int:
@@ -136,10 +140,11 @@ def open_backbone(path: str) -> Backbone:
     stored |= stack_experts(rest, find_name)
     tensors = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
     _check_all_there(path, tensors, wanted)
+    lm_head = next((t for name, t in (stored | rest).items() if name.removeprefix(_WRAPPER) == LM_HEAD), None)
     # A tensor without elements holds nothing: exports have one that stock classifiers refuse (stock_classes.py).
     rest = {name: tensor for name, tensor in rest.items() if tensor.numel and not UNUSED.fullmatch(name)}
     _check_all_used(path, rest, full, model)
-    return Backbone(model, tensors, files.dtype, place, rest)
+    return Backbone(model, tensors, files.dtype, place, lm_head, rest)
 
 
 def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> tuple[dict, dict]:
@@ -149,7 +154,7 @@ def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> 
         found = find_name(name)
         (rest if found is None else stored)[found or name] = tensor
     if place.has_own_head:
-        rest = {name: tensor for name, tensor in rest.items() if is_of_expert(name)}
+        rest = {name: tensor for name, tensor in rest.items() if is_of_expert(name) or UNUSED.fullmatch(name)}
     for where in [place.adapter] if place.has_own_head else dict.fromkeys((place.base, place.adapter or place.base)):
         if (file := finder(where)(VALUE_HEAD)) is not None:
             rest |= read_header(file)
@@ -202,7 +207,7 @@ def _merge(
         down, up = product.down, product.up
         name = f"{module}.weight"
         found = find_name(name)
-        if found is None and UNUSED.fullmatch(name):
+        if found is None and UNUSED.fullmatch(name) and name not in rest:
             continue
         weights, found = (rest, name) if found is None else (stored, found)
         base = weights.get(found)

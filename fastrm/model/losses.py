@@ -6,6 +6,8 @@ With d_e = r_winner - r_loser - margin_e and the weight w_e of each preference e
     hinge           sum_e w_e max(0, 1 - d_e) / sum_e w_e
     plackett_luce   sum_i w_i log(1 + sum_e exp(-d_e)) / sum_i w_i, e the preferences that response i wins
     mse             sum_e w_e (r_e - rating_e)^2 / sum_e w_e, e the ratings of single responses
+    cross_entropy   sum_e w_e (-r_e) / sum_e w_e, where r_e is the mean log probability of the tokens of a text
+                    (turn_loss.py), and w_e has their number as a factor: the mean over all tokens
 
 The hinge is that of ranking machines (Herbrich, Graepel and Obermayer 2000; Joachims 2002). Plackett-Luce is the
 probability of a whole ranking (Plackett 1975; ListMLE, Xia et al. 2008): each response is chosen first among itself and
@@ -32,6 +34,8 @@ def other_loss_sum(rewards: torch.Tensor, pack: Pack, settings: LossConfig) -> t
     if settings.length_normalization:
         rewards = rewards / torch.log(pack.response_lengths.to(rewards.dtype) + 1.0)
     winners, losers = rewards[pack.edges[:, 0]], rewards[pack.edges[:, 1]]
+    if settings.kind == "cross_entropy":
+        return -(pack.weight * winners).sum()
     if settings.kind == "mse":
         return (pack.weight * (winners - pack.margin).square()).sum()
     differences = winners - losers - pack.margin

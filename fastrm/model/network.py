@@ -14,30 +14,37 @@ from fastrm.errors import ConfigError
 from fastrm.lora_config import LoraConfig
 from fastrm.model.backbone import CHECKPOINTING, BackboneRunner
 from fastrm.model.compiled import CompiledGraphs
-from fastrm.model.families import FAMILIES, check_family, gated_activations
+from fastrm.model.families import FAMILIES, check_family, gated_activations, has_tied_embeddings
 from fastrm.model.fusion import FusedLinear, fuse_projections
 from fastrm.model.head import head_loss, head_rewards, make_head
 from fastrm.model.kernel_choice import head_dims_of, pick_backend, pick_head_kernels
 from fastrm.model.layers import BACKENDS, pick_norm_and_gate
 from fastrm.model.precision import Fp8Report, fp8_disabled
+from fastrm.model.turn_loss import turn_losses
 from fastrm.model.vision.tower import VisionTower
 from fastrm.names import device_name
+from fastrm.paradigm_config import Paradigm
 from fastrm_kernels.dispatch import Choice
 
 
 class RewardNetwork(nn.Module):
     """The network r(prompt, response): it rewards every response of a pack in one forward pass.
 
-    The state dict has stock names: `model.*` is the transformers model, `score.*` the head.
+    The state dict has stock names: `model.*` is the transformers model, `score.*` the head, `lm_head.*` that of a model
+    that writes, unless it is tied to the embeddings.
 
     Attributes:
         model: transformers base model (no LM head).
-        score: the head, an nn.Linear or nn.Sequential.
+        paradigm: reward; critic, whose turns are learnt besides; or judge, whose turns alone are learnt: the "rewards"
+            of its responses are the mean log probabilities of their tokens.
+        score: the head, an nn.Linear or nn.Sequential; without layers for a judge.
+        lm_head: an nn.Linear; None for a model that does not write, and where the embeddings are its weight.
         head_settings: its layers and activation.
         pooling: what the head reads: anchor, a response's last token, or mean, over all tokens of its path.
         encoder: tokeniser and image processor of the model.
         attention: the attention backend in use and why.
         head_kernels: the implementation of head and loss in use and why.
+        lm_kernels: that of the loss of turns (turn_loss.py).
         norm_and_gate: what RMSNorm and SwiGLU are in use, and why.
         lay_out: makes the layouts of packs, in a data worker or where the network runs.
         fp8: which layers compute in FP8 and why others do not; None without FP8.
@@ -47,6 +54,7 @@ class RewardNetwork(nn.Module):
         graphs: what torch.compile has made of the layers; None where they are not compiled.
         first_use: compares rewards with stock's before they are given away (first_use.py); None: nothing does.
         reward_statistics: of held-out rewards (reward_statistics.py), as an export stores them; None: none are known.
+        writer: of a model that writes, as an export's config.json states it: its kind, and its SPEC; None for others.
         normalization: (mean, std) that scoring applies to rewards; None: they are given away as they are.
         adopted: in words, how a head that others trained was read; empty for a new one and for an export's.
     """
@@ -57,17 +65,22 @@ class RewardNetwork(nn.Module):
         head: HeadConfig,
         encoder: ConversationEncoder | None = None,
         pooling: str = "anchor",
+        paradigm: Paradigm = "reward",
     ):
         super().__init__()
         _check_media_ids(model.config, encoder)
         self.model = model
         self.head_settings = head
-        self.pooling = pooling
-        self.score = make_head(model.config.get_text_config().hidden_size, head)
+        self.pooling, self.paradigm = pooling, paradigm
+        text = model.config.get_text_config()
+        self.score = nn.Sequential() if paradigm == "judge" else make_head(text.hidden_size, head)
+        is_tied = paradigm == "reward" or has_tied_embeddings(model.config)
+        self.lm_head = None if is_tied else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.encoder = encoder
         self.attention = Choice("", "not chosen yet")
         self.head_kernels = Choice("eager", "not chosen yet")
         self.norm_and_gate = "not chosen yet"
+        self.lm_kernels = "eager"
         self.fp8: Fp8Report | None = None
         self.lora: LoraConfig | None = None
         self.quantize: str | None = None
@@ -75,8 +88,9 @@ class RewardNetwork(nn.Module):
         self.graphs: CompiledGraphs | None = None
         self.adopted = ""
         self.reward_statistics: dict[str, Any] | None = None
+        self.writer: dict[str, Any] | None = None
         self.normalization: tuple[float, float] | None = None
-        self._runner = BackboneRunner(model, pooling)
+        self._runner = BackboneRunner(model, pooling if paradigm == "reward" else "all")
         self.lay_out = self._runner.layout_builder(torch.float32)
         self.first_use: Callable | None = None
 
@@ -105,12 +119,30 @@ class RewardNetwork(nn.Module):
         loss are then one operation. They are one call of the network because ZeRO-3 holds the head's weights
         only while one runs.
         """
+        if self.paradigm != "reward":
+            return self._forward_writer(pack, loss)
         if self.pooling == "mean":
             states, norm = self._runner.mean_states(pack), None
         else:
             states, norm = self._runner.anchor_states(pack), self._runner.language.norm
         head = self.score, self.head_settings.activation, states, norm, self.head_kernels.name
         return head_rewards(*head) if loss is None else head_loss(*head, pack, loss)
+
+    def _forward_writer(self, pack: Pack, loss: LossConfig | None):
+        states, norm, impl = self._runner.all_states(pack), self.language.norm, self.head_kernels.name
+        head = self.score, self.head_settings.activation, states.index_select(0, pack.anchors), norm, impl
+        if self.paradigm == "critic" and loss is None:
+            return head_rewards(*head)
+        written, means = turn_losses(states, norm, self.lm_weight, pack, self.lm_kernels)
+        if self.paradigm == "judge":
+            return means if loss is None else (written, means)
+        total, rewards = head_loss(*head, pack, loss)
+        return total + written, rewards
+
+    @property
+    def lm_weight(self) -> nn.Parameter:
+        """The weight (V, D) with which a model that writes makes logits."""
+        return self.language.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def normalized(self, rewards: torch.Tensor) -> torch.Tensor:
         """Return rewards as scoring gives them away: less the mean and divided by the std of `normalization`."""
@@ -140,6 +172,8 @@ class RewardNetwork(nn.Module):
             ConfigError: if an explicit choice cannot run there.
         """
         self.head_kernels = pick_head_kernels(kernels, self.device, self.head_settings.layers)
+        # Not measured on a GPU: automatic choices stay with PyTorch's operations.
+        self.lm_kernels = "triton" if kernels == "triton" else "eager"
         self.attention = pick_backend(attention, kernels, self.device, dtype, head_dims_of(self.model.config))
         fused = any(isinstance(module, FusedLinear) for module in self.model.modules())
         norm, gate, self.norm_and_gate = pick_norm_and_gate(
@@ -235,8 +269,9 @@ class RewardNetwork(nn.Module):
         """Return the parameters of a part: vision (tower without projector), projector, language or head."""
         if part == "vision":  # Qwen's projector is inside the tower
             return set(self.tower.parameters()) - set(self.tower.projector.parameters())
-        modules = {"language": self._runner.language, "head": self.score}
-        return set((self.tower.projector if part == "projector" else modules[part]).parameters())
+        if part == "language":
+            return set(self.language.parameters()) | set(() if self.lm_head is None else self.lm_head.parameters())
+        return set((self.tower.projector if part == "projector" else self.score).parameters())
 
 
 def _check_media_ids(config, encoder: ConversationEncoder | None) -> None:

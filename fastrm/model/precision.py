@@ -172,8 +172,9 @@ def _check_device(device: torch.device) -> None:
 
 def _choose(network: nn.Module) -> Iterator[Fp8Choice]:
     language = getattr(network.model, "language_model", network.model)
-    # If the head reads means, the last layer runs like the others.
-    last = {id(module) for module in language.layers[-1].modules()} if network.pooling == "anchor" else set()
+    # If the head reads means, or all tokens are learnt, the last layer runs like the others.
+    reads_anchors = network.pooling == "anchor" and network.paradigm == "reward"
+    last = {id(module) for module in language.layers[-1].modules()} if reads_anchors else set()
     layers = {id(module) for layer in language.layers for module in layer.modules()}
     for name, module in network.named_modules():
         if not isinstance(module, nn.Linear) or is_adapter_weight(name):
@@ -181,7 +182,7 @@ def _choose(network: nn.Module) -> Iterator[Fp8Choice]:
         is_kv = name.removesuffix(".base_layer").endswith((".k_proj", ".v_proj"))
         counts = id(module) in layers and (id(module) not in last or is_kv)
         if id(module) not in layers:
-            reason = HEAD if name.partition(".")[0] == "score" else VISION
+            reason = HEAD if name.partition(".")[0] in ("score", "lm_head") else VISION
         elif id(module) in last:
             reason = LAST_LAYER
         else:

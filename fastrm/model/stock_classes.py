@@ -38,17 +38,19 @@ class StockReading:
         architecture: name of the stock class that is the nearest to it; None: that of the backbone.
         pad_token: content of the token that the export pads with; None: the tokenizer has none that fits.
         why: where `classifies` is false, what the stock class would read wrongly.
+        has_head: the export holds a reward head.
     """
 
     classifies: bool
     architecture: str | None
     pad_token: str | None
     why: str = ""
+    has_head: bool = True
 
     @property
     def is_guarded(self) -> bool:
         """True if the files hold the empty tensor that stock classifiers refuse."""
-        return not self.classifies
+        return self.has_head and not self.classifies
 
     def file_name(self, name: str, model_type: str) -> str:
         """Return the name of a weight in the export's files, from that in the network.
@@ -84,6 +86,9 @@ class StockReading:
 def read_by_stock(network: RewardNetwork) -> StockReading:
     """Find out how stock classes read a network with its tokenizer, by rendering short conversations."""
     encoder, head = network.encoder, network.head_settings
+    if network.paradigm != "reward":
+        writes, own = _generator(network.model.config), encoder.tokenizer.pad_token
+        return StockReading(False, writes, own, f"a {network.paradigm} writes first", network.paradigm == "critic")
     before_padding, why = encoder.anchor == "before_padding" and encoder.pad_token_id is not None, ""
     if before_padding:  # read like the stock class, by the model's own pad token
         pad_token = encoder.tokenizer.convert_ids_to_tokens(encoder.pad_token_id)
@@ -137,6 +142,17 @@ def _classifier(config) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as classes
 
     return classes.get(config.model_type)
+
+
+def _generator(config) -> str:
+    """Return the name of transformers' own class that writes."""
+    from transformers.models.auto import modeling_auto as auto
+
+    is_vision = config.model_type in FAMILIES
+    names = (
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if is_vision else auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+    return names[config.model_type]
 
 
 def _pad_token(encoder: ConversationEncoder, vocab_size: int) -> str | None:

@@ -122,6 +122,11 @@ class FoundHead:
         return f"head: {', '.join(parts)}, from {shortened(self.names)}; reads {reads}{extra}"
 
 
+def is_judge(config: dict) -> bool:
+    """Return whether a config.json is that of a judge that fastrm has trained, which has no reward head."""
+    return config.get("fastrm", {}).get("paradigm", {}).get("kind") == "judge"
+
+
 def find_head(opened: Backbone, tokenizer, settings: ModelConfig | None = None) -> FoundHead | None:
     """Find the head in the files of a backbone; None if there is none and config.json does not mention one.
 
@@ -356,7 +361,8 @@ def _check_no_head_expected(place: ModelPlace, config: dict) -> None:
                 f"{pickled}: a reward head in a format that can run code, which is not read; save it as {VALUE_HEAD} "
                 "with safetensors.torch.save_file, or set model.head: new to train a new one"
             )
-    names = [*(config.get("architectures") or ()), *(["a fastrm export"] if "fastrm" in config else ())]
+    is_export = "fastrm" in config and not is_judge(config)
+    names = [*(config.get("architectures") or ()), *(["a fastrm export"] if is_export else ())]
     kinds = ("ForSequenceClassification", "RewardModel", "SequenceRegression", "a fastrm export", "WithValueHead")
     named = next((name for name in names if any(kind in name for kind in kinds)), None)
     if named is not None:

@@ -11,6 +11,7 @@ from fastrm.model.architectures import find_architecture
 from fastrm.model.export import make_encoder
 from fastrm.model.loading import load_backbone_config
 from fastrm.model.places import locate
+from fastrm.train.writing import turn_loss_of
 
 TOKENIZER = "tokenizer"  # folder of a trained tokenizer in the prepared set
 
@@ -36,7 +37,10 @@ def make_data_encoder(config: Config, architecture, tokenizer) -> ConversationEn
         data.min_pixels, data.max_pixels, data.max_tiles, data.image_mean, data.image_std, video
     )  # fmt: skip
     processor = model.path and locate(model.path).processor
-    return make_encoder(architecture, tokenizer, processor, model.anchor, data.limits, settings, model.template_date)
+    options = model.anchor, data.limits, settings, model.template_date
+    encoder = make_encoder(architecture, tokenizer, processor, *options)
+    encoder.turns = turn_loss_of(config)
+    return encoder
 
 
 def find_backbone_config(settings: ModelConfig):

@@ -23,6 +23,7 @@ from fastrm.train.checkpoint import CHECKPOINTS, STATE, list_checkpoints, model_
 from fastrm.train.encoder import make_data_encoder, make_tokenizer
 from fastrm.train.metrics import statistics_of_step
 from fastrm.train.setup import finite
+from fastrm.train.writing import writer_of
 from fastrm.ui import Display
 from fastrm.yaml_files import validate
 
@@ -108,7 +109,8 @@ def _without_weights(config: Config) -> RewardNetwork:
     else:
         backbone = empty_backbone(settings.path)
     encoder = make_data_encoder(config, backbone.config, tokenizer)
-    network = RewardNetwork(backbone, settings.head, encoder, settings.pooling)
+    network = RewardNetwork(backbone, settings.head, encoder, settings.pooling, config.paradigm)
+    network.writer = writer_of(config)
     if settings.fuse_projections:  # files have their tensors in the order of the run's own network
         network.fuse_projections()
     if settings.lora is not None:

@@ -76,7 +76,7 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
         ranks.on_first(lambda: check_overwrite(config))
     start = ranks.on_first(lambda: find_start(run_dir, resume, display.say, starts_over))
     # Checked before hours of other work: the files of model.path are there, whole, and fit the configuration.
-    model, head = ranks.on_first(lambda: adopt(config.model))
+    model, head = ranks.on_first(lambda: adopt(config.model) if config.paradigm != "judge" else (config.model, ""))
     if head:
         display.say(head)
     config = config.model_copy(update={"model": model})

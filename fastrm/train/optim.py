@@ -68,11 +68,11 @@ def backbone_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
     most of its rows get no gradient in a step, and 8-bit second moments are unstable there (Dettmers et
     al. 2022, section 2.3). The head is new, small, and runs in float32.
     """
-    embeddings = _embeddings(network)
+    embeddings, parts = _embeddings(network), ("model.", "lm_head.")
     return {
         name: parameter
         for name, parameter in network.named_parameters()
-        if name.startswith("model.") and len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
+        if name.startswith(parts) and len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings
     }
 
 
@@ -190,7 +190,7 @@ def training_bytes(network: nn.Module, config: Config) -> TrainingBytes:
         if id(parameter) in packed:
             weights += size // 2 + 4 * size // 64  # and a float32 scale for each block
             continue
-        is_backbone = name.startswith("model.")
+        is_backbone = name.startswith(("model.", "lm_head."))
         weights += size * (pick_dtype(name.removeprefix("model."), parameter, stored).itemsize if is_backbone else 4)
         if parameter.requires_grad:
             gradients += 4 * size

@@ -15,7 +15,7 @@ from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.model.exactness import first_layers
 from fastrm.model.export import export_dtype, save_model
 from fastrm.model.first_use import FirstUse, weights_of
-from fastrm.model.loading import Backbone, digest_of, open_backbone
+from fastrm.model.loading import LM_HEAD, Backbone, digest_of, open_backbone
 from fastrm.model.lora import add_lora, base_of, nf4_layers, require_bitsandbytes
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8, token_multiple
@@ -28,6 +28,7 @@ from fastrm.train.engine import LocalEngine
 from fastrm.train.optim import check_lr_parts, storage_dtype
 from fastrm.train.ranks import ALONE, Ranks
 from fastrm.train.template_date import fix_date
+from fastrm.train.writing import writer_of
 from fastrm.ui import Display
 
 
@@ -81,12 +82,14 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
         )
     encoder = make_data_encoder(config, backbone.config, tokenizer)
     encoder.counts_responses = config.loss.length_normalization
-    network = RewardNetwork(backbone, settings.head, encoder, settings.pooling)
-    if files is not None and not settings.head.new and (found := find_head(files, tokenizer, settings)) is not None:
+    network = RewardNetwork(backbone, settings.head, encoder, settings.pooling, config.paradigm)
+    network.writer = writer_of(config)
+    keeps_head = files is not None and not settings.head.new and config.paradigm != "judge"
+    if keeps_head and (found := find_head(files, tokenizer, settings)) is not None:
         found.load_into(network.score)
     network.freeze(settings.freeze)
     if settings.lora is not None:
-        network.model.requires_grad_(False)  # known before weights are read: frozen ones are kept in two bytes
+        network.requires_grad_(False)  # known before weights are read: frozen ones are kept in two bytes
     if settings.fuse_projections:
         network.fuse_projections()
     device = pick_device(config.run.device)
@@ -115,6 +118,27 @@ def _read_weights(network: RewardNetwork, files: Backbone, config: Config, devic
         load_divided(network, files, pick_dtype, config)
     else:
         files.load(pick_dtype, device, **({} if config.model.quantize is None else {"placed": _quantizer(files)}))
+        if network.lm_head is not None:
+            _read_lm_head(network.lm_head, files, pick_dtype, device)
+
+
+def _read_lm_head(lm_head: torch.nn.Linear, files: Backbone, pick_dtype, device: torch.device) -> None:
+    """Fill the LM head of a model that writes from the files.
+
+    Raises:
+        StorageError: if they hold none, or one of another shape.
+    """
+    stored, wanted = files.lm_head, lm_head.weight
+    if stored is None or stored.shape != wanted.shape:
+        found = "is not in the files, as in those of a reward model" if stored is None else f"has shape {stored.shape}"
+        raise StorageError(
+            f"model.path {files.place.given!r}: {LM_HEAD} {found}, wanted {list(wanted.shape)}: a critic or judge "
+            "writes with it; name the language model that it was made of"
+        )
+    dtype = pick_dtype(LM_HEAD, wanted, files.dtype)
+    filled = torch.empty(wanted.shape, dtype=dtype, device=device)
+    stored.read_into(filled.view(-1))
+    lm_head.weight = torch.nn.Parameter(filled, requires_grad=wanted.requires_grad)
 
 
 def _quantizer(files: Backbone) -> Callable[[str, torch.nn.Parameter], None]:

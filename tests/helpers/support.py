@@ -92,7 +92,7 @@ def make_tokenizer(layout="qwen"):
     return train_tokenizer([(Message("user", (text,)),) for text in texts], 300, layout)
 
 
-def make_model(family, *, head=None, seed=0, dtype=torch.float32, pooling="anchor"):
+def make_model(family, *, head=None, seed=0, dtype=torch.float32, pooling="anchor", paradigm="reward"):
     """A tiny random RewardNetwork with its encoder, ready for CPU."""
     from fastrm.model.export import make_encoder
     from fastrm.model.network import RewardNetwork, init_backbone
@@ -110,7 +110,7 @@ def make_model(family, *, head=None, seed=0, dtype=torch.float32, pooling="ancho
     video = VideoSettings(num_frames=6, min_pixels=28 * 28, max_pixels=28 * 28 * 12)
     settings = FormatSettings(min_pixels=28 * 28, max_pixels=28 * 28 * 40, max_tiles=4, video=video)
     encoder = make_encoder(backbone.config, tokenizer, None, "last_token", MediaLimits(), settings)
-    model = RewardNetwork(backbone, head or HeadConfig(), encoder, pooling)
+    model = RewardNetwork(backbone, head or HeadConfig(), encoder, pooling, paradigm)
     model.set_kernels(dtype, attention="sdpa")
     # As transformers loads them: buffers, the rotary frequencies, stay float32.
     for parameter in model.parameters():

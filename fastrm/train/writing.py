@@ -1,0 +1,28 @@
+"""What the configuration of a model that writes says: the weights of its texts, and the prompt that an export keeps."""
+
+from typing import Any
+
+from fastrm.config import Config
+from fastrm.data.template import TurnLoss
+from fastrm.paradigm_config import CriticConfig, spec_name
+from fastrm.prompts.spec import load_spec
+
+
+def turn_loss_of(config: Config) -> TurnLoss | None:
+    """Return how tokens that the model writes weigh; None for a model that writes nothing."""
+    if config.paradigm == "reward":
+        return None
+    critic = config.critic or CriticConfig()
+    return TurnLoss(per_token=True) if config.paradigm == "judge" else TurnLoss(False, critic.lm_weight)
+
+
+def writer_of(config: Config) -> dict[str, Any] | None:
+    """Return the paradigm of a model that writes, as the config.json of its export states it: its kind and SPEC.
+
+    Raises:
+        ConfigError: for a SPEC that cannot be used.
+    """
+    if (name := spec_name(config)) is None:
+        return None
+    spec = load_spec(name).model_dump(mode="json", exclude_defaults=True, exclude={"generator", "decoding", "votes"})
+    return {"kind": config.paradigm, "spec": spec}
