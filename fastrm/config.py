@@ -82,7 +82,7 @@ class RunConfig(Section):
 
     def best_metric(self, row: dict) -> str:
         """Return the figure that chooses the best evaluation, of which `row` is one."""
-        usual = "eval/loss" if "eval/mse" in row else ACCURACY
+        usual = ACCURACY if ACCURACY in row or not row else "eval/loss"
         return usual if self.early_stopping is None else self.early_stopping.metric
 
 
@@ -289,7 +289,7 @@ class Config(Section):
             raise ValueError(f"{wanted[0]} needs evaluations, and there is no data.eval; name a source there")
         if run.early_stopping is None:
             return
-        made = metric_names(data.eval_names, is_rating=self.loss.is_rating)
+        made = metric_names(data.eval_names, self.loss.eval_figures)
         if (metric := run.early_stopping.metric) not in made:
             raise ValueError(
                 f"run.early_stopping.metric: got {metric!r}, which no evaluation makes; there are {', '.join(made)}"

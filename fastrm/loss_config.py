@@ -29,6 +29,11 @@ class LossConfig(Section):
     """The treatment of ties: ignore leaves them out; half makes each two opposite preferences of half weight."""
 
     @property
+    def eval_figures(self) -> tuple[str, ...]:
+        """The figures of an evaluation that are always defined, after `eval/` in metrics.jsonl."""
+        return {"mse": ("loss", "mse"), "cross_entropy": ("loss",)}.get(self.kind, ("accuracy", "loss", "margin"))
+
+    @property
     def is_rating(self) -> bool:
         """True if it is of ratings of single responses, and not of preferences."""
         return self.kind == "mse"

@@ -1,5 +1,6 @@
 """The settings of a run's best evaluation and of early stopping, and the figures by which they may choose."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -14,20 +15,16 @@ class StoppingConfig(Section):
 
     metric: str = ACCURACY
     """The figure of an evaluation, as metrics.jsonl names it: eval/accuracy, eval/loss or eval/margin, or of one named
-    set, as eval/hard/accuracy; with ratings eval/loss or eval/mse. A loss or an error is better where it is lower, the
-    others where they are higher. It also chooses the best evaluation."""
+    set, as eval/hard/accuracy; with ratings eval/loss or eval/mse; of a judge eval/loss. A loss or an error is better
+    where it is lower, the others where they are higher. It also chooses the best evaluation."""
     patience: Positive = 3
     """Evaluations in a row without an improvement after which the run stops."""
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
     """The change below or at which a better figure is no improvement, compared with the last one that was."""
 
 
-def metric_names(sets: list[str], is_rating: bool) -> list[str]:
-    """Return the names of the figures that an evaluation on sets of these names writes, of preferences or of ratings.
-
-    Correlations with ratings are not among them, since they may be not defined.
-    """
-    figures = ("loss", "mse") if is_rating else ("accuracy", "loss", "margin")
+def metric_names(sets: list[str], figures: Sequence[str]) -> list[str]:
+    """Return the names of the figures that an evaluation on sets of these names writes."""
     prefixes = ("eval", *(f"eval/{name}" for name in sets))
     return [f"{prefix}/{figure}" for prefix in prefixes for figure in figures]
 

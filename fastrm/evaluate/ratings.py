@@ -1,4 +1,4 @@
-"""Agreement of rewards with ratings of single responses, in place of pair accuracy where there are no pairs."""
+"""What is measured in place of pair accuracy where there are no pairs: agreement with ratings, and losses of texts."""
 
 from collections import defaultdict
 
@@ -41,6 +41,39 @@ class RatingMeter:
     def by_source(self) -> dict[str, dict]:
         """Return {source: {"ratings": their number, and `FIGURES`}}, sorted by name."""
         return {source: {"ratings": len(pairs), **_figures(pairs)} for source, pairs in sorted(self._found.items())}
+
+
+class TextMeter:
+    """Sums of the log probabilities of a judge's texts, by source; a token weighs like any other."""
+
+    def __init__(self):
+        self._sums: dict[str, list[float]] = {}  # texts, weights, losses
+
+    def add(self, pack: Pack, rewards: torch.Tensor) -> None:
+        """Add a pack with the mean log probabilities (R,) of its texts on the CPU."""
+        for group in pack.groups:
+            weights = pack.weight[group.preferences].double()
+            losses = -(weights * rewards[pack.edges[group.preferences, 0]].double())
+            self._add(group.source, [float(len(weights)), float(weights.sum()), float(losses.sum())])
+
+    def merge(self, other: "TextMeter") -> None:
+        """Add the sums of another meter."""
+        for source, sums in other._sums.items():
+            self._add(source, sums)
+
+    def _add(self, source: str, sums: list[float]) -> None:
+        self._sums[source] = [a + b for a, b in zip(self._sums.get(source, [0.0, 0.0, 0.0]), sums, strict=True)]
+
+    def figures(self) -> dict[str, float | None]:
+        """Return nothing: the loss says all."""
+        return {}
+
+    def by_source(self) -> dict[str, dict]:
+        """Return {source: {"texts": their number, "loss": mean over their tokens}}, sorted by name."""
+        return {
+            source: {"texts": int(texts), "loss": loss / weight if weight else None}
+            for source, (texts, weight, loss) in sorted(self._sums.items())
+        }
 
 
 def _figures(pairs: list[tuple[float, float]]) -> dict[str, float | None]:

@@ -111,6 +111,25 @@ class Backbone:
                 buffer.copy_(self.tensors[name].read())
         return self.model.eval()
 
+    def load_lm_head(self, head: nn.Linear, pick_dtype: PickDtype, device: torch.device, *, reads: bool = True) -> None:
+        """Fill the LM head of a model that writes, as `load` fills the backbone.
+
+        Raises:
+            StorageError: if the files hold none, or one of another shape, or cannot be read to the end.
+        """
+        wanted = list(head.weight.shape)
+        if self.lm_head is None or list(self.lm_head.shape) != wanted:
+            got = "is not in the files" if self.lm_head is None else f"has shape {list(self.lm_head.shape)}"
+            raise StorageError(
+                f"model.path {self.place.given!r}: {LM_HEAD} {got}, wanted {wanted}: a critic or judge writes with it, "
+                "and a reward model has none; name the language model that it was made of"
+            )
+        dtype = pick_dtype(LM_HEAD, head.weight, self.dtype)
+        filled = torch.empty(wanted, dtype=dtype, device=device)
+        if reads:
+            self.lm_head.read_into(filled.view(-1))
+        head.weight = nn.Parameter(filled, requires_grad=head.weight.requires_grad)
+
 
 def open_backbone(path: str) -> Backbone:
     """Open the backbone in a folder or at a hub id: check that all its weights are there and used, and read none.

@@ -117,7 +117,7 @@ class RewardNetwork(nn.Module):
 
         With the settings of a loss, (sum of the weighted terms of the pack's preferences, rewards): head and
         loss are then one operation. They are one call of the network because ZeRO-3 holds the head's weights
-        only while one runs.
+        only while one runs. A critic's sum is two (2,), of its preferences and of its turns.
         """
         if self.paradigm != "reward":
             return self._forward_writer(pack, loss)
@@ -137,7 +137,7 @@ class RewardNetwork(nn.Module):
         if self.paradigm == "judge":
             return means if loss is None else (written, means)
         total, rewards = head_loss(*head, pack, loss)
-        return total + written, rewards
+        return torch.stack([total, written]), rewards
 
     @property
     def lm_weight(self) -> nn.Parameter:

@@ -27,14 +27,14 @@ from torch import nn
 
 from fastrm.config import Config
 from fastrm.data.packing import EncodedGroup, Pack, build_pack
-from fastrm.data.template import EncodedResponse
+from fastrm.data.template import ConversationEncoder, EncodedResponse
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.fusion import join_parts, split_fused, stored_buffers, whole_shape
 from fastrm.model.head import total_weight
 from fastrm.model.loading import Backbone, PickDtype
 from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.model.precision import token_multiple
-from fastrm.train.engine import LocalEngine, Update
+from fastrm.train.engine import LocalEngine, Update, no_loss
 from fastrm.train.optim import make_optimizer, trainable
 
 # The number of gradient elements that are reduced together, 0.8 GB of float32: large enough for any network.
@@ -59,7 +59,7 @@ class DeepSpeedEngine:
         self._stage = config.engine.zero_stage
         trains_tower = network.tower is not None and any(p.requires_grad for p in network.tower.parameters())
         network.always_run_tower = self._stage == 3 or trains_tower
-        self._empty_pack = _pack_of_one_token(token_multiple(config.precision.fp8))
+        self._empty_pack = _pack_of_one_token(token_multiple(config.precision.fp8), network.encoder)
         self._trained = trainable(network)
         self._names = dict(network.named_parameters())
         self._deepspeed = _initialize(network, config)
@@ -85,7 +85,7 @@ class DeepSpeedEngine:
         """
         weight = 0.0 if pack is None else total_weight(pack, self.config.loss)
         total, rewards = self.loss_and_rewards(pack)
-        self._deepspeed.backward(total, scale_wrt_gas=False)
+        self._deepspeed.backward(total.sum(), scale_wrt_gas=False)
         if pack is None:
             return None
         self._loss_sum += total.detach()
@@ -101,9 +101,10 @@ class DeepSpeedEngine:
             lr: learning rate of this step.
             step: of the run; nothing here depends on it.
         """
-        sums = torch.stack([self._loss_sum, torch.full_like(self._loss_sum, self._weight_sum)])
+        sums = torch.cat([self._loss_sum.view(-1), self._loss_sum.new_full((1,), self._weight_sum)])
         dist.all_reduce(sums)
-        loss, weight = sums.tolist()
+        *losses, weight = sums.tolist()
+        loss = sum(losses)
         if weight == 0:  # all records of the step were refused
             self.discard()
             return Update(0.0, 0.0, True)
@@ -116,7 +117,8 @@ class DeepSpeedEngine:
         self._deepspeed.step()
         self._zero.loss_scale = 1.0
         self._forget_sums()
-        return Update(loss / weight, float(self._deepspeed.get_global_grad_norm()), not self._zero.overflow)
+        parts = tuple(part / weight for part in losses) if len(losses) > 1 else ()
+        return Update(loss / weight, float(self._deepspeed.get_global_grad_norm()), not self._zero.overflow, parts)
 
     def discard(self) -> None:
         """Forget the accumulated gradient."""
@@ -179,7 +181,7 @@ class DeepSpeedEngine:
         return (self._empty_pack if pack is None else pack).to(self.network.device)
 
     def _forget_sums(self) -> None:
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.network.device)
+        self._loss_sum = no_loss(self.network)
         self._weight_sum = 0.0
 
     def _partitions(self) -> list[torch.Tensor]:
@@ -244,13 +246,19 @@ def load_divided(network: RewardNetwork, files: Backbone, pick_dtype: PickDtype,
     _refuse(config)
     device = pick_device(config.run.device)
     deepspeed = _import_deepspeed(device)
-    # This divides the head, and gives its parameters the method that divides others.
-    deepspeed.zero.Init(module=network.score, config_dict_or_path=_settings(network, config), dtype=torch.float32)
-    head = next(network.score.parameters())
-    files.load(
-        pick_dtype, device, reads=dist.get_rank() == 0,
-        placed=lambda _, parameter: head.convert_to_zero_parameters(param_list=[parameter]),
-    )  # fmt: skip
+    # This divides the head, and gives its parameters the method that divides others. A judge has none.
+    head = network.score if len(list(network.score.parameters())) else nn.Linear(1, 1)
+    deepspeed.zero.Init(module=head, config_dict_or_path=_settings(network, config), dtype=torch.float32)
+    known = next(head.parameters())
+
+    def divide(parameter: nn.Parameter) -> None:
+        known.convert_to_zero_parameters(param_list=[parameter])
+
+    reads = dist.get_rank() == 0
+    files.load(pick_dtype, device, reads=reads, placed=lambda _, parameter: divide(parameter))
+    if network.lm_head is not None:
+        files.load_lm_head(network.lm_head, pick_dtype, device, reads=reads)
+        divide(network.lm_head.weight)
 
 
 def _import_deepspeed(device: torch.device):
@@ -315,10 +323,11 @@ def _refuse(config: Config) -> None:
             raise ConfigError(f"{key}: {found} is not possible on several ranks ({why}); {way}")
 
 
-def _pack_of_one_token(multiple: int) -> Pack:
-    """Return a pack of one response of one token, without preferences."""
-    response = EncodedResponse(np.zeros(1, dtype=np.int64), (), 1)
-    return build_pack([EncodedGroup("", "", "", (response,))], {}, multiple=multiple)
+def _pack_of_one_token(multiple: int, encoder: ConversationEncoder | None) -> Pack:
+    """Return a pack of one response of one token, without preferences and without anything to learn."""
+    response = EncodedResponse(np.zeros(1, dtype=np.int64), (), 1, turn=(1, 1))
+    turns = None if encoder is None else encoder.turns
+    return build_pack([EncodedGroup("", "", "", (response,))], {}, multiple=multiple, turns=turns)
 
 
 def _gathered(parameter: nn.Parameter, modifier_rank: int | None = None):

@@ -24,11 +24,15 @@ from fastrm.train.optim import load_state_tensors, make_optimizers, state_tensor
 
 @dataclass(frozen=True)
 class Update:
-    """The result of an optimizer step. If loss or gradient was not finite, nothing was changed."""
+    """The result of an optimizer step. If loss or gradient was not finite, nothing was changed.
+
+    `parts` are the losses of a critic's preferences and turns, whose sum is `loss`; of others nothing.
+    """
 
     loss: float
     grad_norm: float
     finite: bool
+    parts: tuple[float, ...] = ()
 
 
 class LocalEngine:
@@ -54,7 +58,8 @@ class LocalEngine:
         return self._forward(pack)
 
     def loss_and_rewards(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (sum of a pack's weighted loss terms, rewards (R,)), both differentiable."""
+        """Return (sum of a pack's weighted loss terms, rewards (R,)), both differentiable; a critic's sum is two (2,).
+        """
         return self._forward(pack, self.config.loss)
 
     def loss(self, rewards: torch.Tensor, pack: Pack) -> torch.Tensor:
@@ -70,7 +75,7 @@ class LocalEngine:
             return None
         weight = total_weight(pack, self.config.loss)  # read before it is on a GPU, which would be waited for
         total, rewards = self.loss_and_rewards(pack)
-        total.backward()
+        total.sum().backward()
         self._loss_sum += total.detach()
         self._weight_sum += weight
         return rewards.detach().to("cpu", non_blocking=True)
@@ -85,10 +90,11 @@ class LocalEngine:
             step: of the run, from 0; it seeds stochastic rounding.
         """
         gradients = self._gradients()
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(self._loss_sum)
-        loss, norm = torch.stack([self._loss_sum, norm.double()]).tolist()  # the step's one wait for the device
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.network.device)
+        *losses, norm = torch.cat([self._loss_sum.view(-1), norm.double().view(1)]).tolist()  # the one wait for it
         scale = 1.0 / self._weight_sum if self._weight_sum > 0 else 0.0
-        loss, norm = loss * scale, norm * scale
+        losses, norm = tuple(loss * scale for loss in losses), norm * scale
+        loss = sum(losses)
         finite = math.isfinite(norm) and math.isfinite(loss)
         # A step has no gradient when all of its records were refused.
         if finite and gradients:
@@ -97,7 +103,7 @@ class LocalEngine:
             for optimizer in self.optimizers:
                 self._step(optimizer, lr, step, scale * clip)
         self.discard()
-        return Update(loss, norm, finite)
+        return Update(loss, norm, finite, losses if len(losses) > 1 else ())
 
     def _forward(self, pack: Pack, *loss):
         pack = pack.to(self.network.device)
@@ -132,7 +138,7 @@ class LocalEngine:
         for parameter in self._parameters:
             parameter.grad = None
         # Float64, like a sum in Python of the packs' losses, read one by one.
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.network.device)
+        self._loss_sum = no_loss(self.network)
         self._weight_sum = 0.0
 
     def model_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,3 +157,8 @@ class LocalEngine:
         """
         load_kept_tensors(self.network, model)
         load_state_tensors(self.optimizers, optimizer)
+
+
+def no_loss(network: RewardNetwork) -> torch.Tensor:
+    """Return zeros in float64 to which the losses of packs are added: (), or of a critic (2,)."""
+    return torch.zeros((2,) if network.paradigm == "critic" else (), dtype=torch.float64, device=network.device)

@@ -2,53 +2,60 @@
 
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 
+from fastrm.config import LossConfig
 from fastrm.data.loader import RefusedGroup
 from fastrm.data.packing import Pack
 from fastrm.data.prepared.stored import PreparedSet
 from fastrm.evaluate.accuracy import Flips, PreferenceMeter
 from fastrm.evaluate.flips import compare_fp8
-from fastrm.evaluate.ratings import FIGURES, RatingMeter, shown
+from fastrm.evaluate.ratings import FIGURES, RatingMeter, TextMeter, shown
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite, run_packs
 from fastrm.model.head import total_weight
 from fastrm.model.reward_statistics import reward_statistics
-from fastrm.train.engine import LocalEngine
+from fastrm.train.progress import LOSS_PARTS
 from fastrm.train.run import Run
 
 
 @dataclass
 class _HeldOut:
-    """The counts of one rank, or of all together, on the held-out preferences."""
+    """The counts of one rank, or of all together, on the held-out preferences; `losses` are those of a step's parts."""
 
-    meter: PreferenceMeter | RatingMeter
+    meter: PreferenceMeter | RatingMeter | TextMeter
     refused: list[RefusedGroup] = field(default_factory=list)
-    loss: float = 0.0
+    losses: list[float] = field(default_factory=list)
     weight: float = 0.0
     rewards: list[float] = field(default_factory=list)
 
-    def add(self, pack: Pack, rewards: torch.Tensor, engine: LocalEngine) -> None:
+    def add(self, pack: Pack, rewards: torch.Tensor, losses: list[float], settings: LossConfig) -> None:
         self.meter.add(pack, rewards)
         self.rewards += rewards.tolist()
-        self.loss += float(engine.loss(rewards, pack))
-        self.weight += total_weight(pack, engine.config.loss)
+        self._add_losses(losses)
+        self.weight += total_weight(pack, settings)
 
     def merge(self, other: "_HeldOut") -> None:
         self.meter.merge(other.meter)
         self.refused += other.refused
-        self.loss += other.loss
+        self._add_losses(other.losses)
         self.weight += other.weight
         self.rewards += other.rewards
 
+    def _add_losses(self, losses: list[float]) -> None:
+        self.losses = [a + b for a, b in zip_longest(self.losses, losses, fillvalue=0.0)]
+
     def figures(self, prefix: str) -> dict[str, float | None]:
         """Return loss, accuracy, margin and preferences, or agreement with ratings, as metrics.jsonl names them."""
-        if isinstance(self.meter, RatingMeter):
-            figures = self.meter.figures()
-        else:
+        if isinstance(self.meter, PreferenceMeter):
             margin = self.meter.means().get("rewards/margins", 0.0)
             figures = {"accuracy": self.meter.accuracy, "margin": margin, "preferences": self.meter.num_scored}
-        figures = {"loss": self.loss / max(self.weight, 1e-12), **figures}
+        else:
+            figures = self.meter.figures()
+        losses = [loss / max(self.weight, 1e-12) for loss in self.losses]
+        parts = dict(zip(LOSS_PARTS, losses, strict=True)) if len(losses) > 1 else {}
+        figures = {"loss": sum(losses), **parts, **figures}
         return {f"{prefix}/{name}": value for name, value in figures.items()}
 
 
@@ -78,7 +85,7 @@ def evaluate(run: Run) -> bool:
         own = found[name].figures(place := f"eval/{name}")
         row |= own
         lines.append(f"  {name}: {_in_words(own, place)}")
-    if (statistics := reward_statistics(total.rewards)) is not None:
+    if run.config.paradigm != "judge" and (statistics := reward_statistics(total.rewards)) is not None:
         row["eval/rewards"] = statistics
     run.write(row)
     for line in lines:
@@ -87,19 +94,31 @@ def evaluate(run: Run) -> bool:
 
 
 def _nothing_yet(run: Run) -> _HeldOut:
-    return _HeldOut(RatingMeter() if run.config.loss.is_rating else PreferenceMeter())
+    meters = {"mse": RatingMeter, "cross_entropy": TextMeter}
+    return _HeldOut(meters.get(run.config.loss.kind, PreferenceMeter)())
 
 
 def _in_words(row: dict, place: str) -> str:
     if f"{place}/accuracy" in row:
         return f"accuracy {row[f'{place}/accuracy']:.4f}, loss {row[f'{place}/loss']:.4f}"
+    if f"{place}/mse" not in row:
+        return f"loss {row[f'{place}/loss']:.4f}"
     return ", ".join(f"{text} {shown(row[f'{place}/{name}'])}" for name, text in FIGURES.items())
 
 
 def _count_held_out(run: Run, prepared: PreparedSet) -> _HeldOut:
-    config, found = run.config, _nothing_yet(run)
+    config, found, engine = run.config, _nothing_yet(run), run.engine
+    losses: list[float] = []
+
+    def forward(pack: Pack | None) -> torch.Tensor | None:
+        if config.paradigm != "critic":
+            return engine.rewards(pack)
+        total, rewards = engine.loss_and_rewards(pack)  # the loss of critiques does not follow from rewards
+        losses[:] = total.tolist()
+        return rewards
+
     packs = run_packs(
-        run.engine.rewards, run.builder(prepared), prepared.groups, config.optim.tokens_per_pack,
+        forward, run.builder(prepared), prepared.groups, config.optim.tokens_per_pack,
         config.data.num_workers, run.ranks.rank, run.ranks.num_ranks,
         pin_memory=run.job.network.device.type != "cpu",
     )  # fmt: skip
@@ -111,14 +130,15 @@ def _count_held_out(run: Run, prepared: PreparedSet) -> _HeldOut:
             show(min(done, total), total)
             found.refused += loaded.refused
             if loaded.pack is not None:
-                found.add(loaded.pack, rewards, run.engine)
+                own = losses if config.paradigm == "critic" else [float(engine.loss(rewards, loaded.pack))]
+                found.add(loaded.pack, rewards, own, config.loss)
     return found
 
 
 def count_fp8_flips(run: Run) -> Flips | None:
     """Compare FP8 with bf16 under the final weights on the held-out preferences; None if either is missing."""
     network, prepared, config = run.job.network, run.job.eval, run.config
-    if network.fp8 is None or prepared is None or config.loss.is_rating:
+    if network.fp8 is None or prepared is None or config.loss.kind in ("mse", "cross_entropy"):
         return None
     with run.breakable():
         flips = compare_fp8(

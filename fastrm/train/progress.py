@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # the import would load transformers into commands that only 
     from fastrm.train.engine import Update
 
 
+# The parts of a critic's loss in metrics.jsonl: of its preferences, and of the critiques that it learns to write.
+LOSS_PARTS = ("preference_loss", "critique_loss")
+
+
 @dataclass
 class Progress:
     """The part of a checkpoint besides tensors. `position` alone is the place in the data."""
@@ -35,7 +39,7 @@ class Progress:
     evaluations_since: int = 0
     last_eval: dict = field(default_factory=dict)
     # The row of metrics.jsonl that is being collected: a resumed run writes the same one.
-    window_losses: list[list[float]] = field(default_factory=list)  # (loss, gradient norm) of each step
+    window_losses: list[list[float]] = field(default_factory=list)  # (loss, gradient norm, parts) of each step
     window_meter: PreferenceMeter = field(default_factory=PreferenceMeter)
     window_seconds: float = 0.0
     window_wait_seconds: float = 0.0  # seconds of these, spent waiting for packs
@@ -101,7 +105,7 @@ class Progress:
         self.tokens_unshared += meter.num_unshared_tokens
         if done.finite:  # figures of a skipped step are not averaged
             self.window_meter.merge(meter)
-            self.window_losses.append([done.loss, done.grad_norm])
+            self.window_losses.append([done.loss, done.grad_norm, *done.parts])
 
     def count_seconds(self, seconds: float, waited: float) -> None:
         """Count the time of a step, and the part of it that was waiting for packs."""
@@ -117,12 +121,14 @@ class Progress:
             lr: learning rate of the last step.
         """
         losses, meter, seconds = self.window_losses, self.window_meter, self.window_seconds
+        means = [sum(values) / len(losses) for values in zip(*losses, strict=True)]
         row = {
             "step": self.step,
             "epoch": self.position / num_groups,
-            "loss": sum(loss for loss, _ in losses) / len(losses) if losses else None,
+            "loss": means[0] if losses else None,
+            **dict(zip(LOSS_PARTS, means[2:], strict=False)),
             **meter.means(),
-            "grad_norm": sum(norm for _, norm in losses) / len(losses) if losses else None,
+            "grad_norm": means[1] if losses else None,
             "lr": lr,
             "preferences_per_second": meter.num_preferences / seconds,
             "tokens_per_second": meter.num_tokens / seconds,

@@ -70,7 +70,7 @@ def progress_note(row: dict, device: torch.device) -> str:
     if row["loss"] is None:
         return "no step was finite"
     is_of_pairs = "rewards/accuracies" in row
-    accuracy, unit = (f"acc {row['rewards/accuracies']:.3f}  ", "pairs") if is_of_pairs else ("", "ratings")
+    accuracy, unit = (f"acc {row['rewards/accuracies']:.3f}  ", "pairs") if is_of_pairs else ("", "responses")
     return (
         f"loss {row['loss']:.4f}  {accuracy}{row['preferences_per_second']:,.3g} {unit}/s"
         f"  {row['tokens_per_second']:,.0f} tok/s  wait {row['data_wait_share']:.0%}  "
@@ -132,9 +132,10 @@ def _chosen_checkpoint(run: Run) -> Path | None:
 def _summary(run: Run, flips: Flips | None) -> dict:
     progress, network = run.progress, run.job.network
     last = progress.last_eval
-    figure = "mse" if "eval/mse" in last else "accuracy"
+    figure = next(name for name in ("accuracy", "mse", "loss") if not last or f"eval/{name}" in last)
     return {
         "eval_accuracy": last.get("eval/accuracy"),
+        "eval_loss": last.get("eval/loss"),
         **{f"eval_{name}": last[key] for name in FIGURES if (key := f"eval/{name}") in last},
         "steps": progress.step,
         "preferences": progress.preferences,
@@ -191,7 +192,7 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
         ("rewards/margins", "Margin (chosen - rejected reward)", "eval/margin"),
         ("preferences_per_second", "Preferences per second", None),
     ]
-    if not any("rewards/accuracies" in row for row in rows):
+    if any("eval/mse" in row for row in evaluations):
         panels[1:3] = [(f"eval/{name}", f"{FIGURES[name]} with ratings", f"eval/{name}") for name in FIGURES][1:]
     for number, (name, label, evaluated) in enumerate(panels):
         axes = figure.add_subplot(grid[number // 2, number % 2])
@@ -266,6 +267,8 @@ def summary_table(summary: dict, by_source: dict[str, dict]) -> Table:
             table.add_row(f"held-out {text}", shown(summary[f"eval_{name}"]))
             for source, values in by_source.items() if len(by_source) > 1 else ():
                 table.add_row(f"  {source} ({values['ratings']:,})", shown(values[name]))
+    elif accuracy is None and summary["eval_loss"] is not None:
+        table.add_row("held-out loss", f"{summary['eval_loss']:.4f}")
     else:
         table.add_row("held-out pair accuracy", "no data.eval" if accuracy is None else f"{accuracy:.4f}")
         for name, value in summary["eval_by_set"].items():

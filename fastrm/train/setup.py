@@ -15,7 +15,7 @@ from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.model.exactness import first_layers
 from fastrm.model.export import export_dtype, save_model
 from fastrm.model.first_use import FirstUse, weights_of
-from fastrm.model.loading import LM_HEAD, Backbone, digest_of, open_backbone
+from fastrm.model.loading import Backbone, digest_of, open_backbone
 from fastrm.model.lora import add_lora, base_of, nf4_layers, require_bitsandbytes
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8, token_multiple
@@ -119,26 +119,7 @@ def _read_weights(network: RewardNetwork, files: Backbone, config: Config, devic
     else:
         files.load(pick_dtype, device, **({} if config.model.quantize is None else {"placed": _quantizer(files)}))
         if network.lm_head is not None:
-            _read_lm_head(network.lm_head, files, pick_dtype, device)
-
-
-def _read_lm_head(lm_head: torch.nn.Linear, files: Backbone, pick_dtype, device: torch.device) -> None:
-    """Fill the LM head of a model that writes from the files.
-
-    Raises:
-        StorageError: if they hold none, or one of another shape.
-    """
-    stored, wanted = files.lm_head, lm_head.weight
-    if stored is None or stored.shape != wanted.shape:
-        found = "is not in the files, as in those of a reward model" if stored is None else f"has shape {stored.shape}"
-        raise StorageError(
-            f"model.path {files.place.given!r}: {LM_HEAD} {found}, wanted {list(wanted.shape)}: a critic or judge "
-            "writes with it; name the language model that it was made of"
-        )
-    dtype = pick_dtype(LM_HEAD, wanted, files.dtype)
-    filled = torch.empty(wanted.shape, dtype=dtype, device=device)
-    stored.read_into(filled.view(-1))
-    lm_head.weight = torch.nn.Parameter(filled, requires_grad=wanted.requires_grad)
+            files.load_lm_head(network.lm_head, pick_dtype, device)
 
 
 def _quantizer(files: Backbone) -> Callable[[str, torch.nn.Parameter], None]:
