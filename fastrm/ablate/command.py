@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 
+from fastrm.ablate.curves import save_reward_curves
 from fastrm.ablate.grid import Cell, Grid, load_grid
+from fastrm.ablate.page import write_grid_page
 from fastrm.ablate.picture import draw_results
 from fastrm.ablate.results import Results, collect, write_json
 from fastrm.ablate.runner import LOG, FailedCells, run_tasks
@@ -65,7 +67,7 @@ def _as_text(hours: float | None) -> str:
 
 
 def ablate(path: Path, overrides: list[str], display: Display | None = None) -> Results:
-    """Run every cell that is not finished, then write results.json, table.md and report.png.
+    """Run every cell that is not finished, then write results.json, table.md, report.png and report.html.
 
     Raises:
         ConfigError: for the grid, before anything runs.
@@ -120,11 +122,13 @@ def _leave_report(results: Results, display: Display) -> None:
     write_json(results, folder / "results.json")
     write_whole(folder / "table.md", "\n".join(table.as_markdown() for table in tables))
     draw_results(results).savefig(folder / "report.png", dpi=110)
+    save_reward_curves(results, folder / "reward-curves.png")
+    write_grid_page(results, tables, folder / "report.html")
     console = make_console()
     for table in tables:
         print_table(console, table.as_table(styles=is_live(console)))
         say(console, "\n".join(table.notes))
-    display.say(f"results.json, table.md and report.png are in {folder}")
+    display.say(f"results.json, table.md, report.png and report.html are in {folder}")
 
 
 def _check_parallel(grid: Grid) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from fastrm.config import Config, load_config
 from fastrm.errors import ConfigError
 from fastrm.json_files import to_json
-from fastrm.sections import NonNegative, Positive, Section
+from fastrm.sections import NonEmpty, NonNegative, Positive, Section
 from fastrm.yaml_files import apply_override, read_yaml, validate
 
 HELD_OUT = "held_out"
@@ -37,11 +37,22 @@ class EvaluationConfig(Section):
     """The folder or archive of the images, as `fastrm eval --images`."""
     format: str | None = None
     """The layout of the rows, as `fastrm eval --format`."""
+    max_tokens: Positive | None = None
+    """The longest text that a critic or judge generates, as `fastrm eval --max-tokens`."""
+    costs: bool = False
+    """True to measure what a judged pair and a group of eight cost, in place of accuracy, as `fastrm eval --costs`:
+    NAME/pair/flops, NAME/group_of_8/seconds."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value):
         return {"name": value.removeprefix("bench:"), "target": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.costs and self.target == HELD_OUT:
+            raise ValueError(f"costs: the target {HELD_OUT} is no file; name a file, or bench:NAME")
+        return self
 
 
 class ColumnConfig(Section):
@@ -53,11 +64,41 @@ class ColumnConfig(Section):
     """The value that is set in bold: the highest, the lowest, or none."""
     percent: bool = True
     """True to show values times 100, as papers print accuracies."""
+    unit: Annotated[float, Field(gt=0.0)] = 1.0
+    """The size of the unit in which values are shown, such as 1e9 for billions."""
+    digits: NonNegative | None = None
+    """The decimals that are shown; the default is 1 of a percentage and 3 of other values."""
+    groups: list[str] = []
+    """The settings of the second axis that have the column; the default is all."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value):
         return {"metric": value} if isinstance(value, str) else value
+
+    @property
+    def scale(self) -> float:
+        """The factor from a value to what is shown."""
+        return (100.0 if self.percent else 1.0) / self.unit
+
+    @property
+    def decimals(self) -> int:
+        """The decimals that are shown."""
+        return self.digits if self.digits is not None else 1 if self.percent else 3
+
+
+class CurvesConfig(Section):
+    """Reward curves: a line for each row of the table, a point for each setting of the second axis.
+
+    The second axis has to be lengths of training, since the points lie over the preferences trained on.
+    """
+
+    accuracy: NonEmpty
+    """The accuracy that is drawn, as a metric of results.json."""
+    cost: NonEmpty | None = None
+    """The cost over which a second chart draws the accuracies of the longest training, as a metric of results.json."""
+    cost_name: NonEmpty = "FLOPs for a judged pair"
+    """The name of that cost."""
 
 
 class EnsembleConfig(Section):
@@ -94,6 +135,8 @@ class GridConfig(Section):
     """Evaluations of each cell's final weights."""
     columns: dict[str, ColumnConfig] = {}
     """Columns of the table, heading -> metric. The default is the main figure of each evaluation."""
+    curves: CurvesConfig | None = None
+    """Reward curves of the rows, in report.html and reward-curves.png."""
     reference: str | None = None
     """The row that the others are compared with, seed by seed."""
     published: PublishedConfig | None = None
@@ -115,6 +158,8 @@ class GridConfig(Section):
         _check_names("published.rows", self.published.rows if self.published else (), rows)
         if len(set(rows)) < len(rows):
             raise ValueError("an ensemble has the name of another row; rename it")
+        for heading, column in self.columns.items():
+            _check_names(f"columns.{heading}.groups", column.groups, self.groups, "setting")
         for name, values in self.axes.items():
             if not values:
                 raise ValueError(f"axes.{name} has no settings; name at least one")
@@ -167,11 +212,21 @@ class GridConfig(Section):
             for metric in ["overall" if evaluation.target.startswith("bench:") else "accuracy"]
         }
 
+    @property
+    def measured(self) -> list[tuple[str, str, str, ColumnConfig]]:
+        """The columns of the table, left to right, each as (heading in the table, group, own heading, column)."""
+        return [
+            (f"{group}: {heading}" if group else heading, group, heading, column)
+            for group in self.groups
+            for heading, column in self.shown.items()
+            if not column.groups or group in column.groups
+        ]
 
-def _check_names(key: str, names, known) -> None:
+
+def _check_names(key: str, names, known, what: str = "row") -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"{key}: there is no row {name!r}; rows: {', '.join(known)}")
+            raise ValueError(f"{key}: there is no {what} {name!r}; {what}s: {', '.join(known)}")
 
 
 def _overlap(a: str, b: str) -> bool:

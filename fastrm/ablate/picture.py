@@ -16,7 +16,7 @@ def draw_results(results: Results) -> Figure:
     """Draw one panel for each column of the table, with its rows from top to bottom."""
     settings = results.grid.settings
     rows = [*settings.rows, *settings.ensembles]
-    measured = [(group, heading, column) for group in settings.groups for heading, column in settings.shown.items()]
+    measured = settings.measured
     printed = list(dict.fromkeys(heading for row in _published(results).values() for heading in row))
     num_panels = len(measured) + len(printed)
     wide = min(PANELS_IN_A_ROW, num_panels)
@@ -26,7 +26,7 @@ def draw_results(results: Results) -> Figure:
     panels = list(figure.subplots(deep, wide, sharey=True, squeeze=False).flat)
     for axes in panels[num_panels:]:
         axes.set_visible(False)
-    for axes, (group, heading, column) in zip(panels, measured, strict=False):
+    for axes, (_, group, heading, column) in zip(panels, measured, strict=False):
         _draw_measured(axes, results, rows, group, column)
         axes.set_title(f"{group}\n{heading}" if group else heading, fontsize=10)
     for axes, heading in zip(panels[len(measured) :], printed, strict=False):
@@ -38,7 +38,7 @@ def draw_results(results: Results) -> Figure:
 
 
 def _draw_measured(axes, results: Results, rows: list[str], group: str, column: ColumnConfig) -> None:
-    scale = 100 if column.percent else 1
+    scale = column.scale
     for place, row in enumerate(rows):
         values = [scale * value for value in results.values(row, group, column.metric).values()]
         if not values:

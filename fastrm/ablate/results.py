@@ -103,11 +103,14 @@ def _held_out(run_dir: Path) -> dict[str, float]:
 
 
 def flat_report(report: dict) -> dict[str, float]:
-    """Return metric -> value of a report of `fastrm eval --json`, for a benchmark or a file of preferences."""
+    """Return metric -> value of a report of `fastrm eval --json`: for a benchmark, a file of preferences, or costs."""
     if "metrics" in report:
         return {key: value for key, value in report["metrics"].items() if _is_number(value)}
-    sources = {f"{source}/accuracy": found["accuracy"] for source, found in report.get("sources", {}).items()}
-    return {"accuracy": report["accuracy"], **sources}
+    parts = report.get("costs", {}) | {
+        source: {"accuracy": found["accuracy"]} for source, found in report.get("sources", {}).items()
+    }
+    found = report | {f"{part}/{name}": value for part, figures in parts.items() for name, value in figures.items()}
+    return {name: value for name, value in found.items() if _is_number(value)}
 
 
 def _pooled(reports: Sequence[dict]) -> float:
@@ -128,17 +131,14 @@ def write_json(results: Results, path: Path) -> None:
 def _as_json(results: Results) -> dict:
     grid, settings = results.grid, results.grid.settings
     base = load_config(settings.base)
-    rows, headings = [*settings.rows, *settings.ensembles], settings.shown
     entries = defaultdict(dict)
-    for row in rows:
-        for group in settings.groups:
-            for heading, column in headings.items():
-                place = f"{group}: {heading}" if group else heading
-                entries[row][place] = {
-                    "values": results.values(row, group, column.metric),
-                    "estimate": _plain(results.estimate(row, group, column.metric)),
-                    "difference": _plain(results.difference(row, group, column.metric)),
-                }
+    for row in [*settings.rows, *settings.ensembles]:
+        for place, group, _, column in settings.measured:
+            entries[row][place] = {
+                "values": results.values(row, group, column.metric),
+                "estimate": _plain(results.estimate(row, group, column.metric)),
+                "difference": _plain(results.difference(row, group, column.metric)),
+            }
     return {
         "title": settings.title,
         "grid": str(grid.path),

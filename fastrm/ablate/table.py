@@ -48,10 +48,10 @@ class TextTable:
 def main_table(results: Results) -> TextTable:
     """Return mean and 95 % t-interval over seeds of every column, the best in bold, printed figures beside them."""
     settings = results.grid.settings
-    rows, columns = [*settings.rows, *settings.ensembles], _columns(results)
+    rows, columns = [*settings.rows, *settings.ensembles], settings.measured
     body = [[row] for row in rows]
     header = [next(iter(settings.axes))]
-    for heading, group, column in columns:
+    for heading, group, _, column in columns:
         header.append(heading)
         found = [results.estimate(row, group, column.metric) for row in rows]
         best = _best(found, column)
@@ -71,9 +71,9 @@ def difference_table(results: Results) -> TextTable | None:
     settings = results.grid.settings
     if settings.reference is None:
         return None
-    columns = _columns(results)
+    columns = settings.measured
     rows = [
-        [row, *(_difference(results.difference(row, group, column.metric), column) for _, group, column in columns)]
+        [row, *(_difference(results.difference(row, group, column.metric), column) for _, group, _, column in columns)]
         for row in [*settings.rows, *settings.ensembles]
         if row != settings.reference
     ]
@@ -81,18 +81,8 @@ def difference_table(results: Results) -> TextTable | None:
         "Mean of the differences seed by seed, ± half of its 95 % t-interval; in bold where that interval excludes 0. "
         f"Of {len(rows) * len(columns)} such intervals one in twenty would exclude 0 by chance alone."
     ]
-    header = [next(iter(settings.axes)), *(heading for heading, _, _ in columns)]
+    header = [next(iter(settings.axes)), *(heading for heading, *_ in columns)]
     return TextTable(f"Difference to {settings.reference}", header, rows, notes)
-
-
-def _columns(results: Results) -> list[tuple[str, str, ColumnConfig]]:
-    """Return (heading, group, column) of every measured column, left to right."""
-    settings = results.grid.settings
-    return [
-        (f"{group}: {heading}" if group else heading, group, column)
-        for group in settings.groups
-        for heading, column in settings.shown.items()
-    ]
 
 
 def _published_headings(results: Results) -> list[str]:
@@ -124,8 +114,8 @@ def _difference(found: Estimate | None, column: ColumnConfig) -> str:
 
 
 def _number(value: float, column: ColumnConfig, sign: str = "") -> str:
-    value, digits = (100 * value, 1) if column.percent else (value, 3)
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0 turns -0.0 into 0.0
+    digits = column.decimals
+    return f"{round(value * column.scale, digits) + 0.0:{sign},.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def _printed(value: float) -> str:

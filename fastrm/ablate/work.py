@@ -150,7 +150,7 @@ def evaluation_commands(cell: Cell | EnsembleCell, evaluation: EvaluationConfig)
     """
     settings = [("--data", evaluation.data), ("--images", evaluation.images), ("--format", evaluation.format)]
     if evaluation.target != HELD_OUT:
-        return [_command(cell, evaluation.name, evaluation.target, settings)]
+        return [_command(cell, evaluation.name, evaluation.target, settings, evaluation)]
     if isinstance(cell, Cell):
         return []
     return [
@@ -165,16 +165,29 @@ def _path(source: SourceConfig, cell: EnsembleCell) -> str:
     return source.path
 
 
-def _command(cell: Cell | EnsembleCell, name: str, target: str, settings: list[tuple[str, str | None]]) -> Command:
+def _command(
+    cell: Cell | EnsembleCell,
+    name: str,
+    target: str,
+    settings: list[tuple[str, str | None]],
+    evaluation: EvaluationConfig | None = None,
+) -> Command:
     members = cell.members if isinstance(cell, EnsembleCell) else (cell,)
     if isinstance(cell, EnsembleCell):
         settings = [*settings, ("--ensemble", cell.settings.combine), ("--validation", cell.settings.validation)]
     settings = [*settings, *_limits(members[0].config)]
+    writes = any(member.config.paradigm != "reward" for member in members)
+    if writes and evaluation is not None:
+        settings.append(("--max-tokens", evaluation.max_tokens))
     arguments = ["eval", *(str(member.dir / "model") for member in members), target]
     arguments += [part for option, value in settings if value is not None for part in (option, str(value))]
+    is_costs = evaluation is not None and evaluation.costs
+    arguments += ["--costs"] * is_costs
     # The digest in the name keeps figures of a changed evaluation apart from the old ones.
     digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
     out = cell.dir / "evaluations" / f"{name}-{digest}.json"
+    if writes and not is_costs:  # texts stay beside the figures, not in a file that other grids write to
+        arguments += ["--generations", str(out.with_suffix(".jsonl"))]
     return Command((*arguments, "--json", str(out)), out)
 
 

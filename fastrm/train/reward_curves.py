@@ -82,6 +82,7 @@ def reward_curves(runs: Mapping[str, Sequence[dict]]) -> list[Section]:
         drawn = {name: found[part] for name, found in curves.items() if part in found}
         for number, (name, points) in enumerate(drawn.items()):
             draw_curve(axes, points, f"C{number % 10}", name)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         finish_axes(axes, AXIS)
         charts.append(chart(figure, f"The same of set {part} alone." if part else _SAYS))
     return [Section(NAME, [Charts(charts)], NAME)] if charts else []
@@ -93,7 +94,5 @@ def finish_axes(axes, x_label: str) -> None:
     axes.set_ylim(top=1.01)
     axes.set_xlabel(x_label)
     axes.set_ylabel("held-out pair accuracy")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.get_major_locator().set_params(nbins=5)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)  # a frame would hide its names on a dark page

@@ -57,7 +57,7 @@ def test_grid_leaves_a_run_for_each_cell_and_a_table(finished):
     grid = load_grid(path)
     assert all(is_finished(cell.dir) for cell in grid.cells)
     assert {file.name for file in grid.dir.iterdir() if file.is_file()} == {
-        ".lock", "results.json", "table.md", "report.png",
+        ".lock", "results.json", "table.md", "report.png", "report.html",
     }  # fmt: skip
     found = json.loads((grid.dir / "results.json").read_text())
     assert [cell["row"] for cell in found["cells"]] == ["1 layer", "2 layers", "both"]
@@ -242,7 +242,14 @@ def test_held_out_sources_of_an_ensemble_are_pooled_by_their_preferences(tmp_pat
 
 def test_report_of_a_file_is_flat_with_its_sources():
     report = {"accuracy": 0.5, "preferences": 4, "sources": {"a": {"accuracy": 1.0}, "b": {"accuracy": 0.25}}}
-    assert flat_report(report) == {"accuracy": 0.5, "a/accuracy": 1.0, "b/accuracy": 0.25}
+    assert flat_report(report) == {"accuracy": 0.5, "preferences": 4, "a/accuracy": 1.0, "b/accuracy": 0.25}
+
+
+def test_report_of_costs_is_flat_by_what_is_judged():
+    pair, group = {"tokens_generated": 0, "flops": 1e6, "how": "packed"}, {"tokens_generated": 0, "flops": 3e6}
+    assert flat_report({"model": "m", "costs": {"pair": pair, "group_of_8": group}}) == {
+        "pair/tokens_generated": 0, "pair/flops": 1e6, "group_of_8/tokens_generated": 0, "group_of_8/flops": 3e6,
+    }  # fmt: skip
 
 
 def test_dry_run_lists_cells_with_costs_and_writes_nothing(finished, tmp_path, capsys):

@@ -71,6 +71,8 @@ def test_folder_is_named_by_the_file_unless_it_is_set(tmp_path, monkeypatch):
         ),
         ({"seed": [1]}, "grid.yaml:10: unknown key seed; did you mean seeds?"),
         ({"columns": {"a": {"metric": "x", "bets": "lowest"}}}, "did you mean columns.a.best?"),
+        ({"columns": {"a": {"metric": "x", "groups": ["b"]}}}, "columns.a.groups: there is no setting 'b'"),
+        ({"evaluate": [{"name": "c", "target": "held_out", "costs": True}]}, "costs: the target held_out is no file"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,0 +1,1 @@
+"""Rows for the comparison of paradigms: direct rewards, critics and judges."""
