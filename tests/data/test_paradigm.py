@@ -147,6 +147,17 @@ def test_rows_of_other_layouts_and_without_critiques_are_told_apart(read):
     assert [code for code, _ in refused] == ["NO_CRITIQUE", "NO_CRITIQUE"]
 
 
+def test_critiques_of_rated_completions_are_read(one):
+    said_of = [("a", "4", "Good."), ("b", "1", "Bad.")]
+    completions = [
+        {"response": text, "critique": critique, "overall_score": 1.0, "annotations": {
+            name: {"Rating": rating} for name in ("helpfulness", "honesty", "instruction_following", "truthfulness")
+        }}
+        for text, rating, critique in said_of
+    ]  # fmt: skip
+    assert said(one({"instruction": "What?", "completions": completions})) == ["Good.", "Bad."]
+
+
 def test_without_a_critic_critiques_change_nothing(read_one, one):
     plain = read_one({**FLAT, **REASONS, "rejected_reason": 3})
     assert plain.responses == read_one(FLAT).responses
@@ -260,6 +271,22 @@ def test_r1_reward_s_rows_are_trained_on_as_they_stand(one):
     assert shown == text
     assert image.path.endswith("a.png")
     assert [response.text for response in record.original.responses] == ["no", "yes"]
+
+
+@pytest.mark.parametrize("answer", [2, "2", "<answer>2</answer>", ["<answer> 2 </answer>"]])
+def test_a_judge_s_thinking_and_answer_are_its_text(one, read_json_rows, answer):
+    row = {"prompt": "<image>Compare: A, B", "images": ["a.png"], "thinking": "B names it.", "answer": answer}
+    record = one(row, paradigm="judge")
+    assert said(record) == ["<think>B names it.</think><answer>2</answer>"]
+    assert isinstance(record.responses[0].messages[0].parts[0], ImageRef)
+    assert [code for _, code, _ in read_json_rows(row)[1]] == ["NO_PREFERENCE"]
+
+
+@pytest.mark.parametrize("answer", [3, 1.0, True, "Response 1", ["1", "2"], []])
+def test_an_answer_that_is_no_number_of_a_response_is_refused(read, answer):
+    _, ((code, message),) = read({"prompt": "Compare", "thinking": "x", "answer": answer}, paradigm="judge")
+    assert code == "BAD_PREFERENCE"
+    assert "wanted 1 or 2" in message
 
 
 def test_llava_critic_s_rows_are_trained_on_whole_with_their_spec(one, read):

@@ -142,7 +142,7 @@ def test_settings_exist(page, tmp_path):
             validate(EnsembleFile, tree, places, page)
         elif "axes" in tree:
             load_grid(file)
-        elif "generator" in tree:
+        elif {"generator", "kind"} & tree.keys():
             load_spec(str(file))
         else:
             if not {"path", "init"} & tree.setdefault("model", {}).keys():

@@ -25,6 +25,7 @@ from fastrm.data.sources.layouts import (
     povid,
     rated,
     swift,
+    thinking,
     trl,
 )
 from fastrm.errors import RecordError
@@ -37,6 +38,7 @@ LAYOUTS = {
     "completions": completions,
     "arena": arena,
     "judge": judge,
+    "thinking": thinking,
     "rated": rated,
     "groups": groups,
     "labelled": labelled,

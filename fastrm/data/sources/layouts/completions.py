@@ -10,11 +10,12 @@ Ratings are numbers as text, "N/A" or absent. The score of a completion [ours]:
 
 A completion without a score, an empty one, and one that repeats the text of an earlier one in the group are left out of
 it, and named; the others stay. Scoring takes all of them. UltraFeedback's `custom_system_prompt` is not part of the
-prompt.
+prompt; its `critique` of a completion is what critics and judges learn.
 """
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fastrm.data.record import ImageRef
 from fastrm.data.sources.conversation import prompt_messages, text_turn
@@ -44,7 +45,10 @@ def parse(row: dict, resolve: Resolve) -> Draft:
     left_out = dict(_unusable(texts, scores))
     usable = [i for i in range(len(texts)) if i not in left_out]
     reasons = _by_code(left_out)
-    responses = tuple(answer(prompt, text) for text in texts)
+    responses = tuple(
+        replace(answer(prompt, text), critique=said if isinstance(said := one.get("critique"), str) else "")
+        for text, one in zip(texts, completions, strict=True)
+    )
     return Draft(
         tuple(responses[i] for i in usable),
         scores=tuple(scores[i] for i in usable),
