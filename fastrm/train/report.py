@@ -194,6 +194,7 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
     ]
     if any("eval/mse" in row for row in evaluations):
         panels[1:3] = [(f"eval/{name}", f"{FIGURES[name]} with ratings", f"eval/{name}") for name in FIGURES][1:]
+    panels = [panel for panel in panels if any(name in row for row in rows + evaluations for name in panel)]
     for number, (name, label, evaluated) in enumerate(panels):
         axes = figure.add_subplot(grid[number // 2, number % 2])
         if drawn := [row for row in rows if name in row]:
@@ -211,8 +212,7 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
         axes.set_title(label, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
-        if axes.lines:
-            axes.legend(fontsize=8)
+        axes.legend(fontsize=8)
     if parts:
         _draw_parts(parts, *figure.add_subfigure(grid[2, :]).subplots(1, 2, width_ratios=(3, 1)))
     figure.savefig(path, dpi=110)

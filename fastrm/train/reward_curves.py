@@ -3,11 +3,11 @@
 Steps of two runs are not comparable where their batches differ; preferences trained on are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastrm.evaluate.accuracy import wilson_interval
-from fastrm.report.page import Charts, Section, chart
+from fastrm.report.page import Charts, Paragraph, Section, chart
 from fastrm.ui import new_figure
 
 NAME = "reward-curves"
@@ -16,6 +16,17 @@ _SAYS = (
     "Held-out pair accuracy against the preferences trained on. Bands are 95 % Wilson intervals, which take the "
     "held-out preferences as independent; several of one prompt are less than that."
 )
+_NOTES = {
+    "critic": (
+        "A critic's accuracy in a run is that of rewards behind the rows' own critiques, which may hold what the "
+        "preference is about. `fastrm eval` reads rewards behind the critiques that the model writes: only that is "
+        "comparable with other models."
+    ),
+    "judge": (
+        "A judge has no accuracy in a run, which computes the loss of its texts alone. `fastrm eval` lets it write, "
+        "and counts its verdicts."
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -62,14 +73,15 @@ def draw_curve(axes, points: Sequence[CurvePoint], colour: str, label: str, styl
         axes.vlines(seen, low, high, color=colour, alpha=0.4)
 
 
-def reward_curves(runs: Mapping[str, Sequence[dict]]) -> list[Section]:
+def reward_curves(runs: Mapping[str, Sequence[dict]], paradigms: Collection[str] = ()) -> list[Section]:
     """Return the section `reward-curves` of a page: one chart of all held-out data, one of each named set.
 
     Args:
         runs: rows of metrics.jsonl by the run's name.
+        paradigms: those of the runs. What a run's own evaluation cannot know of one is said below the charts.
 
     Returns:
-        No section if no run has a point.
+        No section if there is nothing to show or say.
     """
     curves = {name: curve_points(rows) for name, rows in runs.items()}
     parts = list(dict.fromkeys(part for found in curves.values() for part in found))
@@ -85,7 +97,8 @@ def reward_curves(runs: Mapping[str, Sequence[dict]]) -> list[Section]:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         finish_axes(axes, AXIS)
         charts.append(chart(figure, f"The same of set {part} alone." if part else _SAYS))
-    return [Section(NAME, [Charts(charts)], NAME)] if charts else []
+    blocks = [*([Charts(charts)] if charts else ()), *(Paragraph(_NOTES[name]) for name in _NOTES if name in paradigms)]
+    return [Section(NAME, blocks, NAME)] if blocks else []
 
 
 def finish_axes(axes, x_label: str) -> None:

@@ -33,6 +33,8 @@ _CURVES = (
     ("lr", "", "learning rate"),
     *(("", f"eval/{name}", f"{text} with ratings") for name, text in FIGURES.items()),
 )
+# What is said of a source, and the number of what it is said of: of preferences, of ratings, of a judge's texts.
+_BY_SOURCE = (("accuracy", "preferences"), ("spearman", "ratings"), ("loss", "texts"))
 _OF_ONE_FOLDER = ("run.dir", "run.name", "run.tags", "data.prepared")  # settings that differ between any two runs
 _CAPTIONS = ("Figures of whole runs", "Names, tags and folders are left out")
 
@@ -72,6 +74,11 @@ class StoredRun:
     def name(self) -> str:
         """The name of the run."""
         return self.settings.get("run.name") or self.folder.resolve().name
+
+    @property
+    def paradigm(self) -> str:
+        """The kind of model that the run trains."""
+        return self.settings.get("paradigm", "reward")
 
     @property
     def last_eval(self) -> dict:
@@ -125,7 +132,7 @@ def write_run_page(folder: Path) -> None:
     run = StoredRun.read(folder)
     sections = [
         Section("Result", [Facts(list(run.facts().items()))]),
-        *reward_curves({run.name: run.rows}),
+        *reward_curves({run.name: run.rows}, {run.paradigm}),
         Section("Curves", [Charts(list(_curves([run])))]),
         *_by_part([run]),
         *_data(run),
@@ -184,14 +191,14 @@ def _by_part(runs: Sequence[StoredRun]) -> Iterator[Section]:
             if key.count("/") == 2 and key.endswith("/accuracy"):
                 found.setdefault(f"set {key.split('/')[1]}", {})[number] = f"{value:.4f}", value
         for source, figures in last.get("eval/sources", {}).items():
-            kind, total = ("accuracy", "preferences") if "accuracy" in figures else ("spearman", "ratings")
+            kind, total = next((kind, total) for kind, total in _BY_SOURCE if total in figures)
             value = figures[kind]  # None for ratings without a correlation
             text = f"{shown(value)} of {figures[total]:,}"
             found.setdefault(source, {})[number] = text, -1.0 if value is None else value
     if found:
         rows = [[part, *(values.get(n, ("", -1.0)) for n in range(len(runs)))] for part, values in found.items()]
         headings = ["set or source", *(run.name if len(runs) > 1 else "accuracy" for run in runs)]
-        caption = "Pair accuracy, or with ratings Spearman's correlation, at the last evaluation"
+        caption = "Pair accuracy, with ratings Spearman's correlation, of a judge the loss, at the last evaluation"
         yield Section("Accuracy by source", [SortableTable(caption, headings, rows)])
 
 
@@ -253,7 +260,7 @@ def compare_runs(folders: Sequence[Path], out: Path | None) -> None:
             Section(title, [SortableTable(said, [heading or "figure", *names], rows) if rows else Paragraph("None.")])
             for (title, heading, rows), said in zip(tables, _CAPTIONS, strict=True)
         ]
-        sections += reward_curves({run.name: run.rows for run in runs})
+        sections += reward_curves({run.name: run.rows for run in runs}, {run.paradigm for run in runs})
         sections += [Section("Curves", [Charts(list(_curves(runs)))]), *_by_part(runs)]
         write_page(out, "Runs compared", ", ".join(str(run.folder) for run in runs), sections)
         say(console, f"curves are in {out}")

@@ -8,7 +8,7 @@ import pytest
 from fastrm.evaluate.accuracy import wilson_interval
 from fastrm.train.metrics import read_rows
 from fastrm.train.reward_curves import curve_points, reward_curves
-from fastrm.train.run_pages import compare_runs
+from fastrm.train.run_pages import StoredRun, compare_runs
 from tests.helpers.runs import run, text_rows, tiny_config, write_rows
 
 
@@ -68,3 +68,16 @@ def test_runs_lie_over_one_another_in_the_page_that_compares_them(folder, tmp_pa
     page = (tmp_path / "compare.html").read_text()
     section = page[page.index('id="reward-curves"') : page.index(">Curves</h2>")]
     assert [section.count(text) for text in ("<svg", ">run</text>", ">other</text>", ">chance</text>")] == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("paradigm", ["critic", "judge"])
+def test_a_page_says_what_a_run_does_not_know_of_a_model_that_writes(paradigm, tmp_path):
+    rows = [row | {"chosen_reason": "It is right.", "rejected_reason": "It is wrong."} for row in text_rows(16)]
+    rows = write_rows(tmp_path / "rows.jsonl", rows)
+    run(tiny_config(tmp_path, rows, rows, run={"max_steps": 1, "eval_every": 1}), f"paradigm={paradigm}")
+    page, stored = (tmp_path / "run" / "report.html").read_text(), StoredRun.read(tmp_path / "run")
+    section = page[page.index('id="reward-curves"') : page.index(">Curves</h2>")]
+    assert f"A {paradigm}" in section and section.count("<svg") == (paradigm == "critic")
+    figure, total = ("accuracy", "preferences") if paradigm == "critic" else ("loss", "texts")
+    ((_, found),) = stored.last_eval["eval/sources"].items()
+    assert f"{found[figure]:.4f} of {found[total]}<" in page and found[total] == 16
