@@ -1,4 +1,4 @@
-"""What is measured in place of pair accuracy where there are no pairs: agreement with ratings, and losses of texts."""
+"""Figures in place of pair accuracy where there are no pairs: agreement with ratings, and losses of texts."""
 
 from collections import defaultdict
 

@@ -6,7 +6,6 @@ anything is read. Then each parameter gets its memory and is filled from its fil
 more than 16 MiB (weight_files.py).
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,16 @@ from fastrm.model.families import VISION_FAMILIES, check_family
 from fastrm.model.fusion import stock_names
 from fastrm.model.lora import nf4_layers, require_bitsandbytes
 from fastrm.model.places import ADAPTER_CONFIG, ModelPlace, locate
-from fastrm.model.weight_files import INDEX, SINGLE, VALUE_HEAD, StoredTensor, WeightFiles, finder, read_header
+from fastrm.model.weight_files import (
+    INDEX,
+    SINGLE,
+    VALUE_HEAD,
+    StoredTensor,
+    WeightFiles,
+    digest_of,
+    finder,
+    read_header,
+)
 from fastrm.ui import counted
 
 # Weights of published files that a model which only rewards has no use for: the LM head, and buffers that are computed
@@ -112,23 +120,19 @@ class Backbone:
         return self.model.eval()
 
     def load_lm_head(self, head: nn.Linear, pick_dtype: PickDtype, device: torch.device, *, reads: bool = True) -> None:
-        """Fill the LM head of a model that writes, as `load` fills the backbone.
-
-        Raises:
-            StorageError: if the files hold none, or one of another shape, or cannot be read to the end.
-        """
-        wanted = list(head.weight.shape)
-        if self.lm_head is None or list(self.lm_head.shape) != wanted:
-            got = "is not in the files" if self.lm_head is None else f"has shape {list(self.lm_head.shape)}"
-            raise StorageError(
-                f"model.path {self.place.given!r}: {LM_HEAD} {got}, wanted {wanted}: a critic or judge writes with it, "
-                "and a reward model has none; name the language model that it was made of"
+        """Fill a model's LM head, as `load` its backbone. Raises ConfigError if the files hold none of its shape."""
+        wanted, found = head.weight.shape, None if self.lm_head is None else self.lm_head.shape
+        if found is None or tuple(found) != wanted:
+            got = "is not in the files" if found is None else f"has shape {list(found)}"
+            raise ConfigError(
+                f"model.path {self.place.given!r}: {LM_HEAD} {got}, wanted {list(wanted)}: a critic or judge writes "
+                "with it, and a reward model has none; name the language model that it was made of"
             )
         dtype = pick_dtype(LM_HEAD, head.weight, self.dtype)
-        filled = torch.empty(wanted, dtype=dtype, device=device)
+        filled = nn.Parameter(torch.empty(wanted, dtype=dtype, device=device), head.weight.requires_grad)
         if reads:
-            self.lm_head.read_into(filled.view(-1))
-        head.weight = nn.Parameter(filled, requires_grad=head.weight.requires_grad)
+            self.lm_head.read_into(filled.detach().view(-1))
+        head.weight = filled
 
 
 def open_backbone(path: str) -> Backbone:
@@ -178,17 +182,6 @@ def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> 
         if (file := finder(where)(VALUE_HEAD)) is not None:
             rest |= read_header(file)
     return stored, rest
-
-
-def digest_of(tensors: Mapping[str, StoredTensor]) -> str:
-    """Return a digest of a backbone's weights: of their names, shapes, dtypes and first 64 elements."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        first = torch.empty(min(64, tensors[name].numel), dtype=tensors[name].dtype)
-        tensors[name].read_into(first)
-        digest.update(f"{name} {tensors[name].shape} {first.dtype}".encode())
-        digest.update(first.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_base(place: ModelPlace, found: str) -> None:

@@ -10,6 +10,7 @@ would double the peak, and here any run of elements can be read by itself.
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -339,3 +340,14 @@ def _is_gguf(file: Path) -> bool:
         return False
     with file.open("rb") as stream:
         return stream.read(4) == b"GGUF"
+
+
+def digest_of(tensors: Mapping[str, StoredTensor]) -> str:
+    """Return a digest of a backbone's weights: of their names, shapes, dtypes and first 64 elements."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        first = torch.empty(min(64, tensors[name].numel), dtype=tensors[name].dtype)
+        tensors[name].read_into(first)
+        digest.update(f"{name} {tensors[name].shape} {first.dtype}".encode())
+        digest.update(first.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -15,12 +15,13 @@ from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.model.exactness import first_layers
 from fastrm.model.export import export_dtype, save_model
 from fastrm.model.first_use import FirstUse, weights_of
-from fastrm.model.loading import Backbone, digest_of, open_backbone
+from fastrm.model.loading import Backbone, open_backbone
 from fastrm.model.lora import add_lora, base_of, nf4_layers, require_bitsandbytes
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
 from fastrm.model.precision import convert_to_fp8, token_multiple
 from fastrm.model.stored_head import find_head
 from fastrm.model.text import longest_path, path_limit_key
+from fastrm.model.weight_files import digest_of
 from fastrm.train.checkpoint import model_tensors
 from fastrm.train.data import RunData
 from fastrm.train.encoder import make_data_encoder, make_tokenizer, prepared_folder

@@ -1,4 +1,4 @@
-"""What the configuration of a model that writes says: the weights of its texts, and the prompt that an export keeps."""
+"""The configuration of a model that writes: the weights of its texts, and the prompt that an export keeps."""
 
 from typing import Any
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import fastrm.train.loop
 from bench.harness.memory import reset_peak, status_bytes
 from fastrm.config import Config, load_config
+from fastrm.data.template import TurnLoss
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.train import evaluation
 from fastrm.train.checkpoint import load_checkpoint, save_checkpoint
@@ -36,11 +37,13 @@ def train(config: str, resume: str = "no", *overrides: str) -> dict:
     return fastrm.train.loop.train(load_config(config, overrides), resume)
 
 
-def make_config(stage: int, dtype: str = "fp32") -> Config:
+def make_config(stage: int, dtype: str = "fp32", paradigm: str = "reward") -> Config:
     return Config.model_validate(
         {
+            "paradigm": paradigm,
             "model": {"init": {"model_type": "qwen2_5_vl"}, "tokenizer": "unused"},
-            "loss": {"center": 0.1},  # else the head's last bias would have no gradient
+            # Without this term the head's last bias would have no gradient.
+            "loss": {"center": 0.1} if paradigm != "judge" else {},
             "optim": {"lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.1},
             "precision": {"dtype": dtype},
             "engine": {"zero_stage": stage},
@@ -49,6 +52,8 @@ def make_config(stage: int, dtype: str = "fp32") -> Config:
 
 
 def make_packs(network) -> list:
+    if network.paradigm != "reward":
+        network.encoder.turns = TurnLoss(per_token=network.paradigm == "judge")
     return [pack_of(network, [record]) for record in RECORDS]
 
 
@@ -63,16 +68,16 @@ class Bench:
 
     def __init__(
         self, ranks, stage: int, *, family: str = "qwen2_5_vl", pooling: str = "anchor", frozen=(), dtype: str = "fp32",
-        options: dict | None = None, divide_all: bool = False,
+        options: dict | None = None, divide_all: bool = False, paradigm: str = "reward",
     ):  # fmt: skip
-        network = make_model(family, pooling=pooling)
+        network = make_model(family, pooling=pooling, paradigm=paradigm)
         network.freeze(frozen)
         for method, arguments in (options or {}).items():
             getattr(network, method)(*arguments)
         self.packs = make_packs(network)
         if divide_all and ranks.num_ranks > 1:
             _divide_small_weights_too()
-        self.engine = make_engine(network, make_config(stage, dtype), ranks)
+        self.engine = make_engine(network, make_config(stage, dtype, paradigm), ranks)
         self.ranks = ranks
         self.initial = self.weights()
         self.found: dict[str, torch.Tensor] = {}

@@ -112,10 +112,13 @@ def test_the_gradient_of_a_step_is_that_of_one_process(server, stage, frozen, tm
         (2, {"family": "internvl"}),
         (3, {"family": "internvl", "pooling": "mean", "divide_all": True}),
         (3, {"family": "internvl", "options": {"use_activation_checkpointing": ["full"]}, "divide_all": True}),
+        (2, {"paradigm": "critic"}),
+        (3, {"paradigm": "critic", "divide_all": True}),
+        (3, {"paradigm": "judge", "divide_all": True}),
     ],
     ids=[
         "zero2-bf16", "zero3-bf16-fused", "zero3-full", "zero3-selective", "zero2-internvl", "zero3-internvl-mean",
-        "zero3-internvl-full",
+        "zero3-internvl-full", "zero2-critic", "zero3-critic", "zero3-judge",
     ],
 )  # fmt: skip
 def test_gradients_of_other_settings_are_those_of_one_process(server, stage, settings, tmp_path):

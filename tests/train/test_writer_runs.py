@@ -1,0 +1,160 @@
+"""Runs of critics and judges: what they learn, what they save, who can load it, and that a resumed run is the run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from fastrm.config import load_config
+from fastrm.data.batching import PackPlan
+from fastrm.data.loader import PackBuilder
+from fastrm.errors import ConfigError
+from fastrm.model.export import load_model
+from fastrm.prompts.spec import load_spec
+from fastrm.prompts.template import PromptTemplate
+from fastrm.train.engine import LocalEngine
+from fastrm.train.metrics import read_rows
+from tests.helpers import stock
+from tests.helpers.runs import TEXT_MODEL, run, tiny_config, write_rows
+from tests.helpers.support import make_model
+from tests.helpers.writers import writer_network, writer_records
+
+CRITIQUES = ["It is right: {} is even or odd as said.", "It is vague, and says nothing about {}."]
+
+
+def _rows(count: int, start: int = 0) -> list[dict]:
+    return [
+        {
+            "id": f"t{n}", "prompt": f"Is {n} even?", "chosen": "yes it is" if n % 2 == 0 else "no it is not",
+            "rejected": "maybe", "chosen_reason": CRITIQUES[0].format(n), "rejected_reason": CRITIQUES[1].format(n),
+        }
+        for n in range(start, start + count)
+    ]  # fmt: skip
+
+
+def _config(folder, paradigm, **sections):
+    rows = write_rows(folder / "rows.jsonl", _rows(40))
+    held_out = write_rows(folder / "held_out.jsonl", _rows(12, 100))
+    sections = {"run": {"save_every": 3, "eval_every": 3}, **sections}
+    path = tiny_config(folder, rows, held_out, **sections)
+    path.write_text(f"paradigm: {paradigm}\n" + path.read_text())
+    return path
+
+
+def _text_model() -> dict:
+    return {"model": {"init": {**TEXT_MODEL, "tie_word_embeddings": True}}}
+
+
+@pytest.mark.parametrize("sections", [{}, _text_model()], ids=["untied-vision", "tied-text"])
+@pytest.mark.parametrize("paradigm", ["critic", "judge"])
+def test_a_run_learns_and_leaves_a_model_that_stock_classes_write_with(paradigm, sections, tmp_path):
+    path = _config(tmp_path, paradigm, **{"optim": {"lr": 5e-3}, **sections})
+    run(path)
+    rows = _metrics(tmp_path)
+    steps, evaluations = [row for row in rows if "loss" in row], [row for row in rows if "eval/loss" in row]
+    assert evaluations[-1]["eval/loss"] < 0.98 * evaluations[0]["eval/loss"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    if paradigm == "critic":
+        assert all(row["loss"] == pytest.approx(row["preference_loss"] + row["critique_loss"]) for row in steps)
+        assert summary["eval_accuracy"] == evaluations[-1]["eval/accuracy"]
+    else:
+        assert "eval/accuracy" not in evaluations[-1] and summary["eval_accuracy"] is None
+        assert summary["eval_loss"] == evaluations[-1]["eval/loss"] == summary["best_value"]
+    folder = tmp_path / "run" / "model"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["fastrm"]["paradigm"]["kind"] == paradigm and config["fastrm"]["paradigm"]["spec"]["prompt"]
+    kind = AutoModelForCausalLM if sections else AutoModelForImageTextToText
+    assert config["architectures"] == [type(kind.from_pretrained(folder)).__name__]
+    model, found = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not found["missing_keys"] and all(name.startswith("score.") for name in found["unexpected_keys"])
+    assert bool(found["unexpected_keys"]) == (paradigm == "critic")
+    if paradigm == "critic":
+        assert _critique_loss(model, folder) == pytest.approx(evaluations[-1]["eval/critique_loss"], rel=1e-5)
+
+
+def _critique_loss(model, folder) -> float:
+    """The mean over the held-out preferences of the mean losses of both critiques, of the stock model's own logits."""
+    encoder, template = load_model(folder).encoder, PromptTemplate(load_spec("mm_rlhf_reward").prompt, ("response",))
+    losses = []
+    for row in _rows(12, 100):
+        for name in ("chosen", "rejected"):
+            asked = template.fill(question=row["prompt"], response=row[name])
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row[f"{name}_reason"]}]
+            text = encoder.tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = encoder.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            count = len(encoder.tokenizer(row[f"{name}_reason"] + "<|im_end|>\n")["input_ids"])
+            with torch.no_grad():
+                logits = model.eval()(input_ids=ids).logits[0]
+            losses.append(float(F.cross_entropy(logits[-count - 1 : -2], ids[0, -count:-1])))
+    return sum(losses) / 12
+
+
+@pytest.mark.parametrize("paradigm", ["critic", "judge"])
+def test_a_resumed_run_is_the_run_to_the_bit(paradigm, tmp_path):
+    path = _config(tmp_path, paradigm)
+    run(path)
+    wanted, rows = load_file(tmp_path / "run" / "model" / "model.safetensors"), _metrics(tmp_path)
+    assert "lm_head.weight" in wanted
+    shutil.rmtree(tmp_path / "run" / "model")
+    run(path, resume=str(tmp_path / "run" / "checkpoints" / "step-00000003"))
+    found = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert _without_times(_metrics(tmp_path)) == _without_times(rows)
+
+
+def _metrics(folder) -> list[dict]:
+    return read_rows(folder / "run" / "metrics.jsonl")
+
+
+def _without_times(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if "second" not in name and "wait" not in name} for row in rows]
+
+
+def test_files_without_an_lm_head_are_refused_and_those_of_a_critic_train_on(tmp_path):
+    network = make_model("llama")
+    stock.save_stock_checkpoint(tmp_path / "base", network, torch.float32)
+    path = _config(tmp_path, "critic")
+    tree = json.loads(json.dumps(load_config(path).model_dump(mode="json")))
+    tree["model"] = {"path": str(tmp_path / "base")}
+    tree["data"]["prepared"] = None
+    path.write_text(json.dumps(tree))
+    run(path)
+    with safe_open(tmp_path / "base" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" in file.keys()  # noqa: SIM118
+    tree["model"]["path"], tree["run"]["dir"] = str(tmp_path / "run" / "model"), str(tmp_path / "again")
+    path.write_text(json.dumps(tree))
+    run(path)
+    tree |= {"paradigm": "reward", "model": {"path": str(tmp_path / "base")}, "critic": None}
+    tree["run"]["dir"] = str(tmp_path / "plain")
+    path.write_text(json.dumps(tree))
+    run(path)
+    tree |= {"paradigm": "critic", "model": {"path": str(tmp_path / "plain" / "model")}}
+    tree["run"]["dir"] = str(tmp_path / "no-lm-head")
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"lm_head.weight is not in the files.*name the language model that"):
+        run(path)
+
+
+@pytest.mark.parametrize("paradigm", ["critic", "judge"])
+def test_the_gradient_of_a_step_does_not_depend_on_the_packs(paradigm):
+    network, records = writer_network("qwen2_5_vl", paradigm), writer_records("qwen2_5_vl", paradigm)
+    tree = {"paradigm": paradigm, "model": {"path": "unused"}, "precision": {"dtype": "fp32"}}
+    loss = {"center": 0.01} if paradigm == "critic" else {}
+    config = load_config(tree | {"run": {"dir": "unused"}, "loss": loss})
+    builder, found = PackBuilder(records, network.encoder, share=True), []
+    for cut in ([[0, 1, 2]], [[2], [0], [1]], [[1, 2], [0]]):
+        engine = LocalEngine(network, config)
+        for members in cut:
+            engine.accumulate(builder[PackPlan(tuple(members), 0, False)].pack)
+        scale = engine._weight_sum
+        found.append({name: p.grad / scale for name, p in network.named_parameters()})
+        assert all(part > 0 for part in engine._loss_sum.view(-1))
+        engine.discard()
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            assert (other[name] - gradient).abs().max() <= 1e-6 + 1e-5 * gradient.abs().max(), name
