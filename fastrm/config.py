@@ -237,8 +237,8 @@ class Config(Section):
     with those of the stock transformers class with the same weights, in the precision of the run; a difference that
     rounding does not explain ends the run. A model is checked once (fastrm/model/first_use.py)."""
     paradigm: Paradigm = "reward"
-    """The kind of model that is trained (docs/paradigms.md): reward = one that rewards a response directly; critic = one
-    that writes a critique first and rewards behind it; judge = one that writes which of two responses is better."""
+    """The kind of model that is trained (docs/paradigms.md): reward = one that rewards a response directly; critic =
+    one that writes a critique first and rewards behind it; judge = one that writes which of two responses is better."""
     critic: CriticConfig | None = None
     judge: JudgeConfig | None = None
     run: RunConfig = RunConfig()

@@ -167,8 +167,10 @@ def _compare(network: RewardNetwork, sample: Sample, *, whole: bool, share: bool
     if not all(map(math.isfinite, wanted)):
         return []
     squares = [(a - b) ** 2 for draw in moved for a, b in zip(draw, wanted, strict=True)]
-    # If a reward is the last bias alone, nothing before it matters. A log probability is a difference of larger numbers.
-    bound = ROUNDINGS * math.sqrt(sum(squares) / len(squares)) + _EPS * max(*map(abs, wanted), 4 * stock.largest_logit)
+    # If a reward is the last bias alone, nothing before it matters. A log probability is a difference of two logarithms
+    # and logits, each rounded, on both sides.
+    least = _EPS * max(*map(abs, wanted), 4 * stock.largest_logarithm)
+    bound = ROUNDINGS * math.sqrt(sum(squares) / len(squares)) + least
     worst = max(range(len(wanted)), key=lambda place: _distance(ours[place], wanted[place]))
     difference = _distance(ours[worst], wanted[worst])
     if not difference <= bound:
@@ -249,10 +251,10 @@ class StockModel:
 
     Attributes:
         name: of the class, with the version of transformers.
-        largest_logit: of a judge's texts so far, by magnitude.
+        largest_logarithm: the largest logit, or logarithm of a sum of their exponentials, of a judge's texts so far.
     """
 
-    largest_logit = 0.0
+    largest_logarithm = 0.0
 
     def __init__(self, network: RewardNetwork):
         self._network = network
@@ -291,7 +293,9 @@ class StockModel:
         start, stop = response.turn
         rows = hidden[start - 1 : stop - 1]
         logits = nn.functional.linear(rows, self._network.lm_weight.to(rows.dtype)).float()
-        self.largest_logit = max(self.largest_logit, float(logits.abs().max()))
+        self.largest_logarithm = max(
+            self.largest_logarithm, float(logits.abs().max()), float(logits.logsumexp(1).abs().max())
+        )
         targets = torch.from_numpy(response.tokens[start:stop]).to(rows.device)
         return -float(nn.functional.cross_entropy(logits, targets))
 
