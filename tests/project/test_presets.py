@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fastrm.config import load_config
 from fastrm.forecast.dry_run import dry_run
+from fastrm.prompts.spec import load_spec
 from fastrm.yaml_files import differences
 from tests.helpers import runs
 from tests.helpers.project import PROJECT
@@ -46,12 +47,19 @@ def test_presets_set_what_their_models_are_known_for():
     ixc, mm_rlhf = (load_config(CONFIGS / f"{name}.yaml").model for name in PRESETS)
     assert (ixc.head.layers, ixc.pooling) == (1, "mean") and set(ixc.freeze) == {"vision", "projector"}
     assert (mm_rlhf.head.layers, mm_rlhf.head.activation, mm_rlhf.pooling) == (2, "tanh", "anchor")
+    recipe = load_config(CONFIGS / "mm_rlhf_reward.yaml")
+    assert (recipe.critic.lm_weight, recipe.loss.center, recipe.optim.lr) == (1.0, 0.01, 1e-6)
+    assert recipe.paradigm == load_spec(recipe.critic.spec).kind == "critic"
 
 
 COPIES, WEIGHTS = {"data.deduplicate": True}, {"precision.weights": "auto"}
+CRITIC = {
+    "paradigm": "critic", "critic.spec": "mm_rlhf_reward", "critic.lm_weight": 1.0, "critic.missing": "empty",
+    "loss.center": 0.01, "optim.lr": 1e-6,
+}  # fmt: skip
 CHANGED = {
     "r1_reward_200k": ("full", {}),
-    "mm_rlhf_reward": ("full", {"model.head.activation": "tanh", "engine.zero_stage": 3} | COPIES | WEIGHTS),
+    "mm_rlhf_reward": ("full", {"model.head.activation": "tanh", "engine.zero_stage": 3} | CRITIC | COPIES | WEIGHTS),
     "ixc_2_5_reward": (
         "r1_reward_200k",
         {"model.head.layers": 1, "model.head.bias": False, "model.pooling": "mean"}
@@ -77,6 +85,10 @@ def test_preset_trains_a_tiny_model(name, family, tmp_path):
     from fastrm.train.loop import train
 
     rows = runs.colour_rows(tmp_path, 8)
+    if name == "mm_rlhf_reward":
+        written = [json.loads(line) for line in rows.read_text().splitlines()]
+        critiques = [[f"It says {text}." for text in row["responses"]] for row in written]
+        runs.write_rows(rows, [row | {"critiques": said} for row, said in zip(written, critiques, strict=True)])
     changed = {
         "run.dir": str(tmp_path / "run"), "run.max_steps": 2, "run.save_every": 0, "run.device": "cpu",
         "data.train": [{"path": str(rows)}], "data.max_tokens_per_group": 2048, "data.min_pixels": 784,
