@@ -106,8 +106,8 @@ def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Di
                 display.say(f"{done:,} of {len(questions):,} texts are in {path} already")
             if missing:
                 writer, update = writer or _writer(spec), display.task("judging")
-                for number, (question, text) in enumerate(writer.write(missing), done + 1):
-                    store.add(question, text)
+                for number, written in enumerate(writer.write(missing), done + 1):
+                    store.add(written)
                     update(number, len(questions))
             found += store.generations(questions)
             # What a bracket's next round asks depends on the verdicts of this one.

@@ -9,7 +9,7 @@ import httpx
 
 from fastrm.data.media.images import read_bytes
 from fastrm.errors import DataError, FastrmError, RecordError, ServerError
-from fastrm.judge.questions import JudgeQuestion
+from fastrm.judge.questions import JudgeQuestion, Written
 from fastrm.limits import MediaLimits
 from fastrm.prompts.spec import DecodingSection, GeneratorSection
 from fastrm.rl.client import MAX_WAIT, check_url
@@ -17,7 +17,6 @@ from fastrm.rl.wire import image_url
 
 # The server is away, overloaded, or wants fewer requests: the next try may succeed.
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
-Written = tuple[JudgeQuestion, str]
 
 
 class Endpoint:
@@ -42,7 +41,7 @@ class Endpoint:
         self._seed = decoding.seed if decoding.temperature else None
 
     def write(self, questions: Sequence[JudgeQuestion]) -> Iterator[Written]:
-        """Yield each question with its text, as answers come.
+        """Yield the text of each question, as answers come.
 
         Raises:
             ServerError: when a question has no answer after all tries, or is refused; those that are answered meanwhile
@@ -64,7 +63,7 @@ class Endpoint:
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
                         question = running.pop(done)
                         try:
-                            yield question, done.result()
+                            yield done.result()
                         except FastrmError as error:
                             failed = failed or error
                             self._stopped.set()
@@ -74,7 +73,7 @@ class Endpoint:
         if failed is not None:
             raise failed
 
-    def _ask(self, client: httpx.Client, question: JudgeQuestion) -> str:
+    def _ask(self, client: httpx.Client, question: JudgeQuestion) -> Written:
         body = self._body | {"messages": _messages(question)}
         if self._seed is not None:  # each vote draws its own text
             body["seed"] = (self._seed + int(question.key[:8], 16)) % 2**31
@@ -87,8 +86,10 @@ class Endpoint:
             else:
                 if answer.status_code == 200:
                     try:
-                        return answer.json()["choices"][0]["message"]["content"] or ""
-                    except (ValueError, LookupError, TypeError):
+                        choice = answer.json()["choices"][0]
+                        text, is_cut = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+                        return Written(question, text, is_cut)
+                    except (ValueError, LookupError, TypeError, AttributeError):
                         said = f"half an answer, or none of this API: {answer.text[:200]!r}"
                 else:
                     said = f"HTTP {answer.status_code}: {answer.text.strip()[:500] or answer.reason_phrase}"

@@ -17,12 +17,14 @@ class Generation:
 
     Attributes:
         id: of the row that was judged.
-        order: the numbers of the responses in the order shown, from 0; one number for a pointwise judge.
+        order: the numbers of the responses in the order shown, from 0; one number for a pointwise judge or a critic.
+        is_cut: the text ended at the longest length that was allowed; False where nobody says so.
     """
 
     id: str
     order: tuple[int, ...]
     text: str
+    is_cut: bool = False
 
 
 def read_generations(
@@ -79,4 +81,4 @@ def _parse(line: str, sizes: dict[str, int], shown: int) -> Generation | str:
         return f'"order": got {order!r}, wanted {shown} different numbers, of the responses that were shown'
     if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < size for one in order):
         return f'"order": got {order!r}; row {name!r} has responses 0 to {size - 1}'
-    return Generation(name, tuple(order), text)
+    return Generation(name, tuple(order), text, row.get("cut") is True)

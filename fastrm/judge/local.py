@@ -4,13 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from fastrm.data.record import Message
 from fastrm.errors import ConfigError
 from fastrm.grpo.config import PolicySection
 from fastrm.grpo.policy import encode, is_visual, load_policy
 from fastrm.grpo.questions import Question
-from fastrm.judge.endpoint import Written
-from fastrm.judge.questions import JudgeQuestion
+from fastrm.judge.questions import JudgeQuestion, Written
 from fastrm.model.network import pick_device
 from fastrm.prompts.spec import DecodingSection, GeneratorSection
 
@@ -31,16 +29,20 @@ class LocalModel:
         device = pick_device("auto")
         self._model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
         self._batch, self._decoding = generator.batch, decoding
+        self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
+        said = self._model.generation_config.eos_token_id
+        ends = {*(said if isinstance(said, list) else [said]), self._tokenizer.eos_token_id} - {None}
+        self._ends = torch.tensor(sorted(ends), device=device)
 
     def write(self, questions: Sequence[JudgeQuestion]) -> Iterator[Written]:
-        """Yield each question with its text, batch by batch.
+        """Yield the text of each question, batch by batch.
 
         A text that is drawn depends on the seed and on its batch.
 
         Raises:
             ConfigError: for a question with an image if the model reads none.
         """
-        decoding, tokenizer = self._decoding, getattr(self._processor, "tokenizer", self._processor)
+        decoding, tokenizer = self._decoding, self._tokenizer
         drawn = {"do_sample": True, "temperature": decoding.temperature} if decoding.temperature else {}
         for start in range(0, len(questions), self._batch):
             batch = questions[start : start + self._batch]
@@ -49,16 +51,14 @@ class LocalModel:
                     f"generator.model: a text model, but {seen.origin} has an image; name a model that reads images"
                 )
             torch.manual_seed(decoding.seed + int(batch[0].key[:8], 16))
-            inputs = encode(self._processor, [_as_question(one) for one in batch]).to(self._model.device)
+            shown = [Question(question.messages, "", question.origin) for question in batch]
+            inputs = encode(self._processor, shown).to(self._model.device)
             with torch.inference_mode():
                 tokens = self._model.generate(
                     **inputs, max_new_tokens=decoding.max_tokens, pad_token_id=tokenizer.pad_token_id,
-                    **(drawn or {"do_sample": False}),
+                    eos_token_id=self._ends.tolist() or None, **(drawn or {"do_sample": False}),
                 )  # fmt: skip
-            texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            yield from zip(batch, texts, strict=True)
-
-
-def _as_question(question: JudgeQuestion) -> Question:
-    system = (Message("system", (question.system,)),) if question.system else ()
-    return Question((*system, Message("user", (*question.images, question.text))), "", question.origin)
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            ended = torch.isin(tokens, self._ends).any(1).tolist()
+            yield from map(Written, batch, texts, [not end for end in ended])

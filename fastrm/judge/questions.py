@@ -6,13 +6,16 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 from fastrm.data.paradigm import prompt_media, question_text
-from fastrm.data.record import ImageRef, Record
+from fastrm.data.record import ImageRef, Message, Record
 from fastrm.errors import DataError, RecordError
 from fastrm.json_files import to_json
 from fastrm.judge.bracket import Verdicts, play
-from fastrm.prompts.spec import JudgeSpec
+from fastrm.model.first_use import weights_of
+from fastrm.prompts.spec import GeneratorSection, JudgeSpec
 from fastrm.prompts.template import PromptTemplate
 
 
@@ -35,11 +38,29 @@ class JudgeQuestion:
     writer: str
     origin: str
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation so far: the system turn, if there is one, and the user's."""
+        system = (Message("system", (self.system,)),) if self.system else ()
+        return (*system, Message("user", (*self.images, self.text)))
+
     @cached_property
     def key(self) -> str:
         """The key of all that the answer depends on: equal keys need not be answered twice."""
         shown = [self.system, self.text, [image.key for image in self.images], self.writer]
         return hashlib.sha256(to_json(shown).encode()).hexdigest()
+
+
+class Written(NamedTuple):
+    """A text that a judge wrote.
+
+    Attributes:
+        is_cut: it ended at the longest length that was allowed, in the middle.
+    """
+
+    question: JudgeQuestion
+    text: str
+    is_cut: bool = False
 
 
 def make_questions(
@@ -57,7 +78,7 @@ def make_questions(
         DataError: for a row that a judge cannot be shown: with a video, or media in a response.
     """
     template = PromptTemplate(spec.prompt, spec.shown)
-    model = None if spec.generator is None else [spec.generator.model, spec.generator.url]
+    model = None if spec.generator is None else _identity(spec.generator)
     for record in records:
         images = _images(record)
         question = question_text(record.responses[0])
@@ -67,6 +88,12 @@ def make_questions(
             for vote in range(spec.votes):
                 writer = to_json([model, spec.decoding.model_dump(), vote])
                 yield JudgeQuestion(record.id, order, spec.system, text, images, writer, record.origin)
+
+
+def _identity(generator: GeneratorSection) -> list:
+    """Return what tells a model from others; a folder may hold other weights since, as after another training."""
+    is_here = generator.url is None and Path(generator.model).is_dir()
+    return [generator.model, generator.url, *(weights_of(generator.model) if is_here else ())]
 
 
 def _orders(spec: JudgeSpec, record: Record, texts: Verdicts) -> list[tuple[int, ...]]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from fastrm.errors import StorageError
 from fastrm.json_files import to_json
 from fastrm.judge.generations import Generation
-from fastrm.judge.questions import JudgeQuestion
+from fastrm.judge.questions import JudgeQuestion, Written
 from fastrm.storage import sync_path, writing
 
 
 class GenerationStore:
-    """A file of JSON Lines {"id", "order", "text", "key"} that grows by a line for each text.
+    """A file of JSON Lines {"id", "order", "text", "key"} that grows by a line for each text; a cut one has "cut" too.
 
     Whatever ends the process, texts that were added stay: half of a last line is cut off when the file is opened.
     """
@@ -24,7 +24,7 @@ class GenerationStore:
             StorageError: for a file that cannot be read or written, or with a line that is none of this store.
         """
         self.path = path
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, tuple[str, bool]] = {}
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
@@ -37,8 +37,8 @@ class GenerationStore:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
-                self._texts[row["key"]] = row["text"]
-            except (ValueError, TypeError, KeyError):
+                self._texts[row["key"]] = row["text"], bool(row.get("cut"))
+            except (ValueError, TypeError, KeyError, AttributeError):
                 raise StorageError(
                     f'{path}:{number}: wanted a line with "key" and "text", as fastrm eval writes them; name another '
                     "file with --generations"
@@ -48,22 +48,24 @@ class GenerationStore:
         """Return the questions without an answer."""
         return [question for question in questions if question.key not in self._texts]
 
-    def add(self, question: JudgeQuestion, text: str) -> None:
+    def add(self, written: Written) -> None:
         """Add the answer to a question.
 
         Raises:
             StorageError: if it cannot be written.
         """
+        question, text, is_cut = written
         row = {"id": question.id, "order": list(question.order), "text": text, "key": question.key}
+        row |= {"cut": True} if is_cut else {}
         with writing(self.path):
             self._file.write((to_json(row) + "\n").encode())
             self._file.flush()
-        self._texts[question.key] = text
+        self._texts[question.key] = text, is_cut
 
     def generations(self, questions: Sequence[JudgeQuestion]) -> list[Generation]:
         """Return the answers there are, in the order of the questions."""
         return [
-            Generation(question.id, question.order, self._texts[question.key])
+            Generation(question.id, question.order, *self._texts[question.key])
             for question in questions
             if question.key in self._texts
         ]

@@ -14,6 +14,7 @@ from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.judge.endpoint import Endpoint
+from fastrm.judge.generations import read_generations
 from fastrm.judge.questions import make_questions
 from fastrm.prompts.spec import load_spec
 from tests.helpers.reward_server import answering
@@ -25,12 +26,13 @@ HANG_UP, HALF = "hang up", "half"
 
 
 @contextmanager
-def chat_server(answer, failures=()):
+def chat_server(answer, failures=(), cut=()):
     """Serve /v1/chat/completions; yield (URL, the bodies that came).
 
     Args:
         answer: the text for a body.
         failures: in place of the first answers: a status with headers, HANG_UP or HALF.
+        cut: numbers of the answers, from 0, that the server says it has cut.
     """
     waiting, bodies, lock = list(failures), [], threading.Lock()
 
@@ -38,13 +40,15 @@ def chat_server(answer, failures=()):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
+                number = len(bodies)
                 bodies.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
                 failure = waiting.pop(0) if waiting else None
             if failure == HANG_UP:
                 self.connection.close()
                 return
             status, headers = failure if isinstance(failure, tuple) else (200, {})
-            text = json.dumps({"choices": [{"message": {"content": answer(body)}}]}).encode()
+            choice = {"message": {"content": answer(body)}, "finish_reason": "length" if number in cut else "stop"}
+            text = json.dumps({"choices": [choice]}).encode()
             text = text[:20] if failure == HALF else text
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(text))}.items():
@@ -105,6 +109,15 @@ def test_both_orders_are_asked_and_nothing_is_asked_twice(tmp_path):
     (tmp_path / "texts.jsonl").write_text("".join((tmp_path / "texts.jsonl").read_text().splitlines(True)[:6]))
     evaluate_judge(["judge:r1_reward"], str(write_rows(tmp_path / "pairs.jsonl", ROWS)), options)
     assert json.loads((tmp_path / "again.json").read_text())["accuracy"] == figures["accuracy"]
+
+
+def test_a_text_that_was_cut_is_kept_with_that(tmp_path):
+    with chat_server(prefers_good, cut={1}) as (url, _):
+        run(tmp_path, write_spec(tmp_path, url, batch=1))
+    assert ["cut" in json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()].count(True) == 1
+    records = list(read_in_order(str(tmp_path / "pairs.jsonl"), None, "auto", require_preferences=True))
+    found = read_generations(tmp_path / "texts.jsonl", records, 2, [])
+    assert [one.is_cut for one in found] == [False, True, *[False] * 4]
 
 
 def test_servers_that_fail_for_a_while_are_asked_again(tmp_path, monkeypatch):

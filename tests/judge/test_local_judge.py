@@ -1,6 +1,8 @@
 """A judge that transformers loads here: a tiny one that reads images, and SmolLM2's real weights."""
 
 import json
+import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -49,6 +51,25 @@ def test_a_model_that_reads_images_is_shown_them(tmp_path, tiny):
     assert (figures["num_generations"], figures["preferences"]) == (6, 3)
     lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert len({line["key"] for line in lines}) == 6 and all(isinstance(line["text"], str) for line in lines)
+
+
+def test_a_folder_with_other_weights_is_asked_again(tmp_path, tiny):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    for number, texts in enumerate((6, 6, 12)):
+        if number == 2:
+            os.utime(model / "model.safetensors", ns=(0, 0))
+        judge(tmp_path, model, image_rows(tmp_path))
+        assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == texts
+
+
+@needs_smollm2
+def test_texts_that_end_by_themselves_are_told_from_those_that_are_cut(tmp_path, smollm2_folder):
+    rows = [{"id": "1", "prompt": "Say yes.", "chosen": "Yes.", "rejected": "No."}]
+    prompt = "Answer with the word Yes and nothing else."
+    for most in (64, 1):
+        judge(tmp_path, smollm2_folder, rows, prompt=prompt, decoding={"max_tokens": most}, order="as_given")
+    short, cut = map(json.loads, (tmp_path / "texts.jsonl").read_text().splitlines())
+    assert "cut" not in short and cut["cut"] is True and short["text"].startswith(cut["text"])
 
 
 @needs_smollm2
