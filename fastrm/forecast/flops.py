@@ -1,10 +1,10 @@
-"""The floating-point operations of a training step, from shapes alone.
+"""The floating-point operations of a training step, of one pass, and of generation, from shapes alone.
 
 Arithmetic on a network that may live on torch's meta device, with its projections as transformers has
 them. Norms, softmax, activations and the optimizer are left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -94,19 +94,70 @@ def step_flops(
         pruned: the last layer computes only keys and values for every token.
     """
     num_images = load.num_pairs * (1 if images_once else 2) * (load.image_tokens > 0)
-    num_rows = {
-        "patches": num_images * load.image_tokens * _patches_per_token(network),
-        "tower rows": num_images * (network.tower.num_rows(load.image_tokens) if num_images else 0),
-        "image tokens": num_images * load.image_tokens,
-        "tokens": load.num_tokens(shared),
-        "anchors": 2 * load.num_pairs,
-    }
+    num_rows = _num_rows(network, load.num_tokens(shared), 2 * load.num_pairs, [load.image_tokens] * num_images)
     parts = {"vision": Flops(), "language": Flops(), "attention": Flops()}
     for matrix in _matrices(network):
         part = "vision" if matrix.rows in ("patches", "tower rows", "image tokens") else "language"
         parts[part] += _matrix_flops(matrix, num_rows[matrix.rows_pruned if pruned else matrix.rows], checkpointing)
     parts["attention"] = _attention_flops(network, load, num_images, shared, pruned, checkpointing)
     return parts
+
+
+def pass_flops(
+    network: RewardNetwork,
+    num_tokens: int,
+    num_pairs: int,
+    paths: Sequence[int] = (),
+    images: Sequence[int] = (),
+    *,
+    pruned: bool = False,
+) -> int:
+    """Return the operations of one forward pass over a pack: 2 for each weight and row, 4 Q for each query-key pair.
+
+    Args:
+        num_tokens: of the pack.
+        num_pairs: query-key pairs of a causal layer over the pack.
+        paths: tokens of each response whose reward is read, with its prompt.
+        images: tokens of each image, and of each frame of a video, that the tower encodes.
+        pruned: the last layer computes only keys and values for every token.
+    """
+    num_rows = _num_rows(network, num_tokens, len(paths), images)
+    flops = sum(
+        2 * num_rows[matrix.rows_pruned if pruned else matrix.rows] * matrix.num_parameters
+        for matrix in _matrices(network)
+    )
+    num_layers = len(language_of(network).layers)
+    pairs = (num_layers - 1) * num_pairs + (sum(paths) if pruned else num_pairs)
+    flops += 4 * _query_width(network) * pairs
+    if images:
+        flops += 4 * _tower_width(network) * sum(map(network.tower.num_attention_pairs, images))
+    return flops
+
+
+def generation_flops(network: RewardNetwork, num_read: int, num_written: int, images: Sequence[int] = ()) -> int:
+    """Return the operations of stock generation of one text with a cache of keys and values.
+
+    One pass over the tokens that are read, then one over each token that was written but the last, which nothing
+    reads: together the causal pass over all of these. The LM head is multiplied with one state for each token
+    that is written. What a batch adds by padding is not counted.
+
+    Args:
+        network: of the language model; its reward head is not counted.
+    """
+    length = num_read + num_written - 1
+    lm_head = 2 * num_written * language_of(network).embed_tokens.weight.numel()
+    return pass_flops(network, length, _causal(length), images=images) + lm_head
+
+
+def _num_rows(network: RewardNetwork, num_tokens: int, num_anchors: int, images: Sequence[int]) -> dict[str, int]:
+    """Return the rows that matrices are multiplied with; `images`: the tokens of each."""
+    return {
+        "patches": sum(images) * _patches_per_token(network),
+        "tower rows": sum(map(network.tower.num_rows, images)) if images else 0,
+        "image tokens": sum(images),
+        "tokens": num_tokens,
+        "anchors": num_anchors,
+    }
 
 
 @dataclass(frozen=True)
@@ -191,14 +242,20 @@ def _attention_flops(
     layers, reached = language_of(network).layers, _gradient_reaches(network)
     layer = load.attention_pairs(shared)
     pairs = (len(layers) - 1) * layer + (load.anchor_pairs if pruned else layer)
-    width = layers[0].self_attn.q_proj.out_features
-    total = _pair_flops(width, pairs, reached["language model"], checkpointing)
+    total = _pair_flops(_query_width(network), pairs, reached["language model"], checkpointing)
     if num_images:
         pairs = num_images * network.tower.num_attention_pairs(load.image_tokens)
-        shape = network.tower.kernels.attention.shape
-        width = shape.heads * shape.head_dim
-        total += _pair_flops(width, pairs, reached["vision tower"], checkpointing)
+        total += _pair_flops(_tower_width(network), pairs, reached["vision tower"], checkpointing)
     return total
+
+
+def _query_width(network: RewardNetwork) -> int:
+    return language_of(network).layers[0].self_attn.q_proj.out_features
+
+
+def _tower_width(network: RewardNetwork) -> int:
+    shape = network.tower.kernels.attention.shape
+    return shape.heads * shape.head_dim
 
 
 def _pair_flops(width: int, pairs: int, differentiable: bool, checkpointing: bool) -> Flops:

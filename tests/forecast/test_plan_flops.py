@@ -1,16 +1,19 @@
 """Counts of parameters and operations: against dimensions, published sizes, and what torch counts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 import fastrm.model.layers
 from fastrm.config import HeadConfig, ModelConfig
+from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.errors import ConfigError
-from fastrm.forecast.flops import Workload, step_flops
+from fastrm.forecast.flops import Workload, generation_flops, pass_flops, step_flops
 from fastrm.forecast.parameters import count_parameters
 from fastrm.model.architectures import PUBLISHED, find_architecture, meta_network
 from tests.helpers import support
@@ -211,6 +214,52 @@ def test_flops_of_means_are_what_torch_counts(medium_network):
     ways = {"shared": True, "images_once": True, "pruned": False}
     counted = step_flops(network, workload_of(pack), **ways, checkpointing=False)["language"].total
     assert counter.get_total_flops() == pytest.approx(counted, rel=2e-3)
+
+
+def pass_of(network, record):
+    """Return the operations of the pass that scores a record, and those of its attention."""
+    group = encode_group(record, network.encoder)
+    size, paths = GroupSize.of(group), [len(response.tokens) for response in group.responses]
+    images, pruned = [medium.num_tokens for medium in size.media], network.pooling == "anchor"
+    total = pass_flops(network, size.num_tokens, size.num_attention_pairs, paths, images, pruned=pruned)
+    config = network.model.config.get_text_config()
+    pairs = (config.num_hidden_layers - 1) * size.num_attention_pairs
+    pairs += sum(paths) if pruned else size.num_attention_pairs
+    attention = 4 * config.num_attention_heads * (getattr(config, "head_dim", None) or 64) * pairs
+    if images:
+        vision = network.tower.kernels.attention.shape
+        attention += 4 * vision.heads * vision.head_dim * sum(map(network.tower.num_attention_pairs, images))
+    return total, attention
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize("pooling", ["anchor", "mean"])
+def test_flops_of_a_pass_are_what_torch_counts(medium_network, family, pooling):
+    network, pair = medium_network(family, pooling=pooling).eval(), one_pair(family != "qwen2")
+    longer = (*pair.responses[0].messages[:-1], Message("assistant", ("yes " * 30,)))
+    group = replace(pair, responses=(*pair.responses, Response(longer)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(support.pack_of(network, [group]))
+    total, attention = pass_of(network, group)
+    assert counter.get_total_flops() == pytest.approx(total - attention, rel=2e-3)
+    # Of two responses of one length it is the forward pass of a training step.
+    ways = {"shared": True, "images_once": True, "pruned": pooling == "anchor", "checkpointing": False}
+    parts = step_flops(network, workload_of(support.pack_of(network, [pair])), **ways)
+    assert pass_of(network, pair)[0] == sum(part.forward for part in parts.values())
+
+
+@pytest.mark.parametrize("written", [1, 9])
+def test_flops_of_generation_are_what_torch_counts(written):
+    network, read = support.make_model("llama"), 23
+    config, tokens = network.model.config, torch.arange(read)[None] % 20
+    stock = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    exactly = {"max_new_tokens": written, "min_new_tokens": written, "do_sample": False}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stock.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **exactly)
+    # Eager attention multiplies the half of the first pass that the mask hides, too.
+    width = config.num_attention_heads * config.head_dim
+    hidden = 4 * width * config.num_hidden_layers * (read * (read - 1) // 2)
+    assert counter.get_total_flops() - hidden == generation_flops(network, read, written)
 
 
 def test_flops_pruning_saves_the_last_layer():
