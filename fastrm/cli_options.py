@@ -124,6 +124,14 @@ Generations = Annotated[
         help="File that keeps what a judge:SPEC generates, and from which it goes on; default: runs/judges/SPEC.jsonl.",
     ),
 ]
+Costs = Annotated[
+    bool,
+    typer.Option(
+        "--costs",
+        help="Measure in place of accuracy what it costs to judge a pair and a group of eight: tokens, operations, "
+        "seconds, memory.",
+    ),
+]
 CheckModel = Annotated[
     str | None,
     typer.Option(

@@ -1,11 +1,12 @@
 """Memory: of this process as Linux counts it, and of a GPU as torch's allocator does."""
 
-import ctypes
 import gc
 import sys
 from collections.abc import Callable
 
 import torch
+
+from fastrm.resident import release_freed, reset_peak, status_bytes
 
 MIB = 1 << 20
 
@@ -27,25 +28,11 @@ def resident_peak_mib(run: Callable[[], object]) -> float | None:
     """Return how many MiB this process's resident memory rises while `run` runs; None without Linux's /proc."""
     if sys.platform != "linux":
         return None
-    gc.collect()
-    # Pages that the allocator keeps from earlier steps would hide this step's rise.
-    ctypes.CDLL(None).malloc_trim(0)
+    release_freed()
     reset_peak()
     resting = status_bytes("VmRSS")
     run()
     return (status_bytes("VmHWM") - resting) / MIB
-
-
-def reset_peak() -> None:
-    """Reset this process's VmHWM to its present size (Linux)."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-
-def status_bytes(field: str, process: int | str = "self") -> int:
-    """Return a size of a process's memory, such as VmRSS or its peak VmHWM (Linux); by default this process's."""
-    with open(f"/proc/{process}/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
 
 
 def clean_memory() -> None:

@@ -76,6 +76,7 @@ def evaluate(
     texts: JudgeTexts,
     bench_data: opts.BenchData = None,
     scores: opts.Scores = None,
+    costs: opts.Costs = False,
 ) -> None:
     """Measure how well reward models agree with preferences.
 
@@ -88,6 +89,15 @@ def evaluate(
     Example: fastrm eval runs/quickstart/model eval.jsonl
     """
     *models, data = models_and_data
+    if costs:
+        from fastrm.judge.costs import measure_costs
+
+        if (choice, texts, scores, replace(outputs, json=None)) != (ModelChoice(), JudgeTexts(), None, Outputs()):
+            raise ConfigError(
+                "--costs measures one model or judge as it works now; leave --from, --scores and others out"
+            )
+        measure_costs(models, data, options, bench_data, outputs.json)
+        return
     if any(name.startswith("judge:") for name in models):
         from fastrm.judge.command import JudgeOptions, evaluate_judge
 

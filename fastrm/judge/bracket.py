@@ -26,7 +26,7 @@ class Standings:
 
 
 def play(record: Record, seed: int, texts: Verdicts) -> Standings:
-    """Play a row's bracket as far as verdicts go.
+    """Return the state of a row's bracket, played as far as verdicts go.
 
     n responses need ceil(log2 n) rounds and n - 1 matches. The draw is made by the seed and the row's id, not by the
     order in the row, where published files have the preferred response first. The first of the draw have byes in the

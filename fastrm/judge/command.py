@@ -17,7 +17,7 @@ from fastrm.evaluate.reading import read_in_order
 from fastrm.json_files import to_json
 from fastrm.judge.generations import Generation, read_generations
 from fastrm.judge.metrics import measure, read_verdicts
-from fastrm.judge.questions import make_questions
+from fastrm.judge.questions import JudgeQuestion, make_questions
 from fastrm.judge.store import GenerationStore
 from fastrm.model.loading import shortened
 from fastrm.prompts.spec import PREFIX, JudgeSpec, load_spec
@@ -96,23 +96,19 @@ def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Di
         ServerError: for a server that gives no answer.
         InterruptedRun: where it was stopped. In each case the file keeps the texts so far.
     """
-    questions = list(make_questions(spec, records))
     store = GenerationStore(path)
     found, writer = [], None
     try:
-        while questions:
+        for questions in rounds(spec, records, found):
             missing = store.missing(questions)
             if done := len(questions) - len(missing):
                 display.say(f"{done:,} of {len(questions):,} texts are in {path} already")
             if missing:
-                writer, update = writer or _writer(spec), display.task("judging")
+                writer, update = writer or make_writer(spec), display.task("judging")
                 for number, written in enumerate(writer.write(missing), done + 1):
                     store.add(written)
                     update(number, len(questions))
             found += store.generations(questions)
-            # What a bracket's next round asks depends on the verdicts of this one.
-            rounds = spec.order == "bracket"
-            questions = list(make_questions(spec, records, read_verdicts(spec, found))) if rounds else []
         return found
     except KeyboardInterrupt:
         raise InterruptedRun(f"stopped; {path} keeps the texts so far: run the command again to go on") from None
@@ -120,7 +116,28 @@ def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Di
         store.close()
 
 
-def _writer(spec: JudgeSpec):
+def rounds(spec: JudgeSpec, records: Sequence[Record], found: Sequence[Generation]) -> Iterator[list[JudgeQuestion]]:
+    """Yield the questions about records: all at once, or those of a bracket round by round.
+
+    Args:
+        found: what was written so far; a bracket's next round is made of it.
+
+    Raises:
+        ConfigError, DataError: as `make_questions`.
+    """
+    questions = list(make_questions(spec, records))
+    while questions:
+        yield questions
+        is_bracket = spec.order == "bracket"
+        questions = list(make_questions(spec, records, read_verdicts(spec, found))) if is_bracket else []
+
+
+def make_writer(spec: JudgeSpec):
+    """Return the writer of a SPEC's texts: `LocalModel` or `Endpoint`.
+
+    Raises:
+        ConfigError: for a model or URL that cannot be used.
+    """
     if spec.generator.url is not None:
         if find_spec("httpx") is None:
             raise ConfigError('generator.url needs httpx, which is not installed: pip install "fastrm[rl]"')

@@ -9,7 +9,7 @@ import httpx
 
 from fastrm.data.media.images import read_bytes
 from fastrm.errors import DataError, FastrmError, RecordError, ServerError
-from fastrm.judge.questions import JudgeQuestion, Written
+from fastrm.judge.questions import JudgeQuestion, TextSize, Written
 from fastrm.limits import MediaLimits
 from fastrm.prompts.spec import DecodingSection, GeneratorSection
 from fastrm.rl.client import MAX_WAIT, check_url
@@ -86,9 +86,10 @@ class Endpoint:
             else:
                 if answer.status_code == 200:
                     try:
-                        choice = answer.json()["choices"][0]
+                        found = answer.json()
+                        choice = found["choices"][0]
                         text, is_cut = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
-                        return Written(question, text, is_cut)
+                        return Written(question, text, is_cut, _size(found.get("usage")))
                     except (ValueError, LookupError, TypeError, AttributeError):
                         said = f"half an answer, or none of this API: {answer.text[:200]!r}"
                 else:
@@ -104,6 +105,11 @@ class Endpoint:
             f"{self._place}: {question.origin}: no answer in {self._settings.tries} tries, at last {said}; is the "
             "server running? Run the command again to go on where it ended"
         )
+
+
+def _size(usage: object) -> TextSize | None:
+    counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
+    return TextSize(*counts) if counts and all(isinstance(count, int) for count in counts) else None
 
 
 def _messages(question: JudgeQuestion) -> list[dict]:

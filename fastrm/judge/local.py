@@ -1,5 +1,6 @@
 """Texts of a model that transformers loads into this process."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -8,7 +9,7 @@ from fastrm.errors import ConfigError
 from fastrm.grpo.config import PolicySection
 from fastrm.grpo.policy import encode, is_visual, load_policy
 from fastrm.grpo.questions import Question
-from fastrm.judge.questions import JudgeQuestion, Written
+from fastrm.judge.questions import JudgeQuestion, TextSize, Written
 from fastrm.model.network import pick_device
 from fastrm.prompts.spec import DecodingSection, GeneratorSection
 
@@ -60,5 +61,20 @@ class LocalModel:
                 )  # fmt: skip
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            ended = torch.isin(tokens, self._ends).any(1).tolist()
-            yield from map(Written, batch, texts, [not end for end in ended])
+            is_end = torch.isin(tokens, self._ends)
+            ended = is_end.any(1)
+            written = torch.where(ended, is_end.int().argmax(1) + 1, tokens.shape[1])
+            image_id = getattr(self._model.config, "image_token_id", None)
+            of_images = (inputs["input_ids"] == (-1 if image_id is None else image_id)).sum(1)
+            sizes = zip(inputs["attention_mask"].sum(1).tolist(), written.tolist(), of_images.tolist(), strict=True)
+            yield from map(Written, batch, texts, (~ended).tolist(), itertools.starmap(TextSize, sizes))
+
+    @property
+    def config(self):
+        """The model's transformers config."""
+        return self._model.config
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return self._model.device

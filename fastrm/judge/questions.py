@@ -56,11 +56,21 @@ class Written(NamedTuple):
 
     Attributes:
         is_cut: it ended at the longest length that was allowed, in the middle.
+        size: its tokens and those of its prompt; None from a server that does not say.
     """
 
     question: JudgeQuestion
     text: str
     is_cut: bool = False
+    size: "TextSize | None" = None
+
+
+class TextSize(NamedTuple):
+    """The tokens that were read and written for one text; `image_tokens` of them stand for images."""
+
+    read: int
+    written: int
+    image_tokens: int = 0
 
 
 def make_questions(

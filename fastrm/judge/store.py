@@ -54,7 +54,7 @@ class GenerationStore:
         Raises:
             StorageError: if it cannot be written.
         """
-        question, text, is_cut = written
+        question, text, is_cut, _ = written
         row = {"id": question.id, "order": list(question.order), "text": text, "key": question.key}
         row |= {"cut": True} if is_cut else {}
         with writing(self.path):

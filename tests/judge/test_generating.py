@@ -26,13 +26,14 @@ HANG_UP, HALF = "hang up", "half"
 
 
 @contextmanager
-def chat_server(answer, failures=(), cut=()):
+def chat_server(answer, failures=(), cut=(), usage=None):
     """Serve /v1/chat/completions; yield (URL, the bodies that came).
 
     Args:
         answer: the text for a body.
         failures: in place of the first answers: a status with headers, HANG_UP or HALF.
         cut: numbers of the answers, from 0, that the server says it has cut.
+        usage: what each answer says of its tokens.
     """
     waiting, bodies, lock = list(failures), [], threading.Lock()
 
@@ -48,7 +49,7 @@ def chat_server(answer, failures=(), cut=()):
                 return
             status, headers = failure if isinstance(failure, tuple) else (200, {})
             choice = {"message": {"content": answer(body)}, "finish_reason": "length" if number in cut else "stop"}
-            text = json.dumps({"choices": [choice]}).encode()
+            text = json.dumps({"choices": [choice], "usage": usage}).encode()
             text = text[:20] if failure == HALF else text
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(text))}.items():

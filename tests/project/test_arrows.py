@@ -17,7 +17,7 @@ from tests.helpers.waiting import PATIENCE
 # From below to above; `__init__` is what `import fastrm` offers.
 FOUNDATION = {"errors", "limits", "lines", "names", "yaml_files", "json_files", "storage", "resources", "tables", "ui"}
 FOUNDATION |= {"stop", "sections", "data_config", "loss_config", "stopping_config", "lora_config", "config"}
-FOUNDATION |= {"paradigm_config", "hub_errors"}
+FOUNDATION |= {"paradigm_config", "hub_errors", "resident"}
 TOP = {"cli_options", "commands", "cli", "api", "__init__"}
 LOWER = [FOUNDATION, {"report"}, {"prompts"}, {"data"}, {"model"}, {"hf"}, {"evaluate"}, {"rl"}, {"serve"}]
 ORDER = [*LOWER, {"train"}, {"share"}, {"ablate"}, {"forecast"}, {"grpo"}, {"judge"}, TOP]
