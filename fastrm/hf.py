@@ -22,6 +22,7 @@ from fastrm.errors import ConfigError, StorageError
 from fastrm.model.families import FAMILIES, STEMS, check_family, has_axes
 from fastrm.model.head import make_head
 from fastrm.model.loading import shortened
+from fastrm.model.paradigms import check_gives_rewards
 from fastrm.model.stored_head import read_section
 from fastrm.model.text import longest_path, path_limit_key
 from fastrm.model.vllm_classes import WHOLE
@@ -64,11 +65,13 @@ class RewardModelForSequenceClassification:
         """Load an export of fastrm; other folders go to the stock class. Arguments are those of transformers.
 
         Raises:
-            ConfigError: if there is neither a `fastrm` section in config.json nor a stock class, or it is malformed.
+            ConfigError: if there is neither a `fastrm` section in config.json nor a stock class, it is malformed, or
+                it says that the model is a critic or a judge.
             StorageError: if weights are missing, which transformers would draw at random.
         """
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path)
+        check_gives_rewards(str(pretrained_model_name_or_path), _section(config))
         if _section(config) is None:
             if cls.stock is None:
                 raise ConfigError(

@@ -333,13 +333,40 @@ _PLANNING = {
         ),
     ],
 }
+_TEXTS = {
+    "written": opts.Written,
+    "generations": opts.Generations,
+    "given": Annotated[
+        bool,
+        typer.Option(
+            "--given-critiques",
+            help="Read a critic's rewards behind the critiques that the rows hold themselves, and generate none.",
+        ),
+    ],
+    "votes": Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="COUNT",
+            help="Texts for each question, in the place of the SPEC's votes; more than one need a temperature.",
+        ),
+    ],
+    "max_tokens": Annotated[
+        int | None,
+        typer.Option(min=1, metavar="TOKENS", help="Longest text that is generated, in the place of the SPEC's."),
+    ],
+    "temperature": Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="T", help="Temperature of generated texts, in the place of the SPEC's."),
+    ],
+}
 FIELDS = {
     MediaLimits: _LIMITS,
     RowOptions: _ROWS,
     ScoringOptions: _SCORING,
     ModelChoice: _CHOICE,
     Outputs: _OUTPUTS,
-    JudgeTexts: {"written": opts.Written, "generations": opts.Generations},
+    JudgeTexts: _TEXTS,
     ServeSettings: _SERVING,
     PlanOptions: _PLANNING,
 }

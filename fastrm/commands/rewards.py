@@ -88,6 +88,8 @@ def evaluate(
     \b
     Example: fastrm eval runs/quickstart/model eval.jsonl
     """
+    from fastrm.model.paradigms import is_writer
+
     *models, data = models_and_data
     if costs:
         from fastrm.judge.costs import measure_costs
@@ -98,15 +100,18 @@ def evaluate(
             )
         measure_costs(models, data, options, bench_data, outputs.json)
         return
-    if any(name.startswith("judge:") for name in models):
+    if any(name.startswith("judge:") or is_writer(name) for name in models):
         from fastrm.judge.command import JudgeOptions, evaluate_judge
 
         if choice != ModelChoice() or scores is not None or replace(outputs, json=None) != Outputs():
             raise ConfigError(f"{models[0]}: reward models' options, --scores, --png and --report are not for a judge")
-        evaluate_judge(models, data, JudgeOptions(options.rows, texts, bench_data, outputs.json))
+        evaluate_judge(models, data, JudgeOptions(options.rows, texts, bench_data, outputs.json, options))
         return
     if texts != JudgeTexts():
-        raise ConfigError(f"--from and --generations are for a judge; got {models_and_data[0]}, wanted judge:SPEC")
+        raise ConfigError(
+            "--from and --generations are for a judge, as are --given-critiques, --votes, --max-tokens and "
+            f"--temperature; got {models_and_data[0]}, wanted judge:SPEC, or the folder of a critic or judge"
+        )
     from fastrm.evaluate.command import evaluate as run
 
     choice = replace(choice, models=tuple(map(Path, models)))

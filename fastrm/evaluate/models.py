@@ -17,8 +17,13 @@ from fastrm.ui import Display
 _CHUNK = 256
 
 
-def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) -> Ensemble:
+def open_models(
+    choice: ModelChoice, options: ScoringOptions, display: Display, *, behind_critique: bool = False
+) -> Ensemble:
     """Load the models, fit weights if they are asked for, and save the ensemble if that is asked for.
+
+    Args:
+        behind_critique: as for `RewardModel.from_pretrained`.
 
     Raises:
         ConfigError, StorageError: for models that cannot be used.
@@ -34,6 +39,7 @@ def open_models(choice: ModelChoice, options: ScoringOptions, display: Display) 
         limits=options.limits,
         check_exactness=options.check_exactness,
         normalize=options.normalize,
+        behind_critique=behind_critique,
     )
     for member in ensemble.models:
         if member.network.first_use is not None:

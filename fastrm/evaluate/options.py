@@ -1,7 +1,7 @@
 """The options of `fastrm score`, `eval` and `serve` that come to them as objects; loads neither torch nor numpy."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastrm.errors import ConfigError
@@ -130,21 +130,31 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class JudgeTexts:
-    """The texts of a judge: those that are there, or the place of new ones.
+    """The texts of a judge or critic: those that are there, or the place of new ones.
 
     Attributes:
         written: a file of texts to measure without generating; None: the SPEC's generator writes.
         generations: the file in which generated texts are kept; None: runs/judges/NAME.jsonl.
+        given: a critic's texts are the critiques that rows hold themselves.
+        votes, max_tokens, temperature: in the place of the SPEC's.
     """
 
     written: Path | None = None
     generations: Path | None = None
+    given: bool = False
+    votes: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
 
     def check(self) -> None:
-        """Refuse both at once.
+        """Refuse options that contradict each other.
 
         Raises:
-            ConfigError: naming both options.
+            ConfigError: naming them.
         """
         if self.written is not None and self.generations is not None:
             raise ConfigError("--from measures texts that are there, --generations keeps new ones; name one of them")
+        if self.written is not None and self != JudgeTexts(self.written):
+            raise ConfigError("--from measures texts that are there; leave the options of generated texts out")
+        if self.given and replace(self, given=False) != JudgeTexts():
+            raise ConfigError("--given-critiques takes the rows' own; leave the options of generated texts out")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from fastrm.data.paradigm import TextReading
 from fastrm.data.record import Record
 from fastrm.data.sources import KeyTally, read_source
 from fastrm.data.sources.in_memory import Rows
@@ -28,12 +29,14 @@ def read_in_order(
     keys: dict[str, KeyTally] | None = None,
     columns: Mapping[str, str] | None = None,
     ignore: Sequence[str] = (),
+    reading: TextReading | None = None,
 ) -> Iterator[Record | tuple[str | None, RecordError]]:
     """Yield records, and (id, RecordError) for rows that are none, in the order of the file.
 
     Args:
         keys: as `read_source`.
         columns, ignore: as `source_files`.
+        reading: as of `SourceFile`.
     """
     refused = _Refused()
     records = read_source(
@@ -45,6 +48,7 @@ def read_in_order(
         keys=keys,
         columns=columns,
         ignore=ignore,
+        reading=reading,
     )
     while True:
         record = next(records, None)

@@ -55,6 +55,7 @@ class RewardModel(GroupScorer):
         limits: MediaLimits = MediaLimits(),
         check_exactness: bool = True,
         normalize: bool = False,
+        behind_critique: bool = False,
     ) -> "RewardModel":
         """Load the `model/` folder of a run, or a reward model that others trained (docs/models.md).
 
@@ -74,6 +75,8 @@ class RewardModel(GroupScorer):
                 (first_use.py), so that a model is checked once.
             normalize: subtract the mean of the model's held-out rewards and divide by their deviation, which a run
                 stores with its model (`network.reward_statistics`).
+            behind_critique: the conversations that are scored end with a critique, so that a critic may score them; it
+                is refused otherwise, as is a judge in any case.
 
         Raises:
             ConfigError: for a value that is none of the choices, if the folder is not a reward model, or
@@ -89,7 +92,10 @@ class RewardModel(GroupScorer):
         target = pick_device(device)
         wanted = None if dtype == "auto" else DTYPES[dtype]
         given = _date(template_date)
-        network = load_model(Path(checked_path(path)), min_pixels, max_pixels, dtype=wanted, device=target, date=given)
+        network = load_model(
+            Path(checked_path(path)), min_pixels, max_pixels, dtype=wanted, device=target, date=given,
+            behind_critique=behind_critique,
+        )  # fmt: skip
         network.encoder.limits = limits
         if normalize:
             network.normalization = normalization_of(network.reward_statistics, path)

@@ -18,6 +18,7 @@ from fastrm.limits import MediaLimits
 from fastrm.model.families import FAMILIES, VISION_FAMILIES, chat_layout
 from fastrm.model.loading import shortened
 from fastrm.model.network import init_backbone
+from fastrm.model.paradigms import stored_paradigm
 from fastrm.model.places import locate
 
 _HEAD = re.compile(r"(.*\.)?(score|v_head)\.")  # names of a reward head's weights
@@ -33,6 +34,7 @@ def load_policy(settings: PolicySection, questions: Sequence[Question], seed: in
         ConfigError: for a folder or a family that cannot be used.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils import logging as library
 
     if settings.init is not None:
         torch.manual_seed(seed)
@@ -42,13 +44,16 @@ def load_policy(settings: PolicySection, questions: Sequence[Question], seed: in
         config = init_backbone(ModelConfig(init=settings.init, tokenizer="trained"), tokenizer, "policy.init").config
         kind = AutoModelForImageTextToText if config.model_type in VISION_FAMILIES else AutoModelForCausalLM
         return kind.from_config(config), _processor(settings, None, tokenizer, config.model_type)
-    folder = _folder(settings.path)
+    folder, spoken = _folder(settings.path), library.get_verbosity()
+    library.set_verbosity_error()  # weights without a place are named below, and those of a critic's head have none
     try:
         config = AutoConfig.from_pretrained(folder)
         kind = AutoModelForImageTextToText if config.model_type in VISION_FAMILIES else AutoModelForCausalLM
         policy, found = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # damaged files may raise anything, deep inside transformers
         raise ConfigError(f"policy.path: {settings.path!r} cannot be loaded: {error}") from error
+    finally:
+        library.set_verbosity(spoken)
     _check_weights(settings.path, found)
     tokenizer = load_tokenizer(folder, "policy.path")
     if tokenizer.pad_token is None:
@@ -80,7 +85,7 @@ def _folder(path: str) -> str:
 def _check_weights(path: str, found: dict) -> None:
     """Refuse files that are no whole policy: what they lack, transformers draws at random."""
     missing, heads = sorted(found["missing_keys"]), [name for name in found["unexpected_keys"] if _HEAD.match(name)]
-    if missing or heads:
+    if missing or (heads and stored_paradigm(path) is None):  # a critic writes, and has a head besides
         what = f"lacks {shortened(missing)}" if missing else f"has a reward head ({heads[0]})"
         raise ConfigError(
             f"policy.path: {path!r} {what}, as a reward model does, and is no policy; name the language model that it "

@@ -1,29 +1,33 @@
-"""The command `fastrm eval judge:SPEC`: a judge's figures on preferences or on a benchmark."""
+"""The command `fastrm eval` of a judge:SPEC, or of a critic's or judge's folder: its figures on preferences."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastrm.data.paradigm import TextReading
 from fastrm.data.record import Record
 from fastrm.errors import ConfigError, DataError, InterruptedRun
 from fastrm.evaluate.benchmarks.benchmark import PREFIX as BENCHMARK
 from fastrm.evaluate.benchmarks.benchmark import load_benchmark
 from fastrm.evaluate.files import print_refused
-from fastrm.evaluate.options import JudgeTexts, RowOptions
+from fastrm.evaluate.options import JudgeTexts, RowOptions, ScoringOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.json_files import to_json
-from fastrm.judge.generations import Generation, read_generations
+from fastrm.judge.critics import describe_critiques, read_rewards, scorer_of
+from fastrm.judge.generations import Generation, given_critiques, read_generations
 from fastrm.judge.metrics import measure, read_verdicts
 from fastrm.judge.questions import JudgeQuestion, make_questions
 from fastrm.judge.store import GenerationStore
 from fastrm.model.loading import shortened
+from fastrm.model.paradigms import stored_paradigm
 from fastrm.prompts.spec import PREFIX, JudgeSpec, load_spec
 from fastrm.storage import whole_file
 from fastrm.tables import Table
 from fastrm.ui import Display, make_console, message, print_table
+from fastrm.yaml_files import validate
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,21 @@ class JudgeOptions:
         texts: what it wrote, or the place of what it writes.
         bench_data: the folder of a benchmark's files; None: from the hub.
         json_out: the file to write the figures to, or None.
+        scoring: the settings of a critic's scorer, but for the rows.
     """
 
     rows: RowOptions
     texts: JudgeTexts
     bench_data: str | None = None
     json_out: Path | None = None
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
 
 
 def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> None:
     """Print the figures of a judge, from texts that are there or that it writes now; optionally write them as JSON.
+
+    Args:
+        models: one judge:SPEC, or the folder of a critic or judge that fastrm trained.
 
     Raises:
         ConfigError: for a SPEC that cannot be used, or options that do not go together.
@@ -53,32 +62,22 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
         DataError: for data or generations that cannot be read, or, after everything is written, if a line of the
             generations could not be used or a preference was not judged.
     """
-    if len(models) != 1:
-        others = ", ".join(name for name in models if not name.startswith(PREFIX)) or "several judges"
-        raise ConfigError(f"{PREFIX}SPEC is evaluated alone; got {others} beside it: run the command for each")
-    name = models[0].removeprefix(PREFIX)
-    spec, texts = load_spec(name), options.texts
-    if spec.kind == "critic":
-        raise ConfigError(f"{models[0]}: a critic gives no verdicts; its SPEC is for `paradigm: critic`")
-    if texts.written is None and spec.generator is None:
-        raise ConfigError(
-            f"{models[0]}: it names no generator; add one in a YAML file with extends: {name} (docs/judges.md), or "
-            "name texts that it wrote: --from generations.jsonl"
-        )
-    texts.check()
+    name, spec = _choose(models, options.texts)
     refused: list[str] = []
     with whole_file(options.json_out) if options.json_out is not None else nullcontext() as write:
         with Display() as display:
-            records = _records(data, options.rows, options.bench_data, refused)
-            if texts.written is not None:
-                shown = 2 if spec.kind == "pairwise" else 1
-                found = display.count("reading", read_generations(texts.written, records, shown, refused))
+            read = _with_critiques if options.texts.given else _records
+            records = read(data, options, spec, refused)
+            report = {"judge": name, "data": data}
+            found = list(_texts(name, spec, records, options.texts, refused, display))
+            if spec.kind == "critic":
+                said = read_rewards(spec, records, found, options.scoring, display, refused)
+                report |= measure(spec, records, said) | describe_critiques(spec, found)
             else:
-                store = texts.generations or Path("runs", "judges", f"{Path(name).stem}.jsonl")
-                found = generate(spec, records, store, display)
-            report = {"judge": name, "data": data} | measure(spec, records, found)
+                report |= measure(spec, records, read_verdicts(spec, found))
         if report["accuracy"] is None and not report["rewards"]:
-            reason = refused[0] if refused else f"{texts.written} has none of its {len(records):,} rows"
+            place = options.texts.written or data
+            reason = refused[0] if refused else f"{place} has no text about one of its {len(records):,} rows"
             raise DataError(f"{data}: no preference was judged; {reason}")
         report["refused"] = refused
         print_table(make_console(), _table(report))
@@ -86,6 +85,52 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
             write(to_json(report, indent=2) + "\n")
     print_refused(refused, "--json lists them all")
     _complain(report, options.json_out)
+
+
+def _choose(models: Sequence[str], texts: JudgeTexts) -> tuple[str, JudgeSpec]:
+    """Return the name of a judge or critic, and its SPEC with the settings of the command line.
+
+    Raises:
+        ConfigError: for more than one, a SPEC that cannot be used, or one that has no texts.
+    """
+    if len(models) != 1:
+        others = ", ".join(name for name in models if not name.startswith(PREFIX)) or "several judges"
+        raise ConfigError(f"{PREFIX}SPEC is evaluated alone; got {others} beside it: run the command for each")
+    texts.check()
+    if models[0].startswith(PREFIX):
+        name = models[0].removeprefix(PREFIX)
+        spec = load_spec(name)
+    else:  # a folder
+        name = models[0]
+        tree = stored_paradigm(name)["spec"] | {"generator": {"model": name}}
+        spec = validate(JudgeSpec, tree, {}, f"{name}/config.json")
+    given = {"max_tokens": texts.max_tokens, "temperature": texts.temperature}
+    tree = spec.model_dump()
+    tree["decoding"] |= {key: value for key, value in given.items() if value is not None}
+    spec = validate(JudgeSpec, tree | ({} if texts.votes is None else {"votes": texts.votes}), {}, models[0])
+    if texts.given and spec.kind != "critic":
+        raise ConfigError(f"--given-critiques is for a critic; {models[0]} is a {spec.kind} judge")
+    if spec.generator is None and texts.written is None and not texts.given:
+        raise ConfigError(
+            f"{models[0]}: it names no generator; add one in a YAML file with extends: {name} (docs/judges.md), or "
+            "name texts that it wrote: --from generations.jsonl"
+        )
+    if spec.kind == "critic":
+        scorer_of(spec)  # before texts are written for it
+    return name, spec
+
+
+def _texts(
+    name: str, spec: JudgeSpec, records: Sequence[Record], texts: JudgeTexts, refused: list[str], display: Display
+) -> Iterable[Generation]:
+    """Return texts about records: those of the rows, those of a file, or new ones."""
+    if texts.given:
+        return given_critiques(records)
+    if texts.written is not None:
+        return display.count("reading", read_generations(texts.written, records, len(spec.shown), refused))
+    place = Path(name)
+    stem = place.resolve().parent.name if place.name == "model" else place.stem  # a run's folder is runs/NAME/model
+    return generate(spec, records, texts.generations or Path("runs", "judges", f"{stem}.jsonl"), display)
 
 
 def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Display) -> list[Generation]:
@@ -104,7 +149,7 @@ def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Di
             if done := len(questions) - len(missing):
                 display.say(f"{done:,} of {len(questions):,} texts are in {path} already")
             if missing:
-                writer, update = writer or make_writer(spec), display.task("judging")
+                writer, update = writer or make_writer(spec), display.task("writing")
                 for number, written in enumerate(writer.write(missing), done + 1):
                     store.add(written)
                     update(number, len(questions))
@@ -149,22 +194,15 @@ def make_writer(spec: JudgeSpec):
     return LocalModel(spec.generator, spec.decoding)
 
 
-def _records(data: str, rows: RowOptions, bench_data: str | None, refused: list[str]) -> list[Record]:
+def _records(data: str, options: JudgeOptions, spec: JudgeSpec, refused: list[str]) -> list[Record]:
     """Return the rows of a file or of a benchmark.
 
     Raises:
         DataError: if none can be read, or two have one id, so that it cannot be said which one a text is about.
     """
     if data.startswith(BENCHMARK):
-        records = list(_numbered(load_benchmark(data, bench_data, rows.images).records))
-    else:
-        records = []
-        reading = {"columns": rows.columns, "ignore": rows.ignore}
-        for row in read_in_order(data, rows.images, rows.data_format, require_preferences=True, **reading):
-            if isinstance(row, Record):
-                records.append(row)
-            else:
-                refused.append(f"{row[1].message} ({row[1].code})")
+        return list(_numbered(load_benchmark(data, options.bench_data, options.rows.images).records))
+    records = list(_rows(data, options.rows, refused))
     repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
         raise DataError(
@@ -172,6 +210,29 @@ def _records(data: str, rows: RowOptions, bench_data: str | None, refused: list[
             f"{shortened(repeated)}; give each row an id of its own"
         )
     return records
+
+
+def _with_critiques(data: str, options: JudgeOptions, spec: JudgeSpec, refused: list[str]) -> list[Record]:
+    """Return the rows of a file with the critiques that they hold, which need no ids to be told apart.
+
+    Raises:
+        ConfigError: for a benchmark.
+    """
+    if data.startswith(BENCHMARK):
+        raise ConfigError(f"--given-critiques: got {data}, wanted a file of preferences whose rows hold critiques")
+    reading = TextReading("critic", spec.prompt, spec.system, missing="empty")
+    return list(_numbered([record.original for record in _rows(data, options.rows, refused, reading)]))
+
+
+def _rows(
+    data: str, rows: RowOptions, refused: list[str], reading: TextReading | None = None
+) -> Iterator[Record]:
+    options = {"columns": rows.columns, "ignore": rows.ignore, "reading": reading}
+    for row in read_in_order(data, rows.images, rows.data_format, require_preferences=True, **options):
+        if isinstance(row, Record):
+            yield row
+        else:
+            refused.append(f"{row[1].message} ({row[1].code})")
 
 
 def _numbered(records: Sequence[Record]) -> Iterator[Record]:
@@ -194,9 +255,12 @@ def _complain(report: dict, json_out: Path | None) -> None:
         reasons.append(f"{len(report['missing']):,} preferences were not judged: {shortened(report['missing'])}")
     if report["refused"]:
         reasons.append(f"{len(report['refused']):,} lines or rows could not be used")
+    console = make_console(stderr=True)
     if report["preferences_in_one_order"]:
-        console = make_console(stderr=True)
         message(console, f"{report['preferences_in_one_order']:,} preferences were judged in one order only")
+    if "scorer" in report and report["failures"]:
+        cut, empty = report["critiques_cut"], report["critiques_empty"]
+        message(console, f"critiques: {cut:,} cut at their longest length, {empty:,} empty; --json names them")
     if reasons:
         where = "" if json_out is None else f"; {json_out} names all"
         raise DataError(f"partial result over {report['preferences']:,} preferences: {'; '.join(reasons)}{where}")
@@ -207,14 +271,22 @@ def _table(report: dict) -> Table:
         return "none" if value is None else f"{value:.4f}"
 
     low, high = report["interval"] or (None, None)
-    table = Table("figure", "value", title=f"Judge {report['judge']} on {report['preferences']:,} preferences")
-    table.add_row("accuracy, both orders, failures wrong", share(report["accuracy"]))
+    is_critic = "scorer" in report
+    noun, rule = ("Critic", "equal rewards wrong") if is_critic else ("Judge", "both orders, failures wrong")
+    table = Table("figure", "value", title=f"{noun} {report['judge']} on {report['preferences']:,} preferences")
+    table.add_row(f"accuracy, {rule}", share(report["accuracy"]))
     table.add_row("its 95 % interval", "none" if low is None else f"{low:.4f} - {high:.4f}")
-    table.add_row("accuracy as released (winner shown first)", share(report["accuracy_as_released"]))
-    table.add_row("verdicts that turn when the order turns", share(report["position_flip_rate"]))
-    table.add_row("verdicts for what is shown first", share(report["first_place_rate"]))
-    table.add_row("ties", f"{report['ties']:,}")
-    table.add_row("texts without a verdict", f"{report['num_parse_failures']:,} of {report['num_generations']:,}")
+    if is_critic:
+        table.add_row("preferences with equal rewards", f"{report['ties']:,}")
+        table.add_row("critiques", f"{report['num_generations']:,}")
+        table.add_row("of them cut at their longest length", f"{report['critiques_cut']:,}")
+        table.add_row("of them empty", f"{report['critiques_empty']:,}")
+    else:
+        table.add_row("accuracy as released (winner shown first)", share(report["accuracy_as_released"]))
+        table.add_row("verdicts that turn when the order turns", share(report["position_flip_rate"]))
+        table.add_row("verdicts for what is shown first", share(report["first_place_rate"]))
+        table.add_row("ties", f"{report['ties']:,}")
+        table.add_row("texts without a verdict", f"{report['num_parse_failures']:,} of {report['num_generations']:,}")
     if report["preferences_not_met"]:
         table.add_row("preferences whose responses did not meet", f"{report['preferences_not_met']:,}")
     if len(report["sources"]) > 1:

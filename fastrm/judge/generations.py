@@ -1,7 +1,7 @@
 """Texts of judges: JSON Lines of {"id", "order", "text"}, each for one question of one row."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,14 @@ def read_generations(
         raise DataError(f"--from {path}: not UTF-8 ({error.reason}); write it in UTF-8") from None
     except OSError as error:
         raise StorageError(f"--from {path}: {error.strerror}") from None
+
+
+def given_critiques(records: Iterable[Record]) -> Iterator[Generation]:
+    """Yield the critiques of responses that rows hold themselves."""
+    for record in records:
+        for number, response in enumerate(record.responses):
+            if response.critique.strip():
+                yield Generation(record.id, (number,), response.critique)
 
 
 def _parse(line: str, sizes: dict[str, int], shown: int) -> Generation | str:

@@ -13,14 +13,16 @@ from fastrm.judge.generations import Generation
 from fastrm.prompts.spec import JudgeSpec
 from fastrm.prompts.verdicts import Verdict, majority
 
+# By (row's id, order) what each vote said: a verdict, a number, or None.
+Said = Mapping[tuple[str, tuple[int, ...]], Sequence]
 
-def measure(spec: JudgeSpec, records: Sequence[Record], generations: Iterable[Generation]) -> dict:
+
+def measure(spec: JudgeSpec, records: Sequence[Record], texts: Said) -> dict:
     """Return the figures of a judge under the names that `--json` has.
 
     Args:
-        generations: of these records; those with the same id and order are votes.
+        texts: what its texts about these records say, as `read_verdicts` returns it; of a critic, rewards behind them.
     """
-    texts = read_verdicts(spec, generations)
     failures = [
         {"id": name, "order": list(order)} for (name, order), said in texts.items() for one in said if one is None
     ]
@@ -63,16 +65,27 @@ def read_verdicts(spec: JudgeSpec, generations: Iterable[Generation]) -> dict[tu
     return dict(texts)
 
 
-def _rewards(spec: JudgeSpec, texts: Mapping[tuple[str, tuple[int, ...]], Sequence], records: Sequence[Record]) -> list:
+def _rewards(spec: JudgeSpec, texts: Said, records: Sequence[Record]) -> list:
     if spec.kind != "pairwise":
-        return []
+        return _mean_scores(texts, records)
     if spec.order != "bracket":
         return tournaments(texts, records)
     played = [(record.id, play(record, spec.decoding.seed, texts).rewards) for record in records]
     return [{"id": name, "rewards": rewards} for name, rewards in played if rewards is not None]
 
 
-def tournaments(texts: Mapping[tuple[str, tuple[int, ...]], Sequence], records: Sequence[Record]) -> list[dict]:
+def _mean_scores(texts: Said, records: Sequence[Record]) -> list[dict]:
+    """Return {"id", "rewards"} for each row with a score: the mean of each response's scores, None without one."""
+    found = []
+    for record in records:
+        votes = [texts.get((record.id, (number,)), ()) for number in range(len(record.responses))]
+        given = [[score for score in scores if score is not None] for scores in votes]
+        if any(given):
+            found.append({"id": record.id, "rewards": [float(np.mean(scores)) if scores else None for scores in given]})
+    return found
+
+
+def tournaments(texts: Said, records: Sequence[Record]) -> list[dict]:
     """Return {"id", "rewards"} for each row of more than two responses of which all ordered pairs were judged.
 
     The reward of a response is the share of its 2 (n - 1) comparisons that it won, a tie counting one half, as
@@ -96,7 +109,7 @@ def tournaments(texts: Mapping[tuple[str, tuple[int, ...]], Sequence], records: 
 
 
 def _outcomes(spec: JudgeSpec, texts: dict, name: str, winner: int, loser: int) -> dict[bool | None, Outcome]:
-    if spec.kind == "pointwise":
+    if spec.kind != "pairwise":
         votes = [texts.get((name, (response,))) for response in (winner, loser)]
         if None in votes:
             return {}

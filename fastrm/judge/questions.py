@@ -78,7 +78,7 @@ def make_questions(
 ) -> Iterator[JudgeQuestion]:
     """Yield the questions about all preferences of records that are no ties, each once for each vote.
 
-    Of a bracket these are the questions of each row's next round.
+    A critic is asked about all responses. Of a bracket these are the questions of each row's next round.
 
     Args:
         texts: what the rounds of a bracket said so far.
@@ -91,13 +91,13 @@ def make_questions(
     model = None if spec.generator is None else _identity(spec.generator)
     for record in records:
         images = _images(record)
-        question = question_text(record.responses[0])
         for order in _orders(spec, record, texts or {}):
-            shown = [record.responses[number].text for number in order]
-            text = template.fill(question=question, **dict(zip(spec.shown, shown, strict=True)))
+            shown = [record.responses[number] for number in order]
+            said = [response.text for response in shown]
+            text = template.fill(question=question_text(shown[0]), **dict(zip(spec.shown, said, strict=True)))
             for vote in range(spec.votes):
                 writer = to_json([model, spec.decoding.model_dump(), vote])
-                yield JudgeQuestion(record.id, order, spec.system, text, images, writer, record.origin)
+                yield JudgeQuestion(record.id, order, spec.system, text, images[order[0]], writer, record.origin)
 
 
 def _identity(generator: GeneratorSection) -> list:
@@ -107,6 +107,8 @@ def _identity(generator: GeneratorSection) -> list:
 
 
 def _orders(spec: JudgeSpec, record: Record, texts: Verdicts) -> list[tuple[int, ...]]:
+    if spec.kind == "critic":
+        return [(number,) for number in range(len(record.responses))]
     pairs = [tuple(sorted((one.winner, one.loser))) for one in record.preferences if not one.tie]
     if spec.kind == "pointwise":
         return [(number,) for number in sorted({number for pair in pairs for number in pair})]
@@ -125,12 +127,13 @@ def _orders(spec: JudgeSpec, record: Record, texts: Verdicts) -> list[tuple[int,
     return found
 
 
-def _images(record: Record) -> tuple[ImageRef, ...]:
+def _images(record: Record) -> list[tuple[ImageRef, ...]]:
+    """Return the images of each response's prompt."""
     try:
-        media, *_ = [prompt_media(response) for response in record.responses]
+        media = [prompt_media(response) for response in record.responses]
     except RecordError as error:
         raise DataError(f"{record.origin}: {error.message}") from error
-    if not all(isinstance(one, ImageRef) for one in media):
+    if not all(isinstance(one, ImageRef) for own in media for one in own):
         raise DataError(
             f"{record.origin}: a judge is shown texts and the prompt's images; leave rows out that have a video"
         )

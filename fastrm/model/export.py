@@ -29,6 +29,7 @@ from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
 from fastrm.model.lora import adapter_files, kept_tensors
 from fastrm.model.network import RewardNetwork
+from fastrm.model.paradigms import check_gives_rewards
 from fastrm.model.places import ADAPTER_CONFIG, locate
 from fastrm.model.reward_statistics import SECTION
 from fastrm.model.stock_classes import (
@@ -185,6 +186,7 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     date: datetime.date | None = None,
+    behind_critique: bool = False,
 ) -> RewardNetwork:
     """Load a network with its encoder, from a folder that `save_model` or another trainer wrote (stored_head.py).
 
@@ -193,6 +195,7 @@ def load_model(
             frequencies, which are no weights: rounded, they would turn late tokens by whole radians. None: as in
             the files where they have two bytes an element, else float32, or bfloat16 on a GPU.
         date: for a chat template that reads the clock; default: that of the training run, else today.
+        behind_critique: as of `check_gives_rewards`.
 
     Raises:
         ConfigError: if the folder is no reward model that is known here, or reads tiles and is given limits of pixels.
@@ -200,6 +203,7 @@ def load_model(
     """
     opened = open_backbone(str(folder))
     place = opened.place
+    check_gives_rewards(place.given, place.read_config().get("fastrm"), behind_critique=behind_critique)
     tokenizer, backbone, device = load_tokenizer(place.tokenizer), opened.model, torch.device(device)
     found = find_head(opened, tokenizer)
     if found is None:

@@ -18,6 +18,7 @@ from torch import nn
 from fastrm.config import HeadConfig, ModelConfig
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.loading import Backbone, shortened
+from fastrm.model.paradigms import paradigm_in
 from fastrm.model.places import ModelPlace
 from fastrm.model.weight_files import VALUE_HEAD, StoredTensor, finder
 
@@ -120,11 +121,6 @@ class FoundHead:
         reads = "the mean over all tokens" if self.pooling == "mean" else ANCHORS[self.anchor or "last_token"]
         extra = f", normalised by mean {self.mean:g} and std {self.std:g}" if normalised else ""
         return f"head: {', '.join(parts)}, from {shortened(self.names)}; reads {reads}{extra}"
-
-
-def is_judge(config: dict) -> bool:
-    """Return whether a config.json is that of a judge that fastrm has trained, which has no reward head."""
-    return config.get("fastrm", {}).get("paradigm", {}).get("kind") == "judge"
 
 
 def find_head(opened: Backbone, tokenizer, settings: ModelConfig | None = None) -> FoundHead | None:
@@ -361,7 +357,8 @@ def _check_no_head_expected(place: ModelPlace, config: dict) -> None:
                 f"{pickled}: a reward head in a format that can run code, which is not read; save it as {VALUE_HEAD} "
                 "with safetensors.torch.save_file, or set model.head: new to train a new one"
             )
-    is_export = "fastrm" in config and not is_judge(config)
+    writer = paradigm_in(where, config.get("fastrm"))
+    is_export = "fastrm" in config and (writer is None or writer["kind"] != "judge")  # a judge has none
     names = [*(config.get("architectures") or ()), *(["a fastrm export"] if is_export else ())]
     kinds = ("ForSequenceClassification", "RewardModel", "SequenceRegression", "a fastrm export", "WithValueHead")
     named = next((name for name in names if any(kind in name for kind in kinds)), None)

@@ -66,7 +66,11 @@ class JudgeSpec(Section):
     random: one of them, by the seed; round_robin: all ordered pairs of a row's responses, n (n - 1) of n; bracket: a
     single elimination between them, 2 (n - 1)."""
     votes: Positive = 1
-    """Texts for each question; the majority decides."""
+    """Texts for each question; the majority decides. Of a critic: critiques of each response, whose rewards are
+    averaged."""
+    scorer: NonEmpty | None = None
+    """The reward model of a critic, which reads a reward behind each critique; default: generator.model, a critic that
+    fastrm trained."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -79,6 +83,8 @@ class JudgeSpec(Section):
             raise ValueError(f"parser: got {self.parser!r}; a critic writes no verdict: leave it out")
         if known and self.parser not in known:
             raise ValueError(f"parser: got {self.parser!r}; a {self.kind} judge has one of: {', '.join(known)}")
+        if self.scorer is not None and self.kind != "critic":
+            raise ValueError("scorer: reads what a critic writes; leave it out, or set kind: critic")
         return self
 
     @property

@@ -7,6 +7,9 @@ from fastrm.data.template import TurnLoss
 from fastrm.paradigm_config import CriticConfig, spec_name
 from fastrm.prompts.spec import load_spec
 
+# Settings of a SPEC that say where and how texts are generated, and not what a model learns.
+_OF_WRITING = {"generator", "decoding", "votes", "scorer"}
+
 
 def turn_loss_of(config: Config) -> TurnLoss | None:
     """Return how tokens that the model writes weigh; None for a model that writes nothing."""
@@ -24,5 +27,5 @@ def writer_of(config: Config) -> dict[str, Any] | None:
     """
     if (name := spec_name(config)) is None:
         return None
-    spec = load_spec(name).model_dump(mode="json", exclude_defaults=True, exclude={"generator", "decoding", "votes"})
+    spec = load_spec(name).model_dump(mode="json", exclude_defaults=True, exclude=_OF_WRITING)
     return {"kind": config.paradigm, "spec": spec}

@@ -9,8 +9,10 @@ modules make records of them.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from fastrm.data.paradigm import TextReading
 from fastrm.data.quarantine import Quarantine
 from fastrm.data.record import Record
 from fastrm.data.sources.digits import PREFIX as DIGITS_PREFIX
@@ -120,6 +122,7 @@ def read_source(
     quarantine: Quarantine,
     keys: dict[str, KeyTally] | None = None,
     require_preferences: bool = True,
+    reading: TextReading | None = None,
     **options,
 ) -> Iterator[Record]:
     """Yield the records of a data source, once each, in the order of its files and rows.
@@ -128,12 +131,13 @@ def read_source(
         path: as `source_files`, which also takes the options.
         quarantine: takes the rows that cannot be used.
         keys: takes for each file what its rows' keys were.
-        require_preferences: see `SourceFile`.
+        require_preferences, reading: see `SourceFile`.
 
     Raises:
         DataError: as `source_files`, by the call itself; iteration raises what only reading can see.
     """
     files = [file.requiring(require_preferences) for file in source_files(path, **options)]
+    files = files if reading is None else [replace(file, reading=reading) for file in files]
     return _read_files(files, quarantine, {} if keys is None else keys)
 
 
