@@ -35,8 +35,23 @@ class QuestionsSection(Section):
     """The folder that paths of images are relative to. Default: the file's."""
     truth: str = "solution"
     """The column of the true answers."""
+    spec: NonEmpty | None = None
+    """A pairwise judge, by the name of a shipped SPEC or the path of one (docs/judges.md), whose prompt asks about
+    preferences: the rows are preferences in any known layout, and the true answer is the place of the better response,
+    1 or 2. Default: none, the rows are questions."""
+    order: Literal["random", "both"] | None = None
+    """The order in which the judge of `spec` is shown two responses: random, by the seed and the texts, or both, one
+    question each. Default: both in data.eval, else random."""
     rows: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = None
     """The first row, counted from 0, and the row after the last. Default: all."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.spec is None and self.order is not None:
+            raise ValueError("order: belongs to spec, the judge that is shown two responses; set spec, or leave it out")
+        if self.spec is not None and "truth" in self.model_fields_set:
+            raise ValueError("truth: with spec the true answers are made of the rows' preferences; leave it out")
+        return self
 
 
 class DataSection(Section):
@@ -46,6 +61,14 @@ class DataSection(Section):
     """The questions that rollouts answer."""
     eval: QuestionsSection
     """The questions of the evaluation before and after."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.train.spec != self.eval.spec:
+            raise ValueError(
+                f"data.eval.spec: got {self.eval.spec}, and data.train.spec is {self.train.spec}; set the same"
+            )
+        return self
 
 
 class FitSection(Section):
@@ -88,11 +111,29 @@ class PolicySection(Section):
         return self
 
 
+class JudgePartsSection(Section):
+    """The weights of the parts of a judge's reward: format F + A (accuracy + consistency C), as docs/rl.md says.
+
+    The defaults are R1-Reward's. LLaVA-Critic-R1's are format 0.1, accuracy 0.9, consistency 0.
+    """
+
+    format: float = 0.5
+    """The reward of a text in exactly the form of the SPEC's parser."""
+    accuracy: float = 1.0
+    """The reward of a verdict that names the better response."""
+    consistency: float = 0.5
+    """The number that is added to accuracy where the thinking ends for the response of the verdict, and subtracted
+    where it ends for the other."""
+
+
 class RewardSection(Section):
     """One reward; the weighted sum of all is what the policy learns from."""
 
-    scheme: Literal["rule", "model", "hybrid"]
-    """rule: 1 if the answer is right, else 0; model: the model's reward r; hybrid: 1 if right, else sigmoid(r)."""
+    scheme: Literal["rule", "model", "hybrid", "judge"]
+    """rule: 1 if the answer is right, else 0; model: the model's reward r; hybrid: 1 if right, else sigmoid(r); judge:
+    for the text of a judge, whose SPEC is data.train.spec."""
+    parts: JudgePartsSection | None = None
+    """The weights of the parts of the scheme judge. Default: R1-Reward's."""
     model: NonEmpty | None = None
     """The URL of a `fastrm serve`, or the folder of a reward model, which is loaded into this process."""
     answers: Literal["auto", "text", "choice", "math"] = "auto"
@@ -102,7 +143,9 @@ class RewardSection(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if (self.model is None) != (self.scheme == "rule"):
+        if self.parts is not None and self.scheme != "judge":
+            raise ValueError(f"parts: belong to the scheme judge; leave them out with {self.scheme}")
+        if (self.model is None) != (self.scheme in ("rule", "judge")):
             raise ValueError(f"scheme {self.scheme}: {'leave out' if self.model else 'name'} its model")
         return self
 
@@ -165,6 +208,10 @@ class GrpoConfig(Section):
     def _check(self):
         if all(one.weight == 0.0 for one in self.rewards):
             raise ValueError("rewards: all have weight 0, so that nothing would be learned; leave the weight out for 1")
+        if self.data.train.spec is None and any(one.scheme == "judge" for one in self.rewards):
+            raise ValueError("rewards: the scheme judge needs data.train.spec and data.eval.spec, the judge's SPEC")
+        if self.data.train.spec is not None and self.judge is not None:
+            raise ValueError("judge: a reward model measures answers, not the verdicts of data.*.spec; leave it out")
         step = self.optim.batch_prompts * self.rollouts.num
         if step % self.optim.micro_batch:
             raise ValueError(

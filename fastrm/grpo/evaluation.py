@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 from fastrm.errors import DataError
 from fastrm.evaluate.accuracy import wilson_interval
+from fastrm.evaluate.judge_figures import Judged, figures, outcome
 from fastrm.grpo.policy import answer
+from fastrm.grpo.preferences import Comparison
 from fastrm.grpo.questions import Question
 from fastrm.rl.answers import is_match
+from fastrm.rl.judging import JudgeReward
 from fastrm.rl.rewards import Rewards
 from fastrm.rl.samples import Sample
 
@@ -33,7 +36,7 @@ def evaluate_policy(
     Returns:
         accuracy with its 95 % interval, mean length in characters, the judge's mean reward, and three examples.
     """
-    first, step = (0, 1) if process is None else (process.process_index, process.num_processes)
+    first, step = _place(process)
     share = questions[first::step]
     said = answer(policy, processor, share, max_tokens)
     rewards = [None] * len(share) if judge is None else judge(as_samples(share, said))
@@ -45,16 +48,60 @@ def evaluate_policy(
     ]
     numbers, said, right, rewards = zip(*sorted(rows if step == 1 else _gather(rows)), strict=True)
     found = {
-        "questions": len(numbers),
         "accuracy": sum(right) / len(right),
         "interval": list(wilson_interval(sum(right), len(right))),
-        "mean_characters": sum(map(len, said)) / len(said),
-        "examples": [
-            {"question": questions[number].origin, "truth": questions[number].truth, "answer": text}
-            for number, text in list(zip(numbers, said, strict=True))[:3]
-        ],
+        **_described([questions[number] for number in numbers], said),
     }
     return found if judge is None else {**found, "judge_reward": sum(rewards) / len(rewards)}
+
+
+def evaluate_judge(
+    policy, processor, questions: Sequence[Comparison], max_tokens: int, judge: JudgeReward, process=None
+) -> dict:
+    """Let a policy that is a judge write the likeliest text on each question, and measure its verdicts.
+
+    Args:
+        questions: in both orders, without which there is no figure of position.
+        process: as that of `evaluate_policy`.
+
+    Returns:
+        the figures of docs/judges.md (accuracy with its 95 % interval, position_flip_rate, first_place_rate, ties ...),
+        the share of texts in the SPEC's form, their mean consistency, their mean length in characters, and three
+        examples.
+    """
+    first, step = _place(process)
+    written = answer(policy, processor, questions[first::step], max_tokens)
+    rows = list(zip(range(first, len(questions), step), written, strict=True))
+    numbers, texts = zip(*sorted(rows if step == 1 else _gather(rows)), strict=True)
+    questions, said = [questions[number] for number in numbers], [judge.read(text) for text in texts]
+    outcomes: dict[int, dict] = {}
+    for question, one in zip(questions, said, strict=True):
+        winner_first = question.truth == "1"
+        outcomes.setdefault(question.number, {})[winner_first] = outcome(one.verdict, winner_first)
+    sources = {question.number: question.source for question in questions}
+    return {
+        **figures([Judged(sources[number], found) for number, found in outcomes.items()]),
+        "num_parse_failures": sum(one.verdict is None for one in said),
+        "format": sum(one.is_formed for one in said) / len(said),
+        "consistency": sum(one.consistency for one in said) / len(said),
+        **_described(questions, texts),
+    }
+
+
+def _place(process) -> tuple[int, int]:
+    """Return the number of this process, and of how many."""
+    return (0, 1) if process is None else (process.process_index, process.num_processes)
+
+
+def _described(questions: Sequence[Question], said: Sequence[str]) -> dict:
+    return {
+        "questions": len(said),
+        "mean_characters": sum(map(len, said)) / len(said),
+        "examples": [
+            {"question": question.origin, "truth": question.truth, "answer": text}
+            for question, text in list(zip(questions, said, strict=True))[:3]
+        ],
+    }
 
 
 def _gather(rows: list[tuple]) -> list[tuple]:

@@ -38,7 +38,7 @@ def load_policy(settings: PolicySection, questions: Sequence[Question], seed: in
 
     if settings.init is not None:
         torch.manual_seed(seed)
-        texts = [(*question.messages, Message("assistant", (question.truth,))) for question in questions]
+        texts = [(*question.messages, Message("assistant", (question.lesson,))) for question in questions]
         layout = chat_layout(settings.init["model_type"])
         tokenizer = train_tokenizer(texts, settings.tokenizer.train_vocab_size, layout)
         config = init_backbone(ModelConfig(init=settings.init, tokenizer="trained"), tokenizer, "policy.init").config
@@ -139,7 +139,7 @@ def fit(
     tokenizer = getattr(processor, "tokenizer", processor)
     for step in range(settings.steps):
         batch = [questions[n] for n in random.choice(len(questions), settings.batch)]
-        answers = [question.truth + tokenizer.eos_token for question in batch]
+        answers = [question.lesson + tokenizer.eos_token for question in batch]
         inputs = encode(processor, batch, answers).to(policy.device)
         labels = torch.full_like(inputs["input_ids"], -100)
         for row, answer in enumerate(answers):

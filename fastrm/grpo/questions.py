@@ -26,11 +26,18 @@ class Question:
 
     Attributes:
         origin: `file:row`, for messages.
+        taught: the text that a supervised start teaches; empty: the true answer.
     """
 
     messages: tuple[Message, ...]
     truth: str
     origin: str
+    taught: str = ""
+
+    @property
+    def lesson(self) -> str:
+        """The text that a supervised start teaches."""
+        return self.taught or self.truth
 
     @property
     def images(self) -> list[ImageRef]:
@@ -71,13 +78,23 @@ def read_questions(source: QuestionsSection) -> list[Question]:
     """
     start, stop = source.rows or (0, None)
     found = list(islice(_read(source), start, stop))
-    if not found:
+    check_rows(source, len(found))
+    return found
+
+
+def check_rows(source: QuestionsSection, count: int) -> None:
+    """Check how many rows were read of a source.
+
+    Raises:
+        DataError: for none, or fewer than `rows` names.
+    """
+    start, stop = source.rows or (0, None)
+    if not count:
         raise DataError(f"{source.path}: no questions in rows {start} to {stop or 'the end'}")
-    if stop is not None and start + len(found) < stop:
-        end = start + len(found)
+    if stop is not None and start + count < stop:
+        end = start + count
         text = f"has {end:,} rows, and rows: [{start}, {stop}] names more; write [{start}, {end}]"
         raise DataError(f"{source.path}: {text}")
-    return found
 
 
 def _read(source: QuestionsSection) -> Iterator[Question]:
@@ -112,15 +129,24 @@ def _question(row: object, resolve, column: str, origin: str) -> Question:
         question = Question(row_prompt(row, resolve), truths[0], origin)
         if template_arguments(row) or any(message.fields for message in question.messages):
             raise RecordError("BAD_ROW", "the row has tools, documents or calls, which no policy is shown here")
-        if not all(isinstance(ref, ImageRef) for ref in question.images):
-            raise RecordError("VIDEO_ROW", "the prompt has a video; only images are supported here")
-        for ref in question.images:
-            image_size(ref, MediaLimits())  # now, and not in the middle of the run
+        check_images(question)
     except RecordError as error:
         raise DataError(f"{origin}: {error.message} ({error.code})") from None
     except DataError as error:
         raise DataError(f"{origin}: {error}") from None
     return question
+
+
+def check_images(question: Question) -> None:
+    """Open the images of a question, now and not in the middle of the run.
+
+    Raises:
+        RecordError: for one that cannot be read, or a video.
+    """
+    if not all(isinstance(ref, ImageRef) for ref in question.images):
+        raise RecordError("VIDEO_ROW", "the prompt has a video; only images are supported here")
+    for ref in question.images:
+        image_size(ref, MediaLimits())
 
 
 def as_dataset(questions: Sequence[Question]):

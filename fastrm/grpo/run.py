@@ -10,13 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastrm.errors import ConfigError, DataError, DivergedError, InterruptedRun, StorageError
-from fastrm.grpo.config import GrpoConfig
-from fastrm.grpo.evaluation import evaluate_policy
+from fastrm.grpo.config import GrpoConfig, QuestionsSection
+from fastrm.grpo.evaluation import evaluate_judge, evaluate_policy
 from fastrm.grpo.policy import fit, is_visual, load_policy, save_policy
+from fastrm.grpo.preferences import read_comparisons, read_lessons
 from fastrm.grpo.questions import Question, as_dataset, read_questions
 from fastrm.grpo.report import make_report, show_report
 from fastrm.grpo.rewarding import RewardFunction
 from fastrm.json_files import to_json
+from fastrm.prompts.spec import JudgeSpec
+from fastrm.rl.judging import JudgeReward
 from fastrm.rl.rewards import Rewards, is_url, open_scorer
 from fastrm.ui import Display
 
@@ -37,9 +40,11 @@ def run_grpo(config: GrpoConfig) -> dict:
     _check_installed(config)
     process = _process(config)
     folder = _new_folder(config.run.dir)
-    train, held_out, taught = _read_questions(config)
+    left_out = Counter()
+    train, held_out, taught = _read_questions(config, left_out)
+    spec = _spec(config.data.eval)
     scorers = _open_scorers(config, process.device)
-    functions = [RewardFunction(one, number, scorers.get(one.model)) for number, one in enumerate(config.rewards)]
+    functions = [RewardFunction(one, number, scorers.get(one.model), spec) for number, one in enumerate(config.rewards)]
     policy, processor = load_policy(config.policy, [*taught, *train], config.run.seed)
     policy.to(process.device)
     _check_images((*taught, *train, *held_out), processor)
@@ -48,8 +53,11 @@ def run_grpo(config: GrpoConfig) -> dict:
 
         def measure(what: str) -> dict:
             answers, limit = config.rewards[0].answers, config.rollouts.max_tokens
-            judge = None if config.judge is None else Rewards(scorers[config.judge])
-            found = evaluate_policy(policy, processor, held_out, limit, answers, judge, process)
+            if spec is not None:
+                found = evaluate_judge(policy, processor, held_out, limit, JudgeReward(spec), process)
+            else:
+                judge = None if config.judge is None else Rewards(scorers[config.judge])
+                found = evaluate_policy(policy, processor, held_out, limit, answers, judge, process)
             display.say(f"{what}: accuracy {found['accuracy']:.4f} on {found['questions']:,} questions")
             return found
 
@@ -73,20 +81,45 @@ def run_grpo(config: GrpoConfig) -> dict:
     if not process.is_main_process:
         return {}
     save_policy(policy, processor, folder / "policy")
-    report = make_report(config, before, after, rows, seconds, generation, folder)
+    report = make_report(config, before, after, rows, seconds, generation, folder, dict(+left_out))
     show_report(report)
     return report
 
 
-def _read_questions(config: GrpoConfig) -> tuple[list[Question], list[Question], list[Question]]:
-    """Return the questions of training, those that are held out, and those of the policy's supervised start."""
-    train, held_out = read_questions(config.data.train), read_questions(config.data.eval)
+def _read_questions(config: GrpoConfig, left_out: Counter) -> tuple[list[Question], list[Question], list[Question]]:
+    """Return the questions of training, those that are held out, and those of the policy's supervised start.
+
+    Args:
+        left_out: as that of `read_comparisons`.
+    """
+
+    def read(source: QuestionsSection, order: str) -> list[Question]:
+        spec = _spec(source)
+        if spec is None:
+            return read_questions(source)
+        return read_comparisons(source, spec, order=order, seed=config.run.seed, left_out=left_out)
+
+    train, held_out = read(config.data.train, "random"), read(config.data.eval, "both")
     if len(train) < config.optim.batch_prompts:
         raise ConfigError(
             f"{config.data.train.path}: has {len(train):,} questions, fewer than the {config.optim.batch_prompts:,} of "
             "a step, so that there is none; lower optim.batch_prompts"
         )
-    return train, held_out, read_questions(config.policy.fit.data) if config.policy.fit else []
+    if config.policy.fit is None:
+        return train, held_out, []
+    source = config.policy.fit.data
+    spec = _spec(source)
+    taught = read_questions(source) if spec is None else read_lessons(source, spec, seed=config.run.seed)
+    return train, held_out, taught
+
+
+def _spec(source: QuestionsSection) -> JudgeSpec | None:
+    """Return the judge that a source's preferences are shown to; None: its rows are questions.
+
+    Raises:
+        ConfigError: as `JudgeReward`.
+    """
+    return None if source.spec is None else JudgeReward(source.spec).spec
 
 
 def _check_length(policy, max_tokens: int) -> None:

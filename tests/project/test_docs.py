@@ -144,6 +144,8 @@ def test_settings_exist(page, tmp_path):
             load_grid(file)
         elif {"generator", "kind"} & tree.keys():
             load_spec(str(file))
+        elif "rewards" in tree:
+            load_run(GrpoConfig, file)
         else:
             if not {"path", "init"} & tree.setdefault("model", {}).keys():
                 file.write_text(yaml.safe_dump({**tree, "model": {**tree["model"], "path": "somewhere"}}))
