@@ -42,6 +42,8 @@ class EvaluationConfig(Section):
     costs: bool = False
     """True to measure what a judged pair and a group of eight cost, in place of accuracy, as `fastrm eval --costs`:
     NAME/pair/flops, NAME/group_of_8/seconds."""
+    groups: list[str] = []
+    """The settings of the second axis whose cells are evaluated so; the default is all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,8 +52,8 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.costs and self.target == HELD_OUT:
-            raise ValueError(f"costs: the target {HELD_OUT} is no file; name a file, or bench:NAME")
+        if self.target == HELD_OUT and (self.costs or self.groups):
+            raise ValueError(f"costs and groups: the target {HELD_OUT} is no file; name a file, or bench:NAME")
         return self
 
 
@@ -158,8 +160,9 @@ class GridConfig(Section):
         _check_names("published.rows", self.published.rows if self.published else (), rows)
         if len(set(rows)) < len(rows):
             raise ValueError("an ensemble has the name of another row; rename it")
-        for heading, column in self.columns.items():
-            _check_names(f"columns.{heading}.groups", column.groups, self.groups, "setting")
+        limited = {f"columns.{heading}": column for heading, column in self.columns.items()}
+        for key, value in (limited | {f"evaluate.{entry.name}": entry for entry in self.evaluate}).items():
+            _check_names(f"{key}.groups", value.groups, self.groups, "setting")
         for name, values in self.axes.items():
             if not values:
                 raise ValueError(f"axes.{name} has no settings; name at least one")

@@ -142,12 +142,14 @@ def ensemble_task(cell: EnsembleCell, evaluations: list[EvaluationConfig]) -> Ta
 def evaluation_commands(cell: Cell | EnsembleCell, evaluation: EvaluationConfig) -> list[Command]:
     """Return the `fastrm eval` commands of an evaluation.
 
-    There is none for a run's own held-out data, which the run itself evaluates, and one for each held-out source of an
-    ensemble.
+    There is none for a run's own held-out data, which the run itself evaluates, nor for a cell that is not in the
+    evaluation's groups, and one for each held-out source of an ensemble.
 
     Raises:
         ConfigError: if a held-out source of an ensemble has no file that could be evaluated by itself.
     """
+    if evaluation.groups and cell.group not in evaluation.groups:
+        return []
     settings = [("--data", evaluation.data), ("--images", evaluation.images), ("--format", evaluation.format)]
     if evaluation.target != HELD_OUT:
         return [_command(cell, evaluation.name, evaluation.target, settings, evaluation)]

@@ -102,3 +102,11 @@ def test_what_models_write_stays_in_their_cell_and_costs_are_a_command_of_their_
     costs.out.parent.mkdir(parents=True)
     costs.out.write_text(json.dumps({"costs": {"pair": {"flops": 1.5}}}))
     assert cell_metrics(cell, grid.settings.evaluate) == {"c/pair/flops": 1.5}
+
+
+def test_an_evaluation_of_some_settings_is_made_of_those_alone(tmp_path):
+    evaluate = [{"name": "c", "target": "f.jsonl", "costs": True, "groups": ["many"]}]
+    grid = load_grid(write_grid(tmp_path, axes=AXES, evaluate=evaluate))
+    counts = {(cell.group, len(evaluation_commands(cell, grid.settings.evaluate[0]))) for cell in grid.cells}
+    assert counts == {("few", 0), ("many", 1)}
+    assert [cell_metrics(cell, grid.settings.evaluate) for cell in grid.cells] == [{}] * 4

@@ -72,7 +72,8 @@ def test_folder_is_named_by_the_file_unless_it_is_set(tmp_path, monkeypatch):
         ({"seed": [1]}, "grid.yaml:10: unknown key seed; did you mean seeds?"),
         ({"columns": {"a": {"metric": "x", "bets": "lowest"}}}, "did you mean columns.a.best?"),
         ({"columns": {"a": {"metric": "x", "groups": ["b"]}}}, "columns.a.groups: there is no setting 'b'"),
-        ({"evaluate": [{"name": "c", "target": "held_out", "costs": True}]}, "costs: the target held_out is no file"),
+        ({"evaluate": [{"name": "c", "target": "f", "groups": ["b"]}]}, "evaluate.c.groups: there is no setting 'b'"),
+        ({"evaluate": [{"name": "c", "target": "held_out", "costs": True}]}, "costs and groups: the target held_out"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -104,7 +105,8 @@ def test_settings_that_would_share_a_folder_are_refused(tmp_path):
 def test_grid_of_the_project_loads(path, monkeypatch):
     monkeypatch.chdir(path.parents[2])
     grid = load_grid(path)
-    configs = [cell.config.model_dump(exclude={"run"}) for cell in grid.cells if cell.seed == grid.settings.seeds[0]]
+    cells = [cell for cell in grid.cells if cell.seed == grid.settings.seeds[0]]
+    configs = [cell.config.model_dump(exclude={"run": {"dir", "seed"}}) for cell in cells]
     assert all(config not in configs[:number] for number, config in enumerate(configs)), "two cells are the same run"
     metrics = {column.metric.partition("/")[0] for column in grid.settings.shown.values()}
     assert metrics <= {evaluation.name for evaluation in grid.settings.evaluate}
