@@ -92,13 +92,15 @@ def evaluate(
 
     *models, data = models_and_data
     if costs:
+        from fastrm.judge.command import JudgeOptions
         from fastrm.judge.costs import measure_costs
 
-        if (choice, texts, scores, replace(outputs, json=None)) != (ModelChoice(), JudgeTexts(), None, Outputs()):
+        if (choice, scores, replace(outputs, json=None)) != (ModelChoice(), None, Outputs()):
             raise ConfigError(
-                "--costs measures one model or judge as it works now; leave --from, --scores and others out"
+                "--costs measures one model as it works now; leave --scores, --png, --report and what is for several "
+                "models out"
             )
-        measure_costs(models, data, options, bench_data, outputs.json)
+        measure_costs(models, data, JudgeOptions(options.rows, texts, bench_data, outputs.json, options))
         return
     if any(name.startswith("judge:") or is_writer(name) for name in models):
         from fastrm.judge.command import JudgeOptions, evaluate_judge

@@ -62,7 +62,7 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
         DataError: for data or generations that cannot be read, or, after everything is written, if a line of the
             generations could not be used or a preference was not judged.
     """
-    name, spec = _choose(models, options.texts)
+    name, spec = choose(models, options.texts)
     refused: list[str] = []
     with whole_file(options.json_out) if options.json_out is not None else nullcontext() as write:
         with Display() as display:
@@ -87,7 +87,7 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
     _complain(report, options.json_out)
 
 
-def _choose(models: Sequence[str], texts: JudgeTexts) -> tuple[str, JudgeSpec]:
+def choose(models: Sequence[str], texts: JudgeTexts) -> tuple[str, JudgeSpec]:
     """Return the name of a judge or critic, and its SPEC with the settings of the command line.
 
     Raises:
@@ -224,9 +224,7 @@ def _with_critiques(data: str, options: JudgeOptions, spec: JudgeSpec, refused: 
     return list(_numbered([record.original for record in _rows(data, options.rows, refused, reading)]))
 
 
-def _rows(
-    data: str, rows: RowOptions, refused: list[str], reading: TextReading | None = None
-) -> Iterator[Record]:
+def _rows(data: str, rows: RowOptions, refused: list[str], reading: TextReading | None = None) -> Iterator[Record]:
     options = {"columns": rows.columns, "ignore": rows.ignore, "reading": reading}
     for row in read_in_order(data, rows.images, rows.data_format, require_preferences=True, **options):
         if isinstance(row, Record):

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import torch
 
@@ -13,12 +12,14 @@ from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.benchmarks.benchmark import PREFIX as BENCHMARK
 from fastrm.evaluate.benchmarks.benchmark import load_benchmark
-from fastrm.evaluate.options import ModelChoice, ScoringOptions
+from fastrm.evaluate.options import JudgeTexts
 from fastrm.evaluate.reading import read_in_order
 from fastrm.json_files import to_json
-from fastrm.judge.judging import BRACKET, OF_GROUP, PAIR, JudgeJudging, Judging, RewardModelJudging
+from fastrm.judge.command import JudgeOptions, choose
+from fastrm.judge.judging import BRACKET, OF_GROUP, PAIR, CriticJudging, JudgeJudging, Judging, RewardModelJudging
 from fastrm.model.network import pick_device
-from fastrm.prompts.spec import PREFIX, load_spec
+from fastrm.model.paradigms import is_writer
+from fastrm.prompts.spec import PREFIX
 from fastrm.resident import release_freed, reset_peak, status_bytes
 from fastrm.storage import check_output, write_whole
 from fastrm.tables import Table
@@ -44,14 +45,14 @@ class CostRows:
     repeated: bool
 
     @classmethod
-    def read(cls, data: str, options: ScoringOptions, bench_data: str | None) -> "CostRows":
+    def read(cls, data: str, options: JudgeOptions) -> "CostRows":
         """Find the first rows of a file or benchmark that have what is needed.
 
         Raises:
             DataError: if no row has two responses.
         """
         pairs, groups, refused, seen = [], [], [], 0
-        for seen, row in enumerate(islice(_rows(data, options, bench_data), _LOOKED_AT), 1):  # noqa: B007
+        for seen, row in enumerate(islice(_rows(data, options), _LOOKED_AT), 1):  # noqa: B007
             if not isinstance(row, Record):
                 refused.append(f"; {row[1].message} ({row[1].code})")
                 continue
@@ -74,31 +75,37 @@ class CostRows:
         return self.pairs if way == PAIR else self.groups
 
 
-def measure_costs(
-    models: Sequence[str], data: str, options: ScoringOptions, bench_data: str | None, json_out: Path | None
-) -> None:
-    """Print what it costs a reward model or a judge to judge a pair and a group of eight; optionally write it as JSON.
+def measure_costs(models: Sequence[str], data: str, options: JudgeOptions) -> None:
+    """Print what it costs a model to judge a pair and a group of eight; optionally write it as JSON.
+
+    Args:
+        models: one reward model, critic or judge, as for `fastrm eval`.
+        options: as of a judge; texts that are there already cost nothing, and are refused.
 
     Raises:
-        ConfigError: for several models, a judge without a generator, or models that cannot be used.
+        ConfigError: for several models, texts that are there, a judge without a generator, or models that cannot be
+            used.
         DataError: for data without two responses in a row, or rows that cannot be judged.
         ServerError: for a judge's server that gives no answer.
     """
     if len(models) != 1:
         raise ConfigError(f"--costs is for one model; got {len(models)}, wanted fastrm eval MODEL DATA --costs")
-    if json_out is not None:
-        check_output(json_out)
+    texts = options.texts
+    if texts.given or texts.written is not None or texts.generations is not None:
+        raise ConfigError("--costs measures how texts are written, and keeps none: leave out what names texts")
+    if options.json_out is not None:
+        check_output(options.json_out)
     (name,) = models
     with Display() as display:
-        rows = CostRows.read(data, options, bench_data)
-        memory = _Memory(pick_device(options.device))
+        rows = CostRows.read(data, options)
+        memory = _Memory(pick_device(options.scoring.device))
         judging = _open(name, options, display)
         costs = measure(judging, rows, memory, display)
     here = {"device": "by URL" if judging.device is None else str(judging.device), "threads": torch.get_num_threads()}
     report = {"model": name, "data": data, "costs": costs, "rounds": ROUNDS, "responses_repeated": rows.repeated} | here
     print_table(make_console(), _table(report))
-    if json_out is not None:
-        write_whole(json_out, to_json(report, indent=2) + "\n")
+    if options.json_out is not None:
+        write_whole(options.json_out, to_json(report, indent=2) + "\n")
 
 
 def measure(judging: Judging, rows: CostRows, memory: "_Memory", display: Display) -> dict[str, dict]:
@@ -150,19 +157,19 @@ class _Memory:
         return peak - self._before
 
 
-def _open(name: str, options: ScoringOptions, display: Display) -> Judging:
-    if not name.startswith(PREFIX):
-        return RewardModelJudging(ModelChoice((Path(name),)), options, display)
-    spec = load_spec(name.removeprefix(PREFIX))
-    if spec.generator is None:
-        raise ConfigError(f"{name}: it names no generator, whose costs could be measured (docs/judges.md)")
-    return JudgeJudging(spec)
+def _open(name: str, options: JudgeOptions, display: Display) -> Judging:
+    if not name.startswith(PREFIX) and not is_writer(name):
+        if options.texts != JudgeTexts():
+            raise ConfigError(f"{name}: a reward model writes no texts; leave the options of texts out")
+        return RewardModelJudging(name, options.scoring, display)
+    _, spec = choose([name], options.texts)
+    return CriticJudging(spec, options.scoring, display) if spec.kind == "critic" else JudgeJudging(spec)
 
 
-def _rows(data: str, options: ScoringOptions, bench_data: str | None) -> Iterator:
+def _rows(data: str, options: JudgeOptions) -> Iterator:
     rows = options.rows
     if data.startswith(BENCHMARK):
-        return iter(load_benchmark(data, bench_data, rows.images).records)
+        return iter(load_benchmark(data, options.bench_data, rows.images).records)
     reading = {"columns": rows.columns, "ignore": rows.ignore, "require_preferences": False}
     return read_in_order(data, rows.images, rows.data_format, **reading)
 

@@ -1,7 +1,7 @@
 """Critics: the rewards that a reward model reads behind critiques of responses."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,14 +64,10 @@ def read_rewards(
         ConfigError, StorageError: for a scorer that cannot be used.
         DataError: for a reward that is not a finite number.
     """
-    asked = {(one.id, one.order): one.messages for one in make_questions(spec, records)}
     by_row: dict[str, list[Generation]] = defaultdict(list)
     for critique in critiques:
         by_row[critique.id].append(critique)
-    groups = []
-    for record in (record for record in records if record.id in by_row):
-        turns = [(*asked[one.id, one.order], Message("assistant", (one.text,))) for one in by_row[record.id]]
-        groups.append(replace(record, responses=tuple(map(Response, turns)), preferences=()))
+    groups = conversations(spec, records, by_row)
     scorer = open_models(ModelChoice((Path(scorer_of(spec)),)), options, display, behind_critique=True)
     results = _score(lambda some: score_rows(scorer, some, options, display), groups)
     said: Said = defaultdict(list)
@@ -83,6 +79,22 @@ def read_rewards(
             else:
                 said[critique.id, critique.order].append(reward)
     return dict(said)
+
+
+def conversations(
+    spec: JudgeSpec, records: Sequence[Record], critiques: Mapping[str, Sequence[Generation]]
+) -> list[Record]:
+    """Return the groups of conversations that end with critiques: of each row that has some, in their order.
+
+    Args:
+        critiques: by row's id.
+    """
+    asked = {(one.id, one.order): one.messages for one in make_questions(spec, records)}
+    groups = []
+    for record in (record for record in records if record.id in critiques):
+        turns = [(*asked[one.id, one.order], Message("assistant", (one.text,))) for one in critiques[record.id]]
+        groups.append(replace(record, responses=tuple(map(Response, turns)), preferences=()))
+    return groups
 
 
 def _score(score: Score, groups: Sequence[Record]) -> list[list[float | RecordError]]:

@@ -1,6 +1,7 @@
-"""The ways to judge records whose costs are measured: a reward model's packed pass, a judge's texts."""
+"""The ways to judge records whose costs are measured: a reward model's pass, a judge's texts, a critic's both."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from fastrm.evaluate.models import open_models
 from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.forecast.flops import generation_flops, pass_flops
 from fastrm.judge.command import make_writer, rounds
+from fastrm.judge.critics import conversations, scorer_of
 from fastrm.judge.generations import Generation
 from fastrm.judge.local import LocalModel
 from fastrm.judge.questions import Written
@@ -56,13 +58,17 @@ class Judging(ABC):
 class RewardModelJudging(Judging):
     """A reward model, which scores a record in one packed pass."""
 
-    def __init__(self, choice: ModelChoice, options: ScoringOptions, display: Display):
+    def __init__(self, model: str, options: ScoringOptions, display: Display, *, behind_critique: bool = False):
         """Load the model, as `fastrm eval` does.
+
+        Args:
+            behind_critique: as for `RewardModel.from_pretrained`.
 
         Raises:
             ConfigError, StorageError: for a model that cannot be used.
         """
-        self._ensemble, self._budget = open_models(choice, options, display), options.tokens_per_pack
+        choice, self._budget = ModelChoice((Path(model),)), options.tokens_per_pack
+        self._ensemble = open_models(choice, options, display, behind_critique=behind_critique)
         self._network = self._ensemble.models[0].network
         self.device = self._network.device
 
@@ -139,3 +145,36 @@ class JudgeJudging(Judging):
                 images = [one.size.image_tokens // count] * count if count else []
                 flops += generation_flops(self._network, one.size.read, one.size.written, images)
         return Work(sum(size.written for size in sizes), sum(size.read for size in sizes), flops)
+
+
+class CriticJudging(JudgeJudging):
+    """A critic, which writes critiques and scores the conversations that end with them in one packed pass."""
+
+    ways = (PAIR, OF_GROUP)
+
+    def __init__(self, spec: JudgeSpec, options: ScoringOptions, display: Display):
+        """Load the model that writes and the one that scores, which may be the same files.
+
+        Raises:
+            ConfigError, StorageError: for models that cannot be used.
+        """
+        super().__init__(spec)
+        self._spec = spec
+        self._scorer = RewardModelJudging(scorer_of(spec), options, display, behind_critique=True)
+
+    def judge(self, way: str, record: Record) -> tuple[list[Written], Record, Any]:
+        """Return the critiques of a record's responses, the conversations that end with them, and their rewards.
+
+        Raises:
+            ConfigError, DataError, ServerError: as of a judge, and for conversations that cannot be scored.
+        """
+        written = super().judge(way, record)
+        critiques = [Generation(one.question.id, one.question.order, one.text) for one in written]
+        (group,) = conversations(self._spec, [record], {record.id: critiques})
+        return written, group, self._scorer.judge(way, group)
+
+    def work_of(self, record: Record, judged: tuple[list[Written], Record, Any]) -> Work:
+        """Return the work of writing and that of the pass, added up."""
+        written, group, rewards = judged
+        parts = zip(super().work_of(record, written), self._scorer.work_of(group, rewards), strict=True)
+        return Work(*(None if None in part else sum(part) for part in parts))

@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,36 +14,38 @@ from PIL import Image
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.record import Message
 from fastrm.errors import ConfigError, DataError
-from fastrm.evaluate.options import ScoringOptions
+from fastrm.evaluate.options import JudgeTexts, RowOptions, ScoringOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.forecast.flops import generation_flops, pass_flops
 from fastrm.grpo.config import PolicySection
 from fastrm.grpo.policy import load_policy, save_policy
 from fastrm.grpo.questions import Question
 from fastrm.judge import costs
+from fastrm.judge.command import JudgeOptions
 from fastrm.judge.costs import CostRows, measure, measure_costs
-from fastrm.judge.judging import BRACKET, OF_GROUP, PAIR, JudgeJudging, Judging, Work
+from fastrm.judge.judging import BRACKET, OF_GROUP, PAIR, JudgeJudging, Judging, RewardModelJudging, Work
 from fastrm.judge.local import LocalModel
 from fastrm.model.architectures import meta_network
-from fastrm.model.export import save_model
+from fastrm.model.export import load_model, save_model
 from fastrm.prompts.spec import load_spec
 from tests.helpers import documents, support
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import TEXT_MODEL, TINY, fastrm_here, write_rows
 from tests.helpers.smollm2 import needs_smollm2
+from tests.judge.test_critics import make_critic
 from tests.judge.test_generating import chat_server, text_of, write_spec
 
-OPTIONS = ScoringOptions(check_exactness=False)
+OPTIONS = JudgeOptions(RowOptions(), JudgeTexts(), scoring=ScoringOptions(check_exactness=False))
 KEYS = {"tokens_generated", "tokens_read", "flops", "seconds", "memory_bytes"}
 EIGHT = {"id": "8", "prompt": "Is this the cat? " * 8, "responses": [f"yes {'no ' * n}" for n in range(8)]}
 PAIRS = [{"id": f"r{n}", "prompt": f"{n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(2)]
 PROMPT = "{{ question }} 1: {{ first }} 2: {{ second }}"
 
 
-def run(folder, model, rows):
-    out = folder / "costs.json"
-    measure_costs([str(model)], str(write_rows(folder / "rows.jsonl", rows)), OPTIONS, None, out)
-    return json.loads(out.read_text())
+def run(folder, model, rows, **texts):
+    options = replace(OPTIONS, texts=JudgeTexts(**texts), json_out=folder / "costs.json")
+    measure_costs([str(model)], str(write_rows(folder / "rows.jsonl", rows)), options)
+    return json.loads(options.json_out.read_text())
 
 
 def records_of(folder, rows):
@@ -50,7 +53,7 @@ def records_of(folder, rows):
 
 
 def pair_of(folder, row):
-    return CostRows.read(str(write_rows(folder / "r.jsonl", [row])), OPTIONS, None).pairs[0]
+    return CostRows.read(str(write_rows(folder / "r.jsonl", [row])), OPTIONS).pairs[0]
 
 
 def save_judge(folder, init):
@@ -179,12 +182,43 @@ def test_a_pointwise_judge_sees_each_response_once(tmp_path):
     assert len(bodies) == 2 + 3 * (2 + 8) and len({text_of(body) for body in bodies}) == 8
 
 
+def test_a_critic_writes_about_each_response_and_reads_all_behind_them(tmp_path, monkeypatch):
+    packs, judge = [], RewardModelJudging.judge
+    texts, write = [], LocalModel.write
+
+    def watched(self, questions):
+        for written in write(self, questions):
+            texts.append(written)
+            yield written
+
+    def scored(self, way, record):
+        packs.append(record)
+        return judge(self, way, record)
+
+    monkeypatch.setattr(LocalModel, "write", watched)
+    monkeypatch.setattr(RewardModelJudging, "judge", scored)
+    model = make_critic(tmp_path / "model")
+    found = run(tmp_path, model, [EIGHT], max_tokens=4)["costs"]
+    assert found.keys() == {PAIR, OF_GROUP} and len(texts) == 2 + 3 * (2 + 8) and len(packs) == 1 + 3 * 2
+    network = load_model(model, behind_critique=True)
+    for way, written, pack in ((PAIR, texts[2:4], packs[1]), (OF_GROUP, texts[4:12], packs[2])):
+        assert [response.text for response in pack.responses] == [one.text for one in written]
+        assert all(1 <= one.size.written <= 4 for one in written)
+        group = encode_group(pack, network.encoder)
+        size, paths = GroupSize.of(group), [len(response.tokens) for response in group.responses]
+        flops = pass_flops(network, size.num_tokens, size.num_attention_pairs, paths, pruned=True)
+        flops += sum(generation_flops(network, one.size.read, one.size.written) for one in written)
+        assert found[way]["flops"] == flops
+        assert found[way]["tokens_generated"] == sum(one.size.written for one in written)
+        assert found[way]["tokens_read"] == size.num_tokens + sum(one.size.read for one in written)
+
+
 def test_rows_are_the_first_that_have_what_is_needed(tmp_path, capsys):
     data = str(write_rows(tmp_path / "r.jsonl", [{"prompt": "?", "responses": ["one"]}, *PAIRS, EIGHT]))
-    rows = CostRows.read(data, OPTIONS, None)
+    rows = CostRows.read(data, OPTIONS)
     assert [record.id for record in rows.pairs] == ["r0", "r1", "8"] and not rows.repeated
     assert [record.id for record in rows.groups] == ["8"] and len(rows.groups[0].responses) == 8
-    rows = CostRows.read(str(write_rows(tmp_path / "r.jsonl", PAIRS)), OPTIONS, None)
+    rows = CostRows.read(str(write_rows(tmp_path / "r.jsonl", PAIRS)), OPTIONS)
     assert rows.repeated and [record.id for record in rows.groups] == ["r0", "r1"]
     texts = [response.text for response in rows.groups[0].responses]
     assert texts[:3] == ["1. good 0", "2. bad 0", "3. good 0"] and len(set(texts)) == 8
@@ -257,9 +291,9 @@ def test_rows_that_cannot_be_judged_are_named(tmp_path, rows, said):
 def test_models_that_cannot_be_measured_are_named(tmp_path):
     data = str(write_rows(tmp_path / "rows.jsonl", PAIRS))
     with pytest.raises(ConfigError, match="--costs is for one model; got 2"):
-        measure_costs(["a", "b"], data, OPTIONS, None, None)
+        measure_costs(["a", "b"], data, OPTIONS)
     with pytest.raises(ConfigError, match="r1_reward: it names no generator"):
-        measure_costs(["judge:r1_reward"], data, OPTIONS, None, None)
+        measure_costs(["judge:r1_reward"], data, OPTIONS)
 
 
 def test_the_command(tmp_path, capfd):
@@ -269,7 +303,11 @@ def test_the_command(tmp_path, capfd):
     code, _ = fastrm_here(capfd, *wanted, "--json", out)
     assert code == 0 and json.loads(out.read_text())["costs"].keys() == {PAIR, OF_GROUP}
     code, said = fastrm_here(capfd, *wanted, "--from", tmp_path / "texts.jsonl")
-    assert code == 64 and "leave --from, --scores and others out" in said
+    assert code == 64 and "--costs measures how texts are written, and keeps none" in said
+    code, said = fastrm_here(capfd, *wanted, "--max-tokens", 3)
+    assert code == 64 and "a reward model writes no texts" in said
+    code, said = fastrm_here(capfd, *wanted, "--report", tmp_path / "page.html")
+    assert code == 64 and "--costs measures one model as it works now" in said
 
 
 @needs_smollm2
