@@ -79,7 +79,8 @@ def test_a_run_learns_and_leaves_a_model_that_stock_classes_write_with(paradigm,
 
 def _critique_loss(model, folder) -> float:
     """The mean over the held-out preferences of the mean losses of both critiques, of the stock model's own logits."""
-    encoder, template = load_model(folder).encoder, PromptTemplate(load_spec("mm_rlhf_reward").prompt, ("response",))
+    encoder = load_model(folder, behind_critique=True).encoder
+    template = PromptTemplate(load_spec("mm_rlhf_reward").prompt, ("response",))
     losses = []
     for row in _rows(12, 100):
         for name in ("chosen", "rejected"):
