@@ -30,6 +30,7 @@ from fastrm_kernels import preference_loss
 from tests.helpers import stock
 from tests.helpers.real_width_cases import FEW_ROWS, FULL, GROUPS, SMALL_TILE, record_of
 from tests.helpers.support import pack_of
+from tests.helpers.writers import LOSSES, TURNS, naive, writer_records
 
 # Whole graphs as inductor gets them, without the minutes that it needs for them.
 BACKEND = "aot_eager"
@@ -94,13 +95,40 @@ def compare_with_stock(name: str, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def _rewards_and_gradients(network, compute):
-    """Rewards (R,) and the compared gradients of a function that gives (loss, rewards)."""
+def compare_writer_with_stock(paradigm: str, folder: Path) -> dict:
+    """Loss, rewards and gradients of a critic or judge of two layers of Qwen2.5-VL-7B, by stock and by fastrm."""
+    write_model("Qwen2.5-VL-7B-Instruct", folder, layers=2, vocabulary=FEW_ROWS)
+    config = load_config(
+        {"paradigm": paradigm, "run": {"dir": "unused"}, "model": {"path": str(folder)}, "precision": {"dtype": "fp32"}}
+    )
+    network = make_network(config, load_tokenizer(str(folder)))
+    network.encoder.turns = TURNS[paradigm]
+    for key, parameter in network.named_parameters():
+        parameter.requires_grad_(key.endswith((*COMPARED, "lm_head.weight")))
+    records = writer_records("qwen2_5_vl", paradigm)[2:]  # two responses about an image
+    (total, wanted), expected = _with_gradients(network, lambda: naive(network, records))
+    network.set_kernels(torch.float32)
+    (parts, found), gradients = _with_gradients(network, lambda: network(pack_of(network, records), LOSSES[paradigm]))
+    return {
+        "losses": [float(parts.sum()), float(total)], "wanted": wanted.tolist(), "found": found.tolist(),
+        "norms": {key: float(gradient.norm()) for key, gradient in expected.items()},
+        "errors": {key: float((gradients[key] - gradient).norm()) for key, gradient in expected.items()},
+    }  # fmt: skip
+
+
+def _with_gradients(network, compute):
+    """What a function gives, a loss first, without their graph; and the gradients of its sum."""
     loss, rewards = compute()
-    loss.backward()
+    loss.sum().backward()
     found = {key: p.grad for key, p in network.named_parameters() if p.grad is not None}
     network.zero_grad(set_to_none=True)
-    return rewards.detach(), found
+    return (loss.detach(), rewards.detach()), found
+
+
+def _rewards_and_gradients(network, compute):
+    """Rewards (R,) and the compared gradients of a function that gives (loss, rewards)."""
+    (_, rewards), found = _with_gradients(network, compute)
+    return rewards, found
 
 
 def _packed_loss(network, record):

@@ -12,7 +12,7 @@ from tests.helpers import stock
 from tests.helpers.support import make_image, make_model, words
 
 CENTER, FACTOR = 0.01, 0.7
-CRITIC, JUDGE = TurnLoss(False, FACTOR), TurnLoss(True)
+TURNS = {"critic": TurnLoss(False, FACTOR), "judge": TurnLoss(True)}
 LOSSES = {"critic": LossConfig(center=CENTER), "judge": LossConfig(kind="cross_entropy")}
 
 
@@ -40,7 +40,7 @@ def _ratings(record: Record) -> Record:
 
 def writer_network(family: str, paradigm: str, **options) -> RewardNetwork:
     network = make_model(family, paradigm=paradigm, **options)
-    network.encoder.turns = CRITIC if paradigm == "critic" else JUDGE
+    network.encoder.turns = TURNS[paradigm]
     return network
 
 

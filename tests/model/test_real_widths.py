@@ -15,6 +15,7 @@ from tests.helpers.real_width_cases import FEW_ROWS, MOST_BYTES, assert_rewards
 from tests.helpers.real_width_jobs import (
     classify,
     compare_with_stock,
+    compare_writer_with_stock,
     save_stock_classifier,
     score_groups,
     step_and_export,
@@ -49,6 +50,21 @@ def test_real_widths_load_step_export_and_score_exactly(name, num_rows, tmp_path
         assert found["errors"][key] <= 1e-4 * norm, key
     print(f"{name}, {num_rows} rows: step and export {step}; comparison {comparison}")
     assert max(step.peak_bytes, comparison.peak_bytes) < MOST_BYTES
+
+
+@pytest.mark.parametrize("paradigm", ["critic", pytest.param("judge", marks=pytest.mark.slow)])
+def test_what_is_written_at_the_widths_of_the_7b_is_learnt_exactly(paradigm, tmp_path):
+    comparison = run_alone(compare_writer_with_stock, paradigm, tmp_path / "model")
+    found = comparison.value
+    ours, wanted = found["losses"]
+    assert ours == pytest.approx(wanted, rel=1e-6)
+    assert_rewards(found["found"], found["wanted"])
+    assert any(key == "lm_head.weight" for key in found["norms"])
+    for key, norm in found["norms"].items():
+        assert norm > 0, f"{key}: the oracle's gradient is zero"
+        assert found["errors"][key] <= 1e-4 * norm, key
+    print(f"{paradigm}: {comparison}")
+    assert comparison.peak_bytes < MOST_BYTES
 
 
 @pytest.fixture(

@@ -5,7 +5,8 @@ import torch
 
 from fastrm.model.head import total_weight
 from fastrm.model.network import RewardNetwork
-from tests.helpers.support import FAMILIES, pack_of
+from fastrm.model.turn_loss import turn_losses
+from tests.helpers.support import FAMILIES, make_model, needs_interpreter, pack_of
 from tests.helpers.writers import LOSSES, naive, writer_network, writer_records
 
 
@@ -45,3 +46,75 @@ def test_packed_equals_naive_in_stock_transformers(family, paradigm):
 def _tokens(pack) -> float:
     """The tokens of all turns, each as often as its text weighs."""
     return float(pack.turn_weights.double().sum())
+
+
+def _error(gradients, truth) -> torch.Tensor:
+    return torch.stack([(gradients[name] - truth[name]).double().square().sum() for name in truth]).sum().sqrt()
+
+
+@pytest.mark.parametrize("paradigm", ["critic", "judge"])
+def test_bf16_gradient_is_at_most_twice_as_far_off_as_stock_autocast(paradigm):
+    network, records = writer_network("qwen2", paradigm), writer_records("qwen2", paradigm)
+    naive(network, records)[0].backward()
+    truth = _gradients(network)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = naive(network, records)
+    total.backward()
+    stock_error = _error(_gradients(network), truth)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parts, _ = network(pack_of(network, records), LOSSES[paradigm])
+    parts.sum().backward()
+    assert 0 < _error(_gradients(network), truth) <= 2 * stock_error
+
+
+def _turn_loss(network, pack, impl):
+    states = network._runner.all_states(pack).detach().requires_grad_()
+    total, means = turn_losses(states, network.language.norm, network.lm_weight, pack, impl)
+    total.backward()
+    return total.detach(), means.detach(), states.grad, _gradients(network)
+
+
+def _assert_same(found, wanted) -> None:
+    """Equal but for a few roundings of sums, relative to the largest element."""
+    assert found[3].keys() == wanted[3].keys()
+    for one, other in [*zip(found[:3], wanted[:3], strict=True), *((found[3][k], wanted[3][k]) for k in wanted[3])]:
+        assert (one - other).abs().max() <= 3e-6 * other.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10**6])
+def test_the_loss_does_not_depend_on_the_chunks(rows, monkeypatch):
+    network = writer_network("llama", "critic")
+    pack = pack_of(network, writer_records("llama", "critic"))
+    whole = _turn_loss(network, pack, "eager")
+    monkeypatch.setattr("fastrm.model.turn_loss.CHUNK_LOGITS", rows * network.lm_weight.shape[0])
+    found = _turn_loss(network, pack, "eager")
+    _assert_same(found, whole)
+
+
+@needs_interpreter
+def test_ligers_kernel_gives_the_same_losses_and_gradients(monkeypatch):
+    pytest.importorskip("liger_kernel")
+    network = writer_network("llama", "critic")
+    pack = pack_of(network, writer_records("llama", "critic"))
+    wanted, found = _turn_loss(network, pack, "eager"), _turn_loss(network, pack, "triton")
+    _assert_same(found, wanted)
+
+
+def test_a_pack_without_anything_to_write_reaches_the_lm_head():
+    """Several ranks wait for one another's gradients of every weight."""
+    network = writer_network("llama", "critic")
+    pack = pack_of(network, writer_records("llama", "critic"))
+    none = torch.zeros(0, dtype=torch.int64)
+    pack.turn_rows = pack.turn_targets = pack.turn_owners = none
+    pack.turn_weights = torch.zeros(0)
+    for impl in ("eager", "triton"):
+        network.lm_kernels = impl
+        network(pack, LOSSES["critic"])[0].sum().backward()
+        assert _gradients(network)["lm_head.weight"].abs().max() == 0
+
+
+def test_a_judge_has_no_head_and_a_reward_model_no_lm_head():
+    kinds = ("reward", "critic", "judge")
+    names = {kind: dict(make_model("llama", paradigm=kind).named_parameters()) for kind in kinds}
+    has = {kind: ("score.0.weight" in own, "lm_head.weight" in own) for kind, own in names.items()}
+    assert has == {"reward": (True, False), "critic": (True, True), "judge": (False, True)}
