@@ -316,6 +316,11 @@ class Config(Section):
                     f"leave {name}.pairs out"
                 )
 
+    @property
+    def prunes_last_layer(self) -> bool:
+        """True if the last layer's output is needed at the anchors alone, so that little else of it is computed."""
+        return self.model.pooling == "anchor" and self.paradigm == "reward"
+
     def to_yaml(self) -> str:
         """Return the resolved configuration as YAML; loading it again gives an equal `Config`."""
         return dump_yaml(self.model_dump(mode="json"))

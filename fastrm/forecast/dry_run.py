@@ -63,7 +63,7 @@ def dry_run(config: Config, console: Console | None = None) -> dict:
         say(console, f"Model not sized: {error.args[0]}.")
     else:
         _check_tokenizer(config.model, architecture)
-        network = meta_network(architecture, config.model)
+        network = meta_network(architecture, config.model, config.paradigm)
         check_lr_parts(network, config.optim)
         with Display() as display:
             report |= _size(config, network, display.task(PROGRESS))
@@ -113,7 +113,7 @@ def _ways(config: Config, network: RewardNetwork, load: Workload) -> dict[str, d
     found = {"stock pairwise": {"shared": False, "images_once": False, "pruned": False}}
     if share:
         found["shared prompts"] = {"shared": True, "images_once": True, "pruned": False}
-    found["fastrm"] = {"shared": share, "images_once": True, "pruned": config.model.pooling == "anchor"}
+    found["fastrm"] = {"shared": share, "images_once": True, "pruned": config.prunes_last_layer}
     checkpointing = config.model.activation_checkpointing == "full"
     return {
         name: {

@@ -241,7 +241,7 @@ def _run_layers(engine: LocalEngine, pack: Pack, kept: set[int]) -> list[Life]:
             meter.count(tensor)
         total, _ = engine.loss_and_rewards(pack)
         meter.begin(None, backward=True)
-        total.backward()
+        total.sum().backward()  # a critic's is of two parts
     lives = meter.lives()
     for hook in hooks:
         hook.remove()

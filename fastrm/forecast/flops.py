@@ -99,6 +99,10 @@ def step_flops(
     for matrix in _matrices(network):
         part = "vision" if matrix.rows in ("patches", "tower rows", "image tokens") else "language"
         parts[part] += _matrix_flops(matrix, num_rows[matrix.rows_pruned if pruned else matrix.rows], checkpointing)
+    if network.paradigm != "reward":  # all tokens of responses are taken to be learnt
+        weight, reached = network.lm_weight, _gradient_reaches(network)["language model"]
+        lm_head = _Matrix(weight.numel(), "turns", "turns", weight.requires_grad, reached, repeatable=False)
+        parts["language"] += _matrix_flops(lm_head, 2 * load.num_pairs * load.response_tokens, checkpointing)
     parts["attention"] = _attention_flops(network, load, num_images, shared, pruned, checkpointing)
     return parts
 
@@ -195,6 +199,8 @@ def _matrices(network: RewardNetwork) -> Iterator[_Matrix]:
     last = layers[-1]
     pruned = set(_products(last)) - {*_products(last.self_attn.k_proj), *_products(last.self_attn.v_proj)}
     for module in _products(network):
+        if module is network.lm_head:  # multiplied with what is written alone
+            continue
         weights = list(module.parameters(recurse=False))
         part = parts[weights[0]]
         rows = "patches" if module in of_pixels else _ROWS[part]

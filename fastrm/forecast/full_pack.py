@@ -119,6 +119,11 @@ def make_pack(shape: PackShape, network: RewardNetwork) -> Pack:
             "media_features": torch.empty(shape.num_image_rows, dtype=torch.int64),
             "patch_format": form,
         }
+    turns = {}
+    if network.paradigm != "reward":  # all tokens of responses are taken to be learnt
+        own = sum(length for length, parent in zip(shape.lengths, shape.parents, strict=True) if parent >= 0)
+        rows, weights = torch.empty(own or num_tokens, dtype=torch.int64), torch.empty(own or num_tokens)
+        turns = {"turn_rows": rows, "turn_targets": rows, "turn_owners": rows, "turn_weights": weights}
     return Pack(
         input_ids=torch.empty(num_tokens, dtype=torch.int64),
         position_ids=torch.empty(3, num_tokens, dtype=torch.int64),
@@ -132,5 +137,5 @@ def make_pack(shape: PackShape, network: RewardNetwork) -> Pack:
         is_tie=torch.empty(num_edges, dtype=torch.bool),
         response_lengths=torch.empty(num_responses, dtype=torch.int64),
         media_grids=list(shape.grids),
-        **{"patches": None, "video_patches": None, "media_rows": None, "media_features": None, **pixels},
+        **{"patches": None, "video_patches": None, "media_rows": None, "media_features": None, **pixels, **turns},
     )

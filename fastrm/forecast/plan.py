@@ -168,7 +168,7 @@ def plan_time(config: Config, assumptions: Assumptions) -> TimePlan:
     network, origin = _network_of(config)
     load = typical_workload(config, network)
     flops = step_flops(
-        network, load, shared=config.data.share_prefixes, images_once=True, pruned=config.model.pooling == "anchor",
+        network, load, shared=config.data.share_prefixes, images_once=True, pruned=config.prunes_last_layer,
         checkpointing=config.model.activation_checkpointing == "full",
     )  # fmt: skip
     rate = _rate(config, assumptions)
@@ -213,7 +213,7 @@ def _network_of(config: Config) -> tuple[RewardNetwork, str]:
         architecture, origin = find_architecture(config.model)
     except LookupError as error:
         raise ConfigError(f"the model cannot be sized: {error.args[0]}") from None
-    return meta_network(architecture, config.model), origin
+    return meta_network(architecture, config.model, config.paradigm), origin
 
 
 def _check(config: Config, assumptions: Assumptions) -> None:

@@ -40,7 +40,7 @@ def check_room(config: Config, num_ranks: int = 1, num_local: int = 1) -> None:
         architecture, _ = find_architecture(config.model)
     except LookupError:
         return
-    needs = least_of(config, meta_network(architecture, config.model), num_ranks)
+    needs = least_of(config, meta_network(architecture, config.model, config.paradigm), num_ranks)
     on_gpu = pick_device(config.run.device).type != "cpu"
     if problem := memory_problem(config, needs, on_gpu, num_local):
         raise ConfigError(problem)

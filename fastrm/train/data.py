@@ -84,7 +84,8 @@ class RunData:
             if self._units is None:
                 self._preparation.check_encoder(encoder)
                 return None
-            report = self._preparation.finish(self._units, encoder, make_cost_model(architecture, self.config.model))
+            cost = make_cost_model(architecture, self.config.model, self.config.paradigm)
+            report = self._preparation.finish(self._units, encoder, cost)
         refused = Quarantine(None)
         self.refusals_into(refused)
         for line in (*pair_lines(report), *refused.reasons()):

@@ -172,9 +172,10 @@ def _train_steps(run: Run) -> None:
 def _steps(run: Run, waiting: Waiting) -> Iterator[Iterator[LoadedPack]]:
     """Yield the packs of each step that is left; the packs of a step must be taken before the next step."""
     job, config, ranks = run.job, run.config, run.ranks
+    cost = make_cost_model(job.network.model.config, config.model, config.paradigm)
     plans = plan_steps(
         job.train.groups, run.order, run.progress.position, config.optim.tokens_per_pack,
-        rank=ranks.rank, num_ranks=ranks.num_ranks, cost=make_cost_model(job.network.model.config, config.model),
+        rank=ranks.rank, num_ranks=ranks.num_ranks, cost=cost,
     )  # fmt: skip
     pin = job.network.device.type != "cpu"
     packs = load_packs(run.builder(job.train), plans, config.data.num_workers, pin_memory=pin, waiting=waiting)

@@ -2,7 +2,7 @@
 
 Configurations, not networks: under ZeRO-3 a rank's parameters are pieces whose shapes say nothing.
 The formulas are those of `step_flops`; what depends on the number of responses alone (the head and the
-anchors' part of the last layer) is left out.
+anchors' part of the last layer) is left out, and so is the LM head of a critic or judge.
 """
 
 from fastrm.config import ModelConfig
@@ -10,9 +10,10 @@ from fastrm.data.balance import CostModel
 from fastrm.model.experts import expert_matrices
 from fastrm.model.families import FAMILIES
 from fastrm.model.vision.tower import Passes
+from fastrm.paradigm_config import Paradigm
 
 
-def make_cost_model(config, settings: ModelConfig) -> CostModel:
+def make_cost_model(config, settings: ModelConfig, paradigm: Paradigm = "reward") -> CostModel:
     """Make the cost model of `plan_steps`: FLOPs of forward, backward and recomputation in a training step.
 
     Args:
@@ -26,7 +27,7 @@ def make_cost_model(config, settings: ModelConfig) -> CostModel:
     projector_reached = vision_reached or (vision is not None and trained["projector"])
     language_reached = projector_reached or trained["language"]
     language = Passes(trained["language"], language_reached, full and language_reached)
-    costs = _language_costs(config.get_text_config(), language, settings.pooling == "anchor")
+    costs = _language_costs(config.get_text_config(), language, settings.pooling == "anchor" and paradigm == "reward")
     if vision is not None:
         tower = Passes(trained["vision"], vision_reached, full and vision_reached)
         projector = Passes(trained["projector"], projector_reached, False)
