@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import fastrm.model.layers
-from fastrm.config import HeadConfig, ModelConfig
+from fastrm.config import HeadConfig, LossConfig, ModelConfig
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.record import Message, Preference, Record, Response
+from fastrm.data.template import TurnLoss
 from fastrm.errors import ConfigError
 from fastrm.forecast.flops import Workload, generation_flops, pass_flops, step_flops
 from fastrm.forecast.parameters import count_parameters
@@ -143,7 +144,7 @@ def medium_network(monkeypatch):
     text = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_key_value_heads": 2}
     rope = {"head_dim": 64, "rope_parameters": {**support.MROPE, "mrope_section": [8, 12, 12]}}
 
-    def make(family, freeze=(), pooling="anchor"):
+    def make(family, freeze=(), pooling="anchor", paradigm="reward"):
         options = dict(support.FAMILIES[family])
         if family == "qwen2":
             options |= text
@@ -153,7 +154,7 @@ def medium_network(monkeypatch):
                 width = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
                 options["vision_config"] = {**options["vision_config"], width: 256}
         monkeypatch.setitem(support.FAMILIES, family, options)
-        network = support.make_model(family, pooling=pooling)
+        network = support.make_model(family, pooling=pooling, paradigm=paradigm)
         network.freeze(freeze)
         return network.train()
 
@@ -214,6 +215,24 @@ def test_flops_of_means_are_what_torch_counts(medium_network):
     ways = {"shared": True, "images_once": True, "pruned": False}
     counted = step_flops(network, workload_of(pack), **ways, checkpointing=False)["language"].total
     assert counter.get_total_flops() == pytest.approx(counted, rel=2e-3)
+
+
+@pytest.mark.parametrize("paradigm", ["critic", "judge"])
+@pytest.mark.parametrize("freeze", [[], ["language"]], ids=["nothing", "language"])
+def test_flops_of_a_model_that_writes_are_what_torch_counts(medium_network, paradigm, freeze):
+    network = medium_network("qwen2_5_vl", freeze, paradigm=paradigm)
+    network.encoder.turns = TurnLoss(per_token=paradigm == "judge")
+    pack = support.pack_of(network, [one_pair(True)])
+    load = workload_of(pack)
+    rows = torch.arange(pack.lengths[0], pack.num_tokens)  # all tokens of both responses
+    pack.turn_rows, pack.turn_targets = rows, pack.input_ids[rows]
+    pack.turn_owners, pack.turn_weights = (rows >= rows[load.response_tokens]).long(), torch.ones(len(rows))
+    loss = LossConfig(kind="cross_entropy" if paradigm == "judge" else "bradley_terry")
+    with FlopCounterMode(display=False) as counter:
+        network(pack, loss)[0].sum().backward()
+    ways = {"shared": True, "images_once": True, "pruned": False}
+    parts = step_flops(network, load, **ways, checkpointing=False)
+    assert counter.get_total_flops() == pytest.approx(parts["vision"].total + parts["language"].total, rel=2e-3)
 
 
 def pass_of(network, record):
