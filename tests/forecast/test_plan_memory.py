@@ -40,6 +40,7 @@ DEFAULT = {
     "shallow and wide, selective": {"text": text(768, 3, 3072, 8192), "load": [1, 80, 40, 0], "mode": "selective"},
     "long pack, full": {"text": text(256, 6, 1024), "load": [4, 160, 80, 0], "mode": "full"},
     "frozen tower, bf16": {**SEES, "freeze": ["vision"], "dtype": "bf16"},
+    "critic": {**MEDIUM, "text": text(512, 3, vocabulary=16_384), "paradigm": "critic"},
 }
 TILES = {
     "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4,
@@ -53,6 +54,7 @@ SLOW = {
     "tiles, bf16, selective": {**TILED, "dtype": "bf16", "mode": "selective"},
     "tiles, frozen tower, full": {**TILED, "freeze": ["vision"], "mode": "full"},
     "one pack": {**MEDIUM, "packs": 1},
+    "judge that sees, bf16, full": {**SEES, "paradigm": "judge", "dtype": "bf16", "mode": "full"},
     "bf16, selective": {**MEDIUM, "dtype": "bf16", "mode": "selective"},
     "bf16, full": {**MEDIUM, "dtype": "bf16", "mode": "full"},
     "bf16, fused": {**MEDIUM, "dtype": "bf16", "fuse": True},

@@ -76,7 +76,9 @@ def settings_of(case: dict):
     from fastrm.config import Config, ModelConfig, OptimConfig, PrecisionConfig
 
     origin = {"init": {"model_type": family_of(case)}, "tokenizer": "none"}
+    paradigm = case.get("paradigm", "reward")
     return Config(
+        paradigm=paradigm,
         model=ModelConfig(
             **({"path": case["path"]} if "path" in case else origin),
             activation_checkpointing=case.get("mode", "none"), freeze=case.get("freeze", []),
@@ -101,7 +103,7 @@ def make_engine(case: dict, tiny: bool = False):
         backbone = load_backbone(case["path"])
     else:
         backbone = AutoModel.from_config(architecture_of(case, tiny), dtype=torch.float32)
-    network = RewardNetwork(backbone, config.model.head, pooling=config.model.pooling)
+    network = RewardNetwork(backbone, config.model.head, pooling=config.model.pooling, paradigm=config.paradigm)
     network.freeze(config.model.freeze)
     if config.model.fuse_projections:
         network.fuse_projections()
@@ -134,18 +136,21 @@ def fake_steps(case: dict, whole: bool = False):
     config = settings_of(case)
     with torch.device("meta"):
         backbone = AutoModel.from_config(architecture_of(case), dtype=torch.float32)
-        network = RewardNetwork(backbone, config.model.head, pooling=config.model.pooling)
+        network = RewardNetwork(backbone, config.model.head, pooling=config.model.pooling, paradigm=config.paradigm)
     network.freeze(config.model.freeze)
     return FakeSteps(network, whole=whole)
 
 
 def make_packs(case: dict):
     """(small, large): a pack of a few tokens with an image, if there is a tower, and the one to measure."""
+    from fastrm.data.template import TurnLoss
     from tests.helpers import support
 
     if "tiles" in case:
         support.FAMILIES["internvl"]["vision_config"]["image_size"] = case["tiles"]["image_size"]
     encoder = support.make_model(family_of(case))
+    if "paradigm" in case:
+        encoder.encoder.turns = TurnLoss(per_token=case["paradigm"] == "judge")
     packs = []
     for number, (groups, prompt, response, side) in enumerate([(1, 4, 4, 28), case["load"]]):
         records = [
