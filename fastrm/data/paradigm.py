@@ -9,10 +9,12 @@ prompts and benchmarks' rows are decided on the rows as they were (`Record.origi
 """
 
 import functools
+import hashlib
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from reprlib import Repr
 
 from fastrm.data.record import MediaRef, Message, Preference, Record, Response
@@ -108,8 +110,11 @@ class TextReading:
             return [given]
         if self.order == "both":
             return [given, given[::-1]]
-        # By texts, not by id: copies of a row have the same order, and can be recognised as copies.
-        texts = [question_text(record.responses[given[0]]), *(record.responses[number].text for number in given)]
+        # By texts and media, not by id: copies of a row have the same order, and can be recognised as copies. By texts
+        # alone two answers would always be shown in one order, whatever the image of their question.
+        first = record.responses[given[0]]
+        texts = [question_text(first), *(record.responses[number].text for number in given)]
+        texts += [_content_name(ref) for ref in first.media]
         is_turned = random.Random("\0".join([str(self.seed), *texts])).random() < 0.5
         return [given[::-1] if is_turned else given]
 
@@ -187,6 +192,13 @@ def prompt_media(response: Response) -> tuple[MediaRef, ...]:
     if any(isinstance(part, MediaRef) for part in response.messages[-1].parts):
         raise RecordError("NOT_SHOWN", "a response holds an image or a video, and only its text is shown; leave it out")
     return tuple(part for message in response.messages[:-1] for part in message.parts if isinstance(part, MediaRef))
+
+
+def _content_name(ref: MediaRef) -> str:
+    """Return what stays the same of a medium wherever its folder lies: its file's name, or a digest of its bytes."""
+    if ref.data is not None:
+        return hashlib.sha256(ref.data).hexdigest()
+    return f"{Path(ref.path).name} {ref.member} {ref.span}"
 
 
 def _said(response: Response) -> str:

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from fastrm.config import load_config
-from fastrm.data.paradigm import reading_of
+from fastrm.data.paradigm import TextReading, reading_of
 from fastrm.data.prepared.units import open_source
-from fastrm.data.record import ImageRef, Preference, VideoRef
+from fastrm.data.record import ImageRef, Message, Preference, Record, Response, VideoRef
 from fastrm.data.sources import RefusedRow
 from fastrm.errors import ConfigError
 from fastrm.prompts.spec import load_spec, shipped_names
@@ -213,6 +213,22 @@ def test_random_orders_are_of_the_seed_and_the_row_and_both_occur(read):
     assert 8 < verdicts.count(Verdict.FIRST) < 32
     assert [said(record) for record in again[::-1]] == [said(record) for record in first]
     assert [said(record) for record in other] != [said(record) for record in first]
+
+
+def test_random_orders_differ_between_images_and_not_between_places_of_their_files():
+    """With few answers, as in digits, an order by texts alone would be the same for every image."""
+    reading = TextReading("judge", "{{ question }} {{ first }} {{ second }}", parser="better")
+
+    def orders(folder):
+        found = []
+        for number in range(40):
+            asked = Message("user", (ImageRef(path=f"{folder}/{number}.png"), "Which?"))
+            responses = tuple(Response((asked, Message("assistant", (text,)))) for text in ("one", "two"))
+            record = Record(str(number), responses, (Preference(0, 1),), "s", f"f:{number}")
+            found += said(reading.convert(record))
+        return found
+
+    assert 8 < orders("here").count("Response 1 is better") < 32 and orders("here") == orders("there/it/is")
 
 
 def test_a_judge_learns_each_preference_with_its_weight_and_no_ties(one, read):
