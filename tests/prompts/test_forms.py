@@ -4,7 +4,7 @@ import pytest
 
 from fastrm.prompts.forms import FORMS, agreement
 from fastrm.prompts.spec import load_spec, shipped_names
-from fastrm.prompts.verdicts import PAIRWISE, Verdict
+from fastrm.prompts.verdicts import PAIRWISE, Verdict, write_verdict
 
 
 def test_every_pairwise_parser_has_a_form():
@@ -55,6 +55,15 @@ def test_what_each_shipped_judge_is_asked_for_is_its_form():
     assert texts.keys() == {name for name, spec in specs.items() if spec.kind == "pairwise"}
     for name, text in texts.items():
         assert FORMS[specs[name].parser].is_kept(text) and specs[name].parse(text) is Verdict.SECOND
+
+
+@pytest.mark.parametrize("noun", ["Response", "Answer"])
+@pytest.mark.parametrize("verdict", [Verdict.FIRST, Verdict.SECOND])
+@pytest.mark.parametrize("parser", PAIRWISE)
+def test_what_a_judge_learns_to_write_is_in_form(parser, verdict, noun):
+    thinking = f"One is late.\n{noun} {verdict.value} is better."
+    text = write_verdict(parser, verdict, thinking, noun)
+    assert FORMS[parser].is_kept(text) and agreement(FORMS[parser], text, verdict) == 1
 
 
 @pytest.mark.parametrize(
