@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastrm.ablate.results import Results
-from fastrm.train.reward_curves import AXIS, CurvePoint, draw_curve, finish_axes
+from fastrm.train.reward_curves import CurvePoint, draw_curve, finish_axes
 from fastrm.ui import new_figure
 
 SEEN = "run/preferences"
@@ -50,8 +50,7 @@ def _draw_over_preferences(axes, results: Results) -> None:
                 points.append(CurvePoint(round(seen.mean), found.mean, found.mean - half, found.mean + half))
         if points:
             draw_curve(axes, sorted(points, key=lambda point: point.seen), colour, row)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    finish_axes(axes, AXIS)
+    finish_axes(axes)
 
 
 def _draw_over_cost(axes, results: Results) -> None:

@@ -11,7 +11,6 @@ from fastrm.report.page import Charts, Paragraph, Section, chart
 from fastrm.ui import new_figure
 
 NAME = "reward-curves"
-AXIS = "training preferences seen"
 _SAYS = (
     "Held-out pair accuracy against the preferences trained on. Bands are 95 % Wilson intervals, which take the "
     "held-out preferences as independent; several of one prompt are less than that."
@@ -19,11 +18,11 @@ _SAYS = (
 _NOTES = {
     "critic": (
         "A critic's accuracy in a run is that of rewards behind the rows' own critiques, which may hold what the "
-        "preference is about. `fastrm eval` reads rewards behind the critiques that the model writes: only that is "
+        "preference is about. fastrm eval reads rewards behind the critiques that the model writes: only that is "
         "comparable with other models."
     ),
     "judge": (
-        "A judge has no accuracy in a run, which computes the loss of its texts alone. `fastrm eval` lets it write, "
+        "A judge has no accuracy in a run, which computes the loss of its texts alone. fastrm eval lets it write, "
         "and counts its verdicts."
     ),
 }
@@ -94,18 +93,20 @@ def reward_curves(runs: Mapping[str, Sequence[dict]], paradigms: Collection[str]
         drawn = {name: found[part] for name, found in curves.items() if part in found}
         for number, (name, points) in enumerate(drawn.items()):
             draw_curve(axes, points, f"C{number % 10}", name)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        finish_axes(axes, AXIS)
+        finish_axes(axes)
         charts.append(chart(figure, f"The same of set {part} alone." if part else _SAYS))
     blocks = [*([Charts(charts)] if charts else ()), *(Paragraph(_NOTES[name]) for name in _NOTES if name in paradigms)]
     return [Section(NAME, blocks, NAME)] if blocks else []
 
 
-def finish_axes(axes, x_label: str) -> None:
-    """Name the axes of a chart of held-out accuracies, with a line at chance."""
+def finish_axes(axes, cost: str = "") -> None:
+    """Name the axes of a chart of held-out accuracies, with a line at chance; `cost` is not what was trained on."""
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":", label="chance")
     axes.set_ylim(top=1.01)
-    axes.set_xlabel(x_label)
+    axes.set_xlabel(cost or "training preferences seen")
     axes.set_ylabel("held-out pair accuracy")
+    if not cost:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)  # a frame would hide its names on a dark page
