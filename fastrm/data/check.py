@@ -69,9 +69,14 @@ class SourceCheck:
         return sum(refused.number for refused in self.refused.values())
 
     @property
+    def num_usable(self) -> int:
+        """The number of rows with a record; of a judge's long list there are several."""
+        return len(np.unique(self.records["file"].astype(np.uint64) << np.uint64(32) | self.records["row"]))
+
+    @property
     def num_rows(self) -> int:
         """The number of rows with a record or a refusal; rows joined into one record count once."""
-        return len(self.records) + self.num_refused
+        return self.num_usable + self.num_refused
 
     @property
     def layouts(self) -> Counter[str]:

@@ -53,7 +53,7 @@ def print_page(
 
 def _summary(found: SourceCheck) -> str:
     files = "1 file" if len(found.files) == 1 else f"{len(found.files):,} files"
-    good = len(found.records)
+    good = found.num_usable
     share = f" ({_percent(found.num_refused / found.num_rows)})" if found.num_refused else ""
     return f"{counted(found.num_rows, 'row')} in {files}: {good:,} can be used, {found.num_refused:,} refused{share}"
 

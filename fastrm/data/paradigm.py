@@ -12,7 +12,7 @@ import functools
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import Repr
@@ -24,6 +24,7 @@ from fastrm.prompts.spec import load_spec
 from fastrm.prompts.template import PromptTemplate
 from fastrm.prompts.verdicts import PAIRWISE, Verdict, write_verdict
 
+_MOST_TEXTS = 16  # as many as records of one prompt are joined to (MAX_MERGED_RESPONSES)
 _brief = Repr()
 _brief.maxstring = 60
 
@@ -67,6 +68,28 @@ class TextReading:
         else:
             responses, preferences = self._judged(record, thinking)
         return replace(record, responses=tuple(responses), preferences=tuple(preferences), original=record)
+
+    def parts(self, record: Record) -> Iterator[Record]:
+        """Yield what `convert` made of a row: whole, or of a judge in parts of at most 16 texts.
+
+        A judge's texts need not be in one group, and those of a list are as many as its pairs. The preferences of the
+        row stand in the `original` of the first part alone, so that they are counted once.
+        """
+        original, number = record.original, len(record.responses)
+        if self.kind == "critic" or number <= _MOST_TEXTS:
+            yield record
+            return
+        for start in range(0, number, _MOST_TEXTS):
+            yield replace(
+                record,
+                responses=record.responses[start : start + _MOST_TEXTS],
+                preferences=tuple(
+                    replace(one, winner=one.winner - start, loser=one.loser - start)
+                    for one in record.preferences
+                    if start <= one.winner < start + _MOST_TEXTS
+                ),
+                original=replace(original, preferences=()) if start else original,
+            )
 
     def _criticised(self, record: Record) -> list[Response]:
         compared = {number for preference in record.preferences for number in preference.responses}

@@ -36,7 +36,7 @@ def read(tmp_path):
         config = load_config({**config, **sections})
         (file,) = open_source(config.data.train[0], reading_of(config))
         items = list(file.read())
-        assert len(items) == len(rows)
+        assert len({item.origin for item in items}) == len(rows)
         return (
             [item for item in items if not isinstance(item, RefusedRow)],
             [(item.code, item.message) for item in items if isinstance(item, RefusedRow)],
@@ -256,6 +256,20 @@ def test_a_row_that_a_judge_cannot_use_is_refused_in_words(read, row, code, mess
     assert records == []
     assert found == code
     assert message in text
+
+
+def test_a_judge_s_texts_of_a_long_list_come_in_parts_that_lose_none(read):
+    row = {"prompt": "What?", "responses": [f"answer {n}" for n in range(10)], "scores": list(range(10))}
+    parts, refused = read(row, paradigm="judge")
+    assert refused == []
+    assert [len(part.responses) for part in parts] == [16, 16, 13]
+    assert len({part.id for part in parts}) == 1
+    assert [len(part.original.preferences) for part in parts] == [45, 0, 0]
+    for part in parts:
+        assert part.preferences == tuple(Preference(number, number) for number in range(len(part.responses)))
+    assert len({response.key for part in parts for response in part.responses}) == 45
+    ((whole,), _) = read({**row, "critiques": ["x"] * 10})
+    assert len(whole.responses) == 10
 
 
 def test_responses_to_different_prompts_are_not_compared(read):

@@ -5,7 +5,10 @@ import re
 import numpy as np
 import pytest
 
+from fastrm.data.check import check_source
+from fastrm.data.paradigm import reading_of
 from fastrm.errors import ConfigError
+from fastrm.limits import MediaLimits
 from tests.helpers.prepared_sets import Made, config_of, ids, small_pieces
 from tests.helpers.runs import fastrm, text_rows, write_rows
 from tests.helpers.source_rows import png
@@ -138,3 +141,14 @@ def test_data_check_and_show_read_a_configuration_s_rows_as_its_paradigm_does(tm
     shown = re.sub(r"\s+", " ", fastrm("data", "show", config, "-n", "2").stdout)
     assert "You assess the answer" in shown
     assert "refused: NO_CRITIQUE" in shown
+
+
+def test_a_judge_s_texts_of_a_long_list_are_grouped_and_none_is_too_long_with_others(tmp_path):
+    row = {"id": "list", "prompt": "What?", "responses": [f"answer {n}" for n in range(9)], "scores": list(range(9))}
+    config = config_of(tmp_path, {"path": str(write_rows(tmp_path / "rows.jsonl", [row]))})
+    made = Made(config, "paradigm=judge")
+    assert made.refused == []
+    assert made.train.preference_counts.tolist() == [16, 16, 4]
+    found = check_source(made.config.data.train[0], MediaLimits(), reading=reading_of(made.config))
+    assert (found.num_rows, len(found.records)) == (1, 3)
+    assert found.preferences.num_pairs == 36

@@ -119,7 +119,7 @@ class SourceFile:
             return
         for error in draft.left_out if self.require_preferences else ():
             yield RefusedRow(source, origin, record_id, error.code, error.message, partial=True)
-        yield record
+        yield from [record] if record.original is None else self.reading.parts(record)
 
     def _record(self, draft: Draft, row: dict, **names: str) -> Record:
         making = {**names, "pairs": self.pairs, "margin": self.margin}
