@@ -37,10 +37,11 @@ class JudgeConfig(Section):
     """The seed of random orders."""
 
 
-def spec_name(config: Any) -> str | None:
-    """Return the name or path of the SPEC of a model that writes; None for one that does not."""
-    sections = {"critic": config.critic or CriticConfig(), "judge": config.judge or JudgeConfig()}
-    return sections[config.paradigm].spec if config.paradigm in sections else None
+def section_of(config: Any) -> CriticConfig | JudgeConfig | None:
+    """Return the section of a configuration's paradigm, with its defaults where it has none; None for reward."""
+    if config.paradigm == "reward":
+        return None
+    return getattr(config, config.paradigm) or {"critic": CriticConfig, "judge": JudgeConfig}[config.paradigm]()
 
 
 def with_loss(tree: Any) -> Any:

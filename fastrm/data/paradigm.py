@@ -19,7 +19,7 @@ from reprlib import Repr
 
 from fastrm.data.record import MediaRef, Message, Preference, Record, Response
 from fastrm.errors import ConfigError, RecordError
-from fastrm.paradigm_config import CriticConfig, JudgeConfig
+from fastrm.paradigm_config import section_of
 from fastrm.prompts.spec import load_spec
 from fastrm.prompts.template import PromptTemplate
 from fastrm.prompts.verdicts import PAIRWISE, Verdict, write_verdict
@@ -184,9 +184,8 @@ def reading_of(config) -> TextReading | None:
     Raises:
         ConfigError: for a SPEC that cannot be used, or is of another kind.
     """
-    if config.paradigm == "reward":
+    if (section := section_of(config)) is None:
         return None
-    section = getattr(config, config.paradigm) or (CriticConfig() if config.paradigm == "critic" else JudgeConfig())
     spec, kind = load_spec(section.spec), "critic" if config.paradigm == "critic" else "pairwise"
     if spec.kind != kind:
         raise ConfigError(

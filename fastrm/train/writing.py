@@ -4,7 +4,7 @@ from typing import Any
 
 from fastrm.config import Config
 from fastrm.data.template import TurnLoss
-from fastrm.paradigm_config import CriticConfig, spec_name
+from fastrm.paradigm_config import section_of
 from fastrm.prompts.spec import load_spec
 
 # Settings of a SPEC that say where and how texts are generated, and not what a model learns.
@@ -13,10 +13,9 @@ _OF_WRITING = {"generator", "decoding", "votes", "scorer"}
 
 def turn_loss_of(config: Config) -> TurnLoss | None:
     """Return how tokens that the model writes weigh; None for a model that writes nothing."""
-    if config.paradigm == "reward":
+    if (section := section_of(config)) is None:
         return None
-    critic = config.critic or CriticConfig()
-    return TurnLoss(per_token=True) if config.paradigm == "judge" else TurnLoss(False, critic.lm_weight)
+    return TurnLoss(per_token=True) if config.paradigm == "judge" else TurnLoss(False, section.lm_weight)
 
 
 def writer_of(config: Config) -> dict[str, Any] | None:
@@ -25,7 +24,7 @@ def writer_of(config: Config) -> dict[str, Any] | None:
     Raises:
         ConfigError: for a SPEC that cannot be used.
     """
-    if (name := spec_name(config)) is None:
+    if (section := section_of(config)) is None:
         return None
-    spec = load_spec(name).model_dump(mode="json", exclude_defaults=True, exclude=_OF_WRITING)
+    spec = load_spec(section.spec).model_dump(mode="json", exclude_defaults=True, exclude=_OF_WRITING)
     return {"kind": config.paradigm, "spec": spec}
