@@ -77,7 +77,7 @@ def _folder(path: str) -> str:
     if place.adapter is not None:
         raise ConfigError(
             f"policy.path: {path!r} is an adapter, wanted a whole policy; save the model that PEFT's merge_and_unload "
-            "makes, and name that folder"
+            f"makes, or of an adapter of fastrm: fastrm export {path} --out MERGED; and name that folder"
         )
     return place.base
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fastrm.config import Config
+from fastrm.config import Config, HeadConfig
 from fastrm.data.media.format import FormatSettings
 from fastrm.data.template import ConversationEncoder
 from fastrm.data.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ from fastrm.model.fusion import stock_entries
 from fastrm.model.loading import open_backbone
 from fastrm.model.lora import adapter_files, kept_tensors
 from fastrm.model.network import RewardNetwork
-from fastrm.model.paradigms import check_gives_rewards
+from fastrm.model.paradigms import check_gives_rewards, paradigm_in
 from fastrm.model.places import ADAPTER_CONFIG, locate
 from fastrm.model.reward_statistics import SECTION
 from fastrm.model.stock_classes import (
@@ -126,11 +126,11 @@ def _write_adapter(
     settings, weights = adapter_files(model, tensors, **whole)
     if reading.classifies:
         weights |= {f"base_model.model.{name}": tensor for name, tensor in head.items()}
-    else:
+    elif head:
         save_file(head, folder / VALUE_HEAD)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(settings)
-    for name in (WEIGHTS, ADAPTER_CONFIG, *([] if reading.classifies else [VALUE_HEAD])):
+    for name in (WEIGHTS, ADAPTER_CONFIG, *([VALUE_HEAD] if head and not reading.classifies else [])):
         sync_path(folder / name)
 
 
@@ -187,6 +187,7 @@ def load_model(
     device: torch.device | str = "cpu",
     date: datetime.date | None = None,
     behind_critique: bool = False,
+    writes: bool = False,
 ) -> RewardNetwork:
     """Load a network with its encoder, from a folder that `save_model` or another trainer wrote (stored_head.py).
 
@@ -196,6 +197,8 @@ def load_model(
             the files where they have two bytes an element, else float32, or bfloat16 on a GPU.
         date: for a chat template that reads the clock; default: that of the training run, else today.
         behind_critique: as of `check_gives_rewards`.
+        writes: load a critic or judge whole, with what it writes with, in float32 or as its files; True changes nothing
+            for a reward model.
 
     Raises:
         ConfigError: if the folder is no reward model that is known here, or reads tiles and is given limits of pixels.
@@ -203,28 +206,37 @@ def load_model(
     """
     opened = open_backbone(str(folder))
     place = opened.place
-    check_gives_rewards(place.given, place.read_config().get("fastrm"), behind_critique=behind_critique)
+    section = place.read_config().get("fastrm", {})
+    writer = paradigm_in(place.given, section) if writes else None
+    if writer is None:
+        check_gives_rewards(place.given, section, behind_critique=behind_critique)
+    kind = "reward" if writer is None else writer["kind"]
     tokenizer, backbone, device = load_tokenizer(place.tokenizer), opened.model, torch.device(device)
     found = find_head(opened, tokenizer)
-    if found is None:
+    if found is None and kind != "judge":
         raise missing_head(place)
     family = FAMILIES.get(backbone.config.model_type)
     if family is not None and family.no_pixel_limits and (min_pixels or max_pixels):
         raise ConfigError(f"{folder}: min_pixels and max_pixels are for Qwen models; {family.no_pixel_limits}")
-    encoder = make_encoder(
-        backbone.config, tokenizer, place.processor, found.anchor or "last_token", MediaLimits(),
-        FormatSettings(min_pixels, max_pixels), date=date,
-    )  # fmt: skip
-    model = RewardNetwork(backbone, found.head, encoder, found.pooling or "anchor")
-    found.load_into(model.score)
-    model.adopted = "" if found.is_export else found.describe()
+    anchor = section.get("anchor", "last_token") if found is None else found.anchor or "last_token"
+    settings = FormatSettings(min_pixels, max_pixels)
+    encoder = make_encoder(backbone.config, tokenizer, place.processor, anchor, MediaLimits(), settings, date=date)
+    if found is None:
+        model = RewardNetwork(backbone, HeadConfig(), encoder, paradigm=kind)
+    else:
+        model = RewardNetwork(backbone, found.head, encoder, found.pooling or "anchor", kind)
+        found.load_into(model.score)
+        model.adopted = "" if found.is_export else found.describe()
+    model.writer = writer
     if place.adapter is None or place.has_own_head:  # an adapter of others changes the rewards of its base
-        model.reward_statistics = place.read_config().get("fastrm", {}).get(SECTION)
+        model.reward_statistics = section.get(SECTION)
     if dtype is None:
         dtype = scoring_dtype(opened.dtype, device)
     if device.type == "cpu":
         _check_memory(folder, opened.num_bytes(lambda *_: dtype), dtype)
     opened.load(lambda *_: dtype, device)
+    if model.lm_head is not None:
+        opened.load_lm_head(model.lm_head, lambda *_: dtype, device)
     return model.to(device)
 
 

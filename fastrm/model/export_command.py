@@ -33,7 +33,7 @@ def export_model(
     check_target(out, reader)
     locate(model)
     # Adapters are merged as weights are read: in two bytes, a change would be rounded before it is written in four.
-    network = load_model(Path(model), dtype=torch.float32 if dtype is torch.float32 else None)
+    network = load_model(Path(model), dtype=torch.float32 if dtype is torch.float32 else None, writes=True)
     if network.adopted:
         display.say(network.adopted)
     write_for(reader, network, out, display, dtype=dtype)
@@ -59,8 +59,10 @@ def write_for(reader: str, network: RewardNetwork, out: Path, display: Display, 
 def how_to_load(reading: StockReading, folder: Path) -> list[str]:
     """Return the lines that tell a user how a written export is loaded."""
     if not isinstance(reading, VllmReading):
-        if reading.architecture is not None:
+        if reading.classifies:
             return [f"{folder}: transformers' {reading.architecture} gives its rewards"]
+        if reading.architecture is not None:
+            return [f"{folder}: transformers' {reading.architecture} writes; fastrm eval {folder} DATA evaluates it"]
         why = f" (the stock class would not: {reading.why})" if reading.why else ""
         return [f"{folder}: AutoModelForSequenceClassification gives its rewards after import fastrm.hf{why}"]
     lines = [f"{folder}: vLLM serves it as {reading.architecture}"]

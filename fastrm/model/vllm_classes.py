@@ -75,6 +75,10 @@ def read_by_vllm(network: RewardNetwork) -> VllmReading:
         ConfigError: naming the value of config.json that vLLM does not read, so that its rewards would be others.
     """
     config, head = network.model.config, network.head_settings
+    if network.paradigm != "reward":
+        raise ConfigError(
+            f"--for vllm is for rewards, and this is a {network.paradigm}, which writes; export it --for transformers"
+        )
     _check_is_read(config)
     name = f"{STEMS[config.model_type]}ForSequenceClassification"
     stock = read_by_stock(network)

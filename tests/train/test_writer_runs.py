@@ -15,11 +15,14 @@ from fastrm.data.batching import PackPlan
 from fastrm.data.loader import PackBuilder
 from fastrm.errors import ConfigError
 from fastrm.model.export import load_model
+from fastrm.model.export_command import export_model
 from fastrm.prompts.spec import load_spec
 from fastrm.prompts.template import PromptTemplate
 from fastrm.train.engine import LocalEngine
 from fastrm.train.metrics import read_rows
+from fastrm.ui import Display
 from tests.helpers import stock
+from tests.helpers.lora_runs import lora_config
 from tests.helpers.runs import TEXT_MODEL, run, tiny_config, write_rows
 from tests.helpers.support import make_model
 from tests.helpers.writers import writer_network, writer_records
@@ -114,6 +117,31 @@ def _metrics(folder) -> list[dict]:
 
 def _without_times(rows: list[dict]) -> list[dict]:
     return [{name: value for name, value in row.items() if "second" not in name and "wait" not in name} for row in rows]
+
+
+@pytest.mark.parametrize("paradigm", ["critic", "judge"])
+def test_adapters_are_merged_into_a_model_that_writes_as_they_do(paradigm, tmp_path):
+    peft = pytest.importorskip("peft")
+    path = lora_config(tmp_path, data={"eval": [{"path": str(write_rows(tmp_path / "held_out.jsonl", _rows(6)))}]})
+    write_rows(tmp_path / "rows.jsonl", _rows(24))
+    path.write_text(f"paradigm: {paradigm}\n" + path.read_text())
+    run(path)
+    adapter, merged = tmp_path / "run" / "model", tmp_path / "merged"
+    assert (adapter / "value_head.safetensors").exists() == (paradigm == "critic")
+    with pytest.raises(ConfigError, match=f"--for vllm is for rewards, and this is a {paradigm}, which writes"):
+        export_model(adapter, tmp_path / "vllm", "vllm", Display(silent=True))
+    export_model(adapter, merged, "transformers", Display(silent=True), torch.float32)
+    assert json.loads((merged / "config.json").read_text())["fastrm"]["paradigm"]["kind"] == paradigm
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    ids = torch.arange(5, 45)[None]
+    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    stock_base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with_adapter = peft.PeftModel.from_pretrained(stock_base, adapter).eval()
+    with torch.no_grad():
+        wanted, found = with_adapter(input_ids=ids).logits, whole(input_ids=ids).logits
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        with with_adapter.disable_adapter():
+            assert (with_adapter(input_ids=ids).logits - wanted).abs().max() > 1e-3 * wanted.abs().max()
 
 
 def test_files_without_an_lm_head_are_refused_and_those_of_a_critic_train_on(tmp_path):
