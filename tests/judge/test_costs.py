@@ -326,7 +326,7 @@ def test_smollm2_as_a_judge(tmp_path, smollm2_folder):
 
 def test_the_page_has_the_figures_that_were_measured():
     page = documents.text_of("docs/judges.md")
-    for name in ("reward-model", "judge"):
+    for name in ("reward-model", "critic", "judge"):
         found = json.loads((PROJECT / "bench/results" / f"amd-epyc-2-cores-costs-{name}.json").read_text())
         assert found["responses_repeated"]
         for cost in found["costs"].values():
