@@ -29,6 +29,7 @@ from fastrm.model.architectures import meta_network
 from fastrm.model.export import load_model, save_model
 from fastrm.prompts.spec import load_spec
 from tests.helpers import documents, support
+from tests.helpers.benchmark_files import small
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import TEXT_MODEL, TINY, fastrm_here, write_rows
 from tests.helpers.smollm2 import needs_smollm2
@@ -226,6 +227,13 @@ def test_rows_are_the_first_that_have_what_is_needed(tmp_path, capsys):
     save_model(network, tmp_path / "model")
     assert run(tmp_path, tmp_path / "model", PAIRS)["responses_repeated"]
     assert "No row has 8 responses: those of a row were repeated" in capsys.readouterr().out
+
+
+def test_rows_of_a_benchmark_are_measured_too(tmp_path):
+    benchmark, _ = small("rewardbench2", tmp_path / "bench")
+    rows = CostRows.read("bench:rewardbench2", replace(OPTIONS, bench_data=str(tmp_path / "bench")))
+    assert rows.pairs[0].responses == benchmark.records[0].responses[:2]
+    assert len(rows.pairs) == 3 and all(len(record.responses) == 8 for record in rows.groups)
 
 
 def test_the_round_of_the_median_time_is_kept(tmp_path, monkeypatch):
