@@ -33,7 +33,7 @@ def export_model(
     check_target(out, reader)
     locate(model)
     # Adapters are merged as weights are read: in two bytes, a change would be rounded before it is written in four.
-    network = load_model(Path(model), dtype=torch.float32 if dtype is torch.float32 else None, writes=True)
+    network = load_model(Path(model), dtype=torch.float32 if dtype is torch.float32 else None, writes=reader != "vllm")
     if network.adopted:
         display.say(network.adopted)
     write_for(reader, network, out, display, dtype=dtype)

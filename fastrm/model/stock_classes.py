@@ -88,7 +88,8 @@ def read_by_stock(network: RewardNetwork) -> StockReading:
     encoder, head = network.encoder, network.head_settings
     if network.paradigm != "reward":
         writes, own = _generator(network.model.config), encoder.tokenizer.pad_token
-        return StockReading(False, writes, own, f"a {network.paradigm} writes first", network.paradigm == "critic")
+        has_head, why = network.paradigm == "critic", f"a {network.paradigm} writes first"
+        return StockReading(False, writes, own, why, has_head=has_head)
     before_padding, why = encoder.anchor == "before_padding" and encoder.pad_token_id is not None, ""
     if before_padding:  # read like the stock class, by the model's own pad token
         pad_token = encoder.tokenizer.convert_ids_to_tokens(encoder.pad_token_id)

@@ -92,7 +92,9 @@ def read_by_vllm(network: RewardNetwork) -> VllmReading:
         why, kind = f"model.anchor is {network.encoder.anchor}, and the chat template goes on after it", WHOLE
     has_images = config.model_type in VISION_FAMILIES
     loses_bias = head.bias and not kind and not has_images
-    return VllmReading(True, kind + name, stock.pad_token, why, bool(kind), has_images, loses_bias)
+    return VllmReading(
+        True, kind + name, stock.pad_token, why, needs_plugin=bool(kind), has_images=has_images, loses_bias=loses_bias
+    )
 
 
 def _check_is_read(config) -> None:

@@ -128,7 +128,7 @@ def test_adapters_are_merged_into_a_model_that_writes_as_they_do(paradigm, tmp_p
     run(path)
     adapter, merged = tmp_path / "run" / "model", tmp_path / "merged"
     assert (adapter / "value_head.safetensors").exists() == (paradigm == "critic")
-    with pytest.raises(ConfigError, match=f"--for vllm is for rewards, and this is a {paradigm}, which writes"):
+    with pytest.raises(ConfigError, match=f"is a {paradigm}, not a reward model"):
         export_model(adapter, tmp_path / "vllm", "vllm", Display(silent=True))
     export_model(adapter, merged, "transformers", Display(silent=True), torch.float32)
     assert json.loads((merged / "config.json").read_text())["fastrm"]["paradigm"]["kind"] == paradigm
