@@ -215,6 +215,11 @@ def load_model(
     found = find_head(opened, tokenizer)
     if found is None and kind != "judge":
         raise missing_head(place)
+    if found is not None and kind == "judge":
+        raise ConfigError(
+            f"{place.given}: is a judge by its config.json, and its files hold a reward head ({found.names[0]}), which "
+            "a judge has not; copy the whole folder again"
+        )
     family = FAMILIES.get(backbone.config.model_type)
     if family is not None and family.no_pixel_limits and (min_pixels or max_pixels):
         raise ConfigError(f"{folder}: min_pixels and max_pixels are for Qwen models; {family.no_pixel_limits}")

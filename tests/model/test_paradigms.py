@@ -10,8 +10,10 @@ from transformers import AutoModelForSequenceClassification
 from fastrm import Ensemble, RewardModel
 from fastrm.errors import ConfigError
 from fastrm.model.export import save_model
+from fastrm.model.export_command import export_model
 from fastrm.model.paradigms import stored_paradigm
 from fastrm.rl.rewards import open_scorer
+from fastrm.ui import Display
 from tests.helpers.runs import fastrm_here, write_rows
 from tests.helpers.support import make_model
 
@@ -65,7 +67,6 @@ def test_from_python(load, writer):
         "serve MODEL --port 0",
         "check-serving MODEL --url http://127.0.0.1:1",
         "export MODEL --out OUT --for vllm",
-        "export MODEL --out OUT --for transformers",
     ],
 )
 def test_from_the_command_line(command, writer, scorer, tmp_path, capfd):
@@ -79,6 +80,13 @@ def test_from_the_command_line(command, writer, scorer, tmp_path, capfd):
         assert "reward models' options" in error
     else:
         assert f"is a {writer.name}, not a reward model" in error.replace("\n", " ")
+
+
+def test_an_export_of_files_that_lack_what_a_writer_has_is_refused(writer, tmp_path):
+    why = {"critic": "lm_head.weight is not in the files", "judge": "is a judge by .* files hold a reward head"}
+    with pytest.raises(ConfigError, match=why[writer.name]):
+        export_model(writer, tmp_path / "out", "transformers", Display(silent=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_critic_is_loaded_for_conversations_that_end_with_critiques(writer, scorer):
