@@ -113,15 +113,16 @@ Written = Annotated[
     typer.Option(
         "--from",
         metavar="FILE",
-        help="Texts of a judge:SPEC to measure without generating: JSON Lines of {id, order, text}, order being the "
-        "responses' numbers as shown.",
+        help="Texts of a judge or critic to measure without generating: JSON Lines of {id, order, text}, order being "
+        "the responses' numbers as shown.",
     ),
 ]
 Generations = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="File that keeps what a judge:SPEC generates, and from which it goes on; default: runs/judges/SPEC.jsonl.",
+        help="File that keeps what a judge or critic generates, and from which it goes on; default: "
+        "runs/judges/NAME.jsonl.",
     ),
 ]
 Costs = Annotated[

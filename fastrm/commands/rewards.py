@@ -65,7 +65,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="[MODEL]... DATA",
-            help="Reward models as for fastrm score, or one judge:SPEC, then a file of preferences, or "
+            help="Reward models as for fastrm score, or one judge:SPEC, or the folder of a critic or judge that was "
+            "trained here; then a file of preferences, or "
             "bench:NAME with NAME one of "
             "vl_rewardbench, mm_rlhf_rewardbench, multimodal_rewardbench, rewardbench, rewardbench2, rm_bench.",
         ),

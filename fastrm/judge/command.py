@@ -22,7 +22,7 @@ from fastrm.judge.metrics import measure, read_verdicts
 from fastrm.judge.questions import JudgeQuestion, make_questions
 from fastrm.judge.store import GenerationStore
 from fastrm.model.loading import shortened
-from fastrm.model.paradigms import stored_paradigm
+from fastrm.model.paradigms import is_writer, stored_paradigm
 from fastrm.prompts.spec import PREFIX, JudgeSpec, load_spec
 from fastrm.storage import whole_file
 from fastrm.tables import Table
@@ -94,8 +94,9 @@ def choose(models: Sequence[str], texts: JudgeTexts) -> tuple[str, JudgeSpec]:
         ConfigError: for more than one, a SPEC that cannot be used, or one that has no texts.
     """
     if len(models) != 1:
-        others = ", ".join(name for name in models if not name.startswith(PREFIX)) or "several judges"
-        raise ConfigError(f"{PREFIX}SPEC is evaluated alone; got {others} beside it: run the command for each")
+        alone = next(name for name in models if name.startswith(PREFIX) or is_writer(name))
+        others = ", ".join(name for name in models if name != alone) or "itself"
+        raise ConfigError(f"{alone} is evaluated alone; got {others} beside it: run the command for each")
     texts.check()
     if models[0].startswith(PREFIX):
         name = models[0].removeprefix(PREFIX)
@@ -250,7 +251,8 @@ def _complain(report: dict, json_out: Path | None) -> None:
     """
     reasons = []
     if report["missing"]:
-        reasons.append(f"{len(report['missing']):,} preferences were not judged: {shortened(report['missing'])}")
+        what = "have a response without a scored critique" if "scorer" in report else "were not judged"
+        reasons.append(f"{len(report['missing']):,} preferences {what}: {shortened(report['missing'])}")
     if report["refused"]:
         reasons.append(f"{len(report['refused']):,} lines or rows could not be used")
     console = make_console(stderr=True)

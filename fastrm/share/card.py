@@ -17,6 +17,7 @@ from fastrm.data_config import SourceConfig
 from fastrm.evaluate.accuracy import wilson_interval
 from fastrm.evaluate.ratings import FIGURES, shown
 from fastrm.evaluate.table import ALL
+from fastrm.model.paradigms import paradigm_in
 from fastrm.model.places import ADAPTER_CONFIG
 from fastrm.model.weight_files import CONFIG
 
@@ -25,14 +26,25 @@ UNKNOWN = "unknown"
 _CARD = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string("""
 # {{ name }}
 
+{% if writer == "judge" %}
+A generative judge: it writes which of two responses to a prompt{{ " with images" if has_images }} is better.
+Trained with
+{% elif writer == "critic" %}
+A critic: it writes a critique of a response to a prompt{{ " with images" if has_images }}, behind which one number is
+read, which is larger for responses that people, or the judges of the data below, preferred. Trained with
+{% else %}
 A scalar reward model: it gives a response to a prompt{{ " with images" if has_images }} one number, which is larger for
 responses that people, or the judges of the data below, preferred. Trained with
+{% endif %}
 fastrm {{ versions.fastrm }}{{ ", beginning with " + base if base }}.
 
 ## How good it is
 
 {% if figures %}
 Pair accuracy on held-out preferences, with 95 % intervals (Wilson); equal rewards count as wrong.
+{% if writer == "critic" %}
+The rewards stand behind the critiques of the data; behind critiques of its own it was not measured here.
+{% endif %}
 
 | source | preferences | accuracy | 95 % interval |
 | --- | --- | --- | --- |
@@ -41,6 +53,8 @@ Pair accuracy on held-out preferences, with 95 % intervals (Wilson); equal rewar
 {% endfor %}
 {% elif ratings %}
 On held-out ratings, which it was trained to give: {{ ratings }}.
+{% elif writer == "judge" %}
+Not measured by its run; `fastrm eval` measures its verdicts on preferences, as below.
 {% else %}
 Not measured: the run had no held-out preferences, or its files are not beside the model.
 {% endif %}
@@ -73,6 +87,21 @@ Unknown: the run's config.yaml is not beside the model.
 
 ## How to load it
 
+{% if writer %}
+fastrm has it write, and measures what it says on preferences:
+
+```sh
+hf download {{ repo }} --local-dir {{ name }}
+fastrm eval {{ name }} eval.jsonl --json figures.json
+```
+
+transformers loads it as a language model, by
+`{{ "AutoModelForImageTextToText" if has_images else "AutoModelForCausalLM" }}`. It learnt to answer this prompt:
+
+```text
+{{ prompt }}
+```
+{% else %}
 In fastrm, which computes a prompt once for all its responses:
 
 ```python
@@ -103,10 +132,13 @@ vllm serve served --runner pooling
 The files are an adapter and a head; fastrm adds them to the base model as it loads. For transformers and vLLM write
 a whole model first: `fastrm export {{ repo }} --out merged --for transformers`.
 {% endif %}
+{% endif %}
 
 ## Limits
 
+{% if writer != "judge" %}
 - Rewards order the responses to one prompt. Between prompts they cannot be compared, and their scale has no meaning.
+{% endif %}
 - The figures above are of the data above. Other tasks, languages and lengths were not measured here.
 - A policy that is trained against it will find what it wrongly prefers. Watch lengths and read samples.
 - The chat template, the anchor and the limits of image sizes are in the files; other ones give other rewards.
@@ -129,14 +161,18 @@ def make_card(repo: str, model: Path, run: Path | None, licence: str | None) -> 
     settings = _read(model / CONFIG)
     sources = [] if config is None else [_describe(source) for source in config.data.train]
     base, base_id = _base(config)
+    writer = paradigm_in(str(model), settings.get("fastrm")) or {}
+    kind, has_images = writer.get("kind", ""), "vision_config" in settings
+    tasks = ("image-text-to-text", "text-generation") if kind else (None, "text-classification")
     about = ModelCardData(
-        license=licence, library_name="fastrm", tags=["reward-model", "fastrm"], base_model=base_id,
+        license=licence, library_name="fastrm", tags=[kind or "reward-model", "fastrm"], base_model=base_id,
         datasets=list(dict.fromkeys(source["hub"] for source in sources if source["hub"])) or None,
-        pipeline_tag=None if "vision_config" in settings else "text-classification",
+        pipeline_tag=tasks[not has_images],
     )  # fmt: skip
     text = _CARD.render(
         name=repo.rpartition("/")[2], repo=repo, base=base, sources=sources, config=config,
-        has_images="vision_config" in settings, is_adapter=(model / ADAPTER_CONFIG).is_file(),
+        writer=kind, prompt=writer.get("spec", {}).get("prompt", ""), has_images=has_images,
+        is_adapter=(model / ADAPTER_CONFIG).is_file(),
         figures=_figures(summary), ratings=_ratings(summary), recipe={} if config is None else _recipe(config, summary),
         versions={"fastrm": "(version unknown)", **summary.get("versions", {})},
     )  # fmt: skip
@@ -174,7 +210,7 @@ def _describe(source: SourceConfig) -> dict[str, str | None]:
 def _figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the accuracy of the exported step; by source only if the last evaluation, which has them, is its own."""
     sources = {} if "eval_mse" in summary else summary.get("eval_by_source") or {}
-    found = {name: (one["accuracy"], one["preferences"]) for name, one in sources.items()}
+    found = {name: (one["accuracy"], one["preferences"]) for name, one in sources.items() if "accuracy" in one}
     count = sum(preferences for _, preferences in found.values())
     if not found:
         return []
@@ -202,7 +238,7 @@ def _recipe(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
     adapters = {} if model.lora is None else {"adapters": _listed(model.lora.model_dump(exclude_none=True))}
     return {
         "loss": _listed({"kind": "bradley_terry", **config.loss.model_dump()}),
-        "head": _listed(model.head.stored()),
+        **({} if config.paradigm == "judge" else {"head": _listed(model.head.stored())}),
         **adapters,
         "frozen": ", ".join(model.freeze) or "nothing",
         "steps": summary.get("exported_step", summary.get("steps", UNKNOWN)),

@@ -154,7 +154,7 @@ def test_rewards_behind_the_critiques_that_rows_hold(tmp_path, scorer, capfd):
     assert (figures["num_generations"], figures["preferences"]) == (4, 2)
     # A row without one is named, and the others are evaluated.
     without = {**PAIR, "id": "w", "chosen_reason": "It says why."}
-    with pytest.raises(DataError, match="partial result over 2 preferences: 1 preferences were not judged: w"):
+    with pytest.raises(DataError, match="1 preferences have a response without a scored critique: w"):
         run(tmp_path, write_spec(tmp_path, scorer), [*GIVEN, without], given=True)
     partial = json.loads((tmp_path / "out.json").read_text())
     assert (partial["accuracy"], partial["missing"]) == (figures["accuracy"], ["w"])

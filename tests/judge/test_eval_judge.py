@@ -118,7 +118,7 @@ def test_what_cannot_be_used_is_named_and_nothing_else_is_lost(run, tmp_path):
     "models, said",
     [
         (["judge:nobody"], "judge:nobody: neither a shipped judge nor a file; wanted one of .*r1_reward"),
-        (["judge:r1_reward", "runs/model"], "judge:SPEC is evaluated alone; got runs/model beside it"),
+        (["judge:r1_reward", "runs/model"], "judge:r1_reward is evaluated alone; got runs/model beside it"),
     ],
 )
 def test_judges_that_cannot_be_are_named(tmp_path, models, said):

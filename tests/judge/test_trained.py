@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.prompts.spec import load_spec
+from fastrm.share.card import make_card
 from tests.helpers.runs import TEXT_MODEL, fastrm_here, run, tiny_config, write_rows
 
 
@@ -98,3 +99,13 @@ def test_a_trained_critic_scores_what_another_model_writes(trained, tmp_path):
     evaluate_judge([f"judge:{spec}"], str(folder.parent / "1.jsonl"), options)
     # The critique alone decides: turned critiques turn every preference.
     assert right["accuracy"] > 0.9 and json.loads(out.read_text())["accuracy"] == pytest.approx(1 - right["accuracy"])
+
+
+@pytest.mark.parametrize("paradigm, named", [("critic", "A critic: it"), ("judge", "A generative judge: it")])
+def test_their_cards_say_what_they_are_and_how_they_are_asked(trained, paradigm, named):
+    folder, _ = trained[paradigm]
+    card = make_card(f"me/{paradigm}", folder / "model", folder, None)
+    spec = {"critic": "mm_rlhf_reward", "judge": "r1_reward"}[paradigm]
+    assert f"{named} writes" in card and load_spec(spec).prompt in card and f"fastrm eval {paradigm} eval.jsonl" in card
+    assert "RewardModel.from_pretrained" not in card and "AutoModelForSequenceClassification" not in card
+    assert ("behind the critiques of the data" in card, "| head |" in card) == ((paradigm == "critic",) * 2)
