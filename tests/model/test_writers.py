@@ -92,12 +92,21 @@ def test_the_loss_does_not_depend_on_the_chunks(rows, monkeypatch):
 
 
 @needs_interpreter
-def test_ligers_kernel_gives_the_same_losses_and_gradients(monkeypatch):
+def test_ligers_kernel_gives_the_same_losses_and_gradients():
     pytest.importorskip("liger_kernel")
     network = writer_network("llama", "critic")
     pack = pack_of(network, writer_records("llama", "critic"))
     wanted, found = _turn_loss(network, pack, "eager"), _turn_loss(network, pack, "triton")
     _assert_same(found, wanted)
+
+
+@pytest.mark.gpu
+def test_ligers_kernel_on_a_gpu_gives_the_same_losses_and_gradients():
+    pytest.importorskip("liger_kernel")
+    network = writer_network("llama", "critic")
+    pack = pack_of(network, writer_records("llama", "critic")).to("cuda")
+    network.to("cuda")
+    _assert_same(_turn_loss(network, pack, "triton"), _turn_loss(network, pack, "eager"))
 
 
 def test_a_pack_without_anything_to_write_reaches_the_lm_head():
