@@ -40,15 +40,16 @@ def save(name: str, overrides: list[str]) -> Path:
     }
     device = device_name()
     file = file_of(device, f"-paradigms-{name}.json", RESULTS)
-    write_json(file, {"device": device, **environment("transformers"), "cells": cells})
+    seeds = sorted({cell.seed for cell in grid.cells if cell.name in cells})
+    write_json(file, {"device": device, **environment("transformers"), "seeds": seeds, "cells": cells})
     return file
 
 
 def results_of(name: str) -> Results:
     """Return the results of a grid from the file of the page."""
-    cells = json.loads(file_of_page(name).read_text())["cells"]
-    grid = load_grid(ROOT / GRIDS[name])
-    metrics = {cell.name: cells.get(cell.name, {}) for cell in grid.cells}
+    saved = json.loads(file_of_page(name).read_text())
+    grid = load_grid(ROOT / GRIDS[name], [f"seeds={saved['seeds']}"])
+    metrics = {cell.name: saved["cells"].get(cell.name, {}) for cell in grid.cells}
     return Results(grid, metrics, {}, dict.fromkeys(metrics, 0.0))
 
 

@@ -19,7 +19,7 @@ def test_the_page_shows_the_table_of_the_results(name):
 
 
 def test_figures_are_collected_from_the_cells_that_have_some(tmp_path, monkeypatch):
-    monkeypatch.setitem(results.GRIDS, "digits", str(write_grid(tmp_path)))
+    monkeypatch.setitem(results.GRIDS, "digits", str(write_grid(tmp_path, seeds=[0, 1, 2])))
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     monkeypatch.setattr(results, "device_name", lambda: "Some CPU, 3 cores")
     monkeypatch.setattr(results, "OF_PAGE", "some-cpu-3-cores")
@@ -30,7 +30,8 @@ def test_figures_are_collected_from_the_cells_that_have_some(tmp_path, monkeypat
     (cell / "metrics.jsonl").write_text("".join(to_json(row) + "\n" for row in rows))
     file = results.save("digits", [])
     assert file == results.file_of_page("digits")
-    found = json.loads(file.read_text())["cells"]
-    assert found == {"1_layer-seed0": {"run/preferences": 24, "held_out/accuracy": 0.75}}
+    found = json.loads(file.read_text())
+    assert found["cells"] == {"1_layer-seed0": {"run/preferences": 24, "held_out/accuracy": 0.75}}
+    assert found["seeds"] == [0], "the table is of the seeds that ran"
     table = main_table(results.results_of("digits"))
     assert table.rows == [["1 layer", "75.0"], ["2 layers", "-"]]
