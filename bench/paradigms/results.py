@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("name", choices=GRIDS)
     parser.add_argument("--save", action="store_true", help="keep the figures of the grid's folders first")
     parser.add_argument("override", nargs="*", help="of the grid, as for fastrm ablate")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.save:
         print(f"saved {save(options.name, options.override)}")
     results = results_of(options.name)

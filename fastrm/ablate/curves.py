@@ -47,7 +47,8 @@ def _draw_over_preferences(axes, results: Results) -> None:
             if _draw_seeds(axes, results, row, group, SEEN, metric, colour):
                 seen, found = results.estimate(row, group, SEEN), results.estimate(row, group, metric)
                 half = found.half or 0.0
-                points.append(CurvePoint(round(seen.mean), found.mean, found.mean - half, found.mean + half))
+                low, high = max(0.0, found.mean - half), min(1.0, found.mean + half)  # an accuracy is within them
+                points.append(CurvePoint(round(seen.mean), found.mean, low, high))
         if points:
             draw_curve(axes, sorted(points, key=lambda point: point.seen), colour, row)
     finish_axes(axes)
