@@ -1,10 +1,9 @@
-"""The results of a grid as a page, report.html: its tables, its reward curves and its picture."""
+"""The results of a grid as a page, report.html: its tables and its reward curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastrm.ablate.curves import Draw, curve_charts
-from fastrm.ablate.picture import draw_results
 from fastrm.ablate.results import Results
 from fastrm.ablate.table import TextTable
 from fastrm.report.page import Chart, Charts, Paragraph, Section, SortableTable, chart, write_page
@@ -21,15 +20,14 @@ def write_grid_page(results: Results, tables: Sequence[TextTable], path: Path) -
     sections = [_section(table) for table in tables]
     if curves := [_curve(results, draw, said) for draw, said in curve_charts(results)]:
         sections.append(Section(NAME, [Charts(curves)], NAME))
-    picture = chart(draw_results(results), "Each seed, the mean over seeds and its 95 % t-interval, for each column.")
-    sections.append(Section("Picture", [Charts([picture])]))
     write_page(path, results.grid.settings.title, f"A grid of fastrm in {results.grid.dir}", sections)
 
 
 def _section(table: TextTable) -> Section:
-    rows = [[entry.strip("*") for entry in row] for row in table.rows]
+    """Return a table with its notes; what is bold elsewhere stands between asterisks, as in table.md."""
     notes = [Paragraph(note) for note in table.notes if note]
-    return Section(table.title, [SortableTable("Rows are settings, columns are metrics", table.header, rows), *notes])
+    caption = "Rows are settings, columns are metrics; bold is between asterisks; report.png draws each column"
+    return Section(table.title, [SortableTable(caption, table.header, table.rows), *notes])
 
 
 def _curve(results: Results, draw: Draw, said: str) -> Chart:

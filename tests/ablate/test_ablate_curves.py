@@ -76,7 +76,7 @@ def test_a_grid_leaves_a_page_with_its_curves(results, tmp_path):
     results.grid.dir.mkdir()
     _leave_report(results, Display())
     page = (results.grid.dir / "report.html").read_text()
-    assert page.count('id="reward-curves"') == 1 and page.count("<svg") == 3
+    assert page.count('id="reward-curves"') == 1 and page.count("<svg") == 2
     assert "training preferences seen</text>" in page and re.search(r"<td[^>]*>3,000.0 ± 0.0</td>", page)
     assert (results.grid.dir / "reward-curves.png").stat().st_size > 10_000
 
