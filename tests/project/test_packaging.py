@@ -16,7 +16,7 @@ from tests.helpers.project import PROJECT, copy_project
 def files_of(package, parent):
     """The modules of a package below `parent`, and what its pages need, by their paths in a wheel."""
     pages = [*(parent / package / "serve").glob("page/*"), *(parent / package / "report").glob("page.*")]
-    pages += [*(parent / package).glob("py.typed"), *(parent / package / "judge").glob("specs/*")]
+    pages += [*(parent / package).glob("py.typed"), *(parent / package / "prompts").glob("specs/*")]
     paths = {*(parent / package).rglob("*.py"), *pages}
     return {str(path.relative_to(parent)) for path in paths}
 
