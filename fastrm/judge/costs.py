@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from statistics import mean, median
 
 import torch
 
@@ -109,9 +110,10 @@ def measure_costs(models: Sequence[str], data: str, options: JudgeOptions) -> No
 
 
 def measure(judging: Judging, rows: CostRows, memory: "_Memory", display: Display) -> dict[str, dict]:
-    """Return the costs of each way to judge: those of the round that took the median time.
+    """Return the costs of each way to judge: the median time, the largest peak, and the mean work of the rounds.
 
-    Each round judges another row in every way, so that what slows the machine down for a while hits all ways.
+    Each round judges another row in every way, so that what slows the machine down for a while hits all ways. The mean
+    over the rows does not depend on which of them was the fastest.
     """
     for way in judging.warm_up:
         judging.judge(way, rows.of(way)[0])
@@ -128,7 +130,13 @@ def measure(judging: Judging, rows: CostRows, memory: "_Memory", display: Displa
             work = judging.work_of(record, judged)._asdict()
             found[way].append({**work, "seconds": seconds, "memory_bytes": peak})
             update(sum(map(len, found.values())), ROUNDS * len(judging.ways))
-    return {way: sorted(costs, key=lambda cost: cost["seconds"])[ROUNDS // 2] for way, costs in found.items()}
+    return {way: _summary(costs) for way, costs in found.items()}
+
+
+def _summary(rounds: Sequence[dict]) -> dict:
+    together = {"tokens_generated": mean, "tokens_read": mean, "flops": mean, "seconds": median, "memory_bytes": max}
+    columns = {name: [cost[name] for cost in rounds] for name in together}
+    return {name: None if None in found else together[name](found) for name, found in columns.items()}
 
 
 class _Memory:
@@ -194,7 +202,7 @@ def _numbered(response: Response, number: int) -> Response:
 def _table(report: dict) -> Table:
     names = {PAIR: "a pair", OF_GROUP: "a group of 8", BRACKET: "a group of 8, bracket"}
     costs = report["costs"]
-    where = f"Medians of {report['rounds']} rounds on {report['device']}"
+    where = f"Seconds: median of {report['rounds']} rounds, tokens and operations: means, on {report['device']}"
     where += f", {report['threads']} threads." if report["device"] == "cpu" else "."
     memory = "Memory: growth of the process since before the model was loaded." if report["device"] == "cpu" else ""
     repeated = "No row has 8 responses: those of a row were repeated, numbered." if report["responses_repeated"] else ""

@@ -236,24 +236,28 @@ def test_rows_of_a_benchmark_are_measured_too(tmp_path):
     assert len(rows.pairs) == 3 and all(len(record.responses) == 8 for record in rows.groups)
 
 
-def test_the_round_of_the_median_time_is_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("times", [{"a": 5.0, "b": 1.0, "c": 3.0}, {"a": 3.0, "b": 5.0, "c": 1.0}])
+def test_the_time_is_the_median_and_the_work_the_mean_of_the_rows_whichever_was_fastest(
+    tmp_path, monkeypatch, times
+):
     seen, clock = [], [0.0]
 
     class Scripted(Judging):
-        warm_up, device = (PAIR,), None
+        warm_up, device = (PAIR,), torch.device("cpu")
 
         def judge(self, way, record):
             seen.append((way, record.id))
-            clock[0] += {"a": 5.0, "b": 1.0, "c": 3.0}[record.id] * (10 if way == OF_GROUP else 1)
+            clock[0] += times[record.id] * (10 if way == OF_GROUP else 1)
             return record.id
 
         def work_of(self, record, judged):
-            return Work(ord(judged), 0, None)
+            return Work({"a": 10, "b": 20, "c": 60}[judged], 0, None)
 
     monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
     records = records_of(tmp_path, [row | {"id": name} for row, name in zip([*PAIRS, EIGHT], "abc", strict=True)])
     rows = CostRows(records, records[:2], False)
-    memory, display = SimpleNamespace(reset=lambda: None), SimpleNamespace(task=lambda _: lambda *_: None)
+    memory = SimpleNamespace(reset=lambda: None, peak=iter([7, 1, 7, 1, 3, 2]).__next__)
+    display = SimpleNamespace(task=lambda _: lambda *_: None)
     found = measure(Scripted(), rows, memory, display)
     assert seen == [
         (PAIR, "a"),
@@ -264,8 +268,10 @@ def test_the_round_of_the_median_time_is_kept(tmp_path, monkeypatch):
         (PAIR, "c"),
         (OF_GROUP, "a"),
     ]
-    assert (found[PAIR]["seconds"], found[PAIR]["tokens_generated"]) == (3.0, ord("c"))
-    assert found[OF_GROUP]["seconds"] == 50.0
+    work = {"tokens_read": 0, "flops": None}
+    assert found[PAIR] == work | {"seconds": 3.0, "tokens_generated": 30, "memory_bytes": 7}
+    group = {"seconds": times["a"] * 10, "tokens_generated": pytest.approx(40 / 3), "memory_bytes": 2}
+    assert found[OF_GROUP] == work | group
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
