@@ -22,6 +22,8 @@ from fastrm.ablate.work import with_reused_runs
 
 GRIDS = {"digits": "configs/ablations/paradigm.yaml", "text": "configs/ablations/paradigm_text.yaml"}
 OF_PAGE = "amd-epyc-2-cores"
+# Figures of judges and critics that stand in the text of the page, beside those of the table.
+IN_WORDS = ("position_flip_rate", "num_parse_failures", "critiques_cut")
 
 
 def file_of_page(name: str) -> Path:
@@ -33,6 +35,7 @@ def save(name: str, overrides: list[str]) -> Path:
     """Write the figures in the folders of a grid, as far as there are any, and return the file: of this device."""
     grid = with_reused_runs(load_grid(GRIDS[name], overrides))
     wanted = [SEEN, *dict.fromkeys(column.metric for column in grid.settings.shown.values())]
+    wanted += [f"{evaluation.name}/{figure}" for evaluation in grid.settings.evaluate for figure in IN_WORDS]
     cells = {
         cell: {metric: found[metric] for metric in wanted if metric in found}
         for cell, found in collect(grid, {}).metrics.items()

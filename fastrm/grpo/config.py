@@ -212,6 +212,12 @@ class GrpoConfig(Section):
             raise ValueError("rewards: the scheme judge needs data.train.spec and data.eval.spec, the judge's SPEC")
         if self.data.train.spec is not None and self.judge is not None:
             raise ValueError("judge: a reward model measures answers, not the verdicts of data.*.spec; leave it out")
+        fit = self.policy.fit
+        if fit is not None and fit.data.spec != self.data.train.spec:
+            raise ValueError(
+                f"policy.fit.data.spec: got {fit.data.spec}, and data.train.spec is {self.data.train.spec}; set the "
+                "same"
+            )
         step = self.optim.batch_prompts * self.rollouts.num
         if step % self.optim.micro_batch:
             raise ValueError(
