@@ -72,6 +72,8 @@ def check_paradigm(config: Any) -> None:
         raise ValueError(f"paradigm {config.paradigm} with model.pooling {model.pooling}; set model.pooling: anchor")
     if config.loss.length_normalization:
         raise ValueError(f"paradigm {config.paradigm} with loss.length_normalization; remove it")
+    if config.paradigm == "judge" and model.anchor != "last_token":
+        raise ValueError(f"paradigm judge with model.anchor {model.anchor}: it reads no reward; remove model.anchor")
     has_head = config.model.head != type(config.model.head)() or "head" in config.optim.lr_parts
     if config.paradigm == "judge" and has_head:
         raise ValueError("paradigm judge has no reward head; remove model.head, and head from optim.lr_parts")

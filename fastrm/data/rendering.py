@@ -78,23 +78,32 @@ class ChatRenderer:
             # A template may add texts, or expect a tool's arguments as an object: Jinja lets Python's error through.
             raise RecordError("TEMPLATE", f"the chat template cannot render the conversation: {error}") from None
 
-    def prompt_length(self, response: Response, rendered: Rendered) -> int:
-        """Return the characters of a rendered conversation before its last turn's text: where a model begins to write.
+    def turn(self, response: Response, rendered: Rendered) -> tuple[int, int]:
+        """Return (start, stop), in characters of a rendered conversation, of the last turn's text.
+
+        It starts where a model begins to write: behind the prompt as it is rendered for generation.
 
         Raises:
-            RecordError: TEMPLATE if the conversation does not begin with its prompt as it is rendered for generation.
+            RecordError: TEMPLATE if the conversation does not begin with that prompt.
         """
+        from jinja2 import TemplateError
+
         messages = [self._message(message, rendered.breaker) for message in response.messages[:-1]]
         arguments = self._broken(json.loads(response.arguments), rendered.breaker) if response.arguments else {}
         options = {"tokenize": False, "add_generation_prompt": True, **arguments}
-        prompt = self._tokenizer.apply_chat_template(messages, **options)
+        try:
+            prompt = self._tokenizer.apply_chat_template(messages, **options)
+        except (TemplateError, TypeError) as error:
+            raise RecordError("TEMPLATE", f"the chat template refuses the prompt for generation: {error}") from None
         if not rendered.text.startswith(prompt):
             raise RecordError(
                 "TEMPLATE",
                 "the chat template renders a prompt for generation otherwise than in a conversation, so that it is not "
                 "known which tokens a model writes; use a template whose generation prompt begins its answers",
             )
-        return len(prompt)
+        text = self._broken(response.text, rendered.breaker).strip()
+        found = rendered.text.find(text, len(prompt))  # a template may write something before it
+        return len(prompt), len(prompt) if found < 0 else found + len(text)
 
     def check(self, response: Response) -> None:
         """Refuse a conversation of which the template leaves something out that is no note.

@@ -18,6 +18,7 @@ from fastrm.data.clock import at_date
 from fastrm.data.media.format import MediaSize, MediaSpan, VisionFormat
 from fastrm.data.record import MediaRef, Message, Response
 from fastrm.data.rendering import ChatRenderer, Latest, Rendered, check_not_closed, check_not_rendered, lengthened
+from fastrm.data.tokenizer import text_tokenizer
 from fastrm.errors import ConfigError, RecordError, option
 from fastrm.limits import MediaLimits
 
@@ -25,6 +26,7 @@ REMEMBERED_RUNS = 64  # the number of texts between special tokens whose tokens 
 # A text with more characters than so many for each token that is allowed is counted in parts first: tokens have four.
 _CHARACTERS_PER_TOKEN = 8
 _CHARACTERS_PER_PART = 16_384
+_SAMPLE = Response((Message("user", (" Is  1 < 2?\n\n",)), Message("assistant", ("Yes: it is.\n",))))
 REMEMBERED_SIZES = 4096  # the number of media whose sizes are remembered; the responses of a group share theirs
 
 
@@ -111,7 +113,7 @@ class ConversationEncoder:
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._renderer = ChatRenderer(tokenizer, self._special, vision)
         self._media_ids = frozenset() if vision is None else frozenset(vision.placeholders.values())
-        self._backend = _text_tokenizer(tokenizer)
+        self._backend = text_tokenizer(tokenizer)
         self._sizes, self._runs = Latest(REMEMBERED_SIZES), Latest(REMEMBERED_RUNS)
         self._counts_only, self._max_tokens = False, None
         self._check_against_stock()
@@ -151,11 +153,15 @@ class ConversationEncoder:
         if (ref := next(media, None)) is not None:
             raise RecordError("TEMPLATE", f"the chat template left a {ref.noun} out")
         tokens = np.concatenate(pieces)
-        turn = None if self.turns is None or self._counts_only else self._turn(response, rendered, length)
+        # When counting too: what is refused is refused before a run begins.
+        turn = None if self.turns is None else self._turn(response, rendered, length)
         if self.anchor == "before_padding":
             tokens = tokens[: np.flatnonzero(tokens != self.pad_token_id)[-1] + 1]
             length = len(tokens)
-            turn = None if turn is None else (min(turn[0], length), min(turn[1], length))
+            if turn is not None and turn[1] > length:
+                raise RecordError(
+                    "ANCHOR", "model.anchor: before_padding takes the token that ends a response's turn for padding"
+                )
         if self._counts_only:
             return EncodedResponse(tokens, tuple(spans), 0)
         positions = self.vision.positions(length, spans) if spans else None
@@ -222,17 +228,34 @@ class ConversationEncoder:
         lengths = [len(_flat(self._tokenize(one))) for one in (rendered, self._renderer.render(plain))]
         return num_tokens + max(0, lengths[0] - lengths[1])
 
-    def _turn(self, response: Response, rendered: Rendered, length: int) -> tuple[int, int]:
-        """Return the (start, stop) of the tokens of the last turn's text among a conversation's `length` tokens.
+    def learn_turns(self, turns: TurnLoss | None) -> None:
+        """Set `turns`, for a model that writes.
 
-        They are counted from its end, since media, whose placeholders become many tokens, lie before them.
+        Raises:
+            ConfigError: if the chat template does not show which tokens a model writes, or the anchor cuts them off.
         """
-        text, num_characters = self._up_to_anchor(rendered), self._renderer.prompt_length(response, rendered)
-        whole, prompt = (_flat(self._tokens_of(part, rendered)) for part in (text, rendered.text[:num_characters]))
-        ends = [match.end() for match in self._special.finditer(text) if match.start() >= num_characters]
-        stop = length - (len(_flat(self._tokens_of(text[ends[-1] :], rendered))) if ends else 0)
+        self.turns = turns
+        if turns is not None:
+            try:
+                self.encode(_SAMPLE)
+            except RecordError as error:
+                raise ConfigError(f"{error.message}, which a critic or judge has to learn") from None
+
+    def _turn(self, response: Response, rendered: Rendered, length: int) -> tuple[int, int]:
+        """Return the (start, stop) of the tokens of the last turn's text, and of the token that ends the turn.
+
+        They are counted from the end of a conversation's `length` tokens, since media, whose placeholders become many
+        tokens, lie before them.
+        """
+        text, (first, last) = self._up_to_anchor(rendered), self._renderer.turn(response, rendered)
+        end = next((match.end() for match in self._special.finditer(text) if match.start() >= last), None)
+        if end is None:
+            why = "the chat template writes no special token behind a response, by which a model ends its text"
+            raise RecordError("TEMPLATE", why)
+        stop = length - len(_flat(self._tokens_of(text[end:], rendered)))
         if not response.text:
             return stop, stop
+        whole, prompt = (_flat(self._tokens_of(part, rendered)) for part in (text, rendered.text[:first]))
         # A text that begins with a blank may share a token with the prompt's end.
         common = next((n for n, pair in enumerate(zip(whole, prompt, strict=False)) if pair[0] != pair[1]), len(prompt))
         return min(length - len(whole) + max(1, common), stop), stop
@@ -334,19 +357,17 @@ class ConversationEncoder:
 
         Such a tokenizer treats the start of a string differently.
         """
-        turns = [("user", " Is  1 < 2?\n\n"), ("assistant", "Yes: it is.\n")]
-        response = Response(tuple(Message(role, (text,)) for role, text in turns))
+        response = _SAMPLE
         try:
             rendered = self._renderer.render(response)
         except RecordError as error:
             raise ConfigError(f"{error.message}, which is a sample of a question and an answer; change it") from None
         # What a policy's tokens end with, if they are decoded whole: the end of its turn, and padding behind it.
-        closing = self._special.findall(rendered.text.rpartition(turns[1][1].strip())[2])
+        closing = self._special.findall(rendered.text.rpartition(response.text.strip())[2])
         closing += {self.tokenizer.eos_token, self.tokenizer.pad_token} & self.special_ids.keys()
         self._closing = tuple(sorted(set(closing), key=len, reverse=True))
-        stock = self.tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in turns], tokenize=True, return_dict=False
-        )
+        turns = [{"role": message.role, "content": message.text} for message in response.messages]
+        stock = self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
         if not self._anchor_follows(response, rendered):
             reason = "does not render it" if self.anchor != "end_of_turn" else "writes no special token behind it"
             raise ConfigError(
@@ -360,22 +381,6 @@ class ConversationEncoder:
                 f"{type(self.tokenizer).__name__}: tokens cut at special tokens differ from the tokenizer's own on a "
                 "sample conversation, so training on it would not be exact; use the model's fast tokenizer"
             )
-
-
-def _text_tokenizer(tokenizer):
-    """Return a tokenizer of the tokenizers library that reads special tokens as text; threads may share it.
-
-    It is a copy, whose settings are never changed again. transformers changes those of its own tokenizer in every
-    call, which fails ("Already borrowed") while another thread tokenises, or changes what that thread finds.
-    Its calls also spend as long again on copies and checks.
-    """
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend
 
 
 def too_long(max_tokens: int) -> RecordError:

@@ -194,3 +194,19 @@ def load_tokenizer(path: str, setting: str = "model.tokenizer"):
             "the one to use as chat_template.jinja in the folder"
         )
     return tokenizer
+
+
+def text_tokenizer(tokenizer):
+    """Return a tokenizer of the tokenizers library that reads special tokens as text; threads may share it.
+
+    It is a copy, whose settings are never changed again. transformers changes those of its own tokenizer in every
+    call, which fails ("Already borrowed") while another thread tokenises, or changes what that thread finds.
+    Its calls also spend as long again on copies and checks.
+    """
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend

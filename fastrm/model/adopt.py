@@ -40,6 +40,24 @@ def adopt(settings: ModelConfig) -> tuple[ModelConfig, str]:
     return adopted, "" if found.is_export else found.describe()
 
 
+def adopt_for(config: Config) -> tuple[Config, str]:
+    """Apply `adopt` to a configuration with model.path, as its paradigm has it: a judge takes no head.
+
+    Raises:
+        ConfigError, StorageError: as `adopt`, or for a critic on a model whose head reads means.
+    """
+    if config.paradigm == "judge" and config.model.path is not None:
+        rest = open_backbone(config.model.path).rest
+        return config, f"left out, since a judge has no reward head: {shortened(rest, 8)}" if rest else ""
+    settings, line = adopt(config.model)
+    if config.paradigm != "reward" and settings.pooling != "anchor":
+        raise ConfigError(
+            f"paradigm {config.paradigm}: the head in {settings.path} reads the mean over all tokens, a critic's the "
+            "last one; set model.head: new"
+        )
+    return config.model_copy(update={"model": settings}), line
+
+
 def adopt_what_is_here(config: Config) -> tuple[Config, str]:
     """Apply `adopt` to a whole configuration if model.path is a folder with weights; else return it unchanged.
 
@@ -48,8 +66,7 @@ def adopt_what_is_here(config: Config) -> tuple[Config, str]:
     """
     if config.model.path is None or not has_weights(config.model.path):
         return config, ""
-    settings, line = adopt(config.model)
-    return config.model_copy(update={"model": settings}), line
+    return adopt_for(config)
 
 
 def _check_agreement(settings: ModelConfig, prefix: str, section, wanted: dict) -> None:

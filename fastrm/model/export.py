@@ -26,7 +26,8 @@ from fastrm.model.adapters import WEIGHTS
 from fastrm.model.experts import expert_parts
 from fastrm.model.families import FAMILIES
 from fastrm.model.fusion import stock_entries
-from fastrm.model.loading import open_backbone
+from fastrm.model.lm_head import load_lm_head, untie_other_lm_head
+from fastrm.model.loading import Backbone, open_backbone
 from fastrm.model.lora import adapter_files, kept_tensors
 from fastrm.model.network import RewardNetwork
 from fastrm.model.paradigms import check_gives_rewards, paradigm_in
@@ -39,9 +40,10 @@ from fastrm.model.stock_classes import (
     read_by_stock,
     with_padding,
 )
-from fastrm.model.stored_head import OPENRLHF_KEYS, find_head, missing_head
+from fastrm.model.stored_head import OPENRLHF_KEYS, FoundHead, find_head, missing_head
 from fastrm.model.weight_files import CONFIG, VALUE_HEAD, finder
 from fastrm.model.weight_writer import WeightWriter
+from fastrm.paradigm_config import Paradigm
 from fastrm.resources import available_memory
 from fastrm.storage import sync_path, whole_folder
 from fastrm.ui import counted
@@ -212,17 +214,12 @@ def load_model(
         check_gives_rewards(place.given, section, behind_critique=behind_critique)
     kind = "reward" if writer is None else writer["kind"]
     tokenizer, backbone, device = load_tokenizer(place.tokenizer), opened.model, torch.device(device)
-    found = find_head(opened, tokenizer)
-    if found is None and kind != "judge":
-        raise missing_head(place)
-    if found is not None and kind == "judge":
-        raise ConfigError(
-            f"{place.given}: is a judge by its config.json, and its files hold a reward head ({found.names[0]}), which "
-            "a judge has not; copy the whole folder again"
-        )
+    found = _head_of(opened, tokenizer, kind)
     family = FAMILIES.get(backbone.config.model_type)
     if family is not None and family.no_pixel_limits and (min_pixels or max_pixels):
         raise ConfigError(f"{folder}: min_pixels and max_pixels are for Qwen models; {family.no_pixel_limits}")
+    if kind != "reward":
+        untie_other_lm_head(opened)
     anchor = section.get("anchor", "last_token") if found is None else found.anchor or "last_token"
     settings = FormatSettings(min_pixels, max_pixels)
     encoder = make_encoder(backbone.config, tokenizer, place.processor, anchor, MediaLimits(), settings, date=date)
@@ -241,8 +238,21 @@ def load_model(
         _check_memory(folder, opened.num_bytes(lambda *_: dtype), dtype)
     opened.load(lambda *_: dtype, device)
     if model.lm_head is not None:
-        opened.load_lm_head(model.lm_head, lambda *_: dtype, device)
+        load_lm_head(model.lm_head, opened, lambda *_: dtype, device)
     return model.to(device)
+
+
+def _head_of(opened: Backbone, tokenizer, kind: Paradigm) -> FoundHead | None:
+    """Return the head in a model's files, which a judge has not."""
+    found, place = find_head(opened, tokenizer), opened.place
+    if found is None and kind != "judge":
+        raise missing_head(place)
+    if found is not None and kind == "judge":
+        raise ConfigError(
+            f"{place.given}: is a judge by its config.json, and its files hold a reward head ({found.names[0]}), which "
+            "a judge has not; copy the whole folder again"
+        )
+    return found
 
 
 def _check_memory(folder: Path, needed: int, dtype: torch.dtype) -> None:

@@ -119,21 +119,6 @@ class Backbone:
                 buffer.copy_(self.tensors[name].read())
         return self.model.eval()
 
-    def load_lm_head(self, head: nn.Linear, pick_dtype: PickDtype, device: torch.device, *, reads: bool = True) -> None:
-        """Fill a model's LM head, as `load` its backbone. Raises ConfigError if the files hold none of its shape."""
-        wanted, found = head.weight.shape, None if self.lm_head is None else self.lm_head.shape
-        if found is None or tuple(found) != wanted:
-            got = "is not in the files" if found is None else f"has shape {list(found)}"
-            raise ConfigError(
-                f"model.path {self.place.given!r}: {LM_HEAD} {got}, wanted {list(wanted)}: a critic or judge writes "
-                "with it, and a reward model has none; name the language model that it was made of"
-            )
-        dtype = pick_dtype(LM_HEAD, head.weight, self.dtype)
-        filled = nn.Parameter(torch.empty(wanted, dtype=dtype, device=device), head.weight.requires_grad)
-        if reads:
-            self.lm_head.read_into(filled.detach().view(-1))
-        head.weight = filled
-
 
 def open_backbone(path: str) -> Backbone:
     """Open the backbone in a folder or at a hub id: check that all its weights are there and used, and read none.

@@ -35,6 +35,8 @@ def turn_losses(
     rows = norm(states.index_select(0, pack.turn_rows))
     device = states.device.type
     rows = rows.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype)
+    if not torch.is_grad_enabled():  # autograd functions see that parameters want gradients all the same
+        rows, head = rows.detach(), head.detach()
     with torch.autocast(device, enabled=False):
         compute = _liger if impl == "triton" else _LinearCrossEntropy.apply
         total, losses = compute(rows, head, pack.turn_targets, pack.turn_weights)

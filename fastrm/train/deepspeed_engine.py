@@ -31,6 +31,7 @@ from fastrm.data.template import ConversationEncoder, EncodedResponse
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.fusion import join_parts, split_fused, stored_buffers, whole_shape
 from fastrm.model.head import total_weight
+from fastrm.model.lm_head import load_lm_head
 from fastrm.model.loading import Backbone, PickDtype
 from fastrm.model.network import RewardNetwork, pick_device
 from fastrm.model.precision import token_multiple
@@ -107,10 +108,10 @@ class DeepSpeedEngine:
         loss = sum(losses)
         if weight == 0:  # all records of the step were refused
             self.discard()
-            return Update(0.0, 0.0, True)
+            return Update(0.0, 0.0, True, tuple(losses) if len(losses) > 1 else ())
         if not math.isfinite(loss):
             self.discard()
-            return Update(loss / weight, math.nan, False)
+            return Update(loss / weight, math.nan, False)  # of which no part is averaged
         for group in self._zero.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._zero.loss_scale = weight / self.num_ranks
@@ -257,7 +258,7 @@ def load_divided(network: RewardNetwork, files: Backbone, pick_dtype: PickDtype,
     reads = dist.get_rank() == 0
     files.load(pick_dtype, device, reads=reads, placed=lambda _, parameter: divide(parameter))
     if network.lm_head is not None:
-        files.load_lm_head(network.lm_head, pick_dtype, device, reads=reads)
+        load_lm_head(network.lm_head, files, pick_dtype, device, reads=reads)
         divide(network.lm_head.weight)
 
 

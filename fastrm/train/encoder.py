@@ -39,7 +39,7 @@ def make_data_encoder(config: Config, architecture, tokenizer) -> ConversationEn
     processor = model.path and locate(model.path).processor
     options = model.anchor, data.limits, settings, model.template_date
     encoder = make_encoder(architecture, tokenizer, processor, *options)
-    encoder.turns = turn_loss_of(config)
+    encoder.learn_turns(turn_loss_of(config))
     return encoder
 
 

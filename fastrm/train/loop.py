@@ -15,7 +15,7 @@ from fastrm.data.batching import StepOrder, plan_steps
 from fastrm.data.loader import LoadedPack, Waiting, load_packs
 from fastrm.data.quarantine import Quarantine
 from fastrm.errors import InterruptedRun
-from fastrm.model.adopt import adopt
+from fastrm.model.adopt import adopt_for
 from fastrm.stop import StopFlag, StopRequest
 from fastrm.train.checkpoint import CHECKPOINTS, Checkpoints
 from fastrm.train.engine import Update
@@ -76,10 +76,9 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
         ranks.on_first(lambda: check_overwrite(config))
     start = ranks.on_first(lambda: find_start(run_dir, resume, display.say, starts_over))
     # Checked before hours of other work: the files of model.path are there, whole, and fit the configuration.
-    model, head = ranks.on_first(lambda: adopt(config.model) if config.paradigm != "judge" else (config.model, ""))
+    config, head = ranks.on_first(lambda: adopt_for(config))
     if head:
         display.say(head)
-    config = config.model_copy(update={"model": model})
     quarantine = opened.enter_context(Quarantine(run_dir / "quarantine.jsonl" if ranks.is_first else None))
     ranks.on_first(lambda: check_trackers(config.run.report_to))
     job = set_up(config, quarantine, display, ranks)

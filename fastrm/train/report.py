@@ -54,6 +54,9 @@ def _opening_lines(job: Job, num_ranks: int, num_quarantined: int) -> Iterator[s
         yield f"ranks: {num_ranks}, DeepSpeed ZeRO stage {config.engine.zero_stage}"
     for part, (choice, why) in (("attention", network.attention), ("head and loss", network.head_kernels)):
         yield f"{part}: {choice} ({why})"
+    if network.paradigm != "reward":
+        how = "Liger's kernel" if network.lm_kernels == "triton" else "PyTorch, in chunks"
+        yield f"loss of what is written: {how} (kernels: {config.kernels})"
     yield f"norm and SwiGLU: {network.norm_and_gate}"
     if network.fp8:
         yield from network.fp8.lines(config.compile == "layers")

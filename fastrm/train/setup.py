@@ -15,6 +15,7 @@ from fastrm.errors import ConfigError, DataError, StorageError
 from fastrm.model.exactness import first_layers
 from fastrm.model.export import export_dtype, save_model
 from fastrm.model.first_use import FirstUse, weights_of
+from fastrm.model.lm_head import load_lm_head, untie_other_lm_head
 from fastrm.model.loading import Backbone, open_backbone
 from fastrm.model.lora import add_lora, base_of, nf4_layers, require_bitsandbytes
 from fastrm.model.network import RewardNetwork, init_backbone, pick_device
@@ -83,6 +84,8 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
         )
     encoder = make_data_encoder(config, backbone.config, tokenizer)
     encoder.counts_responses = config.loss.length_normalization
+    if files is not None and config.paradigm != "reward":
+        untie_other_lm_head(files)
     network = RewardNetwork(backbone, settings.head, encoder, settings.pooling, config.paradigm)
     network.writer = writer_of(config)
     keeps_head = files is not None and not settings.head.new and config.paradigm != "judge"
@@ -102,6 +105,8 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
     if settings.lora is not None:
         add_lora(network, settings.lora, base=base_of(files.place))
         network.quantize, network.base_digest = settings.quantize, digest_of(files.tensors)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ConfigError("model.freeze: leaves nothing to train, since a judge has no reward head; freeze less")
     check_lr_parts(network, config.optim)
     if config.compile == "layers":
         network.compile_layers()
@@ -120,7 +125,7 @@ def _read_weights(network: RewardNetwork, files: Backbone, config: Config, devic
     else:
         files.load(pick_dtype, device, **({} if config.model.quantize is None else {"placed": _quantizer(files)}))
         if network.lm_head is not None:
-            files.load_lm_head(network.lm_head, pick_dtype, device)
+            load_lm_head(network.lm_head, files, pick_dtype, device)
 
 
 def _quantizer(files: Backbone) -> Callable[[str, torch.nn.Parameter], None]:

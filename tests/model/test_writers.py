@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastrm.model.head import total_weight
 from fastrm.model.network import RewardNetwork
@@ -127,3 +128,15 @@ def test_a_judge_has_no_head_and_a_reward_model_no_lm_head():
     names = {kind: dict(make_model("llama", paradigm=kind).named_parameters()) for kind in kinds}
     has = {kind: ("score.0.weight" in own, "lm_head.weight" in own) for kind, own in names.items()}
     assert has == {"reward": (True, False), "critic": (True, True), "judge": (False, True)}
+
+
+def test_an_evaluation_computes_no_gradient():
+    network = writer_network("llama", "judge")
+    pack = pack_of(network, writer_records("llama", "judge"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(pack)
+    ours = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network._runner.all_states(pack)
+    layers = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert ours - layers == 2 * len(pack.turn_rows) * network.lm_weight.numel()

@@ -13,13 +13,18 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from fastrm.config import load_config
 from fastrm.data.batching import PackPlan
 from fastrm.data.loader import PackBuilder
+from fastrm.data.tokenizer import load_tokenizer
 from fastrm.errors import ConfigError
-from fastrm.model.export import load_model
+from fastrm.evaluate.accuracy import PreferenceMeter
+from fastrm.model.adopt import adopt_for
+from fastrm.model.export import load_model, save_model
 from fastrm.model.export_command import export_model
 from fastrm.prompts.spec import load_spec
 from fastrm.prompts.template import PromptTemplate
-from fastrm.train.engine import LocalEngine
+from fastrm.train.engine import LocalEngine, Update
 from fastrm.train.metrics import read_rows
+from fastrm.train.progress import Progress
+from fastrm.train.setup import make_network
 from fastrm.ui import Display
 from tests.helpers import stock
 from tests.helpers.lora_runs import lora_config
@@ -187,3 +192,45 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_packs(paradigm):
     for other in found[1:]:
         for name, gradient in found[0].items():
             assert (other[name] - gradient).abs().max() <= 1e-6 + 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("family", ["llama", "internvl"])
+def test_an_lm_head_of_its_own_is_used_whatever_the_config_says_of_ties(family, tmp_path):
+    """InternVL's config has tied embeddings where it does not say otherwise; stock ties none of two different ones."""
+    network = make_model(family)
+    network.model.config.tie_word_embeddings = False
+    stock.save_stock_checkpoint(tmp_path / "base", network, torch.float32)
+    place = tmp_path / "base" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"tie_word_embeddings": True}))
+    kind = AutoModelForCausalLM if family == "llama" else AutoModelForImageTextToText
+    wanted = kind.from_pretrained(tmp_path / "base").lm_head.weight
+    tree = {"paradigm": "judge", "run": {"dir": str(tmp_path / "run")}, "model": {"path": str(tmp_path / "base")}}
+    network = make_network(load_config(tree), load_tokenizer(str(tmp_path / "base")))
+    assert torch.equal(network.lm_weight, wanted)
+    assert not torch.equal(network.lm_weight, network.language.embed_tokens.weight)
+    export = tmp_path / "export"
+    save_model(network, export)
+    assert torch.equal(kind.from_pretrained(export).lm_head.weight, wanted)
+
+
+def test_models_that_cannot_become_critics_or_judges_are_named(tmp_path):
+    save_model(make_model("qwen2", pooling="mean"), tmp_path / "mean")
+    config = load_config({"paradigm": "critic", "run": {"dir": "unused"}, "model": {"path": str(tmp_path / "mean")}})
+    with pytest.raises(ConfigError, match=r"reads the mean over all tokens, a critic's the last one; set model\.head"):
+        adopt_for(config)
+    config = load_config({"paradigm": "judge", "run": {"dir": "unused"}, "model": {"path": str(tmp_path / "mean")}})
+    assert adopt_for(config)[1].startswith("left out, since a judge has no reward head: score.0.")
+    stock.save_stock_checkpoint(tmp_path / "base", make_model("llama"), torch.float32)
+    model = {"path": str(tmp_path / "base"), "freeze": ["language"]}
+    config = load_config({"paradigm": "judge", "run": {"dir": "unused"}, "model": model})
+    with pytest.raises(ConfigError, match=r"model\.freeze: leaves nothing to train, since a judge has no reward"):
+        make_network(config, load_tokenizer(str(tmp_path / "base")))
+
+
+def test_a_step_whose_records_were_all_refused_is_averaged_like_others():
+    progress = Progress()
+    for parts in ((1.0, 2.0), (0.0, 0.0)):
+        progress.count_step(0, PreferenceMeter(), Update(sum(parts), 1.0, True, parts))
+    progress.count_seconds(1.0, 0.0)
+    row = progress.take_row(1, 1e-3)
+    assert (row["loss"], row["preference_loss"], row["critique_loss"]) == (1.5, 0.5, 1.0)
