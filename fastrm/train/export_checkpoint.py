@@ -57,6 +57,8 @@ def export_checkpoint(
     config = validate(Config, stored, {}, str(path / STATE))
     network, weights = _without_weights(config), finite(model_tensors(path).items())
     network.base_digest = state.get("base_digest")
+    # The prompt that was trained on, and not what the SPEC's file holds now; old checkpoints have none.
+    network.writer = state["writer"] if "writer" in state else writer_of(config)
     if network.lora is None and merge:
         raise ConfigError(f"--merge: {run_dir} trains no adapters (model.lora): its checkpoints are whole; omit it")
     if network.lora is not None and not merge and (dtype is not None or reader == "vllm"):
@@ -110,7 +112,6 @@ def _without_weights(config: Config) -> RewardNetwork:
         backbone = empty_backbone(settings.path)
     encoder = make_data_encoder(config, backbone.config, tokenizer)
     network = RewardNetwork(backbone, settings.head, encoder, settings.pooling, config.paradigm)
-    network.writer = writer_of(config)
     if settings.fuse_projections:  # files have their tensors in the order of the run's own network
         network.fuse_projections()
     if settings.lora is not None:

@@ -26,7 +26,7 @@ from fastrm.train.overwrite import check_overwrite, delete_run
 from fastrm.train.progress import Progress, StepReport, StepTally
 from fastrm.train.ranks import Ranks, joined
 from fastrm.train.report import announce, finish, progress_note, stopping_note, versions
-from fastrm.train.resume import find_start, restore
+from fastrm.train.resume import check_writer, find_start, restore
 from fastrm.train.run import INCIDENTS, Run, StepGuard, locked
 from fastrm.train.run_pages import try_to_write_run_page
 from fastrm.train.setup import check_exactness, make_engine, set_up
@@ -75,6 +75,7 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
     if starts_over := config.run.overwrite and resume == "no":
         ranks.on_first(lambda: check_overwrite(config))
     start = ranks.on_first(lambda: find_start(run_dir, resume, display.say, starts_over))
+    ranks.on_first(lambda: check_writer(start, config))  # before data are prepared anew in place of the run's own
     # Checked before hours of other work: the files of model.path are there, whole, and fit the configuration.
     config, head = ranks.on_first(lambda: adopt_for(config))
     if head:
@@ -88,7 +89,7 @@ def _begin(config: Config, resume: str, display: Display, stop: StopFlag, ranks:
     if starts_over and ranks.is_first:  # only now: whatever might have stopped the new run has not
         delete_run(run_dir, display.say)
     about = {"config": config.model_dump(mode="json"), "data_fingerprint": fingerprint, "versions": versions()}
-    about["base_digest"] = job.network.base_digest
+    about |= {"base_digest": job.network.base_digest, "writer": job.network.writer}
     checkpoints = Checkpoints(
         run_dir / CHECKPOINTS, engine, about, config.run.keep_checkpoints,
         saved=saved, stop=stop, ranks=ranks, say=display.say,

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from fastrm.config import Config
 from fastrm.errors import ConfigError, StorageError
+from fastrm.paradigm_config import section_of
 from fastrm.stopping_config import ACCURACY
 from fastrm.train.checkpoint import (
     CHECKPOINTS,
@@ -24,6 +25,7 @@ from fastrm.train.progress import Progress
 from fastrm.train.ranks import Ranks
 from fastrm.train.run import INCIDENTS
 from fastrm.train.trackers import IDS as TRACKER_IDS
+from fastrm.train.writing import writer_of
 from fastrm.yaml_files import differences
 
 # Keys that may differ on resume: they do not change what a step computes. More or fewer steps in all
@@ -89,6 +91,22 @@ def _find_checkpoint(run_dir: Path, resume: str, say: Callable[[str], None]) -> 
     if problem is not None:
         raise StorageError(f"{resume}: not an intact checkpoint: {problem}; use --resume auto to find the newest")
     return Path(resume)
+
+
+def check_writer(checkpoint: Path | None, config: Config) -> None:
+    """Refuse to resume a critic or a judge whose SPEC has another prompt or parser than its texts were made with.
+
+    Raises:
+        ConfigError: naming the SPEC.
+    """
+    if checkpoint is None or (section := section_of(config)) is None:
+        return
+    state = json.loads((checkpoint / STATE).read_text())
+    if "writer" in state and state["writer"] != writer_of(config):
+        raise ConfigError(
+            f"{config.paradigm}.spec {section.spec}: is not the SPEC that {checkpoint} was trained with; restore it "
+            f"({STATE} there holds it under writer), or use a new run.dir"
+        )
 
 
 def restore(checkpoint: Path, config: Config, fingerprint: str, engine, ranks: Ranks) -> Progress:

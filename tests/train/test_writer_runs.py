@@ -22,6 +22,7 @@ from fastrm.model.export_command import export_model
 from fastrm.prompts.spec import load_spec
 from fastrm.prompts.template import PromptTemplate
 from fastrm.train.engine import LocalEngine, Update
+from fastrm.train.export_checkpoint import export_checkpoint
 from fastrm.train.metrics import read_rows
 from fastrm.train.progress import Progress
 from fastrm.train.setup import make_network
@@ -114,6 +115,28 @@ def test_a_resumed_run_is_the_run_to_the_bit(paradigm, tmp_path):
     found = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert _without_times(_metrics(tmp_path)) == _without_times(rows)
+
+
+def test_a_checkpoint_keeps_the_prompt_that_was_trained_on_whatever_becomes_of_the_spec(tmp_path):
+    spec = tmp_path / "own.yaml"
+    spec.write_text("kind: critic\nprompt: '{{ question }} | {{ response }}'\n")
+    path = _config(tmp_path, "critic", critic={"spec": str(spec)}, run={"max_steps": 1}, **_text_model())
+    run(path)
+    folder = tmp_path / "run"
+    wanted, prepared = (folder / "model" / "config.json").read_text(), _files(folder)
+    spec.write_text("kind: critic\nprompt: 'Another: {{ question }} | {{ response }}'\n")
+    with pytest.raises(ConfigError, match=r"critic\.spec .*own\.yaml: is not the SPEC that .*step-00000001 was"):
+        run(path, "run.max_steps=2", resume="auto")
+    assert _files(folder) == prepared
+    for name in ("edited", "gone"):
+        with Display() as display:
+            export_checkpoint(folder, 1, tmp_path / name, "transformers", display)
+        assert (tmp_path / name / "config.json").read_text() == wanted
+        spec.unlink(missing_ok=True)
+
+
+def _files(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _metrics(folder) -> list[dict]:
