@@ -12,7 +12,13 @@ Parser = Callable[[str], "Verdict | float | None"]
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([^{}]*?)\}")
-_BETTER = re.compile(r"(?:answer|response|assistant)\s*([12])\s+is\s+(?:\w+\s+)?better", re.IGNORECASE)
+_BETTER = re.compile(
+    r"(?:answer|response|assistant)\s*([12])\s+is\s+(?:(?!(?:not|no|never|hardly)\b)\w+\s+)?better", re.IGNORECASE
+)
+# What "neither" and "nor" deny: all up to the next mark or the word with which something else is said.
+_DENIED = re.compile(
+    r"\b(?:neither|nor)\b(?:(?!\b(?:but|yet|so|though|although|while|however|therefore)\b)[^.,;:!?\n])*", re.IGNORECASE
+)
 _NAMED = re.compile(r"\bbetter response: \[?(first|second|[12ab])\b", re.IGNORECASE)
 _FIRST = ("first", "1", "a")
 _EQUAL = re.compile(
@@ -55,8 +61,10 @@ def parse_better(text: str) -> Verdict | None:
 
     LLaVA-Critic's published answers have "The better response: [first]".
     A judge is asked to end with that sentence: of several the last one counts, and a sentence that calls both equally
-    good is a tie if none comes behind it.
+    good is a tie if none comes behind it. "Response 2 is not better" and "neither Response 1 is better nor ..." are no
+    verdicts.
     """
+    text = _DENIED.sub("...", text)
     found = [(match.end(), Verdict(int(match[1]))) for match in _BETTER.finditer(text)]
     places = ((match.end(), match[1].lower() in _FIRST) for match in _NAMED.finditer(text))
     found += [(end, Verdict.FIRST if is_first else Verdict.SECOND) for end, is_first in places]
