@@ -172,12 +172,37 @@ def answer(policy, processor, questions: Sequence[Question], max_tokens: int, ba
     tokenizer, found = getattr(processor, "tokenizer", processor), []
     for first in range(0, len(questions), batch):
         inputs = encode(processor, questions[first : first + batch]).to(policy.device)
-        tokens = policy.generate(
-            **inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-        found += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = write_tokens(policy, tokenizer, inputs, max_tokens)
+        found += tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return found
+
+
+def end_tokens(policy, tokenizer) -> list[int]:
+    """Return the tokens that end a text: those of the model's generation_config.json and of its tokenizer."""
+    said = policy.generation_config.eos_token_id
+    return sorted({*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id} - {None})
+
+
+def write_tokens(policy, tokenizer, inputs, max_tokens: int, temperature: float = 0.0) -> torch.Tensor:
+    """Return the tokens (batch, longest text) that a model writes behind prompts, padded behind their ends.
+
+    Temperature 0 takes the likeliest token, any other draws from all tokens. Of the model's generation_config.json only
+    the tokens that end a text count: its top_k, repetition_penalty and the like would change what is measured.
+    """
+    from transformers import GenerationConfig
+
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    settings = GenerationConfig(
+        max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_tokens(policy, tokenizer) or None, **(drawn if temperature else {"do_sample": False}),
+    )  # fmt: skip
+    own = policy.generation_config
+    policy.generation_config = GenerationConfig()  # `generate` takes from it whatever `settings` leave open
+    try:
+        tokens = policy.generate(**inputs, generation_config=settings)
+    finally:
+        policy.generation_config = own
+    return tokens[:, inputs["input_ids"].shape[1] :]
 
 
 def save_policy(policy, processor, folder: Path) -> None:

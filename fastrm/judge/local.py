@@ -7,7 +7,7 @@ import torch
 
 from fastrm.errors import ConfigError
 from fastrm.grpo.config import PolicySection
-from fastrm.grpo.policy import encode, is_visual, load_policy
+from fastrm.grpo.policy import encode, end_tokens, is_visual, load_policy, write_tokens
 from fastrm.grpo.questions import Question
 from fastrm.judge.questions import JudgeQuestion, TextSize, Written
 from fastrm.model.network import pick_device
@@ -31,9 +31,7 @@ class LocalModel:
         self._model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
         self._batch, self._decoding = generator.batch, decoding
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
-        said = self._model.generation_config.eos_token_id
-        ends = {*(said if isinstance(said, list) else [said]), self._tokenizer.eos_token_id} - {None}
-        self._ends = torch.tensor(sorted(ends), device=device)
+        self._ends = torch.tensor(end_tokens(self._model, self._tokenizer), device=device)
 
     def write(self, questions: Sequence[JudgeQuestion]) -> Iterator[Written]:
         """Yield the text of each question, batch by batch.
@@ -44,7 +42,6 @@ class LocalModel:
             ConfigError: for a question with an image if the model reads none.
         """
         decoding, tokenizer = self._decoding, self._tokenizer
-        drawn = {"do_sample": True, "temperature": decoding.temperature} if decoding.temperature else {}
         for start in range(0, len(questions), self._batch):
             batch = questions[start : start + self._batch]
             if not is_visual(self._processor) and (seen := next((one for one in batch if one.images), None)):
@@ -55,11 +52,7 @@ class LocalModel:
             shown = [Question(question.messages, "", question.origin) for question in batch]
             inputs = encode(self._processor, shown).to(self._model.device)
             with torch.inference_mode():
-                tokens = self._model.generate(
-                    **inputs, max_new_tokens=decoding.max_tokens, pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=self._ends.tolist() or None, **(drawn or {"do_sample": False}),
-                )  # fmt: skip
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+                tokens = write_tokens(self._model, tokenizer, inputs, decoding.max_tokens, decoding.temperature)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             is_end = torch.isin(tokens, self._ends)
             ended = is_end.any(1)

@@ -11,7 +11,7 @@ from fastrm.data.record import Message
 from fastrm.errors import ConfigError
 from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.grpo.config import PolicySection
-from fastrm.grpo.policy import load_policy, save_policy
+from fastrm.grpo.policy import answer, load_policy, save_policy
 from fastrm.grpo.questions import Question
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from tests.helpers.runs import TINY, write_rows
@@ -60,6 +60,34 @@ def test_a_folder_with_other_weights_is_asked_again(tmp_path, tiny):
             os.utime(model / "model.safetensors", ns=(0, 0))
         judge(tmp_path, model, image_rows(tmp_path))
         assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == texts
+
+
+def test_only_what_decoding_says_counts(tmp_path, tiny):
+    """A model's generation_config.json may say what makes all votes the same, or none the likeliest."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "generation_config.json").read_text())
+    said = {"do_sample": True, "top_k": 1, "repetition_penalty": 50.0, "suppress_tokens": list(range(100))}
+    (model / "generation_config.json").write_text(json.dumps(config | said))
+    votes = {"votes": 8, "decoding": {"max_tokens": 4, "temperature": 1.0}, "order": "as_given"}
+    judge(tmp_path, model, image_rows(tmp_path)[:1], **votes)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert len(texts) == 8 and len(set(texts)) > 1
+    greedy = []
+    for number, folder in enumerate((tiny, model)):
+        work = tmp_path / str(number)
+        work.mkdir()
+        judge(work, folder, image_rows(work), decoding={"max_tokens": 16})
+        greedy.append([json.loads(line)["text"] for line in (work / "texts.jsonl").read_text().splitlines()])
+    assert greedy[0] == greedy[1]
+
+
+def test_a_policy_answers_with_its_likeliest_tokens(tiny):
+    policy, processor = load_policy(PolicySection(path=str(tiny)), [], 0)
+    questions = [Question((Message("user", (f"Which {number}?",)),), "", f"x:{number}") for number in range(3)]
+    likeliest = answer(policy, processor, questions, 16)
+    policy.generation_config.repetition_penalty = 50.0
+    assert answer(policy, processor, questions, 16) == likeliest
+    assert policy.generation_config.repetition_penalty == 50.0  # it is saved with the policy
 
 
 @needs_smollm2
