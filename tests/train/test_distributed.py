@@ -237,7 +237,7 @@ def rows_of(run_dir: Path, after: int = 0) -> list[dict]:
 
 def exported(run_dir: Path) -> dict:
     """The weights of an export, by their names in the network."""
-    return load_model(run_dir / "model").state_dict()
+    return load_model(run_dir / "model", writes=True).state_dict()
 
 
 def assert_same_run(run_dir: Path, wanted_dir: Path, after: int = 0) -> None:
@@ -359,3 +359,27 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_bit(server, m
     server.run(tmp_path, "train", parts, "auto")
     assert rows_of(tmp_path / "parts" / "run") == rows_of(tmp_path / "whole" / "run")
     assert_equal(exported(tmp_path / "parts" / "run"), exported(tmp_path / "whole" / "run"))
+
+
+@pytest.mark.parametrize("paradigm, is_tied", [("critic", False), ("judge", True)], ids=["critic", "tied judge"])
+def test_a_writer_from_files_is_that_of_one_process_under_zero3(server, paradigm, is_tied, tmp_path):
+    """The LM head is read, divided and gathered as the backbone is; a judge has no other head."""
+    network = make_model("llama")
+    network.model.config.tie_word_embeddings = is_tied
+    save_stock_checkpoint(tmp_path / "base", network, torch.float32)
+    row = {"chosen": "yes", "rejected": "no", "rejected_reason": "-"}
+    rows = [row | {"prompt": f"Is {n} even?", "chosen_reason": "so " * n} for n in range(2, 22, 2)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+
+    def config_of(name: str, zero_stage: int) -> Path:
+        (tmp_path / name).mkdir()
+        path = tiny_config(tmp_path / name, data, data, run={"max_steps": 3}, engine={"zero_stage": zero_stage})
+        tree = yaml.safe_load(path.read_text()) | {"paradigm": paradigm}
+        tree["model"] = {"path": str(tmp_path / "base")}
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    rank_jobs.train(str(config_of("one", 1)))
+    server.run(tmp_path, "train", config_of("two", 3))
+    assert_same_run(tmp_path / "two" / "run", tmp_path / "one" / "run")
+    assert ("lm_head.weight" in exported(tmp_path / "two" / "run")) != is_tied

@@ -104,9 +104,17 @@ def _critique_loss(model, folder) -> float:
     return sum(losses) / 12
 
 
-@pytest.mark.parametrize("paradigm", ["critic", "judge"])
-def test_a_resumed_run_is_the_run_to_the_bit(paradigm, tmp_path):
-    path = _config(tmp_path, paradigm)
+_SMALL = {
+    "precision": {"dtype": "bf16", "weights": "bf16"}, "optim": {"states": "8bit"},
+    "model": {"activation_checkpointing": "full"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "paradigm, settings", [("critic", {}), ("judge", {}), ("critic", _SMALL)], ids=["critic", "judge", "small critic"]
+)
+def test_a_resumed_run_is_the_run_to_the_bit(paradigm, settings, tmp_path):
+    path = _config(tmp_path, paradigm, **settings)
     run(path)
     wanted, rows = load_file(tmp_path / "run" / "model" / "model.safetensors"), _metrics(tmp_path)
     assert "lm_head.weight" in wanted
