@@ -77,5 +77,9 @@ def check_paradigm(config: Any) -> None:
     has_head = config.model.head != type(config.model.head)() or "head" in config.optim.lr_parts
     if config.paradigm == "judge" and has_head:
         raise ValueError("paradigm judge has no reward head; remove model.head, and head from optim.lr_parts")
+    sources = {**config.data.sources("train"), **config.data.sources("eval")}
+    for place, source in sources.items() if config.paradigm == "judge" else ():
+        if source.margin is not None:
+            raise ValueError(f"{place}.margin with paradigm judge, which has no rewards; remove it")
     if config.paradigm == "critic" and config.loss.kind != "bradley_terry":
         raise ValueError(f"paradigm critic with loss.kind {config.loss.kind}; set loss.kind: bradley_terry")

@@ -37,6 +37,7 @@ class TextReading:
         kind: ``critic`` or ``judge``.
         prompt, system, parser: those of the SPEC; a critic has no parser.
         missing: of a critic: ``refuse`` or ``empty``, see `CriticConfig`.
+        ties: of a critic: ``ignore`` or ``half``, see `LossConfig`; ignored, they need no critiques.
         order, seed: of a judge: see `JudgeConfig`.
     """
 
@@ -45,6 +46,7 @@ class TextReading:
     system: str = ""
     parser: str = ""
     missing: str = "refuse"
+    ties: str = "ignore"
     order: str = "random"
     seed: int = 0
 
@@ -92,7 +94,8 @@ class TextReading:
             )
 
     def _criticised(self, record: Record) -> list[Response]:
-        compared = {number for preference in record.preferences for number in preference.responses}
+        trained_on = [one for one in record.preferences if self.ties != "ignore" or not one.tie]
+        compared = {number for preference in trained_on for number in preference.responses}
         missing = [n for n in sorted(compared) if not record.responses[n].critique.strip()]
         if missing and self.missing == "refuse":
             names = ", ".join(f"response {n} ({_brief.repr(record.responses[n].text)})" for n in missing)
@@ -133,13 +136,15 @@ class TextReading:
             return [given]
         if self.order == "both":
             return [given, given[::-1]]
-        # By texts and media, not by id: copies of a row have the same order, and can be recognised as copies. By texts
-        # alone two answers would always be shown in one order, whatever the image of their question.
-        first = record.responses[given[0]]
-        texts = [question_text(first), *(record.responses[number].text for number in given)]
+        # By texts and media, not by id or place: copies of a row, with its responses in any order, are shown in one
+        # order, and can be recognised as copies. By texts alone two answers would always be shown in one order,
+        # whatever the image of their question.
+        by_text = tuple(sorted(given, key=lambda number: record.responses[number].text))
+        first = record.responses[by_text[0]]
+        texts = [question_text(first), *(record.responses[number].text for number in by_text)]
         texts += [_content_name(ref) for ref in first.media]
         is_turned = random.Random("\0".join([str(self.seed), *texts])).random() < 0.5
-        return [given[::-1] if is_turned else given]
+        return [by_text[::-1] if is_turned else by_text]
 
     def _comparison(self, shown: Sequence[Response], verdict: Verdict, thinking: str) -> Response:
         first, second = shown
@@ -194,6 +199,8 @@ def reading_of(config) -> TextReading | None:
         )
     PromptTemplate(spec.prompt, spec.shown).fill(question="", **dict.fromkeys(spec.shown, ""))
     own = section.model_dump(include={"missing", "order", "seed"})
+    if kind == "critic":
+        own["ties"] = config.loss.ties
     return TextReading(config.paradigm, spec.prompt, spec.system, spec.parser, **own)
 
 

@@ -27,13 +27,13 @@ def read(tmp_path):
     """Reads rows as a paradigm does: (records, refusals)."""
     (tmp_path / "a.png").write_bytes(png())
 
-    def written_and_read(*rows, paradigm="critic", source=None, **section):
+    def written_and_read(*rows, paradigm="critic", source=None, loss=None, **section):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sections = {paradigm: section} if section else {}
         source = {"path": str(path), **(source or {})}
         config = {"paradigm": paradigm, "run": {"dir": "runs/x"}, "model": {"path": "x"}, "data": {"train": [source]}}
-        config = load_config({**config, **sections})
+        config = load_config({**config, **sections, **({"loss": loss} if loss else {})})
         (file,) = open_source(config.data.train[0], reading_of(config))
         items = list(file.read())
         assert len({item.origin for item in items}) == len(rows)
@@ -136,6 +136,13 @@ def test_only_responses_that_are_compared_need_a_critique(one):
     assert said(record) == ["a", "b", ""]
 
 
+def test_responses_of_ties_need_a_critique_where_ties_are_trained_on(one, read):
+    row = {"prompt": "What?", "responses": ["a", "b"], "scores": [1, 1], "critiques": ["x", ""]}
+    assert said(one(row)) == ["x", ""]
+    _, ((code, message),) = read(row, loss={"ties": "half"})
+    assert (code, "no critique of response 1 ('b')" in message) == ("NO_CRITIQUE", True)
+
+
 def test_missing_critiques_may_be_empty(one):
     record = one({**FLAT, "chosen_reason": "ok", "rejected_reason": "\n"}, missing="empty")
     assert said(record) == ["ok", ""]
@@ -215,6 +222,24 @@ def test_random_orders_are_of_the_seed_and_the_row_and_both_occur(read):
     assert [said(record) for record in other] != [said(record) for record in first]
 
 
+def test_copies_of_a_row_are_shown_in_one_order_whichever_response_stands_first(read):
+    def rows(*, swapped):
+        for number in range(40):
+            responses = [f"It is {number}.", f"About {number}."]
+            places = [1, 0] if swapped else [0, 1]
+            yield {
+                "prompt": f"What is {number}?", "responses": [responses[place] for place in places],
+                "preferences": [[places.index(number % 2), places.index(1 - number % 2)]],
+            }  # fmt: skip
+
+    found, _ = read(*rows(swapped=False), paradigm="judge")
+    copies, _ = read(*rows(swapped=True), paradigm="judge")
+    assert [asked(record) for record in copies] == [asked(record) for record in found]
+    assert [said(record) for record in copies] == [said(record) for record in found]
+    verdicts = [load_spec("r1_reward").parse(said(record)[0]) for record in found]
+    assert 8 < verdicts.count(Verdict.FIRST) < 32
+
+
 def test_random_orders_differ_between_images_and_not_between_places_of_their_files():
     """With few answers, as in digits, an order by texts alone would be the same for every image."""
     reading = TextReading("judge", "{{ question }} {{ first }} {{ second }}", parser="better")
@@ -244,7 +269,14 @@ def test_a_judge_learns_each_preference_with_its_weight_and_no_ties(one, read):
     [
         ({**FLAT, "thinking": 3}, "BAD_ROW", '"thinking" is a number, wanted text'),
         ({**GROUP, "thinking": "x"}, "BAD_ROW", '"thinking" is about two responses, and the row has 3'),
-        ({**FLAT, "thinking": "So <answer>2</answer>"}, "BAD_VERDICT", "holds the verdict second"),
+        (
+            {"prompt": "What?", "responses": ["a", "b"], "preferences": [[0, 1]], "thinking": "So <answer>2</answer>"},
+            "BAD_VERDICT", "holds the verdict second",
+        ),
+        (
+            {**FLAT, "thinking": "The first is right."},
+            "BAD_ROW", '"thinking" beside "chosen" and "rejected" would always end in the verdict 1; write "responses"',
+        ),
         (
             {"messages": turns("Which is better?", "I do not say.")},
             "BAD_VERDICT", "holds no verdict for the parser r1_reward",
@@ -342,6 +374,21 @@ def test_a_spec_of_another_kind_is_refused():
             reading_of(config)
 
 
+@pytest.mark.parametrize("data", [{"train": [{}, {"margin": 0.5}]}, {"eval": {"hard": [{}, {"margin": 0.5}]}}])
+def test_a_margin_of_a_judge_s_source_is_refused(data):
+    def with_paths(found):
+        if isinstance(found, dict):
+            return {name: with_paths(some) for name, some in found.items()}
+        return [{"path": "rows.jsonl", **source} for source in found]
+
+    base = {"run": {"dir": "runs/x"}, "model": {"path": "x"}, "data": {"train": [{"path": "x.jsonl"}]}}
+    base["data"] |= with_paths(data)
+    place = "data.train.1" if "train" in data else "data.eval.hard.1"
+    with pytest.raises(ConfigError, match=rf"{place}.margin with paradigm judge, which has no rewards; remove it"):
+        load_config({**base, "paradigm": "judge"})
+    load_config({**base, "paradigm": "critic"})
+
+
 def test_a_critic_s_spec_has_no_parser(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump({"kind": "critic", "parser": "score", "prompt": "x"}))
@@ -377,7 +424,7 @@ def test_critiques_that_others_wrote_are_read(read):
 def test_preferences_that_others_wrote_without_critiques_are_refused_or_judged(read):
     rows = json.loads((SHARED / "pandalm" / "testset-v1.json").read_text())[:60]
     records, refused = read(*rows)
-    assert records == []
+    assert all(one.tie for record in records for one in record.preferences)  # left out later, as loss.ties says
     assert {code for code, _ in refused} == {"NO_CRITIQUE", "EMPTY_RESPONSE"}
     judged, refused = read(*rows, paradigm="judge")
     assert {code for code, _ in refused} <= {"ONLY_TIES", "EMPTY_RESPONSE", "IDENTICAL_RESPONSES"}

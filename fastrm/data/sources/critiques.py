@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from fastrm.data.sources.draft import Draft
 from fastrm.data.sources.values import bad_row, check_text
+from fastrm.errors import RecordError
 
 _OF_PAIRS = {"chosen": "chosen_reason", "rejected": "rejected_reason"}
 _OF_LISTS, _THINKING = "critiques", "thinking"
@@ -39,10 +40,17 @@ def with_critiques(draft: Draft, row: dict) -> Draft:
     return replace(draft, responses=tuple(replace(one, critique=text or one.critique) for one, text in responses))
 
 
-def thinking_of(row: dict) -> str:
+def thinking_of(row: dict, draft: Draft) -> str:
     """Return the comparison of a row's two responses; empty if it has none.
 
     Raises:
-        RecordError: BAD_ROW if it is not text; BAD_TEXT.
+        RecordError: BAD_ROW if it is not text, or of a pair whose better response is always the first; BAD_TEXT.
     """
-    return check_text(row.get(_THINKING, ""), _THINKING)
+    thinking = check_text(row.get(_THINKING, ""), _THINKING)
+    if thinking and draft.names == tuple(_OF_PAIRS):
+        raise RecordError(
+            "BAD_ROW",
+            '"thinking" beside "chosen" and "rejected" would always end in the verdict 1; write "responses": [a, b] '
+            'and "preferences": [[1, 0]] where b is better, in an order that does not tell which is',
+        )
+    return thinking

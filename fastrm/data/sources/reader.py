@@ -131,7 +131,7 @@ class SourceFile:
             record = to_record(draft, **making, require_preferences=is_pair)
             return reading.convert(record, judgement=draft.judgement())
         record = to_record(with_critiques(draft, row), **making, require_preferences=True)
-        return reading.convert(record, thinking_of(row) if reading.kind == "judge" else "")
+        return reading.convert(record, thinking_of(row, draft) if reading.kind == "judge" else "")
 
     def _draft(self, row: dict, keys: KeyTally) -> Draft:
         layout = self._layout(row)
