@@ -254,7 +254,8 @@ def test_settings_that_cannot_be_are_named(tmp_path, change, said):
 
 def test_a_judge_of_single_responses_is_refused(tmp_path):
     source = {"path": str(write_rows(tmp_path / "a.jsonl", PAIRS)), "spec": "llava_critic_pointwise"}
-    path = write_config(tmp_path, data={"train": source, "eval": source})
+    policy = {"init": TEXT, "tokenizer": {"train_vocab_size": 300}}
+    path = write_config(tmp_path, policy=policy, data={"train": source, "eval": source})
     with pytest.raises(ConfigError, match=r"kind is pointwise; wanted a judge of kind pairwise"):
         run_grpo(load_run(GrpoConfig, path))
 
