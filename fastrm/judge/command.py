@@ -128,10 +128,50 @@ def _texts(
     if texts.given:
         return given_critiques(records)
     if texts.written is not None:
-        return display.count("reading", read_generations(texts.written, records, len(spec.shown), refused))
+        read = display.count("reading", read_generations(texts.written, records, len(spec.shown), refused))
+        return _current(spec, records, list(read), refused)
     place = Path(name)
     stem = place.resolve().parent.name if place.name == "model" else place.stem  # a run's folder is runs/NAME/model
     return generate(spec, records, texts.generations or Path("runs", "judges", f"{stem}.jsonl"), display)
+
+
+def _current(
+    spec: JudgeSpec, records: Sequence[Record], read: Sequence[Generation], refused: list[str]
+) -> list[Generation]:
+    """Return the texts that answer what a SPEC asks about records; texts without a key are taken as they are.
+
+    A file in which fastrm kept texts may hold those of older SPECs, models and rows too, which would count as votes.
+    They are added to `refused`.
+
+    Raises:
+        DataError: of a SPEC without a generator, which cannot tell them apart, for more texts than votes.
+    """
+    found = [one for one in read if not one.key]
+    if spec.generator is None:
+        once = {(one.id, one.order, one.key): one for one in read if one.key}
+        counts = Counter((one.id, one.order) for one in once.values())
+        for one in once.values():
+            if (count := counts[one.id, one.order]) > spec.votes:
+                raise DataError(
+                    f"{one.origin}: row {one.id!r} has {count:,} texts that fastrm kept in the order "
+                    f"{list(one.order)}, and the judge has {spec.votes:,} vote(s): some are of older SPECs, models or "
+                    "rows; name the SPEC with the generator that wrote them, or give --votes"
+                )
+        return [*found, *once.values()]
+    kept = {one.key: one for one in read if one.key}
+    taken: set[tuple] = set()
+    for questions in rounds(spec, records, found) if kept else ():
+        new = {(one.id, one.order, one.key) for one in questions if one.key in kept} - taken
+        if not new:  # as where a bracket's next round was not kept
+            break
+        taken |= new
+        found += [replace(kept[key], id=name, order=order) for name, order, key in sorted(new)]
+    current = {key for _, _, key in taken}
+    refused += [
+        f"{one.origin}: left out: not asked by this SPEC about these rows, but of another SPEC, model, option or row"
+        for one in read if one.key and one.key not in current
+    ]  # fmt: skip
+    return found
 
 
 def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Display) -> list[Generation]:
@@ -146,14 +186,14 @@ def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Di
     found, writer = [], None
     try:
         for questions in rounds(spec, records, found):
-            missing = store.missing(questions)
-            if done := len(questions) - len(missing):
-                display.say(f"{done:,} of {len(questions):,} texts are in {path} already")
+            missing, total = store.missing(questions), len({question.key for question in questions})
+            if done := total - len(missing):
+                display.say(f"{done:,} of {total:,} texts are in {path} already")
             if missing:
                 writer, update = writer or make_writer(spec), display.task("writing")
                 for number, written in enumerate(writer.write(missing), done + 1):
                     store.add(written)
-                    update(number, len(questions))
+                    update(number, total)
             found += store.generations(questions)
         return found
     except KeyboardInterrupt:

@@ -1,9 +1,9 @@
 """Texts from an OpenAI-compatible server: /v1/chat/completions of vLLM, SGLang or a vendor."""
 
 import os
+import queue
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import httpx
 
@@ -52,26 +52,36 @@ class Endpoint:
         self._stopped = threading.Event()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=self._settings.batch)
-        pool = ThreadPoolExecutor(self._settings.batch)
-        waiting, running, failed = list(reversed(questions)), {}, None
+        answers: queue.SimpleQueue[Written | Exception] = queue.SimpleQueue()
+        waiting, running, failed = list(reversed(questions)), 0, None
         with httpx.Client(timeout=self._settings.timeout, headers=headers, limits=limits) as client:
             try:
                 while running or (waiting and failed is None):
-                    while waiting and failed is None and len(running) < self._settings.batch:
-                        question = waiting.pop()
-                        running[pool.submit(self._ask, client, question)] = question
-                    for done in wait(running, return_when=FIRST_COMPLETED).done:
-                        question = running.pop(done)
-                        try:
-                            yield done.result()
-                        except FastrmError as error:
-                            failed = failed or error
-                            self._stopped.set()
+                    while waiting and failed is None and running < self._settings.batch:
+                        # Whoever stops, as with Ctrl-C, waits for none of them: a process ends with such threads.
+                        asking = (client, waiting.pop(), answers)
+                        threading.Thread(target=self._answer, args=asking, daemon=True).start()
+                        running += 1
+                    answer = answers.get()
+                    running -= 1
+                    if isinstance(answer, Written):
+                        yield answer
+                    elif isinstance(answer, FastrmError):
+                        failed = failed or answer
+                        self._stopped.set()
+                    else:
+                        raise answer
             finally:
                 self._stopped.set()
-                pool.shutdown(cancel_futures=True)
         if failed is not None:
             raise failed
+
+    def _answer(self, client: httpx.Client, question: JudgeQuestion, answers: queue.SimpleQueue) -> None:
+        """Put the text of a question, or the error instead of it, into `answers`."""
+        try:
+            answers.put(self._ask(client, question))
+        except Exception as error:  # raised by the one who waits
+            answers.put(error)
 
     def _ask(self, client: httpx.Client, question: JudgeQuestion) -> Written:
         body = self._body | {"messages": _messages(question)}
@@ -88,7 +98,7 @@ class Endpoint:
                     try:
                         found = answer.json()
                         choice = found["choices"][0]
-                        text, is_cut = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+                        text, is_cut = _text(choice["message"]["content"]), choice.get("finish_reason") == "length"
                         return Written(question, text, is_cut, _size(found.get("usage")))
                     except (ValueError, LookupError, TypeError, AttributeError):
                         said = f"half an answer, or none of this API: {answer.text[:200]!r}"
@@ -105,6 +115,19 @@ class Endpoint:
             f"{self._place}: {question.origin}: no answer in {self._settings.tries} tries, at last {said}; is the "
             "server running? Run the command again to go on where it ended"
         )
+
+
+def _text(content: object) -> str:
+    """Return the text of a message's content: of a text, of none at all, or of parts that are texts.
+
+    Raises:
+        TypeError, KeyError: for anything else.
+    """
+    if isinstance(content, list):
+        content = "".join([part["text"] if part["type"] == "text" else None for part in content])
+    if not isinstance(content, str | None):
+        raise TypeError
+    return content or ""
 
 
 def _size(usage: object) -> TextSize | None:

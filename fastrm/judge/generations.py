@@ -1,14 +1,17 @@
 """Texts of judges: JSON Lines of {"id", "order", "text"}, each for one question of one row."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastrm.data.record import Record
 from fastrm.errors import DataError, StorageError
 
 WANTED = '{"id": row\'s id, "order": [numbers of the responses as they are shown], "text": "..."}'
+
+_KEY = re.compile("[0-9a-f]{64}")  # as `JudgeQuestion.key`; another program's line may have any other
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,16 @@ class Generation:
         id: of the row that was judged.
         order: the numbers of the responses in the order shown, from 0; one number for a pointwise judge or a critic.
         is_cut: the text ended at the longest length that was allowed; False where nobody says so.
+        key: of the question that fastrm asked; empty where another program did.
+        origin: `file:line` of a text that was read.
     """
 
     id: str
     order: tuple[int, ...]
     text: str
     is_cut: bool = False
+    key: str = ""
+    origin: str = ""
 
 
 def read_generations(
@@ -52,7 +59,7 @@ def read_generations(
                 if isinstance(found, str):
                     refused.append(f"{path}:{number}: {found}")
                 else:
-                    yield found
+                    yield replace(found, origin=f"{path}:{number}")
     except FileNotFoundError:
         raise DataError(f"--from {path}: there is no such file; wanted JSON Lines of {WANTED}") from None
     except UnicodeDecodeError as error:
@@ -89,4 +96,6 @@ def _parse(line: str, sizes: dict[str, int], shown: int) -> Generation | str:
         return f'"order": got {order!r}, wanted {shown} different numbers, of the responses that were shown'
     if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < size for one in order):
         return f'"order": got {order!r}; row {name!r} has responses 0 to {size - 1}'
-    return Generation(name, tuple(order), text, row.get("cut") is True)
+    key = row.get("key")
+    key = key if isinstance(key, str) and _KEY.fullmatch(key) else ""
+    return Generation(name, tuple(order), text, row.get("cut") is True, key)

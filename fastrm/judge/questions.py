@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class JudgeQuestion:
     @cached_property
     def key(self) -> str:
         """The key of all that the answer depends on: equal keys need not be answered twice."""
-        shown = [self.system, self.text, [image.key for image in self.images], self.writer]
+        shown = [self.system, self.text, [_content(image) for image in self.images], self.writer]
         return hashlib.sha256(to_json(shown).encode()).hexdigest()
 
 
@@ -98,6 +99,17 @@ def make_questions(
             for vote in range(spec.votes):
                 writer = to_json([model, spec.decoding.model_dump(), vote])
                 yield JudgeQuestion(record.id, order, spec.system, text, images[order[0]], writer, record.origin)
+
+
+def _content(image: ImageRef) -> list:
+    """Return what tells an image from others; a file may hold another image since: its size and time of change."""
+    if image.data is not None or image.digest is not None:
+        return [image.key]
+    try:
+        found = os.stat(image.path)
+    except OSError:  # named when it is read
+        return [image.key]
+    return [image.key, found.st_size, found.st_mtime_ns]
 
 
 def _identity(generator: GeneratorSection) -> list:

@@ -37,7 +37,10 @@ class GenerationStore:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 row = json.loads(line)
-                self._texts[row["key"]] = row["text"], bool(row.get("cut"))
+                key, text = row["key"], row["text"]
+                if not (isinstance(key, str) and isinstance(text, str)):
+                    raise TypeError
+                self._texts[key] = text, bool(row.get("cut"))
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise StorageError(
                     f'{path}:{number}: wanted a line with "key" and "text", as fastrm eval writes them; name another '
@@ -45,8 +48,12 @@ class GenerationStore:
                 ) from None
 
     def missing(self, questions: Sequence[JudgeQuestion]) -> list[JudgeQuestion]:
-        """Return the questions without an answer."""
-        return [question for question in questions if question.key not in self._texts]
+        """Return the questions without an answer; of equal ones, as rows may share them, the first."""
+        found: dict[str, JudgeQuestion] = {}
+        for question in questions:
+            if question.key not in self._texts:
+                found.setdefault(question.key, question)
+        return list(found.values())
 
     def add(self, written: Written) -> None:
         """Add the answer to a question.

@@ -83,6 +83,19 @@ def test_votes_are_decided_by_their_majority(run):
     assert figures["interval"] is None  # of one preference
 
 
+@pytest.mark.parametrize("key", ["same", 7, None])
+def test_keys_of_other_programs_mean_nothing(run, key):
+    figures, error, _ = run([{**line, "key": key} for line in lines(BOTH_ORDERS)])
+    assert error is None and figures["num_generations"] == 10 and figures["accuracy"] == pytest.approx(2 / 5)
+
+
+def test_rows_that_share_a_question_each_have_its_text(run):
+    given = [{**line, "key": "0f" * 32} for line in lines(dict.fromkeys(("r0", "r1"), (ONE, TWO)))]
+    given = [line for line in given if line["order"] == [0, 1]]
+    figures, error, _ = run(given, ROWS[:2])
+    assert error is None and figures["num_generations"] == 2 and figures["accuracy"] == 1
+
+
 def test_a_pointwise_judge_compares_scores(run):
     scores = {("r0", 0): "8", ("r0", 1): "3", ("r1", 0): "5", ("r1", 1): "5", ("r2", 0): "4", ("r2", 1): "6"}
     given = [{"id": name, "order": [one], "text": f"Score: {score}"} for (name, one), score in scores.items()]

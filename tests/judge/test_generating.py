@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -19,6 +20,7 @@ from fastrm.judge.questions import make_questions
 from fastrm.prompts.spec import load_spec
 from tests.helpers.reward_server import answering
 from tests.helpers.runs import write_rows
+from tests.helpers.waiting import PATIENCE
 
 pytest.importorskip("httpx")
 ROWS = [{"id": f"r{n}", "prompt": f"{n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(3)]
@@ -112,6 +114,45 @@ def test_both_orders_are_asked_and_nothing_is_asked_twice(tmp_path):
     assert json.loads((tmp_path / "again.json").read_text())["accuracy"] == figures["accuracy"]
 
 
+def test_kept_texts_of_another_spec_or_row_are_left_out_and_named(tmp_path):
+    changed = [ROWS[0], {**ROWS[1], "rejected": "bad 1, and long"}]
+    with chat_server(prefers_good) as (url, _):
+        judge = write_spec(tmp_path, url, batch=1)
+        for rows in (changed, ROWS[:2]):
+            figures = run(tmp_path, judge, rows)
+        assert figures["accuracy"] == 1
+        shutil.copy(tmp_path / "texts.jsonl", tmp_path / "kept.jsonl")
+        texts = JudgeTexts(tmp_path / "kept.jsonl")
+        data, out = str(write_rows(tmp_path / "pairs.jsonl", ROWS[:2])), tmp_path / "again.json"
+        with pytest.raises(DataError, match=r"partial result over 2 preferences: 2 lines or rows could not be used"):
+            evaluate_judge([judge], data, JudgeOptions(RowOptions(), texts, json_out=out))
+        again = json.loads(out.read_text())
+        assert again["num_generations"] == 4 and again["accuracy"] == 1
+        assert [line.split(": ")[0][-1] for line in again["refused"]] == ["3", "4"]
+        assert all("another SPEC, model, option or row" in line for line in again["refused"])
+        # Another SPEC wrote none of them; without a generator nobody can say which ones are of these rows.
+        other = write_spec(tmp_path, url, batch=1, decoding={"max_tokens": 7})
+        with pytest.raises(DataError, match=r"no preference was judged; .*kept.jsonl:1: .*another SPEC"):
+            evaluate_judge([other], data, JudgeOptions(RowOptions(), texts))
+        with pytest.raises(DataError, match=r"kept.jsonl:\d: .*'r1' has 2 texts .*in the order \[., .\].* 1 vote"):
+            evaluate_judge(["judge:r1_reward"], data, JudgeOptions(RowOptions(), texts))
+
+
+def test_a_bracket_is_read_with_the_spec_that_made_it(tmp_path):
+    row = {"id": "1", "prompt": "?", "responses": ["good", "bad", "worse", "bad too"], "preferences": [[0, 1]]}
+    with chat_server(lambda body: "<answer>1</answer>") as (url, _):
+        judge = write_spec(tmp_path, url, order="bracket")
+        figures = run(tmp_path, judge, [row])
+        lines = (tmp_path / "texts.jsonl").read_text().splitlines(True)
+        options = JudgeOptions(RowOptions(), JudgeTexts(tmp_path / "kept.jsonl"), json_out=tmp_path / "again.json")
+        (tmp_path / "kept.jsonl").write_text("".join(lines))
+        evaluate_judge([judge], str(tmp_path / "pairs.jsonl"), options)
+        assert json.loads((tmp_path / "again.json").read_text()) == figures
+        (tmp_path / "kept.jsonl").write_text("".join(lines[1:]))  # who met in the second round cannot be known
+        with pytest.raises(DataError, match=r"no preference was judged; .*kept.jsonl:4: left out: not asked by"):
+            evaluate_judge([judge], str(tmp_path / "pairs.jsonl"), options)
+
+
 def test_a_text_that_was_cut_is_kept_with_that(tmp_path):
     with chat_server(prefers_good, cut={1}) as (url, _):
         run(tmp_path, write_spec(tmp_path, url, batch=1))
@@ -169,6 +210,53 @@ def test_images_of_the_prompt_are_sent_before_the_text(tmp_path):
     kind, data = image["image_url"]["url"].split(";base64,")
     assert kind == "data:image/png" and base64.b64decode(data) == (tmp_path / "a.png").read_bytes()
     assert "Which colour?" in text["text"]
+
+
+def test_an_image_that_changed_is_asked_again(tmp_path):
+    row = {"id": "1", "prompt": "Which colour?", "images": ["a.png"], "chosen": "good", "rejected": "bad"}
+    with chat_server(prefers_good) as (url, bodies):
+        for colour, asked in (("red", 2), (None, 2), ("blue", 4)):
+            if colour is not None:
+                Image.new("RGB", (30, 20), colour).save(tmp_path / "a.png")
+            run(tmp_path, write_spec(tmp_path, url), [row])
+            assert len(bodies) == asked
+
+
+def test_a_question_that_rows_share_is_asked_once(tmp_path):
+    rows = [{**ROWS[0], "id": name} for name in "abc"]
+    with chat_server(prefers_good) as (url, bodies):
+        figures = run(tmp_path, write_spec(tmp_path, url), rows)
+    assert len(bodies) == 2 and figures["num_generations"] == 6 and figures["accuracy"] == 1
+
+
+def test_texts_in_parts_are_joined_and_other_content_is_asked_again(tmp_path):
+    parts = [{"type": "text", "text": "<answer>"}, {"type": "text", "text": "1</answer>"}]
+    contents = [[{"type": "image_url"}], {"text": "1"}, [1], parts]
+    with chat_server(lambda body: contents.pop(0)) as (url, bodies):
+        run(tmp_path, write_spec(tmp_path, url, tries=4, order="as_given"), ROWS[:1])
+    assert len(bodies) == 4
+    assert json.loads((tmp_path / "texts.jsonl").read_text())["text"] == "<answer>1</answer>"
+
+
+def test_a_writer_that_is_closed_waits_for_no_answer(tmp_path):
+    asked, late, free = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def answer(body):
+        asked.release()
+        if "good 0" not in text_of(body) and not free.wait(PATIENCE):
+            late.set()
+        return prefers_good(body)
+
+    with chat_server(answer) as (url, _):
+        spec = load_spec(write_spec(tmp_path, url, order="as_given").removeprefix("judge:"))
+        data = str(write_rows(tmp_path / "a.jsonl", ROWS))
+        records = list(read_in_order(data, None, "auto", require_preferences=True))
+        writing = Endpoint(spec.generator, spec.decoding).write(list(make_questions(spec, records)))
+        assert next(writing).question.id == "r0"
+        assert all(asked.acquire(timeout=PATIENCE) for _ in records)
+        writing.close()
+        assert not late.is_set()
+        free.set()
 
 
 def test_a_tournament_gives_rewards(tmp_path):
@@ -240,6 +328,10 @@ def test_files_and_rows_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"id": "r0"}\n')
     with pytest.raises(StorageError, match=r'texts.jsonl:1: wanted a line with "key" and "text"'):
         run(tmp_path, judge)
+    for line in ({"key": "a", "text": [{"type": "text", "text": "1"}]}, {"key": 1, "text": "1"}):
+        (tmp_path / "texts.jsonl").write_text(json.dumps({"key": "a", "text": "1"}) + "\n" + json.dumps(line) + "\n")
+        with pytest.raises(StorageError, match=r'texts.jsonl:2: wanted a line with "key" and "text"'):
+            run(tmp_path, judge)
     (tmp_path / "texts.jsonl").unlink()
     row = {"id": "1", "prompt": "?", "images": ["none.png"], "chosen": "good", "rejected": "bad"}
     with pytest.raises(DataError, match=r"pairs.jsonl:1: .*IMAGE_MISSING"):
