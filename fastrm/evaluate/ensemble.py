@@ -228,7 +228,7 @@ class Ensemble(GroupScorer):
             progress: called with (passes done, passes in all); a record takes one for each set of
                 members that read it alike.
         """
-        routed = [self.text is not None and not record.media for record in records]
+        routed = [self._is_routed(record) for record in records]
         parts = [(list(self.members), [number for number, text in enumerate(routed) if not text])]
         parts.append(([self.text] * (self.text is not None), [number for number, text in enumerate(routed) if text]))
         jobs = [
@@ -249,6 +249,13 @@ class Ensemble(GroupScorer):
                 rows = [result] * len(places) if isinstance(result, RecordError) else result
                 by_model.setdefault(number, {}).update(zip(places, rows, strict=True))
         return [self._joined(by_model[number], routed[number]) for number in range(len(records))]
+
+    def scoring(self, record: Record) -> list[RewardModel]:
+        """Return the models that score a record: the members, or the model of the route."""
+        return [self.text] if self._is_routed(record) else self.members
+
+    def _is_routed(self, record: Record) -> bool:
+        return self.text is not None and not record.media
 
     def _joined(self, by_model: dict[int, list[float] | RecordError], routed: bool) -> Rewards | RecordError:
         rewards = [by_model[place] for place in sorted(by_model)]

@@ -1,6 +1,7 @@
 """The ways to judge records whose costs are measured: a reward model's pass, a judge's texts, a critic's both."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from fastrm.judge.generations import Generation
 from fastrm.judge.local import LocalModel
 from fastrm.judge.questions import Written
 from fastrm.model.architectures import meta_network
+from fastrm.model.network import RewardNetwork
 from fastrm.prompts.spec import JudgeSpec
 from fastrm.ui import Display
 
@@ -56,7 +58,7 @@ class Judging(ABC):
 
 
 class RewardModelJudging(Judging):
-    """A reward model, which scores a record in one packed pass."""
+    """A reward model, which scores a record in one packed pass; of an ensemble, each member does."""
 
     def __init__(self, model: str, options: ScoringOptions, display: Display, *, behind_critique: bool = False):
         """Load the model, as `fastrm eval` does.
@@ -69,8 +71,7 @@ class RewardModelJudging(Judging):
         """
         choice, self._budget = ModelChoice((Path(model),)), options.tokens_per_pack
         self._ensemble = open_models(choice, options, display, behind_critique=behind_critique)
-        self._network = self._ensemble.models[0].network
-        self.device = self._network.device
+        self.device = self._ensemble.models[0].network.device
 
     def judge(self, way: str, record: Record) -> Any:
         """Return the rewards of a record.
@@ -84,14 +85,23 @@ class RewardModelJudging(Judging):
         return found
 
     def work_of(self, record: Record, judged: Any) -> Work:
-        """Return the work of the pass, whose tokens are those of the record's tree."""
-        group = encode_group(record, self._network.encoder)
-        size = GroupSize.of(group)
-        paths = [len(response.tokens) for response in group.responses]
-        images = [medium.height * medium.width for medium in size.media for _ in range(medium.frames)]
-        pruned = self._network.pooling == "anchor"
-        flops = pass_flops(self._network, size.num_tokens, size.num_attention_pairs, paths, images, pruned=pruned)
-        return Work(0, size.num_tokens, flops)
+        """Return the work of the pass of each model that scores the record, added up."""
+        return _total([_work_of_pass(model.network, record) for model in self._ensemble.scoring(record)])
+
+
+def _work_of_pass(network: RewardNetwork, record: Record) -> Work:
+    """Return the work of one model's pass, whose tokens are those of the record's tree."""
+    group = encode_group(record, network.encoder)
+    size = GroupSize.of(group)
+    paths = [len(response.tokens) for response in group.responses]
+    images = [medium.height * medium.width for medium in size.media for _ in range(medium.frames)]
+    pruned = network.pooling == "anchor"
+    flops = pass_flops(network, size.num_tokens, size.num_attention_pairs, paths, images, pruned=pruned)
+    return Work(0, size.num_tokens, flops)
+
+
+def _total(works: Sequence[Work]) -> Work:
+    return Work(*(None if None in part else sum(part) for part in zip(*works, strict=True)))
 
 
 class JudgeJudging(Judging):
@@ -176,5 +186,4 @@ class CriticJudging(JudgeJudging):
     def work_of(self, record: Record, judged: tuple[list[Written], Record, Any]) -> Work:
         """Return the work of writing and that of the pass, added up."""
         written, group, rewards = judged
-        parts = zip(super().work_of(record, written), self._scorer.work_of(group, rewards), strict=True)
-        return Work(*(None if None in part else sum(part) for part in parts))
+        return _total([super().work_of(record, written), self._scorer.work_of(group, rewards)])

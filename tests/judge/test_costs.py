@@ -23,7 +23,7 @@ from fastrm.grpo.questions import Question
 from fastrm.judge import costs
 from fastrm.judge.command import JudgeOptions
 from fastrm.judge.costs import CostRows, measure, measure_costs
-from fastrm.judge.judging import BRACKET, OF_GROUP, PAIR, JudgeJudging, Judging, RewardModelJudging, Work
+from fastrm.judge.judging import BRACKET, OF_GROUP, PAIR, CriticJudging, JudgeJudging, Judging, RewardModelJudging, Work
 from fastrm.judge.local import LocalModel
 from fastrm.model.architectures import meta_network
 from fastrm.model.export import load_model, save_model
@@ -99,6 +99,33 @@ def test_a_reward_model_reads_the_tree_of_a_group_once(tmp_path, family, capsys)
         assert cost["flops"] == flops > 0
     printed = capsys.readouterr().out
     assert f"{found['costs'][OF_GROUP]['flops'] / 1e9:,.3f}" in printed and "repeated" not in printed
+
+
+def test_the_work_of_an_ensemble_is_that_of_all_members_or_of_the_model_of_its_route(tmp_path):
+    save_model(support.make_model("llama"), tmp_path / "model")
+    save_model(support.make_model("qwen2_5_vl"), tmp_path / "other")
+    alone = [run(tmp_path, tmp_path / name, [EIGHT])["costs"][PAIR] for name in ("model", "other")]
+    for route, count in (("", 2), ("route: {text: model}", 1)):
+        (tmp_path / "both.yaml").write_text(f"members: [other, model]\n{route}\n")
+        found = run(tmp_path, tmp_path / "both.yaml", [EIGHT])["costs"][PAIR]
+        for name in ("flops", "tokens_read"):
+            assert found[name] == sum(cost[name] for cost in alone[:count]) > 0
+    # The scorer of a critic: what is written costs the same, the pass twice.
+    totals = []
+    critic = make_critic(tmp_path / "critic")
+    (tmp_path / "twice.yaml").write_text("members: [critic, critic]\n")
+    for scorer in (critic, tmp_path / "twice.yaml"):
+        spec = load_spec(
+            local_spec(tmp_path, critic, extends="mm_rlhf_reward", prompt="{{ response }}", scorer=str(scorer))[6:]
+        )
+        judging = CriticJudging(spec, OPTIONS.scoring, SimpleNamespace(say=print))
+        record = pair_of(tmp_path, EIGHT)
+        judged = judging.judge(PAIR, record)
+        written = JudgeJudging.work_of(judging, record, judged[0])
+        totals.append(
+            [of_all - of_texts for of_all, of_texts in zip(judging.work_of(record, judged), written, strict=True)]
+        )
+    assert totals[1] == [2 * one for one in totals[0]] and totals[0][2] > 0
 
 
 def test_a_judge_writes_two_texts_for_a_pair_and_56_or_14_for_a_group(tmp_path, text_judge, monkeypatch):
@@ -237,9 +264,7 @@ def test_rows_of_a_benchmark_are_measured_too(tmp_path):
 
 
 @pytest.mark.parametrize("times", [{"a": 5.0, "b": 1.0, "c": 3.0}, {"a": 3.0, "b": 5.0, "c": 1.0}])
-def test_the_time_is_the_median_and_the_work_the_mean_of_the_rows_whichever_was_fastest(
-    tmp_path, monkeypatch, times
-):
+def test_the_time_is_the_median_and_the_work_the_mean_of_the_rows_whichever_was_fastest(tmp_path, monkeypatch, times):
     seen, clock = [], [0.0]
 
     class Scripted(Judging):
