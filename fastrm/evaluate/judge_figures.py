@@ -18,10 +18,12 @@ class Judged:
 
     Attributes:
         source: of the row.
+        row: what tells the row from others; its preferences are not independent of each other.
         outcomes: by whether the winner was shown first; a pointwise judge has one, under None.
     """
 
     source: str
+    row: str
     outcomes: dict[bool | None, Outcome]
 
     @property
@@ -64,22 +66,28 @@ def figures(judged: Sequence[Judged]) -> dict:
 
 def accuracy(judged: Sequence[Judged]) -> dict:
     """Return the accuracy of preferences with its interval, and their number."""
-    shares = np.array([one.share_right for one in judged])
-    return {"accuracy": _mean(shares), "preferences": len(judged), "interval": _interval(shares)}
+    shares = [one.share_right for one in judged]
+    return {"accuracy": _mean(shares), "preferences": len(judged), "interval": _interval(judged)}
 
 
 def _mean(values: Sequence) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def _interval(shares: np.ndarray) -> tuple[float, float] | None:
-    """Return the 95 % bootstrap interval (percentile) of a mean of preferences, whose two orders are not independent.
+def _interval(judged: Sequence[Judged]) -> tuple[float, float] | None:
+    """Return the 95 % bootstrap interval (percentile) of the accuracy of preferences.
 
-    None for fewer than two preferences.
+    Whole rows are drawn, since the preferences of a row share its responses, as the two orders of a preference do. None
+    for fewer than two rows.
     """
     from scipy.stats import bootstrap  # takes most of a second to import
 
-    if len(shares) < 2:
+    _, rows = np.unique([one.row for one in judged], return_inverse=True)
+    right, counts = np.bincount(rows, [one.share_right for one in judged]), np.bincount(rows)
+    if len(counts) < 2:
         return None
-    found = bootstrap((shares,), np.mean, method="percentile", n_resamples=2000, batch=100, rng=0)
+    found = bootstrap(
+        (right, counts), lambda right, counts, axis=-1: right.sum(axis) / counts.sum(axis), paired=True,
+        method="percentile", n_resamples=2000, batch=100, rng=0,
+    )  # fmt: skip
     return tuple(map(float, found.confidence_interval))

@@ -78,9 +78,9 @@ def evaluate_judge(
     for question, one in zip(questions, said, strict=True):
         winner_first = question.truth == "1"
         outcomes.setdefault(question.number, {})[winner_first] = outcome(one.verdict, winner_first)
-    sources = {question.number: question.source for question in questions}
+    rows = {question.number: (question.source, question.origin) for question in questions}
     return {
-        **figures([Judged(sources[number], found) for number, found in outcomes.items()]),
+        **figures([Judged(*rows[number], found) for number, found in outcomes.items()]),
         "num_parse_failures": sum(one.verdict is None for one in said),
         "format": sum(one.is_formed for one in said) / len(said),
         "consistency": sum(one.consistency for one in said) / len(said),

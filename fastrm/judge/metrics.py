@@ -36,7 +36,7 @@ def measure(spec: JudgeSpec, records: Sequence[Record], texts: Said) -> dict:
                 continue
             outcomes = _outcomes(spec, texts, record.id, preference.winner, preference.loser)
             if outcomes:
-                judged.append(Judged(record.source, outcomes))
+                judged.append(Judged(record.source, record.id, outcomes))
             elif record.id in ended:
                 not_met += 1
             else:

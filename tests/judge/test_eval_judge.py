@@ -8,6 +8,7 @@ import pytest
 from bench.pretrained.preferences import DATA
 from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.benchmarks.benchmark import load_benchmark
+from fastrm.evaluate.judge_figures import RIGHT, WRONG, Judged, accuracy
 from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from tests.helpers.runs import fastrm_here, write_rows
@@ -178,3 +179,16 @@ def test_a_benchmark_whose_published_file_repeats_ids(tmp_path):
     assert (figures["accuracy"], figures["accuracy_as_released"]) == (0.5, 1.0)
     assert (figures["position_flip_rate"], figures["first_place_rate"]) == (1.0, 1.0)
     assert (figures["preferences"], figures["num_generations"]) == (len(records), len(texts)) == (1250, 2500)
+
+
+def test_the_interval_is_drawn_over_rows_whose_preferences_are_not_independent():
+    def judged(row, is_right):
+        return Judged("s", row, {None: RIGHT if is_right else WRONG})
+
+    single = accuracy([judged(str(row), row % 2) for row in range(8)])
+    repeated = accuracy([judged(str(row), row % 2) for row in range(8) for _ in range(6)])
+    assert repeated["preferences"] == 48 and repeated["accuracy"] == single["accuracy"] == 0.5
+    assert repeated["interval"] == pytest.approx(single["interval"]) and 0 < single["interval"][0] < 0.25
+    # Of a row with one preference and one with three, drawn twice: 0, 3 / 4 or 1; never the 1 / 2 of the rows' means.
+    low, high = accuracy([judged("a", False), *[judged("b", True)] * 3])["interval"]
+    assert (low, high) == (0.0, 1.0) and accuracy([judged("a", False)] * 2)["interval"] is None
