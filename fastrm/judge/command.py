@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastrm.data.paradigm import TextReading
 from fastrm.data.record import Record
-from fastrm.errors import ConfigError, DataError, InterruptedRun
+from fastrm.errors import ConfigError, DataError, InterruptedRun, option
 from fastrm.evaluate.benchmarks.benchmark import PREFIX as BENCHMARK
 from fastrm.evaluate.benchmarks.benchmark import load_benchmark
 from fastrm.evaluate.files import print_refused
@@ -39,7 +39,8 @@ class JudgeOptions:
         texts: what it wrote, or the place of what it writes.
         bench_data: the folder of a benchmark's files; None: from the hub.
         json_out: the file to write the figures to, or None.
-        scoring: the settings of a critic's scorer, but for the rows.
+        scoring: the settings of a critic's scorer, but for the rows; device and dtype are those of a model that writes
+            here too.
     """
 
     rows: RowOptions
@@ -63,13 +64,14 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
             generations could not be used or a preference was not judged.
     """
     name, spec = choose(models, options.texts)
+    refuse_unused(models[0], spec, options)
     refused: list[str] = []
     with whole_file(options.json_out) if options.json_out is not None else nullcontext() as write:
         with Display() as display:
             read = _with_critiques if options.texts.given else _records
             records = read(data, options, spec, refused)
             report = {"judge": name, "data": data}
-            found = list(_texts(name, spec, records, options.texts, refused, display))
+            found = list(_texts(name, spec, records, options, refused, display))
             if spec.kind == "critic":
                 said = read_rewards(spec, records, found, options.scoring, display, refused)
                 report |= measure(spec, records, said) | describe_critiques(spec, found)
@@ -121,10 +123,27 @@ def choose(models: Sequence[str], texts: JudgeTexts) -> tuple[str, JudgeSpec]:
     return name, spec
 
 
+def refuse_unused(name: str, spec: JudgeSpec, options: JudgeOptions) -> None:
+    """Refuse settings of models that score for a judge, which has none.
+
+    Raises:
+        ConfigError: naming the options.
+    """
+    if spec.kind == "critic":
+        return
+    writes_here = options.texts.written is None and spec.generator.url is None
+    used = {"rows", "limits", "check_exactness"} | ({"device", "dtype"} if writes_here else set())
+    usual, given = ({**vars(one), **vars(one.limits)} for one in (ScoringOptions(), options.scoring))
+    if unused := [option(key) for key in given if given[key] != usual[key] and key not in used]:
+        where = "a judge that writes here" if writes_here else "texts that are written elsewhere"
+        raise ConfigError(f"{', '.join(unused)}: of no use for {where}; got {name}: leave them out")
+
+
 def _texts(
-    name: str, spec: JudgeSpec, records: Sequence[Record], texts: JudgeTexts, refused: list[str], display: Display
+    name: str, spec: JudgeSpec, records: Sequence[Record], options: JudgeOptions, refused: list[str], display: Display
 ) -> Iterable[Generation]:
     """Return texts about records: those of the rows, those of a file, or new ones."""
+    texts = options.texts
     if texts.given:
         return given_critiques(records)
     if texts.written is not None:
@@ -132,7 +151,8 @@ def _texts(
         return _current(spec, records, list(read), refused)
     place = Path(name)
     stem = place.resolve().parent.name if place.name == "model" else place.stem  # a run's folder is runs/NAME/model
-    return generate(spec, records, texts.generations or Path("runs", "judges", f"{stem}.jsonl"), display)
+    file = texts.generations or Path("runs", "judges", f"{stem}.jsonl")
+    return generate(spec, records, file, options.scoring, display)
 
 
 def _current(
@@ -174,8 +194,13 @@ def _current(
     return found
 
 
-def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Display) -> list[Generation]:
+def generate(
+    spec: JudgeSpec, records: Sequence[Record], path: Path, options: ScoringOptions, display: Display
+) -> list[Generation]:
     """Return what a judge writes about records; what the file has already is not written again.
+
+    Args:
+        options: whose device and dtype are those of a model that writes here.
 
     Raises:
         ConfigError, DataError: for a model, template or row that cannot be used.
@@ -190,7 +215,7 @@ def generate(spec: JudgeSpec, records: Sequence[Record], path: Path, display: Di
             if done := total - len(missing):
                 display.say(f"{done:,} of {total:,} texts are in {path} already")
             if missing:
-                writer, update = writer or make_writer(spec), display.task("writing")
+                writer, update = writer or make_writer(spec, options), display.task("writing")
                 for number, written in enumerate(writer.write(missing), done + 1):
                     store.add(written)
                     update(number, total)
@@ -218,8 +243,11 @@ def rounds(spec: JudgeSpec, records: Sequence[Record], found: Sequence[Generatio
         questions = list(make_questions(spec, records, read_verdicts(spec, found))) if is_bracket else []
 
 
-def make_writer(spec: JudgeSpec):
+def make_writer(spec: JudgeSpec, options: ScoringOptions):
     """Return the writer of a SPEC's texts: `LocalModel` or `Endpoint`.
+
+    Args:
+        options: as for `generate`.
 
     Raises:
         ConfigError: for a model or URL that cannot be used.
@@ -232,7 +260,7 @@ def make_writer(spec: JudgeSpec):
         return Endpoint(spec.generator, spec.decoding)
     from fastrm.judge.local import LocalModel
 
-    return LocalModel(spec.generator, spec.decoding)
+    return LocalModel(spec.generator, spec.decoding, options.device, options.dtype)
 
 
 def _records(data: str, options: JudgeOptions, spec: JudgeSpec, refused: list[str]) -> list[Record]:

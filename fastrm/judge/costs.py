@@ -16,7 +16,7 @@ from fastrm.evaluate.benchmarks.benchmark import load_benchmark
 from fastrm.evaluate.options import JudgeTexts
 from fastrm.evaluate.reading import read_in_order
 from fastrm.json_files import to_json
-from fastrm.judge.command import JudgeOptions, choose
+from fastrm.judge.command import JudgeOptions, choose, refuse_unused
 from fastrm.judge.judging import BRACKET, OF_GROUP, PAIR, CriticJudging, JudgeJudging, Judging, RewardModelJudging
 from fastrm.model.network import pick_device
 from fastrm.model.paradigms import is_writer
@@ -171,7 +171,10 @@ def _open(name: str, options: JudgeOptions, display: Display) -> Judging:
             raise ConfigError(f"{name}: a reward model writes no texts; leave the options of texts out")
         return RewardModelJudging(name, options.scoring, display)
     _, spec = choose([name], options.texts)
-    return CriticJudging(spec, options.scoring, display) if spec.kind == "critic" else JudgeJudging(spec)
+    refuse_unused(name, spec, options)
+    if spec.kind == "critic":
+        return CriticJudging(spec, options.scoring, display)
+    return JudgeJudging(spec, options.scoring)
 
 
 def _rows(data: str, options: JudgeOptions) -> Iterator:

@@ -109,8 +109,11 @@ class JudgeJudging(Judging):
 
     warm_up = (PAIR,)  # it runs all that a group runs, which takes long
 
-    def __init__(self, spec: JudgeSpec):
+    def __init__(self, spec: JudgeSpec, options: ScoringOptions):
         """Load the model, if the SPEC names no server.
+
+        Args:
+            options: whose device and dtype are the model's.
 
         Raises:
             ConfigError: for a model or URL that cannot be used.
@@ -121,7 +124,7 @@ class JudgeJudging(Judging):
             of_pair = spec.order if spec.order in ("as_given", "random") else "both"
             orders = {PAIR: of_pair, OF_GROUP: "round_robin", BRACKET: "bracket"}
             self._specs = {way: spec.model_copy(update={"order": order}) for way, order in orders.items()}
-        self._writer = make_writer(spec)
+        self._writer = make_writer(spec, options)
         self._network, self.device = None, None
         if isinstance(self._writer, LocalModel):
             self.device = self._writer.device
@@ -168,7 +171,7 @@ class CriticJudging(JudgeJudging):
         Raises:
             ConfigError, StorageError: for models that cannot be used.
         """
-        super().__init__(spec)
+        super().__init__(spec, options)
         self._spec = spec
         self._scorer = RewardModelJudging(scorer_of(spec), options, display, behind_critique=True)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fastrm.errors import ConfigError
+from fastrm.evaluate.reward_model import DTYPES
 from fastrm.grpo.config import PolicySection
 from fastrm.grpo.policy import encode, end_tokens, is_visual, load_policy, write_tokens
 from fastrm.grpo.questions import Question
@@ -17,21 +18,29 @@ from fastrm.prompts.spec import DecodingSection, GeneratorSection
 class LocalModel:
     """A writer of texts by `generate`, some at a time: the language model of a folder or of the hub."""
 
-    def __init__(self, generator: GeneratorSection, decoding: DecodingSection):
-        """Load the model: on a GPU in bfloat16, else in float32.
+    def __init__(
+        self, generator: GeneratorSection, decoding: DecodingSection, device: str = "auto", dtype: str = "auto"
+    ):
+        """Load the model.
+
+        Args:
+            device: as for `RewardModel.from_pretrained`.
+            dtype: fp32, bf16, fp16, or auto: bf16 on a GPU, else fp32.
 
         Raises:
-            ConfigError: for files that are no language model.
+            ConfigError: for files that are no language model, or a device that is not there.
         """
+        target = pick_device(device)
+        if dtype == "auto":
+            dtype = "bf16" if target.type == "cuda" else "fp32"
         try:
             model, self._processor = load_policy(PolicySection(path=generator.model), [], 0)
         except ConfigError as error:  # a policy is what `fastrm grpo` calls such a model
             raise ConfigError(str(error).replace("policy.path", "generator.model")) from None
-        device = pick_device("auto")
-        self._model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+        self._model = model.to(target, DTYPES[dtype]).eval()
         self._batch, self._decoding = generator.batch, decoding
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
-        self._ends = torch.tensor(end_tokens(self._model, self._tokenizer), device=device)
+        self._ends = torch.tensor(end_tokens(self._model, self._tokenizer), device=target)
 
     def write(self, questions: Sequence[JudgeQuestion]) -> Iterator[Written]:
         """Yield the text of each question, batch by batch.

@@ -162,7 +162,7 @@ def test_a_judge_writes_two_texts_for_a_pair_and_56_or_14_for_a_group(tmp_path, 
 
 
 def test_tokens_end_with_the_first_that_ends_a_text(text_judge, monkeypatch, tmp_path):
-    judging = JudgeJudging(load_spec(local_spec(tmp_path, text_judge).removeprefix("judge:")))
+    judging = JudgeJudging(load_spec(local_spec(tmp_path, text_judge).removeprefix("judge:")), OPTIONS.scoring)
     model = judging._writer
     end, other = int(model._ends[0]), int(model._ends[-1]) + 1
     assert other not in model._ends
@@ -178,7 +178,9 @@ def test_tokens_end_with_the_first_that_ends_a_text(text_judge, monkeypatch, tmp
 
 def test_images_of_a_judge_are_counted(tmp_path):
     folder = save_judge(tmp_path / "judge", TINY["model"]["init"])
-    judging = JudgeJudging(load_spec(local_spec(tmp_path, folder, order="as_given").removeprefix("judge:")))
+    judging = JudgeJudging(
+        load_spec(local_spec(tmp_path, folder, order="as_given").removeprefix("judge:")), OPTIONS.scoring
+    )
     Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
     record = pair_of(tmp_path, PAIRS[0] | {"images": ["a.png"]})
     (written,) = judging.judge(PAIR, record)
@@ -351,7 +353,7 @@ def test_the_command(tmp_path, capfd):
 
 @needs_smollm2
 def test_smollm2_as_a_judge(tmp_path, smollm2_folder):
-    judging = JudgeJudging(load_spec(local_spec(tmp_path, smollm2_folder).removeprefix("judge:")))
+    judging = JudgeJudging(load_spec(local_spec(tmp_path, smollm2_folder).removeprefix("judge:")), OPTIONS.scoring)
     record = pair_of(tmp_path, PAIRS[0])
     judged = judging.judge(PAIR, record)
     work = judging.work_of(record, judged)

@@ -5,16 +5,19 @@ import os
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from fastrm.data.record import Message
 from fastrm.errors import ConfigError
-from fastrm.evaluate.options import JudgeTexts, RowOptions
+from fastrm.evaluate.options import JudgeTexts, RowOptions, ScoringOptions
 from fastrm.grpo.config import PolicySection
 from fastrm.grpo.policy import answer, load_policy, save_policy
 from fastrm.grpo.questions import Question
-from fastrm.judge.command import JudgeOptions, evaluate_judge
-from tests.helpers.runs import TINY, write_rows
+from fastrm.judge.command import JudgeOptions, evaluate_judge, make_writer
+from fastrm.judge.judging import JudgeJudging
+from fastrm.prompts.spec import load_spec
+from tests.helpers.runs import TINY, fastrm_here, write_rows
 from tests.helpers.smollm2 import needs_smollm2
 
 
@@ -51,6 +54,35 @@ def test_a_model_that_reads_images_is_shown_them(tmp_path, tiny):
     assert (figures["num_generations"], figures["preferences"]) == (6, 3)
     lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert len({line["key"] for line in lines}) == 6 and all(isinstance(line["text"], str) for line in lines)
+
+
+@pytest.mark.parametrize(("asked", "found"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_device_and_the_dtype_of_the_command_are_those_of_the_model_that_writes(tmp_path, tiny, asked, found):
+    (tmp_path / "spec.yaml").write_text(json.dumps({"extends": "r1_reward", "generator": {"model": str(tiny)}}))
+    spec = load_spec(str(tmp_path / "spec.yaml"))
+    writers = [
+        make_writer(spec, ScoringOptions(device="cpu", dtype=asked)),
+        JudgeJudging(spec, ScoringOptions(device="cpu", dtype=asked))._writer,
+    ]
+    assert [(writer.device.type, writer._model.dtype) for writer in writers] == [("cpu", found)] * 2
+    with pytest.raises(ConfigError, match="cuda:99"):
+        make_writer(spec, ScoringOptions(device="cuda:99"))
+    with pytest.raises(ConfigError, match="cuda:99"):
+        JudgeJudging(spec, ScoringOptions(device="cuda:99"))
+
+
+def test_the_command_hands_its_dtype_to_the_model_that_writes_and_refuses_what_only_scores(tmp_path, tiny, capfd):
+    spec = {"extends": "r1_reward", "generator": {"model": str(tiny)}, "decoding": {"max_tokens": 2}}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    data, texts = write_rows(tmp_path / "pairs.jsonl", image_rows(tmp_path)), tmp_path / "texts.jsonl"
+    asked = ["eval", f"judge:{tmp_path / 'spec.yaml'}", data]
+    for others in (["--generations", texts], ["--costs"]):
+        code, said = fastrm_here(capfd, *asked, *others, "--device", "cuda:99")
+        assert code == 64 and "cuda:99" in said
+        code, said = fastrm_here(capfd, *asked, *others, "--normalize", "--tokens-per-pack", 9)
+        assert code == 64 and "--tokens-per-pack, --normalize: of no use for a judge that writes here" in said
+    code, said = fastrm_here(capfd, *asked, "--from", texts, "--dtype", "bf16")
+    assert code == 64 and "--dtype: of no use for texts that are written elsewhere" in said
 
 
 def test_a_folder_with_other_weights_is_asked_again(tmp_path, tiny):
