@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from fastrm.config import ModelConfig
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.record import Record
-from fastrm.errors import DataError, RecordError
+from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.evaluate.models import open_models
 from fastrm.evaluate.options import ModelChoice, ScoringOptions
 from fastrm.forecast.flops import generation_flops, pass_flops
@@ -128,7 +129,8 @@ class JudgeJudging(Judging):
         self._network, self.device = None, None
         if isinstance(self._writer, LocalModel):
             self.device = self._writer.device
-            self._network = meta_network(self._writer.config, ModelConfig(path=spec.generator.model))
+            with suppress(ConfigError):  # transformers writes with more architectures than those that are counted here
+                self._network = meta_network(self._writer.config, ModelConfig(path=spec.generator.model))
 
     def judge(self, way: str, record: Record) -> list[Written]:
         """Write all texts that judging a record takes.

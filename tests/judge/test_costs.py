@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.record import Message
@@ -188,6 +190,16 @@ def test_images_of_a_judge_are_counted(tmp_path):
     flops = generation_flops(judging._network, written.size.read, written.size.written, [4])
     assert judging.work_of(record, [written]).flops == flops
     assert flops > generation_flops(judging._network, written.size.read, written.size.written)
+
+
+def test_the_operations_of_an_architecture_that_is_not_known_are_null(tmp_path, text_judge, capsys):
+    folder = shutil.copytree(text_judge, tmp_path / "gpt2")
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=2048)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    found = run(tmp_path, local_spec(tmp_path, folder), PAIRS)["costs"]
+    for cost in found.values():
+        assert cost["flops"] is None and cost["tokens_read"] > 0 < cost["tokens_generated"]
+    assert "unknown" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("usage", [{"prompt_tokens": 70, "completion_tokens": 9}, None, {"prompt_tokens": 70}])
