@@ -82,7 +82,8 @@ def _interval(judged: Sequence[Judged]) -> tuple[float, float] | None:
     """
     from scipy.stats import bootstrap  # takes most of a second to import
 
-    _, rows = np.unique([one.row for one in judged], return_inverse=True)
+    numbers: dict[str, int] = {}
+    rows = np.array([numbers.setdefault(one.row, len(numbers)) for one in judged], np.int64)  # in the order of the data
     right, counts = np.bincount(rows, [one.share_right for one in judged]), np.bincount(rows)
     if len(counts) < 2:
         return None
