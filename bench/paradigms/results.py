@@ -64,6 +64,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     if options.save:
         print(f"saved {save(options.name, options.override)}")
+    if not file_of_page(options.name).exists():
+        sys.exit(f"{file_of_page(options.name)} is not there: run {GRIDS[options.name]}, then this with --save")
     results = results_of(options.name)
     print(main_table(results).as_markdown())
     save_reward_curves(results, ROOT / "docs" / f"paradigms-{options.name}.png")
