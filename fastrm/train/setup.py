@@ -93,7 +93,9 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
         found.load_into(network.score)
     network.freeze(settings.freeze)
     if settings.lora is not None:
-        network.requires_grad_(False)  # known before weights are read: frozen ones are kept in two bytes
+        # Known before weights are read: frozen ones are kept in two bytes. Not the head, which is trained.
+        for part in filter(None, (network.model, network.lm_head)):
+            part.requires_grad_(False)
     if settings.fuse_projections:
         network.fuse_projections()
     device = pick_device(config.run.device)
