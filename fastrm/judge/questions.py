@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from fastrm.data.media.images import read_bytes
 from fastrm.data.paradigm import prompt_media, question_text
 from fastrm.data.record import ImageRef, Message, Record
 from fastrm.errors import DataError, RecordError
 from fastrm.json_files import to_json
 from fastrm.judge.bracket import Verdicts, play
+from fastrm.limits import MediaLimits
 from fastrm.model.first_use import weights_of
 from fastrm.prompts.spec import GeneratorSection, JudgeSpec
 from fastrm.prompts.template import PromptTemplate
@@ -102,14 +103,13 @@ def make_questions(
 
 
 def _content(image: ImageRef) -> list:
-    """Return what tells an image from others; a file may hold another image since: its size and time of change."""
+    """Return what tells an image from others: of a file its bytes, since it may hold another image by now."""
     if image.data is not None or image.digest is not None:
         return [image.key]
     try:
-        found = os.stat(image.path)
-    except OSError:  # named when it is read
+        return [image.key, hashlib.sha256(read_bytes(image, MediaLimits())).hexdigest()]
+    except RecordError:  # named when it is read
         return [image.key]
-    return [image.key, found.st_size, found.st_mtime_ns]
 
 
 def _identity(generator: GeneratorSection) -> list:
