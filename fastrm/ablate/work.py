@@ -194,11 +194,11 @@ def _command(
 
 
 def _limits(config: Config) -> list[tuple[str, object]]:
+    packs = [("--tokens-per-pack", config.optim.tokens_per_pack), ("--num-workers", config.data.num_workers)]
     return [
         ("--device", config.run.device),
         ("--dtype", config.precision.dtype),
-        ("--tokens-per-pack", config.optim.tokens_per_pack),
-        ("--num-workers", config.data.num_workers),
+        *(packs if config.paradigm != "judge" else ()),  # a judge scores nothing
         ("--max-image-pixels", config.data.max_image_pixels),
         ("--max-image-bytes", config.data.max_image_bytes),
         ("--max-video-bytes", config.data.max_video_bytes),

@@ -97,6 +97,8 @@ def test_what_models_write_stays_in_their_cell_and_costs_are_a_command_of_their_
         assert costs.arguments[:3] == ("eval", f"{cell.dir}/model", "f.jsonl") and "--costs" in costs.arguments
         assert "--costs" not in texts.arguments and "--generations" not in costs.arguments
         options = dict(zip(texts.arguments, texts.arguments[1:], strict=False))
+        # fastrm eval refuses options of scoring for a judge, which scores nothing.
+        assert ("--tokens-per-pack" in options) == ("--num-workers" in options) == (cell.row == "reward")
         written = (options.get("--max-tokens"), options.get("--generations"))
         assert written == ((None, None) if cell.row == "reward" else ("64", str(texts.out.with_suffix(".jsonl"))))
     costs.out.parent.mkdir(parents=True)
