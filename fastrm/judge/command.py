@@ -181,11 +181,13 @@ def _current(
     kept = {one.key: one for one in read if one.key}
     taken: set[tuple] = set()
     for questions in rounds(spec, records, found) if kept else ():
-        new = {(one.id, one.order, one.key) for one in questions if one.key in kept} - taken
+        # In the order of the questions, as `generate` has them: the figures of a file are to the bit those of the run.
+        asked = dict.fromkeys((one.id, one.order, one.key) for one in questions if one.key in kept)
+        new = [text for text in asked if text not in taken]
         if not new:  # as where a bracket's next round was not kept
             break
-        taken |= new
-        found += [replace(kept[key], id=name, order=order) for name, order, key in sorted(new)]
+        taken.update(new)
+        found += [replace(kept[key], id=name, order=order) for name, order, key in new]
     current = {key for _, _, key in taken}
     refused += [
         f"{one.origin}: left out: not asked by this SPEC about these rows, but of another SPEC, model, option or row"

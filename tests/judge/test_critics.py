@@ -228,6 +228,27 @@ def test_critiques_are_generated_for_every_response_and_vote_and_nothing_twice(
     assert again == figures
 
 
+def test_kept_texts_are_scored_in_the_order_of_the_questions_whatever_the_order_of_their_lines_and_keys(
+    tmp_path, scorer, monkeypatch
+):
+    # Another order is another pack, whose rewards differ in last bits from those of the run that wrote the texts.
+    spec = write_spec(tmp_path, scorer, votes=6, **generating("http://127.0.0.1:9/v1", decoding={"temperature": 1.0}))
+    data = str(write_rows(tmp_path / "rows.jsonl", ROWS))
+    records = list(read_in_order(data, None, "auto", require_preferences=True))
+    asked = [(one.id, one.order, one.key) for one in make_questions(load_spec(spec.removeprefix("judge:")), records)]
+    assert asked != sorted(asked), "keys in another order than votes"
+    lines = [{"id": name, "order": list(order), "text": "fine", "key": key} for name, order, key in reversed(asked)]
+    scored = []
+
+    def read(spec, records, critiques, *others):
+        scored.extend((one.id, one.order, one.key) for one in critiques)
+        return critics.read_rewards(spec, records, critiques, *others)
+
+    monkeypatch.setattr("fastrm.judge.command.read_rewards", read)
+    figures = run(tmp_path, spec, written=write_rows(tmp_path / "kept.jsonl", lines))
+    assert scored == asked and figures["refused"] == []
+
+
 def test_empty_critiques_are_counted_and_named(tmp_path, scorer, capsys):
     critiques = texts_about(ROWS, votes=1) | {("b", 1): ["  \n"]}
     figures = run(tmp_path, write_spec(tmp_path, scorer), written=write_critiques(tmp_path, critiques))
