@@ -195,14 +195,18 @@ def _command(
 
 def _limits(config: Config) -> list[tuple[str, object]]:
     packs = [("--tokens-per-pack", config.optim.tokens_per_pack), ("--num-workers", config.data.num_workers)]
+    videos = [
+        ("--max-video-bytes", config.data.max_video_bytes),
+        ("--max-video-seconds", config.data.max_video_seconds),
+    ]
+    scores = config.paradigm != "judge"  # which is shown no video either
     return [
         ("--device", config.run.device),
         ("--dtype", config.precision.dtype),
-        *(packs if config.paradigm != "judge" else ()),  # a judge scores nothing
+        *(packs if scores else ()),
         ("--max-image-pixels", config.data.max_image_pixels),
         ("--max-image-bytes", config.data.max_image_bytes),
-        ("--max-video-bytes", config.data.max_video_bytes),
-        ("--max-video-seconds", config.data.max_video_seconds),
+        *(videos if scores else ()),
     ]
 
 

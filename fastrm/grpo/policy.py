@@ -11,7 +11,7 @@ from fastrm.config import ModelConfig
 from fastrm.data.media.images import decode_image
 from fastrm.data.record import Message
 from fastrm.data.tokenizer import load_tokenizer, train_tokenizer
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, DataError, RecordError
 from fastrm.grpo.config import FitSection, PolicySection
 from fastrm.grpo.questions import Question
 from fastrm.limits import MediaLimits
@@ -153,16 +153,32 @@ def fit(
         update(step + 1)
 
 
-def encode(processor, questions: Sequence[Question], answers: Sequence[str] | None = None):
-    """Return the inputs of a batch of prompts, padded on the left, with answers behind them if there are any."""
+def encode(
+    processor,
+    questions: Sequence[Question],
+    answers: Sequence[str] | None = None,
+    limits: MediaLimits = MediaLimits(),
+):
+    """Return the inputs of a batch of prompts, padded on the left, with answers behind them if there are any.
+
+    Raises:
+        DataError: for an image that cannot be read, or is over the limits.
+    """
     prompts = [question.prompt(is_visual(processor)) for question in questions]
     texts = [processor.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in prompts]
     texts = [text + answer for text, answer in zip(texts, answers or [""] * len(texts), strict=True)]
     options = {"text": texts, "padding": True, "return_tensors": "pt", "padding_side": "left"}
     if not is_visual(processor):
         return processor(**options, add_special_tokens=False)
-    images = [[decode_image(ref, MediaLimits()) for ref in question.images] for question in questions]
+    images = [_decoded(question, limits) for question in questions]
     return processor(**options, **({"images": images} if any(images) else {}))
+
+
+def _decoded(question: Question, limits: MediaLimits) -> list:
+    try:
+        return [decode_image(ref, limits) for ref in question.images]
+    except RecordError as error:
+        raise DataError(f"{question.origin}: {error.message} ({error.code})") from None
 
 
 @torch.no_grad()

@@ -132,7 +132,8 @@ def refuse_unused(name: str, spec: JudgeSpec, options: JudgeOptions) -> None:
     if spec.kind == "critic":
         return
     writes_here = options.texts.written is None and spec.generator.url is None
-    used = {"rows", "limits", "check_exactness"} | ({"device", "dtype"} if writes_here else set())
+    used = {"rows", "limits"} | ({"device", "dtype"} if writes_here else set())
+    used |= {"max_image_pixels", "max_image_bytes"} if options.texts.written is None else set()
     usual, given = ({**vars(one), **vars(one.limits)} for one in (ScoringOptions(), options.scoring))
     if unused := [option(key) for key in given if given[key] != usual[key] and key not in used]:
         where = "a judge that writes here" if writes_here else "texts that are written elsewhere"
@@ -249,7 +250,7 @@ def make_writer(spec: JudgeSpec, options: ScoringOptions):
     """Return the writer of a SPEC's texts: `LocalModel` or `Endpoint`.
 
     Args:
-        options: as for `generate`.
+        options: as for `generate`; the images that it is shown are within its limits.
 
     Raises:
         ConfigError: for a model or URL that cannot be used.
@@ -259,10 +260,10 @@ def make_writer(spec: JudgeSpec, options: ScoringOptions):
             raise ConfigError('generator.url needs httpx, which is not installed: pip install "fastrm[rl]"')
         from fastrm.judge.endpoint import Endpoint
 
-        return Endpoint(spec.generator, spec.decoding)
+        return Endpoint(spec.generator, spec.decoding, options.limits)
     from fastrm.judge.local import LocalModel
 
-    return LocalModel(spec.generator, spec.decoding, options.device, options.dtype)
+    return LocalModel(spec.generator, spec.decoding, options.device, options.dtype, options.limits)
 
 
 def _records(data: str, options: JudgeOptions, spec: JudgeSpec, refused: list[str]) -> list[Record]:

@@ -26,15 +26,23 @@ class Endpoint:
     time that doubles and is no shorter than its Retry-After. What it refuses is not asked again.
     """
 
-    def __init__(self, generator: GeneratorSection, decoding: DecodingSection):
+    def __init__(
+        self,
+        generator: GeneratorSection,
+        decoding: DecodingSection,
+        limits: MediaLimits = MediaLimits(),
+    ):
         """Choose a server; nothing is sent yet.
+
+        Args:
+            limits: of the images that are sent.
 
         Raises:
             ConfigError: for a URL that is none.
         """
         check_url(generator.url, "generator.url")
         self._place = generator.url.rstrip("/") + "/chat/completions"
-        self._settings = generator
+        self._settings, self._limits = generator, limits
         self._body = {
             "model": generator.model, "max_tokens": decoding.max_tokens, "temperature": decoding.temperature,
         }  # fmt: skip
@@ -84,7 +92,7 @@ class Endpoint:
             answers.put(error)
 
     def _ask(self, client: httpx.Client, question: JudgeQuestion) -> Written:
-        body = self._body | {"messages": _messages(question)}
+        body = self._body | {"messages": _messages(question, self._limits)}
         if self._seed is not None:  # each vote draws its own text
             body["seed"] = (self._seed + int(question.key[:8], 16)) % 2**31
         for tried in range(1, self._settings.tries + 1):
@@ -135,14 +143,14 @@ def _size(usage: object) -> TextSize | None:
     return TextSize(*counts) if counts and all(isinstance(count, int) for count in counts) else None
 
 
-def _messages(question: JudgeQuestion) -> list[dict]:
+def _messages(question: JudgeQuestion, limits: MediaLimits) -> list[dict]:
     """Return the conversation, with images as data URLs.
 
     Raises:
         DataError: for an image that cannot be read.
     """
     try:
-        urls = [image_url(read_bytes(image, MediaLimits())) for image in question.images]
+        urls = [image_url(read_bytes(image, limits)) for image in question.images]
     except RecordError as error:
         raise DataError(f"{question.origin}: {error.message} ({error.code})") from None
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]

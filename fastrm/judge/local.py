@@ -11,6 +11,7 @@ from fastrm.grpo.config import PolicySection
 from fastrm.grpo.policy import encode, end_tokens, is_visual, load_policy, write_tokens
 from fastrm.grpo.questions import Question
 from fastrm.judge.questions import JudgeQuestion, TextSize, Written
+from fastrm.limits import MediaLimits
 from fastrm.model.network import pick_device
 from fastrm.prompts.spec import DecodingSection, GeneratorSection
 
@@ -19,13 +20,19 @@ class LocalModel:
     """A writer of texts by `generate`, some at a time: the language model of a folder or of the hub."""
 
     def __init__(
-        self, generator: GeneratorSection, decoding: DecodingSection, device: str = "auto", dtype: str = "auto"
+        self,
+        generator: GeneratorSection,
+        decoding: DecodingSection,
+        device: str = "auto",
+        dtype: str = "auto",
+        limits: MediaLimits = MediaLimits(),
     ):
         """Load the model.
 
         Args:
             device: as for `RewardModel.from_pretrained`.
             dtype: fp32, bf16, fp16, or auto: bf16 on a GPU, else fp32.
+            limits: of the images that it is shown.
 
         Raises:
             ConfigError: for files that are no language model, or a device that is not there.
@@ -38,7 +45,7 @@ class LocalModel:
         except ConfigError as error:  # a policy is what `fastrm grpo` calls such a model
             raise ConfigError(str(error).replace("policy.path", "generator.model")) from None
         self._model = model.to(target, DTYPES[dtype]).eval()
-        self._batch, self._decoding = generator.batch, decoding
+        self._batch, self._decoding, self._limits = generator.batch, decoding, limits
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self._ends = torch.tensor(end_tokens(self._model, self._tokenizer), device=target)
 
@@ -49,6 +56,7 @@ class LocalModel:
 
         Raises:
             ConfigError: for a question with an image if the model reads none.
+            DataError: for an image that cannot be read, or is over the limits.
         """
         decoding, tokenizer = self._decoding, self._tokenizer
         for start in range(0, len(questions), self._batch):
@@ -59,7 +67,7 @@ class LocalModel:
                 )
             torch.manual_seed(decoding.seed + int(batch[0].key[:8], 16))
             shown = [Question(question.messages, "", question.origin) for question in batch]
-            inputs = encode(self._processor, shown).to(self._model.device)
+            inputs = encode(self._processor, shown, limits=self._limits).to(self._model.device)
             with torch.inference_mode():
                 tokens = write_tokens(self._model, tokenizer, inputs, decoding.max_tokens, decoding.temperature)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastrm.data.record import Message
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.options import JudgeTexts, RowOptions, ScoringOptions
 from fastrm.grpo.config import PolicySection
 from fastrm.grpo.policy import answer, load_policy, save_policy
@@ -79,10 +79,20 @@ def test_the_command_hands_its_dtype_to_the_model_that_writes_and_refuses_what_o
     for others in (["--generations", texts], ["--costs"]):
         code, said = fastrm_here(capfd, *asked, *others, "--device", "cuda:99")
         assert code == 64 and "cuda:99" in said
-        code, said = fastrm_here(capfd, *asked, *others, "--normalize", "--tokens-per-pack", 9)
-        assert code == 64 and "--tokens-per-pack, --normalize: of no use for a judge that writes here" in said
-    code, said = fastrm_here(capfd, *asked, "--from", texts, "--dtype", "bf16")
-    assert code == 64 and "--dtype: of no use for texts that are written elsewhere" in said
+        code, said = fastrm_here(capfd, *asked, *others, "--normalize", "--tokens-per-pack", 9, "--no-check-exactness")
+        wanted = "--tokens-per-pack, --check-exactness, --normalize: of no use for a judge that writes here"
+        assert code == 64 and wanted in said
+        code, said = fastrm_here(capfd, *asked, *others, "--max-image-pixels", 9)
+        assert code == 65 and "pairs.jsonl:1: " in said and "IMAGE_TOO_LARGE" in said
+    code, said = fastrm_here(capfd, *asked, "--from", texts, "--dtype", "bf16", "--max-image-pixels", 9)
+    assert code == 64 and "--dtype, --max-image-pixels: of no use for texts that are written elsewhere" in said
+
+
+def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path, tiny):
+    rows = image_rows(tmp_path)
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:60])
+    with pytest.raises(DataError, match=r"pairs\.jsonl:2: .*1\.png"):
+        judge(tmp_path, tiny, rows)
 
 
 def test_a_folder_with_other_weights_is_asked_again(tmp_path, tiny):
