@@ -107,17 +107,18 @@ def show_record(record: Record, encoder: ConversationEncoder | None, notes: Sequ
     pairs = [p for p in record.preferences if not (p.tie or p.is_rating)]
     wins, losses = Counter(p.winner for p in pairs), Counter(p.loser for p in pairs)
     order = sorted(range(len(texts)), key=lambda number: losses[number] - wins[number])
-    responses = []
+    is_of_judge = record.original is not None and not pairs  # whose texts say which response is preferred
+    noun, responses = "text" if is_of_judge else "response", []
     for number in order:
         beaten = sorted(p.loser + 1 for p in pairs if p.winner == number)
-        label = f"response {number + 1}" + (f", preferred to {', '.join(map(str, beaten))}" if beaten else "")
+        label = f"{noun} {number + 1}" + (f", preferred to {', '.join(map(str, beaten))}" if beaten else "")
         rated = [p for p in record.preferences if p.is_rating and p.winner == number and record.original is None]
         label += "".join(f", rated {p.margin:g}" for p in rated)
         if len(texts) == 2 and wins.total() and not (wins[number] and losses[number]):
             label = "chosen" if wins[number] else "rejected"
         responses.append((f"{label}: {texts[number][0]}", texts[number][1]))
     ties = sum(p.tie for p in record.preferences)
-    about = [f"source: {record.source}", f"preferences: {len(pairs):,}"]
+    about = [f"source: {record.source}", f"texts: {len(texts):,}" if is_of_judge else f"preferences: {len(pairs):,}"]
     about += [f"ties: {ties:,}"] if ties else []
     return ShownRow(record.origin, [*notes, *about, *sizes], prompt, responses, media)
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fastrm.data.paradigm import TextReading
 from fastrm.data.show import as_example, differences, first_rows, print_row, show_record, tokens_shared
 from fastrm.data.tree import build_tree
 from fastrm.data_config import SourceConfig
 from fastrm.errors import StorageError
 from fastrm.limits import MediaLimits
+from fastrm.prompts.spec import load_spec
 from fastrm.train.show_command import show_data
 from tests.helpers.prepared_sets import Made
 from tests.helpers.runs import colour_rows, fastrm, text_rows, tiny_config, write_rows
@@ -101,6 +103,24 @@ def test_rows_come_in_order_with_their_layouts_and_reasons(tmp_path):
     assert [text for _, text in rows[4].responses] == ["y", "x", "z"]  # the most preferred first
     assert len(shown(tmp_path / "rows.jsonl", count=2)) == 2
     assert len(as_example(rows[0], LIMITS).images) == 1 and "missing.png" in squeezed(printed(rows[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "note", "labels"),
+    [
+        ("r1_reward", "texts: 2", ["text 1: ", "text 2: "]),
+        ("mm_rlhf_reward", "preferences: 1", ["chosen: ", "rejected: "]),
+    ],
+)
+def test_conversations_of_a_paradigm_are_counted_as_what_they_are(tmp_path, name, note, labels):
+    row = {"prompt": "Is 2 even?", "chosen": "yes", "rejected": "no"}
+    row |= {"chosen_reason": "2 is 2 times 1.", "rejected_reason": "It is."}
+    path, spec = write_rows(tmp_path / "rows.jsonl", [row]), load_spec(name)
+    kind = "critic" if spec.kind == "critic" else "judge"
+    reading = TextReading(kind, spec.prompt, spec.system, spec.parser or "", order="both")
+    (row,) = first_rows(SourceConfig(path=str(path)), LIMITS, None, 20, reading)
+    assert note in row.notes
+    assert [label[: len(wanted)] for (label, _), wanted in zip(row.responses, labels, strict=True)] == labels
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
