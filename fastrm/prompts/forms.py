@@ -39,9 +39,10 @@ def _form(whole: str, marks: tuple[str, ...], verdict: str) -> Form:
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # By the parsers of pairwise judges. The first is that of R1-Reward's own verifier (yfzhang114/r1_reward,
 # openrlhf/models/remote_rm/math_verifier_mllm.py), which has one pair of each tag and nothing between them, but wants
-# no number inside of <answer>; the second that of LLaVA-Critic-R1, thinking and then a box.
+# no number inside of <answer>; white space between them is allowed here, as chat templates of thinking models (Qwen3)
+# put it there in what a judge learns to write. The second is that of LLaVA-Critic-R1, thinking and then a box.
 FORMS: dict[str, Form] = {
-    "r1_reward": _form("<think>.*</think><answer>[12]</answer>", _TAGS, "<answer>"),
+    "r1_reward": _form(r"<think>.*</think>\s*<answer>[12]</answer>", _TAGS, "<answer>"),
     "boxed": _form(r"<think>.*</think>.*\\boxed\{[12]\}\W*", ("<think>", "</think>", "\\boxed{"), r"\\boxed\{"),
     "better": _form(rf".*\b{_SENTENCE}", (), rf"\b{_SENTENCE}\s*\Z"),
     "better_in_answer": _form(rf"<think>.*</think>\s*<answer>\s*{_SENTENCE}\s*</answer>", _TAGS, "<answer>"),

@@ -75,7 +75,8 @@ class LocalEngine:
             return None
         weight = total_weight(pack, self.config.loss)  # read before it is on a GPU, which would be waited for
         total, rewards = self.loss_and_rewards(pack)
-        total.sum().backward()
+        if total.requires_grad:  # not of a judge whose vision tower alone is trained, for a pack without an image
+            total.sum().backward()
         self._loss_sum += total.detach()
         self._weight_sum += weight
         return rewards.detach().to("cpu", non_blocking=True)
@@ -126,7 +127,7 @@ class LocalEngine:
         A parameter that the step did not reach, such as the vision tower's in a step of texts, has a gradient of zero
         and not none: its moments decay as they do on several ranks, where some rank may have reached it.
         """
-        if all(p.grad is None for p in self._parameters):
+        if self._weight_sum == 0:
             return []
         for parameter in self._parameters:
             if parameter.grad is None:

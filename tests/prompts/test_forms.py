@@ -16,7 +16,9 @@ def test_every_pairwise_parser_has_a_form():
     [
         ("r1_reward", "<think>So.</think><answer>1</answer>", True),
         ("r1_reward", "\n<think>So,\nand so.</think><answer>2</answer> \n", True),
-        ("r1_reward", "<think>So.</think> <answer>1</answer>", False),
+        ("r1_reward", "<think>\nSo.\n</think>\n\n<answer>1</answer>", True),  # as Qwen3's template writes a turn
+        ("r1_reward", "<think>So.</think> <answer>1</answer>", True),
+        ("r1_reward", "<think>So.</think> Thus <answer>1</answer>", False),
         ("r1_reward", "<think>So.</think><answer>Response 1</answer>", False),
         ("r1_reward", "<think>So.</think><answer>1/2</answer>", False),
         ("r1_reward", "<think>So.</think><answer>3</answer>", False),

@@ -13,11 +13,14 @@ from fastrm.config import Config, HeadConfig, ModelConfig
 from fastrm.data.media.format import FormatSettings
 from fastrm.errors import StorageError
 from fastrm.limits import MediaLimits
+from fastrm.lora_config import LoraConfig
 from fastrm.model.export import make_encoder
+from fastrm.model.lora import add_lora
 from fastrm.model.network import RewardNetwork, init_backbone
 from fastrm.train.engine import LocalEngine
 from fastrm.train.optim import backbone_matrices, training_bytes
 from tests.helpers.support import MROPE, make_image, make_record, make_tokenizer, pack_of
+from tests.helpers.writers import writer_network, writer_records
 
 # Wide enough that most matrices have 4,096 elements, and 8-bit moments; k and v have 2,048.
 SIZES = {
@@ -339,3 +342,31 @@ def test_a_step_of_texts_counts_for_the_vision_tower_as_well(packs, weights, sta
     assert float(after[f"step.{name}"]) == 2
     assert before[f"exp_avg.{name}"].abs().max() > 0
     torch.testing.assert_close(after[f"exp_avg.{name}"], 0.9 * before[f"exp_avg.{name}"])
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["frozen", "lora"])
+def test_a_judge_whose_tower_alone_is_trained_takes_steps_of_texts_as_on_several_ranks(adapters):
+    """On several ranks packs without an image send a blank one through the tower, whose gradients are zero."""
+    config = Config.model_validate(
+        {
+            "paradigm": "judge", "model": {"path": "unused"}, "precision": {"dtype": "fp32"},
+            "optim": {"lr": 1e-3, "weight_decay": 0.1},
+        }
+    )  # fmt: skip
+    found = []
+    for blank in (False, True):
+        network = writer_network("qwen2_5_vl", "judge")
+        if adapters:
+            torch.manual_seed(0)
+            add_lora(network, LoraConfig(targets=["qkv"], vision=True))
+        else:
+            network.freeze(["language"])
+        network.always_run_tower = blank
+        *texts, image = [pack_of(network, [record]) for record in writer_records("qwen2_5_vl", "judge")]
+        engine = LocalEngine(network, config)
+        updates = [take_step(engine, [*texts, image], 0), take_step(engine, texts, 1)]
+        assert updates[0].grad_norm > 0 == updates[1].grad_norm and all(one.loss > 0 for one in updates)
+        found.append((updates, weights_of(engine), states_of(engine)))
+    assert found[0][0] == found[1][0]
+    assert_equal(found[0][1], found[1][1])
+    assert_equal(found[0][2], found[1][2])
