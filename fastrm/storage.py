@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and stay when the power fails; one process in a folder."""
+"""Files and folders that appear whole or not at all, and stay when the power fails; one process in a folder or file."""
 
 import fcntl
 import os
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from fastrm.errors import StorageError
 
@@ -155,15 +156,35 @@ def locked_folder(folder: Path, what: str = "the folder", way_out: str = "wait f
     except OSError as error:
         raise StorageError(f"{folder}: {what} cannot be written: {error.strerror}; choose another one") from None
     with file:
-        try:
-            # A POSIX record lock: unlike flock's it is not inherited by forked workers, which may outlive a killed
-            # process by seconds and would keep its folder locked.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _take_lock(file):
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise StorageError(f"{folder}: in use by {holder}; {way_out}") from None
+            raise StorageError(f"{folder}: in use by {holder}; {way_out}")
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def hold_file(file: IO, path: Path, way_out: str = "wait for it") -> None:
+    """Hold an open file for this process alone, until the process closes it, or what else it has open of it.
+
+    Args:
+        file: open for writing.
+        way_out: what to do while another process holds it.
+
+    Raises:
+        StorageError: if another process holds it.
+    """
+    if not _take_lock(file):
+        raise StorageError(f"{path}: in use by another process; {way_out}")
+
+
+def _take_lock(file: IO) -> bool:
+    try:
+        # A POSIX record lock: unlike flock's it is not inherited by forked workers, which may outlive a killed
+        # process by seconds and would keep its folder locked.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
