@@ -5,6 +5,7 @@ model/
   model.safetensors         the weights by published names, and score.* (stock_classes.py); of more than 5 GB in shards,
                             with the index that transformers reads
   tokenizer files, chat template, preprocessor_config.json
+  generation_config.json    of a model that writes: the base's, with the token up to which it has learnt to write
 """
 
 import datetime
@@ -229,7 +230,7 @@ def load_model(
         model = RewardNetwork(backbone, found.head, encoder, found.pooling or "anchor", kind)
         found.load_into(model.score)
         model.adopted = "" if found.is_export else found.describe()
-    model.writer = writer
+    model.writer, model.generation = writer, place.read_generation()
     if place.adapter is None or place.has_own_head:  # an adapter of others changes the rewards of its base
         model.reward_statistics = section.get(SECTION)
     if dtype is None:

@@ -55,6 +55,7 @@ class RewardNetwork(nn.Module):
         first_use: compares rewards with stock's before they are given away (first_use.py); None: nothing does.
         reward_statistics: of held-out rewards (reward_statistics.py), as an export stores them; None: none are known.
         writer: of a model that writes, as an export's config.json states it: its kind, and its SPEC; None for others.
+        generation: the generation_config.json of its files, which the export of a model that writes keeps.
         normalization: (mean, std) that scoring applies to rewards; None: they are given away as they are.
         adopted: in words, how a head that others trained was read; empty for a new one and for an export's.
     """
@@ -89,6 +90,7 @@ class RewardNetwork(nn.Module):
         self.adopted = ""
         self.reward_statistics: dict[str, Any] | None = None
         self.writer: dict[str, Any] | None = None
+        self.generation: dict[str, Any] = {}
         self.normalization: tuple[float, float] | None = None
         self._runner = BackboneRunner(model, pooling if paradigm == "reward" else "all")
         self.lay_out = self._runner.layout_builder(torch.float32)

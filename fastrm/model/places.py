@@ -8,7 +8,7 @@ from pathlib import Path
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.weight_files import CONFIG, INDEX, SINGLE, check_format, finder
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, GENERATION = "adapter_config.json", "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -52,6 +52,10 @@ class ModelPlace:
             ConfigError: if there is none.
         """
         return self._read_own_config() or read_json(self.base, CONFIG)
+
+    def read_generation(self) -> dict:
+        """Read the base's generation_config.json; {} where there is none."""
+        return {} if finder(self.base)(GENERATION) is None else read_json(self.base, GENERATION)
 
     @property
     def has_own_head(self) -> bool:

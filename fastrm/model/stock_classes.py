@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 from fastrm.data.record import Message, Response
-from fastrm.data.template import ConversationEncoder
+from fastrm.data.template import ConversationEncoder, TurnLoss
+from fastrm.json_files import to_json
 from fastrm.model.families import FAMILIES
 from fastrm.model.network import RewardNetwork
+from fastrm.model.places import GENERATION
 from fastrm.model.weight_writer import Entry
 
 # The name of the tensor without elements that makes stock classifiers refuse an export.
@@ -80,7 +82,9 @@ class StockReading:
             config["architectures"] = [self.architecture]
 
     def add_files(self, folder: Path, network: RewardNetwork) -> None:
-        """Write what else the reader needs into the folder of an export, whose other files are there; here nothing."""
+        """Write what else the reader needs into the folder of an export, whose other files are there."""
+        if network.paradigm != "reward":
+            (folder / GENERATION).write_text(to_json(generation_of(network), indent=2, sort_keys=True) + "\n")
 
 
 def read_by_stock(network: RewardNetwork) -> StockReading:
@@ -108,6 +112,21 @@ def read_by_stock(network: RewardNetwork) -> StockReading:
     if why:
         return StockReading(False, None, pad_token if before_padding else encoder.tokenizer.pad_token, why)
     return StockReading(True, _classifier(network.model.config), pad_token)
+
+
+def generation_of(network: RewardNetwork) -> dict:
+    """Return the generation_config.json of a model that writes: its base's, with all the tokens that end its texts.
+
+    They are those of the base and of the tokenizer, and the token up to which turns were learnt: a base model's
+    tokenizer may end texts with another one than its chat template ends turns with, and its texts would not end.
+    """
+    learner = copy.copy(network.encoder)
+    learner.learn_turns(TurnLoss(per_token=True))
+    turn = learner.encode(_samples()[0])
+    own = network.generation.get("eos_token_id", network.model.config.get_text_config().eos_token_id)
+    ends = [*(own if isinstance(own, list) else [own]), learner.tokenizer.eos_token_id]
+    ends.append(int(turn.tokens[turn.turn[1] - 1]))
+    return network.generation | {"eos_token_id": [end for end in dict.fromkeys(ends) if end is not None]}
 
 
 def anchor_token_id(encoder: ConversationEncoder) -> int | None:

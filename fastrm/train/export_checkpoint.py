@@ -112,6 +112,7 @@ def _without_weights(config: Config) -> RewardNetwork:
         backbone = empty_backbone(settings.path)
     encoder = make_data_encoder(config, backbone.config, tokenizer)
     network = RewardNetwork(backbone, settings.head, encoder, settings.pooling, config.paradigm)
+    network.generation = {} if settings.path is None else locate(settings.path).read_generation()
     if settings.fuse_projections:  # files have their tensors in the order of the run's own network
         network.fuse_projections()
     if settings.lora is not None:

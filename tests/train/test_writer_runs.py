@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from fastrm.config import load_config
@@ -16,10 +17,12 @@ from fastrm.data.loader import PackBuilder
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.errors import ConfigError
 from fastrm.evaluate.accuracy import PreferenceMeter
+from fastrm.judge.local import LocalModel
+from fastrm.judge.questions import JudgeQuestion
 from fastrm.model.adopt import adopt_for
 from fastrm.model.export import load_model, save_model
 from fastrm.model.export_command import export_model
-from fastrm.prompts.spec import load_spec
+from fastrm.prompts.spec import DecodingSection, GeneratorSection, load_spec
 from fastrm.prompts.template import PromptTemplate
 from fastrm.train.engine import LocalEngine, Update
 from fastrm.train.export_checkpoint import export_checkpoint
@@ -145,6 +148,52 @@ def test_a_checkpoint_keeps_the_prompt_that_was_trained_on_whatever_becomes_of_t
 
 def _files(folder) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _base_that_ends_turns(folder):
+    """A base whose likeliest token is always the one that ends its template's turns, which its tokenizer calls another.
+    """
+    network = make_model("llama")
+    tokenizer, end = network.encoder.tokenizer, network.encoder.tokenizer.eos_token_id
+    tokenizer.eos_token = tokenizer.pad_token
+    network.model.config.eos_token_id = tokenizer.eos_token_id
+    stock.save_stock_checkpoint(folder, network, torch.float32)
+    weights = load_file(folder / "model.safetensors")
+    # Every state has one large element, and the LM head reads that one alone.
+    weights["model.embed_tokens.weight"][:, 0] = 100.0
+    weights["model.norm.weight"].fill_(1.0)
+    weights["lm_head.weight"].zero_()[end, 0] = 1.0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    said = {"top_k": 7, "eos_token_id": tokenizer.eos_token_id}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    return folder, [tokenizer.eos_token_id, end]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["whole", "adapters"])
+def test_texts_of_a_base_whose_tokenizer_ends_them_otherwise_end_where_turns_were_learnt_to(lora, tmp_path):
+    base, ends = _base_that_ends_turns(tmp_path / "base")
+    model = {"path": str(base), "lora": lora}
+    path = _config(tmp_path, "judge", optim={"lr": 1e-9}, run={"max_steps": 1, "save_every": 1})
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"model": model, "check_exactness": False}))
+    run(path)
+    folder = tmp_path / "run" / "model"
+    with Display(silent=True) as display:
+        export_checkpoint(tmp_path / "run", 1, tmp_path / "step", "transformers", display, merge=lora is not None)
+        export_model(folder, tmp_path / "again", "transformers", display)
+    for place in (folder, tmp_path / "step", tmp_path / "again"):
+        said = json.loads((place / "generation_config.json").read_text())
+        assert said == {"top_k": 7, "eos_token_id": ends}
+    tokenizer = load_tokenizer(str(tmp_path / "again"))
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Which?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    for place, count in ((base, 9), (tmp_path / "again", 1)):
+        writes = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        tokens = writes.generate(**prompt, do_sample=False, max_new_tokens=9)[0, prompt["input_ids"].shape[1] :]
+        assert tokens.tolist() == ends[1:] * count
+    question = JudgeQuestion("x", (0, 1), "", "Which?", (), "", "x:1")
+    (written,) = LocalModel(GeneratorSection(model=str(tmp_path / "again")), DecodingSection()).write([question])
+    assert (written.text, written.is_cut, written.size.written) == ("", False, 1)
 
 
 def _metrics(folder) -> list[dict]:
