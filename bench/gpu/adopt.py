@@ -104,7 +104,7 @@ def _write_results(record: dict, folder: Path) -> None:
     day = {
         "device": facts["device"], "date": record["date"], "facts": facts,
         "stages": {stage["name"]: stage["status"] for stage in record["stages"]},
-        **{name: one_result(record, f"{name}.json") for name in ("tests", "update", "memory")},
+        **{name: one_result(record, f"{name}.json") for name in ("tests", "update", "memory", "turn_loss")},
     }  # fmt: skip
     write_json(file_of(facts["device"], DAY_SUFFIX, folder), day)
 

@@ -87,6 +87,7 @@ def _by_worth() -> list[list[Stage]]:
     """Return the stages for the time that is left, which a second call may ask for with --only."""
     two = ("--variant", "plain", "--variant", "fastrm")
     update = bench("gpu/update.py", "--model", "7B", "--out", "{out}")
+    turns = bench("gpu/turn_loss.py", "--model", "7B", "--out", "{out}")
     memory = bench("gpu/memory.py", "--model", "7B", "--budget-seconds", "{budget}", "--out", "{out}")
     groups, others = training("7B", "--only", GROUPS, *two), training("7B", "--only", "alternatives")
     small, attention = training("3B", "--only", PAIRS, *two), kernels("--only", "attention")
@@ -95,6 +96,7 @@ def _by_worth() -> list[list[Stage]]:
         Stage("groups-7B", "what do groups of four gain?", groups, 110, margin=20, least=90),
         Stage("alternatives-7B", "which FP8 recipe and attention are best?", others, 200, margin=20, least=75),
         Stage("memory", "do sizes fit that the plan says fit?", memory, 90, least=45),
+        Stage("turn-loss", "does Liger compute what critics write faster?", turns, 45),
         Stage("step-3B", "how fast is a step of the 3B?", small, 100, margin=20, least=70),
         Stage("kernels-attention", "how fast is attention at all lengths?", attention, 240, least=40),
     ]

@@ -29,7 +29,7 @@ def day_lines(record: dict) -> list[str]:
     for title, part in (
         ("What follows", _decisions(record)), ("Tests", _tests(record)), ("Steps", _training(record)),
         ("Memory against the plan", _memory(record)), ("The 8-bit update alone", _update(record)),
-        ("Kernels", _kernels(record)),
+        ("The loss of what critics and judges write", _turns(record)), ("Kernels", _kernels(record)),
     ):  # fmt: skip
         if part:
             lines += ["", f"## {title}", "", *part]
@@ -122,6 +122,21 @@ def _update(record: dict) -> list[str]:
     return [*lines, "", *aligned_table(("program", "s/update", "of the floor", "first, compiled, s"), rows)]
 
 
+def _turns(record: dict) -> list[str]:
+    found = one_result(record, "turn_loss.json")
+    if found is None:
+        return []
+    floor, rows = found["floor_seconds"], []
+    for name, program in found["programs"].items():
+        if program["failed"]:
+            rows.append((name, program["failed"], "-", "-"))
+        else:
+            peak = f"{program['peak_mib']:,.0f}" if "peak_mib" in program else "-"
+            rows.append((name, f"{program['median']:.4f}", f"{program['median'] / floor:.2f}x", peak))
+    shape = f"{found['rows']:,} rows of {found['width']:,}, vocabulary {found['vocabulary']:,}, floor {floor:.4f} s."
+    return [f"{found['model']}: {shape}", "", *aligned_table(("program", "s", "of the floor", "peak MiB"), rows)]
+
+
 def _kernels(record: dict) -> list[str]:
     report = kernel_report(record)
     return kernel_lines(report) if report else []
@@ -149,7 +164,7 @@ def _decisions(record: dict) -> list[str]:
         shown = ", ".join(f"{name} {gain:.2f}x" for name, gain in gains.items())
         verdict = f"take {best}" if gains[best] > 1.02 else "FP8 gains nothing here"
         found.append(f"FP8 over bf16: {shown}: {verdict}.")
-    found += _update_decision(record, bf16)
+    found += _update_decision(record, bf16) + _turns_decision(record)
     return [f"- {line}" for line in found]
 
 
@@ -165,4 +180,16 @@ def _update_decision(record: dict, step_seconds: float | None) -> list[str]:
     return [
         f"The update takes {ours / step_seconds:.0%} of a step; '{best}' would save {saved:.1%} of it (rule: "
         f"{UPDATE_MATTERS:.0%}): {verdict}."
+    ]
+
+
+def _turns_decision(record: dict) -> list[str]:
+    turns = one_result(record, "turn_loss.json")
+    done = {name: p["median"] for name, p in turns["programs"].items() if not p["failed"]} if turns else {}
+    if len(done) < 2:
+        return []
+    best, other = sorted(done, key=done.get)
+    return [
+        f"The loss of what critics write: {best} is {done[other] / done[best]:.2f} times as fast as {other} (rule: "
+        f"`auto` takes the faster one)."
     ]

@@ -67,7 +67,7 @@ def test_every_stage_runs_on_a_cpu_and_no_fault_reaches_another(tmp_path):
             assert status == "done", (name, status, record)
     assert statuses["fault-hang"].startswith("killed") and statuses["fault-death"] == "died: SIGKILL"
     results = {name for stage in record["stages"] for name in stage.get("results", {})}
-    assert {"facts.json", "tests.json", "update.json", "memory.json", "summary.json"} <= results
+    assert {"facts.json", "tests.json", "update.json", "memory.json", "turn_loss.json", "summary.json"} <= results
     training = [found for stage in record["stages"] for name, found in stage.get("results", {}).items()
                 if name.endswith("-training.json")]  # fmt: skip
     variants = [v for found in training for entry in found["entries"] for v in entry["variants"].values()]
