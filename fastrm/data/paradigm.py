@@ -105,8 +105,9 @@ class TextReading:
                 "critiques of a list of responses, or set critic.missing: empty",
             )
         return [
-            self._conversation(one, one.critique if one.critique.strip() else "", response=_said(one))
+            self._conversation(one, one.critique if one.critique.strip() else "", response=said)
             for one in record.responses
+            for said in shown_texts([one])
         ]
 
     def _judged(self, record: Record, thinking: str) -> tuple[list[Response], list[Preference]]:
@@ -147,17 +148,13 @@ class TextReading:
         return [by_text[::-1] if is_turned else by_text]
 
     def _comparison(self, shown: Sequence[Response], verdict: Verdict, thinking: str) -> Response:
-        first, second = shown
-        if first.prompt_key != second.prompt_key:
-            raise RecordError(
-                "NOT_SHOWN", "the two responses have different prompts, and a judge is shown one; leave the row out"
-            )
+        first, second = shown_texts(shown)
         if not thinking:
             named = [(number, one.critique.strip()) for number, one in enumerate(shown, 1)]
             thinking = "\n".join(f"{self._noun} {number}: {critique}" for number, critique in named if critique)
         text = write_verdict(self.parser, verdict, thinking, self._noun)
         self._check_verdict(text, verdict)
-        return self._conversation(first, text, first=_said(first), second=_said(second))
+        return self._conversation(shown[0], text, first=first, second=second)
 
     @property
     def _noun(self) -> str:
@@ -213,13 +210,7 @@ def question_text(response: Response) -> str:
 
 
 def prompt_media(response: Response) -> tuple[MediaRef, ...]:
-    """Return the images and videos of a response's prompt, in order.
-
-    Raises:
-        RecordError: NOT_SHOWN for a response that holds one itself.
-    """
-    if any(isinstance(part, MediaRef) for part in response.messages[-1].parts):
-        raise RecordError("NOT_SHOWN", "a response holds an image or a video, and only its text is shown; leave it out")
+    """Return the images and videos of a response's prompt, in order."""
     return tuple(part for message in response.messages[:-1] for part in message.parts if isinstance(part, MediaRef))
 
 
@@ -230,12 +221,26 @@ def _content_name(ref: MediaRef) -> str:
     return f"{Path(ref.path).name} {ref.member} {ref.span}"
 
 
-def _said(response: Response) -> str:
-    """Return the text of a response that is nothing but text."""
-    unshown = "tools or documents" if response.arguments else "tool calls or the like"
-    if response.arguments or any(message.fields for message in response.messages):
-        raise RecordError("NOT_SHOWN", f"the row has {unshown}, and only texts and media are shown; leave it out")
-    return response.text
+def shown_texts(responses: Sequence[Response]) -> list[str]:
+    """Return the texts of responses that a critic or a judge is shown together, behind the one prompt that they have.
+
+    Raises:
+        RecordError: NOT_SHOWN where the texts and the prompt's media are not all that there is: tools, documents or
+            tool calls, a response with an image or a video, or responses to different prompts.
+    """
+    for response in responses:
+        unshown = "tools or documents" if response.arguments else "tool calls or the like"
+        if response.arguments or any(message.fields for message in response.messages):
+            raise RecordError("NOT_SHOWN", f"the row has {unshown}, and only texts and media are shown; leave it out")
+        if any(isinstance(part, MediaRef) for part in response.messages[-1].parts):
+            raise RecordError(
+                "NOT_SHOWN", "a response holds an image or a video, and only its text is shown; leave it out"
+            )
+    if len({response.prompt_key for response in responses}) > 1:
+        raise RecordError(
+            "NOT_SHOWN", "the responses have different prompts, and a judge is shown one; leave the row out"
+        )
+    return [response.text for response in responses]
 
 
 def _stated(record: Record) -> Verdict | None:

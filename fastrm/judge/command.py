@@ -20,13 +20,13 @@ from fastrm.judge.critics import describe_critiques, read_rewards, scorer_of
 from fastrm.judge.generations import Generation, given_critiques, read_generations
 from fastrm.judge.metrics import measure, read_verdicts
 from fastrm.judge.questions import JudgeQuestion, make_questions
+from fastrm.judge.report import complain, figures_table
 from fastrm.judge.store import GenerationStore
 from fastrm.model.loading import shortened
 from fastrm.model.paradigms import is_writer, stored_paradigm
 from fastrm.prompts.spec import PREFIX, JudgeSpec, load_spec
 from fastrm.storage import whole_file
-from fastrm.tables import Table
-from fastrm.ui import Display, make_console, message, print_table
+from fastrm.ui import Display, make_console, print_table
 from fastrm.yaml_files import validate
 
 
@@ -82,11 +82,11 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
             reason = refused[0] if refused else f"{place} has no text about one of its {len(records):,} rows"
             raise DataError(f"{data}: no preference was judged; {reason}")
         report["refused"] = refused
-        print_table(make_console(), _table(report))
+        print_table(make_console(), figures_table(report))
         if write is not None:
             write(to_json(report, indent=2) + "\n")
     print_refused(refused, "--json lists them all")
-    _complain(report, options.json_out)
+    complain(report, options.json_out)
 
 
 def choose(models: Sequence[str], texts: JudgeTexts) -> tuple[str, JudgeSpec]:
@@ -153,7 +153,7 @@ def _texts(
     place = Path(name)
     stem = place.resolve().parent.name if place.name == "model" else place.stem  # a run's folder is runs/NAME/model
     file = texts.generations or Path("runs", "judges", f"{stem}.jsonl")
-    return generate(spec, records, file, options.scoring, display)
+    return generate(spec, records, file, options.scoring, display, refused)
 
 
 def _current(
@@ -181,7 +181,9 @@ def _current(
         return [*found, *once.values()]
     kept = {one.key: one for one in read if one.key}
     taken: set[tuple] = set()
-    for questions in rounds(spec, records, found) if kept else ():
+    # A row that cannot be shown here may have been judged by another program.
+    judged_elsewhere, unshown = {one.id for one in found}, {}
+    for questions in rounds(spec, records, found, unshown) if kept else ():
         # In the order of the questions, as `generate` has them: the figures of a file are to the bit those of the run.
         asked = dict.fromkeys((one.id, one.order, one.key) for one in questions if one.key in kept)
         new = [text for text in asked if text not in taken]
@@ -189,6 +191,7 @@ def _current(
             break
         taken.update(new)
         found += [replace(kept[key], id=name, order=order) for name, order, key in new]
+    refused += [reason for name, reason in unshown.items() if name not in judged_elsewhere]
     current = {key for _, _, key in taken}
     refused += [
         f"{one.origin}: left out: not asked by this SPEC about these rows, but of another SPEC, model, option or row"
@@ -198,22 +201,24 @@ def _current(
 
 
 def generate(
-    spec: JudgeSpec, records: Sequence[Record], path: Path, options: ScoringOptions, display: Display
-) -> list[Generation]:
+    spec: JudgeSpec, records: Sequence[Record], path: Path, options: ScoringOptions, display: Display,
+    refused: list[str],
+) -> list[Generation]:  # fmt: skip
     """Return what a judge writes about records; what the file has already is not written again.
 
     Args:
         options: whose device and dtype are those of a model that writes here.
+        refused: takes the reasons for rows that the judge cannot be shown, which have no texts.
 
     Raises:
-        ConfigError, DataError: for a model, template or row that cannot be used.
+        ConfigError, DataError: for a model, template or image that cannot be used.
         ServerError: for a server that gives no answer.
         InterruptedRun: where it was stopped. In each case the file keeps the texts so far.
     """
     store = GenerationStore(path)
-    found, writer = [], None
+    found, writer, unshown = [], None, {}
     try:
-        for questions in rounds(spec, records, found):
+        for questions in rounds(spec, records, found, unshown):
             missing, total = store.missing(questions), len({question.key for question in questions})
             if done := total - len(missing):
                 display.say(f"{done:,} of {total:,} texts are in {path} already")
@@ -223,6 +228,7 @@ def generate(
                     store.add(written)
                     update(number, total)
             found += store.generations(questions)
+        refused += unshown.values()
         return found
     except KeyboardInterrupt:
         raise InterruptedRun(f"stopped; {path} keeps the texts so far: run the command again to go on") from None
@@ -230,20 +236,24 @@ def generate(
         store.close()
 
 
-def rounds(spec: JudgeSpec, records: Sequence[Record], found: Sequence[Generation]) -> Iterator[list[JudgeQuestion]]:
+def rounds(
+    spec: JudgeSpec, records: Sequence[Record], found: Sequence[Generation], refused: dict[str, str] | None = None
+) -> Iterator[list[JudgeQuestion]]:
     """Yield the questions about records: all at once, or those of a bracket round by round.
 
     Args:
         found: what was written so far; a bracket's next round is made of it.
+        refused: as of `make_questions`.
 
     Raises:
         ConfigError, DataError: as `make_questions`.
     """
-    questions = list(make_questions(spec, records))
+    questions = list(make_questions(spec, records, refused=refused))
     while questions:
         yield questions
         is_bracket = spec.order == "bracket"
-        questions = list(make_questions(spec, records, read_verdicts(spec, found))) if is_bracket else []
+        said = read_verdicts(spec, found) if is_bracket else {}
+        questions = list(make_questions(spec, records, said, refused)) if is_bracket else []
 
 
 def make_writer(spec: JudgeSpec, options: ScoringOptions):
@@ -312,56 +322,3 @@ def _numbered(records: Sequence[Record]) -> Iterator[Record]:
         seen[record.id] += 1
         number = seen[record.id]
         yield record if number == 1 else replace(record, id=f"{record.id}#{number}")
-
-
-def _complain(report: dict, json_out: Path | None) -> None:
-    """Name what the figures leave out.
-
-    Raises:
-        DataError: if anything is.
-    """
-    reasons = []
-    if report["missing"]:
-        what = "have a response without a scored critique" if "scorer" in report else "were not judged"
-        reasons.append(f"{len(report['missing']):,} preferences {what}: {shortened(report['missing'])}")
-    if report["refused"]:
-        reasons.append(f"{len(report['refused']):,} lines or rows could not be used")
-    console = make_console(stderr=True)
-    if report["preferences_in_one_order"]:
-        message(console, f"{report['preferences_in_one_order']:,} preferences were judged in one order only")
-    if "scorer" in report and report["failures"]:
-        cut, empty = report["critiques_cut"], report["critiques_empty"]
-        message(console, f"critiques: {cut:,} cut at their longest length, {empty:,} empty; --json names them")
-    if reasons:
-        where = "" if json_out is None else f"; {json_out} names all"
-        raise DataError(f"partial result over {report['preferences']:,} preferences: {'; '.join(reasons)}{where}")
-
-
-def _table(report: dict) -> Table:
-    def share(value: float | None) -> str:
-        return "none" if value is None else f"{value:.4f}"
-
-    low, high = report["interval"] or (None, None)
-    is_critic = "scorer" in report
-    noun, rule = ("Critic", "equal rewards wrong") if is_critic else ("Judge", "both orders, failures wrong")
-    table = Table("figure", "value", title=f"{noun} {report['judge']} on {report['preferences']:,} preferences")
-    table.add_row(f"accuracy, {rule}", share(report["accuracy"]))
-    table.add_row("its 95 % interval", "none" if low is None else f"{low:.4f} - {high:.4f}")
-    if is_critic:
-        table.add_row("preferences with equal rewards", f"{report['ties']:,}")
-        table.add_row("critiques", f"{report['num_generations']:,}")
-        table.add_row("of them cut at their longest length", f"{report['critiques_cut']:,}")
-        table.add_row("of them empty", f"{report['critiques_empty']:,}")
-    else:
-        table.add_row("accuracy as released (winner shown first)", share(report["accuracy_as_released"]))
-        table.add_row("verdicts that turn when the order turns", share(report["position_flip_rate"]))
-        table.add_row("verdicts for what is shown first", share(report["first_place_rate"]))
-        table.add_row("ties", f"{report['ties']:,}")
-        table.add_row("texts without a verdict", f"{report['num_parse_failures']:,} of {report['num_generations']:,}")
-    if report["preferences_not_met"]:
-        table.add_row("preferences whose responses did not meet", f"{report['preferences_not_met']:,}")
-    if len(report["sources"]) > 1:
-        table.add_section()
-        for source, figures in report["sources"].items():
-            table.add_row(f"accuracy on {source} ({figures['preferences']:,})", share(figures["accuracy"]))
-    return table

@@ -67,7 +67,9 @@ def read_rewards(
     by_row: dict[str, list[Generation]] = defaultdict(list)
     for critique in critiques:
         by_row[critique.id].append(critique)
-    groups = conversations(spec, records, by_row)
+    unshown: dict[str, str] = {}
+    groups = conversations(spec, records, by_row, unshown)
+    refused += unshown.values()
     scorer = open_models(ModelChoice((Path(scorer_of(spec)),)), options, display, behind_critique=True)
     results = _score(lambda some: score_rows(scorer, some, options, display), groups)
     said: Said = defaultdict(list)
@@ -82,16 +84,22 @@ def read_rewards(
 
 
 def conversations(
-    spec: JudgeSpec, records: Sequence[Record], critiques: Mapping[str, Sequence[Generation]]
+    spec: JudgeSpec,
+    records: Sequence[Record],
+    critiques: Mapping[str, Sequence[Generation]],
+    refused: dict[str, str] | None = None,
 ) -> list[Record]:
     """Return the groups of conversations that end with critiques: of each row that has some, in their order.
 
     Args:
         critiques: by row's id.
+        refused: as of `make_questions`.
     """
-    asked = {(one.id, one.order): one.messages for one in make_questions(spec, records)}
+    criticised = [record for record in records if record.id in critiques]
+    asked = {(one.id, one.order): one.messages for one in make_questions(spec, criticised, refused=refused)}
+    shown = {name for name, _ in asked}
     groups = []
-    for record in (record for record in records if record.id in critiques):
+    for record in (record for record in criticised if record.id in shown):
         turns = [(*asked[one.id, one.order], Message("assistant", (one.text,))) for one in critiques[record.id]]
         groups.append(replace(record, responses=tuple(map(Response, turns)), preferences=()))
     return groups

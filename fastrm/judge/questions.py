@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastrm.data.media.images import read_bytes
-from fastrm.data.paradigm import prompt_media, question_text
+from fastrm.data.paradigm import prompt_media, question_text, shown_texts
 from fastrm.data.record import ImageRef, Message, Record
 from fastrm.errors import DataError, RecordError
 from fastrm.json_files import to_json
@@ -76,7 +76,10 @@ class TextSize(NamedTuple):
 
 
 def make_questions(
-    spec: JudgeSpec, records: Iterable[Record], texts: Verdicts | None = None
+    spec: JudgeSpec,
+    records: Iterable[Record],
+    texts: Verdicts | None = None,
+    refused: dict[str, str] | None = None,
 ) -> Iterator[JudgeQuestion]:
     """Yield the questions about all preferences of records that are no ties, each once for each vote.
 
@@ -84,22 +87,31 @@ def make_questions(
 
     Args:
         texts: what the rounds of a bracket said so far.
+        refused: takes the reasons for rows that a judge cannot be shown whole, by their ids: those that training
+            refuses too (`shown_texts`), and prompts with a video. None: the first ends all.
 
     Raises:
         ConfigError: for a template that cannot be filled in.
-        DataError: for a row that a judge cannot be shown: with a video, or media in a response.
+        DataError: for a row that a judge cannot be shown, without `refused`.
     """
     template = PromptTemplate(spec.prompt, spec.shown)
     model = None if spec.generator is None else _identity(spec.generator)
+    writers = [to_json([model, spec.decoding.model_dump(), vote]) for vote in range(spec.votes)]
     for record in records:
-        images = _images(record)
-        for order in _orders(spec, record, texts or {}):
-            shown = [record.responses[number] for number in order]
-            said = [response.text for response in shown]
-            text = template.fill(question=question_text(shown[0]), **dict(zip(spec.shown, said, strict=True)))
-            for vote in range(spec.votes):
-                writer = to_json([model, spec.decoding.model_dump(), vote])
-                yield JudgeQuestion(record.id, order, spec.system, text, images[order[0]], writer, record.origin)
+        try:
+            # All are looked at before the first is asked: a row is shown whole or not at all.
+            shown = [(order, *_shown(record, order)) for order in _orders(spec, record, texts or {})]
+        except RecordError as error:
+            reason = f"{record.origin}: {error.message} ({error.code})"
+            if refused is None:
+                raise DataError(reason) from error
+            refused[record.id] = reason
+            continue
+        for order, said, images in shown:
+            question = question_text(record.responses[order[0]])
+            text = template.fill(question=question, **dict(zip(spec.shown, said, strict=True)))
+            for writer in writers:
+                yield JudgeQuestion(record.id, order, spec.system, text, images, writer, record.origin)
 
 
 def _content(image: ImageRef) -> list:
@@ -127,6 +139,7 @@ def _orders(spec: JudgeSpec, record: Record, texts: Verdicts) -> list[tuple[int,
     if spec.order == "round_robin":
         return list(itertools.permutations(range(len(record.responses)), 2))
     if spec.order == "bracket":
+        shown_texts(record.responses)  # any two may meet in a later round
         return play(record, spec.decoding.seed, texts).next_round
     found: list[tuple[int, ...]] = []
     for pair in dict.fromkeys(pairs):
@@ -139,14 +152,16 @@ def _orders(spec: JudgeSpec, record: Record, texts: Verdicts) -> list[tuple[int,
     return found
 
 
-def _images(record: Record) -> list[tuple[ImageRef, ...]]:
-    """Return the images of each response's prompt."""
-    try:
-        media = [prompt_media(response) for response in record.responses]
-    except RecordError as error:
-        raise DataError(f"{record.origin}: {error.message}") from error
-    if not all(isinstance(one, ImageRef) for own in media for one in own):
-        raise DataError(
-            f"{record.origin}: a judge is shown texts and the prompt's images; leave rows out that have a video"
+def _shown(record: Record, order: tuple[int, ...]) -> tuple[list[str], tuple[ImageRef, ...]]:
+    """Return the texts of a record's responses that are shown together, and the images of their prompt.
+
+    Raises:
+        RecordError: NOT_SHOWN, as `shown_texts`, and for a video.
+    """
+    responses = [record.responses[number] for number in order]
+    said, media = shown_texts(responses), prompt_media(responses[0])
+    if not all(isinstance(one, ImageRef) for one in media):
+        raise RecordError(
+            "NOT_SHOWN", "the prompt has a video, and a judge is shown texts and images; leave the row out"
         )
-    return media
+    return said, media
