@@ -59,10 +59,10 @@ def write_for(reader: str, network: RewardNetwork, out: Path, display: Display, 
 def how_to_load(reading: StockReading, folder: Path) -> list[str]:
     """Return the lines that tell a user how a written export is loaded."""
     if not isinstance(reading, VllmReading):
-        if reading.classifies:
-            return [f"{folder}: transformers' {reading.architecture} gives its rewards"]
         if reading.architecture is not None:
-            return [f"{folder}: transformers' {reading.architecture} writes; fastrm eval {folder} DATA evaluates it"]
+            does = "gives its rewards" if reading.classifies else f"writes; fastrm eval {folder} DATA evaluates it"
+            return [f"{folder}: transformers' {reading.architecture} {does}"]
+        # Of vision models there is no stock classifier, even for a head that one would read.
         why = f" (the stock class would not: {reading.why})" if reading.why else ""
         return [f"{folder}: AutoModelForSequenceClassification gives its rewards after import fastrm.hf{why}"]
     lines = [f"{folder}: vLLM serves it as {reading.architecture}"]

@@ -37,7 +37,8 @@ class StockReading:
 
     Attributes:
         classifies: its head on its anchor is what a stock classifier computes, with `pad_token`.
-        architecture: name of the stock class that is the nearest to it; None: that of the backbone.
+        architecture: name of the stock class that is the nearest to it; None: that of the backbone, as there is none,
+            such as a classifier of vision models.
         pad_token: content of the token that the export pads with; None: the tokenizer has none that fits.
         why: where `classifies` is false, what the stock class would read wrongly.
         has_head: the export holds a reward head.

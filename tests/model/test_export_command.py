@@ -79,6 +79,17 @@ def test_one_layer_is_for_stock_vllm(family, bias, tmp_path):
     assert_same_weights(tmp_path / "out", network)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "internvl"])
+def test_one_layer_without_bias_is_for_the_stock_classifier_where_there_is_one(family, tmp_path):
+    said = export(make_model(family, head=HeadConfig(layers=1, bias=False)), tmp_path, "transformers")
+    if family == "llama":
+        assert said.endswith("out: transformers' LlamaForSequenceClassification gives its rewards\n")
+        assert config_of(tmp_path)["architectures"] == ["LlamaForSequenceClassification"]
+    else:
+        assert said.endswith("out: AutoModelForSequenceClassification gives its rewards after import fastrm.hf\n")
+        assert config_of(tmp_path)["architectures"][0].endswith("Model")
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NAMES.keys()))
 def test_a_family_that_vllm_is_not_known_to_read_is_refused_by_name(family, tmp_path):
     with pytest.raises(ConfigError, match=f"{family}: how vLLM would read its exports is not known"):
