@@ -25,7 +25,7 @@ from fastrm.train.progress import Progress
 from fastrm.train.ranks import Ranks
 from fastrm.train.run import INCIDENTS
 from fastrm.train.trackers import IDS as TRACKER_IDS
-from fastrm.train.writing import writer_of
+from fastrm.train.writing import learnt_from, writer_of
 from fastrm.yaml_files import differences
 
 # Keys that may differ on resume: they do not change what a step computes. More or fewer steps in all
@@ -102,7 +102,7 @@ def check_writer(checkpoint: Path | None, config: Config) -> None:
     if checkpoint is None or (section := section_of(config)) is None:
         return
     state = json.loads((checkpoint / STATE).read_text())
-    if "writer" in state and state["writer"] != writer_of(config):
+    if "writer" in state and learnt_from(state["writer"]) != learnt_from(writer_of(config)):
         raise ConfigError(
             f"{config.paradigm}.spec {section.spec}: is not the SPEC that {checkpoint} was trained with; restore it "
             f"({STATE} there holds it under writer), or use a new run.dir"

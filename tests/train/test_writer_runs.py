@@ -17,6 +17,8 @@ from fastrm.data.loader import PackBuilder
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.errors import ConfigError
 from fastrm.evaluate.accuracy import PreferenceMeter
+from fastrm.evaluate.options import JudgeTexts
+from fastrm.judge.command import choose
 from fastrm.judge.local import LocalModel
 from fastrm.judge.questions import JudgeQuestion
 from fastrm.model.adopt import adopt_for
@@ -148,6 +150,27 @@ def test_a_checkpoint_keeps_the_prompt_that_was_trained_on_whatever_becomes_of_t
 
 def _files(folder) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "paradigm, first, then",
+    [
+        ("critic", {"decoding": {"max_tokens": 7, "temperature": 1.0}, "votes": 3}, {"decoding": {"max_tokens": 9}}),
+        ("judge", {"order": "round_robin", "decoding": {"max_tokens": 7}}, {"order": "bracket", "votes": 1}),
+    ],
+    ids=["critic", "judge"],
+)
+def test_the_export_writes_as_its_spec_says_which_may_change_on_resume(paradigm, first, then, tmp_path):
+    spec, folder = tmp_path / "own.yaml", tmp_path / "run"
+    base = {"extends": {"critic": "mm_rlhf_reward", "judge": "r1_reward"}[paradigm]}
+    path = _config(tmp_path, paradigm, run={"max_steps": 1}, **_text_model(), **{paradigm: {"spec": str(spec)}})
+    for steps, said in enumerate((first, then), 1):
+        spec.write_text(json.dumps(base | said))
+        run(path, f"run.max_steps={steps}", resume="no" if steps == 1 else "auto")
+        _, found = choose([str(folder / "model")], JudgeTexts())
+        wanted = load_spec(str(spec)).model_dump()
+        assert found.model_dump() == wanted | {"generator": found.generator.model_dump()}
+        assert found.generator.model == str(folder / "model")
 
 
 def _base_that_ends_turns(folder):
