@@ -20,11 +20,13 @@ class Judged:
         source: of the row.
         row: what tells the row from others; its preferences are not independent of each other.
         outcomes: by whether the winner was shown first; a pointwise judge has one, under None.
+        as_released: the same by the released rule, for `accuracy_as_released`; None: it is no other.
     """
 
     source: str
     row: str
     outcomes: dict[bool | None, Outcome]
+    as_released: dict[bool | None, Outcome] | None = None
 
     @property
     def share_right(self) -> float:
@@ -45,7 +47,8 @@ def outcome(verdict: Verdict | None, winner_first: bool) -> Outcome:
 
 def figures(judged: Sequence[Judged]) -> dict:
     """Return accuracy and the figures of position under the names that `--json` has."""
-    shown_first = [one.outcomes[True] for one in judged if True in one.outcomes]
+    released = [one.outcomes if one.as_released is None else one.as_released for one in judged]
+    shown_first = [outcomes[True] for outcomes in released if True in outcomes]
     pairs = [(one.outcomes[True], one.outcomes[False]) for one in judged if one.in_both_orders]
     read = [pair for pair in pairs if None not in pair]
     decided = [

@@ -18,7 +18,7 @@ from fastrm.evaluate.reading import read_in_order
 from fastrm.json_files import to_json
 from fastrm.judge.critics import describe_critiques, read_rewards, scorer_of
 from fastrm.judge.generations import Generation, given_critiques, read_generations
-from fastrm.judge.metrics import measure, read_verdicts
+from fastrm.judge.metrics import describe_texts, measure, read_verdicts
 from fastrm.judge.questions import JudgeQuestion, make_questions
 from fastrm.judge.report import complain, figures_table
 from fastrm.judge.store import GenerationStore
@@ -76,7 +76,8 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
                 said = read_rewards(spec, records, found, options.scoring, display, refused)
                 report |= measure(spec, records, said) | describe_critiques(spec, found)
             else:
-                report |= measure(spec, records, read_verdicts(spec, found))
+                said, released = (read_verdicts(spec, found, as_released=rule) for rule in (False, True))
+                report |= measure(spec, records, said, released) | describe_texts(found)
         if report["accuracy"] is None and not report["rewards"]:
             place = options.texts.written or data
             reason = refused[0] if refused else f"{place} has no text about one of its {len(records):,} rows"

@@ -143,7 +143,7 @@ class JudgeJudging(Judging):
         judged: list[Written] = []
         for questions in rounds(self._specs[way], [record], found):
             written = list(self._writer.write(questions))
-            found += [Generation(one.question.id, one.question.order, one.text) for one in written]
+            found += [Generation(one.question.id, one.question.order, one.text, one.is_cut) for one in written]
             judged += written
         return judged
 

@@ -17,11 +17,12 @@ from fastrm.prompts.verdicts import Verdict, majority
 Said = Mapping[tuple[str, tuple[int, ...]], Sequence]
 
 
-def measure(spec: JudgeSpec, records: Sequence[Record], texts: Said) -> dict:
+def measure(spec: JudgeSpec, records: Sequence[Record], texts: Said, released: Said | None = None) -> dict:
     """Return the figures of a judge under the names that `--json` has.
 
     Args:
         texts: what its texts about these records say, as `read_verdicts` returns it; of a critic, rewards behind them.
+        released: the same by the released rule; None: it is no other.
     """
     failures = [
         {"id": name, "order": list(order)} for (name, order), said in texts.items() for one in said if one is None
@@ -36,7 +37,8 @@ def measure(spec: JudgeSpec, records: Sequence[Record], texts: Said) -> dict:
                 continue
             outcomes = _outcomes(spec, texts, record.id, preference.winner, preference.loser)
             if outcomes:
-                judged.append(Judged(record.source, record.id, outcomes))
+                by_release = _outcomes(spec, released or texts, record.id, preference.winner, preference.loser)
+                judged.append(Judged(record.source, record.id, outcomes, by_release))
             elif record.id in ended:
                 not_met += 1
             else:
@@ -57,12 +59,24 @@ def measure(spec: JudgeSpec, records: Sequence[Record], texts: Said) -> dict:
     }
 
 
-def read_verdicts(spec: JudgeSpec, generations: Iterable[Generation]) -> dict[tuple[str, tuple[int, ...]], list]:
-    """Return what texts say by (row's id, order), a list with an entry for each vote; None for no verdict."""
+def read_verdicts(
+    spec: JudgeSpec, generations: Iterable[Generation], *, as_released: bool = False
+) -> dict[tuple[str, tuple[int, ...]], list]:
+    """Return what texts say by (row's id, order), a list with an entry for each vote; None for no verdict.
+
+    Args:
+        as_released: texts that were cut are read as whole ones are.
+    """
     texts = defaultdict(list)
-    for generation in generations:
-        texts[generation.id, generation.order].append(spec.parse(generation.text))
+    for one in generations:
+        said = spec.read(one.text, is_cut=one.is_cut and not as_released)
+        texts[one.id, one.order].append(said)
     return dict(texts)
+
+
+def describe_texts(generations: Sequence[Generation]) -> dict:
+    """Return the figures of a judge's texts themselves, under the names that `--json` has."""
+    return {"texts_cut": sum(one.is_cut for one in generations)}
 
 
 def _rewards(spec: JudgeSpec, texts: Said, records: Sequence[Record]) -> list:

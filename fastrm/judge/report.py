@@ -1,4 +1,4 @@
-"""What is said of a judge's figures: their table, and what they leave out."""
+"""The table of a judge's figures, and the complaint about what they leave out."""
 
 from pathlib import Path
 
@@ -30,6 +30,7 @@ def figures_table(report: dict) -> Table:
         table.add_row("verdicts that turn when the order turns", share(report["position_flip_rate"]))
         table.add_row("verdicts for what is shown first", share(report["first_place_rate"]))
         table.add_row("ties", f"{report['ties']:,}")
+        table.add_row("texts cut at their longest length", f"{report['texts_cut']:,} of {report['num_generations']:,}")
         table.add_row("texts without a verdict", f"{report['num_parse_failures']:,} of {report['num_generations']:,}")
     if report["preferences_not_met"]:
         table.add_row("preferences whose responses did not meet", f"{report['preferences_not_met']:,}")

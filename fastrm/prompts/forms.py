@@ -1,4 +1,4 @@
-"""The whole text of a judge: whether it keeps to the form that it is asked for, and whom its thinking ends for."""
+"""The whole text of a judge: its form, whom its thinking ends for, and whether the verdict of a cut one was written."""
 
 import re
 from dataclasses import dataclass
@@ -47,6 +47,35 @@ FORMS: dict[str, Form] = {
     "better": _form(rf".*\b{_SENTENCE}", (), rf"\b{_SENTENCE}\s*\Z"),
     "better_in_answer": _form(rf"<think>.*</think>\s*<answer>\s*{_SENTENCE}\s*</answer>", _TAGS, "<answer>"),
 }
+
+
+# By the parsers of all judges but `better`, whose mark is the last sentence: the mark of a verdict, which stands in a
+# text that was cut only if the verdict was written to its end. A number at the end of a cut text may lack digits.
+_ANSWER = re.compile("<answer>.*?</answer>", re.DOTALL)
+_MARKS: dict[str, re.Pattern[str]] = {
+    "r1_reward": _ANSWER,
+    "boxed": re.compile(r"\\boxed\{.*?\}", re.DOTALL),
+    "better_in_answer": _ANSWER,
+    "score": re.compile(
+        r"^[^\n\w]*(?:(?:final|overall|total)\s+)?score\b[^\n\w]*[\d.,]+[^\n]*\n", re.MULTILINE | re.IGNORECASE
+    ),
+}
+_LAST_WORDS = re.compile(r"\b(?:better|equally (?:good|bad|well)|tie|first|second|[12ab])\W*\Z", re.IGNORECASE)
+
+
+def is_said(parser: str, text: str) -> bool:
+    """Return whether a text that was cut has the mark with which the verdict of a parser is said.
+
+    The mark of r1_reward and better_in_answer is the closed tag, of boxed the box, of score a line of its own, and of
+    better the sentence with which the text ends.
+
+    Args:
+        parser: a name of PAIRWISE or POINTWISE.
+    """
+    if parser != "better":
+        return _MARKS[parser].search(text) is not None
+    last = re.split(r"[.!?\n]", text.rstrip(" \n\t.!?*_"))[-1]
+    return _LAST_WORDS.search(last) is not None and parse_better(last) is not None
 
 
 def agreement(form: Form, text: str, verdict: Verdict | None) -> int:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from fastrm.errors import ConfigError
-from fastrm.prompts.verdicts import PAIRWISE, POINTWISE, Parser
+from fastrm.prompts.forms import is_said
+from fastrm.prompts.verdicts import PAIRWISE, POINTWISE, Parser, Verdict
 from fastrm.sections import NonEmpty, NonNegative, Positive, Section
 from fastrm.yaml_files import lay_over, read_yaml, validate
 
@@ -35,7 +36,8 @@ class DecodingSection(Section):
     """The way in which texts are written."""
 
     max_tokens: Positive = 1024
-    """The longest text in tokens; a longer one is cut, and has no verdict if that stood at its end."""
+    """The longest text in tokens; a longer one is cut, and has a verdict only where its tag, box, line or last sentence
+    was written before that."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0: always the likeliest token."""
     seed: NonNegative = 0
@@ -96,6 +98,13 @@ class JudgeSpec(Section):
     def parse(self) -> Parser:
         """The parser itself; a critic has none."""
         return (PAIRWISE | POINTWISE)[self.parser]
+
+    def read(self, text: str, *, is_cut: bool) -> Verdict | float | None:
+        """Return what a text says, by the parser; nothing, if it was cut before the verdict was written (`is_said`).
+
+        Released scripts do not know of cuts: `parse` is their rule.
+        """
+        return None if is_cut and not is_said(self.parser, text) else self.parse(text)
 
 
 def shipped_names() -> list[str]:
