@@ -136,7 +136,7 @@ class JudgeTexts:
         written: a file of texts to measure without generating; None: the SPEC's generator writes.
         generations: the file in which generated texts are kept; None: runs/judges/NAME.jsonl.
         given: a critic's texts are the critiques that rows hold themselves.
-        votes, max_tokens, temperature: in the place of the SPEC's.
+        votes, max_tokens, temperature: in the place of the SPEC's; with `written`, those of the run that wrote it.
     """
 
     written: Path | None = None
@@ -154,7 +154,7 @@ class JudgeTexts:
         """
         if self.written is not None and self.generations is not None:
             raise ConfigError("--from measures texts that are there, --generations keeps new ones; name one of them")
-        if self.written is not None and self != JudgeTexts(self.written):
-            raise ConfigError("--from measures texts that are there; leave the options of generated texts out")
+        if self.written is not None and self.given:
+            raise ConfigError("--from measures texts that are there; leave --given-critiques out")
         if self.given and replace(self, given=False) != JudgeTexts():
             raise ConfigError("--given-critiques takes the rows' own; leave the options of generated texts out")

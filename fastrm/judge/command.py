@@ -119,6 +119,8 @@ def choose(models: Sequence[str], texts: JudgeTexts) -> tuple[str, JudgeSpec]:
             f"{models[0]}: it names no generator; add one in a YAML file with extends: {name} (docs/judges.md), or "
             "name texts that it wrote: --from generations.jsonl"
         )
+    if spec.generator is None and texts.max_tokens is not None:
+        raise ConfigError(f"--max-tokens: of no use for texts of a SPEC that names no generator; got {models[0]}")
     if spec.kind == "critic":
         scorer_of(spec)  # before texts are written for it
     return name, spec

@@ -3,13 +3,14 @@
 import hashlib
 import itertools
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from fastrm.data.media.images import read_bytes
+from fastrm.data.media.images import open_bytes
 from fastrm.data.paradigm import prompt_media, question_text, shown_texts
 from fastrm.data.record import ImageRef, Message, Record
 from fastrm.errors import DataError, RecordError
@@ -96,7 +97,9 @@ def make_questions(
     """
     template = PromptTemplate(spec.prompt, spec.shown)
     model = None if spec.generator is None else _identity(spec.generator)
-    writers = [to_json([model, spec.decoding.model_dump(), vote]) for vote in range(spec.votes)]
+    # The likeliest token does not depend on the seed, by which a random order may be drawn all the same.
+    decoding = spec.decoding.model_dump(exclude=set() if spec.decoding.temperature else {"seed"})
+    writers = [to_json([model, decoding, vote]) for vote in range(spec.votes)]
     for record in records:
         try:
             # All are looked at before the first is asked: a row is shown whole or not at all.
@@ -119,7 +122,9 @@ def _content(image: ImageRef) -> list:
     if image.data is not None or image.digest is not None:
         return [image.key]
     try:
-        return [image.key, hashlib.sha256(read_bytes(image, MediaLimits())).hexdigest()]
+        # Whatever its size: a command's limits say what may be shown, and `--from` has none.
+        with open_bytes(image, MediaLimits(max_image_bytes=sys.maxsize)) as file:
+            return [image.key, hashlib.file_digest(file, "sha256").hexdigest()]
     except RecordError:  # named when it is read
         return [image.key]
 

@@ -5,21 +5,24 @@ import json
 import shutil
 import threading
 from contextlib import contextmanager
+from functools import partialmethod
 from http.server import BaseHTTPRequestHandler
 
 import pytest
 from PIL import Image
 
+from fastrm.data.record import ImageRef
 from fastrm.errors import ConfigError, DataError, InterruptedRun, ServerError, StorageError
 from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.judge.endpoint import Endpoint
 from fastrm.judge.generations import read_generations
-from fastrm.judge.questions import make_questions
+from fastrm.judge.questions import JudgeQuestion, make_questions
+from fastrm.limits import MediaLimits
 from fastrm.prompts.spec import load_spec
 from tests.helpers.reward_server import answering
-from tests.helpers.runs import write_rows
+from tests.helpers.runs import fastrm_here, write_rows
 from tests.helpers.waiting import PATIENCE
 
 pytest.importorskip("httpx")
@@ -338,3 +341,46 @@ def test_files_and_rows_that_cannot_be_used_are_named(tmp_path):
         run(tmp_path, judge, [row])
     with pytest.raises(ConfigError, match="r1_reward: it names no generator; add one in a YAML file with extends"):
         run(tmp_path, "judge:r1_reward")
+
+
+def test_texts_of_options_of_the_command_are_measured_again_with_these_options(tmp_path, capfd):
+    data = write_rows(tmp_path / "pairs.jsonl", ROWS)
+    given = ["--votes", 3, "--temperature", 1.0, "--max-tokens", 9]
+    with chat_server(prefers_good) as (url, bodies):
+        asked = ["eval", write_spec(tmp_path, url), data, "--json", tmp_path / "out.json"]
+        code, error = fastrm_here(capfd, *asked, *given, "--generations", tmp_path / "texts.jsonl")
+    assert code == 0 and len(bodies) == 3 * 6, error
+    figures = json.loads((tmp_path / "out.json").read_text())
+    code, error = fastrm_here(capfd, *asked, *given, "--from", tmp_path / "texts.jsonl")
+    assert code == 0 and json.loads((tmp_path / "out.json").read_text()) == figures, error
+    code, error = fastrm_here(capfd, *asked, *given[:4], "--from", tmp_path / "texts.jsonl")
+    assert code == 65 and "not asked by this SPEC" in error
+    # Without a generator votes alone say something of kept texts.
+    plain = ["eval", "judge:r1_reward", data, "--from", tmp_path / "texts.jsonl"]
+    code, error = fastrm_here(capfd, *plain, *given[:4])
+    assert code == 0, error
+    code, error = fastrm_here(capfd, *plain, *given)
+    assert code == 64 and "--max-tokens: of no use for texts of a SPEC that names no generator" in error
+
+
+@pytest.mark.parametrize("size", [99, 100])
+def test_an_image_of_any_size_that_changed_is_another_question(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(MediaLimits, "__init__", partialmethod(MediaLimits.__init__, max_image_bytes=99))
+    image, keys = ImageRef(path=str(tmp_path / "a.png")), set()
+    for content in (b"a" * size, b"b" * size):
+        (tmp_path / "a.png").write_bytes(content)
+        keys.add(JudgeQuestion("1", (0, 1), "", "", (image,), "", "a.jsonl:1").key)
+    assert len(keys) == 2
+
+
+def test_the_seed_is_part_of_the_key_only_where_something_is_drawn(tmp_path):
+    data = str(write_rows(tmp_path / "a.jsonl", ROWS))
+    records = list(read_in_order(data, None, "auto", require_preferences=True))
+
+    def keys(seed, temperature, max_tokens=9):
+        decoding = {"seed": seed, "temperature": temperature, "max_tokens": max_tokens}
+        spec = load_spec(write_spec(tmp_path, "http://127.0.0.1:1/v1", decoding=decoding).removeprefix("judge:"))
+        return {question.key for question in make_questions(spec, records)}
+
+    assert keys(0, 0.0) == keys(1, 0.0) != keys(0, 0.0, max_tokens=8)
+    assert keys(0, 1.0).isdisjoint(keys(1, 1.0) | keys(0, 0.0))
