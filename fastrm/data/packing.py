@@ -88,6 +88,7 @@ class Pack:
         num_unshared_tokens: what a plain pairwise trainer would process for the same preferences:
             both conversations of each, whole, without padding.
         num_padding_tokens: rows at the end that belong to no group and see only each other.
+        num_again: edges that show a preference once more (`Preference.again`).
         layouts: what the model has made of the pack in a worker, with a method `to`.
     """
 
@@ -115,6 +116,7 @@ class Pack:
     groups: list[GroupInPack] = field(default_factory=list)
     num_unshared_tokens: int = 0
     num_padding_tokens: int = 0
+    num_again: int = 0
     layouts: Any = None
 
     @property
@@ -130,7 +132,8 @@ class Pack:
 
     @property
     def num_preferences(self) -> int:
-        return self.edges.shape[0]
+        """The number of preferences that it is about: two texts of a judge, in both orders, are about one."""
+        return self.edges.shape[0] - self.num_again
 
     def to(self, device) -> "Pack":
         """Return the pack with its tensors on `device`; itself if they are there."""
@@ -201,6 +204,7 @@ def build_pack(
         groups=placed,
         num_unshared_tokens=sum(group.num_unshared_tokens for group in groups),
         num_padding_tokens=padding,
+        num_again=sum(p.again for group in groups for p in group.preferences),
         **vision,
         **turn_fields,
     )

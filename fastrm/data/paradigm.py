@@ -121,12 +121,12 @@ class TextReading:
         for one in record.preferences:
             if one.tie or one.is_rating:
                 continue
-            for shown in self._orders(record, one, is_fixed=bool(thinking)):
+            for again, shown in enumerate(self._orders(record, one, is_fixed=bool(thinking))):
                 verdict = Verdict.FIRST if shown[0] == one.winner else Verdict.SECOND
                 response = self._comparison([record.responses[number] for number in shown], verdict, thinking)
                 if (number := numbers.setdefault(response.key, len(responses))) == len(responses):
                     responses.append(response)
-                preferences.append(Preference(number, number, weight=one.weight))
+                preferences.append(Preference(number, number, weight=one.weight, again=bool(again)))
         if not preferences:
             raise RecordError("ONLY_TIES", "every preference is a tie, and a judge learns which response is better")
         return responses, preferences

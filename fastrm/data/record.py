@@ -126,6 +126,7 @@ class Preference:
     `margin` is subtracted from the reward difference, `weight` multiplies the loss term. A tie says
     that neither is preferred; `loss.ties` decides what happens with it. The rating of a single response
     is its preference over itself, with the rating as margin: what `loss.kind: mse` trains on.
+    `again` marks a judge's text that shows a preference once more, in the other order.
     """
 
     winner: int
@@ -133,6 +134,7 @@ class Preference:
     margin: float = 0.0
     weight: float = 1.0
     tie: bool = False
+    again: bool = field(default=False, compare=False)
 
     @property
     def is_rating(self) -> bool:

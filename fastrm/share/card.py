@@ -96,7 +96,14 @@ fastrm eval {{ name }} eval.jsonl --json figures.json
 ```
 
 transformers loads it as a language model, by
-`{{ "AutoModelForImageTextToText" if has_images else "AutoModelForCausalLM" }}`. It learnt to answer this prompt:
+`{{ "AutoModelForImageTextToText" if has_images else "AutoModelForCausalLM" }}`. It learnt to answer
+this prompt{{ ", behind this system turn" if system }}:
+{% if system %}
+
+```text
+{{ system }}
+```
+{% endif %}
 
 ```text
 {{ prompt }}
@@ -171,8 +178,8 @@ def make_card(repo: str, model: Path, run: Path | None, licence: str | None) -> 
     )  # fmt: skip
     text = _CARD.render(
         name=repo.rpartition("/")[2], repo=repo, base=base, sources=sources, config=config,
-        writer=kind, prompt=writer.get("spec", {}).get("prompt", ""), has_images=has_images,
-        is_adapter=(model / ADAPTER_CONFIG).is_file(),
+        writer=kind, **{name: writer.get("spec", {}).get(name, "") for name in ("system", "prompt")},
+        has_images=has_images, is_adapter=(model / ADAPTER_CONFIG).is_file(),
         figures=_figures(summary), ratings=_ratings(summary), recipe={} if config is None else _recipe(config, summary),
         versions={"fastrm": "(version unknown)", **summary.get("versions", {})},
     )  # fmt: skip
@@ -243,7 +250,7 @@ def _recipe(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
         "frozen": ", ".join(model.freeze) or "nothing",
         "steps": summary.get("exported_step", summary.get("steps", UNKNOWN)),
         "preferences trained on": summary.get("preferences", UNKNOWN),
-        "preferences a step": optim.batch_pairs,
+        "texts a step" if config.paradigm == "judge" else "preferences a step": optim.batch_pairs,
         "learning rate": f"{optim.lr:g}, {optim.schedule}, warm-up {optim.warmup_ratio:g}",
         "precision": config.precision.dtype,
         "seed": config.run.seed,

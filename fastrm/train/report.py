@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fastrm.config import Config
 from fastrm.errors import StorageError
 from fastrm.evaluate.accuracy import Flips
 from fastrm.evaluate.ratings import FIGURES, shown
@@ -36,7 +37,7 @@ def announce(run: Run, start: Path | None) -> None:
         write_whole(run.folder / "config.yaml", run.config.to_yaml())
     for line in _opening_lines(run.job, run.ranks.num_ranks, run.quarantine.total):
         run.display.say(line)
-    run.display.say(f"run: {run.num_steps:,} steps of {run.order.batch_pairs:,} preferences in {run.folder}")
+    run.display.say(f"run: {run.num_steps:,} steps of {run.order.batch_pairs:,} {_noun(run.config)} in {run.folder}")
     if start is not None:
         run.display.say(f"resumed from {start}")
 
@@ -63,10 +64,16 @@ def _opening_lines(job: Job, num_ranks: int, num_quarantined: int) -> Iterator[s
     if (line := padding_note(network)) is not None:
         yield line
     yield (
-        f"data: {len(train.groups):,} groups with {train.num_preferences:,} preferences from "
+        f"data: {len(train.groups):,} groups with {train.num_preferences:,} {_noun(config)} from "
         f"{train.num_records:,} records; {train.num_ties_ignored:,} ties ignored; "
         f"{num_quarantined:,} records in quarantine"
     )
+
+
+def _noun(config: Config) -> str:
+    """Return what a step is made of: preferences, or a judge's texts, of which there may be two of each."""
+    return "texts" if config.paradigm == "judge" else "preferences"
+
 
 def progress_note(row: dict, device: torch.device) -> str:
     """Return what is shown during the run: the part of a row of metrics.jsonl that matters, and the peak of memory."""

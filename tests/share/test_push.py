@@ -246,3 +246,13 @@ def test_an_adapter_needs_a_base_that_others_have(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "The files are an adapter and a head" in said and "adapter_model.safetensors" in said
     assert "AutoModelForSequenceClassification.from_pretrained" not in said
+
+
+def test_the_card_of_a_model_that_writes_has_all_that_it_is_asked_with(tmp_path):
+    spec = {"prompt": "{{ question }} | {{ response }}"}
+    for system in ("", "You are strict.\nReally."):
+        paradigm = {"kind": "critic", "spec": spec | ({"system": system} if system else {})}
+        (tmp_path / "config.json").write_text(json.dumps({"fastrm": {"paradigm": paradigm}}))
+        _, _, asked = make_card("me/x", tmp_path, None, None).partition("It learnt to answer\n")
+        behind = f", behind this system turn:\n\n```text\n{system}\n```" if system else ":"
+        assert asked.startswith(f"this prompt{behind}\n\n```text\n{spec['prompt']}\n```\n")

@@ -173,6 +173,19 @@ def test_the_export_writes_as_its_spec_says_which_may_change_on_resume(paradigm,
         assert found.generator.model == str(folder / "model")
 
 
+def test_the_preferences_of_a_judges_run_are_not_its_texts(tmp_path, capfd):
+    """Two texts of a preference in both orders, one where the thinking says the order; lists are several groups."""
+    listed = {"id": "l", "prompt": "Which?", "responses": list("abcdef"), "scores": [6, 5, 4, 3, 2, 1]}
+    thought = {"id": "t", "prompt": "Which one?", "responses": ["b", "a"], "preferences": [[1, 0]], "thinking": "a."}
+    path = _config(tmp_path, "judge", judge={"order": "both"}, run={"max_steps": None, "epochs": 1}, **_text_model())
+    write_rows(tmp_path / "rows.jsonl", [*_rows(7), listed, thought])
+    summary = run(path)
+    assert summary["preferences"] == 7 + 15 + 1
+    assert _metrics(tmp_path)[-1]["preferences"] == summary["preferences"]
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"with {2 * (7 + 15) + 1} texts from" in said and "steps of 8 texts in" in said
+
+
 def _base_that_ends_turns(folder):
     """A base whose likeliest token is always the one that ends its template's turns, which its tokenizer calls another.
     """

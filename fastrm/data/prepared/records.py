@@ -47,7 +47,7 @@ def encode_record(record: Record, embed: Embed) -> bytes:
             [response.arguments, *(_message(message, embed) for message in response.messages[num_shared:])]
             for response in record.responses
         ],
-        "preferences": [[p.winner, p.loser, p.margin, p.weight, p.tie] for p in record.preferences],
+        "preferences": [_edge(p) for p in record.preferences],
     }
     return to_json(row, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -95,6 +95,11 @@ def _opened(path: str):
 
 def _num_common(first: tuple[Message, ...], second: tuple[Message, ...]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _edge(preference: Preference) -> list:
+    edge = [preference.winner, preference.loser, preference.margin, preference.weight, preference.tie]
+    return [*edge, True] if preference.again else edge
 
 
 def _message(message: Message, embed: Embed) -> list:
