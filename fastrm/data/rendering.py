@@ -84,7 +84,8 @@ class ChatRenderer:
         It starts where a model begins to write: behind the prompt as it is rendered for generation.
 
         Raises:
-            RecordError: TEMPLATE if the conversation does not begin with that prompt.
+            RecordError: TEMPLATE if the conversation does not begin with that prompt; UNRENDERED_KEY if the template
+                leaves out some of the text.
         """
         from jinja2 import TemplateError
 
@@ -101,9 +102,13 @@ class ChatRenderer:
                 "the chat template renders a prompt for generation otherwise than in a conversation, so that it is not "
                 "known which tokens a model writes; use a template whose generation prompt begins its answers",
             )
-        text = self._broken(response.text, rendered.breaker).strip()
-        found = rendered.text.find(text, len(prompt))  # a template may write something before it
-        return len(prompt), len(prompt) if found < 0 else found + len(text)
+        text = self._broken(response.text, rendered.breaker)
+        if (stop := _end_of(text, rendered.text, len(prompt))) is None:
+            raise _unrendered(
+                f'message {len(response.messages)}, of role "assistant", has text', "writes only in part or otherwise",
+                "change its text",
+            )
+        return len(prompt), stop
 
     def check(self, response: Response) -> None:
         """Refuse a conversation of which the template leaves something out that is no note.
@@ -253,11 +258,25 @@ def _without_last(fields: dict, name: str) -> dict:
     return {key: value for key, value in fields.items() if key != name}
 
 
-def _unrendered(what: str) -> RecordError:
+def _end_of(text: str, rendered: str, start: int) -> int | None:
+    """Return where a text ends in what a template wrote from `start` on; None if it is not there.
+
+    A template may write something before it, and other white space around its parts, as Qwen3's does around thinking.
+    """
+    text = text.strip()
+    if (found := rendered.find(text, start)) >= 0:
+        return found + len(text)
+    words = "".join(text.split())
+    places = [place for place in range(start, len(rendered)) if not rendered[place].isspace()]
+    found = "".join(rendered[place] for place in places).find(words)
+    return None if found < 0 else places[found + len(words) - 1] + 1
+
+
+def _unrendered(what: str, does: str = "does not render", change: str = "remove it from the row") -> RecordError:
     return RecordError(
         "UNRENDERED_KEY",
-        f"{what}, which the model's chat template does not render, so the model would not read it; "
-        "remove it from the row, or use a chat template that renders it",
+        f"{what}, which the model's chat template {does}, so the model would not read it; {change}, or use a chat "
+        "template that renders it",
     )
 
 

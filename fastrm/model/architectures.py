@@ -9,6 +9,7 @@ from fastrm.config import ModelConfig, TrainedTokenizer
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.errors import ConfigError
 from fastrm.model.families import check_family
+from fastrm.model.lm_head import untie_as_files
 from fastrm.model.lora import add_lora
 from fastrm.model.network import RewardNetwork, refusal
 from fastrm.model.places import locate
@@ -171,11 +172,17 @@ def find_architecture(settings: ModelConfig) -> tuple[object, str]:
 def meta_network(config, settings: ModelConfig, paradigm: Paradigm = "reward") -> RewardNetwork:
     """Make the network of a training run, its parts frozen, with its adapters, on torch's meta device without memory.
 
+    Of a model that writes, an LM head of its own in the files of model.path counts, if these are here, whatever the
+    config says: its tie_word_embeddings is then set to false.
+
     Raises:
         ConfigError: if the architecture's sizes make no model, or model.freeze does not fit it.
+        ConfigError, StorageError: as `untie_as_files`.
     """
     from transformers import AutoModel
 
+    if paradigm != "reward" and settings.path is not None:
+        untie_as_files(config, settings.path)
     try:
         with torch.device("meta"):
             backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="eager")

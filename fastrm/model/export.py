@@ -236,7 +236,8 @@ def load_model(
     if dtype is None:
         dtype = scoring_dtype(opened.dtype, device)
     if device.type == "cpu":
-        _check_memory(folder, opened.num_bytes(lambda *_: dtype), dtype)
+        num_written = 0 if model.lm_head is None else model.lm_head.weight.numel()
+        _check_memory(folder, opened.num_bytes(lambda *_: dtype) + num_written * dtype.itemsize, dtype)
     opened.load(lambda *_: dtype, device)
     if model.lm_head is not None:
         load_lm_head(model.lm_head, opened, lambda *_: dtype, device)

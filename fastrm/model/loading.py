@@ -54,10 +54,12 @@ class Backbone:
         tensors: of the files, by the names of the model's state dict.
         dtype: that most elements of the files have.
         place: of its files.
-        lm_head: the weight of the LM head, which models that write have; None: it is tied to the embeddings, or not
-            in the files.
+        lm_head: the weight of the LM head in the files, which may hold it though it is tied to the embeddings; None:
+            they hold none.
         rest: by their names in the files, weights that are not of the backbone, such as a reward head's; without those
             that are of no use (UNUSED).
+        left_out: names of weights that an adapter adds to, and which are of no use to a reward model and not in the
+            files: an LM head that is tied to the embeddings.
     """
 
     model: nn.Module
@@ -66,6 +68,7 @@ class Backbone:
     place: ModelPlace
     lm_head: StoredTensor | None = None
     rest: dict[str, StoredTensor] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def num_bytes(self, pick_dtype: PickDtype) -> int:
         """Return the bytes of all parameters as `load` will place them."""
@@ -143,8 +146,9 @@ def open_backbone(path: str) -> Backbone:
         _check_base(place, digest_of(own))
     if "quantize" in place.below:
         _quantize(stored, full, model)
+    left_out: tuple[str, ...] = ()
     if place.adapter is not None:
-        _merge(Adapter.open(place), stored, rest, find_name, _part_names(full, model))
+        left_out = _merge(Adapter.open(place), stored, rest, find_name, _part_names(full, model))
     stored |= stack_experts(rest, find_name)
     tensors = {name: stored[prefix + name] for name in wanted if prefix + name in stored}
     _check_all_there(path, tensors, wanted)
@@ -152,7 +156,7 @@ def open_backbone(path: str) -> Backbone:
     # A tensor without elements holds nothing: exports have one that stock classifiers refuse (stock_classes.py).
     rest = {name: tensor for name, tensor in rest.items() if tensor.numel and not UNUSED.fullmatch(name)}
     _check_all_used(path, rest, full, model)
-    return Backbone(model, tensors, files.dtype, place, lm_head, rest)
+    return Backbone(model, tensors, files.dtype, place, lm_head, rest, left_out)
 
 
 def _assign(place: ModelPlace, files: Mapping[str, StoredTensor], find_name) -> tuple[dict, dict]:
@@ -191,12 +195,16 @@ def _quantize(stored: dict[str, StoredTensor], full: nn.Module, model: nn.Module
 
 def _merge(
     adapter: Adapter, stored: dict[str, StoredTensor], rest: dict[str, StoredTensor], find_name, parts: set[str]
-) -> None:
+) -> tuple[str, ...]:
     """Put an adapter's weights into `stored` and `rest`, among which is a reward head of the base model.
 
     Args:
         parts: names of modules that lie inside the backbone.
+
+    Returns:
+        names of weights of no use (UNUSED) that the base's files lack, so that what is added to them is left out.
     """
+    left_out = []
     for name, tensor in adapter.replaced.items():
         found = find_name(name)
         (rest if found is None else stored)[found or name] = tensor
@@ -204,10 +212,11 @@ def _merge(
         down, up = product.down, product.up
         name = f"{module}.weight"
         found = find_name(name)
-        if found is None and UNUSED.fullmatch(name) and name not in rest:
-            continue
         weights, found = (rest, name) if found is None else (stored, found)
         base = weights.get(found)
+        if base is None and UNUSED.fullmatch(name):
+            left_out.append(name)
+            continue
         if base is None and not parts & set(name.split(".")[:3]):
             raise StorageError(
                 f"{adapter.where}: adds to {name}, which lies outside of the backbone and in no file of the base: "
@@ -221,6 +230,7 @@ def _merge(
                 "trained on this base model?"
             )
         weights[found] = MergedTensor(base.file, base.dtype, base.shape, base.start, base, product)
+    return tuple(left_out)
 
 
 def _check_all_there(path: str, tensors: Mapping[str, StoredTensor], wanted: Mapping[str, torch.Tensor]) -> None:

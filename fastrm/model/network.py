@@ -75,8 +75,7 @@ class RewardNetwork(nn.Module):
         self.pooling, self.paradigm = pooling, paradigm
         text = model.config.get_text_config()
         self.score = nn.Sequential() if paradigm == "judge" else make_head(text.hidden_size, head)
-        is_tied = paradigm == "reward" or has_tied_embeddings(model.config)
-        self.lm_head = None if is_tied else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = None if paradigm == "reward" else _new_lm_head(model)
         self.encoder = encoder
         self.attention = Choice("", "not chosen yet")
         self.head_kernels = Choice("eager", "not chosen yet")
@@ -274,6 +273,18 @@ class RewardNetwork(nn.Module):
         if part == "language":
             return set(self.language.parameters()) | set(() if self.lm_head is None else self.lm_head.parameters())
         return set((self.tower.projector if part == "projector" else self.score).parameters())
+
+
+def _new_lm_head(model: nn.Module) -> nn.Linear | None:
+    """Make the LM head that a stock model has besides its embeddings, without memory if these have none yet.
+
+    It is as large as the embeddings, which ranks that read or divide their weights never hold twice.
+    """
+    if has_tied_embeddings(model.config):
+        return None
+    text = model.config.get_text_config()
+    place = {"device": "meta"} if model.get_input_embeddings().weight.is_meta else {}
+    return nn.Linear(text.hidden_size, text.vocab_size, bias=False, **place)
 
 
 def _check_media_ids(config, encoder: ConversationEncoder | None) -> None:

@@ -15,7 +15,8 @@ from fastrm.config import Config
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model.export import export_dtype, save_model
 from fastrm.model.export_command import check_target, export_model, write_for
-from fastrm.model.loading import WeightsOnMeta, empty_backbone
+from fastrm.model.lm_head import untie_as_files
+from fastrm.model.loading import LM_HEAD, WeightsOnMeta, empty_backbone
 from fastrm.model.lora import add_lora, base_of
 from fastrm.model.network import RewardNetwork, init_backbone
 from fastrm.model.places import locate
@@ -55,7 +56,8 @@ def export_checkpoint(
     stored = state["config"]
     stored["run"]["dir"] = str(run_dir)  # which may have been moved
     config = validate(Config, stored, {}, str(path / STATE))
-    network, weights = _without_weights(config), finite(model_tensors(path).items())
+    weights = model_tensors(path)
+    network, weights = _without_weights(config, LM_HEAD in weights), finite(weights.items())
     network.base_digest = state.get("base_digest")
     # The prompt that was trained on, and not what the SPEC's file holds now; old checkpoints have none.
     network.writer = state["writer"] if "writer" in state else writer_of(config)
@@ -102,14 +104,23 @@ def _find(run_dir: Path, step: int | None) -> Path:
     return newest.parent / best
 
 
-def _without_weights(config: Config) -> RewardNetwork:
-    """Make the network of a run without memory for its backbone's weights."""
+def _without_weights(config: Config, has_lm_head: bool) -> RewardNetwork:
+    """Make the network of a run without memory for its backbone's weights.
+
+    Args:
+        has_lm_head: the checkpoint holds an LM head: the run found it in the files of model.path, whatever their config
+            says of ties. Of a run with adapters, which holds none, the files themselves say so.
+    """
     settings, tokenizer = config.model, make_tokenizer(config)
     if settings.path is None:
         with WeightsOnMeta():
             backbone = init_backbone(settings, tokenizer)
     else:
         backbone = empty_backbone(settings.path)
+        if has_lm_head:
+            backbone.config.tie_word_embeddings = False
+        elif config.paradigm != "reward" and settings.lora is not None:
+            untie_as_files(backbone.config, settings.path)
     encoder = make_data_encoder(config, backbone.config, tokenizer)
     network = RewardNetwork(backbone, settings.head, encoder, settings.pooling, config.paradigm)
     network.generation = {} if settings.path is None else locate(settings.path).read_generation()

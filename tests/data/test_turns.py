@@ -4,7 +4,7 @@ import pytest
 
 from fastrm.data.record import Message, Response
 from fastrm.data.template import ConversationEncoder, TurnLoss
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, RecordError
 from tests.helpers.chat_templates import tokenizer_with
 
 _BODY = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
@@ -28,6 +28,34 @@ def test_a_turn_ends_with_the_first_special_token_behind_its_text(end):
 
 def test_a_text_that_stands_in_the_special_token_itself_ends_behind_it():
     assert _turn(_encoder("<|im_end|>\n"), "im") == "im<|im_end|>"
+
+
+# The ways of two published templates with an answer's thinking: Qwen3's, which writes it in white space of its own, and
+# that of DeepSeek-R1's distilled models, which leaves it out.
+_THINKS = (
+    "{% if '</think>' in m.content %}{% set parts = m.content.split('</think>') %}SAID"
+    "{% else %}{{ m.content }}{% endif %}"
+)
+_SPACED = "<think>\n{{ parts[0].split('<think>')[-1].strip('\n') }}\n</think>\n\n{{ parts[-1].lstrip('\n') }}"
+_DROPPED = "{{ parts[-1] }}"
+
+
+def _thinking(said: str) -> ConversationEncoder:
+    body = _BODY.replace("{{ m.content }}", _THINKS.replace("SAID", said)).replace("END", "<|im_end|>\n")
+    return ConversationEncoder(tokenizer_with(body + _PROMPT))
+
+
+@pytest.mark.parametrize("space", ["", "\n"])
+def test_a_template_may_write_white_space_of_its_own_around_thinking(space):
+    text = f"<think>{space}two{space}</think>{2 * space}<answer>2</answer>"
+    assert _turn(_thinking(_SPACED), text) == "<think>\ntwo\n</think>\n\n<answer>2</answer><|im_end|>"
+
+
+def test_a_text_of_which_the_template_leaves_something_out_is_refused_by_name():
+    assert _turn(_thinking(_DROPPED), "<answer>2</answer>") == "<answer>2</answer><|im_end|>"
+    with pytest.raises(RecordError, match=r'message 2, of role "assistant", has text, which .* only in part') as caught:
+        _turn(_thinking(_DROPPED), "<think>two</think><answer>2</answer>")
+    assert caught.value.code == "UNRENDERED_KEY"
 
 
 @pytest.mark.parametrize(

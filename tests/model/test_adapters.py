@@ -3,10 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
 from fastrm.errors import ConfigError, StorageError
 from fastrm.model import adapters
+from fastrm.model.lm_head import untie_other_lm_head
 from fastrm.model.loading import open_backbone
 from tests.helpers.foreign_models import (
     ROW,
@@ -113,6 +114,22 @@ def test_lora_of_a_head_that_no_file_holds_is_refused_as_that(tmp_path):
     save_adapter_of_the_head(tmp_path / "adapter", tmp_path / "base")
     with pytest.raises(StorageError, match=r"adds to score.weight, .* a head that was drawn at random .* is lost"):
         rewards_of(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", ["llama", "internvl"])
+def test_what_an_adapter_adds_to_a_tied_lm_head_is_refused_for_a_model_that_writes(family, tmp_path):
+    """Stock adds it to the logits and not to the embeddings, so that no weight of either holds it."""
+    kind = AutoModelForCausalLM if family == "llama" else AutoModelForImageTextToText
+    stock = save_backbone(tmp_path / "base", family, kind, tie_word_embeddings=True)
+    save_adapter(tmp_path / "adapter", tmp_path / "base")
+    untie_other_lm_head(open_backbone(str(tmp_path / "adapter")))
+    shape, file = stock.lm_head.weight.shape, tmp_path / "adapter" / "adapter_model.safetensors"
+    parts = {"A": random(4, shape[1]), "B": random(shape[0], 4)}
+    added = {f"base_model.model.lm_head.lora_{part}.weight": tensor for part, tensor in parts.items()}
+    save_file(load_file(file) | added, file)
+    opened = open_backbone(str(tmp_path / "adapter"))  # a reward model needs no LM head
+    with pytest.raises(ConfigError, match=r"its adapter changes lm_head.weight, which the base ties to its embeddings"):
+        untie_other_lm_head(opened)
 
 
 def test_an_adapter_without_a_weight_is_refused(tmp_path):

@@ -11,19 +11,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from fastrm.config import load_config
+from fastrm.config import HeadConfig, load_config
 from fastrm.data.batching import PackPlan
 from fastrm.data.loader import PackBuilder
 from fastrm.data.tokenizer import load_tokenizer
-from fastrm.errors import ConfigError
+from fastrm.errors import ConfigError, StorageError
 from fastrm.evaluate.accuracy import PreferenceMeter
 from fastrm.evaluate.options import JudgeTexts
 from fastrm.judge.command import choose
 from fastrm.judge.local import LocalModel
 from fastrm.judge.questions import JudgeQuestion
+from fastrm.model import export
 from fastrm.model.adopt import adopt_for
+from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.export import load_model, save_model
 from fastrm.model.export_command import export_model
+from fastrm.model.loading import open_backbone
+from fastrm.model.network import RewardNetwork
 from fastrm.prompts.spec import DecodingSection, GeneratorSection, load_spec
 from fastrm.prompts.template import PromptTemplate
 from fastrm.train.engine import LocalEngine, Update
@@ -313,20 +317,60 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_packs(paradigm):
 @pytest.mark.parametrize("family", ["llama", "internvl"])
 def test_an_lm_head_of_its_own_is_used_whatever_the_config_says_of_ties(family, tmp_path):
     """InternVL's config has tied embeddings where it does not say otherwise; stock ties none of two different ones."""
-    network = make_model(family)
-    network.model.config.tie_word_embeddings = False
-    stock.save_stock_checkpoint(tmp_path / "base", network, torch.float32)
-    place = tmp_path / "base" / "config.json"
-    place.write_text(json.dumps(json.loads(place.read_text()) | {"tie_word_embeddings": True}))
+    _untied_base(tmp_path / "base", family)
     kind = AutoModelForCausalLM if family == "llama" else AutoModelForImageTextToText
     wanted = kind.from_pretrained(tmp_path / "base").lm_head.weight
     tree = {"paradigm": "judge", "run": {"dir": str(tmp_path / "run")}, "model": {"path": str(tmp_path / "base")}}
-    network = make_network(load_config(tree), load_tokenizer(str(tmp_path / "base")))
+    config = load_config(tree)
+    network = make_network(config, load_tokenizer(str(tmp_path / "base")))
     assert torch.equal(network.lm_weight, wanted)
     assert not torch.equal(network.lm_weight, network.language.embed_tokens.weight)
-    export = tmp_path / "export"
-    save_model(network, export)
-    assert torch.equal(kind.from_pretrained(export).lm_head.weight, wanted)
+    forecast = meta_network(find_architecture(config.model)[0], config.model, config.paradigm)
+    sizes = [{name: part.shape for name, part in one.named_parameters()} for one in (network, forecast)]
+    assert sizes[0] == sizes[1], "what plan and --dry-run size is another model"
+    save_model(network, tmp_path / "export")
+    assert torch.equal(kind.from_pretrained(tmp_path / "export").lm_head.weight, wanted)
+
+
+def _untied_base(folder, family: str) -> None:
+    """Write a base whose config says that its LM head is tied, which is not the one in its files."""
+    network = make_model(family)
+    network.model.config.tie_word_embeddings = False
+    stock.save_stock_checkpoint(folder, network, torch.float32)
+    place = folder / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"tie_word_embeddings": True}))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "adapters"])
+def test_a_checkpoint_of_a_run_with_an_lm_head_of_its_own_is_the_runs_model_to_the_byte(lora, tmp_path):
+    if lora is not None:
+        pytest.importorskip("peft")
+    _untied_base(tmp_path / "base", "llama")
+    tree = yaml.safe_load(_config(tmp_path, "critic", run={"max_steps": 1, "save_every": 1}).read_text())
+    tree["model"] = {"path": str(tmp_path / "base")} | ({} if lora is None else {"lora": lora})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    run(tmp_path / "config.yaml")
+    with Display() as display:
+        export_checkpoint(tmp_path / "run", 1, tmp_path / "out", "transformers", display)
+    assert _files(tmp_path / "out") == {
+        name.replace(str(tmp_path / "run" / "model"), str(tmp_path / "out")): content
+        for name, content in _files(tmp_path / "run" / "model").items()
+    }
+
+
+def test_an_lm_head_takes_no_memory_until_it_is_read_and_counts_in_what_is_needed(tmp_path, monkeypatch):
+    network = make_model("llama", paradigm="judge")
+    network.writer = {"kind": "judge", "spec": {"kind": "pairwise", "parser": "r1_reward", "prompt": "{{ first }}"}}
+    save_model(network, tmp_path / "judge")
+    opened = open_backbone(str(tmp_path / "judge"))
+    made = RewardNetwork(opened.model, HeadConfig(), paradigm="judge")
+    assert made.lm_head.weight.is_meta and not network.lm_head.weight.is_meta
+    backbone = opened.num_bytes(lambda *_: torch.float32)
+    monkeypatch.setattr(export, "available_memory", lambda: backbone + network.lm_head.weight.nbytes)
+    assert torch.equal(load_model(tmp_path / "judge", writes=True).lm_weight, network.lm_weight)
+    monkeypatch.setattr(export, "available_memory", lambda: backbone + network.lm_head.weight.nbytes - 1)
+    with pytest.raises(StorageError, match=r"the weights take .* of host memory are available"):
+        load_model(tmp_path / "judge", writes=True)
 
 
 def test_models_that_cannot_become_critics_or_judges_are_named(tmp_path):
