@@ -18,7 +18,7 @@ from fastrm.loss_config import LossConfig, OptimConfig
 from fastrm.names import device_name, dtype_name
 from fastrm.paradigm_config import CriticConfig, JudgeConfig, Paradigm, check_paradigm, with_loss
 from fastrm.sections import NonEmpty, NonNegative, Positive, Section
-from fastrm.stopping_config import ACCURACY, StoppingConfig, metric_names
+from fastrm.stopping_config import ACCURACY, LOSS_PARTS, StoppingConfig, metric_names
 from fastrm.yaml_files import apply_override, dump_yaml, lay_over, read_chain, validate
 
 Run = TypeVar("Run", bound=BaseModel)
@@ -288,7 +288,8 @@ class Config(Section):
             raise ValueError(f"{wanted[0]} needs evaluations, and there is no data.eval; name a source there")
         if run.early_stopping is None:
             return
-        made = metric_names(data.eval_names, self.loss.eval_figures)
+        parts = LOSS_PARTS if self.paradigm == "critic" else ()
+        made = metric_names(data.eval_names, (*self.loss.eval_figures, *parts))
         if (metric := run.early_stopping.metric) not in made:
             raise ValueError(
                 f"run.early_stopping.metric: got {metric!r}, which no evaluation makes; there are {', '.join(made)}"

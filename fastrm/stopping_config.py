@@ -8,6 +8,8 @@ from pydantic import Field
 from fastrm.sections import Positive, Section
 
 ACCURACY = "eval/accuracy"
+# The parts of a critic's loss in metrics.jsonl: of its preferences, and of the critiques that it learns to write.
+LOSS_PARTS = ("preference_loss", "critique_loss")
 
 
 class StoppingConfig(Section):
@@ -15,8 +17,9 @@ class StoppingConfig(Section):
 
     metric: str = ACCURACY
     """The figure of an evaluation, as metrics.jsonl names it: eval/accuracy, eval/loss or eval/margin, or of one named
-    set, as eval/hard/accuracy; with ratings eval/loss or eval/mse; of a judge eval/loss. A loss or an error is better
-    where it is lower, the others where they are higher. It also chooses the best evaluation."""
+    set, as eval/hard/accuracy; with ratings eval/loss or eval/mse; of a judge eval/loss; of a critic besides
+    eval/preference_loss or eval/critique_loss. A loss or an error is better where it is lower, the others where they
+    are higher. It also chooses the best evaluation."""
     patience: Positive = 3
     """Evaluations in a row without an improvement after which the run stops."""
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0

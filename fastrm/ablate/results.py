@@ -88,7 +88,7 @@ def _evaluated(cell: Cell | EnsembleCell, evaluation: EvaluationConfig) -> dict[
     return flat_report(reports[0]) if len(reports) == 1 else {"accuracy": _pooled(reports)}
 
 
-_COUNTS = ("preferences", "ratings")
+_COUNTS = ("preferences", "ratings", "texts")
 
 
 def _held_out(run_dir: Path) -> dict[str, float]:

@@ -145,6 +145,8 @@ class RewardSection(Section):
     def _check(self):
         if self.parts is not None and self.scheme != "judge":
             raise ValueError(f"parts: belong to the scheme judge; leave them out with {self.scheme}")
+        if self.answers != "auto" and self.scheme == "judge":
+            raise ValueError("answers: a judge's verdict is read by its SPEC's parser; leave it out with judge")
         if (self.model is None) != (self.scheme in ("rule", "judge")):
             raise ValueError(f"scheme {self.scheme}: {'leave out' if self.model else 'name'} its model")
         return self

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 
 from fastrm.data.paradigm import TextReading
 from fastrm.data.record import Record, Response
@@ -42,11 +42,11 @@ def read_comparisons(
             `source.rows` names.
     """
     reading = _reading(spec, source.order or order, seed)
-    pairs = [(record, one) for record in _records(source, None) for one in record.preferences]
-    left_out[source.path] += sum(one.tie for _, one in pairs)
     found = []
-    for number, (record, one) in enumerate(pairs):
-        found += [] if one.tie else _compare(reading, spec, replace(record, preferences=(one,)), number)
+    for first, (record,) in _rows(source, None):
+        left_out[source.path] += sum(one.tie for one in record.preferences)
+        for number, one in enumerate(record.preferences, first):
+            found += [] if one.tie else _compare(reading, spec, replace(record, preferences=(one,)), number)
     if not found:
         raise DataError(f"{source.path}: nothing but ties, and a judge learns which of two responses is better")
     return found
@@ -58,24 +58,34 @@ def read_lessons(source: QuestionsSection, spec: JudgeSpec, *, seed: int) -> lis
     Raises:
         DataError: as `read_comparisons`, and for a row of nothing but ties.
     """
-    records = _records(source, _reading(spec, source.order or "random", seed))
-    return [
-        _comparison(spec, record, response, number)
-        for number, record in enumerate(records)
-        for response in record.responses
-    ]
+    lessons = []
+    for first, parts in _rows(source, _reading(spec, source.order or "random", seed)):
+        number, known = first - 1, set()
+        for record in parts:
+            for one in record.preferences:
+                number += not one.again
+                response = record.responses[one.winner]
+                if response.key not in known:  # equal texts are learnt once
+                    known.add(response.key)
+                    lessons.append(_comparison(spec, record, response, number))
+    return lessons
 
 
 def _reading(spec: JudgeSpec, order: str, seed: int) -> TextReading:
     return TextReading("judge", spec.prompt, spec.system, spec.parser, order=order, seed=seed)
 
 
-def _records(source: QuestionsSection, reading: TextReading | None) -> list[Record]:
+def _rows(source: QuestionsSection, reading: TextReading | None) -> list[tuple[int, list[Record]]]:
+    """Return of each row the preferences that the file has before it, and its records: a long list has several."""
     files = [replace(file, reading=reading) for file in source_files(source.path, images=source.images)]
     start, stop = source.rows or (0, None)
-    found = list(islice(_checked(item for file in files for item in file.read()), start, stop))
-    check_rows(source, len(found))
-    return found
+    rows, before = [], 0
+    records = _checked(item for file in files for item in file.read())
+    for _, parts in islice(groupby(records, key=lambda record: record.origin), stop):
+        rows.append((before, list(parts)))
+        before += sum(not one.again for record in rows[-1][1] for one in record.preferences)
+    check_rows(source, len(rows[start:]))
+    return rows[start:]
 
 
 def _checked(items) -> Iterator[Record]:

@@ -16,7 +16,7 @@ from fastrm.evaluate.ratings import FIGURES, RatingMeter, TextMeter, shown
 from fastrm.evaluate.scoring import NON_FINITE, refuse_non_finite, run_packs
 from fastrm.model.head import total_weight
 from fastrm.model.reward_statistics import reward_statistics
-from fastrm.train.progress import LOSS_PARTS
+from fastrm.stopping_config import LOSS_PARTS
 from fastrm.train.run import Run
 
 
@@ -95,7 +95,8 @@ def evaluate(run: Run) -> bool:
 
 def _nothing_yet(run: Run) -> _HeldOut:
     meters = {"mse": RatingMeter, "cross_entropy": TextMeter}
-    return _HeldOut(meters.get(run.config.loss.kind, PreferenceMeter)())
+    losses = [0.0] * (len(LOSS_PARTS) if run.config.paradigm == "critic" else 1)
+    return _HeldOut(meters.get(run.config.loss.kind, PreferenceMeter)(), losses=losses)
 
 
 def _in_words(row: dict, place: str) -> str:

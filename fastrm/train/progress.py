@@ -10,14 +10,10 @@ from fastrm.config import RunConfig
 from fastrm.data.loader import LoadedPack, RefusedGroup
 from fastrm.data.packing import Pack
 from fastrm.evaluate.accuracy import PreferenceMeter
-from fastrm.stopping_config import is_better
+from fastrm.stopping_config import LOSS_PARTS, is_better
 
 if TYPE_CHECKING:  # the import would load transformers into commands that only read runs
     from fastrm.train.engine import Update
-
-
-# The parts of a critic's loss in metrics.jsonl: of its preferences, and of the critiques that it learns to write.
-LOSS_PARTS = ("preference_loss", "critique_loss")
 
 
 @dataclass

@@ -186,25 +186,17 @@ def write_report(run_dir: Path, summary: dict) -> None:
 def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: str) -> None:
     """Draw report.png: loss, accuracy, margin and throughput over the steps, and held-out accuracies by set and source.
 
-    Of ratings it shows correlations with them.
+    Of ratings it shows correlations with them, of a critic the parts of its loss.
 
     Args:
         rows: of metrics.jsonl with a `loss`.
         evaluations: rows with `eval/loss`.
     """
-    parts = accuracies(evaluations)
-    figure = new_figure(11, 10.5 if parts else 7)
+    parts, panels = accuracies(evaluations), _panels(rows, evaluations)
+    num_rows = max(2, -(-len(panels) // 2)) + bool(parts)
+    figure = new_figure(11, 3.5 * num_rows)
     figure.suptitle(title)
-    grid = figure.add_gridspec(3 if parts else 2, 2)
-    panels = [
-        ("loss", "Loss (the objective, as the loss section sets it)", "eval/loss"),
-        ("rewards/accuracies", "Pair accuracy", "eval/accuracy"),
-        ("rewards/margins", "Margin (chosen - rejected reward)", "eval/margin"),
-        ("preferences_per_second", "Preferences per second", None),
-    ]
-    if any("eval/mse" in row for row in evaluations):
-        panels[1:3] = [(f"eval/{name}", f"{FIGURES[name]} with ratings", f"eval/{name}") for name in FIGURES][1:]
-    panels = [panel for panel in panels if any(name in row for row in rows + evaluations for name in panel)]
+    grid = figure.add_gridspec(num_rows, 2)
     for number, (name, label, evaluated) in enumerate(panels):
         axes = figure.add_subplot(grid[number // 2, number % 2])
         if drawn := [row for row in rows if name in row]:
@@ -224,8 +216,23 @@ def draw_curves(rows: list[dict], evaluations: list[dict], path: Path, title: st
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     if parts:
-        _draw_parts(parts, *figure.add_subfigure(grid[2, :]).subplots(1, 2, width_ratios=(3, 1)))
+        _draw_parts(parts, *figure.add_subfigure(grid[-1, :]).subplots(1, 2, width_ratios=(3, 1)))
     figure.savefig(path, dpi=110)
+
+
+def _panels(rows: list[dict], evaluations: list[dict]) -> list[tuple[str, str, str | None]]:
+    """Return (name in rows, title, name in evaluations) of what a run has, for `draw_curves`."""
+    panels = [
+        ("loss", "Loss (the objective, as the loss section sets it)", "eval/loss"),
+        ("rewards/accuracies", "Pair accuracy", "eval/accuracy"),
+        ("rewards/margins", "Margin (chosen - rejected reward)", "eval/margin"),
+        ("preference_loss", "Loss of preferences", "eval/preference_loss"),
+        ("critique_loss", "Loss of critiques, times critic.lm_weight", "eval/critique_loss"),
+        ("preferences_per_second", "Preferences per second", None),
+    ]
+    if any("eval/mse" in row for row in evaluations):
+        panels[1:3] = [(f"eval/{name}", f"{FIGURES[name]} with ratings", f"eval/{name}") for name in FIGURES][1:]
+    return [panel for panel in panels if any(name in row for row in rows + evaluations for name in panel)]
 
 
 def accuracies(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:

@@ -26,6 +26,8 @@ REFUSED_SHOWN = 50
 # What is drawn: the name in metrics.jsonl, that of the same on held-out data, and what it is called; "" is no name.
 _CURVES = (
     ("loss", "eval/loss", "loss"),
+    ("preference_loss", "eval/preference_loss", "loss of preferences"),
+    ("critique_loss", "eval/critique_loss", "loss of critiques, times critic.lm_weight"),
     ("rewards/accuracies", "eval/accuracy", "pair accuracy"),
     ("rewards/margins", "eval/margin", "margin (chosen - rejected reward)"),
     ("preferences_per_second", "", "preferences a second"),

@@ -112,3 +112,13 @@ def test_an_evaluation_of_some_settings_is_made_of_those_alone(tmp_path):
     counts = {(cell.group, len(evaluation_commands(cell, grid.settings.evaluate[0]))) for cell in grid.cells}
     assert counts == {("few", 0), ("many", 1)}
     assert [cell_metrics(cell, grid.settings.evaluate) for cell in grid.cells] == [{}] * 4
+
+
+def test_the_numbers_of_texts_and_preferences_of_a_source_are_no_figures(tmp_path):
+    grid = load_grid(write_grid(tmp_path, evaluate=["held_out"]))
+    cell = grid.cells[0]
+    cell.dir.mkdir(parents=True)
+    sources = {"a": {"loss": 0.5, "texts": 4}, "b": {"accuracy": 0.75, "preferences": 4}}
+    (cell.dir / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/loss": 0.5, "eval/sources": sources}) + "\n")
+    found = cell_metrics(cell, grid.settings.evaluate)
+    assert found == {"held_out/loss": 0.5, "held_out/a/loss": 0.5, "held_out/b/accuracy": 0.75}

@@ -165,6 +165,17 @@ def test_critiques_of_rated_completions_are_read(one):
     assert said(one({"instruction": "What?", "completions": completions})) == ["Good.", "Bad."]
 
 
+def test_a_list_of_critiques_is_of_all_completions_those_that_are_left_out_too(read):
+    rated = [{"response": text, "annotations": {"Helpfulness": {"Rating": "3"}}} for text in ("a", "", "b", "a", "c")]
+    for number, one in enumerate(rated):
+        one["annotations"]["Helpfulness"]["Rating"] = str(number % 3 + 1)
+    row = {"prompt": "What?", "completions": rated, "critiques": ["of a", "of nothing", "of b", "of a again", "of c"]}
+    records, refused = read(row)
+    assert said(records[0]) == ["of a", "of b", "of c"] and len(refused) == 2
+    _, refused = read(row | {"critiques": ["of a", "of b", "of c"]})
+    assert refused[0][0] == "BAD_ROW" and "wanted a list of 5 texts" in refused[0][1]
+
+
 def test_without_a_critic_critiques_change_nothing(read_one, one):
     plain = read_one({**FLAT, **REASONS, "rejected_reason": 3})
     assert plain.responses == read_one(FLAT).responses

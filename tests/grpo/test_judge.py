@@ -118,6 +118,21 @@ def test_a_supervised_start_teaches_what_a_judge_is_trained_on(tmp_path):
     assert [one.truth for one in lessons] == ["1", "2"]
 
 
+def test_rows_are_rows_of_the_file_and_numbers_those_of_its_preferences(tmp_path):
+    """A list of seven has 21 preferences, whose texts are two groups."""
+    group = {"prompt": "Say a.", "responses": list("abcdefg"), "scores": [7, 6, 5, 4, 3, 2, 1]}
+    path = str(write_rows(tmp_path / "pairs.jsonl", [PAIRS[0], group, PAIRS[1], PAIRS[2]]))
+    wanted = [("2", number) for number in range(1, 22)] + [("3", 22)]
+    for order, times in (("random", 1), ("both", 2)):
+        source = QuestionsSection(path=path, spec="r1_reward", order=order, rows=[1, 3])
+        for found in (
+            read_lessons(source, SPEC, seed=0),
+            read_comparisons(source, SPEC, order=order, seed=0, left_out=Counter()),
+        ):
+            places = [(one.origin.rpartition(":")[2], one.number) for one in found]
+            assert places == [place for place in wanted for _ in range(times)]
+
+
 def test_what_the_texts_of_a_batch_are_like_is_logged():
     logged = {}
     function = RewardFunction(RewardSection(scheme="judge"), 0, None, SPEC)
@@ -244,6 +259,7 @@ def test_smollm2_takes_a_step_as_a_judge(tmp_path, smollm2_folder):
         ({"data": {"train": {"path": "a", "spec": "x", "truth": "y"}, "eval": {"path": "a"}}}, "truth: with spec"),
         ({"rewards": [{"scheme": "rule", "parts": {"format": 1.0}}]}, "parts: belong to the scheme judge"),
         ({"rewards": [{"scheme": "judge", "model": "x"}]}, "scheme judge: leave out its model"),
+        ({"rewards": [{"scheme": "judge", "answers": "math"}]}, "answers: a judge's verdict is read by its SPEC's"),
         ({"judge": "runs/model"}, "judge: a reward model measures answers, not the verdicts of data"),
     ],
 )

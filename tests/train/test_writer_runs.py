@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -188,6 +189,20 @@ def test_the_preferences_of_a_judges_run_are_not_its_texts(tmp_path, capfd):
     assert _metrics(tmp_path)[-1]["preferences"] == summary["preferences"]
     said = " ".join(capfd.readouterr().err.split())
     assert f"with {2 * (7 + 15) + 1} texts from" in said and "steps of 8 texts in" in said
+
+
+def test_the_parts_of_a_critics_loss_are_drawn_and_may_choose_the_best_step(tmp_path):
+    stopping = {"metric": "eval/critique_loss", "patience": 9}
+    run(_config(tmp_path, "critic", run={"max_steps": 3, "eval_every": 1, "early_stopping": stopping}, **_text_model()))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    losses = {row["step"]: row["eval/critique_loss"] for row in _metrics(tmp_path) if "eval/critique_loss" in row}
+    assert len(losses) == 3 and summary["best_metric"] == stopping["metric"]
+    assert summary["best_value"] == min(losses.values()) == losses[int(summary["best_checkpoint"].rpartition("-")[2])]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert ">loss of preferences<" in page and ">loss of critiques, times critic.lm_weight<" in page
+    assert Image.open(tmp_path / "run" / "report.png").height == 3 * 385  # three rows of panels: six of them
+    with pytest.raises(ConfigError, match="which no evaluation makes"):
+        load_config(_config(tmp_path, "judge", run={"early_stopping": stopping}))
 
 
 def _base_that_ends_turns(folder):

@@ -27,10 +27,11 @@ def with_critiques(draft: Draft, row: dict) -> Draft:
         RecordError: BAD_ROW for a critique that is not text, or a list of another length; BAD_TEXT.
     """
     if _OF_LISTS in row:
-        values, number = row[_OF_LISTS], len(draft.responses)
+        values, number = row[_OF_LISTS], len(draft.all_responses or draft.responses)
         if not isinstance(values, (list, tuple)) or len(values) != number:
             raise bad_row(_OF_LISTS, values, f"a list of {number} texts, one for each response")
-        named = [(f"{_OF_LISTS}[{place}]", value) for place, value in enumerate(values)]
+        places = draft.places if draft.all_responses else range(number)  # some of the row's may be left out
+        named = [(f"{_OF_LISTS}[{place}]", values[place]) for place in places]
     elif draft.names == tuple(_OF_PAIRS):
         named = [(key, row.get(key)) for key in _OF_PAIRS.values()]
     else:

@@ -20,6 +20,7 @@ class Draft:
         strength: how much better the winner of the one preference is, where the row says so.
         left_out: errors of the parts of a row that are left out, while the rest is used.
         all_responses: all responses of the row, in order, where `left_out` names some; scoring takes them.
+        places: of `responses` among `all_responses`.
         problem: the reason why the row has no preference; it can be scored nevertheless.
         names: names of the responses in messages; ``responses[i]`` without them.
         judgement: reads a judge's whole conversation, which the row is as others wrote it; may raise RecordError. None
@@ -32,6 +33,7 @@ class Draft:
     strength: float = 0.0
     left_out: tuple[RecordError, ...] = ()
     all_responses: tuple[Response, ...] = ()
+    places: tuple[int, ...] = ()
     problem: RecordError | None = None
     names: tuple[str, ...] = ()
     judgement: Callable[[], Response] | None = None

@@ -54,6 +54,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
         scores=tuple(scores[i] for i in usable),
         left_out=reasons,
         all_responses=responses,
+        places=tuple(usable),
         problem=_too_few(len(usable), len(texts), reasons) if len(usable) < 2 else None,
     )
 
