@@ -17,8 +17,8 @@ class SourceConfig(Section):
     set: str | None = None
     """A published set by its name (`fastrm data sets` lists them), read as it was published."""
     format: Literal[
-        "auto", "llamafactory", "swift", "povid", "completions", "arena", "judge", "thinking", "rated", "groups",
-        "labelled", "helpsteer", "mmpr", "flat", "trl", "messages", "json_text", "digits",
+        "auto", "llamafactory", "swift", "povid", "completions", "ixc", "arena", "judge", "thinking", "rated",
+        "groups", "labelled", "helpsteer", "mmpr", "flat", "trl", "messages", "json_text", "digits",
     ] = "auto"  # fmt: skip
     """The layout of the rows; auto decides row by row from their keys."""
     images: str | None = None

@@ -9,7 +9,8 @@ import torch
 
 from fastrm.data.record import Record
 from fastrm.data.sources.in_memory import RowsLike, is_table
-from fastrm.errors import DataError, GroupError, RecordError
+from fastrm.data.sources.layouts.ixc import with_places
+from fastrm.errors import ConfigError, DataError, GroupError, RecordError
 from fastrm.evaluate.merging import score_merged
 from fastrm.evaluate.scoring import score_dicts, score_table
 from fastrm.ui import Display
@@ -107,32 +108,41 @@ class GroupScorer(ABC):
             return results
         return [one if isinstance(one, GroupError) else torch.tensor(one) for one in results]
 
-    def get_score(self, chat: Chat, images: Any = None) -> float:
+    def get_score(self, chat: Chat, images: Any = None, max_length: None = None, hd_num: None = None) -> float:
         """Return the reward of one finished conversation, as IXC-2.5-Reward's method of this name.
 
         Args:
             chat: messages, the last of which is the assistant's.
-            images: its images, as in `score`, one or a list.
+            images: its images, as in `score`, one or a list. They stand where ``<ImageHere>`` or ``<image>`` in the
+                prompt's texts say, else in front.
+            max_length, hd_num: IXC's settings, which have no meaning here; see `get_scores`.
 
         Raises:
             GroupError: if it cannot be scored.
+            ConfigError: for `max_length` or `hd_num`.
         """
-        return self.get_scores([chat], [images])[0]
+        return self.get_scores([chat], [images], max_length, hd_num)[0]
 
-    def get_scores(self, chats: Sequence[Chat], images: Sequence[Any] | None = None) -> list[float]:
+    def get_scores(
+        self, chats: Sequence[Chat], images: Sequence[Any] | None = None, max_length: None = None, hd_num: None = None
+    ) -> list[float]:
         """Return the reward of each finished conversation; those with the same prompt share one pass over it.
 
         Args:
             images: for each conversation its images.
+            max_length, hd_num: IXC's settings, the tokens at which it cuts a conversation and the squares into which it
+                cuts an image. They are refused: here nothing is cut, and an image's size is its processor's setting.
 
         Raises:
             GroupError: for the first that cannot be scored.
             DataError: if there are not as many entries in `images`.
+            ConfigError: for `max_length` or `hd_num`.
         """
+        _refuse_settings(max_length, hd_num)
         given = [None] * len(chats) if images is None else list(images)
         if len(given) != len(chats):
             raise DataError(f"images: got {len(given)} entries for {len(chats)} chats, wanted one for each, or none")
-        groups = [{"messages": list(chat), "images": own} for chat, own in zip(chats, given, strict=True)]
+        groups = [{"messages": _placed(chat), "images": own} for chat, own in zip(chats, given, strict=True)]
 
         def score(records: Sequence[Record]) -> list[list[float] | RecordError]:
             return score_merged(self._score, lambda rewards, places: [rewards[n] for n in places], records)
@@ -142,14 +152,25 @@ class GroupScorer(ABC):
     @overload
     def compare(self, first: Group) -> bool: ...
     @overload
-    def compare(self, first: Chat, first_images: Any, second: Chat, second_images: Any = None) -> bool: ...
-    def compare(self, first: Any, first_images: Any = None, second: Any = None, second_images: Any = None) -> bool:
+    def compare(
+        self, first: Chat, first_images: Any, second: Chat, second_images: Any = None, max_length: None = None,
+        hd_num: None = None,
+    ) -> bool: ...  # fmt: skip
+    def compare(
+        self, first: Any, first_images: Any = None, second: Any = None, second_images: Any = None,
+        max_length: None = None, hd_num: None = None,
+    ) -> bool:  # fmt: skip
         """Return whether the first has the strictly larger reward: of a group's two responses, or of two conversations.
+
+        Args:
+            max_length, hd_num: see `get_scores`.
 
         Raises:
             GroupError: if one cannot be scored.
             DataError: for a group of another number of responses.
+            ConfigError: for `max_length` or `hd_num`.
         """
+        _refuse_settings(max_length, hd_num)
         if isinstance(first, Mapping):
             (rewards,) = self.score([first])
         else:
@@ -163,15 +184,24 @@ class GroupScorer(ABC):
     @overload
     def rank(self, what: Group) -> list[int]: ...
     @overload
-    def rank(self, what: Sequence[Chat], images: Sequence[Any] | None = None) -> list[int]: ...
-    def rank(self, what: Any, images: Sequence[Any] | None = None) -> list[int]:
+    def rank(
+        self, what: Sequence[Chat], images: Sequence[Any] | None = None, max_length: None = None, hd_num: None = None
+    ) -> list[int]: ...
+    def rank(
+        self, what: Any, images: Sequence[Any] | None = None, max_length: None = None, hd_num: None = None
+    ) -> list[int]:
         """Return the rank of each response of a group, or of each conversation: 0 has the largest reward.
 
         Equal rewards have equal ranks.
 
+        Args:
+            max_length, hd_num: see `get_scores`.
+
         Raises:
             GroupError: if one cannot be scored.
+            ConfigError: for `max_length` or `hd_num`.
         """
+        _refuse_settings(max_length, hd_num)
         rewards = self.score([what])[0] if isinstance(what, Mapping) else self.get_scores(what, images)
         return [sum(other > reward for other in rewards) for reward in rewards]
 
@@ -199,3 +229,23 @@ def _best(group: Group, rewards: list[float]) -> Best:
         raise DataError(f"best_of_n: got a group with {', '.join(map(str, group))}, wanted one with responses")
     index = max(range(len(rewards)), key=rewards.__getitem__)
     return Best(index, group["responses"][index], rewards[index], rewards)
+
+
+def _refuse_settings(max_length: object, hd_num: object) -> None:
+    """Refuse settings of IXC-2.5-Reward's methods, whose rewards would be others with them."""
+    if max_length is not None:
+        raise ConfigError(f"max_length: got {max_length}; nothing is cut here, and too long is an error: leave it out")
+    if hd_num is not None:
+        raise ConfigError(
+            f"hd_num: got {hd_num}, the squares into which IXC-2.5-Reward cuts an image; the size of images here is a "
+            "setting of the model's image processor (max_pixels): leave it out"
+        )
+
+
+def _placed(chat: Chat) -> list[Mapping[str, Any]]:
+    """Return a conversation whose texts, but for the response, have ``<image>`` in place of ``<ImageHere>``."""
+    turns = list(chat)
+    for place, turn in enumerate(turns[:-1]):
+        if isinstance(turn, Mapping) and isinstance(turn.get("content"), str):
+            turns[place] = {**turn, "content": with_places(turn["content"])}
+    return turns

@@ -9,11 +9,13 @@ from tests.helpers.source_rows import (
     FLAT,
     GROUP,
     IMAGE,
+    IXC,
     PAIR,
     RATED,
     SAME_PAIR,
     SHAREGPT,
     SWIFT,
+    bot_turns,
     data_uri,
     human_turns,
     png,
@@ -87,7 +89,39 @@ def test_trl_conversations_may_differ_before_the_response(read_one):
     assert [shape(record, i)[1] for i in (0, 1)] == [("assistant", "Ho"), ("assistant", "Ha")]
 
 
-@pytest.mark.parametrize("row", [FLAT, SAME_PAIR["trl, implicit prompt"], SHAREGPT, SWIFT])
+def test_ixc_images_and_videos_stand_where_image_here_says(read_one):
+    asked = "Image1 <ImageHere>; Image2 <ImageHere>; Which?"
+    row = {"conversations_a": bot_turns(asked, "the first"), "conversations_b": bot_turns(asked, "the second")}
+    record = read_one({**row, "image": ["b.png", "a.png"]})
+    assert shape(record, 0) == [
+        ("user", "Image1 ", ("image", "b.png"), "; Image2 ", IMAGE, "; Which?"), ("assistant", "the first"),
+    ]  # fmt: skip
+    record = read_one({**row, "image": ["b.mp4", "a.png"]})
+    assert shape(record, 1)[0] == ("user", "Image1 ", ("video", "b.mp4"), "; Image2 ", IMAGE, "; Which?")
+    assert shape(read_one({**IXC, "image": "b.mp4"}), 0)[0] == ("user", ("video", "b.mp4"), "What?")
+
+
+def test_ixc_turns_share_the_places_of_images(read_one):
+    asked = bot_turns("<ImageHere>A?", "a", "<ImageHere>B?", "b")
+    row = {"conversations_a": asked, "conversations_b": [*asked[:-1], *bot_turns("", "c")[1:]]}
+    record = read_one({**row, "image": ["b.mp4", "a.png"]})
+    assert shape(record, 0) == [
+        ("user", ("video", "b.mp4"), "A?"), ("assistant", "a"), ("user", IMAGE, "B?"), ("assistant", "b"),
+    ]  # fmt: skip
+
+
+def test_ixc_without_an_image_is_text(read_one):
+    assert shape(read_one(IXC), 1) == [("user", "What?"), ("assistant", "no")]
+
+
+def test_ixc_place_in_a_response_can_be_scored_only(read_one, refusal):
+    row = {**IXC, "conversations_b": bot_turns("What?", "see <ImageHere>")}
+    message = 'the response of "conversations_b" holds <ImageHere>; images belong in the prompt'
+    assert refusal(row) == ("IMAGE_COUNT", message)
+    assert read_one(row, require_preferences=False).responses[1].text == "see <ImageHere>"
+
+
+@pytest.mark.parametrize("row", [FLAT, SAME_PAIR["trl, implicit prompt"], SHAREGPT, SWIFT, IXC])
 def test_margin_is_read(read_one, row):
     assert read_one({**row, "margin": 1.5}).preferences == (Preference(0, 1, margin=1.5),)
 
@@ -236,6 +270,21 @@ BAD_ROWS = {
         {"prompt": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b", "image": "a.png"},
         "BAD_ROW",
         "no user turn",
+    ),
+    "ixc, one image for two places": (
+        {**IXC, "conversations_a": bot_turns("<ImageHere><ImageHere>?", "a"), "image": "a.png"},
+        "IMAGE_COUNT",
+        'the prompt of "conversations_a" has <ImageHere> 2 times, and the row 1 images and videos',
+    ),
+    "ixc, a place without an image": (
+        {**IXC, "conversations_b": bot_turns("<ImageHere>?", "a")},
+        "IMAGE_COUNT",
+        'the prompt of "conversations_b" has <ImageHere> 1 times, and the row 0',
+    ),
+    "ixc, rejected missing": (
+        {"conversations_a": bot_turns("p", "a")},
+        "BAD_ROW",
+        '"conversations_b" is missing or null',
     ),
     "history": ({**SAME_PAIR["swift, old columns"], "history": [["a"]]}, "BAD_ROW", '"history[0]" is a list'),
     "history text": ({**SAME_PAIR["swift, old columns"], "history": "a"}, "BAD_ROW", '"history" is text'),

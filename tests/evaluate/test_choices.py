@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import fastrm
-from fastrm.errors import DataError
+from fastrm.errors import ConfigError, DataError
 from fastrm.evaluate.ensemble import Ensemble
 from fastrm.evaluate.reward_model import RewardModel
 from tests.helpers.support import make_model
@@ -82,6 +82,52 @@ def test_chats_take_an_image_each(model, tmp_path):
     assert found == pytest.approx(expected, abs=1e-5) and abs(expected[0] - expected[1]) > 1e-4
     with pytest.raises(DataError, match="got 1 entries for 2 chats"):
         model.get_scores([chat("seven"), chat("two")], [files])
+
+
+def test_calls_of_ixc_are_taken_as_its_readme_writes_them(model, tmp_path):
+    """Its quick start, with other texts: a list of images for each chat, an empty one without any."""
+    image = [str(tmp_path / "cars1.jpg")]
+    Image.new("RGB", (60, 40), "red").save(image[0])
+    asked = "I want to buy a car from the input image, analyze the advantages and weaknesses."
+    chat_1 = [{"role": "user", "content": asked}, {"role": "assistant", "content": "It is roomy, and costs a lot."}]
+    chat_2 = [{"role": "user", "content": asked}, {"role": "assistant", "content": "It is a boat."}]
+    answers = [chat[1]["content"] for chat in (chat_1, chat_2)]
+    (expected,) = model.score([{"prompt": asked, "images": image, "responses": answers}])
+    scores = model.get_scores([chat_1, chat_2], [image, image])
+    assert scores == pytest.approx(expected, abs=1e-5) and scores[0] != scores[1]
+    assert model.get_score(chat_2, image) == pytest.approx(scores[1], abs=1e-5)
+    assert model.compare(chat_1, image, chat_2, image) is (scores[0] > scores[1])
+    assert model.rank([chat_1, chat_2], [image, image]) == [int(scores[0] < scores[1]), int(scores[0] > scores[1])]
+    without = model.get_scores([chat_1, chat_2], [[]] * 2)
+    assert without == model.get_scores([chat_1, chat_2]) and without != scores
+
+
+def test_images_of_a_chat_stand_where_image_here_says(model, tmp_path):
+    files = []
+    for colour in ("red", "blue"):
+        files.append(str(tmp_path / f"{colour}.png"))
+        Image.new("RGB", (60, 60), colour).save(files[-1])
+    wanted, asked = (f"Image1 {place}; Image2 {place}; which is red?" for place in ("<image>", "<ImageHere>"))
+    expected = model.score([{"prompt": wanted, "images": files, "responses": ["the first"]}])[0][0]
+    assert model.get_score(chat("the first", asked), files) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(fastrm.GroupError, match="IMAGE_COUNT"):
+        model.get_score(chat("the first", asked), files[:1])
+
+
+@pytest.mark.parametrize("name", ["hd_num", "max_length"])
+def test_settings_of_ixc_are_refused_by_name(model, name):
+    one, setting = chat("seven"), {name: 9}
+    calls = [
+        lambda: model.get_score(one, [], **setting),
+        lambda: model.get_scores([one], [[]], **setting),
+        lambda: model.compare(one, [], one, [], **setting),
+        lambda: model.rank([one], [[]], **setting),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=f"{name}: got 9.*leave it out"):
+            call()
+    with pytest.raises(ConfigError, match="max_length: got 16384"):
+        model.rank([one], [[]], 16384, 9)
 
 
 def test_chats_of_one_prompt_are_computed_together(model, monkeypatch):

@@ -91,6 +91,10 @@ def human_turns(*texts):
     return turns(*texts, roles=("human", "gpt"), keys=("from", "value"))
 
 
+def bot_turns(*texts):
+    return turns(*texts, roles=("human", "bot"), keys=("from", "value"))
+
+
 IMAGE = ("image", "a.png")
 PAIR = (Preference(0, 1),)
 FLAT = {"prompt": "What?", "chosen": "yes", "rejected": "no"}
@@ -101,6 +105,15 @@ SHAREGPT = {
     "images": ["a.png"],
 }
 SWIFT = {"messages": turns("<image>What?", "yes"), "rejected_response": "no", "images": ["a.png"]}
+IXC = {
+    "id": 0,
+    "conversations_a": bot_turns("What?", "yes"),
+    "conversations_b": bot_turns("What?", "no"),
+    "turn": 1,
+    "language": "English",
+    "model_a": "gpt-4o-2024-08-06",
+    "model_b": "internlm-xcomposer2d5-7b",
+}
 GROUP = {"prompt": "What?", "responses": ["a", "b", "c"], "preferences": [[0, 1], [2, 0, 0.5]]}
 RATED = {"prompt": "What?", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 2.5}]}
 TEXT_PART = {"type": "text", "text": "What?"}
@@ -182,6 +195,12 @@ SAME_PAIR = {
         "conversations": human_turns("<image>What?", "yes"),
         "rejected_response": "no",
         "images": [{"bytes": None, "path": "a.png"}],
+    },
+    "ixc": {**IXC, "image": "a.png"},
+    "ixc, list and placeholder": {
+        "conversations_a": bot_turns("<ImageHere>What?", "yes"),
+        "conversations_b": bot_turns("<ImageHere>What?", "no"),
+        "image": ["a.png"],
     },
     "groups": {"prompt": "What?", "images": ["a.png"], "responses": ["yes", "no"], "preferences": [[0, 1]]},
     "groups, several turns": {

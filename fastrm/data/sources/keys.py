@@ -82,6 +82,7 @@ _CHANGE_THE_PROMPT = ("system", "tools", "images", "videos")
 _BESIDE_THE_PROMPT = _words("context passage input")
 # Keys of texts that are the prompt or a part of it; of lists of turns all but a last answer are.
 _PROMPT_TEXTS = _words("prompt question instruction query message input") | frozenset(RENDERED_KEYS)
+_ANSWERING = ("assistant", "gpt", "bot", "model")  # roles of a last turn that is an answer
 _MAX_ITEMS = 1000  # the most items of a list or object that are searched for media
 _MAX_DEPTH = 6
 _NOT_PLAIN = frozenset("[]{},:#&*!|>'\"%@` ")  # characters for which YAML needs quotes around a key
@@ -206,7 +207,7 @@ def _prompt_texts(key: str, value: object) -> Iterator[str]:
     if isinstance(value, (list, tuple)) and value and all(isinstance(turn, dict) for turn in value):
         roles = [turn.get("role", turn.get("from")) for turn in value]
         if all(roles):
-            yield from _texts(value[:-1] if roles[-1] in ("assistant", "gpt") else value)
+            yield from _texts(value[:-1] if roles[-1] in _ANSWERING else value)
             return
     if key in _PROMPT_TEXTS:
         yield from _texts(value)
