@@ -42,7 +42,7 @@ def parse(row: dict, resolve: Resolve) -> Draft:
 
 
 def with_places(text: str, kinds: Sequence[type[MediaRef]] = ()) -> str:
-    """Return a text with ``<image>`` or ``<video>`` for each ``<ImageHere>``, by the kinds of its media; else images."""
+    """Return a text with ``<image>`` or ``<video>`` for each ``<ImageHere>``, by the kinds of its media."""
     following = iter(kinds)
     return re.sub(PLACE, lambda _: f"<{next(following, ImageRef).noun}>", text)
 
