@@ -18,11 +18,12 @@ class Standings:
     Attributes:
         next_round: the ordered pairs of the first round that has not been judged whole, each match in both orders;
             empty when the bracket has ended.
-        rewards: the share of the rounds that each response survived; None before the end.
+        rewards: the share of the rounds that each response survived, None for one that met another in a match without a
+            verdict; None before the end.
     """
 
     next_round: list[Order]
-    rewards: list[float] | None
+    rewards: list[float | None] | None
 
 
 def play(record: Record, seed: int, texts: Verdicts) -> Standings:
@@ -31,7 +32,8 @@ def play(record: Record, seed: int, texts: Verdicts) -> Standings:
     n responses need ceil(log2 n) rounds and n - 1 matches. The draw is made by the seed and the row's id, not by the
     order in the row, where published files have the preferred response first. The first of the draw have byes in the
     first round, as many as n lacks to a power of two; a bye counts as a round survived. A match that both responses win
-    equally often, as where a verdict turns with the order, goes to the one that is earlier in the draw.
+    equally often, as where a verdict turns with the order, goes to the one that is earlier in the draw. So does one
+    without a verdict in either order, but that is the draw's word alone: neither response has a reward then.
 
     Args:
         texts: what the votes for each (row's id, ordered pair) said.
@@ -40,16 +42,23 @@ def play(record: Record, seed: int, texts: Verdicts) -> Standings:
     standing = random.Random(f"bracket {seed} {record.id}").sample(range(size), size)
     num_rounds, survived = (size - 1).bit_length(), [0] * size
     byes = 2**num_rounds - size
+    undecided: set[int] = set()
     while len(standing) > 1:
         waiting, playing = standing[:byes], standing[byes:]
         matches = list(zip(playing[::2], playing[1::2], strict=True))
         orders = [order for match in matches for order in (match, match[::-1])]
         if any((record.id, order) not in texts for order in orders):
             return Standings(orders, None)
+        undecided.update(number for match in matches if not _has_verdict(record.id, match, texts) for number in match)
         standing, byes = [*waiting, *(_winner(record.id, match, texts) for match in matches)], 0
         for number in standing:
             survived[number] += 1
-    return Standings([], [rounds / max(num_rounds, 1) for rounds in survived])
+    shares = [rounds / max(num_rounds, 1) for rounds in survived]
+    return Standings([], [None if number in undecided else share for number, share in enumerate(shares)])
+
+
+def _has_verdict(name: str, match: tuple[int, int], texts: Verdicts) -> bool:
+    return any(majority(texts[name, order]) is not None for order in (match, match[::-1]))
 
 
 def _winner(name: str, match: tuple[int, int], texts: Verdicts) -> int:

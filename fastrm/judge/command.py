@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 
 from fastrm.data.paradigm import TextReading
@@ -287,7 +288,7 @@ def _records(data: str, options: JudgeOptions, spec: JudgeSpec, refused: list[st
     """
     if data.startswith(BENCHMARK):
         return list(_numbered(load_benchmark(data, options.bench_data, options.rows.images).records))
-    records = list(_rows(data, options.rows, refused))
+    records = list(_rows(data, options.rows, refused, may_be_bare=spec.gives_rewards))
     repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
         raise DataError(
@@ -309,9 +310,22 @@ def _with_critiques(data: str, options: JudgeOptions, spec: JudgeSpec, refused: 
     return list(_numbered([record.original for record in _rows(data, options.rows, refused, reading)]))
 
 
-def _rows(data: str, rows: RowOptions, refused: list[str], reading: TextReading | None = None) -> Iterator[Record]:
+def _rows(
+    data: str, rows: RowOptions, refused: list[str], reading: TextReading | None = None, *, may_be_bare: bool = False
+) -> Iterator[Record]:
+    """Yield the rows of a file.
+
+    Args:
+        may_be_bare: a row without preferences is read as for scoring, with the responses alone.
+    """
     options = {"columns": rows.columns, "ignore": rows.ignore, "reading": reading}
-    for row in read_in_order(data, rows.images, rows.data_format, require_preferences=True, **options):
+    stated, bare = (
+        read_in_order(data, rows.images, rows.data_format, require_preferences=wanted, **options)
+        for wanted in (True, False)
+    )
+    for row, responses in zip(stated, bare if may_be_bare else repeat(None)):  # noqa: B905
+        if may_be_bare and not isinstance(row, Record) and row[1].code == "NO_PREFERENCE":
+            row = responses
         if isinstance(row, Record):
             yield row
         else:

@@ -27,7 +27,8 @@ def measure(spec: JudgeSpec, records: Sequence[Record], texts: Said, released: S
     failures = [
         {"id": name, "order": list(order)} for (name, order), said in texts.items() for one in said if one is None
     ]
-    rewards = _rewards(spec, texts, records)
+    found = {record.id: _rewards(spec, texts, record) for record in records}
+    rewards = [{"id": name, "rewards": row} for name, row in found.items() if row is not None]
     ended = {row["id"] for row in rewards} if spec.order == "bracket" else set()
     judged, missing, tied, not_met = [], [], 0, 0
     for record in records:
@@ -49,11 +50,13 @@ def measure(spec: JudgeSpec, records: Sequence[Record], texts: Said, released: S
         "preferences_not_met": not_met,
         "num_generations": sum(map(len, texts.values())),
         "num_parse_failures": len(failures),
+        "questions_without_verdict": sum(all(one is None for one in said) for said in texts.values()),
         "sources": {
             source: accuracy([one for one in judged if one.source == source])
             for source in sorted({one.source for one in judged})
         },
         "rewards": rewards,
+        "rewards_missing": [one.id for one in records if _lacks_texts(spec, texts, one, found[one.id])],
         "failures": failures,
         "missing": missing,
     }
@@ -79,47 +82,57 @@ def describe_texts(generations: Sequence[Generation]) -> dict:
     return {"texts_cut": sum(one.is_cut for one in generations)}
 
 
-def _rewards(spec: JudgeSpec, texts: Said, records: Sequence[Record]) -> list:
+def _rewards(spec: JudgeSpec, texts: Said, record: Record) -> list[float | None] | None:
+    """Return the rewards of a record's responses; None where the texts that they are made of are not there."""
+    size = len(record.responses)
     if spec.kind != "pairwise":
-        return _mean_scores(texts, records)
-    if spec.order != "bracket":
-        return tournaments(texts, records)
-    played = [(record.id, play(record, spec.decoding.seed, texts).rewards) for record in records]
-    return [{"id": name, "rewards": rewards} for name, rewards in played if rewards is not None]
+        return _mean_scores([texts.get((record.id, (number,)), ()) for number in range(size)])
+    if size < 2:
+        return None
+    if spec.order == "bracket":
+        return play(record, spec.decoding.seed, texts).rewards
+    # Of two responses both orders are a round robin, which was not asked for.
+    return tournament(texts, record) if spec.order == "round_robin" or size > 2 else None
 
 
-def _mean_scores(texts: Said, records: Sequence[Record]) -> list[dict]:
-    """Return {"id", "rewards"} for each row with a score: the mean of each response's scores, None without one."""
-    found = []
-    for record in records:
-        votes = [texts.get((record.id, (number,)), ()) for number in range(len(record.responses))]
-        given = [[score for score in scores if score is not None] for scores in votes]
-        if any(given):
-            found.append({"id": record.id, "rewards": [float(np.mean(scores)) if scores else None for scores in given]})
-    return found
+def _mean_scores(votes: Sequence[Sequence[float | None]]) -> list[float | None] | None:
+    """Return the mean of each response's scores, None without one; None for no votes at all."""
+    given = [[score for score in scores if score is not None] for scores in votes]
+    return [float(np.mean(scores)) if scores else None for scores in given] if any(votes) else None
 
 
-def tournaments(texts: Said, records: Sequence[Record]) -> list[dict]:
-    """Return {"id", "rewards"} for each row of more than two responses of which all ordered pairs were judged.
+def _lacks_texts(spec: JudgeSpec, texts: Said, record: Record, rewards: list | None) -> bool:
+    """Return whether a record has no rewards, or not all, since there is no text that they would be made of.
 
-    The reward of a response is the share of its 2 (n - 1) comparisons that it won, a tie counting one half, as
-    R1-Reward's are made for GRPO (BaseReward, arXiv 2509.16127, section 5.4: preferences summed).
+    Of a row with preferences a judge of single responses lacks those that the preferences lack, and others are not
+    asked for.
     """
-    found = []
-    for record in records:
-        size = len(record.responses)
-        pairs = list(itertools.permutations(range(size), 2))
-        if size < 3 or not all((record.id, pair) in texts for pair in pairs):
-            continue
-        won = [0.0] * size
-        for first, second in pairs:
-            verdict = majority(texts[record.id, (first, second)])
-            if verdict is not None:
-                share = {Verdict.FIRST: 1.0, Verdict.SECOND: 0.0, Verdict.TIE: 0.5}[verdict]
-                won[first] += share
-                won[second] += 1 - share
-        found.append({"id": record.id, "rewards": [wins / (2 * (size - 1)) for wins in won]})
-    return found
+    if spec.kind == "pairwise":
+        return spec.gives_rewards and rewards is None
+    if not all(one.tie for one in record.preferences):
+        return False
+    return any((record.id, (number,)) not in texts for number in range(len(record.responses)))
+
+
+def tournament(texts: Said, record: Record) -> list[float | None] | None:
+    """Return the rewards of a record of which all ordered pairs were judged; None if one was not.
+
+    The reward of a response is the share that it won of those of its 2 (n - 1) comparisons that have a verdict, a tie
+    counting one half, as R1-Reward's are made for GRPO (BaseReward, arXiv 2509.16127, section 5.4: preferences summed).
+    It is None for a response without such a comparison.
+    """
+    size = len(record.responses)
+    pairs = list(itertools.permutations(range(size), 2))
+    if not all((record.id, pair) in texts for pair in pairs):
+        return None
+    shares: list[list[float]] = [[] for _ in range(size)]
+    for first, second in pairs:
+        verdict = majority(texts[record.id, (first, second)])
+        if verdict is not None:
+            share = {Verdict.FIRST: 1.0, Verdict.SECOND: 0.0, Verdict.TIE: 0.5}[verdict]
+            shares[first].append(share)
+            shares[second].append(1 - share)
+    return [sum(won) / len(won) if won else None for won in shares]
 
 
 def _outcomes(spec: JudgeSpec, texts: dict, name: str, winner: int, loser: int) -> dict[bool | None, Outcome]:

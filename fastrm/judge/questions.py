@@ -84,7 +84,8 @@ def make_questions(
 ) -> Iterator[JudgeQuestion]:
     """Yield the questions about all preferences of records that are no ties, each once for each vote.
 
-    A critic is asked about all responses. Of a bracket these are the questions of each row's next round.
+    A critic is asked about all responses, as a pointwise judge is of a row without such preferences, and a pairwise one
+    in a round robin. Of a bracket these are the questions of each row's next round.
 
     Args:
         texts: what the rounds of a bracket said so far.
@@ -140,7 +141,10 @@ def _orders(spec: JudgeSpec, record: Record, texts: Verdicts) -> list[tuple[int,
         return [(number,) for number in range(len(record.responses))]
     pairs = [tuple(sorted((one.winner, one.loser))) for one in record.preferences if not one.tie]
     if spec.kind == "pointwise":
-        return [(number,) for number in sorted({number for pair in pairs for number in pair})]
+        compared = sorted({number for pair in pairs for number in pair})
+        return [(number,) for number in compared or range(len(record.responses))]
+    if spec.gives_rewards and len(record.responses) < 2:
+        raise RecordError("NOT_SHOWN", "the row has one response, and a pairwise judge compares two; leave it out")
     if spec.order == "round_robin":
         return list(itertools.permutations(range(len(record.responses)), 2))
     if spec.order == "bracket":

@@ -18,7 +18,8 @@ def figures_table(report: dict) -> Table:
     is_critic = "scorer" in report
     noun, rule = ("Critic", "equal rewards wrong") if is_critic else ("Judge", "both orders, failures wrong")
     table = Table("figure", "value", title=f"{noun} {report['judge']} on {report['preferences']:,} preferences")
-    table.add_row(f"accuracy, {rule}", share(report["accuracy"]))
+    nothing = "none: no preference was judged"
+    table.add_row(f"accuracy, {rule}", nothing if report["accuracy"] is None else share(report["accuracy"]))
     table.add_row("its 95 % interval", "none" if low is None else f"{low:.4f} - {high:.4f}")
     if is_critic:
         table.add_row("preferences with equal rewards", f"{report['ties']:,}")
@@ -32,6 +33,9 @@ def figures_table(report: dict) -> Table:
         table.add_row("ties", f"{report['ties']:,}")
         table.add_row("texts cut at their longest length", f"{report['texts_cut']:,} of {report['num_generations']:,}")
         table.add_row("texts without a verdict", f"{report['num_parse_failures']:,} of {report['num_generations']:,}")
+    if rewarded := report["rewards"]:
+        known = sum(any(one is not None for one in row["rewards"]) for row in rewarded)
+        table.add_row("rows with rewards", f"{known:,} of {len(rewarded) + len(report['rewards_missing']):,}")
     if report["preferences_not_met"]:
         table.add_row("preferences whose responses did not meet", f"{report['preferences_not_met']:,}")
     if len(report["sources"]) > 1:
@@ -57,6 +61,11 @@ def complain(report: dict, json_out: Path | None) -> None:
         reasons.append(f"{len(report['missing']):,} preferences {what}: {shortened(report['missing'])}")
     if report["refused"]:
         reasons.append(f"{len(report['refused']):,} lines or rows could not be used")
+    if report["rewards_missing"]:
+        reasons.append(
+            f"{len(report['rewards_missing']):,} rows have no reward, or not all, since texts about them are missing: "
+            f"{shortened(report['rewards_missing'])}"
+        )
     console = make_console(stderr=True)
     if report["preferences_in_one_order"]:
         message(console, f"{report['preferences_in_one_order']:,} preferences were judged in one order only")

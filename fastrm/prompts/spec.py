@@ -95,6 +95,11 @@ class JudgeSpec(Section):
         return ("first", "second") if self.kind == "pairwise" else ("response",)
 
     @property
+    def gives_rewards(self) -> bool:
+        """True if it gives a reward to each response of a row, which need no preferences then."""
+        return self.kind != "pairwise" or self.order in ("round_robin", "bracket")
+
+    @property
     def parse(self) -> Parser:
         """The parser itself; a critic has none."""
         return (PAIRWISE | POINTWISE)[self.parser]

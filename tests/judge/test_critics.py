@@ -249,6 +249,19 @@ def test_kept_texts_are_scored_in_the_order_of_the_questions_whatever_the_order_
     assert scored == asked and figures["refused"] == []
 
 
+def test_groups_without_preferences_have_rewards_and_no_accuracy(tmp_path, scorer):
+    bare = {key: value for key, value in ROWS[1].items() if key != "preferences"}
+    rows = [{**bare, "responses": [*bare["responses"], ""]}, {"id": "c", "prompt": "Who?", "responses": ["he"]}]
+    critiques = texts_about(rows, votes=2)
+    figures = run(tmp_path, write_spec(tmp_path, scorer), rows, written=write_critiques(tmp_path, critiques))
+    got = {(row["id"], n): reward for row in figures["rewards"] for n, reward in enumerate(row["rewards"])}
+    assert got == pytest.approx(expected(scorer, rows, critiques, {}), abs=1e-5) and len(got) == 5
+    assert figures["accuracy"] is figures["interval"] is None and figures["rewards_missing"] == []
+    del critiques["b", 2]
+    with pytest.raises(DataError, match="1 rows have no reward, or not all, since texts about them are missing: b"):
+        run(tmp_path, write_spec(tmp_path, scorer), rows, written=write_critiques(tmp_path, critiques))
+
+
 def test_empty_critiques_are_counted_and_named(tmp_path, scorer, capsys):
     critiques = texts_about(ROWS, votes=1) | {("b", 1): ["  \n"]}
     figures = run(tmp_path, write_spec(tmp_path, scorer), written=write_critiques(tmp_path, critiques))

@@ -142,7 +142,7 @@ def to_record(
         return Record(record_id, draft.all_responses or draft.responses, (), source, origin)
     if draft.problem is not None:
         raise draft.problem
-    _check_not_empty(draft)
+    whole = draft
     if pairs != "all" and draft.scores is None:
         raise RecordError(
             "NO_SCORES", f"`pairs: {pairs}` needs scored responses, the row has none; leave `pairs` out for such rows"
@@ -156,6 +156,7 @@ def to_record(
             f"there is no preference between the responses (found {len(draft.responses)}); "
             "add `preferences` or scores, read the row for scoring only, or train on scores alone: pairs: ratings",
         )
+    _check_not_empty(whole)
     for preference in preferences:
         winner, loser = draft.responses[preference.winner], draft.responses[preference.loser]
         if not (preference.tie or preference.is_rating) and winner == loser:
