@@ -20,7 +20,7 @@ from fastrm.json_files import to_json
 from fastrm.judge.critics import describe_critiques, read_rewards, scorer_of
 from fastrm.judge.generations import Generation, given_critiques, read_generations
 from fastrm.judge.metrics import describe_texts, measure, read_verdicts
-from fastrm.judge.questions import JudgeQuestion, make_questions
+from fastrm.judge.questions import JudgeQuestion, Refusal, make_questions
 from fastrm.judge.report import complain, figures_table
 from fastrm.judge.store import GenerationStore
 from fastrm.model.loading import shortened
@@ -212,26 +212,34 @@ def generate(
 
     Args:
         options: whose device and dtype are those of a model that writes here.
-        refused: takes the reasons for rows that the judge cannot be shown, which have no texts.
+        refused: takes the reasons for rows that the judge cannot be shown, and for questions that have no text; others
+            are asked all the same.
 
     Raises:
-        ConfigError, DataError: for a model, template or image that cannot be used.
+        ConfigError, DataError: for a model or template that cannot be used.
         ServerError: for a server that gives no answer.
         InterruptedRun: where it was stopped. In each case the file keeps the texts so far.
     """
     store = GenerationStore(path)
-    found, writer, unshown = [], None, {}
+    found, asked, writer, unshown = [], set(), None, {}
     try:
         for questions in rounds(spec, records, found, unshown):
-            missing, total = store.missing(questions), len({question.key for question in questions})
+            new = [one for one in questions if (one.id, one.order, one.key) not in asked]
+            if not new:  # a bracket whose round has a refused question asks it for ever
+                break
+            asked.update((one.id, one.order, one.key) for one in new)
+            missing, total = store.missing(new), len({one.key for one in new})
             if done := total - len(missing):
                 display.say(f"{done:,} of {total:,} texts are in {path} already")
             if missing:
                 writer, update = writer or make_writer(spec, options), display.task("writing")
                 for number, written in enumerate(writer.write(missing), done + 1):
-                    store.add(written)
+                    if isinstance(written, Refusal):
+                        refused.append(written.message)
+                    else:
+                        store.add(written)
                     update(number, total)
-            found += store.generations(questions)
+            found += store.generations(new)
         refused += unshown.values()
         return found
     except KeyboardInterrupt:

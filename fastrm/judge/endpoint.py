@@ -7,16 +7,34 @@ from collections.abc import Iterator, Sequence
 
 import httpx
 
-from fastrm.data.media.images import read_bytes
-from fastrm.errors import DataError, FastrmError, RecordError, ServerError
-from fastrm.judge.questions import JudgeQuestion, TextSize, Written
+from fastrm.data.media.images import image_size, read_bytes
+from fastrm.errors import FastrmError, RecordError, ServerError
+from fastrm.judge.questions import JudgeQuestion, Refusal, TextSize, Written
 from fastrm.limits import MediaLimits
 from fastrm.prompts.spec import DecodingSection, GeneratorSection
-from fastrm.rl.client import MAX_WAIT, check_url
+from fastrm.rl.client import LOST, MAX_WAIT, check_url, post_whole, retry_after
 from fastrm.rl.wire import image_url
 
-# The server is away, overloaded, or wants fewer requests: the next try may succeed.
-_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+# The longest Retry-After that is waited for, in seconds.
+LONGEST_WAIT = 600.0
+# The server is away, overloaded, or wants fewer requests, as it says with 5xx too: the next try may succeed.
+_AGAIN = frozenset({408, 425, 429})
+# What was sent is refused, as a prompt that is too long or filtered: another question may be answered.
+_OF_THE_QUESTION = frozenset({400, 413, 422})
+# Why a text ended, as servers of this API say it: by itself (eos is Together's word, the last two those of
+# text-generation-inference), in its middle (model_length is Mistral's word, repetition vLLM's), or without a text that
+# answers. All others, as abort, error or none, end an answer that broke off.
+_ENDED = frozenset({"stop", "eos", "eos_token", "stop_sequence"})
+_CUT = frozenset({"length", "model_length", "repetition"})
+_NO_ANSWER = frozenset({"content_filter", "tool_calls", "function_call"})
+
+
+class _TryAgain(Exception):
+    """Why a try gave no answer; the next may succeed, `seconds` later or more."""
+
+    def __init__(self, why: str, seconds: float = 0.0):
+        super().__init__(why)
+        self.seconds = seconds
 
 
 class Endpoint:
@@ -48,19 +66,22 @@ class Endpoint:
         }  # fmt: skip
         self._seed = decoding.seed if decoding.temperature else None
 
-    def write(self, questions: Sequence[JudgeQuestion]) -> Iterator[Written]:
-        """Yield the text of each question, as answers come.
+    def write(self, questions: Sequence[JudgeQuestion]) -> Iterator[Written | Refusal]:
+        """Yield the text of each question, as answers come, or why it has none.
+
+        That is an image that cannot be read or is over the limits, or a request that the server refuses for what it
+        holds: HTTP 400, 413, 422, or a text that its filter took away.
 
         Raises:
-            ServerError: when a question has no answer after all tries, or is refused; those that are answered meanwhile
-                are yielded before.
-            DataError: for an image that cannot be read, in the same way.
+            ServerError: when a question has no answer after all tries, the server wants to be left alone for longer
+                than `LONGEST_WAIT`, or refuses all requests, as without a key; those that are answered meanwhile are
+                yielded before.
         """
         key = os.environ.get(self._settings.key_env)
         self._stopped = threading.Event()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=self._settings.batch)
-        answers: queue.SimpleQueue[Written | Exception] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[Written | Refusal | Exception] = queue.SimpleQueue()
         waiting, running, failed = list(reversed(questions)), 0, None
         with httpx.Client(timeout=self._settings.timeout, headers=headers, limits=limits) as client:
             try:
@@ -72,7 +93,7 @@ class Endpoint:
                         running += 1
                     answer = answers.get()
                     running -= 1
-                    if isinstance(answer, Written):
+                    if isinstance(answer, Written | Refusal):
                         yield answer
                     elif isinstance(answer, FastrmError):
                         failed = failed or answer
@@ -85,44 +106,82 @@ class Endpoint:
             raise failed
 
     def _answer(self, client: httpx.Client, question: JudgeQuestion, answers: queue.SimpleQueue) -> None:
-        """Put the text of a question, or the error instead of it, into `answers`."""
+        """Put the text of a question, or what there is instead of it, into `answers`."""
         try:
             answers.put(self._ask(client, question))
         except Exception as error:  # raised by the one who waits
             answers.put(error)
 
-    def _ask(self, client: httpx.Client, question: JudgeQuestion) -> Written:
-        body = self._body | {"messages": _messages(question, self._limits)}
+    def _ask(self, client: httpx.Client, question: JudgeQuestion) -> Written | Refusal:
+        place = f"{self._place}: {question.origin}"
+        try:
+            body = self._body | {"messages": _messages(question, self._limits)}
+        except RecordError as error:
+            return Refusal(question, f"{error.message} ({error.code})")
         if self._seed is not None:  # each vote draws its own text
             body["seed"] = (self._seed + int(question.key[:8], 16)) % 2**31
         for tried in range(1, self._settings.tries + 1):
-            asked = 0.0
             try:
-                answer = client.post(self._place, json=body)
-            except httpx.TransportError as error:
-                said = f"{type(error).__name__}: {error}"
-            else:
-                if answer.status_code == 200:
-                    try:
-                        found = answer.json()
-                        choice = found["choices"][0]
-                        text, is_cut = _text(choice["message"]["content"]), choice.get("finish_reason") == "length"
-                        return Written(question, text, is_cut, _size(found.get("usage")))
-                    except (ValueError, LookupError, TypeError, AttributeError):
-                        said = f"half an answer, or none of this API: {answer.text[:200]!r}"
-                else:
-                    said = f"HTTP {answer.status_code}: {answer.text.strip()[:500] or answer.reason_phrase}"
-                    if answer.status_code not in _AGAIN:
-                        raise ServerError(f"{self._place}: {question.origin}: {said}; correct the SPEC or the row")
-                after = answer.headers.get("Retry-After", "")
-                asked = float(after) if after.isascii() and after.isdigit() else 0.0
-            seconds = min(max(asked, 0.5 * 2.0 ** min(tried - 1, 9)), MAX_WAIT)
-            if tried < self._settings.tries and self._stopped.wait(seconds):
-                raise ServerError(f"{self._place}: {question.origin}: not asked again, as others failed")
+                return self._try(client, question, body)
+            except _TryAgain as error:
+                said, asked = str(error), error.seconds
+            if asked > LONGEST_WAIT:
+                raise ServerError(
+                    f"{place}: {said}; the server wants to be asked again in {asked:,.0f} s, and up to "
+                    f"{LONGEST_WAIT:,.0f} s are waited for: run the command again then to go on where it ended"
+                )
+            grown = min(0.5 * 2.0 ** min(tried - 1, 9), MAX_WAIT)
+            if tried < self._settings.tries and self._stops_within(max(asked, grown)):
+                raise ServerError(f"{place}: not asked again, as others failed")
         raise ServerError(
-            f"{self._place}: {question.origin}: no answer in {self._settings.tries} tries, at last {said}; is the "
-            "server running? Run the command again to go on where it ended"
+            f"{place}: no answer in {self._settings.tries} tries, at last {said}; is the server running? Run the "
+            "command again to go on where it ended"
         )
+
+    def _stops_within(self, seconds: float) -> bool:
+        """Wait, and return whether there is no use in going on."""
+        return self._stopped.wait(seconds)
+
+    def _try(self, client: httpx.Client, question: JudgeQuestion, body: dict) -> Written | Refusal:
+        """Ask once.
+
+        Raises:
+            _TryAgain: where another try may succeed.
+            ServerError: where none will, with this question or another.
+        """
+        try:
+            answer = post_whole(client, self._place, self._settings.timeout, json=body)
+        except LOST as error:
+            raise _TryAgain(f"{type(error).__name__}: {error}") from None
+        if answer.status_code == 200:
+            return self._read(answer, question)
+        said = f"HTTP {answer.status_code}: {answer.text.strip()[:500] or answer.reason_phrase}"
+        if answer.status_code in _OF_THE_QUESTION:
+            return Refusal(question, f"{self._place}: {said}")
+        if answer.status_code >= 500 or answer.status_code in _AGAIN:
+            raise _TryAgain(said, retry_after(answer))
+        raise ServerError(f"{self._place}: {question.origin}: {said}; correct the SPEC or its key")
+
+    def _read(self, answer: httpx.Response, question: JudgeQuestion) -> Written | Refusal:
+        """Return what an answer with status 200 holds.
+
+        Raises:
+            _TryAgain: for half an answer, or one that broke off.
+        """
+        try:
+            found = answer.json()
+            choice = found["choices"][0]
+            ended = choice.get("finish_reason")
+            if ended in _NO_ANSWER:
+                return Refusal(question, f"{self._place}: the answer ended with {ended!r}, and has no whole text")
+            text = _text(choice["message"]["content"])
+            is_known = ended in _ENDED | _CUT
+            size = _size(found.get("usage"))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise _TryAgain(f"half an answer, or none of this API: {answer.text[:200]!r}") from None
+        if not is_known:
+            raise _TryAgain(f"an answer that broke off, with finish_reason {ended!r}: {text[:200]!r}")
+        return Written(question, text, ended in _CUT, size)
 
 
 def _text(content: object) -> str:
@@ -147,12 +206,12 @@ def _messages(question: JudgeQuestion, limits: MediaLimits) -> list[dict]:
     """Return the conversation, with images as data URLs.
 
     Raises:
-        DataError: for an image that cannot be read.
+        RecordError: for an image that cannot be read, or is over the limits.
     """
-    try:
-        urls = [image_url(read_bytes(image, limits)) for image in question.images]
-    except RecordError as error:
-        raise DataError(f"{question.origin}: {error.message} ({error.code})") from None
+    urls = []
+    for image in question.images:
+        image_size(image, limits)
+        urls.append(image_url(read_bytes(image, limits)))
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content = [*parts, {"type": "text", "text": question.text}] if parts else question.text
     system = [{"role": "system", "content": question.system}] if question.system else []

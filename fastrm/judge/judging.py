@@ -19,7 +19,7 @@ from fastrm.judge.command import make_writer, rounds
 from fastrm.judge.critics import conversations, scorer_of
 from fastrm.judge.generations import Generation
 from fastrm.judge.local import LocalModel
-from fastrm.judge.questions import Written
+from fastrm.judge.questions import Refusal, Written
 from fastrm.model.architectures import meta_network
 from fastrm.model.network import RewardNetwork
 from fastrm.prompts.spec import JudgeSpec
@@ -143,6 +143,8 @@ class JudgeJudging(Judging):
         judged: list[Written] = []
         for questions in rounds(self._specs[way], [record], found):
             written = list(self._writer.write(questions))
+            if refusal := next((one for one in written if isinstance(one, Refusal)), None):
+                raise DataError(refusal.message)
             found += [Generation(one.question.id, one.question.order, one.text, one.is_cut) for one in written]
             judged += written
         return judged

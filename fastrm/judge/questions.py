@@ -68,6 +68,22 @@ class Written(NamedTuple):
     size: "TextSize | None" = None
 
 
+class Refusal(NamedTuple):
+    """A question that has no text, and is not asked again: a server refuses it, or an image cannot be read.
+
+    Attributes:
+        why: and what to do.
+    """
+
+    question: JudgeQuestion
+    why: str
+
+    @property
+    def message(self) -> str:
+        """The reason with the row's place and the order that was asked."""
+        return f"{self.question.origin}: order {list(self.question.order)}: {self.why}"
+
+
 class TextSize(NamedTuple):
     """The tokens that were read and written for one text; `image_tokens` of them stand for images."""
 

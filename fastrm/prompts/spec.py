@@ -27,7 +27,7 @@ class GeneratorSection(Section):
     batch: Positive = 8
     """Texts that are written together here; with `url`, requests at a time."""
     timeout: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds for one answer of the server."""
+    """Seconds after which an answer of the server must have come whole."""
     tries: Positive = 8
     """Tries of one request, where the server is away, overloaded, limits the rate or breaks off."""
 

@@ -3,10 +3,12 @@
 import asyncio
 import os
 import random
+import re
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Literal
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
 
 import httpx
 
@@ -23,6 +25,8 @@ _JSON = {"Content-Type": "application/json"}
 
 # What came of one try: an answer, or the error of the connection.
 Outcome = httpx.Response | Exception
+# The connection is lost, or half an answer came: of a damaged one httpx says that it cannot be decoded.
+LOST = (httpx.TransportError, httpx.DecodingError, TimeoutError)
 
 
 def check_url(url: str, name: str = "url") -> None:
@@ -40,6 +44,44 @@ def check_url(url: str, name: str = "url") -> None:
         is_http = False
     if not is_http:
         raise ConfigError(f"{name}: got {url!r}, wanted one such as http://127.0.0.1:8000")
+
+
+def post_whole(client: httpx.Client, url: str, seconds: float, **request: Any) -> httpx.Response:
+    """Send a POST request and return its answer, which must have come whole after some seconds.
+
+    Args:
+        client: whose own limit of time is for each part of an exchange: an answer that trickles would never end.
+        request: as `httpx.Client.stream` takes it.
+
+    Raises:
+        httpx.TransportError, httpx.DecodingError, TimeoutError: `LOST`, for a connection or an answer that is lost.
+    """
+    end = time.monotonic() + seconds
+    with client.stream("POST", url, **request) as response:
+        parts = []
+        for part in response.iter_raw():
+            parts.append(part)
+            if time.monotonic() > end:
+                raise TimeoutError(f"no whole answer in {seconds:g} s")
+    return httpx.Response(response.status_code, headers=response.headers, content=b"".join(parts))
+
+
+def retry_after(answer: httpx.Response) -> float:
+    """Return the seconds for which a server wants to be left alone by its Retry-After; 0 where it says nothing.
+
+    It may be a number, or a date, which is taken by the server's own clock if the answer has its Date.
+    """
+    named = answer.headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,15}(\.\d*)?", named, re.ASCII):
+        return float(named)
+    try:
+        now = answer.headers.get("Date")
+        seconds = parsedate_to_datetime(named).timestamp() - (
+            time.time() if now is None else parsedate_to_datetime(now).timestamp()
+        )
+    except (ValueError, TypeError, OverflowError):  # neither
+        return 0.0
+    return max(seconds, 0.0)
 
 
 class Client:
@@ -145,18 +187,10 @@ class Client:
         return {"timeout": self.timeout, "headers": headers, "limits": httpx.Limits(max_connections=256)}
 
     def _post(self, body: bytes) -> Outcome:
-        # The limit of httpx is for each part of an exchange; an answer that trickles would never end.
         self._reopen_if_forked()
-        end = time.monotonic() + self.timeout
         try:
-            with self._client.stream("POST", self.url + PATH, content=body, headers=_JSON) as response:
-                parts = []
-                for part in response.iter_raw():
-                    parts.append(part)
-                    if time.monotonic() > end:
-                        raise TimeoutError(f"no whole answer in {self.timeout:g} s")
-            return httpx.Response(response.status_code, headers=response.headers, content=b"".join(parts))
-        except (httpx.TransportError, TimeoutError) as error:
+            return post_whole(self._client, self.url + PATH, self.timeout, content=body, headers=_JSON)
+        except LOST as error:
             return error
 
     async def _post_async(self, body: bytes) -> Outcome:
@@ -167,7 +201,7 @@ class Client:
         try:
             async with asyncio.timeout(self.timeout):
                 return await self._async_clients[loop].post(self.url + PATH, content=body, headers=_JSON)
-        except (httpx.TransportError, TimeoutError) as error:
+        except LOST as error:
             return error
 
     def _take(self, request: Request, outcome: Outcome, tried: "_Tried") -> float | None:
@@ -222,8 +256,7 @@ def _rebuild(url: str, arguments: dict) -> Client:
 
 def _wait(outcome: Outcome, tried: _Tried) -> float:
     """Return the seconds until the next try: no less than the server asks for, up to `MAX_WAIT`, and a random part."""
-    asked = outcome.headers.get("Retry-After", "") if isinstance(outcome, httpx.Response) else ""
-    named = float(asked) if asked.isascii() and asked.isdigit() else 0.0
+    named = retry_after(outcome) if isinstance(outcome, httpx.Response) else 0.0
     # An exponent over 9 is past the largest wait. Clients that failed together must not come back together.
     grown = 0.5 * 2.0 ** min(tried.lost + tried.overloaded - 1, 9)
     return min(max(named, grown), MAX_WAIT) * random.uniform(1.0, 1.5)

@@ -47,6 +47,8 @@ PROMPT = "{{ question }} 1: {{ first }} 2: {{ second }}"
 
 def run(folder, model, rows, **texts):
     options = replace(OPTIONS, texts=JudgeTexts(**texts), json_out=folder / "costs.json")
+    if str(model).startswith("judge:"):  # which has no exactness that could be checked
+        options = replace(options, scoring=ScoringOptions())
     measure_costs([str(model)], str(write_rows(folder / "rows.jsonl", rows)), options)
     return json.loads(options.json_out.read_text())
 

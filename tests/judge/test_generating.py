@@ -4,10 +4,12 @@ import base64
 import json
 import shutil
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from functools import partialmethod
 from http.server import BaseHTTPRequestHandler
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -21,23 +23,25 @@ from fastrm.judge.generations import read_generations
 from fastrm.judge.questions import JudgeQuestion, make_questions
 from fastrm.limits import MediaLimits
 from fastrm.prompts.spec import load_spec
+from fastrm.rl.client import retry_after
 from tests.helpers.reward_server import answering
 from tests.helpers.runs import fastrm_here, write_rows
 from tests.helpers.waiting import PATIENCE
 
 pytest.importorskip("httpx")
 ROWS = [{"id": f"r{n}", "prompt": f"{n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(3)]
-HANG_UP, HALF = "hang up", "half"
+HANG_UP, HALF, TRICKLE = "hang up", "half", "trickle"
 
 
 @contextmanager
-def chat_server(answer, failures=(), cut=(), usage=None):
+def chat_server(answer, failures=(), cut=(), usage=None, ends=()):
     """Serve /v1/chat/completions; yield (URL, the bodies that came).
 
     Args:
-        answer: the text for a body.
-        failures: in place of the first answers: a status with headers, HANG_UP or HALF.
+        answer: the text for a body; a number: the status of a refusal.
+        failures: in place of the first answers: a status with headers, HANG_UP, HALF or TRICKLE.
         cut: numbers of the answers, from 0, that the server says it has cut.
+        ends: finish reasons of the first answers.
         usage: what each answer says of its tokens.
     """
     waiting, bodies, lock = list(failures), [], threading.Lock()
@@ -53,17 +57,32 @@ def chat_server(answer, failures=(), cut=(), usage=None):
                 self.connection.close()
                 return
             status, headers = failure if isinstance(failure, tuple) else (200, {})
-            choice = {"message": {"content": answer(body)}, "finish_reason": "length" if number in cut else "stop"}
+            said = answer(body)
+            status = said if isinstance(said, int) else status
+            choice = {"message": {"content": said}, "finish_reason": "length" if number in cut else "stop"}
+            choice |= {"finish_reason": ends[number]} if number < len(ends) else {}
             text = json.dumps({"choices": [choice], "usage": usage}).encode()
             text = text[:20] if failure == HALF else text
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(text))}.items():
+            length = len(text) + (100 if failure == TRICKLE else 0)
+            for name, value in {**headers, "Content-Length": str(length)}.items():
                 self.send_header(name, value)
             self.end_headers()
+            if failure == TRICKLE:
+                trickle(self.wfile)
             self.wfile.write(text)
 
     with answering(Handler) as url:
         yield f"{url}/v1", bodies
+
+
+def trickle(file):
+    """Write spaces, which may stand before JSON, one by one until nobody reads them, or for a long time."""
+    with suppress(OSError):
+        for _ in range(100):
+            file.write(b" ")
+            file.flush()
+            time.sleep(0.02)
 
 
 def text_of(body):
@@ -80,6 +99,7 @@ def prefers_good(body):
 
 def write_spec(folder, url, **others):
     generator = {"model": "judge", "url": url, "tries": others.pop("tries", 3), "batch": others.pop("batch", 4)}
+    generator |= {name: others.pop(name) for name in ("timeout", "extra_body") if name in others}
     spec = folder / "spec.yaml"
     spec.write_text(json.dumps({"extends": "r1_reward", "generator": generator, **others}))
     return f"judge:{spec}"
@@ -93,8 +113,11 @@ def run(folder, judge, rows=ROWS):
 
 
 @pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr("fastrm.judge.endpoint.MAX_WAIT", 0.01)
+def waits(monkeypatch):
+    """The seconds between tries, none of which is waited for."""
+    found = []
+    monkeypatch.setattr(Endpoint, "_stops_within", lambda self, some: found.append(some) or self._stopped.is_set())
+    return found
 
 
 def test_both_orders_are_asked_and_nothing_is_asked_twice(tmp_path):
@@ -167,10 +190,88 @@ def test_a_text_that_was_cut_is_kept_with_that(tmp_path):
 
 def test_servers_that_fail_for_a_while_are_asked_again(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    failures = [(429, {"Retry-After": "1"}), HANG_UP, HALF, (503, {})]
+    away = [(status, {}) for status in (408, 425, 429, 500, 502, 503, 504, 520, 524, 529)]
+    failures = [*away, HANG_UP, HALF, (200, {"Content-Encoding": "gzip"})]  # the last one is no gzip
     with chat_server(prefers_good, failures) as (url, bodies):
-        assert run(tmp_path, write_spec(tmp_path, url, batch=1, tries=5))["num_generations"] == 6
+        assert run(tmp_path, write_spec(tmp_path, url, batch=1, tries=14))["num_generations"] == 6
         assert len(bodies) == 6 + len(failures) and {body["key"] for body in bodies} == {"Bearer secret"}
+
+
+def test_waits_grow_and_are_no_shorter_than_the_server_says(tmp_path, waits):
+    named = ["", "1", "7", "0.5", "60", "600", "3.5", "soon", "-3", ""]
+    failures = [(429, {"Retry-After": text} if text else {}) for text in named]
+    with chat_server(prefers_good, failures) as (url, _):
+        run(tmp_path, write_spec(tmp_path, url, batch=1, tries=11, order="as_given"), ROWS[:1])
+    assert waits == [0.5, 1.0, 7.0, 4.0, 60.0, 600.0, 30.0, 30.0, 30.0, 30.0]
+
+
+@pytest.mark.parametrize(
+    ("named", "seconds"),
+    [
+        ({}, 0), ({"Retry-After": "12"}, 12), ({"Retry-After": "1.5"}, 1.5), ({"Retry-After": "-1"}, 0),
+        ({"Retry-After": "nan"}, 0), ({"Retry-After": "1e9"}, 0), ({"Retry-After": "tomorrow"}, 0),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:30 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT", "Date": "Wed, 21 Oct 2026 07:28:30 GMT"}, 0),
+        ({"Retry-After": "Fri, 01 Jan 1999 00:00:00 GMT"}, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_retry_after_is_a_number_or_a_date(named, seconds):
+    assert retry_after(httpx.Response(429, headers=named)) == seconds
+
+
+@pytest.mark.parametrize("named", ["7200", "Tue, 31 Dec 2199 00:00:00 GMT"])
+def test_a_server_that_wants_to_be_left_alone_for_long_is_named_with_the_time(tmp_path, named, waits):
+    with chat_server(prefers_good, [(429, {"Retry-After": named})]) as (url, bodies):
+        said = r"pairs.jsonl:1: HTTP 429: .* to be asked again in [0-9,]{5,} s, and up to 600 s are waited for: run the"
+        with pytest.raises(ServerError, match=said) as raised:
+            run(tmp_path, write_spec(tmp_path, url, batch=1))
+        assert (named != "7200" or "in 7,200 s" in str(raised.value)) and len(bodies) == 1 and waits == []
+
+
+def test_an_answer_that_trickles_is_not_waited_for(tmp_path):
+    with chat_server(prefers_good, [TRICKLE, TRICKLE]) as (url, bodies):
+        spec = write_spec(tmp_path, url, batch=1, tries=2, timeout=0.1, order="as_given")
+        with pytest.raises(ServerError, match=r"no answer in 2 tries, at last "):
+            run(tmp_path, spec, ROWS[:1])
+        assert len(bodies) == 2
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", None, "insufficient_system_resource"])
+def test_an_answer_that_broke_off_is_asked_again(tmp_path, reason):
+    with chat_server(prefers_good, ends=[reason]) as (url, bodies):
+        assert run(tmp_path, write_spec(tmp_path, url, batch=1))["num_generations"] == 6
+        assert len(bodies) == 7
+    with chat_server(prefers_good, ends=[reason] * 3) as (url, bodies):
+        said = rf"no answer in 3 tries, at last an answer that broke off, with finish_reason {reason!r}: '<think>"
+        with pytest.raises(ServerError, match=said):
+            run(tmp_path, write_spec(tmp_path, url, batch=1))
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_cut"),
+    [
+        ("stop", False), ("eos", False), ("eos_token", False), ("stop_sequence", False),
+        ("length", True), ("model_length", True), ("repetition", True),
+    ],
+)  # fmt: skip
+def test_a_whole_text_is_told_from_one_that_was_cut(tmp_path, reason, is_cut):
+    with chat_server(prefers_good, ends=[reason]) as (url, bodies):
+        run(tmp_path, write_spec(tmp_path, url, order="as_given"), ROWS[:1])
+        assert len(bodies) == 1
+    assert json.loads((tmp_path / "texts.jsonl").read_text()).get("cut", False) is is_cut
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "function_call"])
+def test_a_text_that_a_filter_took_away_is_named_and_counted(tmp_path, reason):
+    with chat_server(prefers_good, ends=[reason]) as (url, bodies):
+        with pytest.raises(DataError, match=r"partial result over 3 preferences: 1 lines or rows could not be used"):
+            run(tmp_path, write_spec(tmp_path, url, batch=1))
+        assert len(bodies) == 6
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["num_generations"] == 5 and figures["preferences_in_one_order"] == 1
+    [refused] = figures["refused"]
+    assert "pairs.jsonl:1: order [0, 1]: http://" in refused and f"ended with '{reason}'" in refused
 
 
 def test_what_was_written_before_a_server_failed_is_kept(tmp_path):
@@ -190,11 +291,53 @@ def test_what_was_written_before_a_server_failed_is_kept(tmp_path):
         assert len(bodies) == 6  # another server may hold another model
 
 
-def test_a_refused_request_is_not_repeated(tmp_path):
-    with chat_server(prefers_good, [(400, {})]) as (url, bodies):
-        with pytest.raises(ServerError, match=r"pairs.jsonl:1: HTTP 400: .*correct the SPEC or the row"):
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_question_that_the_server_refuses_is_named_and_counted_and_the_others_go_on(tmp_path, status):
+    with chat_server(lambda body: status if "good 1" in text_of(body) else prefers_good(body)) as (url, bodies):
+        judge = write_spec(tmp_path, url)
+        with pytest.raises(DataError, match=r"over 2 preferences: 1 preferences were not judged: r1; 2 lines or rows"):
+            run(tmp_path, judge)
+        assert len(bodies) == 6
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert (figures["num_generations"], figures["missing"]) == (4, ["r1"])
+    assert sorted(line.split("pairs.jsonl:")[1].split(": http")[0] for line in figures["refused"]) == [
+        "2: order [0, 1]", "2: order [1, 0]",
+    ]  # fmt: skip
+    assert all(f"HTTP {status}: " in line for line in figures["refused"])
+    assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_was_refused_is_asked_again_by_the_next_command(tmp_path):
+    refuses = [True]
+    with chat_server(lambda body: 400 if refuses[0] and "good 1" in text_of(body) else prefers_good(body)) as (url, _):
+        judge = write_spec(tmp_path, url)
+        with pytest.raises(DataError, match=r"not judged: r1; 2 lines or rows could not be used"):
+            run(tmp_path, judge)
+        refuses[0] = False
+        assert run(tmp_path, judge)["num_generations"] == 6
+    with chat_server(lambda body: 400) as (url, _):
+        judge = write_spec(tmp_path, url)
+        with pytest.raises(DataError, match=r"no preference was judged; .*pairs.jsonl:\d: order .*HTTP 400"):
+            run(tmp_path, judge)
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405])
+def test_a_server_that_refuses_every_request_ends_the_command(tmp_path, status):
+    with chat_server(prefers_good, [(status, {})]) as (url, bodies):
+        with pytest.raises(ServerError, match=rf"pairs.jsonl:1: HTTP {status}: .*correct the SPEC or its key"):
             run(tmp_path, write_spec(tmp_path, url, batch=1))
         assert len(bodies) == 1
+
+
+def test_a_bracket_of_which_a_question_is_refused_ends_without_that_row(tmp_path):
+    rows = [{"id": name, "prompt": "?", "responses": [f"{name} {number}" for number in range(4)],
+             "preferences": [[0, 1]]} for name in ("bad", "good")]  # fmt: skip
+    with chat_server(lambda body: 400 if "bad 0" in text_of(body) else "<answer>1</answer>") as (url, bodies):
+        with pytest.raises(DataError, match=r"1 preferences were not judged: bad; 2 lines or rows could not be used"):
+            run(tmp_path, write_spec(tmp_path, url, order="bracket"), rows)
+        assert len(bodies) == 4 + 6
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert [row["id"] for row in figures["rewards"]] == ["good"] and figures["num_generations"] == 2 + 6
 
 
 def test_votes_have_texts_of_their_own(tmp_path):
@@ -213,6 +356,27 @@ def test_images_of_the_prompt_are_sent_before_the_text(tmp_path):
     kind, data = image["image_url"]["url"].split(";base64,")
     assert kind == "data:image/png" and base64.b64decode(data) == (tmp_path / "a.png").read_bytes()
     assert "Which colour?" in text["text"]
+
+
+def test_images_that_cannot_be_read_or_are_too_large_are_named_and_the_others_go_on(tmp_path, capfd):
+    for name, side in (("small.png", 20), ("large.png", 60)):
+        Image.new("RGB", (side, side), "red").save(tmp_path / name)
+    (tmp_path / "text.png").write_text("no image")
+    rows = [{**ROWS[0], "id": name, "images": [name]} for name in ("none.png", "large.png", "text.png", "small.png")]
+    data, texts, out = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "texts.jsonl", tmp_path / "out.json"
+    with chat_server(prefers_good) as (url, bodies):
+        code, _ = fastrm_here(
+            capfd, "eval", write_spec(tmp_path, url), data, "--generations", texts, "--json", out,
+            "--max-image-pixels", 1000,
+        )  # fmt: skip
+        assert code == 65 and len(bodies) == 2
+    figures = json.loads(out.read_text())
+    assert (figures["preferences"], figures["missing"]) == (1, ["none.png", "large.png", "text.png"])
+    assert sorted((line.split("pairs.jsonl:")[1][:15], line.split("(")[-1]) for line in figures["refused"]) == [
+        (f"{number}: order [{order}]", f"{code})")
+        for number, code in ((1, "IMAGE_MISSING"), (2, "IMAGE_TOO_LARGE"), (3, "IMAGE_FORMAT"))
+        for order in ("0, 1", "1, 0")
+    ]
 
 
 def test_an_image_that_changed_is_asked_again(tmp_path):
@@ -336,9 +500,6 @@ def test_files_and_rows_that_cannot_be_used_are_named(tmp_path):
         with pytest.raises(StorageError, match=r'texts.jsonl:2: wanted a line with "key" and "text"'):
             run(tmp_path, judge)
     (tmp_path / "texts.jsonl").unlink()
-    row = {"id": "1", "prompt": "?", "images": ["none.png"], "chosen": "good", "rejected": "bad"}
-    with pytest.raises(DataError, match=r"pairs.jsonl:1: .*IMAGE_MISSING"):
-        run(tmp_path, judge, [row])
     with pytest.raises(ConfigError, match="r1_reward: it names no generator; add one in a YAML file with extends"):
         run(tmp_path, "judge:r1_reward")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -88,11 +89,15 @@ def test_the_command_hands_its_dtype_to_the_model_that_writes_and_refuses_what_o
     assert code == 64 and "--dtype, --max-image-pixels: of no use for texts that are written elsewhere" in said
 
 
-def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path, tiny):
+def test_an_image_that_cannot_be_read_is_named_with_its_row_and_the_others_go_on(tmp_path, tiny):
     rows = image_rows(tmp_path)
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:60])
-    with pytest.raises(DataError, match=r"pairs\.jsonl:2: .*1\.png"):
+    with pytest.raises(DataError, match=r"over 2 preferences: 1 preferences were not judged: 1; 2 lines or rows"):
         judge(tmp_path, tiny, rows)
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert (figures["num_generations"], figures["missing"]) == (4, ["1"])
+    wanted = r".*pairs\.jsonl:2: order \[., .\]: .*1\.png.*\(IMAGE_DAMAGED\)"
+    assert len(figures["refused"]) == 2 and all(re.fullmatch(wanted, one) for one in figures["refused"])
 
 
 def test_a_folder_with_other_weights_is_asked_again(tmp_path, tiny):
