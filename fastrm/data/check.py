@@ -51,6 +51,7 @@ class SourceCheck:
         refused, left_out: by code; rows, and parts of rows that live on without them.
         media: uses of every image and video by its digest, and what it is called.
         num_ties: preferences that prefer neither.
+        without: by what they have not, the texts of critics and judges that teach no writing.
         first: the first record.
     """
 
@@ -60,6 +61,7 @@ class SourceCheck:
     left_out: dict[str, Refusals] = field(default_factory=dict)
     media: dict[str, tuple[int, str]] = field(default_factory=dict)
     num_ties: int = 0
+    without: Counter[str] = field(default_factory=Counter)
     first: Record | None = None
     records: np.ndarray = field(default_factory=lambda: np.empty(0, _RECORD))
     pairs: np.ndarray = field(default_factory=lambda: np.empty(0, PAIR))
@@ -131,6 +133,7 @@ class SourceCheck:
             known_uses, known_name = self.media.get(digest, (0, name))
             self.media[digest] = (known_uses + uses, known_name)
         self.num_ties += other.num_ties
+        self.without += other.without
         self.first = self.first or other.first
         self.records = np.concatenate([self.records, other.records])
         self.pairs = np.concatenate([self.pairs, other.pairs])
@@ -144,6 +147,7 @@ class _RowChecker:
     limits: MediaLimits
     require_preferences: bool
     encoder: ConversationEncoder | None
+    reading: TextReading | None
 
     def __call__(self, numbered: tuple[int, Unit]) -> tuple[int, SourceCheck]:
         number, unit = numbered
@@ -173,6 +177,8 @@ class _RowChecker:
         row = record.original or record
         pairs += pair_rows(row, responses if row is record else [response_hash(one) for one in row.responses])
         found.num_ties += sum(p.tie for p in record.preferences)
+        if self.reading is not None and record.original is not None:
+            found.without[self.reading.lesson] += self.reading.count_bare(record)
         found.first = found.first or record
         for ref in record.media:
             own = f"that of {record.origin}" if ref.data is not None else nearby(ref)
@@ -214,7 +220,7 @@ def check_source(
     files = list(dict.fromkeys(unit.file.path for unit in units))
     total, done = sum(unit.stop - unit.start for unit in units), 0
     counter = None if encoder is None else encoder.counting_only()
-    checker, found = _RowChecker(files, limits, require_preferences, counter), {}
+    checker, found = _RowChecker(files, limits, require_preferences, counter, reading), {}
     for number, part in run_pieces(checker, list(enumerate(units)), num_workers):
         found[number] = part
         done += units[number].stop - units[number].start

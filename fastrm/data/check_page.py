@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastrm.data.check import Refusals, SourceCheck
-from fastrm.data.prepared.findings import PairFindings
+from fastrm.data.prepared.findings import PairFindings, bare_sentence
 from fastrm.data.show import counted, print_row, show_or_refuse
 from fastrm.data.sources.key_tally import EQUAL, REVERSED
 from fastrm.data.sources.keys import ignore_setting, nearest
@@ -111,6 +111,9 @@ def _contents(found: SourceCheck) -> Table | None:
     table.add_row("prompts", f"{found.num_prompts:,} different; rows of one prompt and source become one group")
     table.add_row("preferences", f"{pairs.num_pairs:,}{ties}")
     table.add_row("both ways", _contradictions(found, pairs))
+    for lesson, number in found.without.items():
+        if sentence := bare_sentence(lesson, number):
+            table.add_row(lesson, sentence)
     if scores := found.all_keys.scores:
         table.add_row("scores", _against_scores(scores))
     table.add_row("copies", _copies(found))

@@ -20,11 +20,13 @@ from reprlib import Repr
 from fastrm.data.record import MediaRef, Message, Preference, Record, Response
 from fastrm.errors import ConfigError, RecordError
 from fastrm.paradigm_config import section_of
+from fastrm.prompts.forms import FORMS
 from fastrm.prompts.spec import load_spec
 from fastrm.prompts.template import PromptTemplate
 from fastrm.prompts.verdicts import PAIRWISE, Verdict, write_verdict
 
 _MOST_TEXTS = 16  # as many as records of one prompt are joined to (MAX_MERGED_RESPONSES)
+_TAGS = re.compile("</?think>", re.IGNORECASE)
 _brief = Repr()
 _brief.maxstring = 60
 
@@ -93,16 +95,33 @@ class TextReading:
                 original=replace(original, preferences=()) if start else original,
             )
 
+    @property
+    def lesson(self) -> str:
+        """What the texts that `count_bare` counts have not: ``critique`` or ``thinking``."""
+        return "critique" if self.kind == "critic" else "thinking"
+
+    def count_bare(self, record: Record) -> int:
+        """Return how many of the texts of `convert` teach no writing: empty critiques, or verdicts without thinking.
+
+        Of a critic, the texts of responses that are compared count.
+        """
+        if self.kind == "critic":
+            return sum(not record.responses[number].text for number in self._compared(record))
+        thinking = FORMS[self.parser].thinking
+        return sum(not _TAGS.sub("", thinking(response.text)).strip() for response in record.responses)
+
+    def _compared(self, record: Record) -> list[int]:
+        """Return the numbers of the responses that a preference which is trained on is about."""
+        ties = self.kind == "critic" and self.ties != "ignore"
+        return sorted({number for one in record.preferences if ties or not one.tie for number in one.responses})
+
     def _criticised(self, record: Record) -> list[Response]:
-        trained_on = [one for one in record.preferences if self.ties != "ignore" or not one.tie]
-        compared = {number for preference in trained_on for number in preference.responses}
-        missing = [n for n in sorted(compared) if not record.responses[n].critique.strip()]
+        missing = _without_critique(record, self._compared(record))
         if missing and self.missing == "refuse":
-            names = ", ".join(f"response {n} ({_brief.repr(record.responses[n].text)})" for n in missing)
             raise RecordError(
                 "NO_CRITIQUE",
-                f"the row has no critique of {names}; fill in chosen_reason and rejected_reason of a pair, or "
-                "critiques of a list of responses, or set critic.missing: empty",
+                f"the row has no critique of {_names(record, missing)}; fill in chosen_reason and rejected_reason of a "
+                "pair, or critiques of a list of responses, or set critic.missing: empty",
             )
         return [
             self._conversation(one, one.critique if one.critique.strip() else "", response=said)
@@ -116,6 +135,8 @@ class TextReading:
                 "BAD_ROW",
                 f'"thinking" is about two responses, and the row has {len(record.responses)}; write a row for each two',
             )
+        if not thinking:
+            self._check_critiques(record)
         numbers: dict[tuple, int] = {}
         responses, preferences = [], []
         for one in record.preferences:
@@ -130,6 +151,17 @@ class TextReading:
         if not preferences:
             raise RecordError("ONLY_TIES", "every preference is a tie, and a judge learns which response is better")
         return responses, preferences
+
+    def _check_critiques(self, record: Record) -> None:
+        """Refuse a row with critiques of some of its responses: a judge would learn for which ones there are any."""
+        compared = self._compared(record)
+        missing = _without_critique(record, compared)
+        if 0 < len(missing) < len(compared):
+            raise RecordError(
+                "NO_CRITIQUE",
+                f"the row has no critique of {_names(record, missing)}, but of others that it is compared with, and "
+                "which one has a critique would give the verdict away; fill it in, or leave out all of the row's",
+            )
 
     def _orders(self, record: Record, preference: Preference, *, is_fixed: bool) -> list[tuple[int, int]]:
         given = tuple(sorted(preference.responses))
@@ -178,6 +210,14 @@ class TextReading:
         system = (Message("system", (self.system,)),) if self.system else ()
         user = Message("user", (*prompt_media(shown), asked))
         return Response((*system, user, Message("assistant", (said,))))
+
+
+def _without_critique(record: Record, compared: Sequence[int]) -> list[int]:
+    return [number for number in compared if not record.responses[number].critique.strip()]
+
+
+def _names(record: Record, numbers: Sequence[int]) -> str:
+    return ", ".join(f"response {number} ({_brief.repr(record.responses[number].text)})" for number in numbers)
 
 
 def reading_of(config) -> TextReading | None:

@@ -216,6 +216,31 @@ def test_without_critiques_a_judge_learns_the_verdict_alone(one):
     assert said(record) == ["<think></think><answer>1</answer>", "<think></think><answer>2</answer>"]
 
 
+@pytest.mark.parametrize("left", [{"rejected_reason": "It is wrong."}, {**REASONS, "chosen_reason": " "}])
+def test_a_judge_refuses_a_row_in_which_one_of_two_responses_has_a_critique(read, left):
+    """Where only wrong responses are explained, whether there is a critique would be the verdict."""
+    records, ((code, message),) = read({**FLAT, **left}, paradigm="judge")
+    assert records == [] and code == "NO_CRITIQUE"
+    assert "no critique of response 0 ('yes'), but of others" in message
+
+
+def test_a_judge_needs_critiques_of_the_responses_that_are_compared_alone(read, one):
+    rows = {"prompt": "What?", "responses": ["a", "b", "c"], "critiques": ["Good.", "Weak.", None]}
+    assert len(said(one({**rows, "preferences": [[0, 1]]}, paradigm="judge"))) == 1
+    _, ((code, message),) = read({**rows, "preferences": [[0, 1], [1, 2]]}, paradigm="judge")
+    assert code == "NO_CRITIQUE" and "response 2 ('c')" in message
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_texts_without_thinking_are_counted(one, name):
+    reading = reading_of(load_config({
+        "paradigm": "judge", "judge": {"spec": name}, "run": {"dir": "runs/x"}, "model": {"path": "x"},
+        "data": {"train": [{"path": "x"}]},
+    }))  # fmt: skip
+    assert reading.count_bare(one(FLAT, paradigm="judge", spec=name, order="both")) == 2
+    assert reading.count_bare(one({**FLAT, **REASONS}, paradigm="judge", spec=name, order="both")) == 0
+
+
 def test_thinking_is_about_the_responses_as_they_are_given(one):
     row = {"prompt": "What?", "responses": ["no", "yes"], "preferences": [[1, 0]], "critiques": ["x", "y"]}
     record = one({**row, "thinking": "<think>The second names it.</think>"}, paradigm="judge", order="both")

@@ -1,11 +1,14 @@
 """Prepared sets of critics and judges: the prompts of any set, other conversations, and settings of their own."""
 
+import io
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fastrm.data.check import check_source
+from fastrm.data.check_page import print_page
 from fastrm.data.paradigm import reading_of
 from fastrm.errors import ConfigError
 from fastrm.limits import MediaLimits
@@ -141,6 +144,29 @@ def test_data_check_and_show_read_a_configuration_s_rows_as_its_paradigm_does(tm
     shown = re.sub(r"\s+", " ", fastrm("data", "show", config, "-n", "2").stdout)
     assert "You assess the answer" in shown
     assert "refused: NO_CRITIQUE" in shown
+
+
+@pytest.mark.parametrize(
+    "paradigm, setting, sentence",
+    [
+        ("judge", "judge.order=both", "4 texts of judges have no thinking: they teach the verdict alone"),
+        ("critic", "critic.missing=empty", "4 responses have no critique: their rewards are read behind an empty one"),
+    ],
+)
+def test_texts_that_teach_no_writing_are_counted_by_check_and_by_prepare(tmp_path, paradigm, setting, sentence):
+    rows = with_critiques(text_rows(5))
+    for row in rows[:2]:
+        row["chosen_reason"] = row["rejected_reason"] = ""
+    config = config_of(tmp_path, {"path": str(write_rows(tmp_path / "rows.jsonl", rows)), "name": "mine"})
+    made = Made(config, f"paradigm={paradigm}", setting)
+    assert f"mine: {sentence}" in made.said.replace("\n", "")
+    lesson = "thinking" if paradigm == "judge" else "critique"
+    assert made.row("mine")["without"] == {lesson: 4}
+    found = check_source(made.config.data.train[0], MediaLimits(), reading=reading_of(made.config))
+    assert found.without == {lesson: 4}
+    console = Console(file=io.StringIO(), width=200)
+    print_page(console, "mine", found)
+    assert re.search(rf"{lesson} +{sentence}", console.file.getvalue())
 
 
 def test_a_judge_s_texts_of_a_long_list_are_grouped_and_none_is_too_long_with_others(tmp_path):

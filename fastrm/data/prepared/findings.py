@@ -77,6 +77,21 @@ class PairFindings:
         )
 
 
+def bare_sentence(lesson: str, count: int) -> str | None:
+    """Return the sentence about texts that teach a model no writing; None without any.
+
+    Args:
+        lesson: what they have not, as `TextReading.lesson`.
+    """
+    if not count:
+        return None
+    if lesson == "critique":
+        what = "response has" if count == 1 else "responses have"
+        return f"{count:,} {what} no critique: their rewards are read behind an empty one"
+    what = "text of a judge has" if count == 1 else "texts of judges have"
+    return f"{count:,} {what} no thinking: they teach the verdict alone"
+
+
 def pair_rows(record: Record, responses: Sequence[bytes]) -> Iterator[tuple]:
     """Yield the rows of `PAIR` of a record.
 

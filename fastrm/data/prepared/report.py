@@ -16,8 +16,9 @@ import numpy as np
 
 from fastrm.config import Config
 from fastrm.data.balance import CostModel
+from fastrm.data.paradigm import reading_of
 from fastrm.data.prepared.count import Counted, refusals
-from fastrm.data.prepared.findings import PAIR, PairFindings, find_in_pairs
+from fastrm.data.prepared.findings import PAIR, PairFindings, bare_sentence, find_in_pairs
 from fastrm.data.prepared.records import read_refusals
 from fastrm.data.prepared.select import Selection
 from fastrm.data.prepared.units import PAIRS, REFUSED, RecordTable
@@ -50,7 +51,7 @@ def make_report(
         {"sources": one row of counts for each source of each split, "histograms": {name: {"edges", "counts"}},
         "sharing": tokens and costs of an epoch, and their quotients}.
     """
-    rows = []
+    rows, reading = [], reading_of(config)
     for split, selection in chosen.items():
         is_split = table.is_of(split)
         for number, source in enumerate(config.data.sources(split).values()):
@@ -59,6 +60,7 @@ def make_report(
                 {"split": split, "source": source_label(source)}
                 | _reading(table, split, number, mine, removed)
                 | _grouping(table, selection, counted[split], number)
+                | ({} if reading is None else {"without": {reading.lesson: int(table.columns["num_bare"][mine].sum())}})
             )
     train = counted["train"]
     times = chosen["train"].times[train.counts["selected"]]
@@ -116,11 +118,13 @@ def _find_in_pairs(table: RecordTable, split: str, number: int) -> PairFindings:
 
 
 def pair_lines(report: dict) -> list[str]:
-    """Return one line for each finding in the sources' preferences that a model may learn from, or cannot."""
+    """Return one line for each finding in the sources' preferences and texts that a model may learn from, or cannot."""
     lines = []
     for row in report["sources"]:
         pairs = PairFindings(**row["pairs"])
-        lines += [f"{row['source']}: {found}" for found in (pairs.contradiction, pairs.liking) if found is not None]
+        bare = [bare_sentence(*item) for item in row.get("without", {}).items()]
+        found = [one for one in (pairs.contradiction, pairs.liking, *bare) if one is not None]
+        lines += [f"{row['source']}: {sentence}" for sentence in found]
     return lines
 
 

@@ -16,7 +16,7 @@ from fastrm.data.template import ConversationEncoder
 from fastrm.errors import DataError, RecordError
 from fastrm.yaml_files import differences
 
-FORMAT = 4  # format of the index, and of the rules by which rows are read; sets of another format are refused
+FORMAT = 5  # format of the index, and of the rules by which rows are read; sets of another format are refused
 # The keys of `data` that do not change a prepared set.
 _FREE_KEYS = {"prepared", "num_workers", "image_mean", "image_std"}
 

@@ -55,7 +55,7 @@ from fastrm.json_files import to_json
 from fastrm.limits import MediaLimits
 from fastrm.storage import whole_folder
 
-FORMAT = 5  # format of a unit's files, and of the rules by which rows are read; with another all are read again
+FORMAT = 6  # format of a unit's files, and of the rules by which rows are read; with another all are read again
 # A unit is work of a second or two: a kill loses it, and one worker takes it at a time.
 ROWS_PER_UNIT = 8192
 COLUMNS, MEDIA, TEXTS, REFUSED = "columns.npy", "media.npy", "texts.npy", "refused.jsonl"
@@ -76,6 +76,7 @@ RECORD = np.dtype(
         ("num_media", "<u4"),
         ("num_preferences", "<u4"),  # without ties
         ("num_ties", "<u4"),
+        ("num_bare", "<u4"),  # of the texts of critics and judges, `TextReading.count_bare`
     ]
 )
 TEXT = np.dtype([("hash", "<u8"), ("is_short", "?")])
@@ -263,6 +264,7 @@ class _UnitWriter:
                 len(media),
                 len(record.preferences) - num_ties,
                 num_ties,
+                0 if self.settings.reading is None else self.settings.reading.count_bare(record),
             )
         )
         self._offset += len(line)
