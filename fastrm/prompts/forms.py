@@ -1,9 +1,11 @@
 """The whole text of a judge: its form, whom its thinking ends for, and whether the verdict of a cut one was written."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from fastrm.prompts.verdicts import Verdict, parse_better
+from fastrm.prompts.verdicts import Verdict, find_better, parse_better, parse_score
 
 _SENTENCE = r"(?:answer|response|assistant) [12] is better\.?"
 
@@ -15,51 +17,60 @@ class Form:
     Attributes:
         whole: the pattern of the whole text, without white space around it.
         marks: what stands in the text exactly once each.
-        verdict: the pattern of what the verdict begins with; the thinking is what stands before.
+        thinking: returns of a text what stands before the verdict that its parser reads; the whole text, where there
+            is none.
     """
 
     whole: re.Pattern[str]
     marks: tuple[str, ...]
-    verdict: re.Pattern[str]
+    thinking: Callable[[str], str]
 
     def is_kept(self, text: str) -> bool:
         """Return whether a text has exactly this form."""
         return all(text.count(mark) == 1 for mark in self.marks) and self.whole.fullmatch(text.strip()) is not None
 
-    def thinking(self, text: str) -> str:
-        """Return what stands before the verdict; the whole text, where there is none."""
-        found = self.verdict.search(text)
-        return text if found is None else text[: found.start()]
+
+def _form(whole: str, marks: tuple[str, ...], thinking: Callable[[str], str]) -> Form:
+    return Form(re.compile(whole, re.DOTALL | re.IGNORECASE), marks, thinking)
 
 
-def _form(whole: str, marks: tuple[str, ...], verdict: str) -> Form:
-    return Form(re.compile(whole, re.DOTALL | re.IGNORECASE), marks, re.compile(verdict, re.DOTALL | re.IGNORECASE))
+def _before_first(mark: str, text: str) -> str:
+    return text.partition(mark)[0]
+
+
+def _before_last(mark: str, text: str) -> str:
+    before, found, _ = text.rpartition(mark)
+    return before if found else text
+
+
+def _before_sentence(text: str) -> str:
+    found = find_better(text)
+    return text if found is None else text[: found[0]]
 
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_BOX = ("<think>", "</think>", "\\boxed{")
+_LAST_ANSWER = partial(_before_last, "<answer>")
 # By the parsers of pairwise judges. The first is that of R1-Reward's own verifier (yfzhang114/r1_reward,
 # openrlhf/models/remote_rm/math_verifier_mllm.py), which has one pair of each tag and nothing between them, but wants
 # no number inside of <answer>; white space between them is allowed here, as chat templates of thinking models (Qwen3)
 # put it there in what a judge learns to write. The second is that of LLaVA-Critic-R1, thinking and then a box.
 FORMS: dict[str, Form] = {
-    "r1_reward": _form(r"<think>.*</think>\s*<answer>[12]</answer>", _TAGS, "<answer>"),
-    "boxed": _form(r"<think>.*</think>.*\\boxed\{[12]\}\W*", ("<think>", "</think>", "\\boxed{"), r"\\boxed\{"),
-    "better": _form(rf".*\b{_SENTENCE}", (), rf"\b{_SENTENCE}\s*\Z"),
-    "better_in_answer": _form(rf"<think>.*</think>\s*<answer>\s*{_SENTENCE}\s*</answer>", _TAGS, "<answer>"),
+    "r1_reward": _form(r"<think>.*</think>\s*<answer>[12]</answer>", _TAGS, partial(_before_first, "<answer>")),
+    "boxed": _form(r"<think>.*</think>.*\\boxed\{[12]\}\W*", _BOX, partial(_before_last, "\\boxed")),
+    "better": _form(rf".*\b{_SENTENCE}", (), _before_sentence),
+    "better_in_answer": _form(rf"<think>.*</think>\s*<answer>\s*{_SENTENCE}\s*</answer>", _TAGS, _LAST_ANSWER),
 }
 
 
-# By the parsers of all judges but `better`, whose mark is the last sentence: the mark of a verdict, which stands in a
-# text that was cut only if the verdict was written to its end. A number at the end of a cut text may lack digits.
-_ANSWER = re.compile("<answer>.*?</answer>", re.DOTALL)
-_MARKS: dict[str, re.Pattern[str]] = {
-    "r1_reward": _ANSWER,
-    "boxed": re.compile(r"\\boxed\{.*?\}", re.DOTALL),
-    "better_in_answer": _ANSWER,
-    "score": re.compile(
-        r"^[^\n\w]*(?:(?:final|overall|total)\s+)?score\b[^\n\w]*[\d.,]+[^\n]*\n", re.MULTILINE | re.IGNORECASE
-    ),
+# By the parsers whose verdict stands inside of something: what opens and what closes that. A number at the end of a cut
+# text may lack digits.
+_INSIDE = {
+    "r1_reward": ("<answer>", "</answer>"),
+    "boxed": ("\\boxed{", "}"),
+    "better_in_answer": ("<answer>", "</answer>"),
 }
+_SCORE_LINE = re.compile(r"^[^\n\w]*(?:(?:final|overall|total)[ *_]+)?score\b[^\n]*\n", re.MULTILINE | re.IGNORECASE)
 _LAST_WORDS = re.compile(r"\b(?:better|equally (?:good|bad|well)|tie|first|second|[12ab])\W*\Z", re.IGNORECASE)
 
 
@@ -72,8 +83,11 @@ def is_said(parser: str, text: str) -> bool:
     Args:
         parser: a name of PAIRWISE or POINTWISE.
     """
-    if parser != "better":
-        return _MARKS[parser].search(text) is not None
+    if parser in _INSIDE:
+        opened, closed = _INSIDE[parser]
+        return closed in text.partition(opened)[2]
+    if parser == "score":
+        return any(parse_score(line) is not None for line in _SCORE_LINE.findall(text))
     last = re.split(r"[.!?\n]", text.rstrip(" \n\t.!?*_"))[-1]
     return _LAST_WORDS.search(last) is not None and parse_better(last) is not None
 
@@ -81,12 +95,13 @@ def is_said(parser: str, text: str) -> bool:
 def agreement(form: Form, text: str, verdict: Verdict | None) -> int:
     """Return whether the thinking of a text ends for the response that its verdict names.
 
-    The last sentence of the thinking counts that calls one response better, or both equal, as `parse_better` reads it.
+    The last sentence of the thinking counts that calls one response better, or both equal, as `find_better` reads it.
 
     Returns:
         1: for the same response; -1: for the other one; 0: for none, or there is no verdict.
     """
-    ended = parse_better(form.thinking(text))
+    found = find_better(form.thinking(text))
+    ended = found and found[1]
     sides = (Verdict.FIRST, Verdict.SECOND)
     if ended not in sides or verdict not in sides:
         return 0

@@ -79,10 +79,26 @@ def test_what_a_judge_learns_to_write_is_in_form(parser, verdict, noun):
         ("r1_reward", "<think>So.</think><answer>2</answer> Response 1 is better.", 0),
         ("r1_reward", "<think>Response 1 is better.</think><answer>tie</answer>", 0),
         ("r1_reward", "<think>Response 1 is better.</think><answer>none</answer>", 0),
+        (
+            "r1_reward",
+            "<think>Response 1 is better than Response 2, though both handle colours equally well.</think>"
+            "<answer>1</answer>",
+            1,
+        ),
+        ("r1_reward", "<think>I don't think Response 1 is better.</think><answer>2</answer>", 0),
+        ("r1_reward", "<think>Overall, **Response 1** is better.</think><answer>2</answer>", -1),
         ("boxed", r"<think>Response 2 is better.</think>\boxed{2}", 1),
+        ("boxed", r"<think>Is it \boxed{2}? Response 1 is better.</think>\boxed{1}", 1),
         ("better", "Response 1 is better in form. Response 2 is better.", -1),
         ("better", "The second is false. Response 1 is better.", 0),
+        ("better", "The second is false. **Response 1** is clearly better!", 0),
+        ("better", "Response 2 is better. No, **Response 1** is better!", -1),
         ("better_in_answer", "<think>Answer 2 is better.</think><answer>Answer 2 is better</answer>", 1),
+        (
+            "better_in_answer",
+            "<think>I write <answer>. Answer 2 is better.</think><answer>Answer 2 is better</answer>",
+            1,
+        ),
     ],
 )
 def test_thinking_agrees_with_the_verdict_or_not(parser, text, found):
