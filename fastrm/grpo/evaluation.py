@@ -1,11 +1,12 @@
 """The accuracy of a policy on questions with true answers, and what a reward model thinks of it."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from fastrm.errors import DataError
 from fastrm.evaluate.accuracy import wilson_interval
 from fastrm.evaluate.judge_figures import Judged, figures, outcome
-from fastrm.grpo.policy import answer
+from fastrm.grpo.policy import answer, answers_and_cuts
 from fastrm.grpo.preferences import Comparison
 from fastrm.grpo.questions import Question
 from fastrm.rl.answers import is_match
@@ -70,17 +71,21 @@ def evaluate_judge(
         examples.
     """
     first, step = _place(process)
-    written = answer(policy, processor, questions[first::step], max_tokens)
-    rows = list(zip(range(first, len(questions), step), written, strict=True))
-    numbers, texts = zip(*sorted(rows if step == 1 else _gather(rows)), strict=True)
-    questions, said = [questions[number] for number in numbers], [judge.read(text) for text in texts]
-    outcomes: dict[int, dict] = {}
-    for question, one in zip(questions, said, strict=True):
+    written = answers_and_cuts(policy, processor, questions[first::step], max_tokens)
+    rows = [(number, *one) for number, one in zip(range(first, len(questions), step), written, strict=True)]
+    numbers, texts, cut = zip(*sorted(rows if step == 1 else _gather(rows)), strict=True)
+    questions = [questions[number] for number in numbers]
+    said = [judge.read(text, is_cut=is_cut) for text, is_cut in zip(texts, cut, strict=True)]
+    outcomes: dict[int, dict] = defaultdict(dict)
+    released: dict[int, dict] = defaultdict(dict)
+    for question, one, text in zip(questions, said, texts, strict=True):
         winner_first = question.truth == "1"
-        outcomes.setdefault(question.number, {})[winner_first] = outcome(one.verdict, winner_first)
+        outcomes[question.number][winner_first] = outcome(one.verdict, winner_first)
+        released[question.number][winner_first] = outcome(judge.read(text).verdict, winner_first)
     rows = {question.number: (question.source, question.origin) for question in questions}
     return {
-        **figures([Judged(*rows[number], found) for number, found in outcomes.items()]),
+        **figures([Judged(*rows[number], found, released[number]) for number, found in outcomes.items()]),
+        "texts_cut": sum(cut),
         "num_parse_failures": sum(one.verdict is None for one in said),
         "format": sum(one.is_formed for one in said) / len(said),
         "consistency": sum(one.consistency for one in said) / len(said),

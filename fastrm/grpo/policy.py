@@ -184,12 +184,20 @@ def _decoded(question: Question, limits: MediaLimits) -> list:
 @torch.no_grad()
 def answer(policy, processor, questions: Sequence[Question], max_tokens: int, batch: int = 64) -> list[str]:
     """Return what a policy answers when it always takes the likeliest token."""
+    return [text for text, _ in answers_and_cuts(policy, processor, questions, max_tokens, batch)]
+
+
+def answers_and_cuts(
+    policy, processor, questions: Sequence[Question], max_tokens: int, batch: int = 64
+) -> list[tuple[str, bool]]:
+    """Return the answers of `answer`, each with True if it ended at `max_tokens`, in the middle."""
     policy.eval()
     tokenizer, found = getattr(processor, "tokenizer", processor), []
     for first in range(0, len(questions), batch):
         inputs = encode(processor, questions[first : first + batch]).to(policy.device)
         tokens = write_tokens(policy, tokenizer, inputs, max_tokens)
-        found += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        ended = torch.isin(tokens, torch.tensor(end_tokens(policy, tokenizer), device=tokens.device)).any(1)
+        found += zip(tokenizer.batch_decode(tokens, skip_special_tokens=True), (~ended).tolist(), strict=True)
     return found
 
 

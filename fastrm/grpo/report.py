@@ -28,6 +28,7 @@ MEASURES = (
     ("verdicts that turn when the order turns", "position_flip_rate"),
     ("verdicts for what is shown first", "first_place_rate"), ("texts in the SPEC's form", "format"),
     ("mean consistency", "consistency"), ("texts without a verdict", "num_parse_failures"),
+    ("texts cut at their longest length", "texts_cut"),
 )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ def figures_table(report: dict) -> Table:
         table.add_row("texts without a verdict", f"{report['num_parse_failures']:,} of {report['num_generations']:,}")
     if rewarded := report["rewards"]:
         known = sum(any(one is not None for one in row["rewards"]) for row in rewarded)
-        table.add_row("rows with rewards", f"{known:,} of {len(rewarded) + len(report['rewards_missing']):,}")
+        rows = {row["id"] for row in rewarded}.union(report["rewards_missing"])
+        table.add_row("rows with rewards", f"{known:,} of {len(rows):,}")
     if report["preferences_not_met"]:
         table.add_row("preferences whose responses did not meet", f"{report['preferences_not_met']:,}")
     if len(report["sources"]) > 1:

@@ -61,9 +61,13 @@ class JudgeReward:
         """The reward of a text that is right in all."""
         return sum(self._weights)
 
-    def read(self, text: str) -> JudgeText:
-        """Read a text of the judge."""
-        verdict = self.spec.parse(text)
+    def read(self, text: str, *, is_cut: bool = False) -> JudgeText:
+        """Read a text of the judge.
+
+        Args:
+            is_cut: it ended at its longest length, and has a verdict only where that was written before.
+        """
+        verdict = self.spec.read(text, is_cut=is_cut)
         return JudgeText(verdict, self._form.is_kept(text), agreement(self._form, text, verdict))
 
     def value(self, text: str, is_right: bool) -> float:

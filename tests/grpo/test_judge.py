@@ -149,13 +149,13 @@ def test_what_the_texts_of_a_batch_are_like_is_logged():
     assert logged["no_verdict"] == 1.0 and "first_place_rate" not in logged, "there is no share of no verdicts"
 
 
-def evaluate(monkeypatch, folder, write, process=None, count=4):
+def evaluate(monkeypatch, folder, write, process=None, count=4, *, is_cut=False):
     """The figures of a policy that writes `write(question)`."""
 
-    def answer(policy, processor, questions, max_tokens):
-        return [write(one) for one in questions]
+    def answers_and_cuts(policy, processor, questions, max_tokens):
+        return [(write(one), is_cut) for one in questions]
 
-    monkeypatch.setattr("fastrm.grpo.evaluation.answer", answer)
+    monkeypatch.setattr("fastrm.grpo.evaluation.answers_and_cuts", answers_and_cuts)
     return evaluate_judge(None, None, compare(folder, PAIRS[:count]), 8, JudgeReward(SPEC), process)
 
 
@@ -176,6 +176,17 @@ def test_a_policy_that_answers_neither_1_nor_2_is_wrong_and_counted(tmp_path, mo
     assert (found["accuracy"], found["num_parse_failures"], found["format"]) == (0.0, 8, 0.0)
     assert found["position_flip_rate"] is None and found["first_place_rate"] is None
     assert found["examples"][0] == {"question": f"{tmp_path}/pairs.jsonl:1", "truth": "1", "answer": "I like both."}
+
+
+def test_a_text_that_was_cut_before_its_verdict_is_a_failure_as_in_fastrm_eval(tmp_path, monkeypatch):
+    def thinks(question):
+        return f"<think>Response {question.truth} says"
+
+    found = evaluate(monkeypatch, tmp_path, thinks, is_cut=True)
+    assert (found["accuracy"], found["accuracy_as_released"]) == (0.0, 1.0)
+    assert found["num_parse_failures"] == found["texts_cut"] == 8
+    found = evaluate(monkeypatch, tmp_path, thinks)
+    assert (found["accuracy"], found["num_parse_failures"], found["texts_cut"]) == (1.0, 0, 0)
 
 
 def test_processes_share_the_questions_of_an_evaluation(tmp_path, monkeypatch):
@@ -226,7 +237,7 @@ def test_the_policy_of_a_run_is_a_judge_with_the_figures_of_its_report(tmp_path,
     )
     evaluate_by_command([f"judge:{tmp_path / 'judge.yaml'}"], str(tmp_path / "pairs.jsonl"), options)
     judged = json.loads((tmp_path / "out.json").read_text())
-    names = ("accuracy", "interval", "position_flip_rate", "first_place_rate", "num_parse_failures")
+    names = ("accuracy", "interval", "position_flip_rate", "first_place_rate", "num_parse_failures", "texts_cut")
     stored = json.loads((tmp_path / "run/report.json").read_text())["after"]
     assert {name: judged[name] for name in names} == {name: stored[name] for name in names}
     capsys.readouterr()

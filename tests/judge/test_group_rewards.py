@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_row_that_lacks_one_text_is_named(tmp_path, capfd, order, row):
     assert code == 65 and figures["rewards_missing"] == ["g"] and [row["id"] for row in figures["rewards"]] == ["h"]
 
 
-def test_a_pointwise_group_that_lacks_one_text_is_named(tmp_path):
+def test_a_pointwise_group_that_lacks_one_text_is_named(tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [GROUP])
     lines = [{"id": "g", "order": [n], "text": "Score: 7"} for n in (0, 2)]
     options = JudgeOptions(RowOptions(), JudgeTexts(write_rows(tmp_path / "w.jsonl", lines)), None, tmp_path / "o.json")
@@ -119,6 +120,7 @@ def test_a_pointwise_group_that_lacks_one_text_is_named(tmp_path):
         evaluate_judge(["judge:llava_critic_pointwise"], str(rows), options)
     figures = json.loads((tmp_path / "o.json").read_text())
     assert figures["rewards_missing"] == ["g"] and figures["rewards"] == [{"id": "g", "rewards": [7, None, 7]}]
+    assert re.search(r"rows with rewards +1 of 1", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
