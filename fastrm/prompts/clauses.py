@@ -23,7 +23,7 @@ _SUBJECT = rf"(?= +(?:i|it|the|this|these|they|both|overall|thus|{NOUN})\b)"
 _RULES = {
     "end": r"[.!\n]",
     "asked": r"\?",
-    "either": rf"\bor(?= +(?:both|{NOUN})\b)",
+    "either": rf"(?:\bor\b|/)(?= *(?:both|{NOUN})\b)",
     # What a comma cuts off from its verb: "It is not the case, I think, that ..."
     "denied": rf", *that\b|n't\b|\b{DENIAL}\b",
     "mark": rf"[,;:|]| - |\b(?:but|however|therefore|thus|hence)\b|\b(?:and|so|yet){_SUBJECT}",
@@ -37,10 +37,12 @@ _HARMLESS = (
 _TYPED = {0x2019: "'", 0x2212: "-", 0x2013: "-", 0x2014: ":", 0x201C: " ", 0x201D: " ", 0xA0: " ", 0x9: " "}
 _PLAIN = str.maketrans(dict.fromkeys('*_`#"', " ")) | _TYPED
 
+_QUOTE = re.compile(r"(?<!\w)'|'(?!\w)")  # not the apostrophe of "don't"
+
 
 def plain(text: str) -> str:
     """Return a text without markdown and quotation marks, each other character in its place."""
-    return text.translate(_PLAIN)
+    return _QUOTE.sub(" ", text.translate(_PLAIN))
 
 
 def behind_thinking(text: str) -> str:
