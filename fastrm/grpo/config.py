@@ -131,7 +131,7 @@ class RewardSection(Section):
 
     scheme: Literal["rule", "model", "hybrid", "judge"]
     """rule: 1 if the answer is right, else 0; model: the model's reward r; hybrid: 1 if right, else sigmoid(r); judge:
-    for the text of a judge, whose SPEC is data.train.spec."""
+    for the text of a judge, whose SPEC is data.train.spec, and which no other scheme can read."""
     parts: JudgePartsSection | None = None
     """The weights of the parts of the scheme judge. Default: R1-Reward's."""
     model: NonEmpty | None = None
@@ -212,6 +212,12 @@ class GrpoConfig(Section):
             raise ValueError("rewards: all have weight 0, so that nothing would be learned; leave the weight out for 1")
         if self.data.train.spec is None and any(one.scheme == "judge" for one in self.rewards):
             raise ValueError("rewards: the scheme judge needs data.train.spec and data.eval.spec, the judge's SPEC")
+        other = next((one.scheme for one in self.rewards if one.scheme != "judge"), None)
+        if self.data.train.spec is not None and other is not None:
+            raise ValueError(
+                f"rewards: the scheme {other} reads a text as an answer, not the verdict of data.*.spec; set scheme: "
+                "judge, or leave spec out"
+            )
         if self.data.train.spec is not None and self.judge is not None:
             raise ValueError("judge: a reward model measures answers, not the verdicts of data.*.spec; leave it out")
         fit = self.policy.fit

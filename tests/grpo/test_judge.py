@@ -271,6 +271,9 @@ def test_smollm2_takes_a_step_as_a_judge(tmp_path, smollm2_folder):
         ({"rewards": [{"scheme": "rule", "parts": {"format": 1.0}}]}, "parts: belong to the scheme judge"),
         ({"rewards": [{"scheme": "judge", "model": "x"}]}, "scheme judge: leave out its model"),
         ({"rewards": [{"scheme": "judge", "answers": "math"}]}, "answers: a judge's verdict is read by its SPEC's"),
+        ({"rewards": [{"scheme": "rule"}]}, "the scheme rule reads a text as an answer.*set scheme: judge"),
+        ({"rewards": [{"scheme": "judge"}, {"scheme": "hybrid", "model": "x"}]}, "the scheme hybrid reads a text"),
+        ({"rewards": [{"scheme": "model", "model": "x"}]}, "the scheme model reads a text"),
         ({"judge": "runs/model"}, "judge: a reward model measures answers, not the verdicts of data"),
     ],
 )
