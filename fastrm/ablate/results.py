@@ -103,14 +103,18 @@ def _held_out(run_dir: Path) -> dict[str, float]:
 
 
 def flat_report(report: dict) -> dict[str, float]:
-    """Return metric -> value of a report of `fastrm eval --json`: for a benchmark, a file of preferences, or costs."""
-    if "metrics" in report:
-        return {key: value for key, value in report["metrics"].items() if _is_number(value)}
+    """Return metric -> value of a report of `fastrm eval --json`: for a benchmark, a file of preferences, or costs.
+
+    A benchmark's own metrics have the same names for all paradigms; critics and judges have others beside them.
+    """
+    metrics = {key: value for key, value in report.get("metrics", {}).items() if _is_number(value)}
+    if "metrics" in report and "judge" not in report:
+        return metrics
     parts = report.get("costs", {}) | {
         source: {"accuracy": found["accuracy"]} for source, found in report.get("sources", {}).items()
     }
     found = report | {f"{part}/{name}": value for part, figures in parts.items() for name, value in figures.items()}
-    return {name: value for name, value in found.items() if _is_number(value)}
+    return {name: value for name, value in found.items() if _is_number(value)} | metrics
 
 
 def _pooled(reports: Sequence[dict]) -> float:

@@ -12,14 +12,16 @@ from fastrm.data.paradigm import TextReading
 from fastrm.data.record import Record
 from fastrm.errors import ConfigError, DataError, InterruptedRun, option
 from fastrm.evaluate.benchmarks.benchmark import PREFIX as BENCHMARK
-from fastrm.evaluate.benchmarks.benchmark import load_benchmark
+from fastrm.evaluate.benchmarks.benchmark import Benchmark, load_benchmark
+from fastrm.evaluate.benchmarks.report import figures_table as benchmark_table
 from fastrm.evaluate.files import print_refused
 from fastrm.evaluate.options import JudgeTexts, RowOptions, ScoringOptions
 from fastrm.evaluate.reading import read_in_order
 from fastrm.json_files import to_json
+from fastrm.judge.benchmarked import measure_benchmark
 from fastrm.judge.critics import describe_critiques, read_rewards, scorer_of
 from fastrm.judge.generations import Generation, given_critiques, read_generations
-from fastrm.judge.metrics import describe_texts, measure, read_verdicts
+from fastrm.judge.metrics import Said, describe_texts, measure, read_verdicts
 from fastrm.judge.questions import JudgeQuestion, Refusal, make_questions
 from fastrm.judge.report import complain, figures_table
 from fastrm.judge.store import GenerationStore
@@ -27,7 +29,7 @@ from fastrm.model.loading import shortened
 from fastrm.model.paradigms import is_writer, stored_paradigm
 from fastrm.prompts.spec import PREFIX, JudgeSpec, load_spec
 from fastrm.storage import whole_file
-from fastrm.ui import Display, make_console, print_table
+from fastrm.ui import Display, make_console, message, print_table
 from fastrm.yaml_files import validate
 
 
@@ -69,8 +71,8 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
     refused: list[str] = []
     with whole_file(options.json_out) if options.json_out is not None else nullcontext() as write:
         with Display() as display:
-            read = _with_critiques if options.texts.given else _records
-            records = read(data, options, spec, refused)
+            benchmark = _benchmark(data, options)
+            records = _records(data, benchmark, options, spec, refused)
             report = {"judge": name, "data": data}
             found = list(_texts(name, spec, records, options, refused, display))
             if spec.kind == "critic":
@@ -85,10 +87,22 @@ def evaluate_judge(models: Sequence[str], data: str, options: JudgeOptions) -> N
             raise DataError(f"{data}: no preference was judged; {reason}")
         report["refused"] = refused
         print_table(make_console(), figures_table(report))
+        if benchmark is not None:
+            report |= _of_benchmark(spec, benchmark, records, said, report["rewards"])
         if write is not None:
             write(to_json(report, indent=2) + "\n")
     print_refused(refused, "--json lists them all")
     complain(report, options.json_out)
+
+
+def _of_benchmark(spec: JudgeSpec, benchmark: Benchmark, records: Sequence[Record], said: Said, rewards: list) -> dict:
+    """Return a benchmark's own figures, and print them."""
+    figures, evaluation = measure_benchmark(spec, benchmark, records, said, rewards)
+    if evaluation is not None:
+        print_table(make_console(), benchmark_table(evaluation))
+    else:
+        message(make_console(), f"{benchmark.title}: {figures['metrics_note']}")
+    return figures
 
 
 def choose(models: Sequence[str], texts: JudgeTexts) -> tuple[str, JudgeSpec]:
@@ -288,14 +302,32 @@ def make_writer(spec: JudgeSpec, options: ScoringOptions):
     return LocalModel(spec.generator, spec.decoding, options.device, options.dtype, options.limits)
 
 
-def _records(data: str, options: JudgeOptions, spec: JudgeSpec, refused: list[str]) -> list[Record]:
+def _benchmark(data: str, options: JudgeOptions) -> Benchmark | None:
+    """Return the benchmark that is named in place of a file; None for a file.
+
+    Raises:
+        ConfigError: with --given-critiques.
+        DataError: if it cannot be read.
+    """
+    if not data.startswith(BENCHMARK):
+        return None
+    if options.texts.given:
+        raise ConfigError(f"--given-critiques: got {data}, wanted a file of preferences whose rows hold critiques")
+    return load_benchmark(data, options.bench_data, options.rows.images)
+
+
+def _records(
+    data: str, benchmark: Benchmark | None, options: JudgeOptions, spec: JudgeSpec, refused: list[str]
+) -> list[Record]:
     """Return the rows of a file or of a benchmark.
 
     Raises:
         DataError: if none can be read, or two have one id, so that it cannot be said which one a text is about.
     """
-    if data.startswith(BENCHMARK):
-        return list(_numbered(load_benchmark(data, options.bench_data, options.rows.images).records))
+    if benchmark is not None:
+        return list(_numbered(benchmark.records))
+    if options.texts.given:
+        return _with_critiques(data, options, spec, refused)
     records = list(_rows(data, options.rows, refused, may_be_bare=spec.gives_rewards))
     repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
@@ -307,13 +339,7 @@ def _records(data: str, options: JudgeOptions, spec: JudgeSpec, refused: list[st
 
 
 def _with_critiques(data: str, options: JudgeOptions, spec: JudgeSpec, refused: list[str]) -> list[Record]:
-    """Return the rows of a file with the critiques that they hold, which need no ids to be told apart.
-
-    Raises:
-        ConfigError: for a benchmark.
-    """
-    if data.startswith(BENCHMARK):
-        raise ConfigError(f"--given-critiques: got {data}, wanted a file of preferences whose rows hold critiques")
+    """Return the rows of a file with the critiques that they hold, which need no ids to be told apart."""
     reading = TextReading("critic", spec.prompt, spec.system, missing="empty")
     return list(_numbered([record.original for record in _rows(data, options.rows, refused, reading)]))
 

@@ -36,9 +36,9 @@ def measure(spec: JudgeSpec, records: Sequence[Record], texts: Said, released: S
             if preference.tie:
                 tied += 1
                 continue
-            outcomes = _outcomes(spec, texts, record.id, preference.winner, preference.loser)
+            outcomes = outcomes_of(spec, texts, record.id, preference.winner, preference.loser)
             if outcomes:
-                by_release = _outcomes(spec, released or texts, record.id, preference.winner, preference.loser)
+                by_release = outcomes_of(spec, released or texts, record.id, preference.winner, preference.loser)
                 judged.append(Judged(record.source, record.id, outcomes, by_release))
             elif record.id in ended:
                 not_met += 1
@@ -135,7 +135,8 @@ def tournament(texts: Said, record: Record) -> list[float | None] | None:
     return [sum(won) / len(won) if won else None for won in shares]
 
 
-def _outcomes(spec: JudgeSpec, texts: dict, name: str, winner: int, loser: int) -> dict[bool | None, Outcome]:
+def outcomes_of(spec: JudgeSpec, texts: Said, name: str, winner: int, loser: int) -> dict[bool | None, Outcome]:
+    """Return what was said of a preference, by whether the winner was shown first; of single responses under None."""
     if spec.kind != "pairwise":
         votes = [texts.get((name, (response,))) for response in (winner, loser)]
         if None in votes:

@@ -68,6 +68,26 @@ def average(parts: Iterable[Metric]) -> Average:
     return Average(tuple((1.0, part) for part in parts))
 
 
+def mean_of(first: Metrics, second: Metrics) -> Metrics:
+    """Return the metrics whose figures, of the rows and of any resample of them, are the means of two evaluations'.
+
+    Both are of the same rows of one benchmark. A metric that has two names in both has two names here.
+    """
+    known: dict[tuple[int, int], Metric] = {}
+
+    def mean(a: Metric, b: Metric) -> Metric:
+        if (id(a), id(b)) not in known:
+            if isinstance(a, Mean):
+                found = Mean((a.values + b.values) / 2, a.members, a.unit)
+            else:
+                parts = zip(a.parts, b.parts, strict=True)
+                found = type(a)(tuple((weight, mean(one, other)) for (weight, one), (_, other) in parts))
+            known[id(a), id(b)] = found
+        return known[id(a), id(b)]
+
+    return {name: mean(metric, second[name]) for name, metric in first.items()}
+
+
 def values_of(metrics: Metrics) -> dict[str, float]:
     """Return the figures; NaN where a metric has no units."""
     values = {id(mean): np.array([mean.of_all()]) for mean in _means(metrics.values())}
