@@ -253,7 +253,7 @@ class ConversationEncoder:
             why = "the chat template writes no special token behind a response, by which a model ends its text"
             raise RecordError("TEMPLATE", why)
         stop = length - len(_flat(self._tokens_of(text[end:], rendered)))
-        if not response.text:
+        if not response.text or self._counts_only:  # counting looks for refusals, which all lie before
             return stop, stop
         whole, prompt = (_flat(self._tokens_of(part, rendered)) for part in (text, rendered.text[:first]))
         # A text that begins with a blank may share a token with the prompt's end.
