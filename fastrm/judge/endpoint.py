@@ -30,7 +30,7 @@ _NO_ANSWER = frozenset({"content_filter", "tool_calls", "function_call"})
 
 
 class _TryAgain(Exception):
-    """Why a try gave no answer; the next may succeed, `seconds` later or more."""
+    """The reason why a try gave no answer; the next may succeed, `seconds` later or more."""
 
     def __init__(self, why: str, seconds: float = 0.0):
         super().__init__(why)
@@ -120,6 +120,8 @@ class Endpoint:
             return Refusal(question, f"{error.message} ({error.code})")
         if self._seed is not None:  # each vote draws its own text
             body["seed"] = (self._seed + int(question.key[:8], 16)) % 2**31
+        body |= self._settings.extra_body
+        body = {name: value for name, value in body.items() if value is not None}
         for tried in range(1, self._settings.tries + 1):
             try:
                 return self._try(client, question, body)

@@ -149,7 +149,8 @@ def _content(image: ImageRef) -> list:
 def _identity(generator: GeneratorSection) -> list:
     """Return what tells a model from others; a folder may hold other weights since, as after another training."""
     is_here = generator.url is None and Path(generator.model).is_dir()
-    return [generator.model, generator.url, *(weights_of(generator.model) if is_here else ())]
+    extra = [generator.extra_body] if generator.extra_body else []
+    return [generator.model, generator.url, *extra, *(weights_of(generator.model) if is_here else ())]
 
 
 def _orders(spec: JudgeSpec, record: Record, texts: Verdicts) -> list[tuple[int, ...]]:

@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from fastrm.errors import ConfigError
 from fastrm.prompts.forms import is_said
@@ -13,6 +13,7 @@ from fastrm.sections import NonEmpty, NonNegative, Positive, Section
 from fastrm.yaml_files import lay_over, read_yaml, validate
 
 PREFIX = "judge:"
+_FIXED = frozenset({"messages", "model", "n", "stream"})  # of a request: what is asked, and how one text comes back
 
 
 class GeneratorSection(Section):
@@ -30,6 +31,17 @@ class GeneratorSection(Section):
     """Seconds after which an answer of the server must have come whole."""
     tries: Positive = 8
     """Tries of one request, where the server is away, overloaded, limits the rate or breaks off."""
+    extra_body: dict[str, JsonValue] = Field(default_factory=dict)
+    """Fields of each request to a `url`, as the server names them, above those that are sent otherwise; null leaves one
+    out, as in {max_tokens: null, max_completion_tokens: 4096}."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.extra_body and self.url is None:
+            raise ValueError("extra_body: is sent to a server; leave it out, or set url")
+        if fixed := sorted(_FIXED.intersection(self.extra_body)):
+            raise ValueError(f"extra_body: {', '.join(fixed)}: is what the judge itself asks; leave it out")
+        return self
 
 
 class DecodingSection(Section):

@@ -217,6 +217,11 @@ def test_of_a_server_seconds_and_usage_are_known(tmp_path, usage, capsys):
     assert "unknown" in capsys.readouterr().out and not (tmp_path / "texts.jsonl").exists()
 
 
+def test_costs_of_a_judge_whose_server_refuses_a_text_are_none(tmp_path):
+    with chat_server(lambda _: 400) as (url, _), pytest.raises(DataError, match=r"rows.jsonl:1: order .*HTTP 400"):
+        run(tmp_path, write_spec(tmp_path, url), PAIRS)
+
+
 def test_a_pointwise_judge_sees_each_response_once(tmp_path):
     def score(body):
         return f"Score: {len(text_of(body))}"

@@ -347,6 +347,20 @@ def test_votes_have_texts_of_their_own(tmp_path):
         assert len({body["seed"] for body in bodies}) == 6
 
 
+def test_fields_of_the_spec_are_sent_above_the_usual_ones_and_are_part_of_the_key(tmp_path):
+    extra = {"max_tokens": None, "seed": None, "max_completion_tokens": 9, "chat_template_kwargs": {"thinking": None}}
+    with chat_server(prefers_good) as (url, bodies):
+        others = {"order": "as_given", "decoding": {"temperature": 0.5}}
+        run(tmp_path, write_spec(tmp_path, url, extra_body=extra, **others), ROWS[:1])
+        assert bodies[0].keys().isdisjoint({"max_tokens", "seed"})
+        sent = {name: bodies[0][name] for name in ("temperature", "max_completion_tokens", "chat_template_kwargs")}
+        assert sent == {"temperature": 0.5, "max_completion_tokens": 9, "chat_template_kwargs": {"thinking": None}}
+        for more, asked in ((extra, 1), ({}, 2), ({"temperature": 0.7}, 3)):
+            run(tmp_path, write_spec(tmp_path, url, extra_body=more, **others), ROWS[:1])
+            assert len(bodies) == asked
+        assert bodies[1]["max_tokens"] == 1024 and "seed" in bodies[1] and bodies[2]["temperature"] == 0.7
+
+
 def test_images_of_the_prompt_are_sent_before_the_text(tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     row = {"id": "1", "prompt": "Which colour?", "images": ["a.png"], "chosen": "good", "rejected": "bad"}
@@ -483,6 +497,8 @@ def test_a_stop_keeps_the_texts(tmp_path, monkeypatch):
         ({"extends": "nobody"}, "extends: got 'nobody', wanted a shipped judge: llava_critic"),
         ({"generator": {"model": "m", "url": "localhost:8000"}}, "generator.url: got 'localhost:8000', wanted"),
         ({"generator": {"model": "nowhere/at/all"}}, "generator.model: "),
+        ({"generator": {"model": "m", "extra_body": {"a": 1}}}, "extra_body: is sent to a server"),
+        ({"extra_body": {"stream": True, "n": 2}}, "extra_body: n, stream: is what the judge itself asks"),
     ],
 )
 def test_specs_that_cannot_be_are_named(tmp_path, others, said):

@@ -89,8 +89,9 @@ def test_a_group_that_cannot_be_sent_or_scored_is_named_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "reply",
-    [Reply(503, headers={"Retry-After": "0"}), Reply(503), Reply(502), Reply(504), Reply(hang_up=True)],
-    ids=["503 with a time", "503", "502", "504", "lost connection"],
+    [Reply(503, headers={"Retry-After": "0"}), Reply(503), Reply(502), Reply(504), Reply(hang_up=True),
+     Reply(headers={"Content-Encoding": "gzip"})],
+    ids=["503 with a time", "503", "502", "504", "lost connection", "damaged"],
 )
 @pytest.mark.parametrize("is_async", [False, True])
 def test_overload_and_lost_connections_are_tried_again(reply, is_async):
