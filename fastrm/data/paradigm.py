@@ -97,7 +97,7 @@ class TextReading:
 
     @property
     def lesson(self) -> str:
-        """What the texts that `count_bare` counts have not: ``critique`` or ``thinking``."""
+        """The part that is missing in the texts that `count_bare` counts: ``critique`` or ``thinking``."""
         return "critique" if self.kind == "critic" else "thinking"
 
     def count_bare(self, record: Record) -> int:
