@@ -12,7 +12,7 @@ from rich.console import Console
 from fastrm.config import Config, ModelConfig
 from fastrm.data.tokenizer import load_tokenizer
 from fastrm.forecast.fake_step import PROGRESS, FakeSteps
-from fastrm.forecast.flops import Workload, step_flops, typical_workload
+from fastrm.forecast.flops import step_flops
 from fastrm.forecast.inputs import ROWS, check_inputs, check_rows
 from fastrm.forecast.memory import MODES, peak_of
 from fastrm.forecast.needs import needs_of
@@ -22,6 +22,7 @@ from fastrm.forecast.room import print_needs, print_problems
 from fastrm.forecast.stand_ins import describe_replaced
 from fastrm.forecast.step_time import packs_of_a_step
 from fastrm.forecast.ways import ways
+from fastrm.forecast.workload import Workload, typical_workload
 from fastrm.model.adopt import adopt_what_is_here
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.config_keys import describe_unknown_keys
@@ -118,7 +119,7 @@ def _ways(config: Config, network: RewardNetwork, load: Workload) -> dict[str, d
     return {
         name: {
             "tokens": load.num_tokens(way["shared"]),
-            "images": load.num_pairs * (1 if way["images_once"] else 2) * (load.image_tokens > 0),
+            "images": load.num_images(way["images_once"]),
             "flops": step_flops(network, load, **way, checkpointing=checkpointing),
         }
         for name, way in found.items()
@@ -156,11 +157,12 @@ def _print_step(console: Console, step: dict) -> None:
         sums = [sum(getattr(part, phase) for part in by_part.values()) for by_part in flops]
         table.add_row(f"PFLOP, {phase}", *map(peta, sums), end_section=phase == "recomputed")
     table.add_row("relative to stock pairwise", *(f"{value / sums[0]:.3f}" for value in sums))
-    show(console, f"One step of {load.num_pairs:,} preferences (estimate)", table)
+    what = "preferences" if load.unit == "pairs" else load.unit
+    show(console, f"One step of {load.num_pairs:,} {what} (estimate)", table)
     say(
         console,
-        f"  Assumed, whatever the data are: 1 pair per prompt, {load.image_tokens:,} image tokens ({load.image_key}), "
-        f"{load.prompt_text_tokens} prompt tokens of text, {load.response_tokens} per response. Operations per matrix "
+        f"  Assumed, whatever the data are: 1 {load.unit[:-1]} per prompt, {load.image_tokens:,} image tokens "
+        f"({load.image_key}), {load.lengths}. Operations per matrix "
         "parameter and row: 2 forward, 2 for the gradient of the input where something before it is trained, 2 for its "
         "own where it is trained; attention 4 Q forward, 8 Q backward per query-key pair; recomputed: full "
         "checkpointing repeats a layer but for its last product.",

@@ -10,54 +10,10 @@ from fractions import Fraction
 
 from torch import nn
 
-from fastrm.config import Config
 from fastrm.forecast.parameters import PARTS, count_parameters, language_of, parts_of
+from fastrm.forecast.workload import Workload, causal_pairs
 from fastrm.model.experts import has_experts
 from fastrm.model.network import RewardNetwork
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The assumed content of one optimizer step. Every prompt has one image and two responses.
-
-    Attributes:
-        num_pairs: preferences of the step.
-        image_tokens, prompt_text_tokens, response_tokens: of each prompt and each response.
-        image_key: the setting that bounds an image.
-    """
-
-    num_pairs: int
-    image_tokens: int
-    prompt_text_tokens: int
-    response_tokens: int
-    image_key: str = "data.max_pixels"
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.image_tokens + self.prompt_text_tokens
-
-    def num_tokens(self, shared: bool) -> int:
-        """Return the tokens of the step: with shared prompts, or each conversation whole."""
-        return self.num_pairs * ((1 if shared else 2) * self.prompt_tokens + 2 * self.response_tokens)
-
-    def attention_pairs(self, shared: bool) -> int:
-        """Return query-key pairs of causal attention in one layer: n (n + 1) / 2 for a sequence of n tokens.
-
-        A shared prompt attends to itself once; each response attends to the prompt and to itself.
-        """
-        prompt, response = self.prompt_tokens, self.response_tokens
-        if not shared:
-            return self.num_pairs * 2 * _causal(prompt + response)
-        return self.num_pairs * (_causal(prompt) + 2 * (prompt * response + _causal(response)))
-
-    @property
-    def anchor_pairs(self) -> int:
-        """The query-key pairs of a layer with queries at the anchors only."""
-        return self.num_pairs * 2 * (self.prompt_tokens + self.response_tokens)
-
-
-def _causal(length: int) -> int:
-    return length * (length + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -93,16 +49,16 @@ def step_flops(
         images_once: the vision tower runs once per prompt, not once per conversation.
         pruned: the last layer computes only keys and values for every token.
     """
-    num_images = load.num_pairs * (1 if images_once else 2) * (load.image_tokens > 0)
-    num_rows = _num_rows(network, load.num_tokens(shared), 2 * load.num_pairs, [load.image_tokens] * num_images)
+    num_images = load.num_images(images_once)
+    num_rows = _num_rows(network, load.num_tokens(shared), load.num_tails, [load.image_tokens] * num_images)
     parts = {"vision": Flops(), "language": Flops(), "attention": Flops()}
     for matrix in _matrices(network):
         part = "vision" if matrix.rows in ("patches", "tower rows", "image tokens") else "language"
         parts[part] += _matrix_flops(matrix, num_rows[matrix.rows_pruned if pruned else matrix.rows], checkpointing)
-    if network.paradigm != "reward":  # all tokens of responses are taken to be learnt
+    if network.paradigm != "reward":
         weight, reached = network.lm_weight, _gradient_reaches(network)["language model"]
         lm_head = _Matrix(weight.numel(), "turns", "turns", weight.requires_grad, reached, repeatable=False)
-        parts["language"] += _matrix_flops(lm_head, 2 * load.num_pairs * load.response_tokens, checkpointing)
+        parts["language"] += _matrix_flops(lm_head, load.num_tails * load.learnt_tokens, checkpointing)
     parts["attention"] = _attention_flops(network, load, num_images, shared, pruned, checkpointing)
     return parts
 
@@ -150,7 +106,7 @@ def generation_flops(network: RewardNetwork, num_read: int, num_written: int, im
     """
     length = num_read + num_written - 1
     lm_head = 2 * num_written * language_of(network).embed_tokens.weight.numel()
-    return pass_flops(network, length, _causal(length), images=images) + lm_head
+    return pass_flops(network, length, causal_pairs(length), images=images) + lm_head
 
 
 def _num_rows(network: RewardNetwork, num_tokens: int, num_anchors: int, images: Sequence[int]) -> dict[str, int]:
@@ -271,17 +227,3 @@ def _pair_flops(width: int, pairs: int, differentiable: bool, checkpointing: boo
 
 def _patches_per_token(network: RewardNetwork) -> int:
     return 1 if network.tower is None else network.tower.shape.merge**2
-
-
-# The group for which costs are computed: one image at its largest, one question, two responses.
-PROMPT_TEXT_TOKENS = 100  # question and chat template
-RESPONSE_TOKENS = 300
-
-
-def typical_workload(config: Config, network: RewardNetwork) -> Workload:
-    """Return a step of groups with two responses and, for a vision model, one image at its largest.
-
-    The largest image has data.max_pixels for Qwen and data.max_tiles for InternVL.
-    """
-    image_tokens, key = (0, "data.max_pixels") if network.tower is None else network.tower.largest_image(config.data)
-    return Workload(config.optim.batch_pairs, image_tokens, PROMPT_TEXT_TOKENS, RESPONSE_TOKENS, key)

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastrm.config import Config
 from fastrm.data.media.format import Grid
 from fastrm.data.packing import Pack
-from fastrm.forecast.flops import Workload
+from fastrm.forecast.workload import Workload
 from fastrm.model.network import RewardNetwork
 from fastrm.model.precision import token_multiple
 
@@ -25,6 +25,7 @@ class PackShape:
         anchor_rows: row of each response's last token.
         grids: of its images.
         num_image_rows: tokens in the row that stand for images.
+        num_learnt: tokens that a critic or judge learns to write; None: all of its responses.
     """
 
     lengths: tuple[int, ...]
@@ -32,6 +33,7 @@ class PackShape:
     anchor_rows: tuple[int, ...]
     grids: tuple[Grid, ...] = ()
     num_image_rows: int = 0
+    num_learnt: int | None = None
 
     @property
     def num_patches(self) -> int:
@@ -82,23 +84,23 @@ def full_pack(config: Config, load: Workload, network: RewardNetwork) -> PackSha
     multiple = token_multiple(config.precision.fp8)
     budget = config.optim.tokens_per_pack // multiple * multiple
     share, tower = config.data.share_prefixes, network.tower
-    copies = 1 if share else 2
-    text, response, image = load.prompt_text_tokens, load.response_tokens, load.image_tokens
-    size = copies * (image + text) + 2 * response
+    copies, tails = 1 if share else load.tails, load.tails
+    text, tail, image = load.prompt_text_tokens, load.tail_tokens, load.image_tokens
+    size = copies * (image + text) + tails * tail
     scale = min(1.0, budget / size)
-    response = max(1, int(scale * response))
+    tail, learnt = max(1, int(scale * tail)), int(scale * load.learnt_tokens)
     grid = tower.grid_of(int(scale * image)) if image else None
     merge = 1 if tower is None else tower.shape.merge
     image = 0 if grid is None else math.prod(grid) // merge**2
     prompt = image + max(1, int(scale * text))
-    num_groups = max(1, budget // (copies * prompt + 2 * response))
-    spare = budget - num_groups * (copies * prompt + 2 * response)
+    num_groups = max(1, budget // (copies * prompt + tails * tail))
+    spare = budget - num_groups * (copies * prompt + tails * tail)
     if spare < 0:  # of a group that cannot be made small enough
         spare %= multiple
-    groups = [(prompt, (response, response))] * num_groups
+    groups = [(prompt, (tail,) * tails)] * num_groups
     # Of an odd token too many for two copies, a response is made.
-    groups[0] = (prompt + spare // copies, (response, response + spare % copies))
-    return PackShape.of_groups(groups, grid, merge, share)
+    groups[0] = (prompt + spare // copies, (tail,) * (tails - 1) + (tail + spare % copies,))
+    return replace(PackShape.of_groups(groups, grid, merge, share), num_learnt=num_groups * tails * learnt)
 
 
 def pixel_bytes(network: RewardNetwork, shape: PackShape) -> int:
@@ -120,9 +122,10 @@ def make_pack(shape: PackShape, network: RewardNetwork) -> Pack:
             "patch_format": form,
         }
     turns = {}
-    if network.paradigm != "reward":  # all tokens of responses are taken to be learnt
+    if network.paradigm != "reward":
         own = sum(length for length, parent in zip(shape.lengths, shape.parents, strict=True) if parent >= 0)
-        rows, weights = torch.empty(own or num_tokens, dtype=torch.int64), torch.empty(own or num_tokens)
+        num_learnt = (own or num_tokens) if shape.num_learnt is None else shape.num_learnt
+        rows, weights = torch.empty(num_learnt, dtype=torch.int64), torch.empty(num_learnt)
         turns = {"turn_rows": rows, "turn_targets": rows, "turn_owners": rows, "turn_weights": weights}
     return Pack(
         input_ids=torch.empty(num_tokens, dtype=torch.int64),

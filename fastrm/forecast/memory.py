@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from fastrm.config import Config
 from fastrm.forecast.fake_step import FakeSteps
-from fastrm.forecast.flops import Workload
 from fastrm.forecast.full_pack import PackShape, full_pack
 from fastrm.forecast.lifetimes import Fullest
 from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.forecast.step_time import ELEMENT, REDUCED_AT_ONCE
+from fastrm.forecast.workload import Workload
 from fastrm.model.layers import BACKENDS
 from fastrm.model.network import RewardNetwork
 from fastrm.train.optim import training_bytes

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from fastrm.config import Config
 from fastrm.data.loader import PREFETCH_PACKS
 from fastrm.forecast.fake_step import FakeSteps
-from fastrm.forecast.flops import Workload
 from fastrm.forecast.full_pack import FLOAT, PackShape, full_pack
 from fastrm.forecast.hardware import GPUS_PER_NODE
 from fastrm.forecast.memory import State, peak_memory, peak_of, training_state
 from fastrm.forecast.parameters import count_parameters, sum_parameters
+from fastrm.forecast.workload import Workload
 from fastrm.model.export import export_dtype
 from fastrm.model.network import RewardNetwork
 from fastrm.model.weight_files import CHUNK_BYTES

@@ -9,7 +9,7 @@ from fastrm.config import Config
 from fastrm.errors import ConfigError
 from fastrm.forecast.assumed import IMBALANCE, LATENCY_US, RESERVE_GB, RESULTS
 from fastrm.forecast.fake_step import FakeSteps
-from fastrm.forecast.flops import Flops, Workload, step_flops, typical_workload
+from fastrm.forecast.flops import Flops, step_flops
 from fastrm.forecast.full_pack import full_pack, pixel_bytes
 from fastrm.forecast.hardware import ASSUMED_BANDWIDTH_SHARE, NETWORK, Gpu, Rate, find_rate
 from fastrm.forecast.memory import MODES, PeakMemory, peak_of
@@ -17,6 +17,7 @@ from fastrm.forecast.needs import Needs, needs_of
 from fastrm.forecast.parameters import Parameters, count_parameters, sum_parameters
 from fastrm.forecast.step_time import Network, StepTime, Work, first_dominated, gpu_counts, packs_of_a_step, step_time
 from fastrm.forecast.ways import Fit, ways, with_settings
+from fastrm.forecast.workload import Workload, typical_workload
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.network import RewardNetwork
 from fastrm.model.precision import convert_to_fp8

@@ -113,8 +113,8 @@ def _print_assumptions(plan: Plan, console: Console) -> None:
     say(console, f"{gpus(given.num_gpus)}, {given.gpu.name}: a prediction, not a measurement. Assumed:")
     gpu, sure = given.gpu, f"{given.gpu.source}"
     lines = [
-        f"a step has {load.num_pairs:,} pairs (optim.batch_pairs), each of a prompt of its own: {load.image_tokens:,} "
-        f"image tokens ({load.image_key}), {load.prompt_text_tokens} of text, {load.response_tokens} of each response",
+        f"a step has {load.num_pairs:,} {load.unit} (optim.batch_pairs), each of a prompt of its own: "
+        f"{load.image_tokens:,} image tokens ({load.image_key}), {load.lengths}",
         f"an epoch has {given.num_pairs:,} pairs ({given.pairs_origin})",
         f"the slowest rank has {given.imbalance:g} times the mean (--imbalance)",
         f"computing: {plan.rate.flops / 1e12:,.0f} TFLOP/s; {plan.rate.origin}",

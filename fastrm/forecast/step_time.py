@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from fastrm.config import Config
 from fastrm.forecast.assumed import IMBALANCE
-from fastrm.forecast.flops import Workload
 from fastrm.forecast.hardware import GPUS_PER_NODE
 from fastrm.forecast.parameters import Parameters
+from fastrm.forecast.workload import Workload
 
 ELEMENT = 4  # bytes of a float32
 # Elements that DeepSpeed gathers or reduces at once: fastrm.train.deepspeed_engine.BUCKET, and the defaults of

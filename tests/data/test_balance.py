@@ -13,7 +13,8 @@ from fastrm.data.balance import CostModel, divide, slowest_bound
 from fastrm.data.batching import Bundle, StepDivision, divide_step
 from fastrm.data.group import GroupMedium, GroupSize, encode_group
 from fastrm.data.tree import build_tree
-from fastrm.forecast.flops import Workload, step_flops
+from fastrm.forecast.flops import step_flops
+from fastrm.forecast.workload import Workload
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.train.step_cost import make_cost_model
 from tests.helpers.support import FAMILIES, make_image, make_model, make_record, pack_of

@@ -14,7 +14,6 @@ from bench.ranks.scaling_plan import PART, tables
 from fastrm.config import load_config
 from fastrm.errors import ConfigError
 from fastrm.forecast.command import epoch_pairs, plan_run
-from fastrm.forecast.flops import typical_workload
 from fastrm.forecast.full_pack import full_pack
 from fastrm.forecast.hardware import GPUS, find_gpu, find_rate
 from fastrm.forecast.inputs import count_preferences
@@ -34,6 +33,7 @@ from fastrm.forecast.step_time import (
     step_time,
 )
 from fastrm.forecast.ways import with_settings
+from fastrm.forecast.workload import typical_workload
 from fastrm.model.architectures import find_architecture, meta_network
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import fastrm

@@ -9,13 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import fastrm.model.layers
-from fastrm.config import HeadConfig, LossConfig, ModelConfig
+from fastrm.config import HeadConfig, LossConfig, ModelConfig, load_config
 from fastrm.data.group import GroupSize, encode_group
 from fastrm.data.record import Message, Preference, Record, Response
 from fastrm.data.template import TurnLoss
 from fastrm.errors import ConfigError
-from fastrm.forecast.flops import Workload, generation_flops, pass_flops, step_flops
+from fastrm.forecast.flops import generation_flops, pass_flops, step_flops
+from fastrm.forecast.full_pack import full_pack, make_pack
 from fastrm.forecast.parameters import count_parameters
+from fastrm.forecast.workload import RESPONSE_TOKENS, WRITTEN_TOKENS, Workload, typical_workload
 from fastrm.model.architectures import PUBLISHED, find_architecture, meta_network
 from tests.helpers import support
 
@@ -222,17 +224,71 @@ def test_flops_of_means_are_what_torch_counts(medium_network):
 def test_flops_of_a_model_that_writes_are_what_torch_counts(medium_network, paradigm, freeze):
     network = medium_network("qwen2_5_vl", freeze, paradigm=paradigm)
     network.encoder.turns = TurnLoss(per_token=paradigm == "judge")
-    pack = support.pack_of(network, [one_pair(True)])
-    load = workload_of(pack)
-    rows = torch.arange(pack.lengths[0], pack.num_tokens)  # all tokens of both responses
-    pack.turn_rows, pack.turn_targets = rows, pack.input_ids[rows]
-    pack.turn_owners, pack.turn_weights = (rows >= rows[load.response_tokens]).long(), torch.ones(len(rows))
+    record = one_pair(True)
+    if paradigm == "judge":
+        record = replace(record, responses=record.responses[:1], preferences=(Preference(0, 0),))
+    pack = support.pack_of(network, [record])
+    prompt, *tails = pack.lengths if paradigm == "critic" else (pack.num_tokens, 0)
+    written = len(pack.turn_rows) // len(tails)
+    assert 0 < written < (tails[0] or prompt)
+    shared = 0 if paradigm == "critic" else written
+    load = Workload(
+        1, len(pack.media_rows), prompt - shared - len(pack.media_rows), tails[0] + shared - written,
+        tails=len(tails), written_tokens=written, learnt_tokens=written,
+    )  # fmt: skip
+    assert load.num_tokens(True) == pack.num_tokens
     loss = LossConfig(kind="cross_entropy" if paradigm == "judge" else "bradley_terry")
     with FlopCounterMode(display=False) as counter:
         network(pack, loss)[0].sum().backward()
     ways = {"shared": True, "images_once": True, "pruned": False}
     parts = step_flops(network, load, **ways, checkpointing=False)
     assert counter.get_total_flops() == pytest.approx(parts["vision"].total + parts["language"].total, rel=2e-3)
+
+
+def writer_load(paradigm, spec="", **sections):
+    head = {"model": {"path": "Qwen2.5-VL-7B-Instruct"}, "run": {"dir": "unused"}}
+    own = {paradigm: {"spec": str(spec)} if spec else {}} if paradigm != "reward" else {}
+    for name, values in sections.items():
+        own[name] = own.get(name, {}) | values
+    config = load_config(head | {"paradigm": paradigm} | own)
+    return config, typical_workload(config, network_of(path="Qwen2.5-VL-7B-Instruct"))
+
+
+def test_a_critics_step_has_its_critiques_and_the_specs_words_besides_a_reward_models(tmp_path):
+    config, reward = writer_load("reward")
+    prompt = "x" * 41 + "{{ question }}{{ response }}" + "y" * 8
+    (tmp_path / "own.yaml").write_text(f"kind: critic\nsystem: {'s' * 39}\nprompt: '{prompt}'\n")
+    _, critic = writer_load("critic", tmp_path / "own.yaml")
+    assert critic.num_pairs == reward.num_pairs == config.optim.batch_pairs and critic.unit == "pairs"
+    assert critic.prompt_tokens == reward.prompt_tokens + 20
+    assert critic.tail_tokens == reward.tail_tokens + 2 + WRITTEN_TOKENS
+    assert (critic.tails, critic.learnt_tokens) == (2, WRITTEN_TOKENS)
+    assert "22 of the SPEC's own words, 300 of each response, 300 of each critique" in critic.lengths
+    assert writer_load("critic", critic={"lm_weight": 0.0})[1].learnt_tokens == 0
+
+
+def test_a_judges_step_has_one_text_for_each_of_batch_pairs_with_both_responses_in_its_prompt(tmp_path):
+    config, reward = writer_load("reward")
+    prompt = "{{ question }}{{ first }}abcd{{ second }}" + "x" * 36
+    (tmp_path / "own.yaml").write_text(f"kind: pairwise\nparser: r1_reward\nprompt: '{prompt}'\n")
+    judge = writer_load("judge", tmp_path / "own.yaml")[1]
+    assert judge.num_tails == judge.num_pairs == config.optim.batch_pairs and judge.unit == "texts"
+    assert judge.prompt_tokens == reward.prompt_tokens + 10 + 2 * RESPONSE_TOKENS
+    assert judge.tail_tokens == judge.learnt_tokens == WRITTEN_TOKENS
+    assert judge.num_tokens(True) == judge.num_tokens(False)
+
+
+@pytest.mark.parametrize("paradigm", ["critic", "judge"])
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "whole"])
+def test_a_full_pack_of_a_model_that_writes_has_its_groups(paradigm, share):
+    config, load = writer_load(paradigm, data={"share_prefixes": share})
+    network = meta_network(find_architecture(config.model)[0], config.model, paradigm)
+    shape = full_pack(config, load, network)
+    assert sum(shape.lengths) == config.optim.tokens_per_pack
+    assert shape.num_learnt == len(shape.anchor_rows) * WRITTEN_TOKENS < sum(shape.lengths) / 2
+    assert len(shape.anchor_rows) == load.tails * len(shape.grids)
+    with torch.device("meta"):
+        assert len(make_pack(shape, network).turn_rows) == shape.num_learnt
 
 
 def pass_of(network, record):

@@ -6,12 +6,12 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
 from fastrm.config import load_config
 from fastrm.forecast.fake_step import FakeSteps
-from fastrm.forecast.flops import typical_workload
 from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.memory import peak_of
 from fastrm.forecast.needs import disk_of
 from fastrm.forecast.parameters import count_parameters, sum_parameters
 from fastrm.forecast.plan import Assumptions
+from fastrm.forecast.workload import typical_workload
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.lora import num_elements, quantised_modules
 from fastrm.train.encoder import make_tokenizer

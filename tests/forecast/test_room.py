@@ -19,9 +19,9 @@ from fastrm.evaluate.reward_model import RewardModel
 from fastrm.forecast import room
 from fastrm.forecast.dry_run import dry_run
 from fastrm.forecast.fake_step import FakeSteps
-from fastrm.forecast.flops import typical_workload
 from fastrm.forecast.needs import LIBRARIES, Disk, needs_of, num_checkpoints
 from fastrm.forecast.room import check_room, disk_problem
+from fastrm.forecast.workload import typical_workload
 from fastrm.model import export
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.export import save_model

@@ -9,7 +9,8 @@ from fastrm.config import ModelConfig, TrainedTokenizer, load_config
 from fastrm.errors import ConfigError, RecordError, StorageError
 from fastrm.evaluate.scoring import make_ready
 from fastrm.forecast.fake_step import FakeSteps
-from fastrm.forecast.flops import Workload, step_flops
+from fastrm.forecast.flops import step_flops
+from fastrm.forecast.workload import Workload
 from fastrm.lora_config import LoraConfig
 from fastrm.model.architectures import find_architecture, meta_network
 from fastrm.model.export import save_model
