@@ -82,7 +82,7 @@ class Pack:
         media_rows, media_features: (media tokens in the row,) int64: row, and number of its vision
             feature. An image that stands in two trees is encoded once and placed twice.
         turn_rows, turn_targets: (N,) int64, of each token that a model learns to write: the row before it, and the
-            token; None where it writes nothing.
+            token; None where it writes nothing. A critic learns no text of weight 0.
         turn_owners, turn_weights: (N,) int64 and float32, the response that each is of, and its weight in the loss.
         groups: the groups, in order of their responses.
         num_unshared_tokens: what a plain pairwise trainer would process for the same preferences:
@@ -302,21 +302,25 @@ def _turn_tensors(
     """Return the pack's fields for what a model learns to write; each token is predicted from the row before it.
 
     A text counts once for each preference that its response is in. With `turns.per_token` the preferences, which are
-    then ratings, get the weight of their tokens.
+    then ratings, get the weight of their tokens. Without, texts of weight 0 are left out: their logits, which take most
+    of the time of a short model, would be multiplied by it.
     """
     lengths = np.asarray([stop - start for start, stop in (response.turn for response in responses)])
     counts = np.zeros(len(responses))
     for place in (0, 1):
         others = edges[:, 0] != edges[:, 1] if place else slice(None)  # a rating is of one response
         np.add.at(counts, edges[others, place].numpy(), weight[others].double().numpy())
-    owners = np.repeat(np.arange(len(responses)), lengths)
     each = turns.factor * counts / (1 if turns.per_token else np.maximum(lengths, 1))
-    rows = [row.rows_of(r)[start - 1 : stop - 1] for r, (start, stop) in enumerate(r.turn for r in responses)]
-    targets = [response.tokens[slice(*response.turn)] for response in responses]
+    learnt = [number for number in range(len(responses)) if turns.per_token or each[number]]
+    owners = np.repeat(np.asarray(learnt, dtype=np.int64), lengths[learnt])
+    places = [(number, *responses[number].turn) for number in learnt]
+    none = np.zeros(0, dtype=np.int64)  # a pack may have nothing to learn
+    rows = [row.rows_of(number)[start - 1 : stop - 1] for number, start, stop in places]
+    targets = [responses[number].tokens[start:stop] for number, start, stop in places]
     return {
         "weight": weight * torch.from_numpy(lengths)[edges[:, 0]] if turns.per_token else weight,
-        "turn_rows": torch.from_numpy(np.concatenate(rows)),
-        "turn_targets": torch.from_numpy(np.concatenate(targets)),
+        "turn_rows": torch.from_numpy(np.concatenate([none, *rows])),
+        "turn_targets": torch.from_numpy(np.concatenate([none, *targets])),
         "turn_owners": torch.from_numpy(owners),
         "turn_weights": torch.from_numpy(each[owners]).float(),
     }

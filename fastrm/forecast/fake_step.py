@@ -34,7 +34,7 @@ from fastrm.forecast.parameters import parts_of
 from fastrm.forecast.stand_ins import norm_and_gate
 from fastrm.model.experts import has_experts
 from fastrm.model.layers import stock_gate, stock_norm
-from fastrm.model.loading import stored_dtype
+from fastrm.model.loading import LM_HEAD, stored_dtype
 from fastrm.model.lora import nf4_layers
 from fastrm.model.network import RewardNetwork
 from fastrm.model.precision import convert_to_fp8
@@ -117,8 +117,9 @@ class FakeSteps:
         if not alone:
             return frozenset()
         pick, stored = storage_dtype(self.network, config.precision, alone), stored_dtype(config.model.path)
-        weights = self.network.model.named_parameters()
-        dtypes = {f"model.{name}": pick(name, weight, stored) for name, weight in weights}
+        head = {} if self.network.lm_head is None else {LM_HEAD: self.network.lm_head.weight}
+        weights = {f"model.{name}": weight for name, weight in self.network.model.named_parameters()} | head
+        dtypes = {name: pick(name.removeprefix("model."), weight, stored) for name, weight in weights.items()}
         return frozenset((name, dtype) for name, dtype in dtypes.items() if dtype != torch.float32)
 
     def _fake_network(

@@ -67,6 +67,11 @@ def describe_replaced(config: Config) -> list[str]:
         lines.append("compile: memory is that of layers without it, which keep more for the backward pass")
     elif config.kernels == "triton":
         lines.append("kernels: Liger's RMSNorm and SwiGLU are replaced by functions that keep and make the same")
+    if config.kernels == "triton" and config.paradigm != "reward":
+        lines.append(
+            "kernels: the loss of what is written is PyTorch's, which has the LM head's gradient from the forward pass "
+            "on; Liger's makes it in the backward pass"
+        )
     if config.precision.fp8 != "off" and importlib.util.find_spec("torchao") is None:
         lines.append("FP8: torchao is not installed here; memory is that of bf16, which holds copies of weights")
     if config.precision.dtype == "bf16":

@@ -52,6 +52,7 @@ OLDEST_CAPABILITY = (8, 9)
 
 VISION = "vision tower: few of the FLOPs, and the MLP of Qwen2.5-VL's is 3,420 wide, no multiple of 16"
 HEAD = "reward head: computes in float32"
+LM_HEAD = "LM head: its products stay in bf16, and their cross entropy in float32"
 LAST_LAYER = "last decoder layer: all but k and v runs on the anchors alone"
 NARROW = "narrow k and v: the casts cost more than FP8 saves; model.fuse_projections puts them beside q"
 UNEVEN = f"a size that is no multiple of {MULTIPLE}"
@@ -182,7 +183,7 @@ def _choose(network: nn.Module) -> Iterator[Fp8Choice]:
         is_kv = name.removesuffix(".base_layer").endswith((".k_proj", ".v_proj"))
         counts = id(module) in layers and (id(module) not in last or is_kv)
         if id(module) not in layers:
-            reason = HEAD if name.partition(".")[0] in ("score", "lm_head") else VISION
+            reason = {"score": HEAD, "lm_head": LM_HEAD}.get(name.partition(".")[0], VISION)
         elif id(module) in last:
             reason = LAST_LAYER
         else:

@@ -23,7 +23,8 @@ def turn_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute (sum of the weighted losses of a pack's turns, mean log probability (R,) of each turn's tokens), float32.
 
-    The sum alone is differentiable. A turn without tokens has mean 0.
+    The sum alone is differentiable, once: its backward pass does not keep what it needs. A turn without tokens in
+    `pack.turn_rows` has mean 0.
 
     Args:
         states: (T, D) after the last layer, before the final norm.
@@ -71,19 +72,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_rows[chunk] = slope @ matrix
             if needs_head:
                 grad_head += slope.T @ rows[chunk]
-        ctx.save_for_backward(grad_rows, grad_head)
+        # Not among the saved tensors: these may be read again, and `backward` writes over the gradients.
+        ctx.gradients = grad_rows, grad_head
         ctx.mark_non_differentiable(losses)
         return (weights * losses).sum(), losses
 
     @staticmethod
     def backward(ctx, grad, _):
-        grad_rows, grad_head = ctx.saved_tensors
-        return (
-            None if grad_rows is None else grad_rows * grad.to(grad_rows.dtype),
-            None if grad_head is None else grad_head * grad,
-            None,
-            None,
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("turn_losses: a second backward pass; the first one has given its gradients away")
+        gradients, ctx.gradients = ctx.gradients, None
+        # In place: a second (V, D) in float32 is two gigabytes of a vocabulary of 152,000.
+        return *(None if one is None else one.mul_(grad.to(one.dtype)) for one in gradients), None, None
 
 
 def _liger(rows, head, targets, weights):

@@ -60,13 +60,15 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def backbone_matrices(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights of the backbone's linear and convolution layers, frozen ones and adapters' too, by name.
+    """Return the weights of linear and convolution layers of the backbone, an LM head's of its own among them, by name.
+
+    Frozen ones and adapters' are there too.
 
     They are 93 % of Qwen2.5-VL-7B, and all that may be stored in bfloat16 or have 8-bit moments:
     autocast reads them in bfloat16 in any case. Norms and biases are small, and their values near 1 are
     where bfloat16 is coarsest. An embedding is not multiplied but added to the float32 residual stream;
     most of its rows get no gradient in a step, and 8-bit second moments are unstable there (Dettmers et
-    al. 2022, section 2.3). The head is new, small, and runs in float32.
+    al. 2022, section 2.3); so is an LM head that is tied to it. The reward head is new, small, and runs in float32.
     """
     embeddings, parts = _embeddings(network), ("model.", "lm_head.")
     return {

@@ -1,11 +1,14 @@
 """Adapters in a forecast: what is trained, stored and written is what a run trains, stores and writes."""
 
 import pytest
+import torch
+import yaml
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
 from fastrm.config import load_config
 from fastrm.forecast.fake_step import FakeSteps
+from fastrm.forecast.full_pack import PackShape
 from fastrm.forecast.hardware import find_gpu
 from fastrm.forecast.memory import peak_of
 from fastrm.forecast.needs import disk_of
@@ -22,6 +25,8 @@ from fastrm.ui import gib
 from tests.helpers.lora_runs import lora_config
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import run
+from tests.helpers.stock import save_stock_checkpoint
+from tests.helpers.support import make_model
 
 SETTINGS = {
     "adapters": {},
@@ -68,6 +73,21 @@ def test_a_step_with_adapters_holds_less_than_one_of_the_whole_model_and_nf4_les
     assert totals[0].gradients > 4 * totals[1].gradients and totals[0].states > 4 * totals[1].states
     assert totals[1].weights > totals[2].weights
     assert all(isinstance(peak.activations, int) and peak.activations > 0 for peak in totals)
+
+
+def test_a_frozen_lm_head_is_kept_in_the_dtype_of_its_files(tmp_path):
+    """One in float32 would be copied in bf16 by every pass."""
+    save_stock_checkpoint(tmp_path / "base", make_model("llama"), torch.bfloat16)
+    path = lora_config(tmp_path, precision={"dtype": "bf16"})
+    config = load_config({"paradigm": "judge"} | yaml.safe_load(path.read_text()))
+    network = meta_network(find_architecture(config.model)[0], config.model, config.paradigm)
+    shape = PackShape.of_groups([(32, (24,))], None, 1, share=True)
+    lives, _ = FakeSteps(network).lives(config, shape, "eager", alone=True)
+    assert 2 * network.lm_head.weight.numel() not in [life.num_bytes for life in lives]
+    precision = config.precision.model_copy(update={"weights": "fp32"})
+    wide = config.model_copy(update={"precision": precision})
+    lives, _ = FakeSteps(network).lives(wide, shape, "eager", alone=True)
+    assert 2 * network.lm_head.weight.numel() in [life.num_bytes for life in lives]
 
 
 SMALL = ["model.quantize=nf4", "optim.tokens_per_pack=8192", "data.max_tokens_per_group=8192"]

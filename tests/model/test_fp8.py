@@ -228,6 +228,12 @@ def test_only_wide_layers_that_see_all_tokens_are_converted(network):
     assert "last decoder layer" in lines[3] and "reward head" in lines[4]
 
 
+def test_an_lm_head_is_not_said_to_compute_in_float32():
+    report = convert_to_fp8(make_model("qwen2_5_vl", paradigm="critic"), "rowwise", emulate=True)
+    reasons = {choice.name.partition(".")[0]: choice.reason for choice in report.choices}
+    assert "LM head: its products stay in bf16" in reasons["lm_head"] and "float32" in reasons["score"]
+
+
 def test_fused_projections_bring_k_and_v_into_fp8(network):
     network.fuse_projections()
     report = convert_to_fp8(network, "rowwise_gw_hp")

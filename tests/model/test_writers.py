@@ -1,9 +1,13 @@
 """Critics and judges: rewards, losses and gradients of packed trees equal naive ones on stock transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastrm.data.template import TurnLoss
 from fastrm.model.head import total_weight
 from fastrm.model.network import RewardNetwork
 from fastrm.model.turn_loss import turn_losses
@@ -121,6 +125,42 @@ def test_a_pack_without_anything_to_write_reaches_the_lm_head():
         network.lm_kernels = impl
         network(pack, LOSSES["critic"])[0].sum().backward()
         assert _gradients(network)["lm_head.weight"].abs().max() == 0
+
+
+def test_the_lm_heads_gradient_is_the_memory_that_chunks_are_summed_in():
+    """It is in float32 as large as the embeddings of a whole model."""
+    network = writer_network("llama", "critic")
+    pack = pack_of(network, writer_records("llama", "critic"))
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            output = function(*arguments, **(options or {}))
+            if function is torch.ops.aten.zeros_like.default and output.shape == network.lm_weight.shape:
+                made.append(output.data_ptr())
+            return output
+
+    with Made():
+        total = network(pack, LOSSES["critic"])[0].sum()
+    total.backward(retain_graph=True)
+    assert made == [network.lm_weight.grad.data_ptr()]
+    with pytest.raises(RuntimeError, match="a second backward pass"):
+        total.backward()
+
+
+def test_no_logits_are_computed_of_critiques_that_do_not_count():
+    network = writer_network("llama", "critic")
+    first, second, _ = writer_records("llama", "critic")
+    weightless = replace(first, preferences=tuple(replace(one, weight=0.0) for one in first.preferences))
+    pack, alone = (pack_of(network, records) for records in ([weightless, second], [second]))
+    assert 0 < len(pack.turn_rows) == len(alone.turn_rows)
+    assert pack.turn_owners.min() == len(first.responses)
+    network.encoder.turns = TurnLoss(per_token=False, factor=0.0)
+    pack = pack_of(network, [first, second])
+    assert not len(pack.turn_rows)
+    sums = network(pack, LOSSES["critic"])[0]
+    sums.sum().backward()
+    assert sums[1] == 0 < sums[0] and not network.lm_weight.grad.any()
 
 
 def test_a_judge_has_no_head_and_a_reward_model_no_lm_head():
