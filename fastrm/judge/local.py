@@ -51,7 +51,7 @@ class LocalModel:
         self._ends = torch.tensor(end_tokens(self._model, self._tokenizer), device=target)
 
     def write(self, questions: Sequence[JudgeQuestion]) -> Iterator[Written | Refusal]:
-        """Yield the text of each question, batch by batch, or why it has none: an image that cannot be read.
+        """Yield the text of each question, batch by batch, or why it has none: an image that it cannot be shown.
 
         A text that is drawn depends on the seed and on its batch.
 
@@ -77,9 +77,11 @@ class LocalModel:
         # What can be read is read again to be shown, which takes little beside writing about it.
         try:
             for image in question.images:
-                decode_image(image, self._limits)
+                self._processor.image_processor(decode_image(image, self._limits), return_tensors="pt")
         except RecordError as error:
             return Refusal(question, f"{error.message} ({error.code})")
+        except ValueError as error:  # as of one that is 200 times as wide as it is high
+            return Refusal(question, f'image "{image}" is none for this model: {error}; leave the row out')
         return None
 
     def _write(self, batch: Sequence[JudgeQuestion]) -> Iterator[Written]:

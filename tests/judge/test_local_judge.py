@@ -100,6 +100,16 @@ def test_an_image_that_cannot_be_read_is_named_with_its_row_and_the_others_go_on
     assert len(figures["refused"]) == 2 and all(re.fullmatch(wanted, one) for one in figures["refused"])
 
 
+def test_an_image_that_the_model_does_not_take_is_named_with_its_row_and_the_others_go_on(tmp_path, tiny):
+    rows = image_rows(tmp_path)
+    Image.new("RGB", (900, 4), "red").save(tmp_path / "1.png")
+    with pytest.raises(DataError, match=r"over 2 preferences: 1 preferences were not judged: 1; 2 lines or rows"):
+        judge(tmp_path, tiny, rows)
+    refused = json.loads((tmp_path / "out.json").read_text())["refused"]
+    wanted = r'.*pairs\.jsonl:2: order \[., .\]: image ".*1\.png" is none for this model: .*aspect ratio.*the row out'
+    assert len(refused) == 2 and all(re.fullmatch(wanted, one) for one in refused)
+
+
 def test_a_folder_with_other_weights_is_asked_again(tmp_path, tiny):
     model = shutil.copytree(tiny, tmp_path / "model")
     for number, texts in enumerate((6, 6, 12)):
