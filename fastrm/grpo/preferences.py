@@ -45,8 +45,11 @@ def read_comparisons(
     found = []
     for first, (record,) in _rows(source, None):
         left_out[source.path] += sum(one.tie for one in record.preferences)
+        # Only the verdict is learnt: completions have critiques of their own, of some of them or with other verdicts.
+        responses = tuple(replace(response, critique="") for response in record.responses)
         for number, one in enumerate(record.preferences, first):
-            found += [] if one.tie else _compare(reading, spec, replace(record, preferences=(one,)), number)
+            asked = replace(record, responses=responses, preferences=(one,))
+            found += [] if one.tie else _compare(reading, spec, asked, number)
     if not found:
         raise DataError(f"{source.path}: nothing but ties, and a judge learns which of two responses is better")
     return found

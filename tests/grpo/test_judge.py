@@ -55,6 +55,16 @@ def test_a_preference_is_a_question_in_each_order_and_its_truth_is_the_winner_s_
     assert [row["solution"] for row in as_dataset(found)] == [truth for _, truth, _ in asked]
 
 
+def test_critiques_of_completions_are_no_part_of_questions(tmp_path):
+    """What a judge learns by reinforcement is the verdict alone, so that one of two critiques may be missing."""
+    rated = (("a", "4"), ("b", "1"))
+    completions = [{"response": text, "annotations": {"Helpfulness": {"Rating": rating}}} for text, rating in rated]
+    row = {"prompt": "What?", "completions": completions}
+    plain = [(one.messages, one.truth) for one in compare(tmp_path, [row])]
+    completions[1]["critique"] = "Wrong: <answer>2</answer>"
+    assert [(one.messages, one.truth) for one in compare(tmp_path, [row])] == plain
+
+
 def test_ties_are_left_out_and_counted(tmp_path):
     tied = {"prompt": "Say a.", "responses": ["a", "A", "c"], "scores": [2, 2, 1]}
     left_out = Counter()
