@@ -358,12 +358,14 @@ def _rows(
         for wanted in (True, False)
     )
     for row, responses in zip(stated, bare if may_be_bare else repeat(None)):  # noqa: B905
-        if may_be_bare and not isinstance(row, Record) and row[1].code == "NO_PREFERENCE":
+        is_bare = not isinstance(row, Record) and row[1].code == "NO_PREFERENCE"
+        if is_bare and may_be_bare:
             row = responses
         if isinstance(row, Record):
             yield row
         else:
-            refused.append(f"{row[1].message} ({row[1].code})")
+            hint = "; with order: round_robin or bracket a judge takes it" if is_bare and reading is None else ""
+            refused.append(f"{row[1].message} ({row[1].code}){hint}")
 
 
 def _numbered(records: Sequence[Record]) -> Iterator[Record]:

@@ -68,7 +68,8 @@ def test_a_judge_that_gives_no_rewards_wants_preferences(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [GROUP])
     texts = JudgeTexts(generations=tmp_path / "t.jsonl")
     with chat_server(longest) as (url, bodies):
-        with pytest.raises(DataError, match=r"no preference was judged; .*rows.jsonl:1: .*NO_PREFERENCE"):
+        said = r"no preference was judged; .*rows.jsonl:1: .*NO_PREFERENCE\); with order: round_robin"
+        with pytest.raises(DataError, match=said):
             evaluate_judge([write_spec(tmp_path, url)], str(rows), JudgeOptions(RowOptions(), texts))
         assert bodies == []
 
