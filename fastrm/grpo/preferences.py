@@ -84,7 +84,8 @@ def _rows(source: QuestionsSection, reading: TextReading | None) -> list[tuple[i
     start, stop = source.rows or (0, None)
     rows, before = [], 0
     records = _checked(item for file in files for item in file.read())
-    for _, parts in islice(groupby(records, key=lambda record: record.origin), stop):
+    # Parts of a row have its id; the questions about one of the digits have an origin, and ids of their own.
+    for _, parts in islice(groupby(records, key=lambda record: (record.origin, record.id)), stop):
         rows.append((before, list(parts)))
         before += sum(not one.again for record in rows[-1][1] for one in record.preferences)
     check_rows(source, len(rows[start:]))
