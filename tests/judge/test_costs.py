@@ -390,5 +390,5 @@ def test_the_page_has_the_figures_that_were_measured():
         found = json.loads((PROJECT / "bench/results" / f"amd-epyc-2-cores-costs-{name}.json").read_text())
         assert found["responses_repeated"]
         for cost in found["costs"].values():
-            figures = f"{cost['tokens_read']:,} | {cost['tokens_generated']:,} | {cost['flops'] / 1e9:,.1f}"
+            figures = f"{cost['tokens_read']:,.0f} | {cost['tokens_generated']:,.0f} | {cost['flops'] / 1e9:,.1f}"
             assert f"| {figures} | {cost['seconds']:.2f} | {cost['memory_bytes'] / 2**20:,.0f} |" in page

@@ -10,7 +10,7 @@ from fastrm.json_files import to_json
 from tests.helpers.ablation_grids import write_grid
 from tests.helpers.documents import text_of
 
-SHOWN = ["digits"]  # grids whose table the page has
+SHOWN = ["digits", "text"]  # grids whose table the page has
 
 
 @pytest.mark.parametrize("name", SHOWN)
