@@ -96,6 +96,8 @@ def red_gates(record: dict) -> list[str]:
     entries = [(op, entry) for op, part in (kernels or {"operations": {}})["operations"].items()
                for entry in part["entries"]]  # fmt: skip
     entries += [(entry["model"], entry) for entry in (training or {"entries": []})["entries"]]
+    if turns := one_result(record, "turn_loss.json"):
+        entries.append(("loss of turns", {"name": turns["model"], "variants": turns["programs"]}))
     for where, entry in entries:
         for name, variant in entry["variants"].items():
             if variant["failed"] and variant["failed"].startswith("red gate"):

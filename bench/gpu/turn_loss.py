@@ -7,6 +7,7 @@ three products of rows, gradients of rows and gradients of the head, at the rate
 
 import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.harness.gate import Named, check, describe, error_limits
+from bench.harness.gate import Named, attempt, check, error_limits
 from bench.harness.rates import product_seconds
 from bench.harness.results import device_name, environment, write_json
 from bench.harness.timing import Rounds, Stats, in_turns, timed
@@ -26,7 +27,8 @@ from fastrm.model.turn_loss import turn_losses
 PROGRAMS = {"chunks of PyTorch's operations": "eager", "Liger's kernel": "triton"}
 # A quarter of a pack of 32,768 tokens: of a judge's text most is the prompt.
 ROWS = 8192
-GATE_ROWS = 256
+GATE_ROWS = 64
+DRAWS = 3
 ROUNDS = Rounds(3, 10)
 
 
@@ -38,8 +40,8 @@ class Case:
         pack: of a `Pack` what the loss reads: one turn of all rows, whose targets and weights are random.
     """
 
-    def __init__(self, num_rows: int, width: int, vocabulary: int, device: str, dtype: torch.dtype):
-        make = torch.Generator(device).manual_seed(0)
+    def __init__(self, num_rows: int, width: int, vocabulary: int, device: str, dtype: torch.dtype, seed: int = 0):
+        make = torch.Generator(device).manual_seed(seed)
         self.rows = torch.randn(num_rows, width, generator=make, device=device, dtype=dtype).requires_grad_()
         head = torch.randn(vocabulary, width, generator=make, device=device, dtype=dtype) * width**-0.5
         self.head = nn.Parameter(head)
@@ -74,42 +76,64 @@ class Case:
         return {"loss": total, "rows": self.rows.grad, "head": self.head.grad}
 
 
+@dataclass
+class Program:
+    """A way to compute the loss, and what was measured of it; `failed` says why it has no figures."""
+
+    name: str
+    impl: str
+    failed: str | None = None
+    peak_mib: float | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def warm_up(self, case: Case, device: str) -> None:
+        """Compile what is compiled, and on a GPU measure the peak of a step, its gradients included."""
+        case.step(self.impl)
+        if device == "cuda":
+            case.rows.grad = case.head.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            case.step(self.impl)
+            self.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def timed(self, case: Case, device: str) -> float:
+        """Return the seconds of a step."""
+        return timed(lambda: case.step(self.impl), device)
+
+    def to_json(self) -> dict:
+        """Return the figures, or why there are none."""
+        if self.failed is not None:
+            return {"failed": self.failed}
+        peak = {} if self.peak_mib is None else {"peak_mib": self.peak_mib}
+        return {"failed": None, **peak, **Stats.of(self.seconds).to_json()}
+
+
 def gate(width: int, vocabulary: int, device: str, dtype: torch.dtype, impl: str) -> None:
     """Compare a program with plain cross entropy.
 
     Raises:
         RedGate: if it is more than twice as far from float64 as plain cross entropy in `dtype`.
     """
-    case = Case(GATE_ROWS, width, vocabulary, device, dtype)
-    truth = [case.plain(torch.float64)]
-    check([case.found(impl)], truth, error_limits([case.plain(dtype)], truth))
+    cases = [Case(GATE_ROWS, width, vocabulary, device, dtype, seed) for seed in range(DRAWS)]
+    truth = [case.plain(torch.float64) for case in cases]
+    limits = error_limits([case.plain(dtype) for case in cases], truth)
+    check([case.found(impl) for case in cases], truth, limits)
 
 
 def measure(width: int, vocabulary: int, device: str, dtype: torch.dtype) -> dict[str, dict]:
     """Return by program its seconds of forward and backward and, on a GPU, the peak of its memory, or why it failed."""
-    found: dict[str, dict] = {}
-    for name, impl in PROGRAMS.items():
-        try:
-            gate(width, vocabulary, device, dtype, impl)
-            found[name] = {"failed": None}
-        except Exception as error:
-            found[name] = {"failed": describe(error)}
+    programs = [Program(name, impl) for name, impl in PROGRAMS.items()]
+    for program in programs:
+        attempt(program, lambda program=program: gate(width, vocabulary, device, dtype, program.impl))
     case = Case(ROWS if device == "cuda" else GATE_ROWS, width, vocabulary, device, dtype)
-    seconds = {name: [] for name, program in found.items() if program["failed"] is None}
-    for name in seconds:
-        case.step(PROGRAMS[name])  # a kernel is compiled
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            case.step(PROGRAMS[name])
-            found[name]["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    for program in programs:
+        attempt(program, lambda program=program: program.warm_up(case, device))
     samplers = [
-        lambda name=name: seconds[name].append(timed(lambda: case.step(PROGRAMS[name]), device)) for name in seconds
+        lambda program=program: attempt(program, lambda: program.seconds.append(program.timed(case, device)))
+        for program in programs
     ]
     in_turns(samplers, ROUNDS.during(5.0))
-    for name, samples in seconds.items():
-        found[name] |= Stats.of(samples).to_json()
-    return found
+    return {program.name: program.to_json() for program in programs}
 
 
 def main() -> int:

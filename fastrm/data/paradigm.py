@@ -23,10 +23,12 @@ from fastrm.paradigm_config import section_of
 from fastrm.prompts.forms import FORMS
 from fastrm.prompts.spec import load_spec
 from fastrm.prompts.template import PromptTemplate
-from fastrm.prompts.verdicts import PAIRWISE, Verdict, write_verdict
+from fastrm.prompts.verdicts import PAIRWISE, Verdict, find_better, write_verdict
 
 _MOST_TEXTS = 16  # as many as records of one prompt are joined to (MAX_MERGED_RESPONSES)
 _TAGS = re.compile("</?think>", re.IGNORECASE)
+_REASON = re.compile(r"\b(?:because|since|as)\s.*", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?\n]")
 _brief = Repr()
 _brief.maxstring = 60
 
@@ -107,8 +109,16 @@ class TextReading:
         """
         if self.kind == "critic":
             return sum(not record.responses[number].text for number in self._compared(record))
-        thinking = FORMS[self.parser].thinking
-        return sum(not _TAGS.sub("", thinking(response.text)).strip() for response in record.responses)
+        return sum(not self._thinking(response.text) for response in record.responses)
+
+    def _thinking(self, text: str) -> str:
+        """Return what a judge's text says besides its verdict."""
+        if self.parser == "better" and (found := find_better(text)) is not None:
+            # Published answers give their reasons behind it. Of its own sentence, only a reason that is named as one.
+            own, *behind = _SENTENCE_END.split(text[found[0] :])
+            others = (*_SENTENCE_END.split(text[: found[0]])[:-1], *_REASON.findall(own), *behind)
+            return " ".join(part for part in others if re.search(r"\w", part))
+        return _TAGS.sub("", FORMS[self.parser].thinking(text)).strip()
 
     def _compared(self, record: Record) -> list[int]:
         """Return the numbers of the responses that a preference which is trained on is about."""

@@ -107,7 +107,8 @@ def show_record(record: Record, encoder: ConversationEncoder | None, notes: Sequ
     pairs = [p for p in record.preferences if not (p.tie or p.is_rating)]
     wins, losses = Counter(p.winner for p in pairs), Counter(p.loser for p in pairs)
     order = sorted(range(len(texts)), key=lambda number: losses[number] - wins[number])
-    is_of_judge = record.original is not None and not pairs  # whose texts say which response is preferred
+    # Its texts say which response is preferred, and each stands for itself.
+    is_of_judge = record.original is not None and all(p.is_rating for p in record.preferences)
     noun, responses = "text" if is_of_judge else "response", []
     for number in order:
         beaten = sorted(p.loser + 1 for p in pairs if p.winner == number)

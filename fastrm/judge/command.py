@@ -136,6 +136,12 @@ def choose(models: Sequence[str], texts: JudgeTexts) -> tuple[str, JudgeSpec]:
         )
     if spec.generator is None and texts.max_tokens is not None:
         raise ConfigError(f"--max-tokens: of no use for texts of a SPEC that names no generator; got {models[0]}")
+    fixed = {} if spec.generator is None else spec.generator.extra_body
+    of_server = {"max_tokens": ("max_tokens", "max_completion_tokens"), "temperature": ("temperature",)}
+    for setting, fields in of_server.items():
+        if given[setting] is not None and (named := [one for one in fields if one in fixed]):
+            said = f"since the SPEC's generator.extra_body says {named[0]}: change it there"
+            raise ConfigError(f"--{setting.replace('_', '-')}: of no use, {said}")
     if spec.kind == "critic":
         scorer_of(spec)  # before texts are written for it
     return name, spec
@@ -166,7 +172,9 @@ def _texts(
     if texts.given:
         return given_critiques(records)
     if texts.written is not None:
-        read = display.count("reading", read_generations(texts.written, records, len(spec.shown), refused))
+        by_key = spec.generator is not None
+        lines = read_generations(texts.written, records, len(spec.shown), refused, by_key=by_key)
+        read = display.count("reading", lines)
         return _current(spec, records, list(read), refused)
     place = Path(name)
     stem = place.resolve().parent.name if place.name == "model" else place.stem  # a run's folder is runs/NAME/model
@@ -194,7 +202,8 @@ def _current(
                 raise DataError(
                     f"{one.origin}: row {one.id!r} has {count:,} texts that fastrm kept in the order "
                     f"{list(one.order)}, and the judge has {spec.votes:,} vote(s): some are of older SPECs, models or "
-                    "rows; name the SPEC with the generator that wrote them, or give --votes"
+                    "rows; name the SPEC with the generator that wrote them, or give the --votes and --temperature of "
+                    "the run"
                 )
         return [*found, *once.values()]
     kept = {one.key: one for one in read if one.key}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import httpx
 
 from fastrm.data.media.images import image_size, read_bytes
-from fastrm.errors import FastrmError, RecordError, ServerError
+from fastrm.errors import ConfigError, FastrmError, RecordError, ServerError
 from fastrm.judge.questions import JudgeQuestion, Refusal, TextSize, Written
 from fastrm.limits import MediaLimits
 from fastrm.prompts.spec import DecodingSection, GeneratorSection
@@ -30,18 +30,30 @@ _NO_ANSWER = frozenset({"content_filter", "tool_calls", "function_call"})
 
 
 class _TryAgain(Exception):
-    """The reason why a try gave no answer; the next may succeed, `seconds` later or more."""
+    """The reason why a try gave no answer; the next may succeed, `seconds` later or more.
 
-    def __init__(self, why: str, seconds: float = 0.0):
+    `is_there` says whether the server said anything.
+    """
+
+    def __init__(self, why: str, seconds: float = 0.0, *, is_there: bool = True):
         super().__init__(why)
-        self.seconds = seconds
+        self.seconds, self.is_there = seconds, is_there
+
+
+class _Unanswered(ServerError):
+    """A question had no answer in all tries, from a server that is there."""
+
+    def __init__(self, message: str, refusal: Refusal):
+        super().__init__(message)
+        self.refusal = refusal
 
 
 class Endpoint:
     """A writer of texts by URL, several at a time.
 
     A server that is away, says so (429, 5xx), or breaks off an answer is asked again, `tries` times in all, after a
-    time that doubles and is no shorter than its Retry-After. What it refuses is not asked again.
+    time that doubles and is no shorter than its Retry-After. What it refuses is not asked again. A question that fails
+    each time, while others are answered before and after it, is the server's fault with this question: it is left out.
     """
 
     def __init__(
@@ -70,19 +82,25 @@ class Endpoint:
         """Yield the text of each question, as answers come, or why it has none.
 
         That is an image that cannot be read or is over the limits, or a request that the server refuses for what it
-        holds: HTTP 400, 413, 422, or a text that its filter took away.
+        holds: HTTP 400, 413, 422, or a text that its filter took away, or at which it fails in all tries while it
+        answers others.
 
         Raises:
+            ConfigError: for a key that no header can hold.
             ServerError: when a question has no answer after all tries, the server wants to be left alone for longer
                 than `LONGEST_WAIT`, or refuses all requests, as without a key; those that are answered meanwhile are
                 yielded before.
         """
         key = os.environ.get(self._settings.key_env)
         self._stopped = threading.Event()
+        if not (key or "").isascii():
+            said = "the key has signs that are not ASCII, which no header can hold; set it again"
+            raise ConfigError(f"{self._settings.key_env}: {said}")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=self._settings.batch)
         answers: queue.SimpleQueue[Written | Refusal | Exception] = queue.SimpleQueue()
         waiting, running, failed = list(reversed(questions)), 0, None
+        was_answered, doubtful = False, []  # those that failed since the last that was answered
         with httpx.Client(timeout=self._settings.timeout, headers=headers, limits=limits) as client:
             try:
                 while running or (waiting and failed is None):
@@ -95,8 +113,17 @@ class Endpoint:
                     running -= 1
                     if isinstance(answer, Written | Refusal):
                         yield answer
+                        was_answered = was_answered or isinstance(answer, Written)
+                        if isinstance(answer, Written):
+                            yield from (one.refusal for one in doubtful)
+                            doubtful = []
+                    elif (
+                        isinstance(answer, _Unanswered) and was_answered and failed is None
+                        and len(doubtful) < self._settings.batch
+                    ):  # fmt: skip
+                        doubtful.append(answer)  # the next answers say whether the server or the question is to blame
                     elif isinstance(answer, FastrmError):
-                        failed = failed or answer
+                        failed = failed or (doubtful[0] if doubtful else answer)
                         self._stopped.set()
                     else:
                         raise answer
@@ -104,6 +131,7 @@ class Endpoint:
                 self._stopped.set()
         if failed is not None:
             raise failed
+        yield from (one.refusal for one in doubtful)
 
     def _answer(self, client: httpx.Client, question: JudgeQuestion, answers: queue.SimpleQueue) -> None:
         """Put the text of a question, or what there is instead of it, into `answers`."""
@@ -126,7 +154,7 @@ class Endpoint:
             try:
                 return self._try(client, question, body)
             except _TryAgain as error:
-                said, asked = str(error), error.seconds
+                said, asked, is_there = str(error), error.seconds, error.is_there
             if asked > LONGEST_WAIT:
                 raise ServerError(
                     f"{place}: {said}; the server wants to be asked again in {asked:,.0f} s, and up to "
@@ -135,10 +163,9 @@ class Endpoint:
             grown = min(0.5 * 2.0 ** min(tried - 1, 9), MAX_WAIT)
             if tried < self._settings.tries and self._stops_within(max(asked, grown)):
                 raise ServerError(f"{place}: not asked again, as others failed")
-        raise ServerError(
-            f"{place}: no answer in {self._settings.tries} tries, at last {said}; is the server running? Run the "
-            "command again to go on where it ended"
-        )
+        why = f"no answer in {self._settings.tries} tries, at last {said}"
+        message = f"{place}: {why}; is the server running? Run the command again to go on where it ended"
+        raise _Unanswered(message, Refusal(question, f"{self._place}: {why}")) if is_there else ServerError(message)
 
     def _stops_within(self, seconds: float) -> bool:
         """Wait, and return whether there is no use in going on."""
@@ -154,7 +181,7 @@ class Endpoint:
         try:
             answer = post_whole(client, self._place, self._settings.timeout, json=body)
         except LOST as error:
-            raise _TryAgain(f"{type(error).__name__}: {error}") from None
+            raise _TryAgain(f"{type(error).__name__}: {error}", is_there=False) from None
         if answer.status_code == 200:
             return self._read(answer, question)
         said = f"HTTP {answer.status_code}: {answer.text.strip()[:500] or answer.reason_phrase}"

@@ -35,7 +35,7 @@ class Generation:
 
 
 def read_generations(
-    path: Path, records: Sequence[Record], shown: int, refused: list[str]
+    path: Path, records: Sequence[Record], shown: int, refused: list[str], *, by_key: bool = False
 ) -> Iterator[Generation]:
     """Yield the generations of a file that belong to `records`, in the order of the file.
 
@@ -44,6 +44,7 @@ def read_generations(
 
     Args:
         shown: responses that the judge sees at a time: 2, or 1.
+        by_key: a line with a key is told by it, whatever its id and order: rows with an equal question share a text.
 
     Raises:
         DataError: for a file that is not there.
@@ -55,7 +56,7 @@ def read_generations(
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                found = _parse(line, sizes, shown)
+                found = _parse(line, sizes, shown, by_key)
                 if isinstance(found, str):
                     refused.append(f"{path}:{number}: {found}")
                 else:
@@ -76,7 +77,7 @@ def given_critiques(records: Iterable[Record]) -> Iterator[Generation]:
                 yield Generation(record.id, (number,), response.critique)
 
 
-def _parse(line: str, sizes: dict[str, int], shown: int) -> Generation | str:
+def _parse(line: str, sizes: dict[str, int], shown: int, by_key: bool) -> Generation | str:
     """Return the generation of a line, or why it is none."""
     try:
         row = json.loads(line)
@@ -87,6 +88,10 @@ def _parse(line: str, sizes: dict[str, int], shown: int) -> Generation | str:
     name, order, text = row["id"], row["order"], row["text"]
     if not isinstance(text, str):
         return f'"text": got {type(text).__name__}, wanted a text'
+    key = row.get("key")
+    key = key if isinstance(key, str) and _KEY.fullmatch(key) else ""
+    if key and by_key:
+        return Generation(str(name), (), text, row.get("cut") is True, key)
     # Rows may have numbers as ids, which a record holds as text.
     name = str(name) if isinstance(name, int) and not isinstance(name, bool) else name
     if not isinstance(name, str) or name not in sizes:
@@ -96,6 +101,4 @@ def _parse(line: str, sizes: dict[str, int], shown: int) -> Generation | str:
         return f'"order": got {order!r}, wanted {shown} different numbers, of the responses that were shown'
     if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < size for one in order):
         return f'"order": got {order!r}; row {name!r} has responses 0 to {size - 1}'
-    key = row.get("key")
-    key = key if isinstance(key, str) and _KEY.fullmatch(key) else ""
     return Generation(name, tuple(order), text, row.get("cut") is True, key)

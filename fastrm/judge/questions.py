@@ -3,9 +3,8 @@
 import hashlib
 import itertools
 import random
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,10 @@ from fastrm.model.first_use import weights_of
 from fastrm.prompts.spec import GeneratorSection, JudgeSpec
 from fastrm.prompts.template import PromptTemplate
 
+# The most bytes of an image that are read for a key: many times what a command's limits let through, and few enough for
+# a member of an archive, which is read whole.
+_MOST_HASHED = 2**30
+
 
 @dataclass(frozen=True)
 class JudgeQuestion:
@@ -31,6 +34,7 @@ class JudgeQuestion:
         images: of the prompt, which come before the text.
         writer: what else the text depends on: the model, its decoding, and the number of the vote.
         origin: `file:row`, for messages.
+        contents: what tells images from others, by their keys, as far as it was read for other questions.
     """
 
     id: str
@@ -40,6 +44,7 @@ class JudgeQuestion:
     images: tuple[ImageRef, ...]
     writer: str
     origin: str
+    contents: dict[str, list] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -50,7 +55,11 @@ class JudgeQuestion:
     @cached_property
     def key(self) -> str:
         """The key of all that the answer depends on: equal keys need not be answered twice."""
-        shown = [self.system, self.text, [_content(image) for image in self.images], self.writer]
+        for image in self.images:
+            if image.key not in self.contents:
+                self.contents[image.key] = _content(image)
+        images = [self.contents[image.key] for image in self.images]
+        shown = [self.system, self.text, images, self.writer]
         return hashlib.sha256(to_json(shown).encode()).hexdigest()
 
 
@@ -118,6 +127,7 @@ def make_questions(
     decoding = spec.decoding.model_dump(exclude=set() if spec.decoding.temperature else {"seed"})
     writers = [to_json([model, decoding, vote]) for vote in range(spec.votes)]
     for record in records:
+        contents: dict[str, list] = {}
         try:
             # All are looked at before the first is asked: a row is shown whole or not at all.
             shown = [(order, *_shown(record, order)) for order in _orders(spec, record, texts or {})]
@@ -131,7 +141,7 @@ def make_questions(
             question = question_text(record.responses[order[0]])
             text = template.fill(question=question, **dict(zip(spec.shown, said, strict=True)))
             for writer in writers:
-                yield JudgeQuestion(record.id, order, spec.system, text, images, writer, record.origin)
+                yield JudgeQuestion(record.id, order, spec.system, text, images, writer, record.origin, contents)
 
 
 def _content(image: ImageRef) -> list:
@@ -139,8 +149,8 @@ def _content(image: ImageRef) -> list:
     if image.data is not None or image.digest is not None:
         return [image.key]
     try:
-        # Whatever its size: a command's limits say what may be shown, and `--from` has none.
-        with open_bytes(image, MediaLimits(max_image_bytes=sys.maxsize)) as file:
+        # Above a command's limits, which say what may be shown, too: `--from` has none.
+        with open_bytes(image, MediaLimits(max_image_bytes=_MOST_HASHED)) as file:
             return [image.key, hashlib.file_digest(file, "sha256").hexdigest()]
     except RecordError:  # named when it is read
         return [image.key]

@@ -230,7 +230,8 @@ def load_model(
         model = RewardNetwork(backbone, found.head, encoder, found.pooling or "anchor", kind)
         found.load_into(model.score)
         model.adopted = "" if found.is_export else found.describe()
-    model.writer, model.generation = writer, place.read_generation()
+    if writer is not None:
+        model.writer, model.generation = writer, place.read_generation()
     if place.adapter is None or place.has_own_head:  # an adapter of others changes the rewards of its base
         model.reward_statistics = section.get(SECTION)
     if dtype is None:

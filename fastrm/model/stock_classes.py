@@ -118,13 +118,14 @@ def read_by_stock(network: RewardNetwork) -> StockReading:
 def generation_of(network: RewardNetwork) -> dict:
     """Return the generation_config.json of a model that writes: its base's, with all the tokens that end its texts.
 
-    They are those of the base and of the tokenizer, and the token up to which turns were learnt: a base model's
-    tokenizer may end texts with another one than its chat template ends turns with, and its texts would not end.
+    They are those of the base's generation_config.json and of the tokenizer, and the token up to which turns were
+    learnt: a base model's tokenizer may end texts with another one than its chat template ends turns with, and its
+    texts would not end. config.json is not asked: a class's default may be an ordinary token of this vocabulary.
     """
     learner = copy.copy(network.encoder)
     learner.learn_turns(TurnLoss(per_token=True))
     turn = learner.encode(_samples()[0])
-    own = network.generation.get("eos_token_id", network.model.config.get_text_config().eos_token_id)
+    own = network.generation.get("eos_token_id")
     ends = [*(own if isinstance(own, list) else [own]), learner.tokenizer.eos_token_id]
     ends.append(int(turn.tokens[turn.turn[1] - 1]))
     return network.generation | {"eos_token_id": [end for end in dict.fromkeys(ends) if end is not None]}

@@ -23,8 +23,8 @@ def turn_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute (sum of the weighted losses of a pack's turns, mean log probability (R,) of each turn's tokens), float32.
 
-    The sum alone is differentiable, once: its backward pass does not keep what it needs. A turn without tokens in
-    `pack.turn_rows` has mean 0.
+    The sum alone is differentiable, of `eager` once: its backward pass does not keep what it needs. A turn without
+    tokens in `pack.turn_rows` has mean 0.
 
     Args:
         states: (T, D) after the last layer, before the final norm.

@@ -123,7 +123,8 @@ def _without_weights(config: Config, has_lm_head: bool) -> RewardNetwork:
             untie_as_files(backbone.config, settings.path)
     encoder = make_data_encoder(config, backbone.config, tokenizer)
     network = RewardNetwork(backbone, settings.head, encoder, settings.pooling, config.paradigm)
-    network.generation = {} if settings.path is None else locate(settings.path).read_generation()
+    if settings.path is not None and config.paradigm != "reward":
+        network.generation = locate(settings.path).read_generation()
     if settings.fuse_projections:  # files have their tensors in the order of the run's own network
         network.fuse_projections()
     if settings.lora is not None:

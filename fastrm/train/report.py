@@ -80,7 +80,7 @@ def progress_note(row: dict, device: torch.device) -> str:
     if row["loss"] is None:
         return "no step was finite"
     is_of_pairs = "rewards/accuracies" in row
-    accuracy, unit = (f"acc {row['rewards/accuracies']:.3f}  ", "pairs") if is_of_pairs else ("", "responses")
+    accuracy, unit = (f"acc {row['rewards/accuracies']:.3f}  ", "pairs") if is_of_pairs else ("", "preferences")
     return (
         f"loss {row['loss']:.4f}  {accuracy}{row['preferences_per_second']:,.3g} {unit}/s"
         f"  {row['tokens_per_second']:,.0f} tok/s  wait {row['data_wait_share']:.0%}  "

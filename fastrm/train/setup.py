@@ -88,7 +88,8 @@ def make_network(config: Config, tokenizer, ranks: Ranks = ALONE) -> RewardNetwo
         untie_other_lm_head(files)
     network = RewardNetwork(backbone, settings.head, encoder, settings.pooling, config.paradigm)
     network.writer = writer_of(config)
-    network.generation = {} if files is None else files.place.read_generation()
+    if files is not None and config.paradigm != "reward":
+        network.generation = files.place.read_generation()
     keeps_head = files is not None and not settings.head.new and config.paradigm != "judge"
     if keeps_head and (found := find_head(files, tokenizer, settings)) is not None:
         found.load_into(network.score)

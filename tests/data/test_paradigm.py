@@ -241,6 +241,24 @@ def test_texts_without_thinking_are_counted(one, name):
     assert reading.count_bare(one({**FLAT, **REASONS}, paradigm="judge", spec=name, order="both")) == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("Response 1 is better. It names the dog, and the other one calls it a cat.", 0),
+        ("The better response: [first]\nIt names the dog.", 0),
+        ("It names the dog.\nResponse 1 is better", 0),
+        ("Response 2 is better because it counts three cups.", 0),
+        ("**Response 1 is better.**", 1),
+        ("The better response: [first]", 1),
+        ("Response 1 is better", 1),
+    ],
+)
+def test_reasons_before_and_behind_a_verdict_are_thinking(one, text, count):
+    row = {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": text}]}
+    reading = TextReading("judge", "{{ question }} {{ first }} {{ second }}", parser="better")
+    assert reading.count_bare(one(row, paradigm="judge", spec="llava_critic_pairwise")) == count
+
+
 def test_thinking_is_about_the_responses_as_they_are_given(one):
     row = {"prompt": "What?", "responses": ["no", "yes"], "preferences": [[1, 0]], "critiques": ["x", "y"]}
     record = one({**row, "thinking": "<think>The second names it.</think>"}, paradigm="judge", order="both")

@@ -3,7 +3,7 @@
 Of a record, media are written by reference, and the prompt that its responses share is written once.
 
     {"id", "source", "origin", "prompt": [message, ...], "responses": [[arguments, message, ...], ...],
-     "preferences": [[winner, loser, margin, weight, tie], ...]}
+     "preferences": [[winner, loser, margin, weight, tie], ...]}; with a sixth, true, for `Preference.again`
 
 A message is ``[role, fields, part, ...]``; a part is a text or an object that says where a medium is. `prompt`
 holds the messages that all responses begin with. Bytes that were embedded in a row are in a file of their

@@ -218,6 +218,11 @@ def _fastrm(record):
     return record["stages"][3]["results"]["nvidia-h200-training.json"]["entries"][0]["variants"]
 
 
+def _turns(record):
+    (found,) = (stage["results"] for stage in record["stages"] if stage["name"] == "turn-loss")
+    return found["turn_loss.json"]["programs"]
+
+
 REFUSALS = {
     "a rehearsal": (lambda r: r.update(rehearsal=True), "a rehearsal"),
     "a CPU": (lambda r: _facts(r).update(on_gpu=False), "no GPU"),
@@ -231,6 +236,10 @@ REFUSALS = {
     "a red gate": (
         lambda r: _fastrm(r).update({FASTRM: {"failed": "red gate: loss 0.7"}}),
         "7B pairs, 1300/300, fastrm: red gate: loss 0.7",
+    ),
+    "a red gate of what critics write": (
+        lambda r: _turns(r).update({"Liger's kernel": {"failed": "red gate: head: error 1"}}),
+        "loss of turns 7B, Liger's kernel: red gate: head: error 1",
     ),
 }
 
