@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fastrm.prompts.verdicts import Verdict, find_better, parse_better, parse_score
+from fastrm.prompts.clauses import behind_thinking
+from fastrm.prompts.scores import parse_score
+from fastrm.prompts.verdicts import Verdict, ends_with_better, find_better
 
 _SENTENCE = r"(?:answer|response|assistant) [12] is better\.?"
 
@@ -71,25 +73,26 @@ _INSIDE = {
     "better_in_answer": ("<answer>", "</answer>"),
 }
 _SCORE_LINE = re.compile(r"^[^\n\w]*(?:(?:final|overall|total)[ *_]+)?score\b[^\n]*\n", re.MULTILINE | re.IGNORECASE)
-_LAST_WORDS = re.compile(r"\b(?:better|equally (?:good|bad|well)|tie|first|second|[12ab])\W*\Z", re.IGNORECASE)
 
 
-def is_said(parser: str, text: str) -> bool:
-    """Return whether a text that was cut has the mark with which the verdict of a parser is said.
+def before_cut(parser: str, text: str) -> str | None:
+    """Return what of a text that was cut is read for its verdict; None if it was cut before the verdict was said.
 
-    The mark of r1_reward and better_in_answer is the closed tag, of boxed the box, of score a line of its own, and of
-    better the sentence with which the text ends.
+    A verdict is said by its mark: of r1_reward and better_in_answer the closed tag, of boxed the box, of score a line
+    of its own, and of better the sentence with which the text ends. Of a score the whole lines behind the thinking are
+    read, as the last one may lack digits, else the whole text.
 
     Args:
         parser: a name of PAIRWISE or POINTWISE.
     """
     if parser in _INSIDE:
         opened, closed = _INSIDE[parser]
-        return closed in text.partition(opened)[2]
+        return text if closed in text.partition(opened)[2] else None
     if parser == "score":
-        return any(parse_score(line) is not None for line in _SCORE_LINE.findall(text))
-    last = re.split(r"[.!?\n]", text.rstrip(" \n\t.!?*_"))[-1]
-    return _LAST_WORDS.search(last) is not None and parse_better(last) is not None
+        lines, end, _ = behind_thinking(text).rpartition("\n")
+        is_said = any(parse_score(line) is not None for line in _SCORE_LINE.findall(lines + end))
+        return lines if is_said else None
+    return text if ends_with_better(behind_thinking(text)) else None
 
 
 def agreement(form: Form, text: str, verdict: Verdict | None) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from fastrm.errors import ConfigError
-from fastrm.prompts.forms import is_said
+from fastrm.prompts.forms import before_cut
 from fastrm.prompts.verdicts import PAIRWISE, POINTWISE, Parser, Verdict
 from fastrm.sections import NonEmpty, NonNegative, Positive, Section
 from fastrm.yaml_files import lay_over, read_yaml, validate
@@ -117,11 +117,12 @@ class JudgeSpec(Section):
         return (PAIRWISE | POINTWISE)[self.parser]
 
     def read(self, text: str, *, is_cut: bool) -> Verdict | float | None:
-        """Return what a text says, by the parser; nothing, if it was cut before the verdict was written (`is_said`).
+        """Return what a text says, by the parser; nothing, if it was cut before the verdict was written.
 
         Released scripts do not know of cuts: `parse` is their rule.
         """
-        return None if is_cut and not is_said(self.parser, text) else self.parse(text)
+        whole = before_cut(self.parser, text) if is_cut else text
+        return None if whole is None else self.parse(whole)
 
 
 def shipped_names() -> list[str]:

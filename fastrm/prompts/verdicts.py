@@ -21,21 +21,38 @@ _PLACE = re.compile(r"(?<!\w)(?<!\d[.,:/])[12](?!\w|[.,:/]\d)")
 _FONT = re.compile(r"\\(?:text|math)[a-z]*|\\(?:bf|rm)\b|[{}$*\s]")
 _TIES = frozenset({"tie", "equal", "both", "0", "1=2", "1 = 2"})
 
-_DEGREE = rf"(?:(?!{DENIAL}\b|only\b)(?:\w+ly|the|a|by|far|and|away|much|so|way|lot|bit|still|also|somewhat)\s+)"
+_LESS = rf"(?:{DENIAL}|only|from|less|no)\b"
+_DEGREE = rf"(?:(?!{_LESS})(?:\w+ly|the|a|by|far|and|away|much|so|way|lot|bit|still|also|somewhat)\s+)"
 _STOPS = r"(?=[ \t]*(?:\Z|\n|[^\w\s-])|\s+(?:-|(?:and|but|so|overall|because|since|as)\b))"
 _BRACKETS = str.maketrans("[]()", "    ")
 _PLACES = {"first": 1, "second": 2, "1": 1, "2": 2, "a": 1, "b": 2}
-_BETTER = sentences(
+_WINNER = (
     # "Response 1 is far and away better", and with one word of any kind before "better"
-    rf"\b{NOUN}\s*(?P<number>[12])\s+is\s+{_DEGREE}{{0,4}}(?:(?!{DENIAL}\b|only\b)\w+\s+)?"
-    rf"better\b(?!\s+(?:is|would|in no|by no)\b)"
-    # "The better response: [first]", "The better answer is Answer 2"
-    rf"|\bbetter\s+(?:response|answer)\s*(?:is|:)\s*(?:the\s+)?(?:{NOUN}\s+)?"
-    rf"(?P<place>first|second|[12ab])(?:\s+(?:one|{NOUN}))?{_STOPS}"
-    # "They are both equally good", "Both responses do equally well", "It is a tie"
-    rf"|\b(?:both|two|they|{NOUN}s?)(?: +(?!{DENIAL}\b|but\b)\w+){{0,8}}? +(?:equally +(?:good|bad)"
-    rf"|(?:do|perform) +equally +well){_STOPS}|(?:\bis|'s) +a +tie{_STOPS}"
+    rf"\b{NOUN}\s*(?P<number>[12])\s+is\s+{_DEGREE}{{0,4}}(?:(?!{_LESS})\w+\s+)?"
+    r"better\b(?!(?:\s+one)?\s+(?:is|would|in no|by no)\b)(?:\s+one\b)?"
+    # "The better response: [first]", "The better answer is Answer 2"; not "for a better response: 1. Cite sources"
+    r"|(?:\b(?P<any>an?|any)\s+(?:even\s+)?)?\bbetter\s+(?:response|answer)\s*(?:is|(?P<listed>:))\s*"
+    rf"(?:the\s+)?(?:{NOUN}\s+)?(?P<place>first|second|[12ab])(?:\s+(?:one|{NOUN}))?{_STOPS}"
+    r"(?(listed)(?!\.[ \t]+\w))"
 )
+# The clause of a tie: what it begins with, the responses and nothing else as its subject, and that they are equal.
+_OPENING = (
+    r"(?:(?P<sum>overall|all in all|in (?:all|sum|short|conclusion|summary|total|the end)|ultimately|finally)"
+    rf"|(?!{DENIAL}\b)\w+ly|i (?:would )?(?:say|think|believe|find|conclude)(?: that)?|in my (?:view|opinion)"
+    r"|(?:final )?(?:verdict|conclusion|judge?ment))"
+)
+_RESPONSES = (
+    rf"(?:both(?: +of +(?:them|the(?: +two)? +{NOUN}s)|(?: +the)?(?: +two)? +{NOUN}s)?|they|(?:the|these) +two"
+    rf"|(?:(?:the|these) +)?(?:two +)?{NOUN}s|(?:both +)?{NOUN}s? *[12] +(?:and|&) +(?:{NOUN} *)?[12])"
+)
+_TIE = (
+    rf"\b(?:{_OPENING}[ ,]+){{0,2}}(?:{_RESPONSES}(?: +both)?(?: +are)?"
+    rf"(?: +(?!{_LESS})(?:\w+ly|both|about|all|in|overall|thus)){{0,4}}?"
+    r" +(?:equally +(?:good|bad)|(?:do|perform) +equally +well)"
+    r"|(?:it|this|(?:the|my) +(?:final +)?(?:result|verdict|outcome|comparison|decision))(?: +is|'s)"
+    rf" +(?:(?!{_LESS})\w+ly +)?a +tie){_STOPS}"
+)
+_BETTER = sentences(_WINNER, _TIE)
 
 
 class Verdict(Enum):
@@ -82,15 +99,26 @@ def find_better(text: str) -> tuple[int, Verdict] | None:
     The sentences are "Answer 1 is better", or with Response or Assistant; "The better response: [first]", which
     LLaVA-Critic's published answers have; "Both responses are equally good", and "It is a tie". Markdown, brackets and
     words of degree ("far and away better") may stand in them. A sentence that is denied, doubted, conceded ("though
-    ...") or asked is no verdict: see `fastrm.prompts.clauses.said`.
+    ...") or asked is no verdict: see `fastrm.prompts.clauses.said`. A tie is one only where its clause has no other
+    subject than the responses; behind "Answer 1 is better" it counts in a later sentence, or in sum ("overall ...").
     """
-    found = list(said(_BETTER, plain(text).translate(_BRACKETS)))
-    if not found:
+    last = _last(text)
+    if last is None:
         return None
-    last = found[-1]
-    if last["number"] is None and last["place"] is None:
+    if last.lastgroup == "alone":
         return last.start(), Verdict.TIE
     return last.start(), Verdict(int(last["number"] or _PLACES[last["place"].lower()]))
+
+
+def ends_with_better(text: str) -> bool:
+    """Return whether a text ends with the sentence of its verdict, as `find_better` reads it, and marks."""
+    last = _last(text)
+    return last is not None and re.search(r"\w|\?", text[last.end() :]) is None
+
+
+def _last(text: str) -> re.Match[str] | None:
+    found = [one for one in said(_BETTER, plain(text).translate(_BRACKETS)) if not one["any"]]
+    return found[-1] if found else None
 
 
 def parse_better_in_answer(text: str) -> Verdict | None:

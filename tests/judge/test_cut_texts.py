@@ -29,6 +29,8 @@ BETTER = "Response 1 is better"
         ("better", f"In all, {BETTER}", Verdict.FIRST, Verdict.FIRST),
         ("better", f"In all, {BETTER}.\n", Verdict.FIRST, Verdict.FIRST),
         ("better", "In style Response 2 is better. Both responses are equally good.", Verdict.TIE, Verdict.TIE),
+        ("better", "The better response is the second one.", Verdict.SECOND, Verdict.SECOND),
+        ("better", f"Answer 2 is better in style. Is it so that {BETTER}?", Verdict.SECOND, None),
         ("better_in_answer", f"<think>4</think><answer>{BETTER}</answer>.", Verdict.FIRST, Verdict.FIRST),
         ("better_in_answer", f"<think>4</think><answer>{BETTER}", None, None),
         ("score", "It is right. Score: 8", 8.0, None),  # of 85, perhaps
@@ -39,6 +41,8 @@ BETTER = "Response 1 is better"
         ("score", "**Final** Score: 85\n", 85.0, 85.0),
         ("score", "Score (1-100):\n8", 8.0, None),
         ("score", "The score for its colours: 3\nIts style", None, None),
+        ("score", "Score (1-100): 85\nFinal Score: 8", 8.0, 85.0),
+        ("score", "<think>\nScore: 3\n</think>The final score is 8", 8.0, None),
     ],
 )
 def test_a_cut_text_has_a_verdict_only_where_its_mark_was_written(parser, text, whole, cut):

@@ -75,6 +75,11 @@ def test_what_a_judge_learns_to_write_is_in_form(parser, verdict, noun):
         ("r1_reward", "<think>Response 1 is better.</think><answer>2</answer>", -1),
         ("r1_reward", "<think>Response 1 is better? No, Response 2 is clearly better.</think><answer>2</answer>", 1),
         ("r1_reward", "<think>Response 1 is better? No: both are equally good.</think><answer>1</answer>", 0),
+        (
+            "r1_reward",
+            "<think>Response 1 is better, since Response 2 wrongly says that it is a tie.</think><answer>1</answer>",
+            1,
+        ),
         ("r1_reward", "<think>The first is true.</think><answer>1</answer>", 0),
         ("r1_reward", "<think>So.</think><answer>2</answer> Response 1 is better.", 0),
         ("r1_reward", "<think>Response 1 is better.</think><answer>tie</answer>", 0),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastrm.prompts.verdicts import parse_score
+from fastrm.prompts.scores import parse_score
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,18 @@ from fastrm.prompts.verdicts import parse_score
         ("Final score is: **85**", 85.0),
         ("Score: +5", 5.0),
         ("Score: 85\n10 points were lost for style", 85.0),
+        ("Score: 45\n\nNeeds work.", 45.0),
+        ("Score: 72\nShould also mention the colour.", 72.0),
+        ("Score: 72\nneeds work", 72.0),
+        ("Final Score: 85\n\nIs it\nsafe? Yes.", 85.0),
+        ("Score: 85 means it is good", 85.0),
+        ("Score: 85 (could it be better?)", 85.0),
+        ("Score: 4: good", 4.0),
+        ("**Score:** 85: accurate", 85.0),
+        ("Score: 85 = good", 85.0),
+        ("Score: 8 - 1 point deducted", 8.0),
+        ("Score: 8 - 2 errors", 8.0),
+        ("With no errors the final score is 85.", 85.0),
     ],
 )
 def test_the_number_of_a_score_is_read_as_it_stands(text, wanted):
@@ -57,6 +69,30 @@ def test_the_number_of_a_score_is_read_as_it_stands(text, wanted):
     ],
 )
 def test_a_scale_is_not_the_score(text, wanted):
+    assert parse_score(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("Final Score: 20 + 30 + 35 = 85", 85.0),
+        ("Final Score: 20+30+35=**85**/100", 85.0),
+        ("Total score: 4 + 5 = 9", 9.0),
+        ("Overall score: 4 x 20 = 80", 80.0),
+        ("Overall score: 4 * 20 = 80", 80.0),
+        ("Final average score: (4+5)/2 = 4.5", 4.5),
+        ("Final Score: 20 (truth) + 30 (style) = 50", 50.0),
+        ("Score: 100 - 15 = 85", 85.0),
+        ("Overall score: 8 + 7 + 9 = 24 / 3 = 8", 8.0),
+        ("Score: 85/100 = 0.85", 85.0),
+        ("Final Score: 20 + 30 + 35", None),
+        ("Final Score: 20 (truth) + 30 (style)", None),
+        ("Score: (20+30)+35", None),
+        ("Score: 9 = 4 + 5", None),
+        ("Score: 10 - 2 points = 8", None),
+    ],
+)
+def test_of_a_sum_its_value_is_the_score(text, wanted):
     assert parse_score(text) == wanted
 
 
@@ -90,6 +126,11 @@ def test_of_several_scores_the_stated_one_counts(text, wanted):
         "Score: 1-100",
         "Score: 4 to 5",
         "a score of 4 or 5",
+        "Score: 4 - 5",
+        "Score: 4 - 4.5",
+        "Score: 4 - 5 points",
+        "Score: 4: 5",
+        "I give no score of 85.",
         "Score: 7,5",
         "Score: 1.2.3",
         "Score: 10 000",

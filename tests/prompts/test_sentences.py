@@ -55,6 +55,11 @@ def test_the_last_sentence_that_is_said_is_the_verdict(text, wanted):
         ("The better response: [2] because it is right", SECOND),
         ("The better answer is Answer 2.", SECOND),
         ("The better response: A", FIRST),
+        ("The better answer is 2. It is right.", SECOND),
+        ("Response 2 is better. Ideas for a better response: 1. Cite sources.", SECOND),
+        ("Response 2 is better. Ideas for the better response: 1. Cite sources.", SECOND),
+        ("Response 2 is better. Ideas for the better response: 1) Cite sources.", SECOND),
+        ("Response 2 is better. What makes for an even better answer: A", SECOND),
         ("The better response: a more detailed one is Response 2.", None),
         ("The better response: 2 of the 3 claims are right in Response 1.", None),
         ("In accuracy Response 2 is better. Overall, **Response 1** is better.", FIRST),
@@ -89,6 +94,20 @@ def test_markdown_brackets_and_words_of_degree_may_stand_in_a_sentence(text, wan
         ("The form is: Answer 1 is better / Answer 2 is better", None),
         ('"Response 1 is better", "Response 2 is better", or "Both responses are equally good".', None),
         ("Perhaps Response 1 is better.", None),
+        ("Response 1 is far from better", None),
+        ("Response 1 is less better", None),
+        ("Response 1 is nothing better", None),
+        ("I reject the claim that Response 1 is better", None),
+        ("Nothing suggests that Response 1 is better", None),
+        ("There is little evidence that Response 1 is better", None),
+        ("There is no evidence that Response 1 is better", None),
+        ("There is no other reason why Response 1 is better", None),
+        ("No sane judge would say Response 1 is better", None),
+        ("Instead of saying Response 1 is better, I prefer Response 2", None),
+        ("There is little doubt that Response 1 is better", FIRST),
+        ("Although there is no doubt that Response 1 is better in style, I take none.", None),
+        ("Since there are no hallucinations in it Response 1 is better.", FIRST),
+        ("To say that Response 1 is the better one would be wrong.", None),
         ("Response 1 is better, isn't it?", None),
         ("Response 1 is better? No, Response 2 is clearly better.", SECOND),
         ("Response 2 is not accurate and Response 1 is better.", FIRST),
@@ -101,6 +120,48 @@ def test_markdown_brackets_and_words_of_degree_may_stand_in_a_sentence(text, wan
     ],
 )
 def test_what_is_denied_doubted_or_asked_is_not_said(text, wanted):
+    assert parse_better(text) is wanted
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("Answer 2 is better as it does not refuse or answer evasively.", SECOND),
+        ("Answer 1 is better since Answer 2 gets one or both of the objects wrong.", FIRST),
+        ("Answer 1 is better because it follows the question/answer format.", FIRST),
+        ("Response 1 is better on the basis of accuracy or response length", FIRST),
+        ("Answer 1 is better, or that Answer 2 is better", None),
+        ('Response 1 is better because it answers "Why is the sky blue?" correctly.', FIRST),
+        ("Response 1 is better because it answers \u201cWhy is the sky blue?\u201d correctly.", FIRST),
+        ("Response 1 is better as it answers 'Why is the sky blue?' correctly.", FIRST),
+        ("Response 1 is better (it's clear, isn't it?).", FIRST),
+        ("Response 1 is better: who would want more?", FIRST),
+        ("I was asked: Response 1 is better or worse?", None),
+        ('"Response 1 is better?" he asks.', None),
+    ],
+)
+def test_a_verdict_is_not_undone_by_what_follows_it(text, wanted):
+    assert parse_better(text) is wanted
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("I do not think that\nResponse 1 is better.", None),
+        ("I do not think\r\nResponse 1 is better.", None),
+        ("I do not\nbelieve that Response 1 is better.", None),
+        ("It is hard to say whether Answer 1 is better or\nAnswer 2 is better", None),
+        ("I cannot say that Answer 1 is worse or\n**Answer 2** is better", None),
+        ("The better answer is a\nlonger one.", None),
+        ("The better answer is\nanswer 2", SECOND),
+        ("It does not name the colour\nResponse 1 is better", FIRST),
+        ("It is not that\n\nResponse 1 is better", FIRST),
+        ("It is not that\n- Response 1 is better", FIRST),
+        ("It is not that\n## Response 1 is better", FIRST),
+        ("what it lacks is not said\nverdict: answer 1 is better", FIRST),
+    ],
+)
+def test_a_line_that_goes_on_in_the_next_is_one_with_it(text, wanted):
     assert parse_better(text) is wanted
 
 
@@ -131,6 +192,21 @@ def test_what_is_conceded_is_not_said(text, wanted):
         ("Response 1 is better. Both handle colors equally well.", FIRST),
         ("It is a tie-breaker: Response 1 is better", FIRST),
         ("They are equally good in style.", None),
+        ("Overall, both are about equally good.", TIE),
+        ("The two responses are both equally good.", TIE),
+        ("Response 1 is better in accuracy, but overall they are equally good.", TIE),
+        ("I think that they are equally good, so I cannot choose.", TIE),
+        ("Response 1 is better in style. The two responses are equally good.", TIE),
+        ("Response 1 is better in style. The result is a tie.", TIE),
+        ("<answer>Both are equally good</answer>", TIE),
+        ("Response 1 is better since it correctly says that the match is a tie.", FIRST),
+        ("Response 2 is better. The object around his neck is a tie.", SECOND),
+        ("Response 1 is better, since Response 2 wrongly says that it is a tie.", FIRST),
+        ("Response 2 is better because its answers to all three questions are equally good.", SECOND),
+        ("Response 1 is better. Its two examples are equally good.", FIRST),
+        ("Response 1 is better because Response 2 claims that both are equally good.", FIRST),
+        ("In accuracy Response 1 is better; in fluency both are equally good.", FIRST),
+        ("Response 1 is better than I thought, they are equally good.", FIRST),
     ],
 )
 def test_a_tie_is_one_only_where_it_is_the_verdict(text, wanted):
