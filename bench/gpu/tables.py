@@ -1,5 +1,7 @@
 """The tables of a GPU day in Markdown: the stages, the findings, and the decisions. Needs no torch."""
 
+from collections.abc import Callable
+
 from bench.gpu.results import (
     MODEL,
     attention_share,
@@ -111,13 +113,7 @@ def _update(record: dict) -> list[str]:
     found = one_result(record, "update.json")
     if found is None:
         return []
-    floor, rows = found["floor_seconds"], []
-    for name, program in found["programs"].items():
-        if program["failed"]:
-            rows.append((name, program["failed"], "-", "-"))
-        else:
-            over = f"{program['median'] / floor:.2f}x" if floor else "-"
-            rows.append((name, f"{program['median']:.4f}", over, f"{program['first']:.1f}"))
+    floor, rows = found["floor_seconds"], _programs(found, lambda program: f"{program['first']:.1f}")
     lines = [f"{found['model']}: {found['elements']:,} elements" + (f", floor {floor:.4f} s." if floor else ".")]
     return [*lines, "", *aligned_table(("program", "s/update", "of the floor", "first, compiled, s"), rows)]
 
@@ -126,15 +122,22 @@ def _turns(record: dict) -> list[str]:
     found = one_result(record, "turn_loss.json")
     if found is None:
         return []
+    rows = _programs(found, lambda program: f"{program['peak_mib']:,.0f}" if "peak_mib" in program else "-")
+    shape = f"{found['rows']:,} rows of {found['width']:,}, vocabulary {found['vocabulary']:,}"
+    lines = [f"{found['model']}: {shape}, floor {found['floor_seconds']:.4f} s."]
+    return [*lines, "", *aligned_table(("program", "s", "of the floor", "peak MiB"), rows)]
+
+
+def _programs(found: dict, last: Callable[[dict], str]) -> list[tuple[str, ...]]:
+    """Return a row for each program that was timed alone: its name, seconds, share of the floor, and `last` of it."""
     floor, rows = found["floor_seconds"], []
     for name, program in found["programs"].items():
         if program["failed"]:
             rows.append((name, program["failed"], "-", "-"))
         else:
-            peak = f"{program['peak_mib']:,.0f}" if "peak_mib" in program else "-"
-            rows.append((name, f"{program['median']:.4f}", f"{program['median'] / floor:.2f}x", peak))
-    shape = f"{found['rows']:,} rows of {found['width']:,}, vocabulary {found['vocabulary']:,}, floor {floor:.4f} s."
-    return [f"{found['model']}: {shape}", "", *aligned_table(("program", "s", "of the floor", "peak MiB"), rows)]
+            over = f"{program['median'] / floor:.2f}x" if floor else "-"
+            rows.append((name, f"{program['median']:.4f}", over, last(program)))
+    return rows
 
 
 def _kernels(record: dict) -> list[str]:
