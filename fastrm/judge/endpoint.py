@@ -117,10 +117,9 @@ class Endpoint:
                         if isinstance(answer, Written):
                             yield from (one.refusal for one in doubtful)
                             doubtful = []
-                    elif (
-                        isinstance(answer, _Unanswered) and was_answered and failed is None
-                        and len(doubtful) < self._settings.batch
-                    ):  # fmt: skip
+                    elif isinstance(answer, _Unanswered) and was_answered and failed is None and self._may_go_on(
+                        answer, doubtful
+                    ):
                         doubtful.append(answer)  # the next answers say whether the server or the question is to blame
                     elif isinstance(answer, FastrmError):
                         failed = failed or (doubtful[0] if doubtful else answer)
@@ -132,6 +131,11 @@ class Endpoint:
         if failed is not None:
             raise failed
         yield from (one.refusal for one in doubtful)
+
+    def _may_go_on(self, answer: _Unanswered, doubtful: Sequence[_Unanswered]) -> bool:
+        """Return whether no more rows failed than are asked about at a time: all questions of one may fail."""
+        rows = {one.refusal.question.id for one in (*doubtful, answer)}
+        return len(rows) <= self._settings.batch
 
     def _answer(self, client: httpx.Client, question: JudgeQuestion, answers: queue.SimpleQueue) -> None:
         """Put the text of a question, or what there is instead of it, into `answers`."""

@@ -12,8 +12,8 @@ from fastrm.judge.bracket import play
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.judge.endpoint import Endpoint
 from fastrm.prompts.verdicts import Verdict
+from tests.helpers.chat_server import chat_server, run, text_of, write_spec
 from tests.helpers.runs import write_rows
-from tests.judge.test_generating import chat_server, run, text_of, write_spec
 
 
 def row(size, name="1"):

@@ -32,11 +32,11 @@ from fastrm.model.export import load_model, save_model
 from fastrm.prompts.spec import load_spec
 from tests.helpers import documents, support
 from tests.helpers.benchmark_files import small
+from tests.helpers.chat_server import chat_server, text_of, write_spec
 from tests.helpers.project import PROJECT
 from tests.helpers.runs import TEXT_MODEL, TINY, fastrm_here, write_rows
 from tests.helpers.smollm2 import needs_smollm2
 from tests.judge.test_critics import make_critic
-from tests.judge.test_generating import chat_server, text_of, write_spec
 
 OPTIONS = JudgeOptions(RowOptions(), JudgeTexts(), scoring=ScoringOptions(check_exactness=False))
 KEYS = {"tokens_generated", "tokens_read", "flops", "seconds", "memory_bytes"}

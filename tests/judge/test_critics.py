@@ -19,12 +19,12 @@ from fastrm.judge.questions import make_questions
 from fastrm.model.export import load_model, save_model
 from fastrm.prompts.spec import load_spec
 from tests.helpers.benchmark_files import small
+from tests.helpers.chat_server import chat_server, text_of
 from tests.helpers.foreign_models import add_weights, save_backbone, set_config
 from tests.helpers.runs import fastrm_here, write_rows
 from tests.helpers.smollm2 import needs_smollm2
 from tests.helpers.stock import stock_rewards
 from tests.helpers.support import make_image, make_model
-from tests.judge.test_generating import chat_server, text_of
 
 PROMPT = "Criticise.\n[Question]: {{ question }}\n[Response]: {{ response }}"
 ROWS = [

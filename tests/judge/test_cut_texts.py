@@ -5,9 +5,9 @@ import pytest
 
 from fastrm.prompts.spec import JudgeSpec
 from fastrm.prompts.verdicts import Verdict
+from tests.helpers.chat_server import chat_server, write_spec
+from tests.helpers.chat_server import run as generate
 from tests.judge.test_eval_judge import NOTHING, ONE, ROWS, TWO, run  # noqa: F401
-from tests.judge.test_generating import chat_server, write_spec
-from tests.judge.test_generating import run as generate
 
 BETTER = "Response 1 is better"
 

@@ -1,123 +1,32 @@
-"""A judge that writes: what is asked, what is kept, and what becomes of servers that fail."""
+"""A judge that writes: what is asked, and what is kept."""
 
 import base64
 import json
 import shutil
 import threading
-import time
-from contextlib import contextmanager, suppress
 from functools import partialmethod
-from http.server import BaseHTTPRequestHandler
 
-import httpx
 import pytest
 from PIL import Image
 
+from fastrm.data.media.images import open_bytes
 from fastrm.data.record import ImageRef
-from fastrm.errors import ConfigError, DataError, InterruptedRun, ServerError, StorageError
+from fastrm.errors import ConfigError, DataError, InterruptedRun, StorageError
 from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.evaluate.reading import read_in_order
+from fastrm.judge import questions
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.judge.endpoint import Endpoint
 from fastrm.judge.generations import read_generations
 from fastrm.judge.questions import JudgeQuestion, make_questions
 from fastrm.limits import MediaLimits
 from fastrm.prompts.spec import load_spec
-from fastrm.rl.client import retry_after
-from tests.helpers.reward_server import answering
+from tests.helpers.chat_server import ROWS, chat_server, prefers_good, run, text_of, write_spec
 from tests.helpers.runs import fastrm_here, write_rows
+from tests.helpers.support import make_image
 from tests.helpers.waiting import PATIENCE
 
-pytest.importorskip("httpx")
-ROWS = [{"id": f"r{n}", "prompt": f"{n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(3)]
-HANG_UP, HALF, TRICKLE = "hang up", "half", "trickle"
-
-
-@contextmanager
-def chat_server(answer, failures=(), cut=(), usage=None, ends=()):
-    """Serve /v1/chat/completions; yield (URL, the bodies that came).
-
-    Args:
-        answer: the text for a body; a number: the status of a refusal.
-        failures: in place of the first answers: a status with headers, HANG_UP, HALF or TRICKLE.
-        cut: numbers of the answers, from 0, that the server says it has cut.
-        ends: finish reasons of the first answers.
-        usage: what each answer says of its tokens.
-    """
-    waiting, bodies, lock = list(failures), [], threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                number = len(bodies)
-                bodies.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
-                failure = waiting.pop(0) if waiting else None
-            if failure == HANG_UP:
-                self.connection.close()
-                return
-            status, headers = failure if isinstance(failure, tuple) else (200, {})
-            said = answer(body)
-            status = said if isinstance(said, int) else status
-            choice = {"message": {"content": said}, "finish_reason": "length" if number in cut else "stop"}
-            choice |= {"finish_reason": ends[number]} if number < len(ends) else {}
-            text = json.dumps({"choices": [choice], "usage": usage}).encode()
-            text = text[:20] if failure == HALF else text
-            self.send_response(status)
-            length = len(text) + (100 if failure == TRICKLE else 0)
-            for name, value in {**headers, "Content-Length": str(length)}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if failure == TRICKLE:
-                trickle(self.wfile)
-            self.wfile.write(text)
-
-    with answering(Handler) as url:
-        yield f"{url}/v1", bodies
-
-
-def trickle(file):
-    """Write spaces, which may stand before JSON, one by one until nobody reads them, or for a long time."""
-    with suppress(OSError):
-        for _ in range(100):
-            file.write(b" ")
-            file.flush()
-            time.sleep(0.02)
-
-
-def text_of(body):
-    content = body["messages"][-1]["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
-
-
-def prefers_good(body):
-    """Prefer the response that begins with good; of the third row what is shown first."""
-    text = text_of(body)
-    first = text.index("good") < text.index("bad") or "good 2" in text
-    return f"<think>...</think><answer>{1 if first else 2}</answer>"
-
-
-def write_spec(folder, url, **others):
-    generator = {"model": "judge", "url": url, "tries": others.pop("tries", 3), "batch": others.pop("batch", 4)}
-    generator |= {name: others.pop(name) for name in ("timeout", "extra_body") if name in others}
-    spec = folder / "spec.yaml"
-    spec.write_text(json.dumps({"extends": "r1_reward", "generator": generator, **others}))
-    return f"judge:{spec}"
-
-
-def run(folder, judge, rows=ROWS):
-    data = str(write_rows(folder / "pairs.jsonl", rows))
-    out, store = folder / "out.json", folder / "texts.jsonl"
-    evaluate_judge([judge], data, JudgeOptions(RowOptions(), JudgeTexts(generations=store), json_out=out))
-    return json.loads(out.read_text())
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch):
-    """The seconds between tries, none of which is waited for."""
-    found = []
-    monkeypatch.setattr(Endpoint, "_stops_within", lambda self, some: found.append(some) or self._stopped.is_set())
-    return found
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 def test_both_orders_are_asked_and_nothing_is_asked_twice(tmp_path):
@@ -186,158 +95,6 @@ def test_a_text_that_was_cut_is_kept_with_that(tmp_path):
     records = list(read_in_order(str(tmp_path / "pairs.jsonl"), None, "auto", require_preferences=True))
     found = read_generations(tmp_path / "texts.jsonl", records, 2, [])
     assert [one.is_cut for one in found] == [False, True, *[False] * 4]
-
-
-def test_servers_that_fail_for_a_while_are_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    away = [(status, {}) for status in (408, 425, 429, 500, 502, 503, 504, 520, 524, 529)]
-    failures = [*away, HANG_UP, HALF, (200, {"Content-Encoding": "gzip"})]  # the last one is no gzip
-    with chat_server(prefers_good, failures) as (url, bodies):
-        assert run(tmp_path, write_spec(tmp_path, url, batch=1, tries=14))["num_generations"] == 6
-        assert len(bodies) == 6 + len(failures) and {body["key"] for body in bodies} == {"Bearer secret"}
-
-
-def test_waits_grow_and_are_no_shorter_than_the_server_says(tmp_path, waits):
-    named = ["", "1", "7", "0.5", "60", "600", "3.5", "soon", "-3", ""]
-    failures = [(429, {"Retry-After": text} if text else {}) for text in named]
-    with chat_server(prefers_good, failures) as (url, _):
-        run(tmp_path, write_spec(tmp_path, url, batch=1, tries=11, order="as_given"), ROWS[:1])
-    assert waits == [0.5, 1.0, 7.0, 4.0, 60.0, 600.0, 30.0, 30.0, 30.0, 30.0]
-
-
-@pytest.mark.parametrize(
-    ("named", "seconds"),
-    [
-        ({}, 0), ({"Retry-After": "12"}, 12), ({"Retry-After": "1.5"}, 1.5), ({"Retry-After": "-1"}, 0),
-        ({"Retry-After": "nan"}, 0), ({"Retry-After": "1e9"}, 0), ({"Retry-After": "tomorrow"}, 0),
-        ({"Retry-After": "Wed, 21 Oct 2026 07:28:30 GMT", "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30),
-        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT", "Date": "Wed, 21 Oct 2026 07:28:30 GMT"}, 0),
-        ({"Retry-After": "Fri, 01 Jan 1999 00:00:00 GMT"}, 0),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_retry_after_is_a_number_or_a_date(named, seconds):
-    assert retry_after(httpx.Response(429, headers=named)) == seconds
-
-
-@pytest.mark.parametrize("named", ["7200", "Tue, 31 Dec 2199 00:00:00 GMT"])
-def test_a_server_that_wants_to_be_left_alone_for_long_is_named_with_the_time(tmp_path, named, waits):
-    with chat_server(prefers_good, [(429, {"Retry-After": named})]) as (url, bodies):
-        said = r"pairs.jsonl:1: HTTP 429: .* to be asked again in [0-9,]{5,} s, and up to 600 s are waited for: run the"
-        with pytest.raises(ServerError, match=said) as raised:
-            run(tmp_path, write_spec(tmp_path, url, batch=1))
-        assert (named != "7200" or "in 7,200 s" in str(raised.value)) and len(bodies) == 1 and waits == []
-
-
-def test_an_answer_that_trickles_is_not_waited_for(tmp_path):
-    with chat_server(prefers_good, [TRICKLE, TRICKLE]) as (url, bodies):
-        spec = write_spec(tmp_path, url, batch=1, tries=2, timeout=0.1, order="as_given")
-        with pytest.raises(ServerError, match=r"no answer in 2 tries, at last "):
-            run(tmp_path, spec, ROWS[:1])
-        assert len(bodies) == 2
-
-
-@pytest.mark.parametrize("reason", ["abort", "error", None, "insufficient_system_resource"])
-def test_an_answer_that_broke_off_is_asked_again(tmp_path, reason):
-    with chat_server(prefers_good, ends=[reason]) as (url, bodies):
-        assert run(tmp_path, write_spec(tmp_path, url, batch=1))["num_generations"] == 6
-        assert len(bodies) == 7
-    with chat_server(prefers_good, ends=[reason] * 3) as (url, bodies):
-        said = rf"no answer in 3 tries, at last an answer that broke off, with finish_reason {reason!r}: '<think>"
-        with pytest.raises(ServerError, match=said):
-            run(tmp_path, write_spec(tmp_path, url, batch=1))
-
-
-@pytest.mark.parametrize(
-    ("reason", "is_cut"),
-    [
-        ("stop", False), ("eos", False), ("eos_token", False), ("stop_sequence", False),
-        ("length", True), ("model_length", True), ("repetition", True),
-    ],
-)  # fmt: skip
-def test_a_whole_text_is_told_from_one_that_was_cut(tmp_path, reason, is_cut):
-    with chat_server(prefers_good, ends=[reason]) as (url, bodies):
-        run(tmp_path, write_spec(tmp_path, url, order="as_given"), ROWS[:1])
-        assert len(bodies) == 1
-    assert json.loads((tmp_path / "texts.jsonl").read_text()).get("cut", False) is is_cut
-
-
-@pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "function_call"])
-def test_a_text_that_a_filter_took_away_is_named_and_counted(tmp_path, reason):
-    with chat_server(prefers_good, ends=[reason]) as (url, bodies):
-        with pytest.raises(DataError, match=r"partial result over 3 preferences: 1 lines or rows could not be used"):
-            run(tmp_path, write_spec(tmp_path, url, batch=1))
-        assert len(bodies) == 6
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures["num_generations"] == 5 and figures["preferences_in_one_order"] == 1
-    [refused] = figures["refused"]
-    assert "pairs.jsonl:1: order [0, 1]: http://" in refused and f"ended with '{reason}'" in refused
-
-
-def test_what_was_written_before_a_server_failed_is_kept(tmp_path):
-    def answer(body):
-        if "good 1" in text_of(body):
-            raise BrokenPipeError  # the connection is closed without an answer
-        return prefers_good(body)
-
-    with chat_server(answer) as (url, bodies):
-        with pytest.raises(ServerError, match=r"pairs.jsonl:2: no answer in 3 tries, at last .*Run the command again"):
-            run(tmp_path, write_spec(tmp_path, url, batch=1))
-        assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 2 and not (tmp_path / "out.json").exists()
-    with chat_server(prefers_good) as (other, bodies):
-        spec = write_spec(tmp_path, url, batch=1)
-        (tmp_path / "spec.yaml").write_text((tmp_path / "spec.yaml").read_text().replace(url, other))
-        assert run(tmp_path, spec)["num_generations"] == 6
-        assert len(bodies) == 6  # another server may hold another model
-
-
-@pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_question_that_the_server_refuses_is_named_and_counted_and_the_others_go_on(tmp_path, status):
-    with chat_server(lambda body: status if "good 1" in text_of(body) else prefers_good(body)) as (url, bodies):
-        judge = write_spec(tmp_path, url)
-        with pytest.raises(DataError, match=r"over 2 preferences: 1 preferences were not judged: r1; 2 lines or rows"):
-            run(tmp_path, judge)
-        assert len(bodies) == 6
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert (figures["num_generations"], figures["missing"]) == (4, ["r1"])
-    assert sorted(line.split("pairs.jsonl:")[1].split(": http")[0] for line in figures["refused"]) == [
-        "2: order [0, 1]", "2: order [1, 0]",
-    ]  # fmt: skip
-    assert all(f"HTTP {status}: " in line for line in figures["refused"])
-    assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 4
-
-
-def test_what_was_refused_is_asked_again_by_the_next_command(tmp_path):
-    refuses = [True]
-    with chat_server(lambda body: 400 if refuses[0] and "good 1" in text_of(body) else prefers_good(body)) as (url, _):
-        judge = write_spec(tmp_path, url)
-        with pytest.raises(DataError, match=r"not judged: r1; 2 lines or rows could not be used"):
-            run(tmp_path, judge)
-        refuses[0] = False
-        assert run(tmp_path, judge)["num_generations"] == 6
-    with chat_server(lambda body: 400) as (url, _):
-        judge = write_spec(tmp_path, url)
-        with pytest.raises(DataError, match=r"no preference was judged; .*pairs.jsonl:\d: order .*HTTP 400"):
-            run(tmp_path, judge)
-
-
-@pytest.mark.parametrize("status", [401, 402, 403, 404, 405])
-def test_a_server_that_refuses_every_request_ends_the_command(tmp_path, status):
-    with chat_server(prefers_good, [(status, {})]) as (url, bodies):
-        with pytest.raises(ServerError, match=rf"pairs.jsonl:1: HTTP {status}: .*correct the SPEC or its key"):
-            run(tmp_path, write_spec(tmp_path, url, batch=1))
-        assert len(bodies) == 1
-
-
-def test_a_bracket_of_which_a_question_is_refused_ends_without_that_row(tmp_path):
-    rows = [{"id": name, "prompt": "?", "responses": [f"{name} {number}" for number in range(4)],
-             "preferences": [[0, 1]]} for name in ("bad", "good")]  # fmt: skip
-    with chat_server(lambda body: 400 if "bad 0" in text_of(body) else "<answer>1</answer>") as (url, bodies):
-        with pytest.raises(DataError, match=r"1 preferences were not judged: bad; 2 lines or rows could not be used"):
-            run(tmp_path, write_spec(tmp_path, url, order="bracket"), rows)
-        assert len(bodies) == 4 + 6
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert [row["id"] for row in figures["rewards"]] == ["good"] and figures["num_generations"] == 2 + 6
 
 
 def test_votes_have_texts_of_their_own(tmp_path):
@@ -561,3 +318,41 @@ def test_the_seed_is_part_of_the_key_only_where_something_is_drawn(tmp_path):
 
     assert keys(0, 0.0) == keys(1, 0.0) != keys(0, 0.0, max_tokens=8)
     assert keys(0, 1.0).isdisjoint(keys(1, 1.0) | keys(0, 0.0))
+
+
+def test_rows_with_an_equal_question_share_a_kept_text(tmp_path):
+    rows = [{**ROWS[0], "id": name} for name in "ab"]
+    with chat_server(prefers_good) as (url, _):
+        judge = write_spec(tmp_path, url)
+        assert run(tmp_path, judge, rows)["num_generations"] == 4
+    lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines} == {"a"}
+    options = JudgeOptions(RowOptions(), JudgeTexts(tmp_path / "texts.jsonl"), json_out=tmp_path / "again.json")
+    evaluate_judge([judge], str(write_rows(tmp_path / "pairs.jsonl", rows[1:])), options)
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert (again["accuracy"], again["num_generations"], again["refused"]) == (1, 2, [])
+
+
+def test_options_that_the_fields_of_the_spec_stand_above_are_refused(tmp_path):
+    judge = write_spec(tmp_path, "http://127.0.0.1:9/v1", extra_body={"max_tokens": None, "max_completion_tokens": 9})
+    data = str(write_rows(tmp_path / "pairs.jsonl", ROWS))
+    with pytest.raises(ConfigError, match=r"--max-tokens: of no use, since .*extra_body says max_tokens"):
+        evaluate_judge([judge], data, JudgeOptions(RowOptions(), JudgeTexts(max_tokens=7)))
+
+
+def test_a_key_that_no_header_can_hold_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY: the key has signs that are not ASCII"):
+        run(tmp_path, write_spec(tmp_path, "http://127.0.0.1:9/v1"))
+
+
+def test_an_image_is_read_once_for_the_keys_of_a_row(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(make_image(60, 45).data)
+    row = {"id": "1", "prompt": "?", "images": ["a.png"], "responses": ["a", "b", "c"], "preferences": [[0, 1]]}
+    data = str(write_rows(tmp_path / "pairs.jsonl", [row]))
+    records = list(read_in_order(data, None, "auto", require_preferences=True))
+    opened = []
+    monkeypatch.setattr(questions, "open_bytes", lambda *asked: opened.append(asked) or open_bytes(*asked))
+    spec = load_spec(write_spec(tmp_path, "http://127.0.0.1:9/v1", order="round_robin").removeprefix("judge:"))
+    keys = {one.key for one in questions.make_questions(spec, records)}
+    assert len(keys) == 6 and len(opened) == 1

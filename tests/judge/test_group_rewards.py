@@ -12,9 +12,9 @@ from fastrm.evaluate.options import JudgeTexts, RowOptions
 from fastrm.judge.bracket import play
 from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.prompts.verdicts import Verdict
+from tests.helpers.chat_server import chat_server, text_of, write_spec
 from tests.helpers.runs import fastrm_here, write_rows
 from tests.judge.test_bracket import longest, record_of
-from tests.judge.test_generating import chat_server, text_of, write_spec
 
 GROUP = {"id": "g", "prompt": "?", "responses": ["aa", "a", "aaa"]}
 NO_IDEA = "no idea"

@@ -12,9 +12,9 @@ from fastrm.judge.command import JudgeOptions, evaluate_judge
 from fastrm.judge.questions import make_questions
 from fastrm.prompts.spec import load_spec
 from tests.helpers.benchmark_files import SMALL, write_jsonl
+from tests.helpers.chat_server import ROWS, chat_server, prefers_good, text_of, write_spec
 from tests.helpers.runs import fastrm_here, write_rows
 from tests.helpers.support import make_image
-from tests.judge.test_generating import ROWS, chat_server, prefers_good, text_of, write_spec
 
 USER = [{"role": "user", "content": "What is the weather?"}]
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
